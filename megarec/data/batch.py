@@ -1,0 +1,54 @@
+"""One batch of examples on one rank."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ids:
+    """The ids of one categorical feature for B examples: jagged, as values + lengths.
+
+    Attributes:
+        values: int64 [sum(lengths)], example after example.
+        lengths: int64 [B]; None when every example has exactly one id, so that values is [B].
+    """
+
+    values: Tensor
+    lengths: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples of one rank.
+
+    Attributes:
+        numeric: float32 [B, number of numeric features].
+        ids: per categorical feature, by name.
+        labels: float32 [B], 0 or 1.
+        keys: int64 [B], a number per example and epoch that is the same on every topology: dropout hashes it.
+        valid: how many leading examples count; fewer than B only in the last evaluation batches, whose rest is
+            padding so that every rank runs the same number of equal batches.
+    """
+
+    numeric: Tensor
+    ids: dict[str, Ids]
+    labels: Tensor
+    keys: Tensor
+    valid: int
+
+    @property
+    def size(self) -> int:
+        return self.labels.shape[0]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; copies from pinned memory do not wait."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        ids = {
+            name: Ids(move(f.values), None if f.lengths is None else move(f.lengths)) for name, f in self.ids.items()
+        }
+        return Batch(move(self.numeric), ids, move(self.labels), move(self.keys), self.valid)
