@@ -1,0 +1,169 @@
+"""Read the JSON of a run: sections that live in other files, `--set` overrides, validation with did-you-mean."""
+
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megarec.config.deepspeed_keys import check_deepspeed_section
+from megarec.config.sections import RunConfig, Section
+from megarec.errors import UserError
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """The resolved configuration of one run.
+
+    Args:
+        path: the run's JSON; a section may be the path of another JSON, relative to this file.
+        overrides: `section.key=value` strings; a value is JSON, or else a plain string.
+
+    Raises:
+        UserError: one line that names the file, the key, the value seen and what was expected.
+    """
+    raw = _read_object(path)
+    for name, value in raw.items():
+        raw[name] = _include(value, path, name)
+    for override in overrides or []:
+        _apply_override(raw, override, path)
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe(error, RunConfig)}") from error
+    check_deepspeed_section(config.deepspeed, path)
+    _check_across_fields(config, path)
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); --config wants the JSON of a run") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _include(value: Any, path: Path, section: str) -> Any:
+    """A section that is a string is the path of another JSON, relative to the run's file."""
+    if not isinstance(value, str):
+        return value
+    included = path.parent / value
+    if not included.is_file():
+        raise UserError(f"{path}: {section}={value!r}: no file {included}; a section is an object or a JSON's path")
+    return _read_object(included)
+
+
+def _apply_override(raw: dict[str, Any], override: str, path: Path) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override}: expected section.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: {parent} is not a section of {path}")
+    node[last] = value if parents else _include(value, path, last)
+
+
+def describe(error: ValidationError, root: type[Section]) -> str:
+    """The first failure as one line: dotted key, value seen, what was expected, the nearest known key."""
+    first = error.errors()[0]
+    loc = [part for part in first["loc"] if not (isinstance(part, str) and "[" in part)]
+    key = ".".join(str(part) for part in loc)
+    if first["type"] == "extra_forbidden":
+        section = _section_at(root, loc[:-1])
+        known = sorted(section.model_fields) if section else []
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    seen = json.dumps(first["input"], default=str)
+    return f"{key}={seen if len(seen) <= 80 else seen[:77] + '...'}: {message}"
+
+
+def _section_at(root: type[Section], loc: list[Any]) -> type[Section] | None:
+    """The section class that lies at a location of the configuration, if it is one."""
+    current: Any = root
+    for part in loc:
+        if isinstance(current, type) and issubclass(current, Section):
+            field = current.model_fields.get(str(part))
+            current = field.annotation if field else None
+        elif typing.get_origin(current) is dict:
+            current = typing.get_args(current)[1]
+        if isinstance(current, types.UnionType):
+            current = next((a for a in typing.get_args(current) if isinstance(a, type) and issubclass(a, Section)), None)
+    return current if isinstance(current, type) and issubclass(current, Section) else None
+
+
+def _check_across_fields(config: RunConfig, path: Path) -> None:
+    def fail(message: str) -> typing.NoReturn:
+        raise UserError(f"{path}: {message}")
+
+    if config.embedding.optimizer == "adam" and config.embedding.backend == "fbgemm":
+        fail("embedding.optimizer='adam' needs embedding.backend='torch' (or 'auto'): FBGEMM has no lazy Adam")
+    if config.parallel.tensor != 1:
+        fail(f"parallel.tensor={config.parallel.tensor}: tensor-parallel dense layers are not built yet; expected 1")
+    if "optimizer" in config.deepspeed and config.dense.model_fields_set:
+        given = ", ".join(f"dense.{name}" for name in sorted(config.dense.model_fields_set))
+        fail(f"deepspeed.optimizer and {given} both describe the dense optimizer; keep one of them")
+    for name in ("num_fm", "num_lcb", "rank"):
+        value = getattr(config.model, name)
+        if isinstance(value, list) and len(value) != config.model.layers:
+            fail(f"model.{name} lists {len(value)} sizes for model.layers={config.model.layers} layers")
+    per_layer = [widths for widths in config.model.mlp if isinstance(widths, list)]
+    if per_layer and len(per_layer) != config.model.layers:
+        fail(f"model.mlp lists {len(per_layer)} MLPs for model.layers={config.model.layers} layers")
+
+
+def micro_batch_size(config: RunConfig, world_size: int) -> int:
+    """Examples of one rank in one micro-batch: data.batch_size / (ranks x accumulation).
+
+    Raises:
+        UserError: the division leaves a remainder, or the deepspeed section states other sizes.
+    """
+    accumulation = config.deepspeed.get("gradient_accumulation_steps", 1)
+    if not isinstance(accumulation, int) or accumulation < 1:
+        raise UserError(f"deepspeed.gradient_accumulation_steps={accumulation!r}: expected a positive integer")
+    total = config.data.batch_size
+    micro, rest = divmod(total, world_size * accumulation)
+    if rest or micro == 0:
+        raise UserError(
+            f"data.batch_size={total} does not divide: {world_size} ranks x "
+            f"{accumulation} (deepspeed.gradient_accumulation_steps) = {world_size * accumulation}; "
+            f"try data.batch_size={max(1, round(total / (world_size * accumulation))) * world_size * accumulation}"
+        )
+    for key, expected in (("train_batch_size", total), ("train_micro_batch_size_per_gpu", micro)):
+        stated = config.deepspeed.get(key, expected)
+        if stated not in (expected, "auto"):
+            raise UserError(
+                f"deepspeed.{key}={stated}, but data.batch_size={total} on {world_size} ranks x {accumulation} "
+                f"accumulation steps makes it {expected}; leave deepspeed.{key} out"
+            )
+    return micro
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a run's file for editors; every section may also be the path of another JSON."""
+    schema = RunConfig.model_json_schema()
+    schema["title"] = "megarec run"
+    schema["properties"] = {
+        name: {"anyOf": [section, {"type": "string", "description": "path of another JSON, relative to this file"}]}
+        for name, section in schema["properties"].items()
+    }
+    return schema

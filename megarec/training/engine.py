@@ -1,0 +1,140 @@
+"""The dense side: process start-up and the DeepSpeed engine around the over-arch."""
+
+import logging
+import os
+import socket
+import warnings
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from megarec.config.deepspeed_keys import set_defaults, zero_stage
+from megarec.config.load import micro_batch_size
+from megarec.config.sections import DenseConfig, RunConfig
+from megarec.errors import UserError
+from megarec.training.fused import fused_adam
+
+
+def start_process(config: RunConfig) -> torch.device:
+    """Join the job that the launcher started (or be a job of one rank); returns this rank's device."""
+    quiet_libraries()
+    # Its C++ build takes a minute, and every rank of every run would leave 66 MiB in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    else:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend=_backend(), verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def _backend() -> str:
+    """gloo on CPU (DeepSpeed would look for oneCCL), the accelerator's own elsewhere."""
+    accelerator = get_accelerator()
+    return "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
+
+
+def quiet_libraries() -> None:
+    """Start-up chatter of the libraries must not drown the run's own lines; their errors still show."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\.")
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated")
+
+
+def build_engine(model: nn.Module, config: RunConfig, world_size: int) -> tuple[Any, str]:
+    """Wrap the over-arch in a DeepSpeed engine.
+
+    Returns:
+        The engine, and a sentence that says which optimizer was taken and why.
+
+    Raises:
+        UserError: the batch does not divide, or DeepSpeed refuses its section; the message carries its reason.
+    """
+    micro = micro_batch_size(config, world_size)
+    section = set_defaults(
+        config.deepspeed,
+        train_batch_size=config.data.batch_size,
+        train_micro_batch_size_per_gpu=micro,
+        zero_allow_untested_optimizer=True,  # SGD is untested by DeepSpeed; our parity tests cover it
+        zero_force_ds_cpu_optimizer=False,  # DeepSpeedCPUAdam compiles C++ at first use
+        steps_per_print=10**9,
+    )
+    _check_precision(section)
+    optimizer, reason = None, "DeepSpeed's own (deepspeed.optimizer)"
+    if "optimizer" not in section:
+        optimizer, reason = _dense_optimizer(model, config)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
+    except (deepspeed.DeepSpeedConfigError, ValueError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"DeepSpeed refused the deepspeed section: {' '.join(str(error).split())}") from error
+    _forget_warm_up_step(engine)
+    return engine, reason
+
+
+def _dense_optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.Optimizer, str]:
+    dense = config.dense
+    # The rate is set before every step; 0 keeps an optimizer step that DeepSpeed may take while it starts harmless.
+    if dense.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=dense.weight_decay), "torch SGD"
+    apex_adam, why = fused_adam() if config.train.fused_kernels == "auto" else (None, "train.fused_kernels=torch")
+    if apex_adam is not None:
+        return apex_adam(model.parameters(), lr=0.0, **_adam_arguments(dense)), f"apex FusedAdam: {why}"
+    return torch.optim.AdamW(model.parameters(), lr=0.0, fused=True, **_adam_arguments(dense)), f"torch fused AdamW: {why}"
+
+
+def _adam_arguments(dense: DenseConfig) -> dict[str, Any]:
+    return {"betas": dense.betas, "eps": dense.eps, "weight_decay": dense.weight_decay}
+
+
+def _check_precision(section: dict[str, Any]) -> None:
+    def enabled(key: str) -> bool:
+        return bool(isinstance(section.get(key), dict) and section[key].get("enabled"))
+
+    if enabled("fp16") and not get_accelerator().is_fp16_supported():
+        raise UserError("deepspeed.fp16.enabled=true: this device has no fp16; use deepspeed.bf16 or fp32")
+    if enabled("bf16") and not get_accelerator().is_bf16_supported():
+        raise UserError("deepspeed.bf16.enabled=true: this device has no bf16; use fp32")
+
+
+def _forget_warm_up_step(engine: Any) -> None:
+    """At stage 0 in bf16 DeepSpeed 0.19.8 takes an optimizer step with zero gradients to allocate state, so that
+    Adam's bias correction starts at t = 2 and the first updates come out 26 % too small."""
+    if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
+        engine.optimizer.optimizer.state.clear()
+
+
+def compute_dtype(engine: Any) -> torch.dtype:
+    """The type in which the over-arch computes: its inputs are cast to it."""
+    if engine.bfloat16_enabled():
+        return torch.bfloat16
+    return torch.float16 if engine.fp16_enabled() else torch.float32
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def gradient_norm(engine: Any) -> Tensor | float | None:
+    """Norm of the averaged dense gradient before clipping; call between backward and step.
+
+    At ZeRO 0 in fp32 DeepSpeed keeps none, so it is taken from the gradients that are there in full; elsewhere it
+    is that of the last step.
+    """
+    if zero_stage(engine.config) == 0 and compute_dtype(engine) is torch.float32:
+        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads) if grads else None
+    return engine.get_global_grad_norm()

@@ -1,0 +1,80 @@
+"""Quality of predictions: AUC, LogLoss, normalized entropy, calibration; exact over all ranks."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchmetrics.functional.classification import binary_auroc
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Metrics of a set of predictions.
+
+    Attributes:
+        auc: area under the ROC curve, exact (no binning); NaN when one class is absent.
+        logloss: mean binary cross-entropy in nats.
+        ne: normalized entropy, logloss over the entropy of the set's own positive rate (He et al. 2014); NaN likewise.
+        calibration: sum of predicted probabilities over the number of positives; NaN without positives.
+        examples: how many predictions.
+    """
+
+    auc: float
+    logloss: float
+    ne: float
+    calibration: float
+    examples: int
+
+
+def quality(logits: Tensor, labels: Tensor) -> Quality:
+    """Metrics of logits [N] against labels [N] in {0, 1}, computed in float64."""
+    examples = labels.numel()
+    if examples == 0:
+        return Quality(math.nan, math.nan, math.nan, math.nan, 0)
+    logits, labels = logits.double(), labels.double()
+    positives = float(labels.sum())
+    logloss = float(binary_cross_entropy_with_logits(logits, labels))
+    calibration = float(logits.sigmoid().sum()) / positives if positives else math.nan
+    rate = positives / examples
+    if not 0 < rate < 1:
+        return Quality(math.nan, logloss, math.nan, calibration, examples)
+    entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
+    # Logits, not probabilities: a sigmoid saturates and would tie what the model told apart. torchmetrics maps
+    # values outside [0, 1] through a sigmoid, so hand it ranks in [0, 1] instead: the AUC depends on order alone.
+    _, order = torch.unique(logits, return_inverse=True)
+    auc = float(binary_auroc(order.double() / max(1, int(order.max())), labels.long()))
+    return Quality(auc, logloss, logloss / entropy, calibration, examples)
+
+
+@dataclass
+class Predictions:
+    """Logits and labels of this rank since the last `gather`; every rank adds the same number of equal batches."""
+
+    logits: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+
+    def add(self, logits: Tensor, labels: Tensor, valid: int | None = None) -> None:
+        """Take in a batch [B]; examples from `valid` on are padding and do not count."""
+        labels = labels.detach().float().clone()
+        if valid is not None:
+            labels[valid:] = math.nan
+        self.logits.append(logits.detach().float())
+        self.labels.append(labels)
+
+    def gather(self, world: dist.ProcessGroup | None) -> Quality:
+        """Metrics over all ranks, the same on each of them; forgets the predictions."""
+        if not self.logits:
+            return quality(torch.empty(0), torch.empty(0))
+        mine = torch.stack([torch.cat(self.logits), torch.cat(self.labels)])
+        self.logits.clear()
+        self.labels.clear()
+        if world is not None:
+            everyone = mine.new_empty((dist.get_world_size(world), *mine.shape))
+            dist.all_gather_into_tensor(everyone, mine.contiguous(), group=world)
+            mine = everyone.transpose(0, 1).flatten(1)
+        logits, labels = mine.cpu()
+        counted = ~labels.isnan()
+        return quality(logits[counted], labels[counted])
