@@ -64,9 +64,7 @@ class Topology:
 def check_divides(world_size: int, ranks_per_host: int, tensor: int) -> None:
     """Raise a UserError that prints the failed arithmetic."""
     if world_size % ranks_per_host:
-        raise UserError(
-            f"parallel.ranks_per_host={ranks_per_host} does not divide the {world_size} ranks of the job"
-        )
+        raise UserError(f"parallel.ranks_per_host={ranks_per_host} does not divide the {world_size} ranks of the job")
     if ranks_per_host % tensor:
         raise UserError(
             f"parallel.tensor={tensor} does not divide the {ranks_per_host} ranks of a host "

@@ -107,7 +107,9 @@ def _section_at(root: type[Section], loc: list[Any]) -> type[Section] | None:
         elif typing.get_origin(current) is dict:
             current = typing.get_args(current)[1]
         if isinstance(current, types.UnionType):
-            current = next((a for a in typing.get_args(current) if isinstance(a, type) and issubclass(a, Section)), None)
+            current = next(
+                (a for a in typing.get_args(current) if isinstance(a, type) and issubclass(a, Section)), None
+            )
     return current if isinstance(current, type) and issubclass(current, Section) else None
 
 

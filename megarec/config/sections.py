@@ -32,13 +32,19 @@ class WukongConfig(Section):
     num_fm: PerLayer = Field(16, description="n_F: embeddings an FM block emits; a number, or one per layer")
     num_lcb: PerLayer = Field(16, description="n_L: embeddings a linear compression block emits; as num_fm")
     rank: PerLayer = Field(24, description="k: columns of the projection Y of the optimized FM; as num_fm")
-    mlp: list[Positive] | list[list[Positive]] = Field([512], description="hidden widths of the FM block's MLP; or a list per layer")
+    mlp: list[Positive] | list[list[Positive]] = Field(
+        [512], description="hidden widths of the FM block's MLP; or a list per layer"
+    )
     fm: Literal["optimized", "full"] = Field("optimized", description="X (X^T Y), or the basic X X^T")
-    projection: Literal["static", "attentive"] = Field("static", description="Y: a learned parameter, or computed from X")
+    projection: Literal["static", "attentive"] = Field(
+        "static", description="Y: a learned parameter, or computed from X"
+    )
     attentive: AttentiveConfig = Field(AttentiveConfig(), description="sizes of the attentive projection")
     head: list[Positive] = Field([256], description="hidden widths of the MLP from the last X to the logit")
     bias: bool = Field(True, description="false drops every bias of the dense model")
-    dropout: Probability = Field(0.0, description="after every hidden layer of the MLPs; the mask is the same on every topology")
+    dropout: Probability = Field(
+        0.0, description="after every hidden layer of the MLPs; the mask is the same on every topology"
+    )
     numeric_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over numeric features")
     numeric_embeddings: Positive = Field(1, description="embeddings of width d that the numeric MLP emits")
     small_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over the grouped small embeddings")
@@ -52,7 +58,9 @@ class DataConfig(Section):
     batch_size: Positive = Field(1024, description="examples of one optimizer step over all ranks and micro-batches")
     features: list[str] | None = Field(None, description="the features to use, categorical and numeric; null: all")
     prefetch: Positive = Field(4, description="batches a rank prepares ahead in the background")
-    bad_rows: Literal["error", "skip"] = Field("error", description="a row with a bad id, number or label: stop, or leave it out, count and log it")
+    bad_rows: Literal["error", "skip"] = Field(
+        "error", description="a row with a bad id, number or label: stop, or leave it out, count and log it"
+    )
 
 
 class FeatureEmbedding(Section):
@@ -65,15 +73,26 @@ class FeatureEmbedding(Section):
 class EmbeddingConfig(Section):
     """The sparse side: tables, their optimizer and regularisation. Outside the DeepSpeed engine."""
 
-    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = Field("rowwise_adagrad", description="applied in the backward pass; adam over touched rows needs the torch backend")
+    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = Field(
+        "rowwise_adagrad", description="applied in the backward pass; adam over touched rows needs the torch backend"
+    )
     learning_rate: Rate = 0.05
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    backend: Literal["auto", "fbgemm", "torch"] = Field("auto", description="auto: FBGEMM where it can (optimizer, widths), else torch")
+    backend: Literal["auto", "fbgemm", "torch"] = Field(
+        "auto", description="auto: FBGEMM where it can (optimizer, widths), else torch"
+    )
     weights: Literal["fp32", "fp16"] = Field("fp32", description="stored type of the tables")
-    placement: Literal["table", "column"] = Field("table", description="whole tables per rank, or every table split by columns over all ranks")
-    l2: Rate = Field(0.0, description="weight of the squared looked-up embeddings: adds l2 x mean over examples of |e|^2 to the loss that is minimised")
+    placement: Literal["table", "column"] = Field(
+        "table", description="whole tables per rank, or every table split by columns over all ranks"
+    )
+    l2: Rate = Field(
+        0.0,
+        description="weight of the squared looked-up embeddings: adds l2 x mean over examples of |e|^2 to the loss that is minimised",
+    )
     dropout: Probability = Field(0.0, description="on the looked-up embeddings; the mask is the same on every topology")
-    initial_std: Annotated[float, Field(gt=0)] | None = Field(None, description="normal initialisation; null: uniform in +-1/sqrt(rows)")
+    initial_std: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="normal initialisation; null: uniform in +-1/sqrt(rows)"
+    )
     features: dict[str, FeatureEmbedding] = Field({}, description="by feature name")
 
 
@@ -99,12 +118,18 @@ class ParallelConfig(Section):
 class ScheduleConfig(Section):
     """One factor over time for the learning rates of both sides."""
 
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="fraction of all steps with a linear rise from 0")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="fraction of all steps with a linear rise from 0"
+    )
     decay: Literal["constant", "linear", "cosine", "step"] = "constant"
-    final: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="factor at the last step of linear and cosine decay")
+    final: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="factor at the last step of linear and cosine decay"
+    )
     step_every: Annotated[float, Field(gt=0)] = Field(1.0, description="step decay: epochs between drops")
     step_factor: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="step decay: factor of one drop")
-    plateau_patience: Positive | None = Field(None, description="drop after this many validations without improvement; null: never")
+    plateau_patience: Positive | None = Field(
+        None, description="drop after this many validations without improvement; null: never"
+    )
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.3, description="factor of one drop on a plateau")
 
 
@@ -117,10 +142,16 @@ class TrainConfig(Section):
     output_dir: str = Field("runs/run", description="relative to the working directory")
     log_every: Positive = Field(20, description="optimizer steps between log lines and TensorBoard points")
     evaluate_every: Positive | None = Field(None, description="optimizer steps between validations; null: every epoch")
-    early_stopping: Positive | None = Field(None, description="stop after this many validations without improvement; null: never")
-    checkpoint_every: Positive | None = Field(None, description="optimizer steps between checkpoints; null: at every validation")
+    early_stopping: Positive | None = Field(
+        None, description="stop after this many validations without improvement; null: never"
+    )
+    checkpoint_every: Positive | None = Field(
+        None, description="optimizer steps between checkpoints; null: at every validation"
+    )
     threads: Positive | None = Field(None, description="CPU threads a rank; null: the machine's cores over its ranks")
-    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(None, description="peak of one rank for the MFU; null: measured at the start with a GEMM")
+    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="peak of one rank for the MFU; null: measured at the start with a GEMM"
+    )
     fused_kernels: Literal["auto", "torch"] = Field("auto", description="auto: NVIDIA apex where it is truly there")
 
 

@@ -11,7 +11,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from megarec.config.deepspeed_keys import set_defaults, zero_stage
 from megarec.config.load import micro_batch_size
@@ -92,7 +92,9 @@ def _dense_optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.O
     apex_adam, why = fused_adam() if config.train.fused_kernels == "auto" else (None, "train.fused_kernels=torch")
     if apex_adam is not None:
         return apex_adam(model.parameters(), lr=0.0, **_adam_arguments(dense)), f"apex FusedAdam: {why}"
-    return torch.optim.AdamW(model.parameters(), lr=0.0, fused=True, **_adam_arguments(dense)), f"torch fused AdamW: {why}"
+    return torch.optim.AdamW(
+        model.parameters(), lr=0.0, fused=True, **_adam_arguments(dense)
+    ), f"torch fused AdamW: {why}"
 
 
 def _adam_arguments(dense: DenseConfig) -> dict[str, Any]:
@@ -128,13 +130,13 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate
 
 
-def gradient_norm(engine: Any) -> Tensor | float | None:
-    """Norm of the averaged dense gradient before clipping; call between backward and step.
+def gradient_norm(engine: Any) -> float | None:
+    """Norm of the averaged dense gradient before clipping; call between the last backward and step.
 
-    At ZeRO 0 in fp32 DeepSpeed keeps none, so it is taken from the gradients that are there in full; elsewhere it
-    is that of the last step.
+    DeepSpeed keeps it from ZeRO 1 on and in low precision, and knows it after the step; at stage 0 in fp32 it keeps
+    none, but the averaged gradients are there in full before the step.
     """
     if zero_stage(engine.config) == 0 and compute_dtype(engine) is torch.float32:
-        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads) if grads else None
-    return engine.get_global_grad_norm()
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+    return None

@@ -1,0 +1,35 @@
+# Sourced by the launch scripts: a virtual environment with the pinned requirements, made once, then reused.
+#   source launch/environment.sh [requirements-dev.txt ...]
+# Sets $root (the checkout) and puts the environment's programs first on PATH.
+# MEGAREC_VENV names another directory than .venv; PYTHON another interpreter than python3.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${MEGAREC_VENV:-$root/.venv}
+
+ensure_environment() {
+  local python=${PYTHON:-python3} requirements=requirements.txt file files stamp
+  if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then requirements=requirements-gpu.txt; fi
+  files=("$root/$requirements")
+  for file in "$@"; do files+=("$root/$file"); done
+  # One stamp a list of files: a wish for fewer packages than there are installs nothing.
+  stamp=$venv/.installed-$(cat "${files[@]}" | sha256sum | cut -c1-16)
+  if [ -f "$stamp" ]; then
+    echo "environment: $venv (ready)"
+    return
+  fi
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "error: $("$python" --version) is too old: megarec needs Python 3.11 or newer (set PYTHON=...)" >&2; exit 2; }
+  if [ ! -x "$venv/bin/python" ]; then
+    echo "environment: creating $venv with $("$python" --version)"
+    "$python" -m venv "$venv" ||
+      { echo "error: '$python -m venv' failed: on Debian install python3-venv" >&2; exit 2; }
+  fi
+  echo "environment: installing ${files[*]##*/} (a few minutes the first time)"
+  local arguments=()
+  for file in "${files[@]}"; do arguments+=(-r "$file"); done
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
+  touch "$stamp"
+}
+
+ensure_environment "$@"
+export PATH="$venv/bin:$PATH"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The tests, on a fresh machine too: sets up the environment, then runs pytest with the arguments given.
+#   bash launch/test.sh                    everything that runs in minutes
+#   bash launch/test.sh -m slow            what takes longer
+#   bash launch/test.sh tests/models -x    any pytest arguments
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements-dev.txt
+cd "$root"
+exec python -m pytest "$@"

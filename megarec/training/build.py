@@ -1,0 +1,101 @@
+"""From a config to everything that trains: one ordered recipe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarec.config.deepspeed_keys import zero_stage
+from megarec.config.load import micro_batch_size
+from megarec.config.sections import RunConfig
+from megarec.data.loader import EvalLoader, TrainLoader
+from megarec.data.schema import Schema, load_schema, select_features
+from megarec.data.store import open_split
+from megarec.embeddings.exchange import SparseSide
+from megarec.embeddings.layout import build_layout
+from megarec.models.build import build_model
+from megarec.models.cost import Cost, count
+from megarec.parallel.collectives import Ledger
+from megarec.topology import Topology, build_topology
+from megarec.training.engine import build_engine
+from megarec.training.fused import layer_norm_class
+from megarec.training.monitor import tensorboard_section
+from megarec.training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that trains; built once, passed explicitly."""
+
+    config: RunConfig
+    device: torch.device
+    topology: Topology
+    schema: Schema
+    train: TrainLoader
+    valid: EvalLoader
+    test: EvalLoader
+    sparse: SparseSide
+    engine: Any
+    schedule: Schedule
+    cost: Cost
+    ledger: Ledger
+    choices: tuple[str, ...]
+    skipped_rows: dict[str, dict[str, int]]
+
+
+def build_run(config: RunConfig, device: torch.device) -> Run:
+    """Build data, topology, sparse side, over-arch and engine of a run, in this order; collective.
+
+    Raises:
+        UserError: whatever the user can mend, before anything is trained or written.
+    """
+    topology = build_topology(config.parallel.ranks_per_host, config.parallel.tensor)
+    micro_batch_size(config, topology.world_size)  # fail on the arithmetic before any data is read
+
+    path = Path(config.data.path)
+    schema = select_features(load_schema(path), config.data.features)
+    stores = {split: open_split(path, split, schema, config.data.bad_rows) for split in ("train", "valid", "test")}
+    place = {"rank": topology.rank, "world_size": topology.world_size, "pin_memory": device.type != "cpu"}
+    per_batch = {"batch_size": config.data.batch_size, "prefetch": config.data.prefetch, "seed": config.train.seed}
+    train = TrainLoader(stores["train"], schema, **per_batch, **place)
+    valid, test = (EvalLoader(stores[split], schema, **per_batch, **place) for split in ("valid", "test"))
+
+    layout = build_layout(schema, config.embedding, config.model.dim)
+    ledger = Ledger()
+    sparse = SparseSide(
+        layout,
+        config.embedding,
+        world=topology.world,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        seed=config.train.seed,
+        device=device,
+        ledger=ledger,
+    )
+
+    torch.manual_seed(config.train.seed)
+    norm, norm_reason = layer_norm_class(config.train.fused_kernels == "auto" and config.model.bias)
+    model = build_model(config.model, layout, len(schema.numeric), config.embedding.dropout, layer_norm=norm)
+    section = tensorboard_section(config.deepspeed, Path(config.train.output_dir))
+    engine, optimizer_reason = build_engine(
+        model, config.model_copy(update={"deepspeed": section}), topology.world_size
+    )
+
+    total_steps = config.train.epochs * train.steps_per_epoch
+    if config.train.max_steps is not None:
+        total_steps = min(total_steps, config.train.max_steps)
+    cost = count(config.model, layout, len(schema.numeric))
+    choices = (
+        f"topology: {topology.describe()}",
+        f"data: {schema.name}, {', '.join(f'{len(store):,} {split}' for split, store in stores.items())} examples",
+        f"model: {config.model.name}, {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters, "
+        f"{cost.training_flop_per_example / 1e9:.4f} training GFLOP/example",
+        f"dense: ZeRO {zero_stage(config.deepspeed)}, optimizer {optimizer_reason}; LayerNorm {norm.__name__}: {norm_reason}",
+        *sparse.describe(),
+    )
+    skipped = {split: store.skipped for split, store in stores.items() if store.skipped}
+    schedule = Schedule(config.schedule, total_steps, train.steps_per_epoch)
+    return Run(
+        config, device, topology, schema, train, valid, test, sparse, engine, schedule, cost, ledger, choices, skipped
+    )

@@ -1,0 +1,100 @@
+"""What a run shows: lines on the console, a progress bar on a terminal, TensorBoard. Only rank 0 speaks."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LAYOUT = {
+    "Quality": {
+        "LogLoss": ["Multiline", ["train/loss", "valid/logloss"]],
+        "Normalized entropy": ["Multiline", ["train/ne", "valid/ne"]],
+        "AUC": ["Multiline", ["train/auc", "valid/auc"]],
+        "Calibration": ["Multiline", ["train/calibration", "valid/calibration"]],
+    },
+    "Optimization": {
+        "Learning rates": ["Multiline", ["optim/dense_learning_rate", "optim/table_learning_rate"]],
+        "Dense gradient norm": ["Multiline", ["optim/gradient_norm"]],
+        "Skipped steps": ["Multiline", ["optim/skipped_steps"]],
+    },
+    "Speed": {
+        "Examples per second": ["Multiline", ["speed/examples_per_second"]],
+        "TFLOP/s": ["Multiline", ["speed/tflops"]],
+        "MFU": ["Multiline", ["speed/mfu"]],
+        "Milliseconds by part": ["Multiline", [r"time_ms/.*"]],
+    },
+    "Memory and traffic": {
+        "Bytes of memory": ["Multiline", [r"memory/.*"]],
+        "Bytes sent per step": ["Multiline", [r"bytes_per_step/.*"]],
+        "Rows of tables used": ["Multiline", [r"rows_used/.*"]],
+    },
+}
+
+
+class Monitor:
+    """Console and TensorBoard of rank 0; on the other ranks every method does nothing.
+
+    Args:
+        writer: DeepSpeed's own SummaryWriter (deepspeed.tensorboard), or None.
+    """
+
+    def __init__(self, rank: int, writer: Any, total_steps: int, first_step: int) -> None:
+        self.rank = rank
+        self.writer = writer if rank == 0 else None
+        self.progress = None
+        if rank == 0 and sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns)
+            self.task = self.progress.add_task("training", total=total_steps, completed=first_step)
+            self.progress.start()
+
+    def say(self, text: str) -> None:
+        if self.rank != 0:
+            return
+        if self.progress:
+            self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def step(self, step: int, description: str | None = None) -> None:
+        if self.progress:
+            self.progress.update(self.task, completed=step, **({"description": description} if description else {}))
+
+    def scalars(self, step: int, values: dict[str, float | None]) -> None:
+        if self.writer is not None:
+            for tag, value in values.items():
+                if value is not None:
+                    self.writer.add_scalar(tag, value, step)
+
+    def start(self, config: dict[str, Any], lines: Iterable[str]) -> None:
+        """The resolved config and the choices made, as text, and the custom layout."""
+        lines = list(lines)
+        for line in lines:
+            self.say(line)
+        if self.writer is not None:
+            self.writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```", 0)
+            self.writer.add_text("choices", "\n\n".join(lines), 0)
+            self.writer.add_custom_scalars(LAYOUT)
+
+    def close(self) -> None:
+        if self.progress:
+            self.progress.stop()
+        if self.writer is not None:
+            self.writer.flush()
+
+
+def tensorboard_section(section: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """DeepSpeed's tensorboard section with the run's own directory where the user named none."""
+    board = section.get("tensorboard")
+    if not isinstance(board, dict) or "output_path" in board:
+        return section
+    return {**section, "tensorboard": {"job_name": "tensorboard", **board, "output_path": str(output_dir)}}
+
+
+def writer_of(engine: Any) -> Any:
+    """The SummaryWriter that DeepSpeed opened on rank 0, or None when deepspeed.tensorboard is off."""
+    board = getattr(engine.monitor, "tb_monitor", None)
+    return board.summary_writer if board is not None and board.enabled else None
