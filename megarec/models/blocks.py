@@ -15,7 +15,8 @@ _WORD_BITS = 64
 
 
 def _signed(constant: int) -> int:
-    """A 64-bit pattern as the int64 that torch takes; torch's integer products wrap modulo 2^64."""
+    """An integer modulo 2^64 as the int64 that torch takes; torch's own products wrap the same way."""
+    constant %= 1 << _WORD_BITS
     return constant - (1 << _WORD_BITS) if constant >> (_WORD_BITS - 1) else constant
 
 
@@ -56,7 +57,7 @@ def hashed_lanes(keys: Tensor, salt: int, columns: int, first_column: int = 0) -
     """
     first_word = first_column // _LANES
     words = torch.arange(first_word, -(-(first_column + columns) // _LANES), device=keys.device)
-    row_B1 = _mix(_mix(keys + _GOLDEN) + salt * _MIX_2).unsqueeze(1)
+    row_B1 = _mix(_mix(keys + _GOLDEN) + _signed(salt * _GOLDEN)).unsqueeze(1)
     pair = row_B1 ^ _mix(words * _GOLDEN + _COLUMN_STREAM)
     pair.mul_(_PAIR_1)
     pair ^= pair >> 32  # the copied signs cost one bit of 64

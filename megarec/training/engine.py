@@ -25,7 +25,7 @@ def start_process(config: RunConfig) -> torch.device:
     quiet_libraries()
     # Its C++ build takes a minute, and every rank of every run would leave 66 MiB in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ and not dist.is_initialized():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])

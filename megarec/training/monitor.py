@@ -61,7 +61,7 @@ class Monitor:
 
     def step(self, step: int, description: str | None = None) -> None:
         if self.progress:
-            self.progress.update(self.task, completed=step, **({"description": description} if description else {}))
+            self.progress.update(self.task, completed=step, description=description)
 
     def scalars(self, step: int, values: dict[str, float | None]) -> None:
         if self.writer is not None:

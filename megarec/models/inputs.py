@@ -1,0 +1,79 @@
+"""From looked-up embeddings and numeric features to X_0 (arXiv 2403.02545, section 3.2, embedding layer).
+
+Shape suffixes: B examples, N embeddings of one example, D width of an embedding.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from megarec.config.sections import WukongConfig
+from megarec.embeddings.layout import EmbeddingLayout
+from megarec.errors import UserError
+from megarec.models.blocks import MLP, KeyedDropout, number_dropouts
+
+
+class InputLayer(nn.Module):
+    """X_0: embeddings of full width as they are, then those of the grouped small ones, then those of the numbers.
+
+    The small embeddings of an example, concatenated, pass an MLP that emits embeddings of width d; so do its
+    numeric features. A part that the data does not have is absent.
+
+    Args:
+        layout: how the looked-up embeddings lie in [B, layout.width].
+        numeric: how many numeric features there are.
+        config: widths and sizes of the two MLPs.
+        embedding_dropout: probability per element of the looked-up embeddings.
+
+    Attributes:
+        embeddings: N, how many embeddings X_0 has.
+
+    Raises:
+        UserError: there is neither a categorical nor a numeric feature.
+    """
+
+    def __init__(
+        self, layout: EmbeddingLayout, numeric: int, config: WukongConfig, embedding_dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        assert layout.dim == config.dim, f"layout.dim={layout.dim}, config.dim={config.dim}"
+        self.dim = config.dim
+        self.full_columns = layout.full_embeddings * config.dim
+        self.embeddings = input_embeddings(layout, numeric, config)
+        self.dropout = KeyedDropout(embedding_dropout)
+        self.small_mlp = self.numeric_mlp = None
+        if layout.small_columns:
+            emitted = config.small_embeddings * config.dim
+            self.small_mlp = MLP(
+                layout.small_columns, config.small_mlp, emitted, bias=config.bias, dropout=config.dropout
+            )
+        if numeric:
+            emitted = config.numeric_embeddings * config.dim
+            self.numeric_mlp = MLP(numeric, config.numeric_mlp, emitted, bias=config.bias, dropout=config.dropout)
+        number_dropouts(self)
+
+    def forward(self, numeric: Tensor, embedded: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Numeric [B, f], looked-up embeddings [B, layout.width] and dropout keys int64 [B] -> X_0 [B, N, D]."""
+        embedded = self.dropout(embedded, keys)
+        parts = []
+        if self.full_columns:
+            parts.append(embedded[:, : self.full_columns])
+        if self.small_mlp is not None:
+            parts.append(self.small_mlp(embedded[:, self.full_columns :], keys))
+        if self.numeric_mlp is not None:
+            parts.append(self.numeric_mlp(numeric, keys))
+        flat = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return flat.unflatten(1, (self.embeddings, self.dim))
+
+
+def input_embeddings(layout: EmbeddingLayout, numeric: int, config: WukongConfig) -> int:
+    """n: how many embeddings of width d X_0 has.
+
+    Raises:
+        UserError: there is neither a categorical nor a numeric feature.
+    """
+    n = layout.full_embeddings
+    n += config.small_embeddings if layout.small_columns else 0
+    n += config.numeric_embeddings if numeric else 0
+    if n == 0:
+        raise UserError("data.features leaves neither a categorical nor a numeric feature: the model has no input")
+    return n

@@ -1,0 +1,72 @@
+"""Topologies and variants whose loss curves must be those of one process: each is some `--set` overrides."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+Matrix = Literal["small", "full"]
+
+# bf16 rounds every activation and gradient to 8 significant bits (relative 2^-9 = 0.2 %).
+BF16_TOLERANCE = 2e-2
+FP32_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training of the parity matrix.
+
+    Attributes:
+        numbers: overrides that change the numbers: the reference takes them as well.
+        topology: overrides that must not.
+    """
+
+    ranks: int
+    numbers: tuple[str, ...] = ()
+    topology: tuple[str, ...] = ()
+    tolerance: float = FP32_TOLERANCE
+
+    @property
+    def name(self) -> str:
+        return " ".join([f"{self.ranks} ranks", *(text.rsplit(".", 1)[-1] for text in self.topology + self.numbers)])
+
+
+def cases(matrix: Matrix) -> list[Case]:
+    """The small matrix is a cross through the full one: every axis, not every combination."""
+    return _full() if matrix == "full" else _small()
+
+
+def _zero(stage: int) -> str:
+    return f"deepspeed.zero_optimization.stage={stage}"
+
+
+ACCUMULATION = "deepspeed.gradient_accumulation_steps=4"
+COLUMN, TORCH = "embedding.placement=column", "embedding.backend=torch"
+OPTIMIZERS = tuple(f"embedding.optimizer={name}" for name in ("rowwise_adagrad", "adagrad", "sgd", "adam"))
+DENSE_SGD = ("dense.optimizer=sgd", "dense.learning_rate=0.1")
+ATTENTIVE, FULL_FM = "model.projection=attentive", "model.fm=full"
+
+
+def _small() -> list[Case]:
+    chosen = [Case(ranks, topology=(_zero(stage),)) for ranks in (1, 2, 4) for stage in (0, 1, 2, 3)]
+    chosen += [Case(ranks, topology=(_zero(2), COLUMN)) for ranks in (2, 4)]
+    chosen += [Case(ranks, topology=(_zero(1), TORCH)) for ranks in (1, 2)]
+    chosen += [Case(2, topology=(_zero(3), COLUMN, TORCH)), Case(2, topology=(_zero(2), ACCUMULATION))]
+    chosen += [Case(2, (optimizer,), (_zero(1), COLUMN)) for optimizer in OPTIMIZERS]
+    chosen += [Case(2, (optimizer,), (_zero(2),)) for optimizer in OPTIMIZERS[1:]]
+    chosen += [Case(2, DENSE_SGD, (_zero(stage),)) for stage in (0, 2)]
+    chosen += [Case(2, (variant,), (_zero(1),)) for variant in (ATTENTIVE, FULL_FM)]
+    chosen += [
+        Case(2, topology=(_zero(s), "deepspeed.bf16.enabled=true"), tolerance=BF16_TOLERANCE) for s in (0, 1, 2, 3)
+    ]
+    return chosen
+
+
+def _full() -> list[Case]:
+    chosen = []
+    for ranks, stage, placement, backend, accumulation in itertools.product(
+        (1, 2, 4), (0, 1, 2, 3), (None, COLUMN), (None, TORCH), (None, ACCUMULATION)
+    ):
+        topology = tuple(filter(None, (_zero(stage), placement, backend, accumulation)))
+        for optimizer, dense in itertools.product(OPTIMIZERS, ((), DENSE_SGD)):
+            chosen.append(Case(ranks, (optimizer, *dense), topology))
+    return chosen + _small()

@@ -1,0 +1,117 @@
+"""The reference of every parity claim: one process, whole tables, plain torch; no exchange, no engine.
+
+Shares with the system under test only the model's modules (proven against the equations on their own), the loader and
+the initial values of the tables.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
+
+from megarec.config.sections import EmbeddingConfig, RunConfig
+from megarec.data.batch import Batch, Ids
+from megarec.data.loader import TrainLoader
+from megarec.data.schema import load_schema
+from megarec.data.store import open_split
+from megarec.embeddings.initial import initial_rows
+from megarec.embeddings.layout import EmbeddingLayout, build_layout
+from megarec.models.build import build_model
+
+
+def reference_losses(config: RunConfig, steps: int) -> list[float]:
+    """Mean training loss of each of the first `steps` global batches, before its update; float32 on one process."""
+    path = Path(config.data.path)
+    schema = load_schema(path)
+    loader = TrainLoader(
+        open_split(path, "train", schema, config.data.bad_rows),
+        schema,
+        batch_size=config.data.batch_size,
+        rank=0,
+        world_size=1,
+        seed=config.train.seed,
+        prefetch=1,
+        pin_memory=False,
+    )
+    layout = build_layout(schema, config.embedding, config.model.dim)
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model, layout, len(schema.numeric), config.embedding.dropout)
+    dense = config.dense
+    optimizer: torch.optim.Optimizer
+    if dense.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), dense.learning_rate, weight_decay=dense.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(
+            model.parameters(), dense.learning_rate, betas=dense.betas, eps=dense.eps, weight_decay=dense.weight_decay
+        )
+    tables = PlainTables(layout, config.embedding, config.train.seed)
+    losses = []
+    for step in range(steps):
+        epoch, position = divmod(step, loader.steps_per_epoch)
+        batch = next(iter(loader.batches(epoch, start=position)))
+        embedded = tables.look_up(batch)
+        loss = binary_cross_entropy_with_logits(model(batch.numeric, embedded, batch.keys).float(), batch.labels)
+        (loss + config.embedding.l2 * embedded.pow(2).sum() / batch.size).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed["gradient_clipping"])
+        optimizer.step()
+        optimizer.zero_grad()
+        tables.update(batch)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+class PlainTables:
+    """Whole tables on one process, dense gradients, each optimizer written out."""
+
+    def __init__(self, layout: EmbeddingLayout, config: EmbeddingConfig, seed: int) -> None:
+        self.layout = layout
+        self.config = config
+        self.steps = 0
+        self.weights = {
+            t.name: initial_rows(t, seed, config.initial_std, 0, t.rows).requires_grad_() for t in layout.tables
+        }
+        self.first = {name: torch.zeros_like(w) for name, w in self.weights.items()}
+        self.second = {name: torch.zeros_like(w) for name, w in self.weights.items()}
+
+    def look_up(self, batch: Batch) -> Tensor:
+        """Pooled embeddings [B, layout.width]."""
+        pooled = []
+        for feature in self.layout.features:
+            ids = batch.ids[feature.name]
+            lengths = torch.ones(batch.size, dtype=torch.int64) if ids.lengths is None else ids.lengths
+            offsets = lengths.cumsum(0) - lengths
+            pooled.append(embedding_bag(ids.values, self.weights[feature.table], offsets, mode=feature.pooling))
+        return torch.cat(pooled, dim=1)
+
+    @torch.no_grad()
+    def update(self, batch: Batch) -> None:
+        self.steps += 1
+        for table in self.layout.tables:
+            weight = self.weights[table.name]
+            assert weight.grad is not None
+            rows = _touched(batch, [f.name for f in self.layout.features if f.table == table.name])
+            self._update_rows(table.name, rows, weight.grad[rows])
+            weight.grad = None
+
+    def _update_rows(self, name: str, rows: Tensor, g: Tensor) -> None:
+        rate, eps = self.config.learning_rate, self.config.eps
+        m, v, w = self.first[name], self.second[name], self.weights[name]
+        if self.config.optimizer == "sgd":
+            w[rows] -= rate * g
+        elif self.config.optimizer == "adagrad":
+            v[rows] += g * g
+            w[rows] -= rate * g / (v[rows].sqrt() + eps)
+        elif self.config.optimizer == "rowwise_adagrad":
+            v[rows] += (g * g).mean(dim=1, keepdim=True)
+            w[rows] -= rate * g / (v[rows].sqrt() + eps)
+        else:  # lazy Adam: moments move only on touched rows, bias correction by the global step
+            m[rows] = 0.9 * m[rows] + 0.1 * g
+            v[rows] = 0.999 * v[rows] + 0.001 * g * g
+            m_hat, v_hat = m[rows] / (1 - 0.9**self.steps), v[rows] / (1 - 0.999**self.steps)
+            w[rows] -= rate * m_hat / (v_hat.sqrt() + eps)
+
+
+def _touched(batch: Batch, features: list[str]) -> Tensor:
+    ids: list[Ids] = [batch.ids[name] for name in features]
+    return torch.cat([i.values for i in ids]).unique()

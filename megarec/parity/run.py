@@ -1,0 +1,103 @@
+"""Train the cases of a matrix and compare each loss curve with the one-process reference."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from megarec.config.load import load_config
+from megarec.data.synthetic import prepare_synthetic
+from megarec.parallel.pool import RankPool
+from megarec.parity.cases import Case
+from megarec.parity.reference import reference_losses
+from megarec.training.build import build_run
+from megarec.training.clock import Clock
+from megarec.training.engine import set_learning_rate, start_process
+from megarec.training.step import train_step
+
+STEPS = 20
+
+# Small, but with everything in it: several and small embeddings, numeric and multi-valued features, dropout, L2 and
+# clipping that acts. eps is far above rounding noise: with 1e-8, AdamW turns a gradient of 1e-9 that is pure rounding
+# into a full step, and two correct summation orders part.
+BASE = {
+    "model": {"name": "wukong", "layers": 2, "num_fm": 4, "num_lcb": 4, "rank": 6, "mlp": [16], "dim": 16, "head": [16],
+              "dropout": 0.1},
+    "data": {"path": "", "batch_size": 64},
+    "embedding": {"learning_rate": 0.1, "l2": 1e-4, "dropout": 0.1, "eps": 1e-4},
+    "dense": {"learning_rate": 3e-3, "eps": 1e-3},
+    "train": {"seed": 3},
+    "deepspeed": {"gradient_clipping": 0.1},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case: the largest relative deviation of its losses from the reference's."""
+
+    name: str
+    relative_deviation: float
+    tolerance: float
+    losses: tuple[float, ...]
+
+    @property
+    def passed(self) -> bool:
+        return self.relative_deviation <= self.tolerance
+
+
+def run_matrix(chosen: list[Case], report: Callable[[Result], None] = lambda result: None) -> list[Result]:
+    """Train every case for 20 steps on gloo ranks of this machine, on a synthetic data set."""
+    results = []
+    with tempfile.TemporaryDirectory() as directory:
+        path = write_base(Path(directory))
+        references: dict[tuple[str, ...], list[float]] = {}
+        for ranks in sorted({case.ranks for case in chosen}):
+            with RankPool(ranks) as pool:
+                for case in (case for case in chosen if case.ranks == ranks):
+                    if case.numbers not in references:
+                        references[case.numbers] = reference_losses(load_config(path, list(case.numbers)), STEPS)
+                    result = compare(case, path, pool, references[case.numbers])
+                    report(result)
+                    results.append(result)
+    return results
+
+
+def write_base(directory: Path) -> Path:
+    """The base config and its synthetic data under `directory`; returns the config's path."""
+    prepare_synthetic(directory / "data", examples=STEPS * 64 + 37, seed=5)
+    path = directory / "parity.json"
+    path.write_text(json.dumps({**BASE, "data": {"path": str(directory / "data"), "batch_size": 64}}))
+    return path
+
+
+def compare(case: Case, path: Path, pool: RankPool, reference: list[float]) -> Result:
+    losses = pool.run(case_losses, path, [*case.numbers, *case.topology], STEPS)[0]
+    deviation = max(abs(mine - its) / abs(its) for mine, its in zip(losses, reference, strict=True))
+    return Result(case.name, deviation, case.tolerance, tuple(losses))
+
+
+def case_losses(path: Path, overrides: list[str], steps: int) -> list[float]:
+    """Runs on every rank: the losses of the first `steps` global batches through the real engine and exchange."""
+    config = load_config(path, overrides)
+    device = start_process(config)
+    run = build_run(config, device)
+    set_learning_rate(run.engine, config.dense.learning_rate)
+    clock = Clock(device)
+    losses = []
+    for step in range(steps):
+        epoch, position = divmod(step, run.train.steps_per_epoch)
+        batch = next(iter(run.train.batches(epoch, start=position))).to(device)
+        result = train_step(
+            run.engine, run.sparse, batch, world_size=run.topology.world_size, l2=config.embedding.l2, clock=clock
+        )
+        loss = binary_cross_entropy_with_logits(result.logits.double(), batch.labels.double())
+        dist.all_reduce(loss)
+        losses.append(float(loss) / run.topology.world_size)
+    del run
+    torch.manual_seed(0)
+    return losses
