@@ -3,6 +3,7 @@
 Shape suffixes: B examples, H columns of one example.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -129,7 +130,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [inputs, *hidden, outputs]
         self.linears = nn.ModuleList(
-            nn.Linear(fan_in, fan_out, bias=bias) for fan_in, fan_out in zip(widths, widths[1:], strict=False)
+            nn.Linear(fan_in, fan_out, bias=bias) for fan_in, fan_out in itertools.pairwise(widths)
         )
         self.dropouts = nn.ModuleList(KeyedDropout(dropout) for _ in hidden)
         self.reset_parameters()

@@ -14,7 +14,7 @@ projection compresses to.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from megarec.config.sections import WukongConfig
 from megarec.errors import UserError
 from megarec.models.blocks import MLP, init_fan_in_, number_dropouts
 
-Size = TypeVar("Size")
 LayerNormFactory = Callable[[int, bool], nn.Module]
 
 
@@ -54,25 +53,29 @@ def layer_sizes(n: int, config: WukongConfig) -> list[LayerSizes]:
     Raises:
         UserError: a list in the config has another length than `model.layers`.
     """
-    layers = config.layers
-    num_fm = _per_layer("num_fm", config.num_fm, layers)
-    num_lcb = _per_layer("num_lcb", config.num_lcb, layers)
-    rank = _per_layer("rank", config.rank, layers)
     nested = any(isinstance(widths, list) for widths in config.mlp)
-    mlp = _per_layer("mlp", cast(list[list[int]], config.mlp if nested else [config.mlp] * layers), layers)
+    num_fm = _per_layer("num_fm", config.num_fm, config.layers)
+    num_lcb = _per_layer("num_lcb", config.num_lcb, config.layers)
+    rank = _per_layer("rank", config.rank, config.layers)
+    mlp = cast(list[list[int]], config.mlp if nested else [config.mlp] * config.layers)
+    _check_length("mlp", len(mlp), config.layers)
     inputs = [n] + [fm + lcb for fm, lcb in zip(num_fm, num_lcb, strict=True)]
     return [LayerSizes(*sizes) for sizes in zip(inputs[:-1], num_fm, num_lcb, rank, mlp, strict=True)]
 
 
-def _per_layer(key: str, sizes: Size | list[Size], layers: int) -> list[Size]:
-    if not isinstance(sizes, list):
+def _per_layer(key: str, sizes: int | list[int], layers: int) -> list[int]:
+    if isinstance(sizes, int):
         return [sizes] * layers
-    if len(sizes) != layers:
+    _check_length(key, len(sizes), layers)
+    return sizes
+
+
+def _check_length(key: str, given: int, layers: int) -> None:
+    if given != layers:
         raise UserError(
-            f"model.{key} has sizes for {len(sizes)} layers, but model.layers={layers}: "
+            f"model.{key} has sizes for {given} layers, but model.layers={layers}: "
             "give one for all layers, or a list with one per layer"
         )
-    return sizes
 
 
 class Projection(nn.Module):
@@ -122,9 +125,7 @@ class FactorizationMachineBlock(nn.Module):
                 dropout=config.dropout,
             )
         self.norm = layer_norm(interactions, config.bias)
-        self.mlp = MLP(
-            interactions, sizes.mlp, sizes.num_fm * config.dim, bias=config.bias, dropout=config.dropout
-        )
+        self.mlp = MLP(interactions, sizes.mlp, sizes.num_fm * config.dim, bias=config.bias, dropout=config.dropout)
 
     def forward(self, x_BDN: Tensor, projected: Tensor | None, keys: Tensor | None) -> Tensor:
         """X^T and its projection, X^T Y [B, D, K] (attentive: the compressed X^T, [B, D, C]) -> [B, F, D]."""
@@ -182,9 +183,7 @@ class Wukong(nn.Module):
         super().__init__()
         sizes = layer_sizes(n, config)
         self.layers = nn.ModuleList(InteractionLayer(layer, config, layer_norm) for layer in sizes)
-        self.head = MLP(
-            sizes[-1].outputs * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout
-        )
+        self.head = MLP(sizes[-1].outputs * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
