@@ -15,8 +15,9 @@ from megarec.data.batch import Batch, Ids
 from megarec.data.loader import TrainLoader
 from megarec.data.schema import load_schema
 from megarec.data.store import open_split
-from megarec.embeddings.initial import initial_rows
-from megarec.embeddings.layout import EmbeddingLayout, build_layout
+from megarec.embeddings.initialisation import initial_rows
+from megarec.embeddings.layout import EmbeddingLayout, Table, build_layout
+from megarec.embeddings.placement import Shard
 from megarec.models.build import build_model
 
 
@@ -68,9 +69,7 @@ class PlainTables:
         self.layout = layout
         self.config = config
         self.steps = 0
-        self.weights = {
-            t.name: initial_rows(t, seed, config.initial_std, 0, t.rows).requires_grad_() for t in layout.tables
-        }
+        self.weights = {t.name: _initial_table(t, seed, config.initial_std).requires_grad_() for t in layout.tables}
         self.first = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.second = {name: torch.zeros_like(w) for name, w in self.weights.items()}
 
@@ -110,6 +109,11 @@ class PlainTables:
             v[rows] = 0.999 * v[rows] + 0.001 * g * g
             m_hat, v_hat = m[rows] / (1 - 0.9**self.steps), v[rows] / (1 - 0.999**self.steps)
             w[rows] -= rate * m_hat / (v_hat.sqrt() + eps)
+
+
+def _initial_table(table: Table, seed: int, std: float | None) -> Tensor:
+    whole = Shard(table.name, 0, 0, table.rows, 0, table.columns)
+    return torch.cat([rows for _, rows in initial_rows(table, whole, seed, std)])
 
 
 def _touched(batch: Batch, features: list[str]) -> Tensor:

@@ -19,7 +19,7 @@ from megarec.models.cost import Cost, count
 from megarec.parallel.collectives import Ledger
 from megarec.topology import Topology, build_topology
 from megarec.training.engine import build_engine
-from megarec.training.fused import layer_norm_class
+from megarec.training.fused import layer_norm_factory
 from megarec.training.monitor import tensorboard_section
 from megarec.training.schedule import Schedule
 
@@ -75,7 +75,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     )
 
     torch.manual_seed(config.train.seed)
-    norm, norm_reason = layer_norm_class(config.train.fused_kernels == "auto" and config.model.bias)
+    norm, norm_reason = layer_norm_factory(config.train.fused_kernels == "auto" and config.model.bias)
     model = build_model(config.model, layout, len(schema.numeric), config.embedding.dropout, layer_norm=norm)
     section = tensorboard_section(config.deepspeed, Path(config.train.output_dir))
     engine, optimizer_reason = build_engine(
@@ -90,8 +90,8 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         f"topology: {topology.describe()}",
         f"data: {schema.name}, {', '.join(f'{len(store):,} {split}' for split, store in stores.items())} examples",
         f"model: {config.model.name}, {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters, "
-        f"{cost.training_flop_per_example / 1e9:.4f} training GFLOP/example",
-        f"dense: ZeRO {zero_stage(config.deepspeed)}, optimizer {optimizer_reason}; LayerNorm {norm.__name__}: {norm_reason}",
+        f"{cost.flop / 1e9:.4f} training GFLOP/example",
+        f"dense: ZeRO {zero_stage(config.deepspeed)}, optimizer {optimizer_reason}; {norm_reason}",
         *sparse.describe(),
     )
     skipped = {split: store.skipped for split, store in stores.items() if store.skipped}

@@ -119,7 +119,7 @@ def _forget_warm_up_step(engine: Any) -> None:
 
 
 def compute_dtype(engine: Any) -> torch.dtype:
-    """The type in which the over-arch computes: its inputs are cast to it."""
+    """The type in which the over-arch computes."""
     if engine.bfloat16_enabled():
         return torch.bfloat16
     return torch.float16 if engine.fp16_enabled() else torch.float32

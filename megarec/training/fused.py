@@ -2,10 +2,10 @@
 
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import nn
+
+from megarec.models.wukong import LayerNormFactory, torch_layer_norm
 
 
 def probe_apex() -> tuple[bool, str]:
@@ -26,15 +26,14 @@ def fused_adam() -> tuple[Callable[..., torch.optim.Optimizer] | None, str]:
     return (importlib.import_module("apex.optimizers").FusedAdam if found else None), why
 
 
-def layer_norm_class(use_apex: bool) -> tuple[type[nn.Module], str]:
-    """apex's FusedLayerNorm or torch's LayerNorm, and the reason.
+def layer_norm_factory(use_apex: bool) -> tuple[LayerNormFactory, str]:
+    """apex's FusedLayerNorm or torch's LayerNorm, and a sentence for the log.
 
-    apex's always has a bias; it is taken only for models that keep theirs (model.bias).
+    Args:
+        use_apex: take apex's where it is there. It always has a bias, so a model without biases cannot use it.
     """
-    if not use_apex:
-        return nn.LayerNorm, "train.fused_kernels=torch or model.bias=false"
-    found, why = probe_apex()
+    found, why = probe_apex() if use_apex else (False, "train.fused_kernels=torch or model.bias=false")
     if not found:
-        return nn.LayerNorm, why
-    normalization: Any = importlib.import_module("apex.normalization")
-    return normalization.FusedLayerNorm, why
+        return torch_layer_norm, f"torch LayerNorm: {why}"
+    fused = importlib.import_module("apex.normalization").FusedLayerNorm
+    return lambda width, bias: fused(width), f"apex FusedLayerNorm: {why}"

@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from megarec.data.batch import Batch
 from megarec.embeddings.exchange import SparseSide, add_l2
 from megarec.training.clock import Clock
-from megarec.training.engine import compute_dtype, gradient_norm
+from megarec.training.engine import gradient_norm
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,15 @@ def train_step(
     leaf = embedded.detach().requires_grad_()
     accumulation = engine.gradient_accumulation_steps()
     rows_per_micro = batch.size // accumulation
-    dtype = compute_dtype(engine)
     logits = []
     norm = None
     loss_scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
     for micro in range(accumulation):
         rows = slice(micro * rows_per_micro, (micro + 1) * rows_per_micro)
         with clock.part("dense"):
-            embedded_rows = leaf if accumulation == 1 else leaf[rows]
-            out = engine(batch.numeric[rows].to(dtype), embedded_rows.to(dtype), batch.keys[rows])
-            engine.backward(binary_cross_entropy_with_logits(out.float(), batch.labels[rows]))
-        logits.append(out.detach().float())
+            out = engine(batch.numeric[rows], leaf if accumulation == 1 else leaf[rows], batch.keys[rows])
+            engine.backward(binary_cross_entropy_with_logits(out, batch.labels[rows]))
+        logits.append(out.detach())
         with clock.part("optimizer"):
             if want_norm and micro == accumulation - 1:
                 norm = gradient_norm(engine)
@@ -88,5 +86,4 @@ def train_step(
 def predict(engine: Any, sparse: SparseSide, batch: Batch) -> Tensor:
     """Logits [B] of a batch, in evaluation mode."""
     engine.eval()
-    dtype = compute_dtype(engine)
-    return engine(batch.numeric.to(dtype), sparse.forward(batch).to(dtype), batch.keys).float()
+    return engine(batch.numeric, sparse.forward(batch), batch.keys)

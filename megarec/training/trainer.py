@@ -172,14 +172,18 @@ class Loop:
         rate = seen.examples / seconds
         self.train_seconds += seconds
         self.trained_steps += self.window_steps
-        tflops = rate * run.cost.training_flop_per_example / 1e12
+        tflops = rate * run.cost.flop / 1e12
         epoch = position.step / run.train.steps_per_epoch
         self.monitor.say(
             f"step {position.step}/{run.schedule.total_steps}  epoch {epoch:.2f}  loss {seen.logloss:.4f}  "
             f"NE {seen.ne:.4f}  AUC {seen.auc:.4f}  {rate:,.0f} examples/s"
         )
         self.monitor.step(position.step, f"{rate:,.0f} examples/s  loss {seen.logloss:.4f}  NE {seen.ne:.4f}")
-        sent = {f"bytes_per_step/{group}": total / self.window_steps for group, total in run.ledger.take().items()}
+        sent: dict[str, float] = {}
+        for row in run.ledger.rows():
+            tag = f"bytes_per_step/{row['group']}"
+            sent[tag] = sent.get(tag, 0.0) + row["bytes"] / self.window_steps
+        run.ledger.clear()
         self.monitor.scalars(
             position.step,
             {
@@ -192,7 +196,7 @@ class Loop:
                 "optim/gradient_norm": result.gradient_norm,
                 "optim/skipped_steps": position.skipped_steps,
                 "speed/examples_per_second": rate,
-                "speed/gflop_per_example": run.cost.training_flop_per_example / 1e9,
+                "speed/gflop_per_example": run.cost.flop / 1e9,
                 "speed/tflops": tflops,
                 "speed/mfu": tflops / self.peak,
                 **{f"time_ms/{part}": value for part, value in self.clock.milliseconds().items()},
@@ -233,7 +237,7 @@ class Loop:
 
     def summary(self) -> dict[str, float | None]:
         """The "train" part of metrics.json: rates over the logged steps, validation and saving left out."""
-        flop = self.run.cost.training_flop_per_example
+        flop = self.run.cost.flop
         rate = self.trained_steps * self.run.config.data.batch_size / self.train_seconds if self.train_seconds else None
         tflops = rate * flop / 1e12 if rate else None
         return {
