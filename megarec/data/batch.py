@@ -1,5 +1,6 @@
 """One batch of examples on one rank."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +45,15 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device; copies from pinned memory do not wait."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from which copies to a GPU do not wait; needs CUDA."""
+        return self._map(Tensor.pin_memory)
 
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         ids = {
-            name: Ids(move(f.values), None if f.lengths is None else move(f.lengths)) for name, f in self.ids.items()
+            name: Ids(change(f.values), None if f.lengths is None else change(f.lengths))
+            for name, f in self.ids.items()
         }
-        return Batch(move(self.numeric), ids, move(self.labels), move(self.keys), self.valid)
+        return Batch(change(self.numeric), ids, change(self.labels), change(self.keys), self.valid)

@@ -1,6 +1,8 @@
 """What prepared data looks like: `schema.json` beside the parquet shards of each split."""
 
+import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -80,3 +82,47 @@ def save_schema(schema: Schema, directory: Path) -> None:
     """Write `schema.json`, readable by people."""
     text = json.dumps(schema.model_dump(), indent=2) + "\n"
     (directory / SCHEMA_FILE).write_text(text, encoding="utf-8")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the nearest known one, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def select_features(schema: Schema, names: list[str] | None) -> Schema:
+    """The schema of these features only, categorical and numeric, in the schema's order; None: all.
+
+    Where the owner of a shared table is left out, the first feature left that shared it owns the table (which
+    then bears that feature's name); others that shared it follow.
+
+    Raises:
+        UserError: an unknown name, one named twice, or none.
+    """
+    if names is None:
+        return schema
+    known = [feature.name for feature in schema.categorical] + list(schema.numeric)
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"data.features names {name!r}, which {schema.name} does not have; {did_you_mean(name, known)}"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"data.features names {name!r} {names.count(name)} times; name it once")
+    if not names:
+        raise UserError(f"data.features is empty; name some of: {', '.join(known)}; or leave it out to use all")
+    owners: dict[str, str] = {}
+    categorical = []
+    for feature in sorted(schema.categorical, key=lambda f: f.table is not None):  # owners first
+        if feature.name in names:
+            table = feature.table or feature.name
+            owner = owners.setdefault(table, feature.name)
+            categorical.append(feature.model_copy(update={"table": None if owner == feature.name else owner}))
+    order = {feature.name: index for index, feature in enumerate(schema.categorical)}
+    return schema.model_copy(
+        update={
+            "categorical": tuple(sorted(categorical, key=lambda f: order[f.name])),
+            "numeric": tuple(name for name in schema.numeric if name in names),
+        }
+    )
