@@ -25,7 +25,7 @@ def _stream(seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
     """uint64 [1]: the start of an independent stream of numbers."""
     state = np.zeros(1, np.uint64)
     for part in (seed, epoch, purpose):
-        state = mix64((state ^ np.array([part], np.uint64)) + _GOLDEN)
+        state = mix64((state ^ np.array([part % 2**64], np.uint64)) + _GOLDEN)
     return state
 
 

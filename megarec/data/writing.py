@@ -1,10 +1,10 @@
 """Write a prepared data set so that it is there whole or not at all."""
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,12 +31,12 @@ def write_dataset(output: Path, write: Callable[[Path], Schema]) -> Schema:
     check_output(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        partial = output.parent / f".{output.name}.partial-{uuid4().hex[:8]}"
+        partial.mkdir()
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror}); choose another directory") from error
     try:
         schema = write(partial)
-        partial.chmod(0o755)  # mkdtemp makes it private
         _move_into_place(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
