@@ -1,0 +1,107 @@
+"""All tables of one rank: up to two backends side by side, and the record of touched rows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megarec.config.sections import EmbeddingConfig
+from megarec.embeddings.co_owners import CoOwners
+from megarec.embeddings.ids import LocalIds
+from megarec.embeddings.initial import fill_initial
+from megarec.embeddings.layout import EmbeddingLayout
+from megarec.embeddings.placement import Shard
+from megarec.embeddings.routes import Slot
+from megarec.embeddings.tables import Choice, State, Tables, group_slots
+from megarec.embeddings.torch_tables import TorchTables
+from megarec.errors import UserError
+from megarec.parallel.collectives import Channel
+
+
+class LocalTables:
+    """The shards of this rank; its slots are in the order of the output's columns.
+
+    Args:
+        slots: of this rank.
+        shards: of all ranks.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        layout: EmbeddingLayout,
+        shards: Sequence[Shard],
+        choices: dict[str, Choice],
+        config: EmbeddingConfig,
+        channel: Channel,
+        device: torch.device,
+    ) -> None:
+        self._layout = layout
+        self._slots = slots
+        local = group_slots(slots)
+        fused = [part for part in local if choices[part.shard.table].backend == "fbgemm"]
+        plain = [part for part in local if choices[part.shard.table].backend == "torch"]
+        self._groups: list[tuple[int, Tables]] = []  # (slots, tables), in slot order: the routes put FBGEMM's first
+        if fused:
+            from megarec.embeddings.fbgemm_tables import FbgemmTables  # takes a second and may not be installed
+
+            self._groups.append((sum(len(part.slots) for part in fused), FbgemmTables(fused, config, device)))
+        # Row-wise Adagrad over column slices needs every rank in its exchange, one without such slices as well.
+        split = config.optimizer == "rowwise_adagrad" and any(shard.column_start > 0 for shard in shards)
+        if plain or split:
+            owners = CoOwners([part.shard for part in plain], shards, channel, device)
+            columns = [layout.table(part.shard.table).columns for part in plain]
+            tables = TorchTables(plain, columns, config, device, owners.sum if split else None)
+            self._groups.append((sum(len(part.slots) for part in plain), tables))
+        self._touched = {part.shard: torch.zeros(part.shard.rows, 1, dtype=torch.bool, device=device) for part in local}
+
+    def fill(self, seed: int, std: float | None) -> None:
+        """Initial weights (initial.py)."""
+        for name, (shard, tensor) in self.state().items():
+            if name == f"{shard.table}/weight":
+                fill_initial(tensor, shard, self._layout.table(shard.table), seed, std)
+
+    def forward(self, ids: LocalIds) -> Tensor:
+        """Summed rows of every bag, contiguous float32 [examples, columns of all slots]."""
+        if torch.is_grad_enabled():
+            self._touch(ids)
+        outputs = []
+        first = 0
+        for slots, tables in self._groups:
+            outputs.append(tables.forward(ids.part(first, first + slots)))
+            first += slots
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def set_learning_rate(self, rate: float) -> None:
+        for _, tables in self._groups:
+            tables.set_learning_rate(rate)
+
+    def row_usage(self) -> dict[str, float]:
+        """Share of the rows that were looked up with gradients enabled, by table."""
+        return {shard.table: float(touched.sum()) / shard.rows for shard, touched in self._touched.items()}
+
+    def state(self) -> State:
+        named: State = {f"{shard.table}/touched": (shard.per_row, touched) for shard, touched in self._touched.items()}
+        for _, tables in self._groups:
+            named |= tables.state()
+        return named
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        mine = self.state()
+        unknown = sorted(set(state) - set(mine)) or sorted(set(mine) - set(state))
+        if unknown:
+            kind = "does not fit this rank's tables" if unknown[0] in state else "is missing"
+            raise UserError(f"checkpoint: {unknown[0]} {kind}; resume with the embedding section it was written with")
+        for name, (_, tensor) in mine.items():
+            if (state[name].shape, state[name].dtype) != (tensor.shape, tensor.dtype):
+                raise UserError(
+                    f"checkpoint: {name} is {state[name].dtype} {tuple(state[name].shape)}, this rank's is "
+                    f"{tensor.dtype} {tuple(tensor.shape)}; resume with the embedding section it was written with"
+                )
+        for name, (_, tensor) in mine.items():
+            tensor.copy_(state[name])
+
+    def _touch(self, ids: LocalIds) -> None:
+        values = ids.values.split(list(ids.counts))
+        for slot, rows in zip(self._slots, values, strict=True):
+            self._touched[slot.shard].view(-1).index_fill_(0, rows.long(), True)

@@ -1,0 +1,106 @@
+"""Optimizers over the touched rows of a table, written out in torch, float32 whatever the weights are stored in.
+
+Each runs once a step on the gradient that was summed over the whole global batch before ("exact").
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ADAM_BETAS = (0.9, 0.999)
+
+
+@dataclass
+class Hyperparameters:
+    """What an update needs to know beside the gradient; the rate may change between steps."""
+
+    learning_rate: float
+    eps: float
+
+
+@dataclass
+class RowGradient:
+    """The gradient of a table's touched rows; an update may overwrite `values`.
+
+    Attributes:
+        rows: int64 [U], unique.
+        values: float32 [U, columns], summed over the global batch.
+        mean_square: float32 [U, 1], mean of the squared gradient over the global row; None unless a row-wise
+            optimizer asks for it.
+    """
+
+    rows: Tensor
+    values: Tensor
+    mean_square: Tensor | None = None
+
+
+RowUpdate = Callable[[dict[str, Tensor], RowGradient, Hyperparameters], Tensor]
+"""Updates the state's rows; returns the change of the weights' rows, [U, columns]."""
+
+
+def sgd(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters) -> Tensor:
+    """w -= rate g."""
+    return gradient.values.mul_(-h.learning_rate)
+
+
+def adagrad(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters) -> Tensor:
+    """s += g^2; w -= rate g / (sqrt(s) + eps)."""
+    rows, g = gradient.rows, gradient.values
+    square_sum = state["square_sum"].index_select(0, rows).addcmul_(g, g)
+    state["square_sum"].index_copy_(0, rows, square_sum)
+    return g.div_(square_sum.sqrt_().add_(h.eps)).mul_(-h.learning_rate)
+
+
+def rowwise_adagrad(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters) -> Tensor:
+    """s += mean(g^2) over the row, one number a row; w -= rate g / (sqrt(s) + eps)."""
+    assert gradient.mean_square is not None
+    square_sum = state["rowwise_square_sum"].index_select(0, gradient.rows).add_(gradient.mean_square)
+    state["rowwise_square_sum"].index_copy_(0, gradient.rows, square_sum)
+    return gradient.values.mul_(-h.learning_rate / square_sum.sqrt_().add_(h.eps))
+
+
+def adam(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters) -> Tensor:
+    """torch.optim.SparseAdam: the moments of touched rows move; bias correction by the global step."""
+    rows, g = gradient.rows, gradient.values
+    beta1, beta2 = ADAM_BETAS
+    first = state["first_moment"].index_select(0, rows).lerp_(g, 1 - beta1)
+    second = state["second_moment"].index_select(0, rows).mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    state["first_moment"].index_copy_(0, rows, first)
+    state["second_moment"].index_copy_(0, rows, second)
+    steps = int(state["steps"].add_(1))
+    rate = h.learning_rate * (1 - beta2**steps) ** 0.5 / (1 - beta1**steps)
+    return first.div_(second.sqrt_().add_(h.eps)).mul_(-rate)
+
+
+@dataclass(frozen=True)
+class RowOptimizer:
+    """An update and the state it keeps: by name, a number per element, row or table."""
+
+    update: RowUpdate
+    state: dict[str, Literal["element", "row", "table"]]
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether the update looks at whole rows of the global table."""
+        return "row" in self.state.values()
+
+    def new_state(self, weight: Tensor) -> dict[str, Tensor]:
+        """Zeros: float32 [rows, columns] or [rows, 1] beside the weights, int64 [1, 1] on the CPU."""
+        shapes = {"element": weight.shape, "row": (weight.shape[0], 1)}
+        return {
+            name: torch.zeros(shapes[per], device=weight.device)
+            if per in shapes
+            else torch.zeros(1, 1, dtype=torch.int64)
+            for name, per in self.state.items()
+        }
+
+
+ROW_OPTIMIZERS = {
+    "sgd": RowOptimizer(sgd, {}),
+    "adagrad": RowOptimizer(adagrad, {"square_sum": "element"}),
+    "rowwise_adagrad": RowOptimizer(rowwise_adagrad, {"rowwise_square_sum": "row"}),
+    "adam": RowOptimizer(adam, {"first_moment": "element", "second_moment": "element", "steps": "table"}),
+}

@@ -1,0 +1,103 @@
+"""The tables of one rank: what both backends share, and which backend holds which table."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from megarec.config.sections import EmbeddingConfig
+from megarec.embeddings.ids import LocalIds
+from megarec.embeddings.layout import EmbeddingLayout
+from megarec.embeddings.placement import COLUMN_UNIT, Shard
+from megarec.embeddings.routes import Slot
+from megarec.errors import UserError
+
+State = dict[str, tuple[Shard, Tensor]]
+"""By "<table>/<what>": the slice of the global tensor, and the tensor on this rank itself (not a copy)."""
+
+
+class Tables(Protocol):
+    """Shards of one rank in one backend. A backward pass through `forward` updates them, once."""
+
+    def forward(self, ids: LocalIds) -> Tensor:
+        """Summed rows float32 [examples, columns of all slots]; with gradients enabled it carries the update."""
+
+    def set_learning_rate(self, rate: float) -> None: ...
+
+    def state(self) -> State:
+        """Weights and optimizer state, live; one number a row is a [rows, 1] tensor, one a table [1, 1]."""
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """A shard of this rank and the slots that look it up; they are neighbours, and so are their columns."""
+
+    shard: Shard
+    slots: tuple[Slot, ...]
+
+    @property
+    def jagged(self) -> bool:
+        """Whether a bag may hold any number of ids; else exactly one."""
+        return any(slot.feature.multi_valued for slot in self.slots)
+
+
+def group_slots(slots: Sequence[Slot]) -> tuple[LocalShard, ...]:
+    """Shards in slot order, each with its slots."""
+    shards = dict.fromkeys(slot.shard for slot in slots)
+    return tuple(LocalShard(shard, tuple(slot for slot in slots if slot.shard == shard)) for shard in shards)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of a table and why."""
+
+    backend: Literal["fbgemm", "torch"]
+    reason: str
+
+
+def choose_backends(
+    layout: EmbeddingLayout, shards: Sequence[Shard], config: EmbeddingConfig, device: torch.device
+) -> dict[str, Choice]:
+    """The backend of every table.
+
+    Raises:
+        UserError: embedding.backend is "fbgemm" and a table cannot be held by it.
+    """
+    if config.backend == "torch":
+        return {table.name: Choice("torch", 'embedding.backend="torch"') for table in layout.tables}
+    choices = {}
+    for table in layout.tables:
+        parts = [shard for shard in shards if shard.table == table.name]
+        obstacle = fbgemm_obstacle(parts, config) or _fbgemm_problem(device.type)
+        if obstacle is None:
+            choices[table.name] = Choice("fbgemm", f'embedding.backend="{config.backend}"')
+        elif config.backend == "auto":
+            choices[table.name] = Choice("torch", obstacle)
+        else:
+            raise UserError(f'embedding.backend="fbgemm" cannot hold table {table.name!r}: {obstacle}; use "auto"')
+    return choices
+
+
+def fbgemm_obstacle(shards: Sequence[Shard], config: EmbeddingConfig) -> str | None:
+    """What in a config and a table's placement rules FBGEMM out, the same on every rank; None: nothing."""
+    if config.optimizer == "adam":
+        return "Adam over touched rows, bias-corrected by the global step, is not FBGEMM's"
+    if config.optimizer == "rowwise_adagrad" and any(shard.column_start > 0 for shard in shards):
+        return "row-wise Adagrad needs the gradient's whole row, and the table is split by columns"
+    odd = [shard.columns for shard in shards if shard.columns % COLUMN_UNIT]
+    return f"{odd[0]} columns are no multiple of {COLUMN_UNIT}" if odd else None
+
+
+@functools.cache
+def _fbgemm_problem(device: str) -> str | None:
+    """What in this installation rules FBGEMM out; None: nothing."""
+    try:
+        import megarec.embeddings.fbgemm_tables  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f"fbgemm_gpu cannot be imported ({' '.join(str(error).split())})"
+    if device == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("fbgemm::bounds_check_indices", "CUDA"):
+        return "fbgemm_gpu is installed without CUDA (fbgemm-gpu-cpu); install fbgemm-gpu instead"
+    return None
