@@ -33,3 +33,5 @@ ensure_environment() {
 
 ensure_environment "$@"
 export PATH="$venv/bin:$PATH"
+# DeepSpeed warns at every start when it has to find out by itself that there is no accelerator.
+command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}

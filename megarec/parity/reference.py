@@ -15,9 +15,8 @@ from megarec.data.batch import Batch, Ids
 from megarec.data.loader import TrainLoader
 from megarec.data.schema import load_schema
 from megarec.data.store import open_split
-from megarec.embeddings.initialisation import initial_rows
-from megarec.embeddings.layout import EmbeddingLayout, Table, build_layout
-from megarec.embeddings.placement import Shard
+from megarec.embeddings.initial import initial_rows
+from megarec.embeddings.layout import EmbeddingLayout, build_layout
 from megarec.models.build import build_model
 
 
@@ -69,7 +68,7 @@ class PlainTables:
         self.layout = layout
         self.config = config
         self.steps = 0
-        self.weights = {t.name: _initial_table(t, seed, config.initial_std).requires_grad_() for t in layout.tables}
+        self.weights = {t.name: initial_rows(t, seed, config.initial_std, 0, t.rows).requires_grad_() for t in layout.tables}
         self.first = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.second = {name: torch.zeros_like(w) for name, w in self.weights.items()}
 
@@ -104,16 +103,11 @@ class PlainTables:
         elif self.config.optimizer == "rowwise_adagrad":
             v[rows] += (g * g).mean(dim=1, keepdim=True)
             w[rows] -= rate * g / (v[rows].sqrt() + eps)
-        else:  # lazy Adam: moments move only on touched rows, bias correction by the global step
+        else:  # lazy Adam as torch.optim.SparseAdam: moments of touched rows, bias by the global step
             m[rows] = 0.9 * m[rows] + 0.1 * g
             v[rows] = 0.999 * v[rows] + 0.001 * g * g
-            m_hat, v_hat = m[rows] / (1 - 0.9**self.steps), v[rows] / (1 - 0.999**self.steps)
-            w[rows] -= rate * m_hat / (v_hat.sqrt() + eps)
-
-
-def _initial_table(table: Table, seed: int, std: float | None) -> Tensor:
-    whole = Shard(table.name, 0, 0, table.rows, 0, table.columns)
-    return torch.cat([rows for _, rows in initial_rows(table, whole, seed, std)])
+            bias_1, bias_2 = 1 - 0.9**self.steps, 1 - 0.999**self.steps
+            w[rows] -= rate * bias_2**0.5 / bias_1 * m[rows] / (v[rows].sqrt() + eps)
 
 
 def _touched(batch: Batch, features: list[str]) -> Tensor:

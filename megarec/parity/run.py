@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.config.load import load_config
-from megarec.data.synthetic import prepare_synthetic
+from megarec.data.synthetic import Shape, prepare_synthetic
 from megarec.parallel.pool import RankPool
 from megarec.parity.cases import Case
 from megarec.parity.reference import reference_losses
@@ -29,7 +29,8 @@ BASE = {
     "model": {"name": "wukong", "layers": 2, "num_fm": 4, "num_lcb": 4, "rank": 6, "mlp": [16], "dim": 16, "head": [16],
               "dropout": 0.1},
     "data": {"path": "", "batch_size": 64},
-    "embedding": {"learning_rate": 0.1, "l2": 1e-4, "dropout": 0.1, "eps": 1e-4},
+    "embedding": {"learning_rate": 0.1, "l2": 1e-4, "dropout": 0.1, "eps": 1e-4,
+                  "features": {"single_1": {"embeddings": 2}, "single_2": {"width": 8}, "multi_1": {"width": 4}}},
     "dense": {"learning_rate": 3e-3, "eps": 1e-3},
     "train": {"seed": 3},
     "deepspeed": {"gradient_clipping": 0.1},
@@ -69,7 +70,7 @@ def run_matrix(chosen: list[Case], report: Callable[[Result], None] = lambda res
 
 def write_base(directory: Path) -> Path:
     """The base config and its synthetic data under `directory`; returns the config's path."""
-    prepare_synthetic(directory / "data", examples=STEPS * 64 + 37, seed=5)
+    prepare_synthetic(Shape(examples=2_000, seed=5), directory / "data")
     path = directory / "parity.json"
     path.write_text(json.dumps({**BASE, "data": {"path": str(directory / "data"), "batch_size": 64}}))
     return path

@@ -72,9 +72,10 @@ class Predictions:
         self.logits.clear()
         self.labels.clear()
         if world is not None:
-            everyone = mine.new_empty((dist.get_world_size(world), *mine.shape))
-            dist.all_gather_into_tensor(everyone, mine.contiguous(), group=world)
-            mine = everyone.transpose(0, 1).flatten(1)
+            ranks, examples = dist.get_world_size(world), mine.shape[1]
+            everyone = mine.new_empty(ranks * 2, examples)
+            dist.all_gather_single(everyone, mine, group=world)
+            mine = everyone.view(ranks, 2, examples).transpose(0, 1).flatten(1)
         logits, labels = mine.cpu()
         counted = ~labels.isnan()
         return quality(logits[counted], labels[counted])

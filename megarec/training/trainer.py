@@ -179,11 +179,7 @@ class Loop:
             f"NE {seen.ne:.4f}  AUC {seen.auc:.4f}  {rate:,.0f} examples/s"
         )
         self.monitor.step(position.step, f"{rate:,.0f} examples/s  loss {seen.logloss:.4f}  NE {seen.ne:.4f}")
-        sent: dict[str, float] = {}
-        for row in run.ledger.rows():
-            tag = f"bytes_per_step/{row['group']}"
-            sent[tag] = sent.get(tag, 0.0) + row["bytes"] / self.window_steps
-        run.ledger.clear()
+        sent = {f"bytes_per_step/{group}": total / self.window_steps for group, total in run.ledger.take().items()}
         self.monitor.scalars(
             position.step,
             {
