@@ -33,13 +33,14 @@ def write_dataset(output: Path, write: Callable[[Path], Schema]) -> Schema:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = output.parent / f".{output.name}.partial-{uuid4().hex[:8]}"
         partial.mkdir()
+        try:
+            schema = write(partial)
+            _move_into_place(partial, output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror}); choose another directory") from error
-    try:
-        schema = write(partial)
-        _move_into_place(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        why = error.strerror or error
+        raise UserError(f"--output {output}: cannot be written ({why}); choose another directory") from error
     return schema
 
 

@@ -1,0 +1,145 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megarec.data.cache import ROWS_FILE, ensure_cache
+from megarec.errors import UserError
+from tests.data.prepared import SCHEMA, make_rows, write_prepared, write_split
+
+ROOT = Path(__file__).resolve().parents[2]
+# A builder that notes that it builds, and, if asked, stops half-way for good.
+BUILDER = """
+import sys, time
+from pathlib import Path
+from megarec.data import cache
+from megarec.data.schema import load_schema
+directory, hang = Path(sys.argv[1]), sys.argv[2] == "hang"
+build, packed = cache._build, cache._packed
+def noted(*args):
+    with (directory / "builds").open("a") as file:
+        file.write("built\\n")
+    build(*args)
+def slowly(*args):
+    print("building", flush=True)
+    time.sleep(1000 if hang else 0.5)
+    return packed(*args)
+cache._build, cache._packed = noted, slowly
+print(cache.ensure_cache(directory, "train", load_schema(directory), "error"), flush=True)
+"""
+
+
+def start_builder(directory: Path, how: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", BUILDER, str(directory), how]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_many_processes_build_once(tmp_path: Path) -> None:
+    write_prepared(tmp_path)
+    builders = [start_builder(tmp_path, "finish") for _ in range(3)]
+    caches = {builder.communicate(timeout=60)[0].splitlines()[-1] for builder in builders}
+    assert len(caches) == 1 and (Path(caches.pop()) / ROWS_FILE).is_file()
+    assert (tmp_path / "builds").read_text() == "built\n"
+
+
+def test_a_killed_builder_blocks_nobody(tmp_path: Path) -> None:
+    write_prepared(tmp_path)
+    killed = start_builder(tmp_path, "hang")
+    assert killed.stdout is not None and killed.stdout.readline() == "building\n"
+    waiting = start_builder(tmp_path, "finish")
+    assert len(list((tmp_path / ".arrow").glob("*.partial"))) == 1
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    cache = Path(waiting.communicate(timeout=60)[0].splitlines()[-1])
+    assert sorted(path.name for path in (tmp_path / ".arrow").iterdir()) == sorted([cache.name, "lock"])
+    assert (cache / ROWS_FILE).is_file()
+
+
+def test_reused_while_nothing_changes(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", make_rows(20), shards=2)
+    cache = ensure_cache(tmp_path, "train", SCHEMA, "error")
+    built = (cache / ROWS_FILE).stat().st_mtime_ns
+    assert ensure_cache(tmp_path, "train", SCHEMA, "error") == cache
+    assert (cache / ROWS_FILE).stat().st_mtime_ns == built
+
+
+def test_rebuilt_when_shards_columns_or_policy_change(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", make_rows(20), shards=2)
+    caches = {ensure_cache(tmp_path, "train", SCHEMA, "error"), ensure_cache(tmp_path, "train", SCHEMA, "skip")}
+    caches.add(ensure_cache(tmp_path, "train", SCHEMA.model_copy(update={"numeric": ("age",)}), "error"))
+    shard = tmp_path / "train" / "001.parquet"
+    os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
+    caches.add(ensure_cache(tmp_path, "train", SCHEMA, "error"))
+    assert len(caches) == 4
+
+
+def test_a_failed_build_leaves_no_cache(tmp_path: Path) -> None:
+    rows = make_rows(20)
+    rows[19]["user"] = 1000
+    write_split(tmp_path, "train", rows)
+    with pytest.raises(UserError):
+        ensure_cache(tmp_path, "train", SCHEMA, "error")
+    assert not [path for path in (tmp_path / ".arrow").iterdir() if path.suffix == "" and path.name != "lock"]
+
+
+def test_no_shards(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train holds no \*\.parquet shard; prepare the data first"):
+        ensure_cache(tmp_path, "train", SCHEMA, "error")
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", [])
+    with pytest.raises(UserError, match="train is empty: its shards have no rows; prepare"):
+        ensure_cache(tmp_path, "train", SCHEMA, "error")
+
+
+def test_no_good_rows(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", [row | {"label": 3} for row in make_rows(4)])
+    with pytest.raises(UserError, match=r"train is empty: all 4 rows are bad: \{'label is not 0 or 1': 4\}"):
+        ensure_cache(tmp_path, "train", SCHEMA, "skip")
+
+
+def test_a_lost_shard(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", make_rows(20), shards=2)
+    (tmp_path / "train" / "001.parquet").unlink()
+    schema = SCHEMA.model_copy(update={"rows": {"train": 20}})
+    with pytest.raises(UserError, match=r"train has 10 rows in 1 shards, but schema.json says rows\.train=20"):
+        ensure_cache(tmp_path, "train", schema, "error")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 700])
+def test_a_broken_shard(tmp_path: Path, keep: int) -> None:
+    write_split(tmp_path, "train", make_rows(500), shards=2)
+    shard = tmp_path / "train" / "001.parquet"
+    shard.write_bytes(shard.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"001\.parquet cannot be read as parquet"):
+        ensure_cache(tmp_path, "train", SCHEMA, "error")
+
+
+def test_damaged_pages(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", make_rows(500))
+    shard = tmp_path / "train" / "000.parquet"
+    data = bytearray(shard.read_bytes())
+    data[4:400] = bytes(396)
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=r"000\.parquet cannot be read as parquet"):
+        ensure_cache(tmp_path, "train", SCHEMA, "error")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", make_rows(5))
+    (tmp_path / ".arrow").write_text("in the way")
+    with pytest.raises(UserError, match=r"\.arrow/train-\w+ cannot be written \(File exists\)"):
+        ensure_cache(tmp_path, "train", SCHEMA, "error")
+
+
+def test_pooling_needs_no_other_cache(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", make_rows(5))
+    other = json.loads(SCHEMA.model_dump_json())
+    other["categorical"][1]["pooling"] = "mean"
+    cache = ensure_cache(tmp_path, "train", SCHEMA, "error")
+    assert ensure_cache(tmp_path, "train", SCHEMA.model_validate(other), "error") == cache

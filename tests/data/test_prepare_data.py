@@ -1,0 +1,54 @@
+"""The command line: exit codes, one line for a mistake, nothing half-written."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megarec.data.schema import load_schema
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_success(tmp_path: Path) -> None:
+    done = run("synthetic", "--output", str(tmp_path / "out"), "--examples", "100", "--numeric", "0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "80 train, 10 valid, 10 test examples; 6 categorical and 0 numeric features" in done.stdout
+    assert load_schema(tmp_path / "out").rows["train"] == 80
+
+
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    done = run(
+        "table",
+        "--schema",
+        "none.json",
+        *(f"--{s}=x.csv" for s in ("train", "valid", "test")),
+        f"--output={tmp_path / 'o'}",
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --schema none.json: cannot be read (No such file or directory)\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_terms_are_shown(tmp_path: Path) -> None:
+    done = run("movielens-100k", "--output", str(tmp_path / "out"), "--wheel", str(tmp_path / "none.whl"))
+    assert done.returncode == 2 and "GroupLens" in done.stdout and "no redistribution" in done.stdout
+
+
+def test_a_stopped_preparation_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOL), "synthetic", "--output", str(tmp_path / "out"), "--examples", "100000000"]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 30
+    while not any(re.match(r"\.out\.partial-", p.name) for p in tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert len(list(tmp_path.iterdir())) == 1
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []

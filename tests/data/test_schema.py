@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+
+from megarec.data.schema import load_schema, save_schema, select_features
+from megarec.errors import UserError
+from tests.data.prepared import SCHEMA
+
+
+def test_all_features() -> None:
+    assert select_features(SCHEMA, None) == SCHEMA
+
+
+def test_some_features_in_schema_order() -> None:
+    chosen = select_features(SCHEMA, ["age", "item", "user"])
+    assert [f.name for f in chosen.categorical] == ["user", "item"]
+    assert chosen.numeric == ("age",)
+    assert chosen.rows == SCHEMA.rows and chosen.label == SCHEMA.label
+
+
+def test_a_shared_table_keeps_its_owner() -> None:
+    chosen = select_features(SCHEMA, ["history", "item"])
+    assert [(f.name, f.table) for f in chosen.categorical] == [("item", None), ("history", "item")]
+
+
+def test_a_shared_table_without_its_owner_passes_to_the_next() -> None:
+    more = SCHEMA.categorical[3].model_copy(update={"name": "saved"})
+    schema = SCHEMA.model_copy(update={"categorical": (*SCHEMA.categorical, more)})
+    chosen = select_features(schema, ["saved", "history"])
+    assert [(f.name, f.table, f.rows) for f in chosen.categorical] == [("history", None, 30), ("saved", "history", 30)]
+    type(chosen).model_validate(chosen.model_dump())  # consistent by the schema's own rules
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["usr"], "data.features names 'usr', which test does not have; did you mean 'user'?"),
+        (["zzz"], "data.features names 'zzz', which test does not have; known: user, tags, item, history, price, age"),
+        (["user", "age", "user"], "data.features names 'user' 2 times; name it once"),
+        ([], "data.features is empty; name some of: user, tags, item, history, price, age; or leave it out to use all"),
+    ],
+)
+def test_mistakes(names: list[str], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        select_features(SCHEMA, names)
+    assert str(caught.value) == told
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    save_schema(SCHEMA, tmp_path)
+    assert load_schema(tmp_path) == SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, r"schema\.json does not exist: prepare the data first"),
+        ("{", r"schema\.json: Invalid JSON"),
+        (
+            '{"name": "x", "categorical": [{"name": "a", "rows": 0}], "rows": {}}',
+            r"schema\.json: categorical\.0\.rows: ",
+        ),
+        (b"\xff", r"schema\.json: "),
+    ],
+)
+def test_a_schema_that_cannot_be_read(tmp_path: Path, text: str | bytes | None, told: str) -> None:
+    if text is not None:
+        (tmp_path / "schema.json").write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(UserError, match=told):
+        load_schema(tmp_path)
