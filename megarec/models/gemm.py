@@ -32,6 +32,10 @@ class _Float32Products(TorchFunctionMode):
 
 def fast_cpu_gemm(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Around a forward pass: fast bf16 products where torch has none, else nothing."""
-    if device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return _Float32Products()
-    return nullcontext()
+    slow = device.type == "cpu" and dtype == torch.bfloat16 and not _cpu_multiplies_bf16()
+    return _Float32Products() if slow else nullcontext()
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """What torch itself asks before it hands a bf16 product on a CPU to oneDNN."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -87,6 +87,10 @@ class Projection(nn.Module):
         residual: the linear compression of the residual, where the number of embeddings changes.
     """
 
+    lcb: nn.Parameter
+    fm: nn.Parameter | None
+    residual: nn.Parameter | None
+
     def __init__(self, inputs: int, *, lcb: int, fm: int | None, residual: int | None) -> None:
         super().__init__()
         for name, outputs in (("lcb", lcb), ("fm", fm), ("residual", residual)):
@@ -160,7 +164,7 @@ class InteractionLayer(nn.Module):
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, M, D]."""
-        x_BDN = x_BND.mT.contiguous()  # the one copy of X: all products of the layer read this layout in place
+        x_BDN = x_BND.mT.contiguous()  # the one copy of X: every product of the layer reads this layout as it lies
         projected = self.projection(x_BDN)
         fmb_BFD = self.fmb(x_BDN, projected.get("fm"), keys)
         residual_BMD = projected["residual"].mT if "residual" in projected else x_BND
