@@ -3,6 +3,8 @@
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -208,8 +210,8 @@ class Loop:
 
     def _validate(self, checkpoints: Path) -> None:
         run, config, position = self.run, self.run.config, self.position
-        started = time.perf_counter()
-        found = evaluate(run, run.valid)
+        with self._off_the_clock():
+            found = evaluate(run, run.valid)
         improved = self.patience.update(found.logloss)
         if config.schedule.plateau_patience and self.patience.since_drop >= config.schedule.plateau_patience:
             run.schedule.plateau_drops += 1
@@ -224,11 +226,16 @@ class Loop:
         self.monitor.scalars(position.step, {f"valid/{key}": value for key, value in _described(found).items()})
         if improved:
             self._save(checkpoints, checkpoint.BEST)
-        self.window_start += time.perf_counter() - started
 
     def _save(self, checkpoints: Path, name: str) -> None:
+        with self._off_the_clock():
+            checkpoint.save(checkpoints, name, self.run.engine, self.run.sparse, self.position, self.run.topology)
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Validation and saving do not count in the examples per second."""
         started = time.perf_counter()
-        checkpoint.save(checkpoints, name, self.run.engine, self.run.sparse, self.position, self.run.topology)
+        yield
         self.window_start += time.perf_counter() - started
 
     def summary(self) -> dict[str, float | None]:

@@ -1,0 +1,156 @@
+"""Whole runs on two gloo ranks, on synthetic data."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megarec.config.load import load_config
+from megarec.data.synthetic import Shape, prepare_synthetic
+from megarec.errors import UserError
+from megarec.parallel.pool import RankPool
+from megarec.training.trainer import train
+
+MODEL = {"layers": 1, "num_fm": 2, "num_lcb": 2, "rank": 4, "mlp": [16], "dim": 8, "head": [8], "dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "data"
+    prepare_synthetic(Shape(examples=1_000, seed=2), path)  # 800 train, 100 valid, 100 test
+    return path
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool(2) as ranks:
+        yield ranks
+
+
+def write_config(directory: Path, data: Path, **train_section: Any) -> Path:
+    path = directory / "run.json"
+    run = {
+        "model": MODEL,
+        "data": {"path": str(data), "batch_size": 100},
+        "embedding": {"learning_rate": 0.1},
+        "dense": {"learning_rate": 0.01},
+        "train": {"epochs": 2, "log_every": 1, "output_dir": str(directory / "out"), **train_section},
+        "deepspeed": {"zero_optimization": {"stage": 2}, "tensorboard": {"enabled": True}},
+    }
+    path.write_text(json.dumps(run))
+    return path
+
+
+def train_on_a_rank(path: Path, overrides: list[str], resume: bool) -> dict[str, Any]:
+    return train(load_config(path, overrides), resume=resume, started=time.time())
+
+
+def scalars(directory: Path) -> dict[str, dict[int, float]]:
+    events = EventAccumulator(str(directory / "out" / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_a_run_learns_and_leaves_what_design_promises(pool: RankPool, data: Path, tmp_path: Path) -> None:
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    metrics = pool.run(train_on_a_rank, write_config(tmp_path, data, epochs=4), [], False)
+    assert metrics[0]["test"] == metrics[1]["test"]
+    written = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert {"auc", "logloss", "ne", "calibration"} <= set(written["test"])
+    assert {"examples_per_second", "gflop_per_example", "tflops", "mfu"} <= set(written["train"])
+    assert written["test"]["examples"] == 100
+    assert written["train"]["steps"] == 32
+    assert json.loads((tmp_path / "out/config.json").read_text())["model"]["dim"] == 8
+
+    found = scalars(tmp_path)
+    assert set(found["train/loss"]) == set(range(1, 33))
+    assert set(found["valid/auc"]) == {8, 16, 24, 32}
+    losses = [found["train/loss"][step] for step in range(1, 33)]
+    assert sum(losses[-8:]) < 0.97 * sum(losses[:8])
+    assert found["optim/gradient_norm"][5] > 0
+    assert found["bytes_per_step/world"][5] > 0
+    assert found["memory/activations"][5] > 0
+    assert {"speed/mfu", "time_ms/data", "time_ms/exchange", "time_ms/dense", "time_ms/optimizer"} <= set(found)
+    assert any(tag.startswith("rows_used/") for tag in found)
+    leaked = {path.name for path in Path("/dev/shm").iterdir()} - before
+    assert not {name for name in leaked if "deepspeed" in name}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(pool: RankPool, data: Path, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for directory in (whole, halves):
+        directory.mkdir()
+    pool.run(train_on_a_rank, write_config(whole, data), [], False)
+    path = write_config(halves, data)
+    pool.run(train_on_a_rank, path, ["train.max_steps=11", "train.checkpoint_every=5"], False)  # mid-epoch
+    pool.run(train_on_a_rank, path, [], True)
+    expected, found = scalars(whole), scalars(halves)
+    assert len(expected["train/loss"]) == 16
+    for tag in ("train/loss", "optim/gradient_norm", "optim/dense_learning_rate"):
+        assert found[tag] == expected[tag]
+    assert found["valid/logloss"][16] == expected["valid/logloss"][16]
+
+
+def test_resume_without_a_checkpoint_starts_afresh(pool: RankPool, data: Path, tmp_path: Path) -> None:
+    metrics = pool.run(train_on_a_rank, write_config(tmp_path, data, max_steps=2), [], True)
+    assert metrics[0]["train"]["steps"] == 2
+
+
+def test_early_stopping_ends_the_run(pool: RankPool, data: Path, tmp_path: Path) -> None:
+    path = write_config(tmp_path, data, epochs=20, evaluate_every=4, early_stopping=2)
+    overrides = ["dense.learning_rate=0.5", "schedule.plateau_patience=1"]
+    metrics = pool.run(train_on_a_rank, path, overrides, False)
+    assert metrics[0]["train"]["steps"] < 160
+    rates = scalars(tmp_path)["optim/dense_learning_rate"]
+    assert min(rates.values()) == pytest.approx(0.15)  # one drop by plateau_factor 0.3 before it stopped
+
+
+def error_on_a_rank(path: Path, overrides: list[str], resume: bool) -> str:
+    """The message of the UserError that a run ends with; every rank meets it, so the pool stays whole."""
+    try:
+        train(load_config(path, overrides), resume=resume, started=time.time())
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_checkpoint_of_another_topology_is_refused(pool: RankPool, data: Path, tmp_path: Path) -> None:
+    path = write_config(tmp_path, data, max_steps=2)
+    pool.run(train_on_a_rank, path, [], False)
+    overrides = ["deepspeed.zero_optimization.stage=1", "train.max_steps=4"]
+    for message in pool.run(error_on_a_rank, path, overrides, True):
+        assert "step-000000002 was written on" in message
+        assert "'zero': 2" in message and "'zero': 1" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ('data.features=["single_0"]', "placement"),  # more ranks than tables
+        ("data.batch_size=101", "data.batch_size=101 does not divide: 2 ranks x 1"),
+        ("deepspeed.gradient_accumulation_steps=7", "data.batch_size=100 does not divide: 2 ranks x 7"),
+        ("data.batch_size=1000", "exceeds the 800 training examples"),
+        ("parallel.ranks_per_host=3", "parallel.ranks_per_host=3 does not divide the 2 ranks of the job"),
+        ("data.path=nowhere", "nowhere/schema.json does not exist"),
+        ("deepspeed.fp16.enabled=true", "this device has no fp16"),
+        ("deepspeed.zero_optimization.stgae=2", "stgae"),
+        ("embedding.features.single_9.width=4", "single_9"),
+    ],
+)
+def test_mistakes_end_every_rank_with_one_line(
+    pool: RankPool, data: Path, tmp_path: Path, override: str, expected: str
+) -> None:
+    for message in pool.run(error_on_a_rank, write_config(tmp_path, data), [override], False):
+        assert expected in message
+        assert "\n" not in message
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_one_process_needs_no_launcher(data: Path, tmp_path: Path) -> None:
+    with RankPool(1) as pool:
+        metrics = pool.run(train_on_a_rank, write_config(tmp_path, data, max_steps=3), [], False)
+    assert metrics[0]["train"]["steps"] == 3
