@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+@pytest.fixture
+def pool(rank_pool: Callable[[int], RankPool]) -> RankPool:
+    return rank_pool(2)
 
 
 def write_config(directory: Path, data: Path, **train_section: Any) -> Path:
@@ -150,7 +149,6 @@ def test_mistakes_end_every_rank_with_one_line(
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
-def test_one_process_needs_no_launcher(data: Path, tmp_path: Path) -> None:
-    with RankPool(1) as pool:
-        metrics = pool.run(train_on_a_rank, write_config(tmp_path, data, max_steps=3), [], False)
+def test_one_process_trains_alone(rank_pool: Callable[[int], RankPool], data: Path, tmp_path: Path) -> None:
+    metrics = rank_pool(1).run(train_on_a_rank, write_config(tmp_path, data, max_steps=3), [], False)
     assert metrics[0]["train"]["steps"] == 3

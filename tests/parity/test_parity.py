@@ -1,0 +1,68 @@
+"""One model, any topology, the same numbers: a cross through the matrix of `tools/parity.py`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from megarec.config.load import load_config
+from megarec.parallel.pool import RankPool
+from megarec.parity.cases import FP32_TOLERANCE, Case, cases
+from megarec.parity.reference import reference_losses
+from megarec.parity.run import STEPS, compare, write_base
+from megarec.training.build import build_run
+from megarec.training.clock import Clock
+from megarec.training.engine import set_learning_rate, start_process
+from megarec.training.step import train_step
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("parity"))
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[tuple[str, ...], list[float]]:
+    return {}
+
+
+@pytest.mark.parametrize("case", cases("small"), ids=lambda case: case.name)
+def test_the_losses_are_those_of_one_process(
+    case: Case, base: Path, references: dict[tuple[str, ...], list[float]], rank_pool: Callable[[int], RankPool]
+) -> None:
+    if case.numbers not in references:
+        references[case.numbers] = reference_losses(load_config(base, list(case.numbers)), STEPS)
+    reference = references[case.numbers]
+    result = compare(case, base, rank_pool(case.ranks), reference)
+    assert result.relative_deviation <= case.tolerance
+    assert max(reference) - min(reference) > 0.01, "the losses must move for the comparison to mean anything"
+
+
+def losses_with_wrong_gradient_scale(path: Path, overrides: list[str], steps: int) -> list[float]:
+    """The planted mistake: each rank's table gradient stays that of its own mean, not of the global batch's."""
+    config = load_config(path, overrides)
+    device = start_process(config)
+    run = build_run(config, device)
+    set_learning_rate(run.engine, config.dense.learning_rate)
+    losses = []
+    for batch in list(run.train.batches(epoch=0))[:steps]:
+        result = train_step(run.engine, run.sparse, batch, world_size=1, l2=0.0, clock=Clock(device))
+        loss = binary_cross_entropy_with_logits(result.logits.double(), batch.labels.double())
+        dist.all_reduce(loss)
+        losses.append(float(loss) / run.topology.world_size)
+    return losses
+
+
+def test_a_wrong_gradient_scale_would_be_seen(base: Path, rank_pool: Callable[[int], RankPool]) -> None:
+    overrides = ["embedding.optimizer=sgd", "embedding.l2=0.0"]
+    reference = reference_losses(load_config(base, overrides), 5)
+    wrong = rank_pool(2).run(losses_with_wrong_gradient_scale, base, overrides, 5)[0]
+    deviations = [abs(mine - its) / its for mine, its in zip(wrong, reference, strict=True)]
+    assert deviations[0] <= FP32_TOLERANCE  # before any update
+    assert max(deviations) > 10 * FP32_TOLERANCE
+
+
+def test_the_full_matrix_holds_the_small_one() -> None:
+    assert set(cases("small")) <= set(cases("full"))
