@@ -53,7 +53,26 @@ def _write(
     directory: Path, name: str, source: Source, ratings: Ratings, split: SplitBy, seed: int, history: int
 ) -> Schema:
     parts = split_rows(ratings.timestamp, split, seed)
-    train = pa.array(parts["train"])
+    table, features = _encode(directory, ratings, pa.array(parts["train"]), history)
+    for part, rows in parts.items():
+        with SplitWriter(directory / part) as writer:
+            writer.write(table.take(pa.array(rows)))
+    how = f"at random 8:1:1 with seed {seed}" if split == "random" else "by time 8:1:1, earliest first"
+    schema = Schema(
+        name=name,
+        label_rule="rating >= 4",
+        categorical=tuple(features),
+        rows={part: len(rows) for part, rows in parts.items()},
+        source=f"{source.title} (GroupLens) from the wheel {source.requirement}; split {how}. {TERMS}",
+    )
+    save_schema(schema, directory)
+    return schema
+
+
+def _encode(
+    directory: Path, ratings: Ratings, train: pa.Array, history: int
+) -> tuple[pa.Table, list[CategoricalFeature]]:
+    """All columns of all rows, and what they are; vocabularies know the training rows only and are saved."""
 
     def vocabulary(feature: str, train_values: pa.Array) -> Vocabulary:
         counter = VocabularyCounter(train_values.type)
@@ -73,32 +92,13 @@ def _write(
     features += [CategoricalFeature(name="hour", rows=24), CategoricalFeature(name="weekday", rows=7)]
     if ratings.genres is not None:
         words = vocabulary("genres", ratings.genres.take(train).flatten())
-        columns["genres"] = _encode_lists(ratings.genres, words)
+        ids = pa.array(words.encode(ratings.genres.values))
+        columns["genres"] = pa.ListArray.from_arrays(ratings.genres.offsets, ids)
         features.append(CategoricalFeature(name="genres", rows=words.rows, multi_valued=True, pooling="mean"))
     if history:
         item = columns["item_id"].to_numpy()
         columns["history"] = past_items(ratings.user.to_numpy(), item, ratings.timestamp, history)
         owner = next(f for f in features if f.name == "item_id")
-        features.append(
-            owner.model_copy(update={"name": "history", "multi_valued": True, "pooling": "mean", "table": owner.name})
-        )
+        features.append(CategoricalFeature(name="history", rows=owner.rows, multi_valued=True, pooling="mean"))
     columns["label"] = pa.array((ratings.rating >= 4).astype(np.int8))
-
-    table = pa.table(columns)
-    for part, rows in parts.items():
-        with SplitWriter(directory / part) as writer:
-            writer.write(table.take(pa.array(rows)))
-    how = f"at random 8:1:1 with seed {seed}" if split == "random" else "by time 8:1:1, earliest first"
-    schema = Schema(
-        name=name,
-        label_rule="rating >= 4",
-        categorical=tuple(features),
-        rows={part: len(rows) for part, rows in parts.items()},
-        source=f"{source.title} (GroupLens) from the wheel {source.requirement}; split {how}. {TERMS}",
-    )
-    save_schema(schema, directory)
-    return schema
-
-
-def _encode_lists(lists: pa.ListArray, words: Vocabulary) -> pa.ListArray:
-    return pa.ListArray.from_arrays(lists.offsets, pa.array(words.encode(lists.values)))
+    return pa.table(columns), features

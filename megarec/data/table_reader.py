@@ -17,7 +17,7 @@ from megarec.data.table_spec import Categorical, MultiValued, Numeric, TableSpec
 from megarec.errors import UserError
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_CSV_BLOCK_BYTES = 1 << 24
+_CSV_BLOCK_BYTES = 1 << 22  # Arrow reads up to 32 blocks ahead: 128 MiB at most
 _PARQUET_ROWS = 1 << 16
 
 
