@@ -8,7 +8,17 @@ from typing import Any
 from megarec.errors import UserError
 
 KNOWN_KEYS = frozenset(
-    ["activation_checkpointing", "aio", "autotuning", "bf16", "bfloat16", "checkpoint", "comet", "comms_logger", "communication_data_type", "compile", "compression_training", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last", "disable_allgather", "disable_python_gc", "dump_state", "eigenvalue", "flops_profiler", "fp16", "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping", "gradient_predivide_factor", "hybrid_engine", "load_universal_checkpoint", "log_level", "memory_breakdown", "optimizer", "pipeline", "prescale_gradients", "progressive_layer_drop", "seq_parallel_communication_data_type", "sequence_parallel_size", "steps_per_print", "tensor_parallel", "tensorboard", "timers", "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism", "wall_clock_breakdown", "wandb", "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization"]
+    """
+    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type
+    compile compression_training csv_monitor data_efficiency data_types dataloader_drop_last disable_allgather
+    disable_python_gc dump_state eigenvalue flops_profiler fp16 gradient_accumulation_steps
+    gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine load_universal_checkpoint
+    log_level memory_breakdown optimizer pipeline prescale_gradients progressive_layer_drop
+    seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel tensorboard
+    timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
+    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization
+    """.split()  # noqa: SIM905 (one a line would fill a screen)
 )
 
 # DeepSpeed 0.19.8 raises on these; say so before any rank starts.

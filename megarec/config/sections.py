@@ -87,7 +87,7 @@ class EmbeddingConfig(Section):
     )
     l2: Rate = Field(
         0.0,
-        description="weight of the squared looked-up embeddings: adds l2 x mean over examples of |e|^2 to the loss that is minimised",
+        description="adds l2 x mean over examples of |looked-up embeddings|^2 to what is minimised",
     )
     dropout: Probability = Field(0.0, description="on the looked-up embeddings; the mask is the same on every topology")
     initial_std: Annotated[float, Field(gt=0)] | None = Field(

@@ -27,7 +27,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        return ", ".join([f"{self.ranks} ranks", *(text.replace("deepspeed.", "") for text in self.topology + self.numbers)])
+        return ", ".join(
+            [f"{self.ranks} ranks", *(text.replace("deepspeed.", "") for text in self.topology + self.numbers)]
+        )
 
 
 def cases(matrix: Matrix) -> list[Case]:

@@ -68,7 +68,9 @@ class PlainTables:
         self.layout = layout
         self.config = config
         self.steps = 0
-        self.weights = {t.name: initial_rows(t, seed, config.initial_std, 0, t.rows).requires_grad_() for t in layout.tables}
+        self.weights = {
+            t.name: initial_rows(t, seed, config.initial_std, 0, t.rows).requires_grad_() for t in layout.tables
+        }
         self.first = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.second = {name: torch.zeros_like(w) for name, w in self.weights.items()}
 

@@ -56,10 +56,16 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     path = Path(config.data.path)
     schema = select_features(load_schema(path), config.data.features)
     stores = {split: open_split(path, split, schema, config.data.bad_rows) for split in ("train", "valid", "test")}
-    place = {"rank": topology.rank, "world_size": topology.world_size, "pin_memory": device.type != "cpu"}
-    per_batch = {"batch_size": config.data.batch_size, "prefetch": config.data.prefetch, "seed": config.train.seed}
-    train = TrainLoader(stores["train"], schema, **per_batch, **place)
-    valid, test = (EvalLoader(stores[split], schema, **per_batch, **place) for split in ("valid", "test"))
+    loading: dict[str, Any] = {
+        "batch_size": config.data.batch_size,
+        "rank": topology.rank,
+        "world_size": topology.world_size,
+        "seed": config.train.seed,
+        "prefetch": config.data.prefetch,
+        "pin_memory": device.type != "cpu",
+    }
+    train = TrainLoader(stores["train"], schema, **loading)
+    valid, test = (EvalLoader(stores[split], schema, **loading) for split in ("valid", "test"))
 
     layout = build_layout(schema, config.embedding, config.model.dim)
     ledger = Ledger()

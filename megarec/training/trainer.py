@@ -58,15 +58,15 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
 
     if (checkpoints / checkpoint.BEST).is_dir() and not math.isinf(position.best):
         checkpoint.load(checkpoints, checkpoint.BEST, run.engine, run.sparse, run.topology, weights_only=True)
+    test = evaluate(run, run.test)
     metrics = {
-        "test": _described(evaluate(run, run.test)),
+        "test": _described(test),
         "valid": _described(evaluate(run, run.valid)),
         "train": loop.summary(),
         "skipped_rows": run.skipped_rows,
     }
-    test = metrics["test"]
     monitor.say(
-        f"test  AUC {test['auc']:.4f}  LogLoss {test['logloss']:.4f}  NE {test['ne']:.4f}  calibration {test['calibration']:.3f}"
+        f"test  AUC {test.auc:.4f}  LogLoss {test.logloss:.4f}  NE {test.ne:.4f}  calibration {test.calibration:.3f}"
     )
     monitor.close()
     if run.topology.rank == 0:
