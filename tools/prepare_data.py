@@ -1,7 +1,7 @@
 """Raw data -> parquet shards + schema.json, whole or not at all.
 
 python tools/prepare_data.py movielens-100k --output data/movielens-100k
-python tools/prepare_data.py movielens-1m --output data/movielens-1m --split time --history 50
+python tools/prepare_data.py movielens-1m --output data/movielens-1m --split time --history 20
 python tools/prepare_data.py table --schema spec.json --train T.csv --valid V.csv --test E.csv --output data/mine
 python tools/prepare_data.py synthetic --output data/synthetic --examples 10000
 """
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         movielens.add_argument("--split", choices=("random", "time"), default="random", help="8:1:1 (default: random)")
         movielens.add_argument("--seed", type=int, default=1, help="of the random split (default: 1)")
         movielens.add_argument(
-            "--history", type=int, default=20, metavar="N", help="previous items a row (default: 20)"
+            "--history", type=int, default=50, metavar="N", help="previous items a row (default: 50)"
         )
         movielens.add_argument("--wheel", type=Path, metavar="FILE", help="the wheel, if already downloaded")
 
