@@ -35,7 +35,7 @@ class CoOwners:
         shared = [[t for t, owners in enumerate(self._owners) if r in owners and r != rank] for r in ranks]
         sizes = [sum(parts[t].numel() for t in tables) for tables in shared]
         message = torch.cat([parts[t] for tables in shared for t in tables] or [torch.empty(0, device=self._device)])
-        received = all_to_all(message, sizes, sizes, self._channel, "squares")
+        received = all_to_all(message, sizes, sizes, self._channel, "squares", "backward")
         from_rank = {(rank, t): part for t, part in enumerate(parts)}
         order = [(r, t) for r in ranks for t in shared[r]]
         pieces = received.split([parts[t].numel() for _, t in order])

@@ -37,7 +37,6 @@ class LocalTables:
         device: torch.device,
     ) -> None:
         self._layout = layout
-        self._slots = slots
         local = group_slots(slots)
         fused = [part for part in local if choices[part.shard.table].backend == "fbgemm"]
         plain = [part for part in local if choices[part.shard.table].backend == "torch"]
@@ -53,7 +52,12 @@ class LocalTables:
             columns = [layout.table(part.shard.table).columns for part in plain]
             tables = TorchTables(plain, columns, config, device, owners.sum if split else None)
             self._groups.append((sum(len(part.slots) for part in plain), tables))
-        self._touched = {part.shard: torch.zeros(part.shard.rows, 1, dtype=torch.bool, device=device) for part in local}
+        rows = [part.shard.rows for part in local]
+        flags = torch.zeros(sum(rows), dtype=torch.bool, device=device)  # one buffer: a step marks all its rows at once
+        self._flags = flags
+        self._touched = {part.shard: view.unsqueeze(1) for part, view in zip(local, flags.split(rows), strict=True)}
+        first_row = {part.shard: sum(rows[:index]) for index, part in enumerate(local)}
+        self._first_rows = torch.tensor([first_row[slot.shard] for slot in slots], device=device)
 
     def fill(self, seed: int, std: float | None) -> None:
         """Initial weights (initial.py)."""
@@ -102,6 +106,6 @@ class LocalTables:
             tensor.copy_(state[name])
 
     def _touch(self, ids: LocalIds) -> None:
-        values = ids.values.split(list(ids.counts))
-        for slot, rows in zip(self._slots, values, strict=True):
-            self._touched[slot.shard].view(-1).index_fill_(0, rows.long(), True)
+        counts = torch.tensor(ids.counts, device=ids.values.device)
+        first_rows = self._first_rows.repeat_interleave(counts, output_size=ids.values.numel())
+        self._flags.index_fill_(0, first_rows.add_(ids.values), True)

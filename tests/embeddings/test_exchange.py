@@ -1,0 +1,198 @@
+"""The sparse side on 1 to 4 ranks against plain torch in one process."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from megarec.config.sections import EmbeddingConfig
+from megarec.embeddings.exchange import SparseSide, add_l2
+from megarec.embeddings.tables import State
+from megarec.errors import UserError
+from megarec.parallel.pool import RankPool
+from tests.embeddings.plain import LAYOUT, SINGLE_LAYOUT, Trained, global_batch, train_plain
+from tests.embeddings.ranks import Part, sparse_side, together, train, train_all
+
+EXAMPLES = 24
+OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd", "adam")
+CASES = {
+    **{
+        f"{optimizer} {placement} {backend}": (LAYOUT, EmbeddingConfig(
+            optimizer=optimizer, placement=placement, backend=backend, learning_rate=0.1, eps=1e-6
+        ))
+        for optimizer in OPTIMIZERS
+        for placement in ("table", "column")
+        for backend in ("auto", "torch")
+    },
+    **{
+        f"{optimizer} {placement} {backend} fp16": (LAYOUT, EmbeddingConfig(
+            optimizer=optimizer, placement=placement, backend=backend, learning_rate=0.1, eps=1e-6, weights="fp16"
+        ))
+        for optimizer, placement in (("rowwise_adagrad", "table"), ("rowwise_adagrad", "column"), ("sgd", "table"))
+        for backend in ("auto", "torch")
+    },
+    **{
+        f"{optimizer} {placement} single-valued": (SINGLE_LAYOUT, EmbeddingConfig(
+            optimizer=optimizer, placement=placement, learning_rate=0.1, eps=1e-6
+        ))
+        for optimizer, placement in (("rowwise_adagrad", "table"), ("rowwise_adagrad", "column"), ("sgd", "table"))
+    },
+}  # fmt: skip
+
+
+@functools.cache
+def reference(case: str) -> Trained:
+    return train_plain(*CASES[case], EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def trained(rank_pool: Callable[[int], RankPool]) -> Callable[[int, str], list[Part]]:
+    """What each rank holds after training a case; all cases of a world size are trained in one go."""
+
+    @functools.cache
+    def all_cases(ranks: int) -> list[dict[str, Part]]:
+        return [train_all(CASES, EXAMPLES)] if ranks == 1 else rank_pool(ranks).run(train_all, CASES, EXAMPLES)
+
+    return lambda ranks, case: [part[case] for part in all_cases(ranks)]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_any_ranks_train_as_one_plain_process(trained: Callable, ranks: int, case: str) -> None:
+    layout, config = CASES[case]
+    expected, found = reference(case), together(layout, trained(ranks, case))
+    # float16 numbers are 2^-10 apart: an update may round the other way, and FBGEMM's SGD rounds once an occurrence
+    tolerance = {"rtol": 4e-3, "atol": 1e-3} if config.weights == "fp16" else {"rtol": 2e-5, "atol": 2e-6}
+    for mine, its in zip(found.embedded, expected.embedded, strict=True):
+        torch.testing.assert_close(mine, its, **tolerance)
+    for name, tensor in expected.state.items():
+        torch.testing.assert_close(found.state[name], tensor, **tolerance)
+    touched = {name.split("/")[0]: float(t.mean()) for name, t in found.state.items() if name.endswith("touched")}
+    for part in trained(ranks, case):
+        for table, share in part.usage.items():
+            assert share == pytest.approx(touched[table])
+
+
+def test_bytes_that_leave_a_rank(trained: Callable[[int, str], list[Part]]) -> None:
+    """Flat exchange, table- or column-wise: a rank receives its S = B x width floats but for its own part."""
+    steps, ranks, width = 4, 4, SINGLE_LAYOUT.width
+    size = EXAMPLES // ranks
+    for case, slots in (("sgd table single-valued", 5), ("rowwise_adagrad column single-valued", None)):
+        sent: dict[tuple[str, str], int] = {}
+        kept = 0
+        for part in trained(ranks, case):
+            for row in part.traffic:
+                assert row["group"] == "world"
+                key = row["op"], row["direction"]
+                sent[key] = sent.get(key, 0) + row["bytes"]
+                kept += row["self_bytes"] if key == ("all_to_all ids", "forward") else 0
+                assert row["calls"] == steps
+                assert row["dtype"] == ("int32" if row["op"] == "all_to_all ids" else "float32")
+        pooled = steps * 4 * ranks * size * width  # of all ranks, own parts included
+        assert sent["all_to_all embeddings", "forward"] == pooled * (ranks - 1) // ranks
+        assert sent["all_to_all embeddings", "backward"] == pooled * (ranks - 1) // ranks
+        if slots:  # every rank sends every feature once, and keeps what it owns itself
+            assert sent["all_to_all ids", "forward"] + kept == steps * 4 * ranks * size * slots
+        assert (("all_to_all squares", "backward") in sent) == ("column" in case)
+        assert len(sent) == (4 if "column" in case else 3), "no collective that nobody needs"
+
+
+def test_without_gradients_nothing_is_recorded_and_nothing_changes() -> None:
+    for backend in ("fbgemm", "torch"):
+        sparse = sparse_side(LAYOUT, EmbeddingConfig(backend=backend))  # type: ignore[arg-type]
+        before = copied(sparse)
+        with torch.no_grad():
+            embedded = sparse.forward(global_batch(LAYOUT, 8, step=0))
+        assert not embedded.requires_grad
+        assert_same(copied(sparse), before)
+        assert set(sparse.row_usage().values()) == {0.0}
+
+
+def test_learning_rate_acts_on_the_next_update() -> None:
+    for backend in ("fbgemm", "torch"):
+        changes = []
+        for rate in (0.1, 0.3):
+            config = EmbeddingConfig(optimizer="sgd", learning_rate=0.1, backend=backend)  # type: ignore[arg-type]
+            sparse = sparse_side(LAYOUT, config)
+            sparse.set_learning_rate(rate)
+            before = sparse.state()["user/weight"][1].clone()
+            embedded = sparse.forward(global_batch(LAYOUT, 8, step=0))
+            embedded.backward(torch.ones_like(embedded))
+            changes.append(sparse.state()["user/weight"][1] - before)
+        torch.testing.assert_close(changes[1], 3 * changes[0], rtol=1e-5, atol=1e-6)
+        assert changes[0].abs().max() > 0.05
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "torch"])
+def test_l2_shrinks_what_was_looked_up(backend: str) -> None:
+    """l2 x mean over examples of |e|^2 alone, under SGD: w -= rate x count of w in the batch x 2 l2 w / B."""
+    config = EmbeddingConfig(optimizer="sgd", learning_rate=0.5, l2=0.3, backend=backend)  # type: ignore[arg-type]
+    sparse = sparse_side(SINGLE_LAYOUT, config)
+    batch = global_batch(SINGLE_LAYOUT, 16, step=0)
+    before = sparse.state()["user/weight"][1].clone()
+    embedded = sparse.forward(batch)
+    embedded.backward(add_l2(torch.zeros_like(embedded), embedded.detach(), config.l2, global_batch=16))
+    counts = torch.bincount(batch.ids["user"].values, minlength=300).unsqueeze(1)
+    expected = before * (1 - 0.5 * counts * 2 * 0.3 / 16)
+    torch.testing.assert_close(sparse.state()["user/weight"][1], expected)
+    assert not torch.equal(expected, before)
+
+
+def test_l2_of_zero_leaves_the_gradient_alone() -> None:
+    gradient = torch.randn(3, 2)
+    assert add_l2(gradient, torch.randn(3, 2), 0.0, 3) is gradient
+
+
+def resume_halfway(config: EmbeddingConfig) -> tuple[State, State]:
+    """On every rank: state after four steps in one go, and after two, a copy into a new sparse side, and two more."""
+    straight = train(LAYOUT, config, EXAMPLES)
+    half = train(LAYOUT, config, EXAMPLES, steps=2)
+    resumed = train(LAYOUT, config, EXAMPLES, first_step=2, state=half.state)
+    return straight.state, resumed.state
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resumed_from_state_trains_on_bit_for_bit(optimizer: str) -> None:
+    config = EmbeddingConfig(optimizer=optimizer)  # type: ignore[arg-type]
+    straight, resumed = resume_halfway(config)
+    assert_same({name: t for name, (_, t) in resumed.items()}, {name: t for name, (_, t) in straight.items()})
+
+
+def test_resumed_column_slices(rank_pool: Callable[[int], RankPool]) -> None:
+    for straight, resumed in rank_pool(2).run(resume_halfway, EmbeddingConfig(placement="column")):
+        assert_same({name: t for name, (_, t) in resumed.items()}, {name: t for name, (_, t) in straight.items()})
+
+
+def test_state_that_does_not_fit_is_refused() -> None:
+    sparse = sparse_side(LAYOUT, EmbeddingConfig())
+    good = sparse.state_dict()
+    with pytest.raises(UserError, match="user/weight is missing"):
+        sparse.load_state_dict({name: t for name, t in good.items() if name != "user/weight"})
+    with pytest.raises(UserError, match="user/square_sum does not fit"):
+        sparse.load_state_dict(good | {"user/square_sum": torch.zeros(300, 8)})
+    with pytest.raises(UserError, match=r"user/weight is torch.float16 \(300, 8\), this rank's is torch.float32"):
+        sparse.load_state_dict(good | {"user/weight": good["user/weight"].half()})
+    state = sparse.state()
+    shard, weight = state["user/weight"]
+    with pytest.raises(UserError, match=r"user/weight is the slice .*rank=5"):
+        sparse.load_state(state | {"user/weight": (shard.__class__("user", 5, 0, 300, 0, 8), weight)})
+
+
+def test_memory_and_description() -> None:
+    sparse = sparse_side(LAYOUT, EmbeddingConfig(weights="fp16"))
+    rows, cells = 40 + 300 + 17 + 90 + 9, 40 * 8 + 300 * 8 + 17 * 8 + 90 * 16 + 9 * 4
+    assert sparse.memory_bytes() == 2 * cells + 4 * rows + rows  # weights, row-wise state, touched flags
+    placed, backend = sparse.describe()
+    assert placed == f"tables: rank 0 holds 5 shards, {cells:,} weights"
+    assert backend == 'tables: item, user, clicks, wide, small in fbgemm (embedding.backend="auto")'
+
+
+def copied(sparse: SparseSide) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in sparse.state_dict().items()}
+
+
+def assert_same(mine: dict[str, torch.Tensor], its: dict[str, torch.Tensor]) -> None:
+    assert mine.keys() == its.keys()
+    for name, tensor in its.items():
+        assert torch.equal(mine[name], tensor), name

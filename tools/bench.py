@@ -1,0 +1,47 @@
+"""One benchmark side by side with its reference, in one run.
+
+python tools/bench.py tables          # the sparse side over bare FBGEMM
+python tools/bench.py flat --json     # the flat exchange over TorchRec's (bash tools/bench_env.sh first)
+python tools/bench.py dense           # the over-arch against the machine's GEMM peak
+"""
+
+import argparse
+import difflib
+import importlib
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megarec.errors import UserError, exits_cleanly
+
+NAMES = ("tables", "flat", "dense")
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run one benchmark side by side with its reference.")
+    parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    arguments = parser.parse_args()
+    if arguments.name not in NAMES:
+        near = difflib.get_close_matches(arguments.name, NAMES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"benchmarks: {', '.join(NAMES)}"
+        raise UserError(f"no benchmark is called {arguments.name!r}; {hint}")
+    result = importlib.import_module(f"megarec.benchmarks.{arguments.name}").run()
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for row in result["rows"]:
+        print(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
+    for key, value in result["ratios"].items():
+        print(f"{key} {value:.3f}")
+
+
+if __name__ == "__main__":
+    main()
