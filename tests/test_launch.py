@@ -1,0 +1,83 @@
+"""The command-line contract as a user meets it: exit codes, one line on standard error, no chatter."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megarec.data.synthetic import Shape, prepare_synthetic
+
+ROOT = Path(__file__).parents[1]
+DEEPSPEED = Path(sys.executable).with_name("deepspeed")
+ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("launch")
+    prepare_synthetic(Shape(examples=2_000), directory / "data")
+    run = {
+        "model": {"name": "wukong", "layers": 1, "num_fm": 2, "num_lcb": 2, "rank": 4, "mlp": [8], "dim": 8},
+        "data": {"path": str(directory / "data"), "batch_size": 64},
+        "train": {"output_dir": str(directory / "out"), "log_every": 10},
+        "deepspeed": {"zero_optimization": {"stage": 1}},
+    }
+    path = directory / "run.json"
+    path.write_text(json.dumps(run))
+    return path
+
+
+def launch(*arguments: str) -> list[str]:
+    return [str(DEEPSPEED), "--log_level", "error", "--num_gpus", "2", str(ROOT / "launch/train.py"), *arguments]
+
+
+def test_print_config_shows_the_resolved_run(config: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(config), "--print-config"]
+    done = subprocess.run([*command, "--set", "train.epochs=7"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["train"]["epochs"] == 7
+
+
+def test_two_ranks_through_the_deepspeed_launcher(config: Path) -> None:
+    done = subprocess.run(launch("--config", str(config)), capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert (config.parent / "out/metrics.json").is_file()
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("topology: 2 ranks") for line in lines)
+    assert not [line for line in lines + done.stderr.splitlines() if "WARNING" in line or "INFO" in line]
+
+
+def test_a_mistake_ends_with_exit_2_and_one_line(config: Path) -> None:
+    done = subprocess.run(
+        launch("--config", str(config), "--set", "model.layrs=3"), capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert errors == [f"error: {config}: unknown key 'model.layrs'; did you mean 'layers'?"]
+
+
+def test_a_killed_rank_ends_the_job(config: Path) -> None:
+    command = launch(
+        "--config",
+        str(config),
+        "--set",
+        "train.epochs=1000",
+        "--set",
+        "train.output_dir=" + str(config.parent / "killed"),
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT) as job:
+        assert job.stdout is not None
+        for line in job.stdout:
+            if line.startswith("step "):
+                break
+        ranks = [p for p in psutil.Process(job.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
+        ranks[0].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        job.stdout.read()
+        assert job.wait(timeout=60) != 0
+        assert time.monotonic() - killed < 30
