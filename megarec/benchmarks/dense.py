@@ -9,13 +9,13 @@ same products (megarec.models.gemm: on CPUs without bf16 instructions, bf16 prod
 import copy
 import itertools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megarec.benchmarks.interleave import interleave
 from megarec.config.sections import WukongConfig
 from megarec.models.cost import count_wukong
 from megarec.models.gemm import fast_cpu_gemm
@@ -84,9 +84,8 @@ def measure(
 ) -> dict[str, Any]:
     """One row."""
     flop = sum(part.flop for part in count_wukong(EMBEDDINGS, CONFIG).values())
-    rate = _gemm_flop(1024, 1024, 1024) / min(
-        _seconds(_gemm(1024, 1024, 1024, dtype, device), device) for _ in range(3)
-    )
+    quick = interleave({"gemm": _gemm(1024, 1024, 1024, dtype, device)}, repetitions=3, warmup=1)["gemm"]
+    rate = _gemm_flop(1024, 1024, 1024) / min(quick)
     batch = max([size for size in BATCHES if size * flop <= step_seconds * rate], default=BATCHES[0])
 
     torch.manual_seed(0)
@@ -99,14 +98,9 @@ def measure(
     shapes = [(1024, 1024, 1024), (2048, 2048, 2048)] + [(batch, k, n) for k, n in itertools.pairwise(widths)]
     gemms = {f"{m}x{k}x{n}": (_gemm_flop(m, k, n), _gemm(m, k, n, dtype, device)) for m, k, n in shapes}
 
-    seconds: dict[str, list[float]] = {}
-    for round_ in range(rounds + 1):
-        for name, work in [*steps.items(), *((name, gemm) for name, (_, gemm) in gemms.items())]:
-            elapsed = _seconds(work, device)
-            if round_ > 0:  # the first one warms up
-                seconds.setdefault(name, []).append(elapsed)
+    contestants = steps | {name: gemm for name, (_, gemm) in gemms.items()}
+    seconds = interleave(contestants, rounds, warmup=1)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-
     peak = {name: gemm_flop / median[name] / 1e9 for name, (gemm_flop, _) in gemms.items()}
     rates = {name: batch * flop / median[name] / 1e9 for name in steps}
     best = max(peak, key=lambda name: peak[name])
@@ -141,6 +135,7 @@ def _training_step(model: nn.Module, batch: int, dtype: torch.dtype, device: tor
         optimizer.step()
         optimizer.zero_grad()
         x.grad = None
+        _finish(device)
 
     return step
 
@@ -152,6 +147,7 @@ def _gemm(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> C
     def multiply() -> None:
         with fast_cpu_gemm(device, dtype):
             nn.functional.linear(a, b)
+        _finish(device)
 
     return multiply
 
@@ -160,9 +156,6 @@ def _gemm_flop(m: int, k: int, n: int) -> int:
     return 2 * m * k * n
 
 
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
+def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
