@@ -142,6 +142,9 @@ class TrainConfig(Section):
     output_dir: str = Field("runs/run", description="relative to the working directory")
     log_every: Positive = Field(20, description="optimizer steps between log lines and TensorBoard points")
     evaluate_every: Positive | None = Field(None, description="optimizer steps between validations; null: every epoch")
+    best_by: Literal["logloss", "auc"] = Field(
+        "logloss", description="the validation metric whose best model is kept and tested, and that patience watches"
+    )
     early_stopping: Positive | None = Field(
         None, description="stop after this many validations without improvement; null: never"
     )

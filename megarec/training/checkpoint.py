@@ -26,7 +26,7 @@ class Position:
 
     Attributes:
         step: optimizer steps done.
-        best, since_best, since_drop, plateau_drops: of the validation loss (training.schedule).
+        best, since_best, since_drop, plateau_drops: of the validation's score (training.schedule).
         skipped_steps: steps that were not applied.
     """
 
@@ -58,6 +58,17 @@ def save(
             for old in steps[:-keep]:
                 shutil.rmtree(old)
     dist.barrier()
+
+
+def set_aside(directory: Path) -> None:
+    """Rename the checkpoints of an earlier run to `<directory>.previous`, replacing what was set aside before.
+
+    A run that starts afresh must neither mix with them nor delete the only copy of a night's work.
+    """
+    if directory.is_dir():
+        previous = directory.with_name(directory.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        directory.rename(previous)
 
 
 def latest(directory: Path) -> str | None:

@@ -43,7 +43,7 @@ class Patience:
     """Counts validations since the best one.
 
     Attributes:
-        best: lowest validation loss so far.
+        best: lowest score so far: validation LogLoss, or minus the AUC (train.best_by).
         since_best: validations since then.
         since_drop: validations since the best one or the last drop of the learning rate.
     """
@@ -52,10 +52,10 @@ class Patience:
     since_best: int = 0
     since_drop: int = 0
 
-    def update(self, loss: float) -> bool:
-        """Take in a validation loss; True when it is the best so far."""
-        if loss < self.best:
-            self.best, self.since_best, self.since_drop = loss, 0, 0
+    def update(self, score: float) -> bool:
+        """Take in a validation's score; True when it is the best so far."""
+        if score < self.best:
+            self.best, self.since_best, self.since_drop = score, 0, 0
             return True
         self.since_best += 1
         self.since_drop += 1

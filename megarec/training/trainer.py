@@ -39,6 +39,8 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
     output = Path(config.train.output_dir)
     checkpoints = output / "checkpoints"
     if run.topology.rank == 0:
+        if not resume:
+            checkpoint.set_aside(checkpoints)
         checkpoints.mkdir(parents=True, exist_ok=True)
         (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
@@ -212,7 +214,7 @@ class Loop:
         run, config, position = self.run, self.run.config, self.position
         with self._off_the_clock():
             found = evaluate(run, run.valid)
-        improved = self.patience.update(found.logloss)
+        improved = self.patience.update(found.logloss if config.train.best_by == "logloss" else -found.auc)
         if config.schedule.plateau_patience and self.patience.since_drop >= config.schedule.plateau_patience:
             run.schedule.plateau_drops += 1
             self.patience.since_drop = 0
@@ -252,7 +254,6 @@ class Loop:
             "steps": self.position.step,
             "skipped_steps": self.position.skipped_steps,
             "first_step_seconds": self.first_step_seconds,
-            "best_valid_logloss": None if math.isinf(self.position.best) else self.position.best,
         }
 
 
