@@ -21,6 +21,8 @@ class CoOwners:
     def __init__(self, mine: Sequence[Shard], shards: Sequence[Shard], channel: Channel, device: torch.device) -> None:
         self._channel = channel
         self._device = device
+        order = {table: position for position, table in enumerate(dict.fromkeys(shard.table for shard in shards))}
+        self._in_table_order = sorted(range(len(mine)), key=lambda t: order[mine[t].table])
         self._owners = [
             [s.rank for s in sorted(shards, key=lambda s: s.column_start) if s.table == shard.table] for shard in mine
         ]
@@ -29,10 +31,10 @@ class CoOwners:
         """Sum partial vectors over the owners of each table, in column order.
 
         Args:
-            parts: float32 [U_t] for each table t of this rank, in an order that is the same on every rank.
+            parts: float32 [U_t] for each table t of this rank, in the order of `mine`.
         """
         rank, ranks = self._channel.rank, range(self._channel.size)
-        shared = [[t for t, owners in enumerate(self._owners) if r in owners and r != rank] for r in ranks]
+        shared = [[t for t in self._in_table_order if r != rank and r in self._owners[t]] for r in ranks]
         sizes = [sum(parts[t].numel() for t in tables) for tables in shared]
         message = torch.cat([parts[t] for tables in shared for t in tables] or [torch.empty(0, device=self._device)])
         received = all_to_all(message, sizes, sizes, self._channel, "squares", "backward")

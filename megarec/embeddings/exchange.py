@@ -19,7 +19,7 @@ from megarec.embeddings.layout import EmbeddingLayout
 from megarec.embeddings.local import LocalTables
 from megarec.embeddings.placement import place
 from megarec.embeddings.routes import build_routes
-from megarec.embeddings.tables import State, choose_backends, fbgemm_obstacle
+from megarec.embeddings.tables import State, choose_backends, wished_backend
 from megarec.errors import UserError
 from megarec.parallel.collectives import Channel, Ledger, all_to_all_with_grad
 
@@ -54,9 +54,8 @@ class SparseSide:
         self._choices = choose_backends(layout, self.shards, config, device)
 
         by_table = {table.name: [s for s in self.shards if s.table == table.name] for table in layout.tables}
-        routes = build_routes(
-            layout, self.shards, world_size, first=lambda name: fbgemm_obstacle(by_table[name], config) is None
-        )
+        fused = {t for t, shards in by_table.items() if wished_backend(shards, config, device).backend == "fbgemm"}
+        routes = build_routes(layout, self.shards, world_size, fused)
         self._ids = IdExchange(routes, self._channel, device)
         self._tables = LocalTables(
             routes.slots[rank], layout, self.shards, self._choices, config, self._channel, device

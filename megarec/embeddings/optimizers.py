@@ -37,16 +37,17 @@ class RowGradient:
     mean_square: Tensor | None = None
 
 
-RowUpdate = Callable[[dict[str, Tensor], RowGradient, Hyperparameters], Tensor]
-"""Updates the state's rows; returns the change of the weights' rows, [U, columns]."""
+RowUpdate = Callable[[dict[str, Tensor], RowGradient, Hyperparameters, int], Tensor]
+"""Updates the state's rows, given how many steps there were, this one included; returns the change of the weights'
+rows, [U, columns]."""
 
 
-def sgd(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters) -> Tensor:
+def sgd(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters, step: int) -> Tensor:
     """w -= rate g."""
     return gradient.values.mul_(-h.learning_rate)
 
 
-def adagrad(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters) -> Tensor:
+def adagrad(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters, step: int) -> Tensor:
     """s += g^2; w -= rate g / (sqrt(s) + eps)."""
     rows, g = gradient.rows, gradient.values
     square_sum = state["square_sum"].index_select(0, rows).addcmul_(g, g)
@@ -54,7 +55,7 @@ def adagrad(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters)
     return g.div_(square_sum.sqrt_().add_(h.eps)).mul_(-h.learning_rate)
 
 
-def rowwise_adagrad(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters) -> Tensor:
+def rowwise_adagrad(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters, step: int) -> Tensor:
     """s += mean(g^2) over the row, one number a row; w -= rate g / (sqrt(s) + eps)."""
     assert gradient.mean_square is not None
     square_sum = state["rowwise_square_sum"].index_select(0, gradient.rows).add_(gradient.mean_square)
@@ -62,7 +63,7 @@ def rowwise_adagrad(state: dict[str, Tensor], gradient: RowGradient, h: Hyperpar
     return gradient.values.mul_(-h.learning_rate / square_sum.sqrt_().add_(h.eps))
 
 
-def adam(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters) -> Tensor:
+def adam(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters, step: int) -> Tensor:
     """torch.optim.SparseAdam: the moments of touched rows move; bias correction by the global step."""
     rows, g = gradient.rows, gradient.values
     beta1, beta2 = ADAM_BETAS
@@ -70,17 +71,21 @@ def adam(state: dict[str, Tensor], gradient: RowGradient, h: Hyperparameters) ->
     second = state["second_moment"].index_select(0, rows).mul_(beta2).addcmul_(g, g, value=1 - beta2)
     state["first_moment"].index_copy_(0, rows, first)
     state["second_moment"].index_copy_(0, rows, second)
-    steps = int(state["steps"].add_(1))
-    rate = h.learning_rate * (1 - beta2**steps) ** 0.5 / (1 - beta1**steps)
+    rate = h.learning_rate * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
     return first.div_(second.sqrt_().add_(h.eps)).mul_(-rate)
 
 
 @dataclass(frozen=True)
 class RowOptimizer:
-    """An update and the state it keeps: by name, a number per element, row or table."""
+    """An update and the state it keeps: by name, a number per element or per row.
+
+    Attributes:
+        counts_steps: whether the update depends on the number of steps.
+    """
 
     update: RowUpdate
-    state: dict[str, Literal["element", "row", "table"]]
+    state: dict[str, Literal["element", "row"]]
+    counts_steps: bool = False
 
     @property
     def rowwise(self) -> bool:
@@ -88,12 +93,10 @@ class RowOptimizer:
         return "row" in self.state.values()
 
     def new_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """Zeros: float32 [rows, columns] or [rows, 1] beside the weights, int64 [1, 1] on the CPU."""
-        shapes = {"element": weight.shape, "row": (weight.shape[0], 1)}
+        """Zeros, float32: [rows, columns] or [rows, 1]."""
+        rows, columns = weight.shape
         return {
-            name: torch.zeros(shapes[per], device=weight.device)
-            if per in shapes
-            else torch.zeros(1, 1, dtype=torch.int64)
+            name: torch.zeros(rows, columns if per == "element" else 1, device=weight.device)
             for name, per in self.state.items()
         }
 
@@ -102,5 +105,5 @@ ROW_OPTIMIZERS = {
     "sgd": RowOptimizer(sgd, {}),
     "adagrad": RowOptimizer(adagrad, {"square_sum": "element"}),
     "rowwise_adagrad": RowOptimizer(rowwise_adagrad, {"rowwise_square_sum": "row"}),
-    "adam": RowOptimizer(adam, {"first_moment": "element", "second_moment": "element", "steps": "table"}),
+    "adam": RowOptimizer(adam, {"first_moment": "element", "second_moment": "element"}, counts_steps=True),
 }

@@ -1,11 +1,11 @@
 """Who looks up what, worked out once: slots per rank, and where their columns belong in the matrix [B, width].
 
 A slot is one feature looked up in one shard. A rank's slots are sorted so that features which share a table are
-neighbours (both table backends update such a table once) and each backend's tables lie together. All ranks derive
-the same routes from the same layout and shards.
+neighbours (both table backends update such a table once), each backend's tables lie together, and those of the torch
+backend by width. All ranks derive the same routes from the same layout and shards.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ class Routes:
 
     Attributes:
         slots: slots[r] are the slots of rank r, in the order of its output columns.
-        index_dtype: of ids on the wire and in lookups: int32 wherever every table is small enough.
+        index_dtype: of ids on the wire and in lookups: int32 where ids travel and every table is small enough.
     """
 
     slots: tuple[tuple[Slot, ...], ...]
@@ -50,25 +50,25 @@ class Routes:
         return sum(slot.columns for slot in self.slots[rank])
 
 
-def build_routes(
-    layout: EmbeddingLayout, shards: Sequence[Shard], world_size: int, first: Callable[[str], bool]
-) -> Routes:
+def build_routes(layout: EmbeddingLayout, shards: Sequence[Shard], world_size: int, fused: Collection[str]) -> Routes:
     """Routes for a placement.
 
     Args:
-        first: whether a table's slots come before those of the other tables of a rank (the backends' order).
+        fused: tables whose slots come before the others of a rank (FBGEMM's before those of torch).
     """
-    order = {table.name: position for position, table in enumerate(layout.tables)}
-    features = {name: [f for f in layout.features if f.table == name] for name in order}
+    position = {table.name: index for index, table in enumerate(layout.tables)}
+    features = {name: [f for f in layout.features if f.table == name] for name in position}
     by_rank: list[tuple[Slot, ...]] = []
     for rank in range(world_size):
-        mine = sorted((s for s in shards if s.rank == rank), key=lambda s: (not first(s.table), order[s.table]))
+        mine = sorted((shard for shard in shards if shard.rank == rank), key=lambda shard: position[shard.table])
+        widths = {columns: index for index, columns in enumerate(dict.fromkeys(shard.columns for shard in mine))}
+        ranking = {shard: -1 if shard.table in fused else widths[shard.columns] for shard in mine}
         slots: list[Slot] = []
         offset = 0
-        for shard in mine:
+        for shard in sorted(mine, key=ranking.__getitem__):
             for feature in features[shard.table]:
                 slots.append(Slot(feature, shard, feature.start + shard.column_start, offset))
                 offset += shard.columns
         by_rank.append(tuple(slots))
-    small = all(table.rows < 2**31 for table in layout.tables)
+    small = world_size > 1 and all(table.rows < 2**31 for table in layout.tables)
     return Routes(tuple(by_rank), torch.int32 if small else torch.int64)

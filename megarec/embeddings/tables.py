@@ -66,29 +66,32 @@ def choose_backends(
     Raises:
         UserError: embedding.backend is "fbgemm" and a table cannot be held by it.
     """
-    if config.backend == "torch":
-        return {table.name: Choice("torch", 'embedding.backend="torch"') for table in layout.tables}
     choices = {}
     for table in layout.tables:
-        parts = [shard for shard in shards if shard.table == table.name]
-        obstacle = fbgemm_obstacle(parts, config) or _fbgemm_problem(device.type)
-        if obstacle is None:
-            choices[table.name] = Choice("fbgemm", f'embedding.backend="{config.backend}"')
-        elif config.backend == "auto":
-            choices[table.name] = Choice("torch", obstacle)
-        else:
-            raise UserError(f'embedding.backend="fbgemm" cannot hold table {table.name!r}: {obstacle}; use "auto"')
+        choice = wished_backend([shard for shard in shards if shard.table == table.name], config, device)
+        problem = _fbgemm_problem(device.type) if choice.backend == "fbgemm" else None
+        if problem is not None:
+            choice = Choice("torch", problem)
+        if config.backend == "fbgemm" and choice.backend == "torch":
+            raise UserError(f'embedding.backend="fbgemm" cannot hold table {table.name!r}: {choice.reason}; use "auto"')
+        choices[table.name] = choice
     return choices
 
 
-def fbgemm_obstacle(shards: Sequence[Shard], config: EmbeddingConfig) -> str | None:
-    """What in a config and a table's placement rules FBGEMM out, the same on every rank; None: nothing."""
+def wished_backend(shards: Sequence[Shard], config: EmbeddingConfig, device: torch.device) -> Choice:
+    """The backend of a table that is placed as these shards, by the config alone: the same on every rank."""
+    if config.backend == "torch":
+        return Choice("torch", 'embedding.backend="torch"')
     if config.optimizer == "adam":
-        return "Adam over touched rows, bias-corrected by the global step, is not FBGEMM's"
+        return Choice("torch", "Adam over touched rows, bias-corrected by the global step, is not FBGEMM's")
     if config.optimizer == "rowwise_adagrad" and any(shard.column_start > 0 for shard in shards):
-        return "row-wise Adagrad needs the gradient's whole row, and the table is split by columns"
+        return Choice("torch", "row-wise Adagrad needs the gradient's whole row, and the table is split by columns")
     odd = [shard.columns for shard in shards if shard.columns % COLUMN_UNIT]
-    return f"{odd[0]} columns are no multiple of {COLUMN_UNIT}" if odd else None
+    if odd:
+        return Choice("torch", f"FBGEMM wants multiples of {COLUMN_UNIT} columns, not {odd[0]}")
+    if config.backend == "auto" and device.type == "cpu" and config.optimizer != "sgd":
+        return Choice("torch", "on CPUs faster than FBGEMM under Adagrad: python tools/bench.py tables")
+    return Choice("fbgemm", f'embedding.backend="{config.backend}"')
 
 
 @functools.cache

@@ -45,6 +45,20 @@ SINGLE_LAYOUT = EmbeddingLayout(
     full_embeddings=5,
     small_columns=4,
 )
+SIX_COLUMNS_LAYOUT = EmbeddingLayout(
+    8,
+    (Table("six", 50, 6), *TABLES[:4]),
+    (
+        Feature("item", "item", "sum", False, 0, 8),
+        Feature("six", "six", "sum", False, 8, 6),
+        Feature("user", "user", "sum", False, 14, 8),
+        Feature("clicks", "clicks", "mean", True, 22, 8),
+        Feature("wide", "wide", "sum", False, 30, 16),
+        Feature("sixes", "six", "sum", True, 46, 6),
+    ),
+    full_embeddings=0,
+    small_columns=52,
+)
 
 
 def global_batch(layout: EmbeddingLayout, examples: int, step: int) -> Batch:

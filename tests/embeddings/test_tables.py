@@ -11,7 +11,7 @@ from megarec.config.sections import EmbeddingConfig
 from megarec.embeddings import tables
 from megarec.embeddings.layout import EmbeddingLayout, Feature, Table
 from megarec.embeddings.placement import place
-from megarec.embeddings.tables import choose_backends
+from megarec.embeddings.tables import choose_backends, wished_backend
 from megarec.errors import UserError
 from tests.embeddings.plain import LAYOUT, train_plain
 from tests.embeddings.ranks import together, train
@@ -24,19 +24,30 @@ def choices(ranks: int = 1, layout: EmbeddingLayout = LAYOUT, **embedding: objec
     return choose_backends(layout, place(layout, config.placement, ranks), config, CPU)
 
 
-def test_auto_takes_fbgemm_where_it_can_and_says_why_not() -> None:
-    assert {choice.backend for choice in choices().values()} == {"fbgemm"}
-    assert {choice.backend for choice in choices(backend="torch").values()} == {"torch"}
+def test_auto_takes_fbgemm_where_it_can_and_pays_and_says_why_not() -> None:
+    assert {choice.backend for choice in choices(optimizer="sgd").values()} == {"fbgemm"}
+    assert {choice.backend for choice in choices(optimizer="sgd", backend="torch").values()} == {"torch"}
+    assert "on CPUs faster" in choices(optimizer="rowwise_adagrad")["user"].reason
     assert "Adam" in choices(optimizer="adam")["user"].reason
-    split = choices(2, placement="column")
-    assert (split["user"].backend, split["small"].backend) == ("torch", "fbgemm")  # small has 4 columns: one slice
-    assert "whole row" in split["user"].reason
-    assert {c.backend for c in choices(2, placement="column", optimizer="adagrad").values()} == {"fbgemm"}
     odd = EmbeddingLayout(6, (Table("t", 5, 6),), (Feature("t", "t", "sum", False, 0, 6),), 1, 0)
-    assert "6 columns are no multiple of 4" in choices(layout=odd)["t"].reason
+    assert "multiples of 4 columns, not 6" in choices(layout=odd, optimizer="sgd")["t"].reason
 
 
-def test_fbgemm_by_name_where_it_cannot_is_an_error() -> None:
+def test_auto_on_an_accelerator() -> None:
+    def wished(optimizer: str, placement: str, table: str) -> tables.Choice:
+        config = EmbeddingConfig(optimizer=optimizer, placement=placement)  # type: ignore[arg-type]
+        shards = [shard for shard in place(LAYOUT, config.placement, 2) if shard.table == table]
+        return wished_backend(shards, config, torch.device("cuda"))
+
+    assert wished("rowwise_adagrad", "table", "user").backend == "fbgemm"
+    assert wished("adagrad", "column", "user").backend == "fbgemm"
+    assert "whole row" in wished("rowwise_adagrad", "column", "user").reason
+    assert wished("rowwise_adagrad", "column", "small").backend == "fbgemm"  # four columns: one slice
+
+
+def test_fbgemm_by_name_wherever_it_can() -> None:
+    for optimizer in ("rowwise_adagrad", "adagrad", "sgd"):
+        assert {c.backend for c in choices(backend="fbgemm", optimizer=optimizer).values()} == {"fbgemm"}
     with pytest.raises(UserError, match=r"""backend="fbgemm" cannot hold table 'item': Adam.*; use "auto\""""):
         choices(backend="fbgemm", optimizer="adam")
 
@@ -45,18 +56,21 @@ def test_without_fbgemm_everything_is_torch(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "megarec.embeddings.fbgemm_tables", None)  # importing it raises ImportError
     tables._fbgemm_problem.cache_clear()
     try:
-        choice = choices()["user"]
+        choice = choices(optimizer="sgd")["user"]
         assert (choice.backend, "cannot be imported" in choice.reason) == ("torch", True)
         with pytest.raises(UserError, match="cannot be imported"):
             choices(backend="fbgemm")
+        config = EmbeddingConfig(optimizer="sgd", learning_rate=0.1)  # its slots are in the order for FBGEMM
+        found, plain = together(LAYOUT, [train(LAYOUT, config, 6)]), train_plain(LAYOUT, config, 6)
+        torch.testing.assert_close(found.state["wide/weight"], plain.state["wide/weight"], rtol=1e-5, atol=1e-6)
     finally:
         tables._fbgemm_problem.cache_clear()
 
 
 def test_a_cpu_build_is_not_used_on_cuda() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this installation may have CUDA kernels")
-    config = EmbeddingConfig()
+    if torch.version.cuda is not None:
+        pytest.skip("this installation has CUDA kernels")
+    config = EmbeddingConfig(optimizer="sgd")
     choice = choose_backends(LAYOUT, place(LAYOUT, "table", 1), config, torch.device("cuda"))["user"]
     assert (choice.backend, "without CUDA" in choice.reason) == ("torch", True)
 
