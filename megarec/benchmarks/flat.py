@@ -4,14 +4,15 @@
     .venv-bench/bin/python tools/bench.py flat
 
 26 tables x 20,000 rows x 64 columns, whole tables on 2 single-thread gloo ranks, batch 2,048 a rank, row-wise Adagrad
-in float32. Both run in the same rank processes in turns; a step takes as long as its slower rank.
+in float32. Ours runs in the backend that "auto" chooses, and again in FBGEMM, which TorchRec uses. All run in the same
+rank processes in turns; a step takes as long as its slower rank.
 """
 
 import importlib.util
 import os
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ RATE, EPS = 0.05, 1e-8
 
 
 def run() -> dict[str, Any]:
-    """Milliseconds a step of both, and ratios.over_torchrec: our time over theirs.
+    """Milliseconds a step, and our time over TorchRec's: over_torchrec by default, same_backend in FBGEMM as well.
 
     Raises:
         UserError: TorchRec is not installed here.
@@ -51,20 +52,27 @@ def run() -> dict[str, Any]:
     return {
         "name": "flat",
         "rows": [{"name": name, "step_ms": value, "ranks": RANKS} for name, value in medians.items()],
-        "ratios": {"over_torchrec": medians["megarec"] / medians["torchrec"]},
+        "ratios": {
+            "over_torchrec": medians["megarec"] / medians["torchrec"],
+            "same_backend": medians["megarec in fbgemm"] / medians["torchrec"],
+        },
     }
 
 
 def compare() -> dict[str, list[float]]:
-    """On every rank: seconds of each step of both."""
+    """On every rank: seconds of each step of all."""
     layout = equal_tables(TABLES, ROWS, COLUMNS)
     gradient = torch.randn(BATCH, layout.width, generator=torch.Generator().manual_seed(1)) / (BATCH * RANKS)
-    contestants = {"megarec": _ours(layout, gradient), "torchrec": _torchrec(layout, gradient)}
+    contestants = {
+        "megarec": _ours(layout, gradient, "auto"),
+        "megarec in fbgemm": _ours(layout, gradient, "fbgemm"),
+        "torchrec": _torchrec(layout, gradient),
+    }
     return interleave(contestants, REPETITIONS, before=dist.barrier)
 
 
-def _ours(layout: EmbeddingLayout, gradient: Tensor) -> Callable[[], None]:
-    config = EmbeddingConfig(optimizer="rowwise_adagrad", learning_rate=RATE, eps=EPS)
+def _ours(layout: EmbeddingLayout, gradient: Tensor, backend: Literal["auto", "fbgemm"]) -> Callable[[], None]:
+    config = EmbeddingConfig(optimizer="rowwise_adagrad", learning_rate=RATE, eps=EPS, backend=backend)
     rank = dist.get_rank()
     sparse = SparseSide(
         layout, config, world=dist.group.WORLD, rank=rank, world_size=RANKS, seed=0, device=torch.device("cpu"),
