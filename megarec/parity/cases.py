@@ -42,7 +42,7 @@ def _zero(stage: int) -> str:
 
 
 ACCUMULATION = "deepspeed.gradient_accumulation_steps=4"
-COLUMN, TORCH = "embedding.placement=column", "embedding.backend=torch"
+COLUMN, FBGEMM, TORCH = "embedding.placement=column", "embedding.backend=fbgemm", "embedding.backend=torch"
 OPTIMIZERS = tuple(f"embedding.optimizer={name}" for name in ("rowwise_adagrad", "adagrad", "sgd", "adam"))
 DENSE_SGD = ("dense.optimizer=sgd", "dense.learning_rate=0.1")
 ATTENTIVE, FULL_FM = "model.projection=attentive", "model.fm=full"
@@ -51,7 +51,8 @@ ATTENTIVE, FULL_FM = "model.projection=attentive", "model.fm=full"
 def _small() -> list[Case]:
     chosen = [Case(ranks, topology=(_zero(stage),)) for ranks in (1, 2, 4) for stage in (0, 1, 2, 3)]
     chosen += [Case(ranks, topology=(_zero(2), COLUMN)) for ranks in (2, 4)]
-    chosen += [Case(ranks, topology=(_zero(1), TORCH)) for ranks in (1, 2)]
+    chosen += [Case(ranks, topology=(_zero(1), backend)) for ranks in (1, 2) for backend in (FBGEMM, TORCH)]
+    chosen += [Case(2, ("embedding.optimizer=adagrad",), (_zero(3), COLUMN, FBGEMM))]
     chosen += [Case(2, topology=(_zero(3), COLUMN, TORCH)), Case(2, topology=(_zero(2), ACCUMULATION))]
     chosen += [Case(2, (optimizer,), (_zero(1), COLUMN)) for optimizer in OPTIMIZERS]
     chosen += [Case(2, (optimizer,), (_zero(2),)) for optimizer in OPTIMIZERS[1:]]
@@ -66,9 +67,16 @@ def _small() -> list[Case]:
 def _full() -> list[Case]:
     chosen = []
     for ranks, stage, placement, backend, accumulation in itertools.product(
-        (1, 2, 4), (0, 1, 2, 3), (None, COLUMN), (None, TORCH), (None, ACCUMULATION)
+        (1, 2, 4), (0, 1, 2, 3), (None, COLUMN), (FBGEMM, TORCH), (None, ACCUMULATION)
     ):
         topology = tuple(filter(None, (_zero(stage), placement, backend, accumulation)))
         for optimizer, dense in itertools.product(OPTIMIZERS, ((), DENSE_SGD)):
-            chosen.append(Case(ranks, (optimizer, *dense), topology))
+            if backend == TORCH or _fbgemm_can(optimizer, placement):
+                chosen.append(Case(ranks, (optimizer, *dense), topology))
     return chosen + _small()
+
+
+def _fbgemm_can(optimizer: str, placement: str | None) -> bool:
+    """It has no lazy Adam, and row-wise Adagrad needs whole rows."""
+    needs_whole_rows = optimizer.endswith("rowwise_adagrad")
+    return not optimizer.endswith("adam") and not (needs_whole_rows and placement == COLUMN)

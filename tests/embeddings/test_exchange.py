@@ -65,7 +65,7 @@ def trained(rank_pool: Callable[[int], RankPool]) -> Callable[[int, str], list[P
 def test_any_ranks_train_as_one_plain_process(trained: Callable, ranks: int, case: str) -> None:
     layout, config = CASES[case]
     expected, found = reference(case), together(layout, trained(ranks, case))
-    # float16 numbers are 2^-10 apart: an update may round the other way, and FBGEMM's SGD rounds once an occurrence
+    # float16 numbers are 2^-10 apart: an update may round the other way, and FBGEMM's SGD rounds the change as well
     tolerance = {"rtol": 4e-3, "atol": 1e-3} if config.weights == "fp16" else {"rtol": 2e-5, "atol": 2e-6}
     for mine, its in zip(found.embedded, expected.embedded, strict=True):
         torch.testing.assert_close(mine, its, **tolerance)
