@@ -15,13 +15,15 @@ SEED = 11
 STEPS = 4
 # Uneven tables; `item` is shared by a single-valued feature, a summed list and an averaged list; `clicks` is a list of
 # a table of its own; `wide` is two embeddings of width 8; `small` belongs to the grouped small embeddings.
-TABLES = (
+# Column slices make ranks order their tables differently: one with a wider slice of `wide` has it after the others.
+ITEM, WIDE, USER, CLICKS, SMALL = (
     Table("item", 40, 8),
+    Table("wide", 90, 16),
     Table("user", 300, 8),
     Table("clicks", 17, 8),
-    Table("wide", 90, 16),
     Table("small", 9, 4),
 )
+TABLES = (ITEM, WIDE, USER, CLICKS, SMALL)
 FEATURES = (
     Feature("item", "item", "sum", False, 0, 8),
     Feature("user", "user", "sum", False, 8, 8),
@@ -34,7 +36,7 @@ FEATURES = (
 LAYOUT = EmbeddingLayout(8, TABLES, FEATURES, full_embeddings=7, small_columns=4)
 SINGLE_LAYOUT = EmbeddingLayout(
     8,
-    TABLES[:2] + TABLES[3:],
+    (ITEM, WIDE, USER, SMALL),
     (
         Feature("user", "user", "sum", False, 0, 8),
         Feature("item", "item", "sum", False, 8, 8),
@@ -47,7 +49,7 @@ SINGLE_LAYOUT = EmbeddingLayout(
 )
 SIX_COLUMNS_LAYOUT = EmbeddingLayout(
     8,
-    (Table("six", 50, 6), *TABLES[:4]),
+    (Table("six", 50, 6), ITEM, WIDE, USER, CLICKS),
     (
         Feature("item", "item", "sum", False, 0, 8),
         Feature("six", "six", "sum", False, 8, 6),

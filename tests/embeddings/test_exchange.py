@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megarec.config.sections import EmbeddingConfig
+from megarec.embeddings import stack
 from megarec.embeddings.exchange import SparseSide, add_l2
 from megarec.embeddings.tables import State
 from megarec.errors import UserError
@@ -75,6 +76,15 @@ def test_any_ranks_train_as_one_plain_process(trained: Callable, ranks: int, cas
     for part in trained(ranks, case):
         for table, share in part.usage.items():
             assert share == pytest.approx(touched[table])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_touched_rows_in_many_chunks(monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    monkeypatch.setattr(stack, "CPU_CHUNK", 3)
+    config = embedding(optimizer, "table", "torch")
+    found, expected = together(LAYOUT, [train(LAYOUT, config, EXAMPLES)]), reference(f"{optimizer} table torch")
+    for name, tensor in expected.state.items():
+        torch.testing.assert_close(found.state[name], tensor, rtol=2e-5, atol=2e-6)
 
 
 def test_bytes_that_leave_a_rank(trained: Callable[[int, str], list[Part]]) -> None:
@@ -188,7 +198,7 @@ def test_memory_and_description() -> None:
     assert sparse.memory_bytes() == 2 * cells + 4 * rows + rows  # weights, row-wise state, touched flags
     placed, backend = sparse.describe()
     assert placed == f"tables: rank 0 holds 5 shards, {cells:,} weights"
-    assert backend.startswith("tables: item, user, clicks, wide, small in torch (on CPUs faster than FBGEMM")
+    assert backend.startswith("tables: item, wide, user, clicks, small in torch (on CPUs faster than FBGEMM")
 
 
 def copied(sparse: SparseSide) -> dict[str, torch.Tensor]:
