@@ -79,7 +79,7 @@ class EmbeddingConfig(Section):
     learning_rate: Rate = 0.05
     eps: Annotated[float, Field(gt=0)] = 1e-8
     backend: Literal["auto", "fbgemm", "torch"] = Field(
-        "auto", description="auto: FBGEMM where it can (optimizer, widths) and is the faster one, else torch"
+        "auto", description="auto: FBGEMM where it can (optimizer, widths), else torch"
     )
     weights: Literal["fp32", "fp16"] = Field("fp32", description="stored type of the tables")
     placement: Literal["table", "column"] = Field(

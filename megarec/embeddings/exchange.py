@@ -54,7 +54,7 @@ class SparseSide:
         self._choices = choose_backends(layout, self.shards, config, device)
 
         by_table = {table.name: [s for s in self.shards if s.table == table.name] for table in layout.tables}
-        fused = {t for t, shards in by_table.items() if wished_backend(shards, config, device).backend == "fbgemm"}
+        fused = {t for t, shards in by_table.items() if wished_backend(shards, config).backend == "fbgemm"}
         routes = build_routes(layout, self.shards, world_size, fused)
         self._ids = IdExchange(routes, self._channel, device)
         self._tables = LocalTables(

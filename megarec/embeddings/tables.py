@@ -68,7 +68,7 @@ def choose_backends(
     """
     choices = {}
     for table in layout.tables:
-        choice = wished_backend([shard for shard in shards if shard.table == table.name], config, device)
+        choice = wished_backend([shard for shard in shards if shard.table == table.name], config)
         problem = _fbgemm_problem(device.type) if choice.backend == "fbgemm" else None
         if problem is not None:
             choice = Choice("torch", problem)
@@ -78,7 +78,7 @@ def choose_backends(
     return choices
 
 
-def wished_backend(shards: Sequence[Shard], config: EmbeddingConfig, device: torch.device) -> Choice:
+def wished_backend(shards: Sequence[Shard], config: EmbeddingConfig) -> Choice:
     """The backend of a table that is placed as these shards, by the config alone: the same on every rank."""
     if config.backend == "torch":
         return Choice("torch", 'embedding.backend="torch"')
@@ -89,8 +89,6 @@ def wished_backend(shards: Sequence[Shard], config: EmbeddingConfig, device: tor
     odd = [shard.columns for shard in shards if shard.columns % COLUMN_UNIT]
     if odd:
         return Choice("torch", f"FBGEMM wants multiples of {COLUMN_UNIT} columns, not {odd[0]}")
-    if config.backend == "auto" and device.type == "cpu" and config.optimizer != "sgd":
-        return Choice("torch", "on CPUs faster than FBGEMM under Adagrad: python tools/bench.py tables")
     return Choice("fbgemm", f'embedding.backend="{config.backend}"')
 
 

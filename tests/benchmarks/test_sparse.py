@@ -29,7 +29,7 @@ def test_tables_reports_the_ratios_of_its_medians() -> None:
     assert result["name"] == "tables"
     assert result["ratios"] == {
         "over_fbgemm": pytest.approx(step["sparse side"] / step["bare fbgemm"]),
-        "same_backend": pytest.approx(step["sparse side in fbgemm"] / step["bare fbgemm"]),
+        "torch_over_fbgemm": pytest.approx(step["sparse side in torch"] / step["bare fbgemm"]),
     }
 
 

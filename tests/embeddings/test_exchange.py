@@ -198,7 +198,7 @@ def test_memory_and_description() -> None:
     assert sparse.memory_bytes() == 2 * cells + 4 * rows + rows  # weights, row-wise state, touched flags
     placed, backend = sparse.describe()
     assert placed == f"tables: rank 0 holds 5 shards, {cells:,} weights"
-    assert backend.startswith("tables: item, wide, user, clicks, small in torch (on CPUs faster than FBGEMM")
+    assert backend.startswith("tables: item, wide, user, clicks, small in fbgemm (embedding.backend=")
 
 
 def copied(sparse: SparseSide) -> dict[str, torch.Tensor]:
