@@ -17,7 +17,7 @@ from megarec.data.schema import load_schema
 from megarec.data.store import open_split
 from megarec.embeddings.initial import initial_rows
 from megarec.embeddings.layout import EmbeddingLayout, build_layout
-from megarec.models.build import build_model
+from megarec.models.recommender import Recommender
 
 
 def reference_losses(config: RunConfig, steps: int) -> list[float]:
@@ -36,7 +36,7 @@ def reference_losses(config: RunConfig, steps: int) -> list[float]:
     )
     layout = build_layout(schema, config.embedding, config.model.dim)
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model, layout, len(schema.numeric), config.embedding.dropout)
+    model = Recommender(layout, len(schema.numeric), config.model, config.embedding.dropout)
     dense = config.dense
     optimizer: torch.optim.Optimizer
     if dense.optimizer == "sgd":

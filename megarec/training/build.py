@@ -14,8 +14,8 @@ from megarec.data.schema import Schema, load_schema, select_features
 from megarec.data.store import open_split
 from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.layout import build_layout
-from megarec.models.build import build_model
 from megarec.models.cost import Cost, count
+from megarec.models.recommender import Recommender
 from megarec.parallel.collectives import Ledger
 from megarec.topology import Topology, build_topology
 from megarec.training.engine import build_engine
@@ -82,7 +82,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
 
     torch.manual_seed(config.train.seed)
     norm, norm_reason = layer_norm_factory(config.train.fused_kernels == "auto" and config.model.bias)
-    model = build_model(config.model, layout, len(schema.numeric), config.embedding.dropout, layer_norm=norm)
+    model = Recommender(layout, len(schema.numeric), config.model, config.embedding.dropout, norm)
     section = tensorboard_section(config.deepspeed, Path(config.train.output_dir))
     engine, optimizer_reason = build_engine(
         model, config.model_copy(update={"deepspeed": section}), topology.world_size

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from megarec.config.sections import WukongConfig
-from megarec.models.build import build_model
 from megarec.models.cost import count, count_mlp, count_wukong
+from megarec.models.recommender import Recommender
 from tests.models.layouts import layout
 from tests.models.test_wukong import configs
 
@@ -27,7 +27,7 @@ def test_counts_what_the_model_has_and_does(
 ) -> None:
     assume(full or small or numeric)
     places = layout(config.dim, full, small)
-    model = build_model(config, places, numeric)
+    model = Recommender(places, numeric, config)
     cost = count(config, places, numeric)
     assert cost.dense_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert cost.sparse_parameters == sum(table.rows * table.columns for table in places.tables)
@@ -55,7 +55,7 @@ def test_parts_are_those_of_the_modules() -> None:
         "numeric_mlp": "numeric_mlp",
     }
     sums = dict.fromkeys(owners.values(), 0)
-    for name, parameter in build_model(config, places, 6).named_parameters():
+    for name, parameter in Recommender(places, 6, config).named_parameters():
         (owner,) = {part for key, part in owners.items() if key in name}
         sums[owner] += parameter.numel()
     assert {name: part.parameters for name, part in parts.items() if name != "tables"} == sums

@@ -5,7 +5,7 @@ import torch
 
 from megarec.config.sections import WukongConfig
 from megarec.models.blocks import KeyedDropout
-from megarec.models.build import build_model
+from megarec.models.recommender import Recommender
 from tests.models.layouts import layout
 
 CONFIG = WukongConfig(
@@ -21,7 +21,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
 
 
 def test_logits_are_the_over_arch_of_the_inputs() -> None:
-    model = build_model(CONFIG, PLACES, numeric=5, embedding_dropout=0.1)
+    model = Recommender(PLACES, 5, CONFIG, embedding_dropout=0.1)
     numeric, embedded, keys = inputs()
     logits = model(numeric, embedded, keys)
     assert logits.shape == (20,) and logits.dtype == torch.float32
@@ -29,14 +29,14 @@ def test_logits_are_the_over_arch_of_the_inputs() -> None:
 
 
 def test_every_dropout_of_the_model_has_its_own_salt() -> None:
-    model = build_model(CONFIG, PLACES, numeric=5, embedding_dropout=0.1)
+    model = Recommender(PLACES, 5, CONFIG, embedding_dropout=0.1)
     salts = [module.salt for module in model.modules() if isinstance(module, KeyedDropout)]
     assert len(salts) == len(set(salts)) == 1 + 2 + 2 + 1
 
 
 def test_every_parameter_gets_a_gradient() -> None:
     torch.manual_seed(0)
-    model = build_model(CONFIG, PLACES, numeric=5)
+    model = Recommender(PLACES, 5, CONFIG)
     numeric, embedded, keys = inputs()
     model(numeric, embedded.requires_grad_(), keys).square().sum().backward()
     assert embedded.grad is not None and embedded.grad.abs().sum() > 0
@@ -47,7 +47,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 @pytest.mark.parametrize("received", [torch.float32, torch.bfloat16, torch.float16])
 def test_bf16_model_takes_whatever_the_exchange_sends(received: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = build_model(CONFIG, PLACES, numeric=5).eval()
+    model = Recommender(PLACES, 5, CONFIG).eval()
     numeric, embedded, _ = inputs()
     expected = model(numeric, embedded)
     embedded = embedded.to(received).requires_grad_()
@@ -61,7 +61,7 @@ def test_bf16_model_takes_whatever_the_exchange_sends(received: torch.dtype) -> 
 def test_equal_seeds_give_equal_models() -> None:
     def state() -> dict[str, torch.Tensor]:
         torch.manual_seed(3)
-        return build_model(CONFIG, PLACES, numeric=5).state_dict()
+        return Recommender(PLACES, 5, CONFIG).state_dict()
 
     first, second = state(), state()
     assert all(torch.equal(first[name], second[name]) for name in first)
