@@ -18,7 +18,7 @@ from megarec.models.cost import Cost, count
 from megarec.models.recommender import Recommender
 from megarec.parallel.collectives import Ledger
 from megarec.topology import Topology, build_topology
-from megarec.training.engine import build_engine
+from megarec.training.engine import base_learning_rate, build_engine
 from megarec.training.fused import layer_norm_factory
 from megarec.training.monitor import tensorboard_section
 from megarec.training.schedule import Schedule
@@ -37,6 +37,7 @@ class Run:
     test: EvalLoader
     sparse: SparseSide
     engine: Any
+    dense_learning_rate: float
     schedule: Schedule
     cost: Cost
     ledger: Ledger
@@ -103,5 +104,19 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     skipped = {split: store.skipped for split, store in stores.items() if store.skipped}
     schedule = Schedule(config.schedule, total_steps, train.steps_per_epoch)
     return Run(
-        config, device, topology, schema, train, valid, test, sparse, engine, schedule, cost, ledger, choices, skipped
+        config=config,
+        device=device,
+        topology=topology,
+        schema=schema,
+        train=train,
+        valid=valid,
+        test=test,
+        sparse=sparse,
+        engine=engine,
+        dense_learning_rate=base_learning_rate(engine, config),
+        schedule=schedule,
+        cost=cost,
+        ledger=ledger,
+        choices=choices,
+        skipped_rows=skipped,
     )

@@ -125,6 +125,16 @@ def compute_dtype(engine: Any) -> torch.dtype:
     return torch.float16 if engine.fp16_enabled() else torch.float32
 
 
+def base_learning_rate(engine: Any, config: RunConfig) -> float:
+    """The dense side's rate that the schedule scales: dense.learning_rate, or that of deepspeed.optimizer.
+
+    Ask right after `build_engine`: the schedule and a checkpoint write their own rates into the optimizer.
+    """
+    if "optimizer" in config.deepspeed:
+        return float(engine.optimizer.param_groups[0]["lr"])
+    return config.dense.learning_rate
+
+
 def set_learning_rate(engine: Any, rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = rate

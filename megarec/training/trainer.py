@@ -140,7 +140,7 @@ class Loop:
         due = (position.step + 1) % run.config.train.log_every == 0 or position.step + 1 == run.schedule.total_steps
         self.clock.next_step(sampled=due)
         factor = run.schedule.factor(position.step)
-        set_learning_rate(run.engine, factor * run.config.dense.learning_rate)
+        set_learning_rate(run.engine, factor * run.dense_learning_rate)
         run.sparse.set_learning_rate(factor * run.config.embedding.learning_rate)
 
         def step() -> StepResult:
@@ -191,7 +191,7 @@ class Loop:
                 "train/ne": seen.ne,
                 "train/auc": seen.auc,
                 "train/calibration": seen.calibration,
-                "optim/dense_learning_rate": factor * run.config.dense.learning_rate,
+                "optim/dense_learning_rate": factor * run.dense_learning_rate,
                 "optim/table_learning_rate": factor * run.config.embedding.learning_rate,
                 "optim/gradient_norm": result.gradient_norm,
                 "optim/skipped_steps": position.skipped_steps,

@@ -108,6 +108,17 @@ def test_early_stopping_ends_the_run(pool: RankPool, data: Path, tmp_path: Path)
     assert min(rates.values()) == pytest.approx(0.15)  # one drop by plateau_factor 0.3 before it stopped
 
 
+def test_deepspeeds_own_optimizer_keeps_its_learning_rate(pool: RankPool, data: Path, tmp_path: Path) -> None:
+    path = write_config(tmp_path, data, max_steps=2)
+    run = json.loads(path.read_text())
+    del run["dense"]
+    run["schedule"] = {"decay": "linear", "final": 0.5}
+    run["deepspeed"]["optimizer"] = {"type": "AdamW", "params": {"lr": 0.02, "torch_adam": True}}
+    path.write_text(json.dumps(run))
+    pool.run(train_on_a_rank, path, [], False)
+    assert scalars(tmp_path)["optim/dense_learning_rate"] == {1: pytest.approx(0.02), 2: pytest.approx(0.01)}
+
+
 def error_on_a_rank(path: Path, overrides: list[str], resume: bool) -> str:
     """The message of the UserError that a run ends with; every rank meets it, so the pool stays whole."""
     try:
