@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from megarec.models.initial import draw_normal_
+
 _LANE_BITS = 16
 _LANES = 64 // _LANE_BITS  # one 64-bit hash serves four columns
 _WORD_BITS = 64
@@ -109,25 +111,34 @@ def number_dropouts(model: nn.Module) -> None:
 
 def init_fan_in_(weight: Tensor, fan_in: int, gain: float = 1.0) -> None:
     """Normal with standard deviation gain / sqrt(fan_in): unit variance in gives variance gain^2 out."""
-    nn.init.normal_(weight, std=gain / math.sqrt(fan_in))
+    draw_normal_(weight, gain / math.sqrt(fan_in))
 
 
 class MLP(nn.Module):
     """Linear layers with ReLU and keyed dropout between them; the last one is linear.
 
-    Weights are normal with variance 2 / fan-in before a ReLU (He et al. 2015) and 1 / fan-in in the last
-    layer; biases start at 0.
+    Weights are normal with variance 2 / fan-in before a ReLU (He et al. 2015) and 1 / fan-in elsewhere; biases
+    start at 0.
 
     Args:
         inputs, hidden, outputs: widths; without hidden ones it is one linear layer.
         bias: whether the linear layers have a bias.
         dropout: probability after every hidden layer.
+        relu: whether there is a ReLU between the layers; without one it is a factorised (low-rank) linear map.
     """
 
     def __init__(
-        self, inputs: int, hidden: Sequence[int], outputs: int, *, bias: bool = True, dropout: float = 0.0
+        self,
+        inputs: int,
+        hidden: Sequence[int],
+        outputs: int,
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
+        relu: bool = True,
     ) -> None:
         super().__init__()
+        self.relu = relu
         widths = [inputs, *hidden, outputs]
         self.linears = nn.ModuleList(
             nn.Linear(fan_in, fan_out, bias=bias) for fan_in, fan_out in itertools.pairwise(widths)
@@ -139,7 +150,7 @@ class MLP(nn.Module):
         """Draw all weights anew."""
         for index, linear in enumerate(self.linears):
             assert isinstance(linear, nn.Linear)
-            gain = math.sqrt(2) if index < len(self.dropouts) else 1.0
+            gain = math.sqrt(2) if self.relu and index < len(self.dropouts) else 1.0
             init_fan_in_(linear.weight, linear.in_features, gain)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
@@ -148,5 +159,6 @@ class MLP(nn.Module):
         """[B, inputs] -> [B, outputs]."""
         *hidden, last = self.linears
         for linear, dropout in zip(hidden, self.dropouts, strict=True):
-            x = dropout(torch.relu(linear(x)), keys)
+            x = linear(x)
+            x = dropout(torch.relu(x) if self.relu else x, keys)
         return last(x)

@@ -17,6 +17,7 @@ from megarec.data.schema import load_schema
 from megarec.data.store import open_split
 from megarec.embeddings.initial import initial_rows
 from megarec.embeddings.layout import EmbeddingLayout, build_layout
+from megarec.models.initial import initialize
 from megarec.models.recommender import Recommender
 
 
@@ -35,8 +36,8 @@ def reference_losses(config: RunConfig, steps: int) -> list[float]:
         pin_memory=False,
     )
     layout = build_layout(schema, config.embedding, config.model.dim)
-    torch.manual_seed(config.train.seed)
     model = Recommender(layout, len(schema.numeric), config.model, config.embedding.dropout)
+    initialize(model, config.train.seed)
     dense = config.dense
     optimizer: torch.optim.Optimizer
     if dense.optimizer == "sgd":

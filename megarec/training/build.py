@@ -15,6 +15,7 @@ from megarec.data.store import open_split
 from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.layout import build_layout
 from megarec.models.cost import Cost, count
+from megarec.models.initial import initialize
 from megarec.models.recommender import Recommender
 from megarec.parallel.collectives import Ledger
 from megarec.topology import Topology, build_topology
@@ -81,9 +82,9 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         ledger=ledger,
     )
 
-    torch.manual_seed(config.train.seed)
     norm, norm_reason = layer_norm_factory(config.train.fused_kernels == "auto" and config.model.bias)
     model = Recommender(layout, len(schema.numeric), config.model, config.embedding.dropout, norm)
+    initialize(model, config.train.seed)
     section = tensorboard_section(config.deepspeed, Path(config.train.output_dir))
     engine, optimizer_reason = build_engine(
         model, config.model_copy(update={"deepspeed": section}), topology.world_size
