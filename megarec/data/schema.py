@@ -70,8 +70,19 @@ def load_schema(directory: Path) -> Schema:
     path = directory / SCHEMA_FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist: prepare the data first (python tools/prepare_data.py --help)")
+    return read_schema(path)
+
+
+def read_schema(path: Path) -> Schema:
+    """Read a schema file, whether or not its data are on this machine.
+
+    Raises:
+        UserError: the file cannot be read or does not describe a data set; the message names it and the key.
+    """
     try:
         return Schema.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected the schema.json of a data set") from error
     except (ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(str(part) for part in first["loc"])
