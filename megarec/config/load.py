@@ -1,16 +1,16 @@
 """Read the JSON of a run: sections that live in other files, `--set` overrides, validation with did-you-mean."""
 
-import difflib
 import json
-import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from megarec.config.deepspeed_keys import check_deepspeed_section
-from megarec.config.sections import RunConfig, Section
+from megarec.config.describe import describe
+from megarec.config.sections import RunConfig, WukongConfig
 from megarec.errors import UserError
 
 
@@ -29,6 +29,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         raw[name] = _include(value, path, name)
     for override in overrides or []:
         _apply_override(raw, override, path)
+    _locate_schema(raw.get("data"), path)
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -62,6 +63,12 @@ def _include(value: Any, path: Path, section: str) -> Any:
     return _read_object(included)
 
 
+def _locate_schema(data: Any, path: Path) -> None:
+    """`data.schema` is relative to the run's file; from here on it is absolute."""
+    if isinstance(data, dict) and isinstance(data.get("schema"), str):
+        data["schema"] = str((path.parent / data["schema"]).resolve())
+
+
 def _apply_override(raw: dict[str, Any], override: str, path: Path) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -79,40 +86,6 @@ def _apply_override(raw: dict[str, Any], override: str, path: Path) -> None:
     node[last] = value if parents else _include(value, path, last)
 
 
-def describe(error: ValidationError, root: type[Section]) -> str:
-    """The first failure as one line: dotted key, value seen, what was expected, the nearest known key."""
-    first = error.errors()[0]
-    loc = [part for part in first["loc"] if not (isinstance(part, str) and "[" in part)]
-    key = ".".join(str(part) for part in loc)
-    if first["type"] == "extra_forbidden":
-        section = _section_at(root, loc[:-1])
-        known = sorted(section.model_fields) if section else []
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
-    if first["type"] == "missing":
-        return f"{key} is missing"
-    message = first["msg"][0].lower() + first["msg"][1:]
-    seen = json.dumps(first["input"], default=str)
-    return f"{key}={seen if len(seen) <= 80 else seen[:77] + '...'}: {message}"
-
-
-def _section_at(root: type[Section], loc: list[Any]) -> type[Section] | None:
-    """The section class that lies at a location of the configuration, if it is one."""
-    current: Any = root
-    for part in loc:
-        if isinstance(current, type) and issubclass(current, Section):
-            field = current.model_fields.get(str(part))
-            current = field.annotation if field else None
-        elif typing.get_origin(current) is dict:
-            current = typing.get_args(current)[1]
-        if isinstance(current, types.UnionType):
-            current = next(
-                (a for a in typing.get_args(current) if isinstance(a, type) and issubclass(a, Section)), None
-            )
-    return current if isinstance(current, type) and issubclass(current, Section) else None
-
-
 def _check_across_fields(config: RunConfig, path: Path) -> None:
     def fail(message: str) -> typing.NoReturn:
         raise UserError(f"{path}: {message}")
@@ -124,13 +97,18 @@ def _check_across_fields(config: RunConfig, path: Path) -> None:
     if "optimizer" in config.deepspeed and config.dense.model_fields_set:
         given = ", ".join(f"dense.{name}" for name in sorted(config.dense.model_fields_set))
         fail(f"deepspeed.optimizer and {given} both describe the dense optimizer; keep one of them")
+    if isinstance(config.model, WukongConfig):
+        _check_layers(config.model, fail)
+
+
+def _check_layers(model: WukongConfig, fail: Callable[[str], typing.NoReturn]) -> None:
     for name in ("num_fm", "num_lcb", "rank"):
-        value = getattr(config.model, name)
-        if isinstance(value, list) and len(value) != config.model.layers:
-            fail(f"model.{name} lists {len(value)} sizes for model.layers={config.model.layers} layers")
-    per_layer = [widths for widths in config.model.mlp if isinstance(widths, list)]
-    if per_layer and len(per_layer) != config.model.layers:
-        fail(f"model.mlp lists {len(per_layer)} MLPs for model.layers={config.model.layers} layers")
+        value = getattr(model, name)
+        if isinstance(value, list) and len(value) != model.layers:
+            fail(f"model.{name} lists {len(value)} sizes for model.layers={model.layers} layers")
+    per_layer = [widths for widths in model.mlp if isinstance(widths, list)]
+    if per_layer and len(per_layer) != model.layers:
+        fail(f"model.mlp lists {len(per_layer)} MLPs for model.layers={model.layers} layers")
 
 
 def micro_batch_size(config: RunConfig, world_size: int) -> int:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Positive = Annotated[int, Field(gt=0)]
 PerLayer = Positive | list[Positive]
@@ -13,7 +13,23 @@ Rate = Annotated[float, Field(ge=0)]
 class Section(BaseModel):
     """A frozen section: strict types, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
+
+
+class ModelConfig(Section):
+    """What every dense model has: the input layer's MLPs and the head."""
+
+    name: str
+    dim: Positive = Field(64, description="d: width of every embedding")
+    head: list[Positive] = Field([256], description="hidden widths of the MLP that ends in the logit")
+    bias: bool = Field(True, description="false drops every bias of the dense model")
+    dropout: Probability = Field(
+        0.0, description="after every hidden layer of the MLPs; the mask is the same on every topology"
+    )
+    numeric_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over numeric features")
+    numeric_embeddings: Positive = Field(1, description="embeddings of width d that the numeric MLP emits")
+    small_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over the grouped small embeddings")
+    small_embeddings: Positive = Field(1, description="embeddings of width d that the small-embedding MLP emits")
 
 
 class AttentiveConfig(Section):
@@ -23,11 +39,10 @@ class AttentiveConfig(Section):
     mlp: list[Positive] = Field([64], description="hidden widths of the MLP that maps m x d to n x k")
 
 
-class WukongConfig(Section):
+class WukongConfig(ModelConfig):
     """Wukong (arXiv 2403.02545): layers of factorization machine blocks beside linear compression blocks."""
 
     name: Literal["wukong"] = "wukong"
-    dim: Positive = Field(64, description="d: width of every embedding")
     layers: Positive = Field(2, description="l: interaction layers")
     num_fm: PerLayer = Field(16, description="n_F: embeddings an FM block emits; a number, or one per layer")
     num_lcb: PerLayer = Field(16, description="n_L: embeddings a linear compression block emits; as num_fm")
@@ -40,21 +55,47 @@ class WukongConfig(Section):
         "static", description="Y: a learned parameter, or computed from X"
     )
     attentive: AttentiveConfig = Field(AttentiveConfig(), description="sizes of the attentive projection")
-    head: list[Positive] = Field([256], description="hidden widths of the MLP from the last X to the logit")
-    bias: bool = Field(True, description="false drops every bias of the dense model")
-    dropout: Probability = Field(
-        0.0, description="after every hidden layer of the MLPs; the mask is the same on every topology"
-    )
-    numeric_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over numeric features")
-    numeric_embeddings: Positive = Field(1, description="embeddings of width d that the numeric MLP emits")
-    small_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over the grouped small embeddings")
-    small_embeddings: Positive = Field(1, description="embeddings of width d that the small-embedding MLP emits")
+
+
+class DlrmConfig(ModelConfig):
+    """DLRM (arXiv 1906.00091): pairwise dot products of all embeddings; numeric_mlp is its bottom MLP, head its top."""
+
+    name: Literal["dlrm"]
+
+
+class DcnConfig(ModelConfig):
+    """DCNv2 (arXiv 2008.13535), stacked: cross layers over the flattened embeddings, then the head."""
+
+    name: Literal["dcn"]
+    layers: Positive = Field(3, description="cross layers")
+    rank: Positive | None = Field(512, description="of the low-rank cross products U V x; null: full products W x")
+
+
+OverArchConfig = WukongConfig | DlrmConfig | DcnConfig
+MODELS: dict[str, type[OverArchConfig]] = {"wukong": WukongConfig, "dlrm": DlrmConfig, "dcn": DcnConfig}
+
+
+def _model_name(section: Any) -> Any:
+    """By what a model section is told apart; one without a name is a Wukong."""
+    return section.get("name", "wukong") if isinstance(section, dict) else getattr(section, "name", None)
+
+
+ModelSection = Annotated[
+    Annotated[WukongConfig, Tag("wukong")] | Annotated[DlrmConfig, Tag("dlrm")] | Annotated[DcnConfig, Tag("dcn")],
+    Discriminator(_model_name),
+]
 
 
 class DataConfig(Section):
     """The prepared data set and how it is cut into batches."""
 
     path: str = Field(description="directory that tools/prepare_data.py wrote; relative to the working directory")
+    schema_path: str | None = Field(
+        None,
+        alias="schema",
+        description="the schema.json of data that is not on this machine, relative to this file: what counting, "
+        "planning and rehearsal read; a training run reads the one in data.path",
+    )
     batch_size: Positive = Field(1024, description="examples of one optimizer step over all ranks and micro-batches")
     features: list[str] | None = Field(None, description="the features to use, categorical and numeric; null: all")
     prefetch: Positive = Field(4, description="batches a rank prepares ahead in the background")
@@ -161,7 +202,7 @@ class TrainConfig(Section):
 class RunConfig(Section):
     """The JSON of one run."""
 
-    model: WukongConfig
+    model: ModelSection
     data: DataConfig
     embedding: EmbeddingConfig = EmbeddingConfig()
     dense: DenseConfig = DenseConfig()

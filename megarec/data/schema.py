@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megarec.config.sections import DataConfig
 from megarec.errors import UserError
 
 SCHEMA_FILE = "schema.json"
@@ -87,6 +88,23 @@ def read_schema(path: Path) -> Schema:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from error
+
+
+def schema_of(data: DataConfig) -> Schema:
+    """The features of a run for tools that read no data: `data.schema`, else schema.json in `data.path`.
+
+    Raises:
+        UserError: neither file is there, it describes no data set, or `data.features` does not fit it.
+    """
+    path = Path(data.schema_path or Path(data.path) / SCHEMA_FILE)
+    if not path.is_file():
+        raise UserError(
+            f"data.schema={data.schema_path!r}: no such file; the path is relative to the config"
+            if data.schema_path
+            else f"data.path={data.path!r} holds no {SCHEMA_FILE}: prepare the data (python tools/prepare_data.py "
+            "--help), or set data.schema to a schema.json that describes them"
+        )
+    return select_features(read_schema(path), data.features)
 
 
 def save_schema(schema: Schema, directory: Path) -> None:

@@ -1,17 +1,18 @@
-"""Parameters and training FLOPs per example of a run's model, by part, from its sizes alone.
+"""Parameters and training FLOPs per example of a run's model, by layer and part, from its sizes alone.
 
 A multiply-accumulate is 2 FLOPs; training costs it three times: forward, gradient of the input, gradient of the
-weight. Only the numeric MLP's first layer needs no gradient of its input. LayerNorm, ReLU and lookups count as
-0 FLOPs: above 5 GFLOP/example more than 97 % is plain GEMM.
+weight. Only the numeric MLP's first layer needs no gradient of its input. LayerNorm, ReLU, sums, products element by
+element and lookups count as 0 FLOPs: above 5 GFLOP/example more than 97 % is plain GEMM.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from megarec.config.sections import WukongConfig
+from megarec.config.sections import DcnConfig, DlrmConfig, ModelConfig, OverArchConfig, WukongConfig
 from megarec.embeddings.layout import EmbeddingLayout
+from megarec.models.dlrm import head_inputs
 from megarec.models.inputs import input_embeddings
 from megarec.models.wukong import LayerSizes, layer_sizes
 
@@ -29,20 +30,28 @@ class Part(NamedTuple):
         return Part(self.parameters + other.parameters, self.flop + other.flop)
 
 
+Parts = dict[str, Part]
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a model costs.
 
     Attributes:
-        parts: by name: `tables` (all embedding tables), `small_mlp`, `numeric_mlp` where present, then over
-            all interaction layers `fm`, `fm_mlp`, `lcb`, `residual`, `layer_norm`, and `head`.
+        layers: by layer, then by part, in the order of the forward pass. `sparse` has the part `tables`, `inputs`
+            has `small_mlp` and `numeric_mlp`; `layers.0` and so on are the over-arch's; `head` comes last.
     """
 
-    parts: dict[str, Part]
+    layers: dict[str, Parts]
+
+    @property
+    def parts(self) -> Parts:
+        """By part, over all layers."""
+        return _by_part(self.layers.values())
 
     @property
     def sparse_parameters(self) -> int:
-        return self.parts["tables"].parameters
+        return self.layers["sparse"]["tables"].parameters
 
     @property
     def dense_parameters(self) -> int:
@@ -50,61 +59,98 @@ class Cost:
 
     @property
     def parameters(self) -> int:
-        return sum(part.parameters for part in self.parts.values())
+        return total(self.parts).parameters
 
     @property
     def flop(self) -> int:
         """Training FLOPs per example."""
-        return sum(part.flop for part in self.parts.values())
+        return total(self.parts).flop
 
 
-def count(config: WukongConfig, layout: EmbeddingLayout, numeric: int) -> Cost:
+def total(parts: Parts) -> Part:
+    """The sum of some parts."""
+    return Part(sum(part.parameters for part in parts.values()), sum(part.flop for part in parts.values()))
+
+
+def _by_part(layers: Iterable[Parts]) -> Parts:
+    parts: Parts = {}
+    for layer in layers:
+        for name, part in layer.items():
+            parts[name] = parts.get(name, Part(0, 0)).plus(part)
+    return parts
+
+
+def count(config: OverArchConfig, layout: EmbeddingLayout, numeric: int) -> Cost:
     """Parameters and training FLOPs per example of tables, input layer and over-arch.
 
     Raises:
         UserError: sizes that do not fit together, or data without features.
     """
-    parts = {"tables": Part(sum(table.rows * table.columns for table in layout.tables), 0)}
+    sparse = {"tables": Part(sum(table.rows * table.columns for table in layout.tables), 0)}
+    n = input_embeddings(layout, numeric, config)
+    dense = config.numeric_embeddings if numeric else 0
+    return Cost(
+        {"sparse": sparse, "inputs": _count_inputs(config, layout, numeric)} | _count_over_arch(n, dense, config)
+    )
+
+
+def _count_inputs(config: ModelConfig, layout: EmbeddingLayout, numeric: int) -> Parts:
+    parts = {}
     if layout.small_columns:
         emitted = config.small_embeddings * config.dim
         parts["small_mlp"] = count_mlp(layout.small_columns, config.small_mlp, emitted, config.bias)
     if numeric:
         emitted = config.numeric_embeddings * config.dim
         parts["numeric_mlp"] = count_mlp(numeric, config.numeric_mlp, emitted, config.bias, input_gradient=False)
-    return Cost(parts | count_wukong(input_embeddings(layout, numeric, config), config))
-
-
-def count_wukong(n: int, config: WukongConfig) -> dict[str, Part]:
-    """The parts of the over-arch over n embeddings per example."""
-    parts: dict[str, Part] = {}
-    sizes = layer_sizes(n, config)
-    for layer in sizes:
-        for name, part in _count_layer(layer, config).items():
-            parts[name] = parts.get(name, Part(0, 0)).plus(part)
-    parts["head"] = count_mlp(sizes[-1].outputs * config.dim, config.head, 1, config.bias)
     return parts
 
 
-def _count_layer(layer: LayerSizes, config: WukongConfig) -> dict[str, Part]:
+def _count_over_arch(n: int, dense: int, config: OverArchConfig) -> dict[str, Parts]:
+    """The layers over n embeddings per example, of which the last `dense` come from numeric features."""
+    match config:
+        case WukongConfig():
+            sizes = layer_sizes(n, config)
+            layers = [_count_wukong_layer(layer, config) for layer in sizes]
+            columns = sizes[-1].outputs * config.dim
+        case DlrmConfig():
+            layers = [{"dot_products": Part(0, _training_flop(n * n * config.dim))}]
+            columns = head_inputs(n, dense, config.dim)
+        case DcnConfig():
+            columns = n * config.dim
+            layers = [_count_cross_layer(columns, config)] * config.layers
+    numbered: dict[str, Parts] = {f"layers.{index}": parts for index, parts in enumerate(layers)}
+    return numbered | {"head": {"head": count_mlp(columns, config.head, 1, config.bias)}}
+
+
+def count_wukong(n: int, config: WukongConfig) -> Parts:
+    """The parts of Wukong's over-arch alone, over n embeddings per example and over all its layers."""
+    return _by_part(_count_over_arch(n, 0, config).values())
+
+
+def _count_wukong_layer(layer: LayerSizes, config: WukongConfig) -> Parts:
     n, d, k = layer.inputs, config.dim, layer.rank
-    interactions = n * (n if config.fm == "full" else k)
-    if config.fm == "full":
-        fm = Part(0, _training_flop(n * n * d))
-    elif config.projection == "static":
-        fm = Part(n * k, _training_flop(2 * n * k * d))
-    else:
+    full, attentive = config.fm == "full", config.projection == "attentive"
+    interactions = n * (n if full else k)
+    parts = {}
+    if full:
+        parts["fm"] = Part(0, _training_flop(n * n * d))
+    elif attentive:
         m = config.attentive.compressed
-        compression = Part(n * m, _training_flop(n * m * d))
-        attention = count_mlp(m * d, config.attentive.mlp, n * k, config.bias)
-        fm = Part(0, _training_flop(2 * n * k * d)).plus(compression).plus(attention)
-    changes = layer.outputs != n
-    return {
-        "fm": fm,
-        "fm_mlp": count_mlp(interactions, layer.mlp, layer.num_fm * d, config.bias),
-        "lcb": Part(n * layer.num_lcb, _training_flop(n * layer.num_lcb * d)),
-        "residual": Part(n * layer.outputs, _training_flop(n * layer.outputs * d)) if changes else Part(0, 0),
-        "layer_norm": Part((interactions + d) * (2 if config.bias else 1), 0),
-    }
+        parts["fm"] = Part(n * m, _training_flop(n * m * d + 2 * n * k * d))
+        parts["fm_attention"] = count_mlp(m * d, config.attentive.mlp, n * k, config.bias)
+    else:
+        parts["fm"] = Part(n * k, _training_flop(2 * n * k * d))
+    parts["fm_mlp"] = count_mlp(interactions, layer.mlp, layer.num_fm * d, config.bias)
+    parts["lcb"] = Part(n * layer.num_lcb, _training_flop(n * layer.num_lcb * d))
+    if layer.outputs != n:
+        parts["residual"] = Part(n * layer.outputs, _training_flop(n * layer.outputs * d))
+    parts["layer_norm"] = Part((interactions + d) * (2 if config.bias else 1), 0)
+    return parts
+
+
+def _count_cross_layer(width: int, config: DcnConfig) -> Parts:
+    product = count_mlp(width, [] if config.rank is None else [config.rank], width, bias=False)
+    return {"cross": product.plus(Part(width if config.bias else 0, 0))}
 
 
 def count_mlp(inputs: int, hidden: Sequence[int], outputs: int, bias: bool, *, input_gradient: bool = True) -> Part:

@@ -1,12 +1,14 @@
 """From looked-up embeddings and numeric features to X_0 (arXiv 2403.02545, section 3.2, embedding layer).
 
+Every over-arch starts from it; for DLRM and DCNv2 its numeric MLP is the bottom MLP (linear at its end, as Wukong's).
+
 Shape suffixes: B examples, N embeddings of one example, D width of an embedding.
 """
 
 import torch
 from torch import Tensor, nn
 
-from megarec.config.sections import WukongConfig
+from megarec.config.sections import ModelConfig
 from megarec.embeddings.layout import EmbeddingLayout
 from megarec.errors import UserError
 from megarec.models.blocks import MLP, KeyedDropout, number_dropouts
@@ -26,19 +28,21 @@ class InputLayer(nn.Module):
 
     Attributes:
         embeddings: N, how many embeddings X_0 has.
+        numeric_embeddings: how many of them, the last ones, come from numeric features.
 
     Raises:
         UserError: there is neither a categorical nor a numeric feature.
     """
 
     def __init__(
-        self, layout: EmbeddingLayout, numeric: int, config: WukongConfig, embedding_dropout: float = 0.0
+        self, layout: EmbeddingLayout, numeric: int, config: ModelConfig, embedding_dropout: float = 0.0
     ) -> None:
         super().__init__()
         assert layout.dim == config.dim, f"layout.dim={layout.dim}, config.dim={config.dim}"
         self.dim = config.dim
         self.full_columns = layout.full_embeddings * config.dim
         self.embeddings = input_embeddings(layout, numeric, config)
+        self.numeric_embeddings = config.numeric_embeddings if numeric else 0
         self.dropout = KeyedDropout(embedding_dropout)
         self.small_mlp = self.numeric_mlp = None
         if layout.small_columns:
@@ -65,7 +69,7 @@ class InputLayer(nn.Module):
         return flat.unflatten(1, (self.embeddings, self.dim))
 
 
-def input_embeddings(layout: EmbeddingLayout, numeric: int, config: WukongConfig) -> int:
+def input_embeddings(layout: EmbeddingLayout, numeric: int, config: ModelConfig) -> int:
     """n: how many embeddings of width d X_0 has.
 
     Raises:

@@ -2,12 +2,13 @@
 
 from torch import Tensor, nn
 
-from megarec.config.sections import WukongConfig
+from megarec.config.sections import OverArchConfig
 from megarec.embeddings.layout import EmbeddingLayout
 from megarec.models.blocks import number_dropouts
 from megarec.models.gemm import fast_cpu_gemm
 from megarec.models.inputs import InputLayer
-from megarec.models.wukong import LayerNormFactory, Wukong, torch_layer_norm
+from megarec.models.over_arch import build_over_arch
+from megarec.models.wukong import LayerNormFactory, torch_layer_norm
 
 
 class Recommender(nn.Module):
@@ -28,13 +29,13 @@ class Recommender(nn.Module):
         self,
         layout: EmbeddingLayout,
         numeric: int,
-        config: WukongConfig,
+        config: OverArchConfig,
         embedding_dropout: float = 0.0,
         layer_norm: LayerNormFactory = torch_layer_norm,
     ) -> None:
         super().__init__()
         self.inputs = InputLayer(layout, numeric, config, embedding_dropout)
-        self.over_arch = Wukong(self.inputs.embeddings, config, layer_norm)  # any module [B, n, d] -> [B] fits here
+        self.over_arch = build_over_arch(self.inputs.embeddings, self.inputs.numeric_embeddings, config, layer_norm)
         number_dropouts(self)
 
     def forward(self, numeric: Tensor, embedded: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from megarec.config.load import json_schema, load_config, micro_batch_size
+from megarec.config.sections import DcnConfig, DlrmConfig, WukongConfig
 from megarec.errors import UserError
 
 RUN = {"model": {"name": "wukong", "layers": 2}, "data": {"path": "somewhere", "batch_size": 64}}
@@ -52,6 +53,17 @@ def test_overrides_are_json_or_plain_strings(tmp_path: Path) -> None:
             "unknown key 'embedding.features.a.embedings'; did you mean 'embeddings'?",
         ),
         ("model.layers=0", "model.layers=0: input should be greater than 0"),
+        ("model.name=wukon", "model.name=\"wukon\": did you mean 'wukong'?"),
+        ("model.name=transformer", 'model.name="transformer": expected one of: wukong, dlrm, dcn'),
+        ("model.name=[1]", "model.name=[1]: expected one of: wukong, dlrm, dcn"),
+        ("model.name=dlrm", "unknown key 'model.layers'; known keys of model 'dlrm': bias, dim, dropout, head,"),
+        ('model={"name": "dcn", "layrs": 2}', "unknown key 'model.layrs'; did you mean 'layers'?"),
+        ('model={"name": "dcn", "rank": 0}', "model.rank=0: input should be greater than 0"),
+        ('model={"name": "dcn", "num_fm": 8}', "unknown key 'model.num_fm'; known keys of model 'dcn': bias,"),
+        ("model.attentive.compresed=8", "unknown key 'model.attentive.compresed'; did you mean 'compressed'?"),
+        ("model=3", "model=3: expected an object"),
+        ("data.shema=a.json", "unknown key 'data.shema'; did you mean 'schema'?"),
+        ("data.schema=3", "data.schema=3: input should be a valid string"),
         ("train.epochs=two", 'train.epochs="two": input should be a valid integer'),
         ("model.num_fm=[8,8,8]", "model.num_fm lists 3 sizes for model.layers=2 layers"),
         ("model.mlp=[[8],[8],[8]]", "model.mlp lists 3 MLPs for model.layers=2 layers"),
@@ -68,6 +80,24 @@ def test_mistakes_are_named(tmp_path: Path, override: str, expected: str) -> Non
         load_config(write(tmp_path, RUN), [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_model_is_told_by_its_name(tmp_path: Path) -> None:
+    path = write(tmp_path, RUN)
+    assert isinstance(load_config(path, ["model={}"]).model, WukongConfig)  # without a name it is a Wukong
+    dlrm = load_config(path, ['model={"name": "dlrm", "head": [8]}']).model
+    assert isinstance(dlrm, DlrmConfig) and dlrm.head == [8] and dlrm.dim == WukongConfig().dim
+    write(tmp_path, {"name": "dcn", "rank": None}, "dcn.json")
+    dcn = load_config(path, ["model=dcn.json", "model.layers=2"]).model
+    assert isinstance(dcn, DcnConfig) and dcn.rank is None and dcn.layers == 2
+
+
+def test_a_resolved_config_loads_again_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    run = {**RUN, "data": {"path": "somewhere", "schema": "../schemas/mine.json"}, "model": {"name": "dlrm"}}
+    config = load_config(write(tmp_path / "configs", run))
+    assert config.data.schema_path == str(tmp_path / "schemas/mine.json")
+    assert load_config(write(tmp_path, config.model_dump_json(), "resolved.json")) == config
 
 
 def test_conflicting_fields_name_both(tmp_path: Path) -> None:

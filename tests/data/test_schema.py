@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from megarec.data.schema import load_schema, save_schema, select_features
+from megarec.config.sections import DataConfig
+from megarec.data.schema import load_schema, save_schema, schema_of, select_features
 from megarec.errors import UserError
 from tests.data.prepared import SCHEMA
 
@@ -68,3 +69,23 @@ def test_a_schema_that_cannot_be_read(tmp_path: Path, text: str | bytes | None, 
         (tmp_path / "schema.json").write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(UserError, match=told):
         load_schema(tmp_path)
+
+
+def test_the_schema_of_data_that_is_not_here(tmp_path: Path) -> None:
+    save_schema(SCHEMA, tmp_path)
+    there, other = str(tmp_path), str(tmp_path / "schema.json")
+    assert schema_of(DataConfig(path=there)) == SCHEMA
+    assert schema_of(DataConfig(path="absent", schema=other)) == SCHEMA
+    assert schema_of(DataConfig(path=there, features=["user"])) == select_features(SCHEMA, ["user"])
+
+
+def test_a_missing_schema_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"data\.path='absent' holds no schema\.json: prepare the data .*, or set data\.schema"
+    ):
+        schema_of(DataConfig(path="absent"))
+    save_schema(SCHEMA, tmp_path)
+    with pytest.raises(
+        UserError, match=r"data\.schema='absent\.json': no such file; the path is relative to the config"
+    ):
+        schema_of(DataConfig(path=str(tmp_path), schema="absent.json"))

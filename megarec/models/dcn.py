@@ -1,0 +1,65 @@
+"""DCNv2 (Wang et al. 2021, arXiv 2008.13535), stacked: cross layers over the flattened embeddings, then an MLP.
+
+    x_{l+1} = x_0 * (W x_l + b) + x_l                    full rank, W [E, E]
+    x_{l+1} = x_0 * (U (V x_l) + b) + x_l                low rank, V [R, E], U [E, R]
+    logit   = MLP(x_L)
+
+Layer l holds interactions of order 1 .. l + 1. With three layers of rank 512 it is the interaction of MLPerf's
+DLRM-DCNv2, whose bottom MLP is the input layer's numeric MLP and whose top MLP is the head.
+
+Shape suffixes: B examples, N embeddings of one example, D width of an embedding, E = N D elements of one example,
+R rank.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from megarec.config.sections import DcnConfig
+from megarec.models.blocks import MLP, number_dropouts
+
+
+class CrossLayer(nn.Module):
+    """x_0 * (W x_l + b) + x_l, where W may be a low-rank product U V.
+
+    Args:
+        width: E.
+        rank: R; None: full rank.
+        bias: whether there is a b; it starts at 0.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, width: int, rank: int | None, bias: bool) -> None:
+        super().__init__()
+        self.product = MLP(width, [] if rank is None else [rank], width, bias=False, relu=False)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
+
+    def forward(self, first_BE: Tensor, x_BE: Tensor) -> Tensor:
+        """x_0 and x_l -> x_{l+1}, all [B, E]."""
+        crossed_BE = self.product(x_BE)
+        if self.bias is not None:
+            crossed_BE = crossed_BE + self.bias
+        return torch.addcmul(x_BE, first_BE, crossed_BE)
+
+
+class Dcn(nn.Module):
+    """The dense model over n embeddings of width d per example; it knows no process group.
+
+    Args:
+        n: embeddings per example in X_0.
+        config: the sizes.
+    """
+
+    def __init__(self, n: int, config: DcnConfig) -> None:
+        super().__init__()
+        width = n * config.dim
+        self.layers = nn.ModuleList(CrossLayer(width, config.rank, config.bias) for _ in range(config.layers))
+        self.head = MLP(width, config.head, 1, bias=config.bias, dropout=config.dropout)
+        number_dropouts(self)
+
+    def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
+        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
+        x_BE = first_BE = x_BND.flatten(1)
+        for layer in self.layers:
+            x_BE = layer(first_BE, x_BE)
+        return self.head(x_BE, keys).squeeze(1)
