@@ -1,9 +1,11 @@
-"""Raw data -> parquet shards + schema.json, whole or not at all.
+r"""Raw data -> parquet shards + schema.json, whole or not at all.
 
 python tools/prepare_data.py movielens-100k --output data/movielens-100k
 python tools/prepare_data.py movielens-1m --output data/movielens-1m --split time --history 20
 python tools/prepare_data.py table --schema spec.json --train T.csv --valid V.csv --test E.csv --output data/mine
 python tools/prepare_data.py synthetic --output data/synthetic --examples 10000
+python tools/prepare_data.py synthetic --schema ds_configs/schemas/wukong-ladder.json --max-rows 1000 \
+    --examples 20000 --output data/ladder
 """
 
 import argparse
@@ -15,10 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megarec.data.movielens import prepare_movielens
 from megarec.data.movielens_wheels import SOURCES, TERMS
-from megarec.data.schema import Schema
-from megarec.data.synthetic import Shape, prepare_synthetic
+from megarec.data.schema import Schema, read_schema
+from megarec.data.synthetic import Shape, prepare_like, prepare_synthetic
 from megarec.data.table import prepare_table
-from megarec.errors import exits_cleanly
+from megarec.errors import UserError, exits_cleanly
+
+FEATURES = {
+    "single": "single-valued features",
+    "multi": "multi-valued features",
+    "numeric": "numeric features",
+    "rows": "rows of a table",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,11 +51,15 @@ def parser() -> argparse.ArgumentParser:
     synthetic = sources.add_parser("synthetic", help="made-up examples with a planted signal, for tests and benchmarks")
     default = Shape()
     synthetic.add_argument("--examples", type=int, default=default.examples, help="default: %(default)s")
-    synthetic.add_argument("--single", type=int, default=default.single, help="single-valued features (%(default)s)")
-    synthetic.add_argument("--multi", type=int, default=default.multi, help="multi-valued features (%(default)s)")
-    synthetic.add_argument("--numeric", type=int, default=default.numeric, help="numeric features (%(default)s)")
-    synthetic.add_argument("--rows", type=int, default=default.rows, help="rows of a table (%(default)s)")
     synthetic.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
+    synthetic.add_argument(
+        "--schema", type=Path, metavar="FILE", help="a schema.json whose features the data shall have"
+    )
+    synthetic.add_argument("--max-rows", type=int, metavar="R", help="with --schema: tables capped at R rows")
+    for name, what in FEATURES.items():
+        synthetic.add_argument(
+            f"--{name}", type=int, help=f"without --schema: {what} (default: {getattr(default, name)})"
+        )
 
     for command in sources.choices.values():
         command.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the data set shall lie")
@@ -61,8 +74,19 @@ def prepare(args: argparse.Namespace) -> Schema:
         )
     if args.source == "table":
         return prepare_table(args.schema, {"train": args.train, "valid": args.valid, "test": args.test}, args.output)
-    shape = Shape(args.examples, args.single, args.multi, args.numeric, args.rows, args.seed)
-    return prepare_synthetic(shape, args.output)
+    return synthetic_data(args)
+
+
+def synthetic_data(args: argparse.Namespace) -> Schema:
+    sizes = {name: getattr(args, name) for name in FEATURES if getattr(args, name) is not None}
+    if args.schema is None:
+        if args.max_rows is not None:
+            raise UserError("--max-rows caps the tables of --schema; without one, --rows sets their size")
+        return prepare_synthetic(Shape(examples=args.examples, seed=args.seed, **sizes), args.output)
+    if sizes:
+        raise UserError(f"--schema and --{next(iter(sizes))} both say what the features are; keep one of them")
+    schema = read_schema(args.schema)
+    return prepare_like(schema, args.output, examples=args.examples, seed=args.seed, max_rows=args.max_rows)
 
 
 @exits_cleanly

@@ -10,9 +10,13 @@ from megarec.data.schema import SPLITS, CategoricalFeature, Schema, save_schema
 from megarec.data.writing import SplitWriter, write_dataset
 from megarec.errors import UserError
 
+_LABEL_RULE = "drawn from a planted factorization machine"
 _LATENT = 4
 _LONGEST_LIST = 5
-_CHUNK = 1 << 16
+_CHUNK_ROWS = 1 << 16
+_CHUNK_VALUES = 1 << 22  # of all columns: what bounds the memory over hundreds of features
+_INFORMATIVE = 8  # categorical features that the label depends on
+_POOL = 1024  # distinct latent vectors of a feature
 
 
 @dataclass(frozen=True)
@@ -43,19 +47,50 @@ def prepare_synthetic(shape: Shape, output: Path) -> Schema:
     for name, least in (("examples", 10), ("single", 1), ("multi", 0), ("numeric", 0), ("rows", 2), ("seed", 0)):
         if getattr(shape, name) < least:
             raise UserError(f"--{name} {getattr(shape, name)}: expected at least {least}")
-    return write_dataset(output, lambda partial: _write(partial, shape))
+    return write_dataset(output, lambda partial: _write(partial, _schema(shape), shape.seed))
 
 
-def _write(directory: Path, shape: Shape) -> Schema:
-    schema = _schema(shape)
-    planted = _Planted(shape)
+def prepare_like(like: Schema, output: Path, *, examples: int, seed: int, max_rows: int | None = None) -> Schema:
+    """Write a synthetic data set with the features of a given schema, such as that of data which are elsewhere.
+
+    Args:
+        like: the schema; its tables may be far too large for this machine.
+        max_rows: tables are capped to so many rows; None: as the schema says.
+
+    Raises:
+        UserError: a size that makes no sense, or `output` cannot be written.
+    """
+    for name, value, least in (("examples", examples, 10), ("seed", seed, 0), ("max-rows", max_rows, 2)):
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: expected at least {least}")
+    cap = max_rows or max((feature.rows for feature in like.categorical), default=0)
+    schema = like.model_copy(
+        update={
+            "categorical": tuple(f.model_copy(update={"rows": min(f.rows, cap)}) for f in like.categorical),
+            "label_rule": _LABEL_RULE,
+            "rows": _split_rows(examples),
+            "source": f"synthetic (made up, seed {seed}) with the features of {like.name}, tables capped at {cap} rows",
+        }
+    )
+    return write_dataset(output, lambda partial: _write(partial, schema, seed))
+
+
+def _write(directory: Path, schema: Schema, seed: int) -> Schema:
+    planted = _Planted(schema, seed)
+    columns = len(schema.categorical) + len(schema.numeric) + 1
+    chunk = min(_CHUNK_ROWS, max(1, _CHUNK_VALUES // columns))
     for number, (split, rows) in enumerate(schema.rows.items()):
         with SplitWriter(directory / split) as writer:
-            for start in range(0, rows, _CHUNK):
-                random = np.random.default_rng([shape.seed, number, start])
-                writer.write(planted.examples(schema, min(_CHUNK, rows - start), random))
+            for start in range(0, rows, chunk):
+                random = np.random.default_rng([seed, number, start])
+                writer.write(planted.examples(min(chunk, rows - start), random))
     save_schema(schema, directory)
     return schema
+
+
+def _split_rows(examples: int) -> dict[str, int]:
+    eighth, tenth = examples * 8 // 10, examples // 10
+    return dict(zip(SPLITS, (eighth, tenth, examples - eighth - tenth), strict=True))
 
 
 def _schema(shape: Shape) -> Schema:
@@ -70,49 +105,62 @@ def _schema(shape: Shape) -> Schema:
         )
         for i in range(shape.multi)
     ]
-    eighth, tenth = shape.examples * 8 // 10, shape.examples // 10
     return Schema(
         name="synthetic",
-        label_rule="drawn from a planted factorization machine",
+        label_rule=_LABEL_RULE,
         categorical=tuple(single + multi),
         numeric=tuple(f"numeric_{i}" for i in range(shape.numeric)),
-        rows=dict(zip(SPLITS, (eighth, tenth, shape.examples - eighth - tenth), strict=True)),
+        rows=_split_rows(shape.examples),
         source=f"synthetic (made up, seed {shape.seed}): for tests and benchmarks only",
     )
 
 
 class _Planted:
-    """The model behind the labels: P(1) = sigmoid(sum of pairwise products of latent vectors + numeric terms)."""
+    """The model behind the labels: P(1) = sigmoid(sum of pairwise products of latent vectors + numeric terms).
 
-    def __init__(self, shape: Shape) -> None:
-        random = np.random.default_rng([shape.seed, 1_000])
-        tables = shape.single + shape.multi
-        self._latent = random.normal(size=(tables, shape.rows, _LATENT)).astype(np.float32)
-        self._weights = random.normal(size=shape.numeric)
-        pairs = tables * (tables - 1) / 2 * _LATENT
+    The features with the fewest rows bear the signal, so that a small sample can learn it; the others are noise.
+    """
+
+    def __init__(self, schema: Schema, seed: int) -> None:
+        random = np.random.default_rng([seed, 1_000])
+        self._schema = schema
+        informative = sorted(schema.categorical, key=lambda f: f.rows)[:_INFORMATIVE]
+        self._latent = {
+            f.name: random.normal(size=(min(f.rows, _POOL), _LATENT)).astype(np.float32) for f in informative
+        }
+        numeric = len(schema.numeric)
+        self._weights = random.normal(size=numeric) / max(1.0, np.sqrt(numeric) / 2)
+        pairs = len(informative) * (len(informative) - 1) / 2 * _LATENT
         self._scale = 2 / np.sqrt(max(pairs, 1))
 
-    def examples(self, schema: Schema, count: int, random: np.random.Generator) -> pa.Table:
+    def examples(self, count: int, random: np.random.Generator) -> pa.Table:
+        """So many rows, in the columns of the schema."""
         columns: dict[str, pa.Array] = {}
         total = np.zeros((count, _LATENT))
         squares = np.zeros((count, _LATENT))
-        for feature, latent in zip(schema.categorical, self._latent, strict=True):
+        for feature in self._schema.categorical:
             lengths = random.integers(0, _LONGEST_LIST + 1, count) if feature.multi_valued else np.ones(count, int)
-            values = _skewed_ids(random, int(lengths.sum()), feature.rows)
-            owner = np.repeat(np.arange(count), lengths)
-            vector = np.zeros((count, _LATENT))
-            np.add.at(vector, owner, latent[values] / lengths[owner][:, None])
-            total += vector
-            squares += vector**2
-            offsets = pa.array(np.append(0, np.cumsum(lengths)).astype(np.int32))
-            ids = pa.array(values)
-            columns[feature.name] = pa.ListArray.from_arrays(offsets, ids) if feature.multi_valued else ids
-        numbers = random.normal(size=(count, len(schema.numeric)))
-        columns.update((name, pa.array(numbers[:, i], pa.float32())) for i, name in enumerate(schema.numeric))
+            ids = _skewed_ids(random, int(lengths.sum()), feature.rows)
+            if feature.name in self._latent:
+                vector = self._pooled(feature.name, ids, lengths)
+                total += vector
+                squares += vector**2
+            offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
+            columns[feature.name] = pa.ListArray.from_arrays(offsets, ids) if feature.multi_valued else pa.array(ids)
+        numbers = random.normal(size=(count, len(self._weights)))
+        columns.update((name, pa.array(numbers[:, i], pa.float32())) for i, name in enumerate(self._schema.numeric))
         logit = self._scale * ((total**2 - squares) / 2).sum(1) + numbers @ self._weights
         labels = random.random(count) < 1 / (1 + np.exp(-logit))
-        columns[schema.label] = pa.array(labels.astype(np.int8))
+        columns[self._schema.label] = pa.array(labels.astype(np.int8))
         return pa.table(columns)
+
+    def _pooled(self, name: str, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The mean latent vector of each example's ids; 0 where it has none."""
+        latent = self._latent[name]
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        vector = np.zeros((len(lengths), _LATENT))
+        np.add.at(vector, owner, latent[ids % len(latent)] / lengths[owner][:, None])
+        return vector
 
 
 def _skewed_ids(random: np.random.Generator, count: int, rows: int) -> np.ndarray:

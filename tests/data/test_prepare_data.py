@@ -23,6 +23,21 @@ def test_success(tmp_path: Path) -> None:
     assert load_schema(tmp_path / "out").rows["train"] == 80
 
 
+def test_synthetic_data_with_the_features_of_a_schema(tmp_path: Path) -> None:
+    assert run("synthetic", "--output", str(tmp_path / "a"), "--examples", "20").returncode == 0
+    like = ["--schema", str(tmp_path / "a" / "schema.json"), "--output", str(tmp_path / "b"), "--examples", "50"]
+    done = run("synthetic", *like, "--max-rows", "7")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {f.rows for f in load_schema(tmp_path / "b").categorical} == {7}
+    done = run("synthetic", *like, "--single", "3")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: --schema and --single both say what the features are; keep one of them\n",
+    )
+    done = run("synthetic", "--output", str(tmp_path / "c"), "--max-rows", "7")
+    assert done.returncode == 2 and "--max-rows caps the tables of --schema" in done.stderr
+
+
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     done = run(
         "table",
