@@ -92,8 +92,6 @@ def _check_across_fields(config: RunConfig, path: Path) -> None:
 
     if config.embedding.optimizer == "adam" and config.embedding.backend == "fbgemm":
         fail("embedding.optimizer='adam' needs embedding.backend='torch' (or 'auto'): FBGEMM has no lazy Adam")
-    if config.parallel.tensor != 1:
-        fail(f"parallel.tensor={config.parallel.tensor}: tensor-parallel dense layers are not built yet; expected 1")
     if "optimizer" in config.deepspeed and config.dense.model_fields_set:
         given = ", ".join(f"dense.{name}" for name in sorted(config.dense.model_fields_set))
         fail(f"deepspeed.optimizer and {given} both describe the dense optimizer; keep one of them")

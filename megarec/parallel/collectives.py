@@ -99,11 +99,60 @@ def all_to_all(
         return tensor
     received = tensor.new_empty(sum(output_sizes))
     dist.all_to_all_single(received, tensor, list(output_sizes), list(input_sizes), group=channel.group)
-    key = TrafficKey(channel.name, f"all_to_all {purpose}", str(tensor.dtype).removeprefix("torch."), direction)
     kept = input_sizes[channel.rank]
     width = tensor.element_size()
-    channel.ledger.record(key, sent=(sum(input_sizes) - kept) * width, kept=kept * width)
+    _record(channel, f"all_to_all {purpose}", tensor, direction, (sum(input_sizes) - kept) * width, kept * width)
     return received
+
+
+def all_gather_rows(
+    tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward"
+) -> tuple[Tensor, "dist.Work | None"]:
+    """Start gathering [B, ...] of every rank into [size x B, ...], in rank order; no gradient.
+
+    Returns:
+        The result, and the work to wait for before it is read (None: it is there).
+    """
+    if channel.size == 1:
+        return tensor, None
+    gathered = tensor.new_empty(channel.size * tensor.shape[0], *tensor.shape[1:])
+    work = dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=channel.group, async_op=True)
+    own = tensor.numel() * tensor.element_size()
+    _record(channel, f"all_gather {purpose}", tensor, direction, (channel.size - 1) * own, own)
+    return gathered, work
+
+
+def reduce_scatter_rows(
+    tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward"
+) -> tuple[Tensor, "dist.Work | None"]:
+    """Start summing [size x B, ...] over the ranks; this rank receives its own [B, ...]; no gradient.
+
+    Returns:
+        The result, and the work to wait for before it is read (None: it is there).
+    """
+    if channel.size == 1:
+        return tensor, None
+    own = tensor.new_empty(tensor.shape[0] // channel.size, *tensor.shape[1:])
+    work = dist.reduce_scatter_tensor(own, tensor.contiguous(), group=channel.group, async_op=True)
+    kept = own.numel() * own.element_size()
+    _record(channel, f"reduce_scatter {purpose}", tensor, direction, (channel.size - 1) * kept, kept)
+    return own, work
+
+
+def all_reduce_mean(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Tensor:
+    """The mean over the ranks, summed in float32, in the tensor's own type; no gradient."""
+    if channel.size == 1:
+        return tensor
+    mean = tensor.float() if tensor.dtype != torch.float32 else tensor.clone()
+    dist.all_reduce(mean, group=channel.group)
+    kept = mean.numel() * mean.element_size() // channel.size
+    _record(channel, f"all_reduce {purpose}", mean, direction, 2 * (channel.size - 1) * kept, 2 * kept)
+    return mean.div_(channel.size).to(tensor.dtype)
+
+
+def _record(channel: Channel, op: str, tensor: Tensor, direction: Direction, sent: int, kept: int) -> None:
+    key = TrafficKey(channel.name, op, str(tensor.dtype).removeprefix("torch."), direction)
+    channel.ledger.record(key, sent, kept)
 
 
 class _AllToAll(torch.autograd.Function):

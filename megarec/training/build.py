@@ -15,11 +15,11 @@ from megarec.data.store import open_split
 from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.layout import build_layout
 from megarec.models.cost import Cost, count
-from megarec.models.initial import initialize
 from megarec.models.recommender import Recommender
 from megarec.parallel.collectives import Ledger
+from megarec.parallel.parallelize import parallelize
 from megarec.topology import Topology, build_topology
-from megarec.training.engine import base_learning_rate, build_engine
+from megarec.training.engine import base_learning_rate
 from megarec.training.fused import layer_norm_factory
 from megarec.training.monitor import tensorboard_section
 from megarec.training.schedule import Schedule
@@ -83,11 +83,11 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     )
 
     norm, norm_reason = layer_norm_factory(config.train.fused_kernels == "auto" and config.model.bias)
-    model = Recommender(layout, len(schema.numeric), config.model, config.embedding.dropout, norm)
-    initialize(model, config.train.seed)
+    with torch.device("meta"):
+        model = Recommender(layout, len(schema.numeric), config.model, config.embedding.dropout, norm)
     section = tensorboard_section(config.deepspeed, Path(config.train.output_dir))
-    engine, optimizer_reason = build_engine(
-        model, config.model_copy(update={"deepspeed": section}), topology.world_size
+    engine, optimizer_reason = parallelize(
+        model, config.model_copy(update={"deepspeed": section}), topology, device, ledger
     )
 
     total_steps = config.train.epochs * train.steps_per_epoch

@@ -17,6 +17,9 @@ from megarec.config.deepspeed_keys import set_defaults, zero_stage
 from megarec.config.load import micro_batch_size
 from megarec.config.sections import DenseConfig, RunConfig
 from megarec.errors import UserError
+from megarec.parallel.mpu import ModelParallelUnit
+from megarec.parallel.tensor import is_sharded
+from megarec.topology import Topology
 from megarec.training.fused import fused_adam
 
 
@@ -54,8 +57,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated")
 
 
-def build_engine(model: nn.Module, config: RunConfig, world_size: int) -> tuple[Any, str]:
+def build_engine(
+    model: nn.Module, config: RunConfig, topology: Topology, mpu: ModelParallelUnit | None
+) -> tuple[Any, str]:
     """Wrap the over-arch in a DeepSpeed engine.
+
+    Args:
+        mpu: the tensor and data groups; None when there is no tensor parallelism.
 
     Returns:
         The engine, and a sentence that says which optimizer was taken and why.
@@ -63,21 +71,22 @@ def build_engine(model: nn.Module, config: RunConfig, world_size: int) -> tuple[
     Raises:
         UserError: the batch does not divide, or DeepSpeed refuses its section; the message carries its reason.
     """
-    micro = micro_batch_size(config, world_size)
+    micro = micro_batch_size(config, topology.world_size)
     section = set_defaults(
         config.deepspeed,
-        train_batch_size=config.data.batch_size,
         train_micro_batch_size_per_gpu=micro,
         zero_allow_untested_optimizer=True,  # SGD is untested by DeepSpeed; our parity tests cover it
         zero_force_ds_cpu_optimizer=False,  # DeepSpeedCPUAdam compiles C++ at first use
         steps_per_print=10**9,
     )
+    # DeepSpeed counts the ranks of a data group; here every rank of a tensor group has examples of its own as well.
+    section["train_batch_size"] = config.data.batch_size // topology.tensor_size
     _check_precision(section)
     optimizer, reason = None, "DeepSpeed's own (deepspeed.optimizer)"
     if "optimizer" not in section:
         optimizer, reason = _dense_optimizer(model, config)
     try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section, mpu=mpu)
     except (deepspeed.DeepSpeedConfigError, ValueError, AssertionError, NotImplementedError) as error:
         raise UserError(f"DeepSpeed refused the deepspeed section: {' '.join(str(error).split())}") from error
     _forget_warm_up_step(engine)
@@ -147,6 +156,17 @@ def gradient_norm(engine: Any) -> float | None:
     none, but the averaged gradients are there in full before the step.
     """
     if zero_stage(engine.config) == 0 and compute_dtype(engine) is torch.float32:
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        gradients = [p for p in engine.module.parameters() if p.grad is not None]
+        squares = torch.stack([_square(gradients, of_shards) for of_shards in (False, True)])
+        if engine.mpu is not None:
+            dist.all_reduce(squares[1:], group=engine.mpu.get_model_parallel_group())
+        return float(squares.sum().sqrt())
     return None
+
+
+def _square(parameters: list[nn.Parameter], of_shards: bool) -> torch.Tensor:
+    """Sum of the squared gradients of the parameters that tensor parallelism shards, or of the others."""
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in parameters if p.grad is not None and is_sharded(p) == of_shards]
+    )
+    return norm.square()
