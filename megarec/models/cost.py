@@ -5,6 +5,7 @@ weight. Only the numeric MLP's first layer needs no gradient of its input. Layer
 element and lookups count as 0 FLOPs: above 5 GFLOP/example more than 97 % is plain GEMM.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,13 +22,25 @@ PASSES = 3  # forward, gradient of the input, gradient of the weight
 
 
 class Part(NamedTuple):
-    """One part of a model: its parameters, and its training FLOPs per example."""
+    """One part of a model, per example.
+
+    Attributes:
+        parameters: how many.
+        mac: multiply-accumulates of the forward pass.
+        unneeded: those of the backward pass that are left out, because nothing needs the gradient of the input.
+    """
 
     parameters: int
-    flop: int
+    mac: int = 0
+    unneeded: int = 0
+
+    @property
+    def flop(self) -> int:
+        """Training FLOPs per example."""
+        return FLOP_PER_MAC * (PASSES * self.mac - self.unneeded)
 
     def plus(self, other: "Part") -> "Part":
-        return Part(self.parameters + other.parameters, self.flop + other.flop)
+        return Part(self.parameters + other.parameters, self.mac + other.mac, self.unneeded + other.unneeded)
 
 
 Parts = dict[str, Part]
@@ -62,6 +75,11 @@ class Cost:
         return total(self.parts).parameters
 
     @property
+    def mac(self) -> int:
+        """Multiply-accumulates of the forward pass per example."""
+        return total(self.parts).mac
+
+    @property
     def flop(self) -> int:
         """Training FLOPs per example."""
         return total(self.parts).flop
@@ -69,14 +87,14 @@ class Cost:
 
 def total(parts: Parts) -> Part:
     """The sum of some parts."""
-    return Part(sum(part.parameters for part in parts.values()), sum(part.flop for part in parts.values()))
+    return functools.reduce(Part.plus, parts.values(), Part(0))
 
 
 def _by_part(layers: Iterable[Parts]) -> Parts:
     parts: Parts = {}
     for layer in layers:
         for name, part in layer.items():
-            parts[name] = parts.get(name, Part(0, 0)).plus(part)
+            parts[name] = parts.get(name, Part(0)).plus(part)
     return parts
 
 
@@ -86,7 +104,7 @@ def count(config: OverArchConfig, layout: EmbeddingLayout, numeric: int) -> Cost
     Raises:
         UserError: sizes that do not fit together, or data without features.
     """
-    sparse = {"tables": Part(sum(table.rows * table.columns for table in layout.tables), 0)}
+    sparse = {"tables": Part(sum(table.rows * table.columns for table in layout.tables))}
     n = input_embeddings(layout, numeric, config)
     dense = config.numeric_embeddings if numeric else 0
     return Cost(
@@ -113,7 +131,7 @@ def _count_over_arch(n: int, dense: int, config: OverArchConfig) -> dict[str, Pa
             layers = [_count_wukong_layer(layer, config) for layer in sizes]
             columns = sizes[-1].outputs * config.dim
         case DlrmConfig():
-            layers = [{"dot_products": Part(0, _training_flop(n * n * config.dim))}]
+            layers = [{"dot_products": Part(0, n * n * config.dim)}]
             columns = head_inputs(n, dense, config.dim)
         case DcnConfig():
             columns = n * config.dim
@@ -133,33 +151,28 @@ def _count_wukong_layer(layer: LayerSizes, config: WukongConfig) -> Parts:
     interactions = n * (n if full else k)
     parts = {}
     if full:
-        parts["fm"] = Part(0, _training_flop(n * n * d))
+        parts["fm"] = Part(0, n * n * d)
     elif attentive:
         m = config.attentive.compressed
-        parts["fm"] = Part(n * m, _training_flop(n * m * d + 2 * n * k * d))
+        parts["fm"] = Part(n * m, n * m * d + 2 * n * k * d)
         parts["fm_attention"] = count_mlp(m * d, config.attentive.mlp, n * k, config.bias)
     else:
-        parts["fm"] = Part(n * k, _training_flop(2 * n * k * d))
+        parts["fm"] = Part(n * k, 2 * n * k * d)
     parts["fm_mlp"] = count_mlp(interactions, layer.mlp, layer.num_fm * d, config.bias)
-    parts["lcb"] = Part(n * layer.num_lcb, _training_flop(n * layer.num_lcb * d))
+    parts["lcb"] = Part(n * layer.num_lcb, n * layer.num_lcb * d)
     if layer.outputs != n:
-        parts["residual"] = Part(n * layer.outputs, _training_flop(n * layer.outputs * d))
-    parts["layer_norm"] = Part((interactions + d) * (2 if config.bias else 1), 0)
+        parts["residual"] = Part(n * layer.outputs, n * layer.outputs * d)
+    parts["layer_norm"] = Part((interactions + d) * (2 if config.bias else 1))
     return parts
 
 
 def _count_cross_layer(width: int, config: DcnConfig) -> Parts:
     product = count_mlp(width, [] if config.rank is None else [config.rank], width, bias=False)
-    return {"cross": product.plus(Part(width if config.bias else 0, 0))}
+    return {"cross": product.plus(Part(width if config.bias else 0))}
 
 
 def count_mlp(inputs: int, hidden: Sequence[int], outputs: int, bias: bool, *, input_gradient: bool = True) -> Part:
     """An MLP; without `input_gradient` nothing needs the gradient of its input."""
     macs = [a * b for a, b in pairwise([inputs, *hidden, outputs])]
     biases = sum(hidden) + outputs if bias else 0
-    saved = 0 if input_gradient else FLOP_PER_MAC * macs[0]
-    return Part(sum(macs) + biases, _training_flop(sum(macs)) - saved)
-
-
-def _training_flop(macs: int) -> int:
-    return FLOP_PER_MAC * PASSES * macs
+    return Part(sum(macs) + biases, sum(macs), 0 if input_gradient else macs[0])

@@ -2,15 +2,16 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from megarec.config.sections import WukongConfig
+from megarec.config.sections import DcnConfig, DlrmConfig, OverArchConfig, WukongConfig
 from megarec.models.blocks import MLP
 from megarec.models.initial import ROWS_PER_CHUNK, Shard, draw_normal_, fill_initial, initialize, materialize
-from megarec.models.wukong import Wukong
+from megarec.models.over_arch import build_over_arch
 
 ROWS, COLUMNS = 2 * ROWS_PER_CHUNK + 9, 12
 
@@ -40,17 +41,27 @@ def test_seed_and_name_draw_other_numbers() -> None:
     assert not torch.equal(whole(), whole(name="layers.1.weight"))
 
 
-def test_a_model_built_on_meta_starts_like_any_other() -> None:
-    config = WukongConfig(dim=4, layers=2, num_fm=3, num_lcb=2, rank=2, mlp=[8], head=[8])
+@pytest.mark.parametrize(
+    "config",
+    [
+        WukongConfig(dim=4, layers=2, num_fm=3, num_lcb=2, rank=2, mlp=[8], head=[8]),
+        DlrmConfig(name="dlrm", dim=4, head=[8]),
+        DcnConfig(name="dcn", dim=4, rank=3, head=[8]),
+        DcnConfig(name="dcn", dim=4, rank=None, head=[8]),
+    ],
+)
+def test_a_model_built_on_meta_starts_like_any_other(config: OverArchConfig) -> None:
     torch.manual_seed(7)
-    usual = Wukong(6, config)
+    usual = build_over_arch(6, 1, config)
     initialize(usual, seed=3)
     with torch.device("meta"):
-        built = Wukong(6, config)
+        built = build_over_arch(6, 1, config)
     materialize(built, torch.device("cpu"))
     initialize(built, seed=3)
     for (name, a), (_, b) in zip(usual.named_parameters(), built.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+    x = torch.randn(3, 6, 4)
+    assert torch.equal(usual(x), built(x))
 
 
 def test_constants_and_spread() -> None:

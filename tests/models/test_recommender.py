@@ -3,14 +3,20 @@
 import pytest
 import torch
 
-from megarec.config.sections import WukongConfig
+from megarec.config.sections import DcnConfig, DlrmConfig, OverArchConfig, WukongConfig
 from megarec.models.blocks import KeyedDropout
 from megarec.models.recommender import Recommender
 from tests.models.layouts import layout
 
-CONFIG = WukongConfig(
-    layers=2, dim=8, num_fm=3, num_lcb=3, rank=4, mlp=[16], head=[8], dropout=0.2, small_mlp=[4], numeric_mlp=[4]
-)
+SIZES = {"layers": 2, "num_fm": 3, "num_lcb": 3, "rank": 4, "mlp": [16]}
+COMMON = {"dim": 8, "head": [8], "dropout": 0.2, "small_mlp": [4], "numeric_mlp": [4]}
+CONFIG = WukongConfig.model_validate(SIZES | COMMON)
+CONFIGS = [
+    CONFIG,
+    DlrmConfig.model_validate({"name": "dlrm"} | COMMON),
+    DcnConfig.model_validate({"name": "dcn", "layers": 2, "rank": 4} | COMMON),
+    DcnConfig.model_validate({"name": "dcn", "layers": 1, "rank": None} | COMMON),
+]
 PLACES = layout(8, [1, 2], [3, 2])
 
 
@@ -20,23 +26,27 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
     return numeric, torch.randn(20, PLACES.width, generator=generator).to(dtype), torch.arange(20)
 
 
-def test_logits_are_the_over_arch_of_the_inputs() -> None:
-    model = Recommender(PLACES, 5, CONFIG, embedding_dropout=0.1)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_logits_are_the_over_arch_of_the_inputs(config: OverArchConfig) -> None:
+    model = Recommender(PLACES, 5, config, embedding_dropout=0.1)
     numeric, embedded, keys = inputs()
     logits = model(numeric, embedded, keys)
     assert logits.shape == (20,) and logits.dtype == torch.float32
     torch.testing.assert_close(logits, model.over_arch(model.inputs(numeric, embedded, keys), keys))
 
 
-def test_every_dropout_of_the_model_has_its_own_salt() -> None:
-    model = Recommender(PLACES, 5, CONFIG, embedding_dropout=0.1)
+@pytest.mark.parametrize(("config", "hidden"), zip(CONFIGS, [2, 0, 2, 0], strict=True))
+def test_every_dropout_of_the_model_has_its_own_salt(config: OverArchConfig, hidden: int) -> None:
+    """One for the embeddings and for each hidden layer: small, numeric, head, and those of the interaction layers."""
+    model = Recommender(PLACES, 5, config, embedding_dropout=0.1)
     salts = [module.salt for module in model.modules() if isinstance(module, KeyedDropout)]
-    assert len(salts) == len(set(salts)) == 1 + 2 + 2 + 1
+    assert len(salts) == len(set(salts)) == 4 + hidden
 
 
-def test_every_parameter_gets_a_gradient() -> None:
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_parameter_gets_a_gradient(config: OverArchConfig) -> None:
     torch.manual_seed(0)
-    model = Recommender(PLACES, 5, CONFIG)
+    model = Recommender(PLACES, 5, config)
     numeric, embedded, keys = inputs()
     model(numeric, embedded.requires_grad_(), keys).square().sum().backward()
     assert embedded.grad is not None and embedded.grad.abs().sum() > 0
@@ -44,10 +54,11 @@ def test_every_parameter_gets_a_gradient() -> None:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("received", [torch.float32, torch.bfloat16, torch.float16])
-def test_bf16_model_takes_whatever_the_exchange_sends(received: torch.dtype) -> None:
+def test_bf16_model_takes_whatever_the_exchange_sends(config: OverArchConfig, received: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = Recommender(PLACES, 5, CONFIG).eval()
+    model = Recommender(PLACES, 5, config).eval()
     numeric, embedded, _ = inputs()
     expected = model(numeric, embedded)
     embedded = embedded.to(received).requires_grad_()
@@ -58,10 +69,11 @@ def test_bf16_model_takes_whatever_the_exchange_sends(received: torch.dtype) -> 
     assert embedded.grad is not None and embedded.grad.dtype == received
 
 
-def test_equal_seeds_give_equal_models() -> None:
+@pytest.mark.parametrize("config", CONFIGS)
+def test_equal_seeds_give_equal_models(config: OverArchConfig) -> None:
     def state() -> dict[str, torch.Tensor]:
         torch.manual_seed(3)
-        return Recommender(PLACES, 5, CONFIG).state_dict()
+        return Recommender(PLACES, 5, config).state_dict()
 
     first, second = state(), state()
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -12,8 +12,8 @@ from megarec.config.sections import AttentiveConfig, WukongConfig
 from megarec.errors import UserError
 from megarec.models.blocks import KeyedDropout
 from megarec.models.wukong import Projection, Wukong
+from tests.models.equations import Parameters, assert_same, mlp, randomise
 
-Parameters = dict[str, Tensor]
 size = st.integers(1, 4)
 
 
@@ -48,14 +48,6 @@ def layer_norm(x: Tensor, p: Parameters, name: str) -> Tensor:
     return normed * p[f"{name}.weight"] + p.get(f"{name}.bias", 0)
 
 
-def mlp(x: Tensor, p: Parameters, name: str) -> Tensor:
-    count = sum(1 for key in p if key.startswith(f"{name}.linears.") and key.endswith(".weight"))
-    for i in range(count):
-        x = torch.einsum("bi,oi->bo", x, p[f"{name}.linears.{i}.weight"]) + p.get(f"{name}.linears.{i}.bias", 0)
-        x = x.clamp(min=0) if i < count - 1 else x
-    return x
-
-
 def wukong(x: Tensor, p: Parameters, config: WukongConfig) -> Tensor:
     """The equations of the paper; n embeddings enter a layer, n' leave it."""
     for i in range(config.layers):
@@ -81,26 +73,15 @@ def wukong(x: Tensor, p: Parameters, config: WukongConfig) -> Tensor:
 def randomised(n: int, config: WukongConfig, seed: int) -> tuple[Wukong, Tensor]:
     """A model in float64 whose every parameter is random (gains and biases too), and an input."""
     torch.manual_seed(seed)
-    model = Wukong(n, config).double()
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=1.0 if "norm.weight" in name else 0.0)
-    return model, torch.randn(3, n, config.dim, dtype=torch.float64, requires_grad=True)
+    model = Wukong(n, config)
+    return model, randomise(model, n, config.dim)
 
 
 @given(n=st.integers(1, 6), config=configs(), seed=st.integers(0, 1000))
 @settings(max_examples=150, deadline=None)
 def test_values_and_gradients(n: int, config: WukongConfig, seed: int) -> None:
     model, x = randomised(n, config, seed)
-    parameters = dict(model.named_parameters())
-    actual, expected = model(x), wukong(x, parameters, config)
-    torch.testing.assert_close(actual, expected)
-    weights = torch.randn_like(actual)
-    inputs = [x, *parameters.values()]
-    gradients = torch.autograd.grad(actual, inputs, weights)
-    for name, gradient, other in zip(
-        ["input", *parameters], gradients, torch.autograd.grad(expected, inputs, weights), strict=True
-    ):
-        torch.testing.assert_close(gradient, other, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+    assert_same(model, lambda x, p: wukong(x, p, config), x)
 
 
 @pytest.mark.parametrize("projection", ["static", "attentive"])
