@@ -5,6 +5,7 @@ the initial values of the tables.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,20 @@ from megarec.models.initial import initialize
 from megarec.models.recommender import Recommender
 
 
+class ReferenceStep(NamedTuple):
+    """Mean loss of a global batch before its update, and the norm of the dense gradient before clipping."""
+
+    loss: float
+    gradient_norm: float
+
+
 def reference_losses(config: RunConfig, steps: int) -> list[float]:
-    """Mean training loss of each of the first `steps` global batches, before its update; float32 on one process."""
+    """Mean training loss of each of the first `steps` global batches."""
+    return [step.loss for step in reference_steps(config, steps)]
+
+
+def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
+    """The first `steps` global batches; float32 on one process."""
     path = Path(config.data.path)
     schema = load_schema(path)
     loader = TrainLoader(
@@ -47,19 +60,19 @@ def reference_losses(config: RunConfig, steps: int) -> list[float]:
             model.parameters(), dense.learning_rate, betas=dense.betas, eps=dense.eps, weight_decay=dense.weight_decay
         )
     tables = PlainTables(layout, config.embedding, config.train.seed)
-    losses = []
+    done = []
     for step in range(steps):
         epoch, position = divmod(step, loader.steps_per_epoch)
         batch = next(iter(loader.batches(epoch, start=position)))
         embedded = tables.look_up(batch)
         loss = binary_cross_entropy_with_logits(model(batch.numeric, embedded, batch.keys).float(), batch.labels)
         (loss + config.embedding.l2 * embedded.pow(2).sum() / batch.size).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed["gradient_clipping"])
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed["gradient_clipping"])
         optimizer.step()
         optimizer.zero_grad()
         tables.update(batch)
-        losses.append(float(loss.detach()))
-    return losses
+        done.append(ReferenceStep(float(loss.detach()), float(norm)))
+    return done
 
 
 class PlainTables:

@@ -1,0 +1,98 @@
+"""Gradient norm and clipping under tensor parallelism x ZeRO, and the planted mistakes that they must reveal."""
+
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from megarec.config.load import load_config
+from megarec.parallel import tensor
+from megarec.parallel.pool import RankPool
+from megarec.parity.reference import ReferenceStep, reference_steps
+from megarec.parity.run import BASE, write_base
+from megarec.training.build import build_run
+from megarec.training.clock import Clock
+from megarec.training.engine import set_learning_rate, start_process
+from megarec.training.step import train_step
+
+STEPS = 3
+TENSOR = "parallel.tensor=2"
+SGD = ["dense.optimizer=sgd", "dense.learning_rate=0.5"]  # unlike Adam it feels the scale of a gradient
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("parallelize"))
+
+
+@pytest.fixture(scope="module")
+def reference(base: Path) -> list[ReferenceStep]:
+    return reference_steps(load_config(base, SGD), STEPS)
+
+
+def norms(path: Path, overrides: list[str]) -> list[float]:
+    """Runs on every rank: the gradient norm of each step, through the real engine."""
+    config = load_config(path, overrides)
+    device = start_process(config)
+    run = build_run(config, device)
+    set_learning_rate(run.engine, config.dense.learning_rate)
+    found = []
+    for batch in list(run.train.batches(epoch=0))[:STEPS]:
+        result = train_step(
+            run.engine,
+            run.sparse,
+            batch,
+            world_size=run.topology.world_size,
+            l2=config.embedding.l2,
+            clock=Clock(device),
+            want_norm=True,
+        )
+        assert result.gradient_norm is not None
+        found.append(result.gradient_norm)
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_gradient_norm_is_that_of_one_process(
+    stage: int, ranks: int, base: Path, reference: list[ReferenceStep], rank_pool: Callable[[int], RankPool]
+) -> None:
+    overrides = [*SGD, TENSOR, f"deepspeed.zero_optimization.stage={stage}"]
+    expected = [step.gradient_norm for step in reference]
+    assert min(expected) > 2 * BASE["deepspeed"]["gradient_clipping"], (
+        "clipping must act for the later steps to prove it"
+    )  # type: ignore[index]
+    for found in rank_pool(ranks).run(norms, base, overrides):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def norms_without_marks(path: Path, overrides: list[str]) -> list[float]:
+    """The planted mistake: the shards do not carry DeepSpeed's mark when the engine is built."""
+
+    def forget(model: object, channel: object) -> None:
+        average(model, channel)  # type: ignore[arg-type]
+        for parameter in model.parameters():  # type: ignore[attr-defined]
+            if tensor.is_sharded(parameter):
+                parameter.tensor_model_parallel = False
+
+    average = tensor.average_replicated_gradients
+    with patch("megarec.parallel.parallelize.average_replicated_gradients", forget):
+        return norms(path, overrides)
+
+
+def norms_without_averaging(path: Path, overrides: list[str]) -> list[float]:
+    """The planted mistake: replicated parameters keep the gradient of this rank's examples."""
+    with patch("megarec.parallel.parallelize.average_replicated_gradients"):
+        return norms(path, overrides)
+
+
+@pytest.mark.parametrize("mistake", [norms_without_marks, norms_without_averaging])
+def test_a_planted_mistake_would_be_seen(
+    mistake: Callable[..., list[float]],
+    base: Path,
+    reference: list[ReferenceStep],
+    rank_pool: Callable[[int], RankPool],
+) -> None:
+    found = rank_pool(2).run(mistake, base, [*SGD, TENSOR, "deepspeed.zero_optimization.stage=1"])
+    assert any(abs(norms[0] / reference[0].gradient_norm - 1) > 1e-2 for norms in found)
