@@ -46,6 +46,11 @@ COLUMN, FBGEMM, TORCH = "embedding.placement=column", "embedding.backend=fbgemm"
 OPTIMIZERS = tuple(f"embedding.optimizer={name}" for name in ("rowwise_adagrad", "adagrad", "sgd", "adam"))
 DENSE_SGD = ("dense.optimizer=sgd", "dense.learning_rate=0.1")
 ATTENTIVE, FULL_FM = "model.projection=attentive", "model.fm=full"
+DLRM = 'model={"name": "dlrm", "dim": 16, "head": [16], "dropout": 0.1}'
+DCN_LOW_RANK, DCN_FULL_RANK = (
+    f'model={{"name": "dcn", "layers": 2, "rank": {rank}, "dim": 16, "head": [16], "dropout": 0.1}}'
+    for rank in ("8", "null")
+)
 
 
 def _small() -> list[Case]:
@@ -58,6 +63,7 @@ def _small() -> list[Case]:
     chosen += [Case(2, (optimizer,), (_zero(2),)) for optimizer in OPTIMIZERS[1:]]
     chosen += [Case(2, DENSE_SGD, (_zero(stage),)) for stage in (0, 2)]
     chosen += [Case(2, (variant,), (_zero(1),)) for variant in (ATTENTIVE, FULL_FM)]
+    chosen += [Case(2, (model,), (_zero(s),)) for model, s in ((DLRM, 2), (DCN_LOW_RANK, 3), (DCN_FULL_RANK, 1))]
     chosen += [
         Case(2, topology=(_zero(s), "deepspeed.bf16.enabled=true"), tolerance=BF16_TOLERANCE) for s in (0, 1, 2, 3)
     ]
