@@ -19,7 +19,7 @@ from megarec.config.sections import DenseConfig, RunConfig
 from megarec.errors import UserError
 from megarec.parallel.mpu import ModelParallelUnit
 from megarec.parallel.tensor import is_sharded
-from megarec.topology import Topology
+from megarec.topology import Topology, lines
 from megarec.training.fused import fused_adam
 
 
@@ -82,6 +82,7 @@ def build_engine(
     # DeepSpeed counts the ranks of a data group; here every rank of a tensor group has examples of its own as well.
     section["train_batch_size"] = config.data.batch_size // topology.tensor_size
     _check_precision(section)
+    _set_secondary_partition(section, topology)
     optimizer, reason = None, "DeepSpeed's own (deepspeed.optimizer)"
     if "optimizer" not in section:
         optimizer, reason = _dense_optimizer(model, config)
@@ -89,7 +90,9 @@ def build_engine(
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section, mpu=mpu)
     except (deepspeed.DeepSpeedConfigError, ValueError, AssertionError, NotImplementedError) as error:
         raise UserError(f"DeepSpeed refused the deepspeed section: {' '.join(str(error).split())}") from error
-    _forget_warm_up_step(engine)
+    if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
+        _forget_warm_up_step(engine)
+        _mark_gradients_of_shards(engine)
     return engine, reason
 
 
@@ -123,8 +126,48 @@ def _check_precision(section: dict[str, Any]) -> None:
 def _forget_warm_up_step(engine: Any) -> None:
     """At stage 0 in bf16 DeepSpeed 0.19.8 takes an optimizer step with zero gradients to allocate state, so that
     Adam's bias correction starts at t = 2 and the first updates come out 26 % too small."""
-    if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
-        engine.optimizer.optimizer.state.clear()
+    engine.optimizer.optimizer.state.clear()
+
+
+def _mark_gradients_of_shards(engine: Any) -> None:
+    """At stage 0 in bf16 DeepSpeed 0.19.8 looks for the mark of a shard on the gradients instead of the parameters;
+    without it the norm leaves out every shard but the first."""
+
+    def mark(parameter: nn.Parameter) -> None:
+        parameter.grad.tensor_model_parallel = True  # type: ignore[union-attr]
+
+    for parameter in engine.module.parameters():
+        if is_sharded(parameter):
+            parameter.register_post_accumulate_grad_hook(mark)
+
+
+def _set_secondary_partition(section: dict[str, Any], topology: Topology) -> None:
+    """The groups of ZeRO-3's secondary partition (hpZ): ranks of one host with the same place in their tensor group.
+
+    DeepSpeed would take consecutive ranks, which under tensor parallelism hold different shards: silently wrong.
+
+    Raises:
+        UserError: the size does not divide the data ranks of a host.
+    """
+    zero = section.get("zero_optimization", {})
+    size = zero.get("zero_hpz_partition_size", 1)
+    data_ranks = topology.ranks_per_host // topology.tensor_size
+    if size > 1 and data_ranks % size:
+        raise UserError(
+            f"deepspeed.zero_optimization.zero_hpz_partition_size={size} does not divide the {data_ranks} data "
+            f"ranks of a host (parallel.ranks_per_host={topology.ranks_per_host} / parallel.tensor={topology.tensor_size})"
+        )
+    mine = None
+    for ranks in secondary_partitions(topology, size) if size > 1 else []:
+        group = dist.new_group(ranks)
+        mine = group if topology.rank in ranks else mine
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = mine
+
+
+def secondary_partitions(topology: Topology, size: int) -> list[list[int]]:
+    """The ranks of every hpZ group: `size` data ranks of one host."""
+    of_data = lines(topology.world_size, topology.ranks_per_host, topology.tensor_size)["data"]
+    return [ranks[start : start + size] for ranks in of_data for start in range(0, len(ranks), size)]
 
 
 def compute_dtype(engine: Any) -> torch.dtype:

@@ -11,9 +11,10 @@ from megarec.parallel import tensor
 from megarec.parallel.pool import RankPool
 from megarec.parity.reference import ReferenceStep, reference_steps
 from megarec.parity.run import BASE, write_base
+from megarec.topology import Topology
 from megarec.training.build import build_run
 from megarec.training.clock import Clock
-from megarec.training.engine import set_learning_rate, start_process
+from megarec.training.engine import secondary_partitions, set_learning_rate, start_process
 from megarec.training.step import train_step
 
 STEPS = 3
@@ -65,6 +66,22 @@ def test_the_gradient_norm_is_that_of_one_process(
     )  # type: ignore[index]
     for found in rank_pool(ranks).run(norms, base, overrides):
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_gradient_norm_in_bf16(
+    stage: int, base: Path, reference: list[ReferenceStep], rank_pool: Callable[[int], RankPool]
+) -> None:
+    """bf16 rounds; a norm that leaves out shards would be off by tens of per cent."""
+    overrides = [*SGD, TENSOR, f"deepspeed.zero_optimization.stage={stage}", "deepspeed.bf16.enabled=true"]
+    found = rank_pool(2).run(norms, base, overrides)[0]
+    assert found == pytest.approx([step.gradient_norm for step in reference], rel=3e-2)
+
+
+def test_secondary_partitions_hold_ranks_of_one_host_and_one_place() -> None:
+    topology = Topology(rank=0, world_size=16, ranks_per_host=8, tensor_size=2)
+    assert secondary_partitions(topology, 4) == [[0, 2, 4, 6], [8, 10, 12, 14], [1, 3, 5, 7], [9, 11, 13, 15]]
+    assert secondary_partitions(topology, 2)[:3] == [[0, 2], [4, 6], [8, 10]]
 
 
 def norms_without_marks(path: Path, overrides: list[str]) -> list[float]:
