@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from megarec.config.deepspeed_keys import check_deepspeed_section
 from megarec.config.describe import describe
-from megarec.config.sections import RunConfig, WukongConfig
+from megarec.config.sections import SCALED_SIZES, RunConfig, WukongConfig
 from megarec.errors import UserError
 
 
@@ -100,6 +100,9 @@ def _check_across_fields(config: RunConfig, path: Path) -> None:
 
 
 def _check_layers(model: WukongConfig, fail: Callable[[str], typing.NoReturn]) -> None:
+    stated = [f"model.{name}" for name in SCALED_SIZES if name in model.model_fields_set]
+    if model.scale is not None and stated:
+        fail(f"model.scale derives {', '.join(stated)}: leave out either model.scale or {' and '.join(stated)}")
     for name in ("num_fm", "num_lcb", "rank"):
         value = getattr(model, name)
         if isinstance(value, list) and len(value) != model.layers:

@@ -43,6 +43,10 @@ class WukongConfig(ModelConfig):
     """Wukong (arXiv 2403.02545): layers of factorization machine blocks beside linear compression blocks."""
 
     name: Literal["wukong"] = "wukong"
+    scale: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None,
+        description="target training GFLOP/example: layers, num_fm, num_lcb, rank and mlp follow by the paper's recipe",
+    )
     layers: Positive = Field(2, description="l: interaction layers")
     num_fm: PerLayer = Field(16, description="n_F: embeddings an FM block emits; a number, or one per layer")
     num_lcb: PerLayer = Field(16, description="n_L: embeddings a linear compression block emits; as num_fm")
@@ -55,6 +59,9 @@ class WukongConfig(ModelConfig):
         "static", description="Y: a learned parameter, or computed from X"
     )
     attentive: AttentiveConfig = Field(AttentiveConfig(), description="sizes of the attentive projection")
+
+
+SCALED_SIZES = ("layers", "num_fm", "num_lcb", "rank", "mlp")  # what WukongConfig.scale derives
 
 
 class DlrmConfig(ModelConfig):

@@ -18,6 +18,7 @@ from megarec.models.cost import Cost, count
 from megarec.models.recommender import Recommender
 from megarec.parallel.collectives import Ledger
 from megarec.parallel.parallelize import parallelize
+from megarec.scaling.dial import resolve_scale
 from megarec.topology import Topology, build_topology
 from megarec.training.engine import base_learning_rate
 from megarec.training.fused import layer_norm_factory
@@ -70,6 +71,8 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     valid, test = (EvalLoader(stores[split], schema, **loading) for split in ("valid", "test"))
 
     layout = build_layout(schema, config.embedding, config.model.dim)
+    sizes, scale_reasons = resolve_scale(config.model, layout, len(schema.numeric))
+    config = config.model_copy(update={"model": sizes})  # from here on every size is explicit
     ledger = Ledger()
     sparse = SparseSide(
         layout,
@@ -99,6 +102,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         f"data: {schema.name}, {', '.join(f'{len(store):,} {split}' for split, store in stores.items())} examples",
         f"model: {config.model.name}, {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters, "
         f"{cost.flop / 1e9:.4f} training GFLOP/example",
+        *scale_reasons,
         f"dense: ZeRO {zero_stage(config.deepspeed)}, optimizer {optimizer_reason}; {norm_reason}",
         *sparse.describe(),
     )

@@ -36,6 +36,7 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
     """
     device = start_process(config)
     run = build_run(config, device)
+    config = run.config
     output = Path(config.train.output_dir)
     checkpoints = output / "checkpoints"
     if run.topology.rank == 0:

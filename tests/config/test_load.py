@@ -108,6 +108,18 @@ def test_conflicting_fields_name_both(tmp_path: Path) -> None:
         load_config(write(tmp_path, RUN), ["embedding.optimizer=adam", "embedding.backend=fbgemm"])
 
 
+def test_scale_and_the_sizes_it_derives_exclude_each_other(tmp_path: Path) -> None:
+    path = write(tmp_path, {**RUN, "model": {"scale": 0.5}})
+    model = load_config(path).model
+    assert isinstance(model, WukongConfig) and model.scale == 0.5
+    with pytest.raises(UserError, match=r"model\.scale derives model\.layers, model\.mlp: leave out either"):
+        load_config(path, ["model.layers=3", "model.mlp=[64]"])
+    with pytest.raises(UserError, match=r"model\.scale=0: input should be greater than 0"):
+        load_config(path, ["model.scale=0"])
+    with pytest.raises(UserError, match=r"model\.scale=5600000000\.0: input should be less than or equal to 1000000"):
+        load_config(path, ["model.scale=5.6e9"])
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '{"model": '])
 def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"run\.json"):
