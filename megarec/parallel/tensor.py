@@ -148,15 +148,15 @@ class TensorParallelMLP(nn.Module):
         for index, linear in enumerate(linears):
             column = index % 2 == 0 and index + 1 < len(linears)
             self.linears.append((ColumnParallelLinear if column else RowParallelLinear)(linear, channel))
-        for linear, dropout in zip(self.linears, self.dropouts, strict=False):
-            if isinstance(linear, ColumnParallelLinear):
+        for layer, dropout in zip(self.linears, self.dropouts, strict=False):
+            if isinstance(layer, ColumnParallelLinear):
                 assert isinstance(dropout, KeyedDropout)
-                dropout.first_column = linear.first_column
+                dropout.first_column = layer.first_column
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """[B, inputs] and the examples' dropout keys int64 [B] -> [B, outputs]."""
         group_keys = None
-        if keys is not None and self.training and any(dropout.p for dropout in self.dropouts):  # type: ignore[union-attr]
+        if keys is not None and self.training and any(dropout.p for dropout in self.dropouts):
             group_keys = _finished(all_gather_rows(keys, self.channel, "dropout keys"))
         last = len(self.linears) - 1
         for index, linear in enumerate(self.linears):

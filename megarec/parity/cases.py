@@ -41,7 +41,13 @@ def _zero(stage: int) -> str:
     return f"deepspeed.zero_optimization.stage={stage}"
 
 
+def _tensor(ways: int) -> tuple[str, ...]:
+    return (f"parallel.tensor={ways}",) if ways > 1 else ()
+
+
 ACCUMULATION = "deepspeed.gradient_accumulation_steps=4"
+BF16, OFFLOAD = "deepspeed.bf16.enabled=true", 'deepspeed.zero_optimization.offload_optimizer={"device": "cpu"}'
+SECONDARY = "deepspeed.zero_optimization.zero_hpz_partition_size=2"
 COLUMN, FBGEMM, TORCH = "embedding.placement=column", "embedding.backend=fbgemm", "embedding.backend=torch"
 OPTIMIZERS = tuple(f"embedding.optimizer={name}" for name in ("rowwise_adagrad", "adagrad", "sgd", "adam"))
 DENSE_SGD = ("dense.optimizer=sgd", "dense.learning_rate=0.1")
@@ -51,35 +57,73 @@ DCN_LOW_RANK, DCN_FULL_RANK = (
     f'model={{"name": "dcn", "layers": 2, "rank": {rank}, "dim": 16, "head": [16], "dropout": 0.1}}'
     for rank in ("8", "null")
 )
+MODELS = ((), (ATTENTIVE,), (FULL_FM,), (DLRM,), (DCN_LOW_RANK,), (DCN_FULL_RANK,))
 
 
 def _small() -> list[Case]:
-    chosen = [Case(ranks, topology=(_zero(stage),)) for ranks in (1, 2, 4) for stage in (0, 1, 2, 3)]
-    chosen += [Case(ranks, topology=(_zero(2), COLUMN)) for ranks in (2, 4)]
+    return _small_sparse() + _small_dense() + _small_bf16()
+
+
+def _small_sparse() -> list[Case]:
+    chosen = [Case(ranks, topology=(_zero(2), COLUMN)) for ranks in (2, 4)]
     chosen += [Case(ranks, topology=(_zero(1), backend)) for ranks in (1, 2) for backend in (FBGEMM, TORCH)]
     chosen += [Case(2, ("embedding.optimizer=adagrad",), (_zero(3), COLUMN, FBGEMM))]
-    chosen += [Case(2, topology=(_zero(3), COLUMN, TORCH)), Case(2, topology=(_zero(2), ACCUMULATION))]
+    chosen += [Case(2, topology=(_zero(3), COLUMN, TORCH))]
     chosen += [Case(2, (optimizer,), (_zero(1), COLUMN)) for optimizer in OPTIMIZERS]
-    chosen += [Case(2, (optimizer,), (_zero(2),)) for optimizer in OPTIMIZERS[1:]]
+    return chosen + [Case(2, (optimizer,), (_zero(2),)) for optimizer in OPTIMIZERS[1:]]
+
+
+def _small_dense() -> list[Case]:
+    chosen = [Case(ranks, topology=(_zero(stage),)) for ranks in (1, 2, 4) for stage in (0, 1, 2, 3)]
+    chosen += [Case(2, topology=(_zero(2), ACCUMULATION))]
     chosen += [Case(2, DENSE_SGD, (_zero(stage),)) for stage in (0, 2)]
-    chosen += [Case(2, (variant,), (_zero(1),)) for variant in (ATTENTIVE, FULL_FM)]
-    chosen += [Case(2, (model,), (_zero(s),)) for model, s in ((DLRM, 2), (DCN_LOW_RANK, 3), (DCN_FULL_RANK, 1))]
+    chosen += [Case(2, model, (_zero(stage),)) for model, stage in zip(MODELS[1:], (1, 1, 2, 3, 1), strict=True)]
+    chosen += [Case(4, DENSE_SGD, (*_tensor(2), _zero(stage), ACCUMULATION)) for stage in (0, 1, 2, 3)]
+    chosen += [Case(4, topology=(*_tensor(4), _zero(stage))) for stage in (0, 1, 2, 3)]
     chosen += [
-        Case(2, topology=(_zero(s), "deepspeed.bf16.enabled=true"), tolerance=BF16_TOLERANCE) for s in (0, 1, 2, 3)
+        Case(2, model, (*_tensor(2), _zero(stage))) for model, stage in zip(MODELS, (2, 3, 1, 3, 2, 0), strict=True)
     ]
-    return chosen
+    chosen += [Case(4, topology=(*_tensor(ways), _zero(stage), OFFLOAD)) for ways, stage in ((1, 2), (2, 3))]
+    return chosen + [Case(4, topology=(*_tensor(ways), _zero(3), SECONDARY)) for ways in (1, 2)]
+
+
+def _small_bf16() -> list[Case]:
+    chosen = [Case(2, topology=(_zero(stage), BF16), tolerance=BF16_TOLERANCE) for stage in (0, 1, 2, 3)]
+    return chosen + [
+        Case(4, topology=(*_tensor(ways), _zero(stage), BF16), tolerance=BF16_TOLERANCE)
+        for ways, stage in ((2, 0), (4, 1), (2, 2), (2, 3))
+    ]
 
 
 def _full() -> list[Case]:
+    return list(dict.fromkeys(_full_sparse() + _full_dense() + _small()))
+
+
+def _full_sparse() -> list[Case]:
+    """Every way of holding and updating tables."""
     chosen = []
     for ranks, stage, placement, backend, accumulation in itertools.product(
         (1, 2, 4), (0, 1, 2, 3), (None, COLUMN), (FBGEMM, TORCH), (None, ACCUMULATION)
     ):
         topology = tuple(filter(None, (_zero(stage), placement, backend, accumulation)))
-        for optimizer, dense in itertools.product(OPTIMIZERS, ((), DENSE_SGD)):
+        for optimizer in OPTIMIZERS:
             if backend == TORCH or _fbgemm_can(optimizer, placement):
-                chosen.append(Case(ranks, (optimizer, *dense), topology))
-    return chosen + _small()
+                chosen.append(Case(ranks, (optimizer,), topology))
+    return chosen
+
+
+def _full_dense() -> list[Case]:
+    """Every model under tensor parallelism x ZeRO x accumulation, with both dense optimizers."""
+    chosen = []
+    for model, dense, (ranks, ways), stage, accumulation in itertools.product(
+        MODELS, ((), DENSE_SGD), ((2, 1), (4, 1), (2, 2), (4, 2), (4, 4)), (0, 1, 2, 3), ((), (ACCUMULATION,))
+    ):
+        chosen.append(Case(ranks, (*model, *dense), (*_tensor(ways), _zero(stage), *accumulation)))
+    for (ranks, ways), stage, accumulation in itertools.product(
+        ((2, 1), (2, 2), (4, 2), (4, 4)), (0, 1, 2, 3), ((), (ACCUMULATION,))
+    ):
+        chosen.append(Case(ranks, (), (*_tensor(ways), _zero(stage), BF16, *accumulation), BF16_TOLERANCE))
+    return chosen
 
 
 def _fbgemm_can(optimizer: str, placement: str | None) -> bool:

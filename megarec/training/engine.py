@@ -82,6 +82,7 @@ def build_engine(
     # DeepSpeed counts the ranks of a data group; here every rank of a tensor group has examples of its own as well.
     section["train_batch_size"] = config.data.batch_size // topology.tensor_size
     _check_precision(section)
+    deepspeed.utils.groups.mpu = mpu  # a global: that of an earlier engine of this process would stay
     _set_secondary_partition(section, topology)
     optimizer, reason = None, "DeepSpeed's own (deepspeed.optimizer)"
     if "optimizer" not in section:
@@ -155,12 +156,14 @@ def _set_secondary_partition(section: dict[str, Any], topology: Topology) -> Non
     if size > 1 and data_ranks % size:
         raise UserError(
             f"deepspeed.zero_optimization.zero_hpz_partition_size={size} does not divide the {data_ranks} data "
-            f"ranks of a host (parallel.ranks_per_host={topology.ranks_per_host} / parallel.tensor={topology.tensor_size})"
+            f"ranks of a host (parallel.ranks_per_host={topology.ranks_per_host} over "
+            f"parallel.tensor={topology.tensor_size})"
         )
     mine = None
     for ranks in secondary_partitions(topology, size) if size > 1 else []:
         group = dist.new_group(ranks)
         mine = group if topology.rank in ranks else mine
+    # A global that DeepSpeed fills only where it is None.
     deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = mine
 
 
