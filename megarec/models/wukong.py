@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megarec.config.sections import WukongConfig
 from megarec.errors import UserError
-from megarec.models.blocks import MLP, init_fan_in_, number_dropouts
+from megarec.models.blocks import MLP, number_dropouts
+from megarec.models.projection import Projection
 
 LayerNormFactory = Callable[[int, bool], nn.Module]
 
@@ -78,38 +78,6 @@ def _check_length(key: str, given: int, layers: int) -> None:
         )
 
 
-class Projection(nn.Module):
-    """Every linear map over the N embeddings that a layer needs, as one GEMM in the layout [B, D, N].
-
-    Parameters, each [outputs, N] and normal with variance 1 / N; absent ones are None:
-        lcb: W_L of the linear compression block.
-        fm: Y^T of the optimized FM, or the compression in front of the attentive Y.
-        residual: the linear compression of the residual, where the number of embeddings changes.
-    """
-
-    lcb: nn.Parameter
-    fm: nn.Parameter | None
-    residual: nn.Parameter | None
-
-    def __init__(self, inputs: int, *, lcb: int, fm: int | None, residual: int | None) -> None:
-        super().__init__()
-        for name, outputs in (("lcb", lcb), ("fm", fm), ("residual", residual)):
-            self.register_parameter(name, nn.Parameter(torch.empty(outputs, inputs)) if outputs else None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw all weights anew."""
-        for weight in self.parameters(recurse=False):
-            init_fan_in_(weight, weight.shape[1])
-
-    def forward(self, x_BDN: Tensor) -> dict[str, Tensor]:
-        """[B, D, N] -> by parameter name [B, D, outputs]: views of one result."""
-        weights = dict(self.named_parameters(recurse=False))
-        fused = F.linear(x_BDN, torch.cat(list(weights.values())))
-        parts = fused.split([weight.shape[0] for weight in weights.values()], dim=-1)
-        return dict(zip(weights, parts, strict=True))
-
-
 class FactorizationMachineBlock(nn.Module):
     """FMB: reshape(MLP(LayerNorm(flatten(FM(X)))), [F, D])."""
 
@@ -131,20 +99,20 @@ class FactorizationMachineBlock(nn.Module):
         self.norm = layer_norm(interactions, config.bias)
         self.mlp = MLP(interactions, sizes.mlp, sizes.num_fm * config.dim, bias=config.bias, dropout=config.dropout)
 
-    def forward(self, x_BDN: Tensor, projected: Tensor | None, keys: Tensor | None) -> Tensor:
-        """X^T and its projection, X^T Y [B, D, K] (attentive: the compressed X^T, [B, D, C]) -> [B, F, D]."""
-        interactions = self._interact(x_BDN, projected, keys)
+    def forward(self, x_BND: Tensor, projected: Tensor | None, keys: Tensor | None) -> Tensor:
+        """X and, static Y: FM(X) [B, N, K]; attentive: the compressed X [B, C, D]; full: None -> [B, F, D]."""
+        interactions = self._interact(x_BND, projected, keys)
         return self.mlp(self.norm(interactions.flatten(1)), keys).unflatten(1, (self.sizes.num_fm, self.dim))
 
-    def _interact(self, x_BDN: Tensor, projected: Tensor | None, keys: Tensor | None) -> Tensor:
+    def _interact(self, x_BND: Tensor, projected: Tensor | None, keys: Tensor | None) -> Tensor:
         """FM(X): [B, N, K], or [B, N, N] when full."""
         if self.full:
-            return torch.bmm(x_BDN.mT, x_BDN)
+            return torch.bmm(x_BND, x_BND.mT)
         assert projected is not None
-        if self.attention is not None:
-            y_BNK = self.attention(projected.mT.flatten(1), keys).unflatten(1, (self.sizes.inputs, self.sizes.rank))
-            projected = torch.bmm(x_BDN, y_BNK)
-        return torch.bmm(x_BDN.mT, projected)
+        if self.attention is None:
+            return projected
+        y_BNK = self.attention(projected.flatten(1), keys).unflatten(1, (self.sizes.inputs, self.sizes.rank))
+        return torch.bmm(x_BND, torch.bmm(x_BND.mT, y_BNK))
 
 
 class InteractionLayer(nn.Module):
@@ -152,11 +120,11 @@ class InteractionLayer(nn.Module):
 
     def __init__(self, sizes: LayerSizes, config: WukongConfig, layer_norm: LayerNormFactory) -> None:
         super().__init__()
-        optimized = config.attentive.compressed if config.projection == "attentive" else sizes.rank
+        self.static = config.fm == "optimized" and config.projection == "static"
         self.projection = Projection(
             sizes.inputs,
             lcb=sizes.num_lcb,
-            fm=optimized if config.fm == "optimized" else None,
+            fm=None if config.fm == "full" else sizes.rank if self.static else config.attentive.compressed,
             residual=sizes.outputs if sizes.outputs != sizes.inputs else None,
         )
         self.fmb = FactorizationMachineBlock(sizes, config, layer_norm)
@@ -164,11 +132,10 @@ class InteractionLayer(nn.Module):
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, M, D]."""
-        x_BDN = x_BND.mT.contiguous()  # the one copy of X: every product of the layer reads this layout as it lies
-        projected = self.projection(x_BDN)
-        fmb_BFD = self.fmb(x_BDN, projected.get("fm"), keys)
-        residual_BMD = projected["residual"].mT if "residual" in projected else x_BND
-        return self.norm(torch.cat([fmb_BFD, projected["lcb"].mT], dim=1).add_(residual_BMD))
+        projected, fm_BNK = self.projection(x_BND, interact=self.static)
+        fmb_BFD = self.fmb(x_BND, fm_BNK if self.static else projected.get("fm"), keys)
+        both_BMD = torch.cat([fmb_BFD, projected["lcb"]], dim=1)
+        return self.norm(both_BMD.add_(projected.get("residual", x_BND)))
 
 
 class Wukong(nn.Module):

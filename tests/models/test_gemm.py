@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from megarec.models.gemm import _Float32Products, fast_cpu_gemm
+from megarec.training.memory import saved_activations
 
 
 def test_products_and_gradients_are_the_exact_ones_rounded() -> None:
@@ -24,6 +25,29 @@ def test_products_and_gradients_are_the_exact_ones_rounded() -> None:
     torch.testing.assert_close(d_y.double(), hidden.double().mT @ upstream.double(), rtol=2**-8, atol=1e-6)
     weight_gradient = torch.einsum("bno,bni->oi", d_hidden.double(), x.double())
     torch.testing.assert_close(d_weight.double(), weight_gradient, rtol=2**-7, atol=1e-5)
+
+
+def test_what_is_kept_for_the_backward_pass_stays_bf16() -> None:
+    x, weight, y = (torch.randn(size).bfloat16().requires_grad_() for size in ((2, 5, 7), (3, 7), (2, 3, 4)))
+    kept: dict[str, int] = {}
+    with _Float32Products(), saved_activations(kept):
+        hidden = F.linear(x, weight)
+        torch.bmm(hidden, y)
+    assert kept["bytes"] == sum(tensor.nbytes for tensor in (x, weight, hidden, y))
+
+
+def test_products_of_few_or_broadcast_dimensions() -> None:
+    torch.manual_seed(0)
+    weight, vector = torch.randn(4, 3).bfloat16().requires_grad_(), torch.randn(3).bfloat16()
+    x = torch.randn(2, 5, 4).bfloat16()
+    with _Float32Products():
+        products = weight @ vector, x @ weight, F.linear(x[0, 0], weight.T)
+        (gradient,) = torch.autograd.grad(products[1].sum() + products[2].sum(), weight)
+    exact = weight.double() @ vector.double(), x.double() @ weight.double(), x[0, 0].double() @ weight.double()
+    for mine, its in zip(products, exact, strict=True):
+        torch.testing.assert_close(mine.double(), its, rtol=2**-8, atol=1e-6)
+    expected = (x.double().sum((0, 1)) + x[0, 0].double()).unsqueeze(1).expand(4, 3)
+    torch.testing.assert_close(gradient.double(), expected, rtol=2**-6, atol=2**-6)
 
 
 def test_other_products_are_untouched() -> None:

@@ -1,0 +1,106 @@
+"""The fused projection against einsum in float64: values, gradients, blocks of the batch, bf16."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megarec.models import gemm
+from megarec.models.projection import Projection, project
+from megarec.training.memory import saved_activations
+
+
+def plain(x: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    projected = torch.einsum("on,bnd->bod", weight, x)
+    return projected[:, rank:], torch.einsum("bnd,bkd->bnk", x, projected[:, :rank])
+
+
+def gradients(function: object, x: Tensor, weight: Tensor, rank: int, upstream: tuple[Tensor, Tensor]) -> list[Tensor]:
+    outputs = function(x, weight, rank)  # type: ignore[operator]
+    loss = sum((out * up.to(out)).sum() for out, up in zip(outputs, upstream, strict=True))
+    return [*outputs, *torch.autograd.grad(loss, (x, weight))]
+
+
+def case(batch: int, n: int, dim: int, rank: int, others: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    torch.manual_seed(batch + n)
+    x, weight = torch.randn(batch, n, dim).double(), torch.randn(rank + others, n).double()
+    upstream = torch.randn(batch, others, dim).double(), torch.randn(batch, n, rank).double()
+    return x.requires_grad_(), weight.requires_grad_(), upstream
+
+
+@given(
+    batch=st.integers(0, 7),
+    n=st.integers(1, 5),
+    dim=st.integers(1, 4),
+    rank=st.integers(0, 3),
+    others=st.integers(1, 3),
+    block=st.integers(1, 8),
+)
+@settings(max_examples=100, deadline=None)
+def test_values_and_gradients_whatever_the_blocks(
+    batch: int, n: int, dim: int, rank: int, others: int, block: int
+) -> None:
+    x, weight, upstream = case(batch, n, dim, rank, others)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemm, "CACHE_BYTES", 4 * n * dim * block)
+        assert len(gemm.example_blocks(x)) == -(-batch // block)
+        actual = gradients(project, x, weight, rank, upstream)
+    for mine, its in zip(actual, gradients(plain, x, weight, rank, upstream), strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+def test_embeddings_that_lie_apart_in_memory() -> None:
+    _, weight, upstream = case(4, 5, 6, 2, 3)
+    apart = torch.randn(4, 7, 6).double()[:, 1:6].requires_grad_()
+    turned = torch.randn(4, 6, 5).double().mT.requires_grad_()
+    for strided in (apart, turned):
+        for mine, its in zip(
+            gradients(project, strided, weight, 2, upstream),
+            gradients(plain, strided, weight, 2, upstream),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, its)
+
+
+def test_one_gemm_over_all_examples_sums_as_the_blocks_do() -> None:
+    """What GPUs take; its shapes on the meta device, its numbers here."""
+    a, b = torch.randn(3, 4, 5).double(), torch.randn(3, 6, 5).double()
+    torch.testing.assert_close(gemm.summed_products(a, b), torch.einsum("bmd,bnd->mn", a, b))
+    torch.testing.assert_close(gemm.flat_summed_products(a, b), torch.einsum("bmd,bnd->mn", a, b))
+    assert gemm.summed_products(a.to("meta"), b.to("meta")).shape == (4, 6)
+
+
+def test_bf16_is_the_exact_result_rounded() -> None:
+    x, weight, upstream = case(6, 7, 8, 3, 4)
+    rounded = [tensor.detach().bfloat16() for tensor in (x, weight, *upstream)]
+    exact = gradients(
+        plain, *(t.double().requires_grad_() for t in rounded[:2]), 3, tuple(t.double() for t in rounded[2:])
+    )
+    actual = gradients(project, *(t.requires_grad_() for t in rounded[:2]), 3, tuple(rounded[2:]))
+    for mine, its in zip(actual, exact, strict=True):
+        assert mine.dtype == torch.bfloat16
+        torch.testing.assert_close(mine.double(), its, rtol=2**-7, atol=2**-7 * its.abs().mean().item())
+
+
+def test_what_a_layer_keeps_of_x_is_x_itself() -> None:
+    projection = Projection(40, lcb=2, fm=3, residual=4)
+    x = torch.randn(50, 40, 16, requires_grad=True)
+    kept: dict[str, int] = {}
+    with saved_activations(kept):
+        projection(x, interact=True)
+    weights_and_y = 4 * (9 * 40 + 50 * 3 * 16)
+    assert kept["bytes"] == x.nbytes + weights_and_y
+
+
+def test_parts_by_name() -> None:
+    torch.manual_seed(0)
+    projection = Projection(5, lcb=2, fm=3, residual=None).double()
+    x = torch.randn(4, 5, 6).double()
+    parts, none = projection(x)
+    assert none is None and list(parts) == ["lcb", "fm"]
+    interacted, fm = projection(x, interact=True)
+    assert list(interacted) == ["lcb"] and fm is not None
+    for part, name in ((parts["lcb"], "lcb"), (parts["fm"], "fm"), (interacted["lcb"], "lcb")):
+        torch.testing.assert_close(part, torch.einsum("on,bnd->bod", projection.get_parameter(name), x))
+    torch.testing.assert_close(fm, torch.bmm(x, parts["fm"].mT))
