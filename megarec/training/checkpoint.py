@@ -77,10 +77,10 @@ def latest(directory: Path) -> str | None:
     return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
 
 
-def load(
-    directory: Path, name: str, engine: Any, sparse: SparseSide, topology: Topology, weights_only: bool = False
-) -> Position:
-    """Read checkpoint `name` back into the same topology; collective.
+def load(directory: Path, name: str, engine: Any, sparse: SparseSide, topology: Topology) -> Position:
+    """Read checkpoint `name` back into the same topology, optimizer states included; collective.
+
+    (DeepSpeed 0.19.8 could load the weights alone, but at ZeRO-3 it then takes them from what `latest` names.)
 
     Raises:
         UserError: the checkpoint is incomplete or was written on another topology.
@@ -97,9 +97,7 @@ def load(
     tables = target / _tables_file(topology.rank)
     if not tables.is_file():
         raise UserError(f"{tables} is missing: the checkpoint is incomplete; remove {target}")
-    loaded, _ = engine.load_checkpoint(
-        str(directory), tag=name, load_optimizer_states=not weights_only, load_module_only=weights_only
-    )
+    loaded, _ = engine.load_checkpoint(str(directory), tag=name)
     if loaded is None:
         raise UserError(f"{target}: DeepSpeed found no dense state there; remove {target}")
     sparse.load_state_dict(load_file(tables))

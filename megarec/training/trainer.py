@@ -60,7 +60,7 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
     loop.run_to_the_end(checkpoints)
 
     if (checkpoints / checkpoint.BEST).is_dir() and not math.isinf(position.best):
-        checkpoint.load(checkpoints, checkpoint.BEST, run.engine, run.sparse, run.topology, weights_only=True)
+        checkpoint.load(checkpoints, checkpoint.BEST, run.engine, run.sparse, run.topology)
     test = evaluate(run, run.test)
     metrics = {
         "test": _described(test),

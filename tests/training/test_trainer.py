@@ -79,19 +79,38 @@ def test_a_run_learns_and_leaves_what_design_promises(pool: RankPool, data: Path
     assert not {name for name in leaked if "deepspeed" in name}
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(pool: RankPool, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("topology", [[], ["parallel.tensor=2", "deepspeed.zero_optimization.stage=3"]], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    topology: list[str], pool: RankPool, data: Path, tmp_path: Path
+) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     for directory in (whole, halves):
         directory.mkdir()
-    pool.run(train_on_a_rank, write_config(whole, data), [], False)
+    pool.run(train_on_a_rank, write_config(whole, data), topology, False)
     path = write_config(halves, data)
-    pool.run(train_on_a_rank, path, ["train.max_steps=11", "train.checkpoint_every=5"], False)  # mid-epoch
-    pool.run(train_on_a_rank, path, [], True)
+    half = [*topology, "train.max_steps=11", "train.checkpoint_every=5"]  # ends mid-epoch
+    pool.run(train_on_a_rank, path, half, False)
+    pool.run(train_on_a_rank, path, topology, True)
     expected, found = scalars(whole), scalars(halves)
     assert len(expected["train/loss"]) == 16
     for tag in ("train/loss", "optim/gradient_norm", "optim/dense_learning_rate"):
         assert found[tag] == expected[tag]
     assert found["valid/logloss"][16] == expected["valid/logloss"][16]
+
+
+@pytest.mark.parametrize(
+    "topology",
+    [["deepspeed.zero_optimization.stage=3"], ["parallel.tensor=2"], ["deepspeed.bf16.enabled=true"]],
+    ids=str,
+)
+def test_what_is_tested_is_the_best_by_validation(
+    topology: list[str], pool: RankPool, data: Path, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path, data, epochs=6)
+    tested = pool.run(train_on_a_rank, path, [*topology, "dense.learning_rate=0.2"], False)[0]["valid"]["logloss"]
+    seen = scalars(tmp_path)["valid/logloss"]
+    assert tested == pytest.approx(min(seen.values()), rel=1e-6)
+    assert tested < seen[max(seen)], "the last validation must not be the best one for this to prove anything"
 
 
 def test_resume_without_a_checkpoint_starts_afresh(pool: RankPool, data: Path, tmp_path: Path) -> None:
