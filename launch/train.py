@@ -16,6 +16,7 @@ STARTED = time.time()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megarec.config.load import load_config  # noqa: E402
+from megarec.config.sections import SCALED_SIZES, RunConfig, WukongConfig  # noqa: E402
 from megarec.errors import UserError, exits_cleanly  # noqa: E402
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     try:
         config = load_config(arguments.config, arguments.set)
         if arguments.print_config:
-            print(config.model_dump_json(indent=2))
+            print_resolved(config)
             return
         from megarec.training.trainer import train  # seconds of imports that --print-config and a bad config can save
 
@@ -43,6 +44,25 @@ def main() -> None:
     except UserError:
         leave_the_word_to_rank_0()
         raise
+
+
+def print_resolved(config: RunConfig) -> None:
+    """The run as it will train, on standard output; why model.scale gives these sizes, on standard error."""
+    unknown = {}
+    if isinstance(config.model, WukongConfig) and config.model.scale is not None:
+        from megarec.data.schema import schema_of
+        from megarec.scaling.counting import count_run
+
+        try:
+            schema_of(config.data)
+        except UserError as error:
+            unknown = {"model": set(SCALED_SIZES)}
+            reasons: tuple[str, ...] = (f"sizes that model.scale derives are left out: {error}",)
+        else:
+            _, model, reasons = count_run(config)
+            config = config.model_copy(update={"model": model})
+        print(*reasons, sep="\n", file=sys.stderr)
+    print(config.model_dump_json(indent=2, exclude=unknown))
 
 
 def leave_the_word_to_rank_0() -> None:

@@ -43,6 +43,30 @@ def test_print_config_shows_the_resolved_run(config: Path) -> None:
     assert json.loads(done.stdout)["train"]["epochs"] == 7
 
 
+def test_print_config_derives_the_sizes_of_a_scale(config: Path, tmp_path: Path) -> None:
+    run = json.loads(config.read_text()) | {"model": {"dim": 8, "scale": 0.01}}
+    (tmp_path / "scaled.json").write_text(json.dumps(run))
+    command = [
+        sys.executable,
+        str(ROOT / "launch/train.py"),
+        "--config",
+        str(tmp_path / "scaled.json"),
+        "--print-config",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    model = json.loads(done.stdout)["model"]
+    assert model["scale"] is None and model["layers"] == 8 and len(model["mlp"]) == 3
+    assert f"scale: layers=8, num_fm={model['num_fm']}, " in done.stderr and "asked for 0.01" in done.stderr
+
+    done = subprocess.run([*command, "--set", "data.path=none"], capture_output=True, text=True, check=True)
+    model = json.loads(done.stdout)["model"]
+    assert model["scale"] == 0.01 and "layers" not in model and "left out: data.path='none'" in done.stderr
+
+    done = subprocess.run([*command, "--set", "model.scale=1e-6"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: model.scale=1e-06: the smallest model of the recipe")
+
+
 def test_two_ranks_through_the_deepspeed_launcher(config: Path) -> None:
     done = subprocess.run(launch("--config", str(config)), capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
