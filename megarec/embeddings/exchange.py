@@ -135,7 +135,14 @@ class SparseSide:
         reasons: dict[str, list[str]] = {}
         for table, choice in self._choices.items():
             reasons.setdefault(f"{choice.backend} ({choice.reason})", []).append(table)
-        return lines + [f"tables: {', '.join(tables)} in {reason}" for reason, tables in reasons.items()]
+        return _shortened(lines) + [
+            f"tables: {', '.join(_shortened(tables))} in {reason}" for reason, tables in reasons.items()
+        ]
+
+
+def _shortened(entries: list[str]) -> list[str]:
+    """At most ten: hundreds of tables or ranks would drown the log."""
+    return entries if len(entries) <= 10 else [*entries[:8], f"... ({len(entries) - 9} more)", entries[-1]]
 
 
 def add_l2(gradient: Tensor, embedded: Tensor, l2: float, global_batch: int) -> Tensor:

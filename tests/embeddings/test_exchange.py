@@ -9,6 +9,7 @@ import torch
 from megarec.config.sections import EmbeddingConfig
 from megarec.embeddings import stack
 from megarec.embeddings.exchange import SparseSide, add_l2
+from megarec.embeddings.layout import EmbeddingLayout, Feature, Table
 from megarec.embeddings.tables import State
 from megarec.errors import UserError
 from megarec.parallel.pool import RankPool
@@ -209,3 +210,10 @@ def assert_same(mine: dict[str, torch.Tensor], its: dict[str, torch.Tensor]) -> 
     assert mine.keys() == its.keys()
     for name, tensor in its.items():
         assert torch.equal(mine[name], tensor), name
+
+
+def test_hundreds_of_tables_do_not_drown_the_log() -> None:
+    tables = tuple(Table(f"t{i}", 3, 8) for i in range(300))
+    features = tuple(Feature(t.name, t.name, "sum", False, 8 * i, 8) for i, t in enumerate(tables))
+    *_, line = sparse_side(EmbeddingLayout(8, tables, features, 300, 0), EmbeddingConfig()).describe()
+    assert line.startswith("tables: t0, t1, t2, t3, t4, t5, t6, t7, ... (291 more), t299 in ")
