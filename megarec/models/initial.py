@@ -44,9 +44,14 @@ def materialize(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.is_meta:
-                real = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
-                real.__dict__.update(parameter.__dict__)
-                setattr(part, name, real)
+                setattr(part, name, with_memory(parameter, device, parameter.dtype))
+
+
+def with_memory(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    """An uninitialised parameter on `device` in place of one on the meta device; keeps what is remembered about it."""
+    real = nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype), parameter.requires_grad)
+    real.__dict__.update(parameter.__dict__)
+    return real
 
 
 def initialize(model: nn.Module, seed: int) -> None:

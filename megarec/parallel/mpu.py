@@ -1,10 +1,13 @@
 """The tensor and data groups in the form in which DeepSpeed asks for them."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import deepspeed
 import torch.distributed as dist
 
-from megarec.topology import Topology
+from megarec.errors import UserError
+from megarec.topology import Topology, lines
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,36 @@ def model_parallel_unit(topology: Topology) -> ModelParallelUnit | None:
         alone = [dist.new_group([rank]) for rank in range(topology.world_size)]
         data = alone[topology.rank]
     return ModelParallelUnit(topology, topology.tensor, data)
+
+
+def set_deepspeed_groups(topology: Topology, mpu: ModelParallelUnit | None, section: dict[str, Any]) -> None:
+    """Set the groups that DeepSpeed keeps in globals, where those of an earlier engine would stay; collective.
+
+    The secondary partition of ZeRO-3 (hpZ) lies among ranks of one host with the same place in their tensor group;
+    DeepSpeed would take consecutive ranks, which under tensor parallelism hold different shards: silently wrong.
+
+    Args:
+        section: the DeepSpeed config.
+
+    Raises:
+        UserError: zero_hpz_partition_size does not divide the data ranks of a host.
+    """
+    deepspeed.utils.groups.mpu = mpu
+    size = section.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    data_ranks = topology.ranks_per_host // topology.tensor_size
+    if size > 1 and data_ranks % size:
+        raise UserError(
+            f"deepspeed.zero_optimization.zero_hpz_partition_size={size} does not divide the {data_ranks} data ranks "
+            f"of a host (parallel.ranks_per_host={topology.ranks_per_host} over parallel.tensor={topology.tensor_size})"
+        )
+    mine = None
+    for ranks in secondary_partitions(topology, size) if size > 1 else []:
+        group = dist.new_group(ranks)
+        mine = group if topology.rank in ranks else mine
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = mine
+
+
+def secondary_partitions(topology: Topology, size: int) -> list[list[int]]:
+    """The ranks of every hpZ group: `size` data ranks of one host."""
+    of_data = lines(topology.world_size, topology.ranks_per_host, topology.tensor_size)["data"]
+    return [ranks[start : start + size] for ranks in of_data for start in range(0, len(ranks), size)]

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from megarec.config.sections import RunConfig
-from megarec.models.initial import initialize, materialize
 from megarec.parallel.collectives import Channel, Ledger
-from megarec.parallel.mpu import model_parallel_unit
+from megarec.parallel.materialize import materialize_and_fill
+from megarec.parallel.mpu import model_parallel_unit, set_deepspeed_groups
 from megarec.parallel.tensor import average_replicated_gradients, shard_mlps
 from megarec.topology import Topology
-from megarec.training.engine import build_engine
+from megarec.training.engine import build_engine, check_precision, refusals_of_deepspeed
 
 
 def parallelize(
@@ -32,7 +32,10 @@ def parallelize(
     """
     tensor = Channel("tensor", topology.tensor, topology.rank % topology.tensor_size, topology.tensor_size, ledger)
     shard_mlps(model, tensor)
-    materialize(model, device)
-    initialize(model, config.train.seed)
+    mpu = model_parallel_unit(topology)
+    check_precision(config.deepspeed)
+    set_deepspeed_groups(topology, mpu, config.deepspeed)
+    with refusals_of_deepspeed():
+        materialize_and_fill(model, config.train.seed, device, config.deepspeed, mpu)
     average_replicated_gradients(model, tensor)
-    return build_engine(model, config, topology, model_parallel_unit(topology))
+    return build_engine(model, config, topology, mpu)

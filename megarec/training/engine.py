@@ -4,6 +4,8 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -19,7 +21,7 @@ from megarec.config.sections import DenseConfig, RunConfig
 from megarec.errors import UserError
 from megarec.parallel.mpu import ModelParallelUnit
 from megarec.parallel.tensor import is_sharded
-from megarec.topology import Topology, lines
+from megarec.topology import Topology
 from megarec.training.fused import fused_adam
 
 
@@ -57,10 +59,19 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated")
 
 
+@contextmanager
+def refusals_of_deepspeed() -> Iterator[None]:
+    """What DeepSpeed does not accept in its section becomes a UserError with its reason."""
+    try:
+        yield
+    except (deepspeed.DeepSpeedConfigError, ValueError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"DeepSpeed refused the deepspeed section: {' '.join(str(error).split())}") from error
+
+
 def build_engine(
     model: nn.Module, config: RunConfig, topology: Topology, mpu: ModelParallelUnit | None
 ) -> tuple[Any, str]:
-    """Wrap the over-arch in a DeepSpeed engine.
+    """Wrap the over-arch in a DeepSpeed engine; after `check_precision` and `set_deepspeed_groups`.
 
     Args:
         mpu: the tensor and data groups; None when there is no tensor parallelism.
@@ -81,16 +92,11 @@ def build_engine(
     )
     # DeepSpeed counts the ranks of a data group; here every rank of a tensor group has examples of its own as well.
     section["train_batch_size"] = config.data.batch_size // topology.tensor_size
-    _check_precision(section)
-    deepspeed.utils.groups.mpu = mpu  # a global: that of an earlier engine of this process would stay
-    _set_secondary_partition(section, topology)
     optimizer, reason = None, "DeepSpeed's own (deepspeed.optimizer)"
     if "optimizer" not in section:
         optimizer, reason = _dense_optimizer(model, config)
-    try:
+    with refusals_of_deepspeed():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section, mpu=mpu)
-    except (deepspeed.DeepSpeedConfigError, ValueError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"DeepSpeed refused the deepspeed section: {' '.join(str(error).split())}") from error
     if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
         _forget_warm_up_step(engine)
         _mark_gradients_of_shards(engine)
@@ -114,7 +120,9 @@ def _adam_arguments(dense: DenseConfig) -> dict[str, Any]:
     return {"betas": dense.betas, "eps": dense.eps, "weight_decay": dense.weight_decay}
 
 
-def _check_precision(section: dict[str, Any]) -> None:
+def check_precision(section: dict[str, Any]) -> None:
+    """Raise a UserError for a precision that this device lacks."""
+
     def enabled(key: str) -> bool:
         return bool(isinstance(section.get(key), dict) and section[key].get("enabled"))
 
@@ -140,37 +148,6 @@ def _mark_gradients_of_shards(engine: Any) -> None:
     for parameter in engine.module.parameters():
         if is_sharded(parameter):
             parameter.register_post_accumulate_grad_hook(mark)
-
-
-def _set_secondary_partition(section: dict[str, Any], topology: Topology) -> None:
-    """The groups of ZeRO-3's secondary partition (hpZ): ranks of one host with the same place in their tensor group.
-
-    DeepSpeed would take consecutive ranks, which under tensor parallelism hold different shards: silently wrong.
-
-    Raises:
-        UserError: the size does not divide the data ranks of a host.
-    """
-    zero = section.get("zero_optimization", {})
-    size = zero.get("zero_hpz_partition_size", 1)
-    data_ranks = topology.ranks_per_host // topology.tensor_size
-    if size > 1 and data_ranks % size:
-        raise UserError(
-            f"deepspeed.zero_optimization.zero_hpz_partition_size={size} does not divide the {data_ranks} data "
-            f"ranks of a host (parallel.ranks_per_host={topology.ranks_per_host} over "
-            f"parallel.tensor={topology.tensor_size})"
-        )
-    mine = None
-    for ranks in secondary_partitions(topology, size) if size > 1 else []:
-        group = dist.new_group(ranks)
-        mine = group if topology.rank in ranks else mine
-    # A global that DeepSpeed fills only where it is None.
-    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = mine
-
-
-def secondary_partitions(topology: Topology, size: int) -> list[list[int]]:
-    """The ranks of every hpZ group: `size` data ranks of one host."""
-    of_data = lines(topology.world_size, topology.ranks_per_host, topology.tensor_size)["data"]
-    return [ranks[start : start + size] for ranks in of_data for start in range(0, len(ranks), size)]
 
 
 def compute_dtype(engine: Any) -> torch.dtype:

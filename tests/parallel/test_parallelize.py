@@ -8,13 +8,14 @@ import pytest
 
 from megarec.config.load import load_config
 from megarec.parallel import tensor
+from megarec.parallel.mpu import secondary_partitions
 from megarec.parallel.pool import RankPool
 from megarec.parity.reference import ReferenceStep, reference_steps
 from megarec.parity.run import BASE, write_base
 from megarec.topology import Topology
 from megarec.training.build import build_run
 from megarec.training.clock import Clock
-from megarec.training.engine import secondary_partitions, set_learning_rate, start_process
+from megarec.training.engine import set_learning_rate, start_process
 from megarec.training.step import train_step
 
 STEPS = 3
