@@ -76,7 +76,7 @@ def test_the_gradient_norm_in_bf16(
     """bf16 rounds; a norm that leaves out shards would be off by tens of per cent."""
     overrides = [*SGD, TENSOR, f"deepspeed.zero_optimization.stage={stage}", "deepspeed.bf16.enabled=true"]
     found = rank_pool(2).run(norms, base, overrides)[0]
-    assert found == pytest.approx([step.gradient_norm for step in reference], rel=3e-2)
+    assert found[:2] == pytest.approx([step.gradient_norm for step in reference[:2]], rel=2e-2)
 
 
 def test_secondary_partitions_hold_ranks_of_one_host_and_one_place() -> None:
