@@ -10,9 +10,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megarec.config.load import load_config
+from megarec.config.sections import WukongConfig
 from megarec.data.synthetic import Shape, prepare_synthetic
 from megarec.errors import UserError
 from megarec.parallel.pool import RankPool
+from megarec.scaling.counting import count_run
 from megarec.training.trainer import train
 
 MODEL = {"layers": 1, "num_fm": 2, "num_lcb": 2, "rank": 4, "mlp": [16], "dim": 8, "head": [8], "dropout": 0.1}
@@ -52,6 +54,17 @@ def scalars(directory: Path) -> dict[str, dict[int, float]]:
     events = EventAccumulator(str(directory / "out" / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_a_run_with_the_dial_states_the_sizes_it_derived(pool: RankPool, data: Path, tmp_path: Path) -> None:
+    path = write_config(tmp_path, data, max_steps=2)
+    metrics = pool.run(train_on_a_rank, path, ['model={"scale": 0.002, "dim": 8, "head": [8]}'], False)
+    resolved = load_config(tmp_path / "out/config.json")
+    assert isinstance(resolved.model, WukongConfig) and resolved.model.scale is None
+    assert resolved.model.layers > 2 and resolved.model.rank == 24 and len(resolved.model.mlp) == 3
+    counted = count_run(resolved).cost.flop / 1e9
+    assert metrics[0]["train"]["gflop_per_example"] == counted == pytest.approx(0.002, rel=0.15)
+    assert set(scalars(tmp_path)["train/loss"]) == {1, 2}
 
 
 def test_a_run_learns_and_leaves_what_design_promises(pool: RankPool, data: Path, tmp_path: Path) -> None:
