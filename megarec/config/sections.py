@@ -152,6 +152,10 @@ class DenseConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Rate = 0.0
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations of an interaction layer: kept, all but matrix products computed again, or all",
+    )
 
 
 class ParallelConfig(Section):

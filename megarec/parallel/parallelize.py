@@ -9,6 +9,7 @@ from megarec.config.sections import RunConfig
 from megarec.parallel.collectives import Channel, Ledger
 from megarec.parallel.materialize import materialize_and_fill
 from megarec.parallel.mpu import model_parallel_unit, set_deepspeed_groups
+from megarec.parallel.recompute import recompute_layers
 from megarec.parallel.tensor import average_replicated_gradients, shard_mlps
 from megarec.topology import Topology
 from megarec.training.engine import build_engine, check_precision, refusals_of_deepspeed
@@ -32,6 +33,7 @@ def parallelize(
     """
     tensor = Channel("tensor", topology.tensor, topology.rank % topology.tensor_size, topology.tensor_size, ledger)
     shard_mlps(model, tensor)
+    recompute_layers(model, config.dense.recompute)
     mpu = model_parallel_unit(topology)
     check_precision(config.deepspeed)
     set_deepspeed_groups(topology, mpu, config.deepspeed)

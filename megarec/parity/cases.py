@@ -84,7 +84,12 @@ def _small_dense() -> list[Case]:
         Case(2, model, (*_tensor(2), _zero(stage))) for model, stage in zip(MODELS, (2, 3, 1, 3, 2, 0), strict=True)
     ]
     chosen += [Case(4, topology=(*_tensor(ways), _zero(stage), OFFLOAD)) for ways, stage in ((1, 2), (2, 3))]
-    return chosen + [Case(4, topology=(*_tensor(ways), _zero(3), SECONDARY)) for ways in (1, 2)]
+    chosen += [Case(4, topology=(*_tensor(ways), _zero(3), SECONDARY)) for ways in (1, 2)]
+    recomputed = (("full", 3, 2), ("selective", 3, 2), ("full", 3, 1), ("selective", 1, 1), ("full", 0, 2))
+    return chosen + [
+        Case(2, topology=(*_tensor(ways), _zero(stage), f"dense.recompute={policy}"))
+        for policy, stage, ways in recomputed
+    ]
 
 
 def _small_bf16() -> list[Case]:

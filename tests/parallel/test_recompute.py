@@ -1,0 +1,58 @@
+"""Recomputed layers keep less and give the same numbers. (At every ZeRO stage: tests/parity.)"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megarec.config.sections import DlrmConfig, WukongConfig
+from megarec.errors import UserError
+from megarec.models.dlrm import Dlrm
+from megarec.models.initial import initialize
+from megarec.models.wukong import Wukong
+from megarec.parallel.recompute import Recompute, recompute_layers
+from megarec.training.memory import saved_activations
+
+CONFIG = WukongConfig(dim=16, layers=3, num_fm=8, num_lcb=8, rank=8, mlp=[64, 64], head=[32], dropout=0.2)
+EMBEDDINGS, BATCH = 40, 32
+
+
+def step(policy: Recompute, dtype: torch.dtype) -> tuple[int, list[Tensor]]:
+    model = Wukong(EMBEDDINGS, CONFIG)
+    initialize(model, seed=2)
+    model.to(dtype)
+    recompute_layers(model, policy)
+    x = torch.randn(BATCH, EMBEDDINGS, CONFIG.dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x.requires_grad_()
+    kept: dict[str, int] = {}
+    with saved_activations(kept):
+        logits = model(x, torch.arange(BATCH))
+    logits.sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(gradients) == len(list(model.parameters())) and x.grad is not None
+    return kept["bytes"], [logits.detach(), x.grad, *gradients]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_the_numbers_are_the_same(policy: Recompute, dtype: torch.dtype) -> None:
+    _, expected = step("none", dtype)
+    _, found = step(policy, dtype)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=1e-2 if dtype is torch.bfloat16 else 1e-12, atol=1e-2 if dtype is torch.bfloat16 else 1e-12
+        )
+
+
+def test_full_keeps_the_inputs_of_the_layers_alone() -> None:
+    none, _ = step("none", torch.float32)
+    full, _ = step("full", torch.float32)
+    inputs = 4 * BATCH * CONFIG.dim * (EMBEDDINGS + 16 + 16)
+    head = 4 * BATCH * (16 * CONFIG.dim + 3 * 32) + 8 * BATCH  # its input, three activations, dropout keys
+    assert full <= inputs + head + 4 * BATCH * 32
+    assert full < none / 3
+
+
+def test_a_model_without_interaction_layers_is_refused() -> None:
+    with pytest.raises(UserError, match=r"dense\.recompute='full'"):
+        recompute_layers(Dlrm(5, 1, DlrmConfig(dim=8, head=[8])), "full")
+    recompute_layers(Dlrm(5, 1, DlrmConfig(dim=8, head=[8])), "none")
