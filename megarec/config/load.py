@@ -95,6 +95,12 @@ def _check_across_fields(config: RunConfig, path: Path) -> None:
     if "optimizer" in config.deepspeed and config.dense.model_fields_set:
         given = ", ".join(f"dense.{name}" for name in sorted(config.dense.model_fields_set))
         fail(f"deepspeed.optimizer and {given} both describe the dense optimizer; keep one of them")
+    layers = len(config.model.numeric_mlp) + 1
+    if config.model.numeric_bias is not None and len(config.model.numeric_bias) != layers:
+        fail(
+            f"model.numeric_bias lists {len(config.model.numeric_bias)} layers, but model.numeric_mlp with "
+            f"{layers - 1} hidden widths has {layers}"
+        )
     if isinstance(config.model, WukongConfig):
         _check_layers(config.model, fail)
 

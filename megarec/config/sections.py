@@ -27,6 +27,9 @@ class ModelConfig(Section):
         0.0, description="after every hidden layer of the MLPs; the mask is the same on every topology"
     )
     numeric_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over numeric features")
+    numeric_bias: list[bool] | None = Field(
+        None, description="whether each layer of that MLP has a bias, its last one included; null: as bias"
+    )
     numeric_embeddings: Positive = Field(1, description="embeddings of width d that the numeric MLP emits")
     small_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over the grouped small embeddings")
     small_embeddings: Positive = Field(1, description="embeddings of width d that the small-embedding MLP emits")

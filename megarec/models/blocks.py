@@ -122,7 +122,7 @@ class MLP(nn.Module):
 
     Args:
         inputs, hidden, outputs: widths; without hidden ones it is one linear layer.
-        bias: whether the linear layers have a bias.
+        bias: whether the linear layers have a bias; one for all, or one for each.
         dropout: probability after every hidden layer.
         relu: whether there is a ReLU between the layers; without one it is a factorised (low-rank) linear map.
     """
@@ -133,15 +133,17 @@ class MLP(nn.Module):
         hidden: Sequence[int],
         outputs: int,
         *,
-        bias: bool = True,
+        bias: bool | Sequence[bool] = True,
         dropout: float = 0.0,
         relu: bool = True,
     ) -> None:
         super().__init__()
         self.relu = relu
         widths = [inputs, *hidden, outputs]
+        biases = [bias] * (len(widths) - 1) if isinstance(bias, bool) else bias
         self.linears = nn.ModuleList(
-            nn.Linear(fan_in, fan_out, bias=bias) for fan_in, fan_out in itertools.pairwise(widths)
+            nn.Linear(fan_in, fan_out, bias=has_bias)
+            for (fan_in, fan_out), has_bias in zip(itertools.pairwise(widths), biases, strict=True)
         )
         self.dropouts = nn.ModuleList(KeyedDropout(dropout) for _ in hidden)
         self.reset_parameters()

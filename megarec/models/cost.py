@@ -119,7 +119,8 @@ def _count_inputs(config: ModelConfig, layout: EmbeddingLayout, numeric: int) ->
         parts["small_mlp"] = count_mlp(layout.small_columns, config.small_mlp, emitted, config.bias)
     if numeric:
         emitted = config.numeric_embeddings * config.dim
-        parts["numeric_mlp"] = count_mlp(numeric, config.numeric_mlp, emitted, config.bias, input_gradient=False)
+        bias = config.bias if config.numeric_bias is None else config.numeric_bias
+        parts["numeric_mlp"] = count_mlp(numeric, config.numeric_mlp, emitted, bias, input_gradient=False)
     return parts
 
 
@@ -171,8 +172,11 @@ def _count_cross_layer(width: int, config: DcnConfig) -> Parts:
     return {"cross": product.plus(Part(width if config.bias else 0))}
 
 
-def count_mlp(inputs: int, hidden: Sequence[int], outputs: int, bias: bool, *, input_gradient: bool = True) -> Part:
-    """An MLP; without `input_gradient` nothing needs the gradient of its input."""
+def count_mlp(
+    inputs: int, hidden: Sequence[int], outputs: int, bias: bool | Sequence[bool], *, input_gradient: bool = True
+) -> Part:
+    """An MLP, with biases in all its layers or by layer; without `input_gradient` nothing needs that of its input."""
     macs = [a * b for a, b in pairwise([inputs, *hidden, outputs])]
-    biases = sum(hidden) + outputs if bias else 0
+    by_layer = [bias] * len(macs) if isinstance(bias, bool) else bias
+    biases = sum(width for width, has_bias in zip([*hidden, outputs], by_layer, strict=True) if has_bias)
     return Part(sum(macs) + biases, sum(macs), 0 if input_gradient else macs[0])

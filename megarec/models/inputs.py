@@ -52,7 +52,8 @@ class InputLayer(nn.Module):
             )
         if numeric:
             emitted = config.numeric_embeddings * config.dim
-            self.numeric_mlp = MLP(numeric, config.numeric_mlp, emitted, bias=config.bias, dropout=config.dropout)
+            bias = config.bias if config.numeric_bias is None else config.numeric_bias
+            self.numeric_mlp = MLP(numeric, config.numeric_mlp, emitted, bias=bias, dropout=config.dropout)
         number_dropouts(self)
 
     def forward(self, numeric: Tensor, embedded: Tensor, keys: Tensor | None = None) -> Tensor:

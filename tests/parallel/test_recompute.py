@@ -54,5 +54,5 @@ def test_full_keeps_the_inputs_of_the_layers_alone() -> None:
 
 def test_a_model_without_interaction_layers_is_refused() -> None:
     with pytest.raises(UserError, match=r"dense\.recompute='full'"):
-        recompute_layers(Dlrm(5, 1, DlrmConfig(dim=8, head=[8])), "full")
-    recompute_layers(Dlrm(5, 1, DlrmConfig(dim=8, head=[8])), "none")
+        recompute_layers(Dlrm(5, 1, DlrmConfig(name="dlrm", dim=8, head=[8])), "full")
+    recompute_layers(Dlrm(5, 1, DlrmConfig(name="dlrm", dim=8, head=[8])), "none")

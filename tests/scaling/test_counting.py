@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from megarec.config.load import load_config
-from megarec.data.schema import read_schema
 from megarec.models.cost import Cost
 from megarec.scaling.counting import count_run
 from megarec.scaling.published import DLRM_CRITEO, published
@@ -28,20 +27,17 @@ def test_dlrm_on_criteo_terabyte() -> None:
     cost = counted()
     top = 479 * 512 + 512 * 512 + 512
     assert cost.sparse_parameters == ROWS * 128 == 26_135_627_264
-    assert cost.dense_parameters == BOTTOM + 512 + 256 + 128 + top + 512 + 512 + 1 == 680_321
+    assert cost.dense_parameters == BOTTOM + 512 + top + 512 + 512 + 1 == 679_937
+    assert cost.parameters == DLRM_CRITEO.parameters == 26_136_307_201
     assert cost.mac == BOTTOM + 27 * 27 * 128 + top
     assert cost.flop == 6 * cost.mac - 2 * 13 * 512 == 4_616_960  # published: 4.62 MFLOP
 
 
-def test_the_published_parameters_are_ours_but_for_384() -> None:
-    """384 = 3 x 128 is the table of C6, and also the biases of the bottom MLP's layers of 256 and 128."""
-    assert DLRM_CRITEO.parameters == 26_136_307_201
-    assert counted().parameters - DLRM_CRITEO.parameters == 384
+def test_biases_in_the_bottom_mlps_last_layers_are_not_in_the_published_counts() -> None:
+    assert counted("model.numeric_bias=null").parameters - DLRM_CRITEO.parameters == 256 + 128
     # DCNv2 of the same table of the paper, 26,179,364,097: two full-rank cross layers, MLP 4 x 2048
-    dcn = counted("model=" + json.dumps(DCN | {"layers": 2, "rank": None, "head": [2048] * 4}))
-    assert dcn.parameters - 26_179_364_097 == 384
-    c6 = read_schema(ROOT / "ds_configs/schemas/criteo-terabyte.json").categorical[5]
-    assert c6.name == "C6" and c6.rows * 128 == 384
+    published_dcn = DCN | {"numeric_bias": [True, False, False], "layers": 2, "rank": None, "head": [2048] * 4}
+    assert counted("model=" + json.dumps(published_dcn)).parameters == 26_179_364_097
 
 
 def test_dlrm_of_mlperf() -> None:
