@@ -16,7 +16,7 @@ from megarec.training.build import Run, build_run
 from megarec.training.checkpoint import Position
 from megarec.training.clock import Clock
 from megarec.training.engine import compute_dtype, set_learning_rate, start_process
-from megarec.training.memory import dense_state_bytes, saved_activations
+from megarec.training.memory import dense_bytes, saved_activations
 from megarec.training.metrics import Predictions, Quality
 from megarec.training.monitor import Monitor, writer_of
 from megarec.training.peak import measured_peak
@@ -184,6 +184,7 @@ class Loop:
             f"NE {seen.ne:.4f}  AUC {seen.auc:.4f}  {rate:,.0f} examples/s"
         )
         self.monitor.step(position.step, f"{rate:,.0f} examples/s  loss {seen.logloss:.4f}  NE {seen.ne:.4f}")
+        held = dense_bytes(run.engine)
         sent = {f"bytes_per_step/{group}": total / self.window_steps for group, total in run.ledger.take().items()}
         self.monitor.scalars(
             position.step,
@@ -202,7 +203,7 @@ class Loop:
                 "speed/mfu": tflops / self.peak,
                 **{f"time_ms/{part}": value for part, value in self.clock.milliseconds().items()},
                 "memory/tables": run.sparse.memory_bytes(),
-                "memory/dense": dense_state_bytes(run.engine),
+                "memory/dense": held["parameters"] + held["optimizer"],
                 "memory/activations": self.activations.get("bytes"),
                 **sent,
                 **{f"rows_used/{table}": share for table, share in run.sparse.row_usage().items()},

@@ -1,0 +1,108 @@
+"""Bytes of one rank of a run, by part, predicted from its config and the features of its data; nothing is built.
+
+Parts: `parameters`, `gradients`, `optimizer` and `step` of the dense side and its `communication` (zero.py);
+`activations`, what a micro-batch saves for its backward pass; `tables`, the rank's shards with their optimizer state.
+`communication` holds the exchange's buffers as well.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from megarec.config.sections import EmbeddingConfig, RunConfig
+from megarec.data.schema import Schema
+from megarec.embeddings.layout import EmbeddingLayout, build_layout
+from megarec.embeddings.optimizers import ROW_OPTIMIZERS
+from megarec.embeddings.placement import Shard, place
+from megarec.models.recommender import Recommender
+from megarec.parallel.collectives import Channel, Ledger
+from megarec.parallel.materialize import computing_type
+from megarec.parallel.recompute import recompute_layers
+from megarec.parallel.tensor import shard_mlps
+from megarec.planning.zero import dense_parts, zero_of
+from megarec.topology import Topology
+from megarec.training.memory import Parts, saved_activations
+
+MODEL_STATES = ("parameters", "gradients", "optimizer")
+
+
+def predict(config: RunConfig, schema: Schema, topology: Topology, micro_batch: int) -> Parts:
+    """Predicted bytes of a rank, by part; see `with_totals`.
+
+    Args:
+        config: every size explicit (scaling/dial.py).
+        topology: the job and the rank; its groups are not looked at.
+        micro_batch: examples of the rank in one micro-batch.
+
+    Raises:
+        UserError: sizes, ranks and tables do not fit together.
+    """
+    layout = build_layout(schema, config.embedding, config.model.dim)
+    shards = [s for s in place(layout, config.embedding.placement, topology.world_size) if s.rank == topology.rank]
+    zero = zero_of(config, topology)
+    parts = dense_parts(parameter_sizes(config, layout, len(schema.numeric), topology), zero)
+    parts["communication"] += exchange_bytes(layout, shards, micro_batch * zero.accumulation, topology.world_size)
+    parts["activations"] = activation_bytes(config, layout, len(schema.numeric), micro_batch)
+    parts["tables"] = table_bytes(shards, config.embedding)
+    return parts
+
+
+def with_totals(parts: Parts) -> Parts:
+    """The parts, `model_states` (parameters, gradients, optimizer) and `total`.
+
+    Activations and communication are gone when the optimizer steps: the larger of the two moments counts.
+    """
+    states = sum(parts[name] for name in MODEL_STATES)
+    moment = max(parts["activations"] + parts["communication"], parts["step"])
+    return {**parts, "model_states": states, "total": states + parts["tables"] + moment + parts.get("process", 0)}
+
+
+def meta_model(config: RunConfig, layout: EmbeddingLayout, numeric: int) -> Recommender:
+    with torch.device("meta"):
+        return Recommender(layout, numeric, config.model, config.embedding.dropout)
+
+
+def parameter_sizes(config: RunConfig, layout: EmbeddingLayout, numeric: int, topology: Topology) -> list[int]:
+    """Elements of every dense parameter of the rank, as tensor parallelism shards it, in the model's order."""
+    model = meta_model(config, layout, numeric)
+    place_in_group = topology.rank % topology.tensor_size
+    shard_mlps(model, Channel("tensor", None, place_in_group, topology.tensor_size, Ledger()))
+    return [parameter.numel() for parameter in model.parameters()]
+
+
+def activation_bytes(config: RunConfig, layout: EmbeddingLayout, numeric: int, micro_batch: int) -> int:
+    """What the dense model saves for the backward pass of a micro-batch: its forward pass, run on the meta device.
+
+    Tensor parallelism holds no activation twice, so the whole model on the rank's own examples saves as much.
+    """
+    model = meta_model(config, layout, numeric).to(computing_type(config.deepspeed))
+    recompute_layers(model, config.dense.recompute)
+    kept: dict[str, int] = {}
+    with torch.device("meta"), saved_activations(kept):
+        embedded = torch.empty(micro_batch, layout.width, requires_grad=True)
+        keys = torch.empty(micro_batch, dtype=torch.int64)
+        model(torch.empty(micro_batch, numeric), embedded, keys)
+    return kept["bytes"]
+
+
+def table_bytes(shards: Sequence[Shard], config: EmbeddingConfig) -> int:
+    """Weights, optimizer state and the flags of touched rows of some shards."""
+    width = 2 if config.weights == "fp16" else 4
+    state = ROW_OPTIMIZERS[config.optimizer].state.values()
+    per_element, per_row = (sum(4 for kept in state if kept == per) for per in ("element", "row"))
+    return sum(shard.rows * (shard.columns * (width + per_element) + per_row + 1) for shard in shards)
+
+
+def exchange_bytes(layout: EmbeddingLayout, shards: Sequence[Shard], examples: int, world_size: int) -> int:
+    """What the exchange holds around its backward message, float32, all of it as large as its forward one.
+
+    The rank's matrix of looked-up embeddings and its gradient, cut up by owner; the pooled rows of its own tables for
+    the whole global batch, and their gradient. On one rank nothing is sent.
+
+    Args:
+        shards: of this rank.
+        examples: of this rank in one step.
+    """
+    lookups = sum(s.columns * sum(f.table == s.table for f in layout.features) for s in shards)
+    own, owned = examples * layout.width, examples * world_size * lookups
+    return 4 * (2 * own + own + 2 * owned) if world_size > 1 else 4 * 2 * own

@@ -1,0 +1,213 @@
+"""Bytes of the dense side on one rank, from the sizes of its parameters alone.
+
+The rules are those of DeepSpeed 0.19.8, not of the ZeRO papers; each names its source under deepspeed/runtime. They
+are checked to the byte against gloo ranks (tests/planning/test_zero.py). P is the number of elements of this rank's
+parameters (under tensor parallelism its shards), N the ranks of its data group, w the bytes of an element in which
+the model computes.
+
+| stage | parameters | gradients | optimizer (k moments) | step |
+| --- | --- | --- | --- | --- |
+| 0, fp32 | 4 P | 4 P | 4 k P | |
+| 0, bf16 | 2 P | 2 P | (4 + 4 k) P | 4 P |
+| 1, 2 | w P | w x parameters that touch the partition | (4 + 4 k) P / N | 4 P / N |
+| 3 | w P / N + w x persistent | w P / N | (4 + 4 k) P / N | 4 P / N |
+
+From stage 1 on there are master weights in fp32 as well: DeepSpeed copies them.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from megarec.config.sections import RunConfig
+from megarec.errors import UserError
+from megarec.parallel.materialize import computing_type
+from megarec.topology import Topology
+from megarec.training.engine import refusals_of_deepspeed
+from megarec.training.memory import Parts
+
+MASTER = 4  # bytes of a master weight, a moment, and of the gradient that the optimizer steps with
+ALLREDUCE_BUCKET = 500_000_000  # elements; engine.py: MEMORY_OPT_ALLREDUCE_SIZE
+MOMENTS = {"adam": 2, "adamw": 2, "fusedadam": 2, "lamb": 2, "adagrad": 1, "lion": 1}
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What memory depends on beside the sizes of the parameters.
+
+    Attributes:
+        settings: DeepSpeed's zero_optimization with its defaults.
+        ranks, rank: of the data group.
+        width: bytes of an element in which the model computes.
+        moments: elements of optimizer state per parameter.
+        accumulation: micro-batches of one step.
+    """
+
+    settings: DeepSpeedZeroConfig
+    ranks: int
+    rank: int
+    width: int
+    moments: int
+    accumulation: int
+
+    @property
+    def stage(self) -> int:
+        return int(self.settings.stage)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether optimizer state and the gradients it steps with live in host memory."""
+        offload = self.settings.offload_optimizer
+        return offload is not None and offload.device != "none"
+
+
+def zero_of(config: RunConfig, topology: Topology) -> Zero:
+    """ZeRO as a run's config asks for it.
+
+    Raises:
+        UserError: DeepSpeed refuses the section, or the optimizer is unknown here.
+    """
+    section = config.deepspeed
+    with refusals_of_deepspeed():
+        settings = DeepSpeedZeroConfig(**section.get("zero_optimization", {}))
+    return Zero(
+        settings=settings,
+        ranks=topology.data_size,
+        rank=topology.rank // topology.tensor_size,
+        width=computing_type(section).itemsize,
+        moments=_moments(config),
+        accumulation=section.get("gradient_accumulation_steps", 1),
+    )
+
+
+def _moments(config: RunConfig) -> int:
+    given: dict[str, Any] | None = config.deepspeed.get("optimizer")
+    if given is None:
+        return {"adamw": 2, "sgd": 0}[config.dense.optimizer]
+    name = str(given.get("type")).lower()
+    if name == "sgd":
+        return int(bool(given.get("params", {}).get("momentum")))
+    if name not in MOMENTS:
+        raise UserError(
+            f"deepspeed.optimizer.type={given.get('type')!r}: its memory is not known here; "
+            f"expected one of {', '.join(['sgd', *MOMENTS])}"
+        )
+    return MOMENTS[name]
+
+
+def dense_parts(sizes: Sequence[int], zero: Zero) -> Parts:
+    """Predicted bytes of training/memory.py's parts.
+
+    `gradients` are those that the optimizer steps with, when the last backward pass of a step has ended;
+    `communication` is its largest over a step, without the messages of tensor parallelism.
+
+    Args:
+        sizes: elements of every parameter of this rank, in the model's order.
+    """
+    total, partition = sum(sizes), partition_elements(sizes, zero)
+    if zero.stage == 0:
+        low_precision = zero.width < MASTER  # fp16/unfused_optimizer.py: fp32 copies of weights and gradients
+        return {
+            "parameters": zero.width * total,
+            "gradients": zero.width * total,
+            "optimizer": (zero.moments + low_precision) * MASTER * total,
+            "step": low_precision * MASTER * total,
+            # engine.py, allreduce_bucket: one flat copy of at most a bucket, over more than one rank
+            "communication": zero.width * min(total, ALLREDUCE_BUCKET) if zero.ranks > 1 else 0,
+        }
+    return {
+        "parameters": _parameters(sizes, zero, partition),
+        "gradients": _gradients(sizes, zero, partition),
+        "optimizer": (1 + zero.moments) * MASTER * partition + _offload_buffer(zero, partition),
+        "step": _step(sizes, zero, partition),
+        "communication": _communication(sizes, zero),
+    }
+
+
+def partition_elements(sizes: Sequence[int], zero: Zero) -> int:
+    """Elements of this rank's partition, padding included."""
+    if zero.stage == 3:  # zero/partition_parameters.py, _aligned_size: every parameter by itself
+        return sum(-(-size // zero.ranks) for size in sizes)
+    if zero.stage == 0:
+        return sum(sizes)
+    return -(-sum(sizes) // (2 * zero.ranks)) * 2  # zero/stage_1_and_2.py: nccl_start_alignment_factor = 2
+
+
+def _parameters(sizes: Sequence[int], zero: Zero, partition: int) -> int:
+    if zero.stage < 3:  # zero/stage_1_and_2.py: bit16_groups_flat, padded
+        return zero.width * partition * zero.ranks
+    persistent = sum(_persistent(sizes, zero)) if zero.ranks > 1 else 0  # whole from the end of the first step on
+    sharers = zero.settings.zero_hpz_partition_size  # zero/partition_parameters.py, _partition_param_sec
+    secondary = (sum(sizes) - persistent) // sharers if sharers > 1 else 0
+    return zero.width * (partition + secondary + persistent)
+
+
+def _persistent(sizes: Sequence[int], zero: Zero) -> list[int]:
+    """Sizes of the parameters that stay gathered: mark_persistent_parameters, zero/parameter_offload.py."""
+    kept: list[int] = []
+    for size in sizes:
+        small = size <= zero.settings.param_persistence_threshold
+        if small and sum(kept) + size <= zero.settings.model_persistence_threshold:
+            kept.append(size)
+    return kept
+
+
+def _gradients(sizes: Sequence[int], zero: Zero, partition: int) -> int:
+    if zero.stage == 3:  # zero/stage3.py: grad_partitions_flat_buffer
+        return zero.width * partition
+    if zero.offloaded:  # zero/stage_1_and_2.py: they go to the fp32 copy in host memory (part `step`)
+        return 0
+    # zero/stage_1_and_2.py, copy_grads_in_partition: every parameter that reaches into the partition, whole
+    start = zero.rank * partition
+    stops = list(itertools.accumulate(sizes))
+    touching = (
+        size for size, stop in zip(sizes, stops, strict=True) if stop > start and stop - size < start + partition
+    )
+    return zero.width * sum(touching)
+
+
+def _offload_buffer(zero: Zero, partition: int) -> int:
+    """zero/stage_1_and_2.py: param_buffer_of_bit16_for_cpu_offload_groups."""
+    return zero.width * partition if zero.offloaded and zero.stage < 3 else 0
+
+
+def _step(sizes: Sequence[int], zero: Zero, partition: int) -> int:
+    """The gradients as the optimizer takes them, in fp32; with offload they stay, else they live while it steps."""
+    if zero.stage == 3 and not zero.offloaded:  # zero/stage3.py steps sub-group by sub-group
+        return MASTER * min(partition, int(zero.settings.sub_group_size))
+    return MASTER * partition
+
+
+def _communication(sizes: Sequence[int], zero: Zero) -> int:
+    """Buckets, gradients that wait to be reduced, and at ZeRO-3 gathered parameters.
+
+    An estimate: which gradients meet in a bucket depends on the order in which they arrive.
+    """
+    settings, total, largest = zero.settings, sum(sizes), max(sizes)
+    bucket = int(settings.reduce_bucket_size) if settings.contiguous_gradients else 0
+    if zero.stage == 1 and not settings.overlap_comm:  # all gradients wait until the backward pass has ended
+        return zero.width * (bucket + total)
+    # zero/stage_1_and_2.py, allreduce_and_scatter, and reduce_scatter_coalesced copy a bucket's content to send it.
+    reduced = _at_a_flush(sizes, bucket)
+    if zero.stage < 3:
+        return zero.width * (bucket * (2 if settings.overlap_comm else 1) + reduced)
+    # zero/partitioned_param_coordinator.py: every submodule fetches a bucket ahead, as long as fewer than
+    # max_live_parameters are there; and what the next max_reuse_distance elements need again is not released, which
+    # at the end of the forward pass is the last half of that distance.
+    ahead = int(settings.max_live_parameters) if settings.prefetch_bucket_size else 0
+    most = max(ahead, int(settings.max_reuse_distance) // 2) + largest
+    gathered = min(total - sum(_persistent(sizes, zero)), most)
+    return zero.width * (bucket + (gathered if zero.ranks > 1 else 0) + reduced)
+
+
+def _at_a_flush(sizes: Sequence[int], bucket: int) -> int:
+    """Most elements of a bucket's content and the gradient that did not fit beside it, over a backward pass."""
+    most = content = 0
+    for size in reversed(sizes):
+        if content + size > bucket:
+            most, content = max(most, content + size), 0
+        content += size
+    return max(most, content)
