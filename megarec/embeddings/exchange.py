@@ -17,7 +17,7 @@ from megarec.embeddings.assembly import Assembly
 from megarec.embeddings.ids import IdExchange
 from megarec.embeddings.layout import EmbeddingLayout
 from megarec.embeddings.local import LocalTables
-from megarec.embeddings.placement import place
+from megarec.embeddings.placement import Shard, place
 from megarec.embeddings.routes import build_routes
 from megarec.embeddings.tables import State, choose_backends, wished_backend
 from megarec.errors import UserError
@@ -31,6 +31,7 @@ class SparseSide:
         world: group of all ranks; None for one process.
         seed: of the initial weights.
         ledger: counts the bytes sent.
+        shards: where the tables lie, all of them; None: as the config places them.
 
     Raises:
         UserError: the tables cannot be placed on so many ranks, or not held by the backend that the config names.
@@ -47,9 +48,10 @@ class SparseSide:
         seed: int,
         device: torch.device,
         ledger: Ledger,
+        shards: tuple[Shard, ...] | None = None,
     ) -> None:
         self.layout = layout
-        self.shards = place(layout, config.placement, world_size)
+        self.shards = place(layout, config.placement, world_size) if shards is None else shards
         self._channel = Channel("world", world, rank, world_size, ledger)
         self._choices = choose_backends(layout, self.shards, config, device)
 

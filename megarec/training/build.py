@@ -8,12 +8,13 @@ import torch
 
 from megarec.config.deepspeed_keys import zero_stage
 from megarec.config.load import micro_batch_size
-from megarec.config.sections import RunConfig
+from megarec.config.sections import OverArchConfig, RunConfig
 from megarec.data.loader import EvalLoader, TrainLoader
 from megarec.data.schema import Schema, load_schema, select_features
 from megarec.data.store import open_split
 from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.layout import build_layout
+from megarec.embeddings.placement import Shard
 from megarec.models.cost import Cost, count
 from megarec.models.recommender import Recommender
 from megarec.parallel.collectives import Ledger
@@ -70,41 +71,17 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     train = TrainLoader(stores["train"], schema, **loading)
     valid, test = (EvalLoader(stores[split], schema, **loading) for split in ("valid", "test"))
 
-    layout = build_layout(schema, config.embedding, config.model.dim)
-    sizes, scale_reasons = resolve_scale(config.model, layout, len(schema.numeric))
-    config = config.model_copy(update={"model": sizes})  # from here on every size is explicit
-    ledger = Ledger()
-    sparse = SparseSide(
-        layout,
-        config.embedding,
-        world=topology.world,
-        rank=topology.rank,
-        world_size=topology.world_size,
-        seed=config.train.seed,
-        device=device,
-        ledger=ledger,
-    )
-
-    norm, norm_reason = layer_norm_factory(config.train.fused_kernels == "auto" and config.model.bias)
-    with torch.device("meta"):
-        model = Recommender(layout, len(schema.numeric), config.model, config.embedding.dropout, norm)
     section = tensorboard_section(config.deepspeed, Path(config.train.output_dir))
-    engine, optimizer_reason = parallelize(
-        model, config.model_copy(update={"deepspeed": section}), topology, device, ledger
-    )
+    model = build_model(config.model_copy(update={"deepspeed": section}), schema, topology, device)
+    config = config.model_copy(update={"model": model.sizes})  # from here on every size is explicit
 
     total_steps = config.train.epochs * train.steps_per_epoch
     if config.train.max_steps is not None:
         total_steps = min(total_steps, config.train.max_steps)
-    cost = count(config.model, layout, len(schema.numeric))
     choices = (
         f"topology: {topology.describe()}",
         f"data: {schema.name}, {', '.join(f'{len(store):,} {split}' for split, store in stores.items())} examples",
-        f"model: {config.model.name}, {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters, "
-        f"{cost.flop / 1e9:.4f} training GFLOP/example",
-        *scale_reasons,
-        f"dense: ZeRO {zero_stage(config.deepspeed)}, optimizer {optimizer_reason}; {norm_reason}",
-        *sparse.describe(),
+        *model.choices,
     )
     skipped = {split: store.skipped for split, store in stores.items() if store.skipped}
     schedule = Schedule(config.schedule, total_steps, train.steps_per_epoch)
@@ -116,12 +93,75 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         train=train,
         valid=valid,
         test=test,
-        sparse=sparse,
-        engine=engine,
-        dense_learning_rate=base_learning_rate(engine, config),
+        sparse=model.sparse,
+        engine=model.engine,
+        dense_learning_rate=base_learning_rate(model.engine, config),
         schedule=schedule,
-        cost=cost,
-        ledger=ledger,
+        cost=model.cost,
+        ledger=model.ledger,
         choices=choices,
         skipped_rows=skipped,
     )
+
+
+@dataclass(frozen=True)
+class Model:
+    """Both sides of a model on one rank.
+
+    Attributes:
+        sizes: the config's model section, every size explicit.
+        choices: what was chosen and why, for the log.
+    """
+
+    sizes: OverArchConfig
+    sparse: SparseSide
+    engine: Any
+    cost: Cost
+    ledger: Ledger
+    choices: tuple[str, ...]
+
+
+def build_model(
+    config: RunConfig,
+    schema: Schema,
+    topology: Topology,
+    device: torch.device,
+    shards: tuple[Shard, ...] | None = None,
+) -> Model:
+    """Build sparse side, over-arch and engine; no data are read; collective.
+
+    Args:
+        shards: the placement of all tables; None: as the config asks.
+
+    Raises:
+        UserError: sizes, ranks, tables or the DeepSpeed section do not fit together.
+    """
+    layout = build_layout(schema, config.embedding, config.model.dim)
+    sizes, scale_reasons = resolve_scale(config.model, layout, len(schema.numeric))
+    ledger = Ledger()
+    sparse = SparseSide(
+        layout,
+        config.embedding,
+        world=topology.world,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        seed=config.train.seed,
+        device=device,
+        ledger=ledger,
+        shards=shards,
+    )
+
+    norm, norm_reason = layer_norm_factory(config.train.fused_kernels == "auto" and config.model.bias)
+    with torch.device("meta"):
+        model = Recommender(layout, len(schema.numeric), sizes, config.embedding.dropout, norm)
+    engine, optimizer_reason = parallelize(model, config.model_copy(update={"model": sizes}), topology, device, ledger)
+
+    cost = count(sizes, layout, len(schema.numeric))
+    choices = (
+        f"model: {sizes.name}, {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters, "
+        f"{cost.flop / 1e9:.4f} training GFLOP/example",
+        *scale_reasons,
+        f"dense: ZeRO {zero_stage(config.deepspeed)}, optimizer {optimizer_reason}; {norm_reason}",
+        *sparse.describe(),
+    )
+    return Model(sizes, sparse, engine, cost, ledger, choices)
