@@ -4,6 +4,7 @@ python tools/bench.py tables          # the sparse side over bare FBGEMM
 python tools/bench.py flat --json     # the flat exchange over TorchRec's (bash tools/bench_env.sh first)
 python tools/bench.py dense           # the over-arch against the machine's GEMM peak
 python tools/bench.py tensor          # tensor parallelism against data parallelism on two ranks
+python tools/bench.py recompute       # what activation checkpointing saves and costs
 """
 
 import argparse
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megarec.errors import UserError, exits_cleanly
 
-NAMES = ("tables", "flat", "dense", "tensor")
+NAMES = ("tables", "flat", "dense", "tensor", "recompute")
 
 
 @exits_cleanly
