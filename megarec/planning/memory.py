@@ -26,24 +26,33 @@ from megarec.training.memory import Parts, saved_activations
 MODEL_STATES = ("parameters", "gradients", "optimizer")
 
 
-def predict(config: RunConfig, schema: Schema, topology: Topology, micro_batch: int) -> Parts:
+def predict(
+    config: RunConfig,
+    schema: Schema,
+    topology: Topology,
+    micro_batch: int,
+    shards: Sequence[Shard] | None = None,
+) -> Parts:
     """Predicted bytes of a rank, by part; see `with_totals`.
 
     Args:
         config: every size explicit (scaling/dial.py).
         topology: the job and the rank; its groups are not looked at.
         micro_batch: examples of the rank in one micro-batch.
+        shards: where all tables lie; None: as the config places them.
 
     Raises:
         UserError: sizes, ranks and tables do not fit together.
     """
     layout = build_layout(schema, config.embedding, config.model.dim)
-    shards = [s for s in place(layout, config.embedding.placement, topology.world_size) if s.rank == topology.rank]
+    if shards is None:
+        shards = place(layout, config.embedding.placement, topology.world_size)
+    own = [shard for shard in shards if shard.rank == topology.rank]
     zero = zero_of(config, topology)
     parts = dense_parts(parameter_sizes(config, layout, len(schema.numeric), topology), zero)
-    parts["communication"] += exchange_bytes(layout, shards, micro_batch * zero.accumulation, topology.world_size)
+    parts["communication"] += exchange_bytes(layout, own, micro_batch * zero.accumulation, topology.world_size)
     parts["activations"] = activation_bytes(config, layout, len(schema.numeric), micro_batch)
-    parts["tables"] = table_bytes(shards, config.embedding)
+    parts["tables"] = table_bytes(own, config.embedding)
     return parts
 
 

@@ -1,0 +1,167 @@
+"""Rehearsal: this process becomes one true rank of a larger job, and runs a few of its steps.
+
+The other ranks are torch's fake process group (fake.py). Everything of this rank is real: its shards of the dense
+layers under tensor parallelism and ZeRO, its tables, the engine, the exchange. What arrives from other ranks is made
+up, and so are the examples: a rehearsal measures memory, operations and collectives. Losses would mean nothing.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from megarec.config.sections import RunConfig
+from megarec.data.schema import Schema
+from megarec.errors import UserError
+from megarec.models.gemm import fast_cpu_gemm
+from megarec.planning.collectives import CollectiveRecorder, GroupNames
+from megarec.planning.examples import make_batch
+from megarec.planning.fake import fake_job
+from megarec.planning.fit import Fit, fit
+from megarec.planning.host import available_bytes, peak_resident_bytes, resident_bytes
+from megarec.planning.memory import MODEL_STATES, with_totals
+from megarec.topology import Topology, build_topology, check_divides
+from megarec.training.build import Model, build_model
+from megarec.training.clock import Clock
+from megarec.training.engine import compute_dtype, start_process
+from megarec.training.memory import Parts, dense_bytes, saved_activations
+from megarec.training.step import train_step
+
+STEPS = 3  # ZeRO-3 learns the order of the modules in the first step and checks it in the second
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one rank did in its last step, beside what was predicted.
+
+    Attributes:
+        fit: what was rehearsed.
+        peak: measured bytes by part, as planning/memory.py names them; `process` is the interpreter with its
+            libraries, `total` the process's peak of resident memory.
+        predicted: the same, predicted for what was rehearsed; `predicted_real`: for the run's own batch and tables.
+        executed_flop, counted_flop: of this rank, by torch's counter and by models/cost.py.
+        collectives: of this rank; see planning/collectives.py.
+        choices: what was chosen and why.
+    """
+
+    topology: Topology
+    fit: Fit
+    peak: Parts
+    predicted: Parts
+    predicted_real: Parts
+    executed_flop: int
+    counted_flop: int
+    collectives: list[dict[str, Any]]
+    choices: tuple[str, ...]
+    wall_seconds: float
+
+
+def rehearse(config: RunConfig, schema: Schema, hosts: int, ranks_per_host: int, rank: int) -> Rehearsal:
+    """Become rank `rank` of hosts x ranks_per_host ranks and run some steps; there must be no process group yet.
+
+    Raises:
+        UserError: ranks, batch, tensor parallelism or tables do not fit together, or the rank does not fit this
+            machine; all before anything large is built.
+    """
+    started = time.perf_counter()
+    check_ranks(config, hosts, ranks_per_host, rank)
+    bare = Topology(rank, hosts * ranks_per_host, ranks_per_host, config.parallel.tensor)
+    fitted = fit(config, schema, bare, available_bytes())
+    with fake_job(rank, hosts * ranks_per_host):
+        device = start_process(config)
+        topology = build_topology(ranks_per_host, config.parallel.tensor)
+        process = resident_bytes()
+        model = build_model(fitted.config, fitted.schema, topology, device, fitted.shards)
+        peak, flop, collectives = run_steps(fitted, model, topology, device)
+    peak |= {"model_states": sum(peak[part] for part in MODEL_STATES)}
+    examples = fitted.micro_batch * model.engine.gradient_accumulation_steps()
+    return Rehearsal(
+        topology=topology,
+        fit=fitted,
+        peak={**peak, "process": process, "total": peak_resident_bytes()},
+        predicted=with_totals({**fitted.predicted, "process": process}),
+        predicted_real=with_totals({**fitted.predicted_real, "process": process}),
+        executed_flop=flop,
+        counted_flop=model.cost.flop * examples,
+        collectives=collectives,
+        choices=model.choices,
+        wall_seconds=time.perf_counter() - started,
+    )
+
+
+def check_ranks(config: RunConfig, hosts: int, ranks_per_host: int, rank: int) -> None:
+    """Raise a UserError where the command line makes no job, or another one than the config."""
+    for name, value in (("--hosts", hosts), ("--ranks-per-host", ranks_per_host)):
+        if value < 1:
+            raise UserError(f"{name} {value}: expected at least 1")
+    world_size = hosts * ranks_per_host
+    if not 0 <= rank < world_size:
+        raise UserError(f"--rank {rank}: {hosts} hosts x {ranks_per_host} ranks have the ranks 0 to {world_size - 1}")
+    if config.parallel.ranks_per_host not in (None, ranks_per_host):
+        raise UserError(
+            f"--ranks-per-host {ranks_per_host}, but the config has parallel.ranks_per_host="
+            f"{config.parallel.ranks_per_host}; make them equal"
+        )
+    check_divides(world_size, ranks_per_host, config.parallel.tensor)
+
+
+def run_steps(
+    fitted: Fit, model: Model, topology: Topology, device: torch.device
+) -> tuple[Parts, int, list[dict[str, Any]]]:
+    """Run STEPS steps; the parts at their peaks, and of the last step the FLOPs and the collectives."""
+    peak: Parts = {"tables": model.sparse.memory_bytes()}
+    engine = model.engine
+    recorder = CollectiveRecorder(GroupNames(topology), lambda messages: _raise(peak, engine, messages))
+    size = fitted.micro_batch * engine.gradient_accumulation_steps()
+    # ZeRO-3 has a backward pass of its own for linear layers, outside of the model's own products.
+    with recorder, fast_cpu_gemm(device, compute_dtype(engine)), _measured(peak, engine):
+        for step in range(STEPS):
+            batch = make_batch(fitted.schema, size, seed=step).to(device)
+            with FlopCounterMode(display=False) as counter:
+                train_step(
+                    engine,
+                    model.sparse,
+                    batch,
+                    world_size=topology.world_size,
+                    l2=fitted.config.embedding.l2,
+                    clock=Clock(device),
+                )
+            collectives = recorder.take()
+    return peak, counter.get_total_flops(), collectives
+
+
+def _raise(peak: Parts, engine: Any, messages: list[Tensor]) -> None:
+    """At a collective or a step of the optimizer: what rises and falls within a step."""
+    now = dense_bytes(engine, messages)
+    for part in ("communication", "step"):
+        peak[part] = max(peak.get(part, 0), now[part])
+
+
+@contextmanager
+def _measured(peak: Parts, engine: Any) -> Iterator[None]:
+    """Measure activations at the end of every forward pass, model states at the end of every backward pass."""
+    forward, step = engine.forward, engine.step
+
+    def measured_forward(*inputs: Any) -> Any:
+        kept: dict[str, int] = {}
+        with saved_activations(kept):
+            out = forward(*inputs)
+        peak["activations"] = max(peak.get("activations", 0), kept["bytes"])
+        return out
+
+    def measured_step() -> None:
+        now = dense_bytes(engine)
+        peak.update({part: now[part] for part in MODEL_STATES})
+        step()
+
+    stepped = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    hook = stepped.register_step_pre_hook(lambda *_: _raise(peak, engine, []))
+    with patch.object(engine, "forward", measured_forward), patch.object(engine, "step", measured_step):
+        yield
+    hook.remove()
