@@ -9,6 +9,7 @@ import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _NEVER = -1
+_TRIM_THRESHOLD, _MMAP_MAX = 128 * 1024, 65536  # glibc's own
 
 
 def keep_freed_memory() -> tuple[bool, str]:
@@ -20,3 +21,11 @@ def keep_freed_memory() -> tuple[bool, str]:
     if mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _NEVER):
         return True, "allocator: freed memory stays with the process (mallopt)"
     return False, "allocator: mallopt refused, freed memory goes back to the system"
+
+
+def give_back_freed_memory() -> None:
+    """Undo `keep_freed_memory`: large blocks are mapped one by one again, and resident memory is memory in use."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, _MMAP_MAX)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)

@@ -54,7 +54,7 @@ def _bytes_of_storages(claims: Iterable[tuple[str, Any]]) -> Parts:
     for part, claimed in claims:
         parts.setdefault(part, 0)
         for tensor in _tensors(claimed):
-            storage = tensor.detach().untyped_storage()
+            storage = tensor.untyped_storage()
             if storage.nbytes() and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 parts[part] += storage.nbytes()

@@ -1,6 +1,7 @@
 """A rehearsal's collectives are those of the real job, its FLOPs those that are counted, and mistakes are told."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,17 +11,20 @@ from typing import Any
 import pytest
 
 from megarec.config.load import load_config
+from megarec.data.schema import schema_of
+from megarec.errors import UserError
 from megarec.parallel.pool import RankPool
 from megarec.parity.run import write_base
 from megarec.planning.collectives import CollectiveRecorder, GroupNames
-from megarec.training.build import build_run
+from megarec.planning.examples import make_batch
+from megarec.planning.rehearse import STEPS, check_ranks
+from megarec.topology import build_topology
+from megarec.training.build import build_model
 from megarec.training.clock import Clock
 from megarec.training.engine import start_process
 from megarec.training.step import train_step
 
 ROOT = Path(__file__).parents[2]
-TOPOLOGY = ["parallel.ranks_per_host=2", "parallel.tensor=2", "deepspeed.zero_optimization.stage=3"]
-DENSE_GROUPS = {"data", "tensor"}
 
 
 @pytest.fixture(scope="module")
@@ -29,65 +33,98 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rehearse(base: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    overrides = [part for override in TOPOLOGY for part in ("--set", override)]
-    command = [sys.executable, str(ROOT / "tools/rehearse.py"), "--config", str(base), *overrides, *arguments]
+    command = [sys.executable, str(ROOT / "tools/rehearse.py"), "--config", str(base), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
-def real_collectives(path: Path, overrides: list[str], steps: int) -> list[dict[str, Any]]:
-    """Runs on every rank of the real job: the collectives of its last step."""
+def sets(overrides: list[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def real_collectives(path: Path, overrides: list[str]) -> list[dict[str, Any]]:
+    """Runs on every rank of the real job: the collectives of its last step.
+
+    Every rank makes the same examples, as a rehearsal takes the other ranks to be copies of its own.
+    """
     config = load_config(path, overrides)
     device = start_process(config)
-    run = build_run(config, device)
-    recorder = CollectiveRecorder(GroupNames(run.topology), lambda messages: None)
+    topology = build_topology(config.parallel.ranks_per_host, config.parallel.tensor)
+    schema = schema_of(config.data)
+    model = build_model(config, schema, topology, device)
+    recorder = CollectiveRecorder(GroupNames(topology))
     found: list[dict[str, Any]] = []
     with recorder:
-        for batch in list(run.train.batches(epoch=0))[:steps]:
-            train_step(
-                run.engine,
-                run.sparse,
-                batch.to(device),
-                world_size=run.topology.world_size,
-                l2=config.embedding.l2,
-                clock=Clock(device),
-            )
+        for step in range(STEPS):
+            batch = make_batch(schema, config.data.batch_size // topology.world_size, seed=step)
+            world_size, l2 = topology.world_size, config.embedding.l2
+            train_step(model.engine, model.sparse, batch, world_size=world_size, l2=l2, clock=Clock(device))
             found = recorder.take()
     return found
 
 
-def of_dense_side(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those whose size does not depend on the ids of the batch."""
-    return sorted((row for row in rows if row["group"] in DENSE_GROUPS), key=str)
+CASES = {
+    "ZeRO-3, tensor parallelism, whole tables": (1, ["deepspeed.zero_optimization.stage=3", "parallel.tensor=2"]),
+    "ZeRO-2 in bf16, accumulation, tables split by columns": (
+        3,
+        [
+            "deepspeed.zero_optimization.stage=2",
+            "deepspeed.bf16.enabled=true",
+            "deepspeed.gradient_accumulation_steps=2",
+            "embedding.placement=column",
+        ],
+    ),
+}
 
 
-def test_collectives_and_flops_are_those_of_the_real_job(base: Path, rank_pool: Callable[[int], RankPool]) -> None:
-    run = rehearse(base, "--hosts", "2", "--ranks-per-host", "2", "--rank", "1", "--json")
+@pytest.mark.parametrize("case", CASES)
+def test_a_rehearsal_tells_what_the_real_job_does(case: str, base: Path, rank_pool: Callable[[int], RankPool]) -> None:
+    rank, overrides = CASES[case]
+    overrides = [*overrides, "parallel.ranks_per_host=2"]
+    run = rehearse(base, *sets(overrides), "--hosts", "2", "--ranks-per-host", "2", "--rank", str(rank), "--json")
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
-    assert result["flop"]["executed"] == pytest.approx(result["flop"]["counted"], rel=0.03)
-    states = "model_states"
-    assert result["peak_bytes"][states] == pytest.approx(result["predicted_bytes"][states], rel=0.05)
-    real = rank_pool(4).run(real_collectives, base, TOPOLOGY, 3)[1]
-    assert of_dense_side(real)
-    assert of_dense_side(result["collectives"]) == of_dense_side(real)
-    sparse = {(row["group"], row["op"], row["dtype"], row["calls"]) for row in real if row["group"] == "world"}
-    assert sparse == {
-        (row["group"], row["op"], row["dtype"], row["calls"])
-        for row in result["collectives"]
-        if row["group"] == "world"
-    }
+
+    real = rank_pool(4).run(real_collectives, base, overrides)[rank]
+    assert {row["group"] for row in real} >= {"world"}
+    assert result["collectives"] == real
+
+    assert result["flop"]["executed"] == result["flop"]["counted"]
+    peak, predicted = result["peak_bytes"], result["predicted_bytes"]
+    for part in ("model_states", "parameters", "optimizer", "activations", "tables"):
+        assert peak[part] == pytest.approx(predicted[part], rel=0.05), part
+    assert set(peak) == set(predicted)
+    assert "loss" not in run.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--hosts", "2", "--ranks-per-host", "2", "--rank", "4"], "--rank 4"),
-        (["--hosts", "0", "--ranks-per-host", "2"], "--hosts 0"),
-        (["--hosts", "3", "--ranks-per-host", "2"], "data.batch_size=64 does not divide"),
-        (["--hosts", "2", "--ranks-per-host", "1"], "make them equal"),
+        (["--hosts", "3"], "data.batch_size=64 does not divide: 6 ranks"),
+        (["--hosts", "2", "--rank", "4"], "--rank 4: 2 hosts x 2 ranks have the ranks 0 to 3"),
     ],
 )
 def test_mistakes_exit_2_with_one_line(base: Path, arguments: list[str], words: str) -> None:
-    run = rehearse(base, *arguments)
-    assert run.returncode == 2
+    run = rehearse(base, "--ranks-per-host", "2", *arguments)
+    assert run.returncode == 2 and run.stdout == ""
     assert words in run.stderr and len(run.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "job", "words"),
+    [
+        ([], (0, 2, 0), "--hosts 0: expected at least 1"),
+        ([], (2, -1, 0), "--ranks-per-host -1: expected at least 1"),
+        ([], (2, 2, -1), "--rank -1"),
+        (["parallel.ranks_per_host=2"], (2, 1, 0), "parallel.ranks_per_host=2; make them equal"),
+        (["parallel.tensor=3"], (2, 2, 0), "parallel.tensor=3 does not divide the 2 ranks of a host"),
+    ],
+)
+def test_ranks_that_make_no_job(base: Path, overrides: list[str], job: tuple[int, int, int], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_ranks(load_config(base, overrides), *job)
+
+
+def test_one_rank_alone(base: Path) -> None:
+    run = rehearse(base, "--hosts", "1", "--ranks-per-host", "1")
+    assert run.returncode == 0, run.stderr
+    assert "rank 0 of 1 ranks" in run.stdout and "executed in one step" in run.stdout

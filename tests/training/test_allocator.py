@@ -6,11 +6,13 @@ import sys
 PROGRAM = """
 import resource, sys
 import torch
-from megarec.training.allocator import keep_freed_memory
+from megarec.training.allocator import give_back_freed_memory, keep_freed_memory
 
-if sys.argv[1] == "keep":
+if sys.argv[1] != "usual":
     worked, reason = keep_freed_memory()
     assert worked, reason
+if sys.argv[1] == "give back":
+    give_back_freed_memory()
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -36,3 +38,4 @@ def test_freed_memory_is_found_again() -> None:
     pages = 5 * (64 << 20) // 4096
     assert faults("keep") < pages / 100
     assert faults("usual") > pages / 2
+    assert faults("give back") > pages / 2
