@@ -72,12 +72,14 @@ def show(result: Any) -> None:
 
     console = Console()
     fitted = result.fit
+    cost = fitted.cost
     print(f"rank {result.topology.rank} of {result.topology.describe()}")
-    print(*result.choices, sep="\n")
-    batch = f"{fitted.micro_batch} examples a micro-batch"
-    print(batch + (f" instead of {fitted.real_micro_batch}" if fitted.micro_batch < fitted.real_micro_batch else ""))
+    print(f"the run: {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters")
+    if fitted.micro_batch < fitted.real_micro_batch:
+        print(f"rehearsed with {fitted.micro_batch} examples a micro-batch instead of {fitted.real_micro_batch}")
     if fitted.table_rows:
-        print(f"tables cut to {fitted.table_rows:,} rows: whole ones do not fit into the memory available here")
+        print(f"rehearsed with tables cut to {fitted.table_rows:,} rows: whole ones do not fit into the memory here")
+    print(*result.choices, sep="\n", end="\n\n")
 
     memory = Table(title="bytes of this rank, in MiB")
     for column in ("part", "measured peak", "predicted", "predicted for the run itself"):

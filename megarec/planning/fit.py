@@ -8,7 +8,7 @@ from megarec.data.schema import Schema
 from megarec.embeddings.layout import build_layout
 from megarec.embeddings.placement import Shard, place
 from megarec.errors import UserError
-from megarec.models.cost import count
+from megarec.models.cost import Cost, count
 from megarec.planning.memory import predict, table_bytes, with_totals
 from megarec.scaling.dial import resolve_scale
 from megarec.topology import Topology
@@ -25,12 +25,14 @@ class Fit:
     """A rank as it is rehearsed.
 
     Attributes:
+        cost: of the run itself.
         config, schema, shards: those of the run, with fewer examples and shorter tables where that is needed.
         micro_batch: examples of the rank in a micro-batch; `real_micro_batch` is the run's own.
         table_rows: rows at which every table is cut off; None: all are whole.
         predicted: bytes by part of what is rehearsed; `predicted_real`: of the run's own batch and tables.
     """
 
+    cost: Cost
     config: RunConfig
     schema: Schema
     shards: tuple[Shard, ...]
@@ -57,7 +59,8 @@ def fit(config: RunConfig, schema: Schema, topology: Topology, available: int) -
     config = config.model_copy(update={"model": sizes})
     real = micro_batch_size(config, topology.world_size)
     accumulation = config.deepspeed.get("gradient_accumulation_steps", 1)
-    affordable = int(STEP_FLOP // (count(sizes, layout, len(schema.numeric)).flop * accumulation))
+    cost = count(sizes, layout, len(schema.numeric))
+    affordable = int(STEP_FLOP // (cost.flop * accumulation))
     micro = max(1, min(real, affordable))
     small = _with_batch(config, micro * accumulation * topology.world_size)
 
@@ -71,7 +74,7 @@ def fit(config: RunConfig, schema: Schema, topology: Topology, available: int) -
         schema, shards = cut_schema(schema, rows), cut_shards(shards, rows)
         predicted = predict(small, schema, topology, micro, shards)
         _check_fits(predicted, available, topology)
-    return Fit(small, schema, shards, micro, real, rows, predicted, predicted_real)
+    return Fit(cost, small, schema, shards, micro, real, rows, predicted, predicted_real)
 
 
 def longest(shards: list[Shard], config: RunConfig, budget: int) -> int:

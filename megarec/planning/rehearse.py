@@ -48,7 +48,7 @@ class Rehearsal:
         predicted: the same, predicted for what was rehearsed; `predicted_real`: for the run's own batch and tables.
         executed_flop, counted_flop: of this rank, by torch's counter and by models/cost.py.
         collectives: of this rank; see planning/collectives.py.
-        choices: what was chosen and why.
+        choices: what was chosen and why, for what was rehearsed.
     """
 
     topology: Topology
@@ -90,7 +90,7 @@ def rehearse(config: RunConfig, schema: Schema, hosts: int, ranks_per_host: int,
         predicted=with_totals({**fitted.predicted, "process": process}),
         predicted_real=with_totals({**fitted.predicted_real, "process": process}),
         executed_flop=flop,
-        counted_flop=model.cost.flop * examples,
+        counted_flop=fitted.cost.flop * examples,
         collectives=collectives,
         choices=model.choices,
         wall_seconds=time.perf_counter() - started,
