@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from megarec.config.deepspeed_keys import check_deepspeed_section
 from megarec.config.describe import describe
 from megarec.config.sections import SCALED_SIZES, RunConfig, WukongConfig
+from megarec.config.tower_sections import DlrmTowerConfig, IdentityTowerConfig, TowersFile
 from megarec.errors import UserError
 
 
@@ -27,8 +28,10 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     raw = _read_object(path)
     for name, value in raw.items():
         raw[name] = _include(value, path, name)
+    _read_towers(raw, path.parent)
     for override in overrides or []:
         _apply_override(raw, override, path)
+        _read_towers(raw, Path() if override.startswith("parallel.towers=") else path.parent)
     _locate_schema(raw.get("data"), path)
     try:
         config = RunConfig.model_validate(raw)
@@ -69,6 +72,23 @@ def _locate_schema(data: Any, path: Path) -> None:
         data["schema"] = str((path.parent / data["schema"]).resolve())
 
 
+def _read_towers(raw: dict[str, Any], directory: Path) -> None:
+    """`parallel.towers` that is the path of a towers.json becomes the lists in it."""
+    parallel = raw.get("parallel")
+    if not isinstance(parallel, dict) or not isinstance(parallel.get("towers"), str):
+        return
+    path = directory / parallel["towers"]
+    if not path.is_file():
+        raise UserError(
+            f"parallel.towers={parallel['towers']!r}: no file {path}; it is a number of towers, lists of feature "
+            "names, or the path of a towers.json (python tools/partition_towers.py writes one)"
+        )
+    try:
+        parallel["towers"] = TowersFile.model_validate(_read_object(path)).towers
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe(error, TowersFile)}") from error
+
+
 def _apply_override(raw: dict[str, Any], override: str, path: Path) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -103,6 +123,7 @@ def _check_across_fields(config: RunConfig, path: Path) -> None:
         )
     if isinstance(config.model, WukongConfig):
         _check_layers(config.model, fail)
+    _check_towers(config, fail)
 
 
 def _check_layers(model: WukongConfig, fail: Callable[[str], typing.NoReturn]) -> None:
@@ -116,6 +137,30 @@ def _check_layers(model: WukongConfig, fail: Callable[[str], typing.NoReturn]) -
     per_layer = [widths for widths in model.mlp if isinstance(widths, list)]
     if per_layer and len(per_layer) != model.layers:
         fail(f"model.mlp lists {len(per_layer)} MLPs for model.layers={model.layers} layers")
+
+
+def _check_towers(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -> None:
+    module = config.tower_module
+    remedy = "give a number of towers, lists of feature names, or the path of a towers.json"
+    if config.parallel.exchange == "tower" and config.parallel.towers is None:
+        fail(f"parallel.exchange='tower' needs parallel.towers: {remedy}")
+    if isinstance(module, IdentityTowerConfig):
+        return
+    if config.parallel.towers is None:
+        fail(f"tower_module.name={module.name!r} needs parallel.towers: {remedy}")
+    keys = [f"tower_module.{name}" for name in module.EMITTED]
+    stated = [key for key, name in zip(keys, module.EMITTED, strict=True) if getattr(module, name) is not None]
+    if module.compression is not None and stated:
+        fail(f"tower_module.compression derives {' and '.join(keys)}: leave out either it or {' and '.join(stated)}")
+    if module.compression is None and stated != keys:
+        fail(f"tower_module needs {' and '.join(keys)}, or tower_module.compression (2, 4, 8, ...) in their place")
+    if isinstance(module, DlrmTowerConfig) and module.c == module.p == 0:
+        fail("tower_module.c=0 and tower_module.p=0: nothing would leave the towers; raise one of them")
+    if "optimizer" in config.deepspeed and (module.optimizer is None or module.learning_rate is None):
+        fail(
+            "deepspeed.optimizer is the over-arch's alone: state tower_module.optimizer and "
+            "tower_module.learning_rate for the tower modules"
+        )
 
 
 def micro_batch_size(config: RunConfig, world_size: int) -> int:
@@ -146,8 +191,9 @@ def micro_batch_size(config: RunConfig, world_size: int) -> int:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a run's file for editors; every section may also be the path of another JSON."""
+    """JSON schema of a run's file for editors; every section, and parallel.towers, may also be a JSON's path."""
     schema = RunConfig.model_json_schema()
+    schema["$defs"]["ParallelConfig"]["properties"]["towers"]["anyOf"].append({"type": "string"})
     schema["title"] = "megarec run"
     schema["properties"] = {
         name: {"anyOf": [section, {"type": "string", "description": "path of another JSON, relative to this file"}]}

@@ -2,18 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
-Positive = Annotated[int, Field(gt=0)]
-PerLayer = Positive | list[Positive]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """A frozen section: strict types, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
+from megarec.config.base import PerLayer, Positive, Probability, Rate, Section
+from megarec.config.tower_sections import IdentityTowerConfig, TowerLists, TowerModuleSection
 
 
 class ModelConfig(Section):
@@ -166,8 +158,14 @@ class ParallelConfig(Section):
 
     tensor: Positive = Field(1, description="ranks of one host that share the dense layers")
     ranks_per_host: Positive | None = Field(None, description="null: the ranks of one machine")
-    exchange: Literal["flat"] = Field("flat", description="flat: one world-wide all-to-all")
-    towers: None = None
+    exchange: Literal["flat", "tower"] = Field(
+        "flat", description="flat: one world-wide all-to-all; tower: SPTT, in the host and then among peers"
+    )
+    towers: TowerLists | None = Field(
+        None,
+        description="by tower, its features; or a number of towers, feature i in tower i mod T; or the path of a "
+        "towers.json, relative to this file (from --set: to the working directory)",
+    )
 
 
 class ScheduleConfig(Section):
@@ -221,6 +219,7 @@ class RunConfig(Section):
     embedding: EmbeddingConfig = EmbeddingConfig()
     dense: DenseConfig = DenseConfig()
     parallel: ParallelConfig = ParallelConfig()
+    tower_module: TowerModuleSection = IdentityTowerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     deepspeed: dict[str, Any] = Field({}, description="DeepSpeed's own configuration, passed on untouched")

@@ -73,6 +73,19 @@ def test_overrides_are_json_or_plain_strings(tmp_path: Path) -> None:
         ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization.stage=4: expected 0, 1, 2 or 3"),
         ("no_equals_sign", "--set no_equals_sign: expected section.key=value"),
         ("model.layers.deeper=1", "layers is not a section"),
+        ("parallel.exchange=towers", "parallel.exchange=\"towers\": input should be 'flat' or 'tower'"),
+        ("parallel.exchange=tower", "parallel.exchange='tower' needs parallel.towers: give a number of towers, lists"),
+        ("parallel.towers=0", "parallel.towers=0: input should be greater than 0"),
+        ("parallel.towers=2.5", "parallel.towers=2.5: input should be a valid integer"),
+        ("parallel.towers=[1]", "parallel.towers.0=1: input should be a valid list"),
+        ('parallel.towers=[["a"], ["b", 3]]', "parallel.towers.1.1=3: input should be a valid string"),
+        ("parallel.towers=absent.json", "parallel.towers='absent.json': no file absent.json; it is a number of towers"),
+        ("tower_module.name=dlmr", "tower_module.name=\"dlmr\": did you mean 'dlrm'?"),
+        ("tower_module.compression=4", "unknown key 'tower_module.compression'; known keys of tower_module 'identity'"),
+        ('tower_module={"name": "dcn", "layrs": 1}', "unknown key 'tower_module.layrs'; did you mean 'layers'?"),
+        ('tower_module={"name": "dcn", "c": 1}', "unknown key 'tower_module.c'; known keys of tower_module 'dcn': "),
+        ('tower_module={"name": "dcn", "compression": 0.5}', "tower_module.compression=0.5: input should be greater"),
+        ('tower_module={"name": "dlrm", "compression": 4}', "tower_module.name='dlrm' needs parallel.towers: give"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, override: str, expected: str) -> None:
@@ -140,6 +153,77 @@ def test_micro_batch_arithmetic(tmp_path: Path) -> None:
         micro_batch_size(load_config(path), world_size=3)
     with pytest.raises(UserError, match=r"deepspeed\.train_batch_size=128, but data\.batch_size=64"):
         micro_batch_size(load_config(path, ["deepspeed.train_batch_size=128"]), world_size=2)
+
+
+TOWERS = {"towers": [["a", "b"], ["c"]], "strategy": "strided", "seed": 1, "cost": {"bytes": [2.0, 1.0]}}
+
+
+def test_towers_may_be_a_number_lists_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs, elsewhere = tmp_path / "configs", tmp_path / "elsewhere"
+    configs.mkdir()
+    elsewhere.mkdir()
+    write(tmp_path, TOWERS, "towers.json")
+    write(elsewhere, {"towers": [["a"], ["b", "c"]]}, "mine.json")
+    monkeypatch.chdir(elsewhere)
+    path = write(configs, {**RUN, "parallel": {"exchange": "tower", "towers": "../towers.json"}})
+    config = load_config(path)
+    assert config.parallel.towers == TOWERS["towers"]  # relative to the run's JSON
+    assert load_config(path, ["parallel.towers=mine.json"]).parallel.towers == [["a"], ["b", "c"]]  # to where one is
+    assert load_config(path, ["parallel.towers=4"]).parallel.towers == 4
+    assert load_config(path, ['parallel.towers=[["c"], ["a"]]', "train.epochs=2"]).parallel.towers == [["c"], ["a"]]
+    write(configs, {"towers": "../towers.json"}, "parallel.json")
+    assert load_config(path, ["parallel=parallel.json"]).parallel.towers == TOWERS["towers"]
+    assert load_config(write(tmp_path, config.model_dump_json(), "resolved.json")) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "not JSON"),
+        ([["a"]], "holds a list, expected a JSON object"),
+        ({}, "towers is missing"),
+        ({**TOWERS, "strateggy": "x"}, "unknown key 'strateggy'; did you mean 'strategy'?"),
+        ({**TOWERS, "model": 1}, "unknown key 'model'; known keys: cost, seed, strategy, towers"),
+        ({"towers": [["a"], 3]}, "towers.1=3: input should be a valid list"),
+    ],
+)
+def test_mistakes_in_a_towers_file_name_it(tmp_path: Path, content: object, expected: str) -> None:
+    write(tmp_path, content, "towers.json")
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, {**RUN, "parallel": {"towers": "towers.json"}}))
+    assert str(caught.value).startswith(str(tmp_path / "towers.json")) and expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        ({"name": "dlrm"}, "tower_module needs tower_module.c and tower_module.p, or tower_module.compression"),
+        ({"name": "dlrm", "c": 1}, "tower_module needs tower_module.c and tower_module.p, or"),
+        ({"name": "dlrm", "c": 0, "p": 0}, "tower_module.c=0 and tower_module.p=0: nothing would leave"),
+        (
+            {"name": "wukong", "compression": 2, "num_fm": 1},
+            "tower_module.compression derives tower_module.num_fm and tower_module.num_lcb: leave out either it or "
+            "tower_module.num_fm",
+        ),
+        ({"name": "dcn"}, "tower_module needs tower_module.embeddings, or tower_module.compression"),
+    ],
+)
+def test_sizes_of_tower_modules_are_given_once(tmp_path: Path, module: dict[str, object], expected: str) -> None:
+    path = write(tmp_path, {**RUN, "parallel": {"towers": 2}, "tower_module": module})
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert expected in str(caught.value)
+
+
+def test_tower_modules_do_not_follow_deepspeeds_optimizer(tmp_path: Path) -> None:
+    run = {**RUN, "parallel": {"towers": 2}, "tower_module": {"name": "dcn", "compression": 4}}
+    path = write(tmp_path, {**run, "deepspeed": {"optimizer": {"type": "AdamW"}}})
+    with pytest.raises(
+        UserError, match=r"deepspeed\.optimizer is the over-arch's alone: state tower_module\.optimizer"
+    ):
+        load_config(path)
+    own = load_config(path, ["tower_module.optimizer=sgd", "tower_module.learning_rate=0.1"])
+    assert own.tower_module.learning_rate == 0.1
 
 
 SHIPPED = sorted(path for path in (ROOT / "ds_configs").glob("*.json") if path.name != "schema.json")
