@@ -5,12 +5,15 @@ that fits no machine can be built on the meta device and filled shard by shard.
 """
 
 import hashlib
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-ROWS_PER_CHUNK = 64  # part of the definition: another value draws other weights
+TILE = 256, 1024  # rows, columns of the whole tensor that are drawn together: another value draws other weights
 
 
 @dataclass(frozen=True)
@@ -65,28 +68,43 @@ def fill_initial(parameter: Tensor, name: str, seed: int) -> None:
     """Set the rank's part of one parameter.
 
     Weights that `draw_normal_` drew are normal with that standard deviation; the others are constants: 1 for the
-    weight of a normalisation, 0 for every bias.
+    weight of a normalisation, 0 for every bias. Only the tiles that a shard overlaps are drawn, on all of this
+    process's threads: a rank of a large model has billions of weights.
     """
     std = getattr(parameter, "initial_std", None)
     if std is None:
         parameter.fill_(1.0 if name.rpartition(".")[2] == "weight" else 0.0)
         return
     shard = shard_of(parameter)
-    rows, columns = parameter.shape
-    first_row, first_column = shard.start
-    row = first_row
-    while row < first_row + rows:
-        chunk, skipped = divmod(row, ROWS_PER_CHUNK)
-        values = _chunk(name, seed, std, shard.shape, chunk)[skipped : skipped + first_row + rows - row]
-        own = values[:, first_column : first_column + columns]
-        parameter[row - first_row : row - first_row + len(own)] = own.to(parameter)
-        row += len(own)
+    values = parameter.detach()  # threads do not inherit no_grad
+
+    def fill(tile: tuple[int, int]) -> None:
+        (target_rows, tile_rows), (target_columns, tile_columns) = map(_overlap, tile, TILE, shard.start, values.shape)
+        drawn = _draw(f"{seed}/{name}/{tile[0]}/{tile[1]}", std, tile, shard.shape)
+        values[target_rows, target_columns].copy_(drawn[tile_rows, tile_columns])
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for _ in threads.map(fill, _tiles(shard.start, values.shape)):
+            pass
 
 
-def _chunk(name: str, seed: int, std: float, shape: tuple[int, ...], chunk: int) -> Tensor:
-    """The rows chunk x ROWS_PER_CHUNK ... of the whole tensor, in all its columns; float32 on the CPU."""
-    digest = hashlib.blake2b(f"{seed}/{name}/{chunk}".encode(), digest_size=7).digest()
+def _tiles(start: tuple[int, ...], sizes: torch.Size) -> Iterator[tuple[int, int]]:
+    """(tile row, tile column) of every tile that a part of `sizes` overlaps."""
+    rows, columns = (
+        range(first // side, -(-(first + size) // side)) for first, size, side in zip(start, sizes, TILE, strict=True)
+    )
+    return itertools.product(rows, columns)
+
+
+def _overlap(index: int, side: int, start: int, size: int) -> tuple[slice, slice]:
+    """In one dimension: what tile `index` fills of the part [start, start + size), and with what of its own."""
+    first, last = max(index * side, start), min((index + 1) * side, start + size)
+    return slice(first - start, last - start), slice(first - index * side, last - index * side)
+
+
+def _draw(key: str, std: float, tile: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    """One tile of a whole tensor of `shape`, cut off at its end; float32 on the CPU."""
+    digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    rows, columns = shape
-    drawn = torch.empty(min(ROWS_PER_CHUNK, rows - chunk * ROWS_PER_CHUNK), columns)
-    return drawn.normal_(0.0, std, generator=generator)
+    rows, columns = (min(side, size - index * side) for index, side, size in zip(tile, TILE, shape, strict=True))
+    return torch.empty(rows, columns).normal_(0.0, std, generator=generator)

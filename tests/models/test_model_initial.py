@@ -1,5 +1,6 @@
 """First weights are the same numbers for every shard, and distributed as the layers ask."""
 
+import itertools
 import math
 
 import pytest
@@ -10,10 +11,10 @@ from torch import nn
 
 from megarec.config.sections import DcnConfig, DlrmConfig, OverArchConfig, WukongConfig
 from megarec.models.blocks import MLP
-from megarec.models.initial import ROWS_PER_CHUNK, Shard, draw_normal_, fill_initial, initialize, materialize
+from megarec.models.initial import TILE, Shard, draw_normal_, fill_initial, initialize, materialize
 from megarec.models.over_arch import build_over_arch
 
-ROWS, COLUMNS = 2 * ROWS_PER_CHUNK + 9, 12
+ROWS, COLUMNS = TILE[0] + 9, TILE[1] + 12
 
 
 def whole(seed: int = 1, name: str = "layers.0.weight") -> torch.Tensor:
@@ -23,7 +24,7 @@ def whole(seed: int = 1, name: str = "layers.0.weight") -> torch.Tensor:
     return weight
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(
     rows=st.tuples(st.integers(0, ROWS), st.integers(0, ROWS)).map(sorted),
     columns=st.tuples(st.integers(0, COLUMNS), st.integers(0, COLUMNS)).map(sorted),
@@ -34,6 +35,25 @@ def test_a_shard_starts_as_its_slice_of_the_whole(rows: list[int], columns: list
     part.shard = Shard((ROWS, COLUMNS), (rows[0], columns[0]))  # type: ignore[attr-defined]
     fill_initial(part, "layers.0.weight", 1)
     torch.testing.assert_close(part, whole()[slice(*rows), slice(*columns)], rtol=0, atol=0)
+
+
+def test_no_two_tiles_are_alike() -> None:
+    """Rows below and columns beside a tile's edge start other tiles, and the threads write each to its own place."""
+    weight, (rows, columns) = whole(), TILE
+    starts = [weight[row : row + 5, column : column + 5] for row in (0, rows) for column in (0, columns)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(starts, 2))
+    assert weight.unique().numel() > 0.9 * weight.numel()
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = whole()
+        torch.set_num_threads(3)
+        torch.testing.assert_close(whole(), one, rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_seed_and_name_draw_other_numbers() -> None:
