@@ -5,13 +5,47 @@ Every over-arch starts from it; for DLRM and DCNv2 its numeric MLP is the bottom
 Shape suffixes: B examples, N embeddings of one example, D width of an embedding.
 """
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from megarec.config.sections import ModelConfig
-from megarec.embeddings.layout import EmbeddingLayout
 from megarec.errors import UserError
 from megarec.models.blocks import MLP, KeyedDropout, number_dropouts
+
+
+class EmbeddedColumns(Protocol):
+    """How the matrix [B, width] that arrives lies: embeddings of width dim first, then smaller ones."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def full_embeddings(self) -> int: ...
+    @property
+    def small_columns(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class OverArchInput:
+    """EmbeddedColumns without tables: what a layout or tower modules put in front of the over-arch.
+
+    Attributes:
+        dim: d, the width of one embedding.
+        full_embeddings: how many embeddings of width d lead the matrix.
+        small_columns: columns of the grouped small embeddings that follow them.
+    """
+
+    dim: int
+    full_embeddings: int
+    small_columns: int
+
+    @property
+    def width(self) -> int:
+        return self.full_embeddings * self.dim + self.small_columns
 
 
 class InputLayer(nn.Module):
@@ -35,7 +69,7 @@ class InputLayer(nn.Module):
     """
 
     def __init__(
-        self, layout: EmbeddingLayout, numeric: int, config: ModelConfig, embedding_dropout: float = 0.0
+        self, layout: EmbeddedColumns, numeric: int, config: ModelConfig, embedding_dropout: float = 0.0
     ) -> None:
         super().__init__()
         assert layout.dim == config.dim, f"layout.dim={layout.dim}, config.dim={config.dim}"
@@ -70,7 +104,7 @@ class InputLayer(nn.Module):
         return flat.unflatten(1, (self.embeddings, self.dim))
 
 
-def input_embeddings(layout: EmbeddingLayout, numeric: int, config: ModelConfig) -> int:
+def input_embeddings(layout: EmbeddedColumns, numeric: int, config: ModelConfig) -> int:
     """n: how many embeddings of width d X_0 has.
 
     Raises:

@@ -3,10 +3,9 @@
 from torch import Tensor, nn
 
 from megarec.config.sections import OverArchConfig
-from megarec.embeddings.layout import EmbeddingLayout
 from megarec.models.blocks import number_dropouts
 from megarec.models.gemm import fast_cpu_gemm
-from megarec.models.inputs import InputLayer
+from megarec.models.inputs import EmbeddedColumns, InputLayer
 from megarec.models.over_arch import build_over_arch
 from megarec.models.wukong import LayerNormFactory, torch_layer_norm
 
@@ -27,7 +26,7 @@ class Recommender(nn.Module):
 
     def __init__(
         self,
-        layout: EmbeddingLayout,
+        layout: EmbeddedColumns,
         numeric: int,
         config: OverArchConfig,
         embedding_dropout: float = 0.0,
