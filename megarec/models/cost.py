@@ -12,10 +12,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from megarec.config.sections import DcnConfig, DlrmConfig, ModelConfig, OverArchConfig, WukongConfig
+from megarec.config.tower_sections import DcnTowerConfig, DlrmTowerConfig, WukongTowerConfig
 from megarec.embeddings.layout import EmbeddingLayout
 from megarec.models.dlrm import head_inputs
-from megarec.models.inputs import input_embeddings
+from megarec.models.inputs import EmbeddedColumns, input_embeddings
 from megarec.models.wukong import LayerSizes, layer_sizes
+from megarec.towers.sizes import TowerSizes, over_arch_config, over_arch_input
 
 FLOP_PER_MAC = 2
 PASSES = 3  # forward, gradient of the input, gradient of the weight
@@ -42,6 +44,10 @@ class Part(NamedTuple):
     def plus(self, other: "Part") -> "Part":
         return Part(self.parameters + other.parameters, self.mac + other.mac, self.unneeded + other.unneeded)
 
+    def times(self, uses: int) -> "Part":
+        """The same parameters used several times an example."""
+        return Part(self.parameters, self.mac * uses, self.unneeded * uses)
+
 
 Parts = dict[str, Part]
 
@@ -51,8 +57,9 @@ class Cost:
     """What a model costs.
 
     Attributes:
-        layers: by layer, then by part, in the order of the forward pass. `sparse` has the part `tables`, `inputs`
-            has `small_mlp` and `numeric_mlp`; `layers.0` and so on are the over-arch's; `head` comes last.
+        layers: by layer, then by part, in the order of the forward pass. `sparse` has the part `tables`; `towers`,
+            where there are tower modules, `towers.0` and so on; `inputs` has `small_mlp` and `numeric_mlp`;
+            `layers.0` and so on are the over-arch's; `head` comes last.
     """
 
     layers: dict[str, Parts]
@@ -98,21 +105,45 @@ def _by_part(layers: Iterable[Parts]) -> Parts:
     return parts
 
 
-def count(config: OverArchConfig, layout: EmbeddingLayout, numeric: int) -> Cost:
-    """Parameters and training FLOPs per example of tables, input layer and over-arch.
+def count(config: OverArchConfig, layout: EmbeddingLayout, numeric: int, modules: TowerSizes | None = None) -> Cost:
+    """Parameters and training FLOPs per example of tables, tower modules, input layer and over-arch.
+
+    Args:
+        config: the model section; behind tower modules the over-arch is counted at their width.
+        modules: the tower modules (towers/sizes.py), if there are any.
 
     Raises:
         UserError: sizes that do not fit together, or data without features.
     """
-    sparse = {"tables": Part(sum(table.rows * table.columns for table in layout.tables))}
-    n = input_embeddings(layout, numeric, config)
-    dense = config.numeric_embeddings if numeric else 0
-    return Cost(
-        {"sparse": sparse, "inputs": _count_inputs(config, layout, numeric)} | _count_over_arch(n, dense, config)
-    )
+    layers = {"sparse": {"tables": Part(sum(table.rows * table.columns for table in layout.tables))}}
+    if modules is not None:
+        layers["towers"] = {f"towers.{t}": _count_tower(modules, t) for t in range(len(modules.inputs))}
+    config, columns = over_arch_config(config, modules), over_arch_input(layout, modules)
+    layers["inputs"] = _count_inputs(config, columns, numeric)
+    n = input_embeddings(columns, numeric, config)
+    return Cost(layers | _count_over_arch(n, config.numeric_embeddings if numeric else 0, config))
 
 
-def _count_inputs(config: ModelConfig, layout: EmbeddingLayout, numeric: int) -> Parts:
+def _count_tower(sizes: TowerSizes, tower: int) -> Part:
+    features, outputs, width, bias = sizes.inputs[tower], sizes.outputs[tower], sizes.width, sizes.bias
+    match sizes.module:
+        case DlrmTowerConfig(c=int(c), p=int(p)):
+            whole = count_mlp(features * width, [], c * sizes.dim, bias)
+            return whole.plus(count_mlp(width, [], p * sizes.dim, bias).times(features))
+        case DcnTowerConfig(layers=layers, rank=rank):
+            cross = [_count_cross_layer(features * width, rank, bias)["cross"]] * layers
+            projection = count_mlp(features * width, [], outputs * sizes.dim, bias)
+            return functools.reduce(Part.plus, cross, projection)
+        case WukongTowerConfig():
+            layer = total(_count_wukong_layer(sizes.interaction(tower), WukongConfig(dim=width, bias=bias)))
+            if sizes.dim == width:
+                return layer
+            return layer.plus(count_mlp(width, [], sizes.dim, bias).times(outputs))
+        case _:
+            raise AssertionError(f"sizes of {sizes.module!r} are missing")
+
+
+def _count_inputs(config: ModelConfig, layout: EmbeddedColumns, numeric: int) -> Parts:
     parts = {}
     if layout.small_columns:
         emitted = config.small_embeddings * config.dim
@@ -136,7 +167,7 @@ def _count_over_arch(n: int, dense: int, config: OverArchConfig) -> dict[str, Pa
             columns = head_inputs(n, dense, config.dim)
         case DcnConfig():
             columns = n * config.dim
-            layers = [_count_cross_layer(columns, config)] * config.layers
+            layers = [_count_cross_layer(columns, config.rank, config.bias)] * config.layers
     numbered: dict[str, Parts] = {f"layers.{index}": parts for index, parts in enumerate(layers)}
     return numbered | {"head": {"head": count_mlp(columns, config.head, 1, config.bias)}}
 
@@ -167,9 +198,9 @@ def _count_wukong_layer(layer: LayerSizes, config: WukongConfig) -> Parts:
     return parts
 
 
-def _count_cross_layer(width: int, config: DcnConfig) -> Parts:
-    product = count_mlp(width, [] if config.rank is None else [config.rank], width, bias=False)
-    return {"cross": product.plus(Part(width if config.bias else 0))}
+def _count_cross_layer(width: int, rank: int | None, bias: bool) -> Parts:
+    product = count_mlp(width, [] if rank is None else [rank], width, bias=False)
+    return {"cross": product.plus(Part(width if bias else 0))}
 
 
 def count_mlp(

@@ -7,6 +7,7 @@ from megarec.data.schema import schema_of
 from megarec.embeddings.layout import build_layout
 from megarec.models.cost import Cost, Part, count
 from megarec.scaling.dial import resolve_scale
+from megarec.towers.sizes import resolve_towers
 
 
 class RunCost(NamedTuple):
@@ -14,7 +15,7 @@ class RunCost(NamedTuple):
 
     Attributes:
         model: its section, every size explicit.
-        reasons: why `model.scale`, where it is given, chose these sizes.
+        reasons: why `model.scale` and `tower_module`, where they are given, chose these sizes.
     """
 
     cost: Cost
@@ -30,8 +31,9 @@ def count_run(config: RunConfig) -> RunCost:
     """
     schema = schema_of(config.data)
     layout = build_layout(schema, config.embedding, config.model.dim)
-    model, reasons = resolve_scale(config.model, layout, len(schema.numeric))
-    return RunCost(count(model, layout, len(schema.numeric)), model, reasons)
+    _, modules, tower_reasons = resolve_towers(config, layout)
+    model, reasons = resolve_scale(config.model, layout, len(schema.numeric), modules)
+    return RunCost(count(model, layout, len(schema.numeric), modules), model, (*tower_reasons, *reasons))
 
 
 def as_json(cost: Cost) -> dict[str, Any]:

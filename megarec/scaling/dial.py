@@ -18,6 +18,7 @@ from megarec.embeddings.layout import EmbeddingLayout
 from megarec.errors import UserError
 from megarec.models.cost import count
 from megarec.models.inputs import input_embeddings
+from megarec.towers.sizes import TowerSizes, over_arch_config, over_arch_input
 
 FEWEST_LAYERS, MOST_LAYERS = 2, 8
 NARROWEST, SMALLEST_RANK = 8, 24
@@ -25,40 +26,42 @@ STEP = 8
 
 
 def resolve_scale(
-    config: OverArchConfig, layout: EmbeddingLayout, numeric: int
+    config: OverArchConfig, layout: EmbeddingLayout, numeric: int, modules: TowerSizes | None = None
 ) -> tuple[OverArchConfig, tuple[str, ...]]:
     """A model section whose sizes are all explicit, and the reasons for them; as it is where `scale` is not given.
 
-    The sizes are those on the recipe's path whose training GFLOP/example, input layer and head included, lies
-    nearest to `scale`: over 8 or more embeddings of d >= 16 within 15 % of it, but 20 % between
+    The sizes are those on the recipe's path whose training GFLOP/example, tower modules, input layer and head
+    included, lies nearest to `scale`: over 8 or more embeddings of d >= 16 within 15 % of it, but 20 % between
     2 and 3 layers and 25 % with the full FM, whose cost grows with the square of n_F + n_L.
 
     Args:
         config: `scale` is the target; dim, head and everything else that the recipe leaves alone stay as they are.
         layout: tables and features; they fix n.
         numeric: how many numeric features there are.
+        modules: the tower modules, if there are any; behind them n and d are what they emit.
 
     Raises:
         UserError: `scale` lies below the smallest model of the recipe.
     """
     if not isinstance(config, WukongConfig) or config.scale is None:
         return config, ()
-    scale, n = config.scale, input_embeddings(layout, numeric, config)
-    candidates = _candidates(config, scale, layout, numeric)
+    scale, n = config.scale, input_embeddings(over_arch_input(layout, modules), numeric, config)
+    over_arch = over_arch_config(config, modules)
+    candidates = _candidates(over_arch, scale, layout, numeric, modules)
     smallest, least = candidates[0]
     if scale < least:
         raise UserError(
             f"model.scale={scale:g}: the smallest model of the recipe ({_sizes(smallest)}) takes "
-            f"{_rounded_up(least)} GFLOP/example over these n={n} embeddings of d={config.dim}; "
+            f"{_rounded_up(least)} GFLOP/example over these n={n} embeddings of d={over_arch.dim}; "
             "ask for at least that, lower model.dim, or state the sizes yourself"
         )
     best, gflop = min(candidates, key=lambda candidate: abs(candidate[1] - scale))
     deepest = max(cost for model, cost in candidates if model.num_lcb == NARROWEST)
-    return best, _reasons(scale, best, gflop, n, deepest)
+    return best.model_copy(update={"dim": config.dim}), _reasons(scale, best, gflop, n, deepest)
 
 
 def _candidates(
-    config: WukongConfig, scale: float, layout: EmbeddingLayout, numeric: int
+    config: WukongConfig, scale: float, layout: EmbeddingLayout, numeric: int, modules: TowerSizes | None
 ) -> list[tuple[WukongConfig, float]]:
     """Models on the path and their GFLOP/example, rising, to the first beyond twice the scale.
 
@@ -67,7 +70,7 @@ def _candidates(
     """
     candidates: list[tuple[WukongConfig, float]] = []
     for model in _path(config):
-        gflop = count(model, layout, numeric).flop / 1e9
+        gflop = count(model, layout, numeric, modules).flop / 1e9
         if not candidates or gflop > candidates[-1][1]:
             candidates.append((model, gflop))
         if gflop > 2 * scale:

@@ -7,9 +7,9 @@ D is one number over all towers, since the over-arch sees sum n_t embeddings of 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from megarec.config.sections import OverArchConfig, RunConfig
+from megarec.config.sections import ModelConfig, RunConfig
 from megarec.config.tower_sections import (
     DcnTowerConfig,
     DlrmTowerConfig,
@@ -22,6 +22,8 @@ from megarec.errors import UserError
 from megarec.models.inputs import OverArchInput
 from megarec.models.wukong import LayerSizes
 from megarec.towers.assignment import Towers, assign_towers
+
+Model = TypeVar("Model", bound=ModelConfig)
 
 NEAR = 0.02  # a compression this near to the wished one is taken for it
 
@@ -197,6 +199,6 @@ def over_arch_input(layout: EmbeddingLayout, modules: TowerSizes | None) -> Over
     return OverArchInput(modules.dim, sum(modules.outputs), small_columns=0)
 
 
-def over_arch_config(model: OverArchConfig, modules: TowerSizes | None) -> OverArchConfig:
+def over_arch_config(model: Model, modules: TowerSizes | None) -> Model:
     """The over-arch's sizes: `model.dim` is the width of tables; behind tower modules the over-arch's is D."""
     return model if modules is None else model.model_copy(update={"dim": modules.dim})

@@ -9,10 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from megarec.config.sections import OverArchConfig, WukongConfig
 from megarec.models.cost import count, count_wukong, total
 from megarec.models.recommender import Recommender
+from megarec.towers.modules import TowerBank
+from megarec.towers.sizes import TowerSizes, over_arch_config, over_arch_input
 from tests.models import test_dcn as dcn
 from tests.models import test_dlrm as dlrm
 from tests.models import test_wukong as wukong
 from tests.models.layouts import layout
+from tests.towers.test_tower_modules import all_sizes
 
 BATCH = 3
 
@@ -45,6 +48,29 @@ def test_counts_what_the_model_has_and_does(
         embedded = torch.randn(BATCH, places.width, requires_grad=True)
         model(torch.randn(BATCH, numeric), embedded).sum().backward()
     assert cost.dense_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert cost.flop * BATCH == counter.get_total_flops()
+
+
+@given(config=models, modules=all_sizes(), numeric=st.integers(0, 2))
+@settings(max_examples=60, deadline=None)
+def test_counts_tower_modules_and_the_over_arch_behind_them(
+    config: OverArchConfig, modules: TowerSizes, numeric: int
+) -> None:
+    assume(config.name != "dlrm" or sum(modules.outputs) > 1 or numeric)
+    config = config.model_copy(update={"dim": modules.width})
+    places = layout(modules.width, list(modules.inputs), [])
+    cost = count(config, places, numeric, modules)
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        bank = TowerBank(modules, range(len(modules.inputs)))
+        model = Recommender(over_arch_input(places, modules), numeric, over_arch_config(config, modules))
+        pooled = torch.randn(BATCH, places.width, requires_grad=True)
+        model(torch.randn(BATCH, numeric), bank(pooled)).sum().backward()
+    assert list(cost.layers)[:3] == ["sparse", "towers", "inputs"]
+    for tower, module in enumerate(bank.towers.values()):
+        counted = cost.layers["towers"][f"towers.{tower}"].parameters
+        assert counted == sum(parameter.numel() for parameter in module.parameters())
+    assert cost.dense_parameters == sum(parameter.numel() for part in (bank, model) for parameter in part.parameters())
     assert cost.flop * BATCH == counter.get_total_flops()
 
 

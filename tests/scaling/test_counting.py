@@ -40,6 +40,17 @@ def test_biases_in_the_bottom_mlps_last_layers_are_not_in_the_published_counts()
     assert counted("model=" + json.dumps(published_dcn)).parameters == 26_179_364_097
 
 
+def test_tower_modules_and_a_narrower_over_arch_behind_them() -> None:
+    """Compression 4: two towers of 13 features, each with one map 128 -> 32; the over-arch sees 27 vectors of 32."""
+    cost = counted("parallel.towers=2", 'tower_module={"name": "dlrm", "compression": 4}')
+    bottom, top = 13 * 512 + 512 * 256 + 256 * 32, (32 + 27 * 26 // 2) * 512 + 512 * 512 + 512
+    assert cost.sparse_parameters == ROWS * 128
+    assert [part.parameters for part in cost.layers["towers"].values()] == [128 * 32 + 32] * 2
+    assert cost.mac == 26 * 128 * 32 + bottom + 27 * 27 * 32 + top
+    assert cost.flop == 6 * cost.mac - 2 * 13 * 512
+    assert "towers.1" in cost.parts
+
+
 def test_dlrm_of_mlperf() -> None:
     cost = counted("model.head=[1024, 1024, 512, 256]", "data.schema=schemas/criteo-terabyte-uncapped.json")
     assert cost.sparse_parameters == 177_944_275 * 128 == 22_776_867_200

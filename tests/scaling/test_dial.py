@@ -5,9 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarec.config.sections import DcnConfig, WukongConfig
+from megarec.config.tower_sections import WukongTowerConfig
 from megarec.errors import UserError
 from megarec.models.cost import count
 from megarec.scaling.dial import resolve_scale
+from megarec.towers.sizes import module_sizes
 from tests.models.layouts import layout
 
 
@@ -76,6 +78,20 @@ def test_what_the_recipe_leaves_alone_stays() -> None:
     model, _ = derived(config, 20)
     scaled = {"scale", "layers", "num_fm", "num_lcb", "rank", "mlp"}
     assert model.model_dump(exclude=scaled) == config.model_dump(exclude=scaled)
+
+
+def test_behind_tower_modules_the_over_arch_is_scaled_at_their_width() -> None:
+    """The dial aims at all of the cost; `dim` stays the width of tables."""
+    module = WukongTowerConfig(name="wukong", compression=4)
+    modules, _ = module_sizes(module, 64, [13, 13], bias=True)
+    places = layout(64, [1] * 26, [])
+    model, reasons = resolve_scale(WukongConfig(dim=64, scale=0.5), places, 3, modules)
+    assert isinstance(model, WukongConfig) and model.scale is None and model.dim == 64
+    assert model.mlp[0] == pytest.approx(8 / 15 * max(model.num_fm, 24) * modules.dim, rel=0.05)
+    assert count(model, places, 3, modules).flop / 1e9 == pytest.approx(0.5, rel=0.15)
+    assert f"over n={sum(modules.outputs) + 1}, d=32" in reasons[0]
+    with pytest.raises(UserError, match=r"over these n=14 embeddings of d=32"):
+        resolve_scale(WukongConfig(dim=64, scale=1e-9), places, 3, modules)
 
 
 def test_nothing_to_derive() -> None:
