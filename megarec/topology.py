@@ -61,6 +61,9 @@ class Topology:
         )
 
 
+ONE_RANK = Topology(0, 1, 1, 1)
+
+
 def check_divides(world_size: int, ranks_per_host: int, tensor: int) -> None:
     """Raise a UserError that prints the failed arithmetic."""
     if world_size % ranks_per_host:
@@ -99,7 +102,7 @@ def build_topology(ranks_per_host: int | None, tensor: int) -> Topology:
     """
     if not dist.is_initialized():
         check_divides(1, ranks_per_host or 1, tensor)
-        return Topology(0, 1, 1, 1)
+        return ONE_RANK
     rank, world_size = dist.get_rank(), dist.get_world_size()
     per_host = ranks_per_host or _ranks_of_a_machine(world_size)
     check_divides(world_size, per_host, tensor)

@@ -26,6 +26,7 @@ from megarec.embeddings.layout import EmbeddingLayout
 from megarec.errors import UserError
 from megarec.parallel.collectives import Ledger
 from megarec.parallel.pool import RankPool
+from megarec.topology import build_topology
 
 TABLES, ROWS, COLUMNS, BATCH, RANKS = 26, 20_000, 64, 2_048, 2
 REPETITIONS = 40
@@ -73,12 +74,9 @@ def compare() -> dict[str, list[float]]:
 
 def _ours(layout: EmbeddingLayout, gradient: Tensor, backend: Literal["auto", "torch"]) -> Callable[[], None]:
     config = EmbeddingConfig(optimizer="rowwise_adagrad", learning_rate=RATE, eps=EPS, backend=backend)
-    rank = dist.get_rank()
-    sparse = SparseSide(
-        layout, config, world=dist.group.WORLD, rank=rank, world_size=RANKS, seed=0, device=torch.device("cpu"),
-        ledger=Ledger(),
-    )  # fmt: skip
-    batch = random_batch(layout, BATCH, seed=rank)
+    topology = build_topology(RANKS, tensor=1)
+    sparse = SparseSide(layout, config, topology, seed=0, device=torch.device("cpu"), ledger=Ledger())
+    batch = random_batch(layout, BATCH, seed=topology.rank)
 
     def step() -> None:
         sparse.forward(batch).backward(gradient)

@@ -21,6 +21,7 @@ from megarec.data.batch import Batch
 from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.layout import EmbeddingLayout
 from megarec.parallel.collectives import Ledger
+from megarec.topology import ONE_RANK
 
 TABLES, ROWS, COLUMNS, BATCH = 26, 200_000, 64, 4_096
 REPETITIONS = 30
@@ -59,9 +60,7 @@ def _sparse_side(
     layout: EmbeddingLayout, batches: list[Batch], backend: Literal["auto", "torch"]
 ) -> Callable[[int], Tensor]:
     config = EmbeddingConfig(optimizer="rowwise_adagrad", learning_rate=RATE, eps=EPS, backend=backend)
-    sparse = SparseSide(
-        layout, config, world=None, rank=0, world_size=1, seed=0, device=torch.device("cpu"), ledger=Ledger()
-    )
+    sparse = SparseSide(layout, config, ONE_RANK, seed=0, device=torch.device("cpu"), ledger=Ledger())
     return lambda number: sparse.forward(batches[number])
 
 

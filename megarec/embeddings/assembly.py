@@ -1,52 +1,71 @@
-"""The local shuffle: blocks of pooled embeddings from every owner -> one matrix in layout order, and back."""
+"""The local shuffle: blocks of embeddings from every sender -> one matrix in layout order, and back."""
 
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megarec.data.batch import Batch
-from megarec.embeddings.layout import EmbeddingLayout
-from megarec.embeddings.routes import Routes, Slot
+from megarec.data.batch import Ids
 
 Divisors = dict[str, Tensor]
 """By feature with mean pooling: the length of every bag as float32 [B, 1], at least 1."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Columns of one feature in a sender's block.
+
+    Attributes:
+        feature: its name.
+        start: first column in the assembled matrix.
+        offset: first column in the sender's block.
+        columns: how many.
+    """
+
+    feature: str
+    start: int
+    offset: int
+    columns: int
 
 
 class Assembly:
     """Puts columns where the layout wants them, and turns the owners' sums into means where a feature asks for it.
 
     Means are made here, where the lengths are known, so that owners and their backends only ever sum.
+
+    Args:
+        pieces: pieces[r] are those of sender r, in the order of its columns.
+        mean: features whose sums become means.
     """
 
-    def __init__(self, routes: Routes, layout: EmbeddingLayout) -> None:
-        self.slots = routes.slots
-        self.in_layout_order: list[tuple[int, Slot]] = sorted(
-            ((owner, slot) for owner, slots in enumerate(routes.slots) for slot in slots),
-            key=lambda pair: pair[1].start,
+    def __init__(self, pieces: Sequence[Sequence[Piece]], mean: Collection[str] = ()) -> None:
+        self.pieces = pieces
+        self.in_layout_order: list[tuple[int, Piece]] = sorted(
+            ((sender, piece) for sender, own in enumerate(pieces) for piece in own), key=lambda pair: pair[1].start
         )
-        self._mean = [f.name for f in layout.features if f.multi_valued and f.pooling == "mean"]
-        offsets = [slot.offset for _, slot in self.in_layout_order]
-        self._in_place = len(self.slots) == 1 and not self._mean and offsets == sorted(offsets)
-        self._width = layout.width
+        self._mean = mean
+        offsets = [piece.offset for _, piece in self.in_layout_order]
+        self._in_place = len(pieces) == 1 and not mean and offsets == sorted(offsets)
+        self._columns = [sum(piece.columns for piece in own) for own in pieces]
 
-    def __call__(self, blocks: Tensor, batch: Batch) -> Tensor:
-        """[sum over owners of B x columns(owner)] -> [B, layout.width]."""
+    def __call__(self, blocks: Tensor, ids: Mapping[str, Ids], size: int) -> Tensor:
+        """[sum over senders of B x columns(sender)] -> [B, columns of all]; ids: those of the B examples, for means."""
         if self._in_place:
-            return blocks.view(batch.size, self._width)
+            return blocks.view(size, self._columns[0])
         divisors: Divisors = {}
         for name in self._mean:
-            lengths = batch.ids[name].lengths
+            lengths = ids[name].lengths
             assert lengths is not None
             divisors[name] = lengths.clamp(min=1).to(torch.float32).unsqueeze(1)
-        assembled: Tensor = _Assemble.apply(blocks, self, batch.size, divisors)
+        assembled: Tensor = _Assemble.apply(blocks, self, size, divisors)
         return assembled
 
     def split(self, blocks: Tensor, size: int) -> list[Tensor]:
-        """Views [B, columns(owner)] of the owners' blocks."""
-        columns = [sum(slot.columns for slot in slots) for slots in self.slots]
-        parts = blocks.split([size * width for width in columns])
-        return [part.view(size, width) for part, width in zip(parts, columns, strict=True)]
+        """Views [B, columns(sender)] of the senders' blocks."""
+        parts = blocks.split([size * width for width in self._columns])
+        return [part.view(size, width) for part, width in zip(parts, self._columns, strict=True)]
 
 
 class _Assemble(torch.autograd.Function):
@@ -55,26 +74,26 @@ class _Assemble(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, blocks: Tensor, assembly: Assembly, size: int, divisors: Divisors) -> Tensor:
         ctx.assembly, ctx.divisors = assembly, divisors
-        owners = assembly.split(blocks, size)
+        senders = assembly.split(blocks, size)
         out = torch.cat(
-            [owners[owner][:, slot.offset : slot.offset + slot.columns] for owner, slot in assembly.in_layout_order],
-            dim=1,
+            [senders[s][:, piece.offset : piece.offset + piece.columns] for s, piece in assembly.in_layout_order], dim=1
         )
-        for _, slot in assembly.in_layout_order:
-            if slot.feature.name in divisors:
-                out[:, slot.start : slot.start + slot.columns].div_(divisors[slot.feature.name])
+        for _, piece in assembly.in_layout_order:
+            if piece.feature in divisors:
+                out[:, piece.start : piece.start + piece.columns].div_(divisors[piece.feature])
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        grad, slots, divisors = grads[0], ctx.assembly.slots, ctx.divisors
+        grad, pieces, divisors = grads[0], ctx.assembly.pieces, ctx.divisors
 
-        def columns(slot: Slot) -> Tensor:
-            part = grad[:, slot.start : slot.start + slot.columns]
-            return part / divisors[slot.feature.name] if slot.feature.name in divisors else part
+        def columns(piece: Piece) -> Tensor:
+            part = grad[:, piece.start : piece.start + piece.columns]
+            return part / divisors[piece.feature] if piece.feature in divisors else part
 
         size = grad.shape[0]
-        blocks = grad.new_empty(size * sum(slot.columns for owner in slots for slot in owner))
-        for block, owner in zip(ctx.assembly.split(blocks, size), slots, strict=True):
-            torch.cat([columns(slot) for slot in owner], dim=1, out=block)
+        blocks = grad.new_empty(size * sum(piece.columns for own in pieces for piece in own))
+        for block, own in zip(ctx.assembly.split(blocks, size), pieces, strict=True):
+            if own:
+                torch.cat([columns(piece) for piece in own], dim=1, out=block)
         return blocks, None, None, None

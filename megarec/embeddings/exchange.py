@@ -1,36 +1,39 @@
-"""The sparse side of a model under the flat exchange: ids out, lookup on the owners, pooled embeddings back.
+"""The sparse side of a model on one rank: ids out, pooled embeddings back, by the flat or the tower exchange.
 
-    r-th slice of a global batch --ids, all-to-all--> owners of the tables: [world_size B, columns of the rank]
-    [B, width] in layout order <--pooled embeddings, all-to-all-- the r-th block of B rows goes back to rank r
+    flat     one all-to-all over all ranks each way (group.py over the world)
+    tower    in-host exchange between two small ones over the peers (tower_exchange.py)
 
-An owner's rows are the global batch in order, so that its output is laid out as it is sent, and the gradient of a
-row is summed in the same order on every topology. The backward pass mirrors the exchange and updates the tables.
+Both give the same numbers; with identity towers, float32 messages and whole rows or columns, to the last bit.
 """
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch
-from megarec.embeddings.assembly import Assembly
-from megarec.embeddings.ids import IdExchange
+from megarec.embeddings.group import Distributed, TableGroup
 from megarec.embeddings.layout import EmbeddingLayout
-from megarec.embeddings.local import LocalTables
-from megarec.embeddings.placement import Shard, place
-from megarec.embeddings.routes import build_routes
-from megarec.embeddings.tables import State, choose_backends, wished_backend
+from megarec.embeddings.placement import Shard, place, place_on_hosts
+from megarec.embeddings.tables import State
+from megarec.embeddings.tower_exchange import TowerExchange, canonical_assembly, host_layouts
 from megarec.errors import UserError
-from megarec.parallel.collectives import Channel, Ledger, all_to_all_with_grad
+from megarec.parallel.collectives import FP32, Ledger, Messages, build_channel
+from megarec.topology import Topology
+
+Towers = Sequence[Sequence[str]]
 
 
 class SparseSide:
     """Tables and exchange of one rank.
 
     Args:
-        world: group of all ranks; None for one process.
         seed: of the initial weights.
         ledger: counts the bytes sent.
+        towers: features by tower: the tower exchange; None: the flat one.
+        messages: in which types embeddings and their gradients travel.
         shards: where the tables lie, all of them; None: as the config places them.
 
     Raises:
@@ -41,30 +44,38 @@ class SparseSide:
         self,
         layout: EmbeddingLayout,
         config: EmbeddingConfig,
+        topology: Topology,
         *,
-        world: dist.ProcessGroup | None,
-        rank: int,
-        world_size: int,
         seed: int,
         device: torch.device,
         ledger: Ledger,
+        towers: Towers | None = None,
+        messages: Messages = FP32,
         shards: tuple[Shard, ...] | None = None,
     ) -> None:
         self.layout = layout
-        self.shards = place(layout, config.placement, world_size) if shards is None else shards
-        self._channel = Channel("world", world, rank, world_size, ledger)
-        self._choices = choose_backends(layout, self.shards, config, device)
-
-        by_table = {table.name: [s for s in self.shards if s.table == table.name] for table in layout.tables}
-        fused = {t for t, shards in by_table.items() if wished_backend(shards, config).backend == "fbgemm"}
-        routes = build_routes(layout, self.shards, world_size, fused)
-        self._ids = IdExchange(routes, self._channel, device)
-        self._tables = LocalTables(
-            routes.slots[rank], layout, self.shards, self._choices, config, self._channel, device
-        )
-        self._tables.fill(seed, config.initial_std)
-        self._assembly = Assembly(routes, layout)
-        self._columns = [routes.columns(owner) for owner in range(world_size)]
+        self._topology, self._l2 = topology, config.l2
+        self._exchange: TowerExchange | None = None
+        if towers is None:
+            self.shards = place(layout, config.placement, topology.world_size) if shards is None else shards
+            world = build_channel(topology, "world", ledger)
+            self._group = TableGroup(layout, self.shards, config, world, blocks=1, messages=messages, device=device)
+        else:
+            hosts = host_layouts(layout, towers, topology.hosts)
+            self.shards = place_on_hosts(hosts, config.placement, topology.ranks_per_host) if shards is None else shards
+            self._exchange = TowerExchange(
+                hosts,
+                on_host(self.shards, topology),
+                config,
+                tower=build_channel(topology, "tower", ledger),
+                peer=build_channel(topology, "peer", ledger),
+                outputs=[part.width for part in hosts],
+                assembly=canonical_assembly(layout, hosts),
+                messages=messages,
+                device=device,
+            )
+            self._group = self._exchange.group
+        self._group.tables.fill(seed, config.initial_std)
 
     def forward(self, batch: Batch) -> Tensor:
         """Pooled embeddings of this rank's examples, float32 [B, layout.width]; every rank must take part.
@@ -73,19 +84,32 @@ class SparseSide:
         on every rank, where `gradient` is that of the mean over the *global* batch (the rank's own mean, divided by
         the number of ranks). Without, nothing is recorded and no table changes.
         """
-        pooled = self._tables.forward(self._ids(batch))
-        size, rank, ranks = batch.size, self._channel.rank, self._channel.size
-        blocks = all_to_all_with_grad(
-            pooled.view(-1),
-            [size * columns for columns in self._columns],
-            [size * self._columns[rank]] * ranks,
-            self._channel,
-            "embeddings",
-        )
-        return self._assembly(blocks, batch)
+        return self.pool(self.distribute(batch))
+
+    def distribute(self, batch: Batch) -> Distributed:
+        """The first half of `forward`: ids to the owners of the tables; reads no table."""
+        return (self._exchange or self._group).distribute(batch)
+
+    def pool(self, batch: Distributed) -> Tensor:
+        """The second half of `forward`."""
+        if self._exchange is None:
+            return self._with_l2(self._group.pool(batch))
+        return self._exchange.pool(batch, self._with_l2)
+
+    def _with_l2(self, pooled: Tensor) -> Tensor:
+        """Adds l2 x mean over the global batch of |e|^2 to the objective, by its gradient 2 l2 e / global batch.
+
+        On the looked-up embeddings, so that it acts on every backend: FBGEMM ignores its own weight decay on CPUs.
+        """
+        if self._l2 and pooled.requires_grad:
+            looked_up = pooled.detach()
+            peers = self._topology.hosts if self._exchange is not None else 1
+            global_batch = pooled.shape[0] // peers * self._topology.world_size
+            pooled.register_hook(lambda gradient: gradient.add(looked_up, alpha=2 * self._l2 / global_batch))
+        return pooled
 
     def set_learning_rate(self, rate: float) -> None:
-        self._tables.set_learning_rate(rate)
+        self._group.tables.set_learning_rate(rate)
 
     def memory_bytes(self) -> int:
         """Bytes of this rank's weights and optimizer state."""
@@ -93,7 +117,7 @@ class SparseSide:
 
     def row_usage(self) -> dict[str, float]:
         """Share of the rows that training has looked up so far, for every table of this rank."""
-        return self._tables.row_usage()
+        return self._group.tables.row_usage()
 
     def state(self) -> State:
         """Everything a checkpoint keeps, by "<table>/<what>", as slices of global tensors; live tensors, no copies.
@@ -101,7 +125,7 @@ class SparseSide:
         <what> is weight [rows, columns], the optimizer's state (square_sum, first_moment and second_moment
         [rows, columns], rowwise_square_sum [rows, 1], steps [1, 1]) or touched, bool [rows, 1] (see `row_usage`).
         """
-        return self._tables.state()
+        return self._group.tables.state()
 
     def load_state(self, state: State) -> None:
         """Copy what `state` returned, from the same placement.
@@ -125,17 +149,17 @@ class SparseSide:
         Raises:
             UserError: a tensor is missing, unknown, or of another shape or type.
         """
-        self._tables.load(state)
+        self._group.tables.load(state)
 
     def describe(self) -> list[str]:
         """Lines for the log: who holds what, in which backend and why."""
         lines = []
-        for owner in range(self._channel.size):
+        for owner in range(self._topology.world_size):
             shards = [shard for shard in self.shards if shard.rank == owner]
             size = sum(shard.rows * shard.columns for shard in shards)
             lines.append(f"tables: rank {owner} holds {len(shards)} shards, {size:,} weights")
         reasons: dict[str, list[str]] = {}
-        for table, choice in self._choices.items():
+        for table, choice in self._group.choices.items():
             reasons.setdefault(f"{choice.backend} ({choice.reason})", []).append(table)
         return _shortened(lines) + [
             f"tables: {', '.join(_shortened(tables))} in {reason}" for reason, tables in reasons.items()
@@ -147,13 +171,8 @@ def _shortened(entries: list[str]) -> list[str]:
     return entries if len(entries) <= 10 else [*entries[:8], f"... ({len(entries) - 9} more)", entries[-1]]
 
 
-def add_l2(gradient: Tensor, embedded: Tensor, l2: float, global_batch: int) -> Tensor:
-    """Add the gradient of l2 x mean over the global batch of |e|^2: 2 l2 e / global_batch.
-
-    On the looked-up embeddings, so that it acts on every backend: FBGEMM ignores its own weight decay on CPUs.
-
-    Args:
-        gradient, embedded: [B, width].
-        l2: `embedding.l2`; 0 returns `gradient` itself.
-    """
-    return gradient.add(embedded, alpha=2 * l2 / global_batch) if l2 else gradient
+def on_host(shards: Sequence[Shard], topology: Topology) -> tuple[Shard, ...]:
+    """The shards of this rank's host, by local rank."""
+    first = topology.host * topology.ranks_per_host
+    own = (shard for shard in shards if first <= shard.rank < first + topology.ranks_per_host)
+    return tuple(dataclasses.replace(shard, rank=shard.rank - first) for shard in own)

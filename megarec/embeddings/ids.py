@@ -4,20 +4,20 @@ Single-valued features alone need one message (the receiver knows its size). Wit
 first; the values of all features follow with uneven splits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megarec.data.batch import Batch
-from megarec.embeddings.routes import Routes
+from megarec.data.batch import Ids
+from megarec.embeddings.layout import Feature
 from megarec.parallel.collectives import Channel, all_to_all
 
 
 @dataclass(frozen=True)
 class LocalIds:
-    """What this rank looks up: its slots, each over the E = world_size x B examples of the global batch, in order.
+    """What this rank looks up: its slots, each over the same E examples, in the order of the global batch.
 
     Attributes:
         values: int [sum(counts)], slot after slot, example after example.
@@ -40,65 +40,96 @@ class LocalIds:
         offsets = self.offsets[start * self.examples : stop * self.examples + 1]
         return LocalIds(self.values[first : first + sum(counts)], offsets - first, counts, self.examples)
 
+    def of_slot(self, slot: int, multi_valued: bool) -> Ids:
+        """The ids of one slot, as those of a batch of E examples."""
+        first, bags = sum(self.counts[:slot]), slot * self.examples
+        values = self.values[first : first + self.counts[slot]]
+        return Ids(values, self.offsets[bags : bags + self.examples + 1].diff() if multi_valued else None)
+
 
 class IdExchange:
-    """Sends ids to the owners of the tables; every rank must hand in a batch of the same size."""
+    """Sends ids to the ranks of a channel that ask for them; every rank must hand in batches of the same size.
 
-    def __init__(self, routes: Routes, channel: Channel, device: torch.device) -> None:
+    Args:
+        features: features[r] are those that rank r of the channel receives, slot after slot.
+        dtype: of ids and lengths on the wire.
+        blocks: of how many equal blocks a batch consists; the examples received are ordered by block, then by rank.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[Sequence[Feature]],
+        channel: Channel,
+        dtype: torch.dtype,
+        device: torch.device,
+        blocks: int = 1,
+    ) -> None:
         self._channel = channel
         self._device = device
-        self._dtype = routes.index_dtype
-        self._features = [[slot.feature.name for slot in slots] for slots in routes.slots]
-        self._jagged = [[slot.feature.name for slot in slots if slot.feature.multi_valued] for slots in routes.slots]
-        mine = [s for s, slot in enumerate(routes.slots[channel.rank]) if slot.feature.multi_valued]
+        self._dtype = dtype
+        self._blocks = blocks
+        self._features = [[feature.name for feature in of_rank] for of_rank in features]
+        self._jagged = [[feature.name for feature in of_rank if feature.multi_valued] for of_rank in features]
+        mine = [slot for slot, feature in enumerate(features[channel.rank]) if feature.multi_valued]
         self._jagged_slots = torch.tensor(mine, dtype=torch.int64, device=device)
-        self._offsets = torch.zeros(1, dtype=self._dtype, device=device)  # of bags with one id each
+        self._offsets = torch.zeros(1, dtype=dtype, device=device)  # of bags with one id each
 
-    def __call__(self, batch: Batch) -> LocalIds:
-        return self._exchange_jagged(batch) if any(self._jagged) else self._exchange_single(batch)
+    def __call__(self, ids: Mapping[str, Ids], size: int) -> LocalIds:
+        """The ids of `size` examples by feature -> those of this rank's slots over all ranks' examples."""
+        return self._exchange_jagged(ids, size) if any(self._jagged) else self._exchange_single(ids, size)
 
-    def _exchange_single(self, batch: Batch) -> LocalIds:
-        size, ranks = batch.size, self._channel.size
-        slots = len(self._features[self._channel.rank])
-        received = self._send_values(batch, [slots * size] * ranks)
-        values = received.view(ranks, slots, size).transpose(0, 1).reshape(-1)
+    def _exchange_single(self, ids: Mapping[str, Ids], size: int) -> LocalIds:
+        ranks, slots = self._channel.size, len(self._features[self._channel.rank])
+        received = self._send_values(ids, [slots * size] * ranks)
+        values = self._in_order(received, slots, size).reshape(-1)
         if self._offsets.numel() != values.numel() + 1:
             self._offsets = torch.arange(values.numel() + 1, dtype=self._dtype, device=self._device)
         return LocalIds(values, self._offsets, (ranks * size,) * slots, ranks * size)
 
-    def _exchange_jagged(self, batch: Batch) -> LocalIds:
-        size, ranks = batch.size, self._channel.size
-        slots, jagged = len(self._features[self._channel.rank]), self._jagged_slots.numel()
-        lengths = torch.ones(slots, ranks, size, dtype=self._dtype, device=self._device)
-        lengths.index_copy_(0, self._jagged_slots, self._send_lengths(batch).view(ranks, jagged, size).transpose(0, 1))
-        sizes: list[list[int]] = lengths.sum(dim=2).T.tolist()  # [ranks][slots]: the one wait for the device
-        received = self._send_values(batch, [sum(row) for row in sizes])
-        segments = received.split([size for row in sizes for size in row])
-        values = torch.cat([segments[r * slots + s] for s in range(slots) for r in range(ranks)])
+    def _exchange_jagged(self, ids: Mapping[str, Ids], size: int) -> LocalIds:
+        ranks, slots = self._channel.size, len(self._features[self._channel.rank])
+        jagged = self._in_order(self._send_lengths(ids, size), self._jagged_slots.numel(), size)
+        lengths = torch.ones(slots, *jagged.shape[1:], dtype=self._dtype, device=self._device)
+        lengths.index_copy_(0, self._jagged_slots, jagged)
+        sums: list[list[list[int]]] = lengths.sum(dim=3).tolist()  # [slots][blocks][ranks]: the one wait for the device
+        by_rank = [[sums[s][block][r] for s in range(slots) for block in range(self._blocks)] for r in range(ranks)]
+        received = self._send_values(ids, [sum(row) for row in by_rank])
+        segments = received.split([count for row in by_rank for count in row])
+        order = [
+            (r * slots + s) * self._blocks + block
+            for s in range(slots)
+            for block in range(self._blocks)
+            for r in range(ranks)
+        ]
+        values = torch.cat([segments[index] for index in order]) if order else received
         offsets = torch.zeros(lengths.numel() + 1, dtype=self._dtype, device=self._device)
         torch.cumsum(lengths.view(-1), 0, dtype=self._dtype, out=offsets[1:])
-        counts = tuple(sum(row[s] for row in sizes) for s in range(slots))
-        return LocalIds(values, offsets, counts, ranks * size)
+        return LocalIds(values, offsets, tuple(sum(map(sum, of_slot)) for of_slot in sums), ranks * size)
 
-    def _send_lengths(self, batch: Batch) -> Tensor:
-        parts = [_lengths(batch, name) for names in self._jagged for name in names]
+    def _in_order(self, received: Tensor, slots: int, size: int) -> Tensor:
+        """One number an example, by rank -> [slots, blocks, ranks, examples of a block]."""
+        by_rank = received.view(self._channel.size, slots, self._blocks, size // self._blocks)
+        return by_rank.permute(1, 2, 0, 3)
+
+    def _send_lengths(self, ids: Mapping[str, Ids], size: int) -> Tensor:
+        parts = [_lengths(ids, name) for names in self._jagged for name in names]
         mine = self._jagged_slots.numel()
         return all_to_all(
             torch.cat(parts).to(self._dtype),
-            [mine * batch.size] * self._channel.size,
-            [len(names) * batch.size for names in self._jagged],
+            [mine * size] * self._channel.size,
+            [len(names) * size for names in self._jagged],
             self._channel,
             "lengths",
         )
 
-    def _send_values(self, batch: Batch, output_sizes: Sequence[int]) -> Tensor:
-        by_rank = [[batch.ids[name].values for name in names] for names in self._features]
+    def _send_values(self, ids: Mapping[str, Ids], output_sizes: Sequence[int]) -> Tensor:
+        by_rank = [[ids[name].values for name in names] for names in self._features]
         sizes = [sum(values.shape[0] for values in parts) for parts in by_rank]
         flat = torch.cat([values for parts in by_rank for values in parts]).to(self._dtype)
         return all_to_all(flat, output_sizes, sizes, self._channel, "ids")
 
 
-def _lengths(batch: Batch, feature: str) -> Tensor:
-    lengths = batch.ids[feature].lengths
+def _lengths(ids: Mapping[str, Ids], feature: str) -> Tensor:
+    lengths = ids[feature].lengths
     assert lengths is not None, f"{feature} is multi-valued, but its batch has no lengths"
     return lengths

@@ -47,7 +47,7 @@ class LocalTables:
             self._groups.append((sum(len(part.slots) for part in fused), FbgemmTables(fused, config, device)))
         # Row-wise Adagrad over column slices needs every rank in its exchange, one without such slices as well.
         split = config.optimizer == "rowwise_adagrad" and any(shard.column_start > 0 for shard in shards)
-        if plain or split:
+        if plain or split or not fused:
             owners = CoOwners([part.shard for part in plain], shards, channel, device)
             columns = [layout.table(part.shard.table).columns for part in plain]
             tables = TorchTables(plain, columns, config, device, owners.sum if split else None)

@@ -51,17 +51,36 @@ class Shard:
         return Shard(self.table, self.rank, 0, 1, 0, 1)
 
 
-def place(layout: EmbeddingLayout, kind: Literal["table", "column"], world_size: int) -> tuple[Shard, ...]:
+def place(
+    layout: EmbeddingLayout, kind: Literal["table", "column"], world_size: int, *, idle_ranks: bool = False
+) -> tuple[Shard, ...]:
     """Shards of every table, the same on every rank, in table order and then column order.
 
     "table": whole tables, the most expensive first, each to the rank with the least cost so far. "column": every
     table split into columns over all ranks, in multiples of four and as even as those allow; a table with fewer
     multiples than ranks goes to the ranks with the least cost.
 
+    Args:
+        idle_ranks: whether a rank may hold nothing.
+
     Raises:
         UserError: a rank would hold nothing; the message has the arithmetic and a remedy.
     """
-    return _whole_tables(layout, world_size) if kind == "table" else _column_slices(layout, world_size)
+    shards = _whole_tables(layout, world_size) if kind == "table" else _column_slices(layout, world_size)
+    if not idle_ranks and len({shard.rank for shard in shards}) < world_size:
+        raise UserError(_idle_ranks(layout, kind, world_size))
+    return shards
+
+
+def place_on_hosts(
+    hosts: Sequence[EmbeddingLayout], kind: Literal["table", "column"], ranks_per_host: int
+) -> tuple[Shard, ...]:
+    """`place` inside every host: hosts[h] is what host h holds; ranks are those of the whole job."""
+    return tuple(
+        dataclasses.replace(shard, rank=host * ranks_per_host + shard.rank)
+        for host, layout in enumerate(hosts)
+        for shard in place(layout, kind, ranks_per_host, idle_ranks=True)
+    )
 
 
 def table_costs(layout: EmbeddingLayout) -> dict[str, float]:
@@ -74,11 +93,6 @@ def table_costs(layout: EmbeddingLayout) -> dict[str, float]:
 
 
 def _whole_tables(layout: EmbeddingLayout, world_size: int) -> tuple[Shard, ...]:
-    if len(layout.tables) < world_size:
-        raise UserError(
-            f'embedding.placement="table" cannot give {world_size} ranks a table each: {len(layout.tables)} tables '
-            f'< {world_size} ranks; set embedding.placement="column" or use at most {len(layout.tables)} ranks'
-        )
     costs = table_costs(layout)
     load = [0.0] * world_size
     owner: dict[str, int] = {}
@@ -90,13 +104,6 @@ def _whole_tables(layout: EmbeddingLayout, world_size: int) -> tuple[Shard, ...]
 
 
 def _column_slices(layout: EmbeddingLayout, world_size: int) -> tuple[Shard, ...]:
-    pieces = sum(min(world_size, _units(table)) for table in layout.tables)
-    if pieces < world_size:
-        listed = ", ".join(f"{table.name} {table.columns}" for table in layout.tables)
-        raise UserError(
-            f'embedding.placement="column" cannot give {world_size} ranks a slice each: the tables have {pieces} '
-            f"slices of {COLUMN_UNIT} columns (columns: {listed}); widen model.dim or use at most {pieces} ranks"
-        )
     costs = table_costs(layout)
     load = [0.0] * world_size
     shards: dict[str, list[Shard]] = {}
@@ -110,6 +117,20 @@ def _column_slices(layout: EmbeddingLayout, world_size: int) -> tuple[Shard, ...
             load[rank] += costs[table.name] * width / table.columns
             start += width
     return tuple(shard for table in layout.tables for shard in shards[table.name])
+
+
+def _idle_ranks(layout: EmbeddingLayout, kind: str, world_size: int) -> str:
+    if kind == "table":
+        return (
+            f'embedding.placement="table" cannot give {world_size} ranks a table each: {len(layout.tables)} tables '
+            f'< {world_size} ranks; set embedding.placement="column" or use at most {len(layout.tables)} ranks'
+        )
+    pieces = sum(min(world_size, _units(table)) for table in layout.tables)
+    listed = ", ".join(f"{table.name} {table.columns}" for table in layout.tables)
+    return (
+        f'embedding.placement="column" cannot give {world_size} ranks a slice each: the tables have {pieces} '
+        f"slices of {COLUMN_UNIT} columns (columns: {listed}); widen model.dim or use at most {pieces} ranks"
+    )
 
 
 def _units(table: Table) -> int:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarec.topology import Topology, lines
+
 Direction = Literal["forward", "backward"]
 
 
@@ -26,10 +28,12 @@ class TrafficKey(NamedTuple):
 
 @dataclass
 class Traffic:
-    """Payload of one rank: `bytes` leave it for other ranks, `self_bytes` is the part it sends to itself."""
+    """Payload of one rank: `bytes` leave it for other ranks, `cross_host_bytes` of them for ranks of other hosts;
+    `self_bytes` is the part it sends to itself."""
 
     calls: int = 0
     bytes: int = 0
+    cross_host_bytes: int = 0
     self_bytes: int = 0
 
 
@@ -40,21 +44,23 @@ class Ledger:
     traffic: dict[TrafficKey, Traffic] = field(default_factory=dict)
     _taken: dict[str, int] = field(default_factory=dict)
 
-    def record(self, key: TrafficKey, sent: int, kept: int) -> None:
+    def record(self, key: TrafficKey, sent: int, across: int, kept: int) -> None:
         entry = self.traffic.setdefault(key, Traffic())
         entry.calls += 1
         entry.bytes += sent
+        entry.cross_host_bytes += across
         entry.self_bytes += kept
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a key, for JSON and tables: group, op, dtype, direction, calls, bytes, self_bytes."""
+        """One row a key, for JSON and tables: the key's fields, then those of its traffic."""
         return [key._asdict() | vars(entry) for key, entry in sorted(self.traffic.items())]
 
     def take(self) -> dict[str, int]:
-        """Bytes sent since the last call, by group; the totals stay."""
-        totals: dict[str, int] = {}
+        """Bytes sent since the last call, by group, and those of all groups that crossed hosts; the totals stay."""
+        totals: dict[str, int] = {"cross_host": 0}
         for key, entry in self.traffic.items():
             totals[key.group] = totals.get(key.group, 0) + entry.bytes
+            totals["cross_host"] += entry.cross_host_bytes
         new = {group: total - self._taken.get(group, 0) for group, total in totals.items()}
         self._taken = totals
         return new
@@ -67,6 +73,7 @@ class Channel:
     Attributes:
         name: the group's name in the ledger: world, tower, peer, tensor or data.
         group: None when the channel holds one rank.
+        remote: which ranks of the group are on another host than this one; empty: none.
     """
 
     name: str
@@ -74,6 +81,26 @@ class Channel:
     rank: int
     size: int
     ledger: Ledger
+    remote: tuple[bool, ...] = ()
+
+
+def build_channel(topology: Topology, name: Literal["world", "tower", "peer", "tensor"], ledger: Ledger) -> Channel:
+    """The channel of this rank's group of that kind."""
+    all_ranks = [list(range(topology.world_size))]
+    kinds = lines(topology.world_size, topology.ranks_per_host, topology.tensor_size) | {"world": all_ranks}
+    members = next(ranks for ranks in kinds[name] if topology.rank in ranks)
+    remote = tuple(rank // topology.ranks_per_host != topology.host for rank in members)
+    return Channel(name, getattr(topology, name), members.index(topology.rank), len(members), ledger, remote)
+
+
+class Messages(NamedTuple):
+    """In which types numbers travel; they are float32 before and after."""
+
+    forward: torch.dtype = torch.float32
+    backward: torch.dtype = torch.float32
+
+
+FP32 = Messages()
 
 
 def all_to_all(
@@ -100,8 +127,10 @@ def all_to_all(
     received = tensor.new_empty(sum(output_sizes))
     dist.all_to_all_single(received, tensor, list(output_sizes), list(input_sizes), group=channel.group)
     kept = input_sizes[channel.rank]
+    across = sum(size for size, remote in zip(input_sizes, channel.remote, strict=False) if remote)
     width = tensor.element_size()
-    _record(channel, f"all_to_all {purpose}", tensor, direction, (sum(input_sizes) - kept) * width, kept * width)
+    sent = (sum(input_sizes) - kept) * width
+    _record(channel, f"all_to_all {purpose}", tensor, direction, sent, kept * width, across * width)
     return received
 
 
@@ -118,7 +147,9 @@ def all_gather_rows(
     gathered = tensor.new_empty(channel.size * tensor.shape[0], *tensor.shape[1:])
     work = dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=channel.group, async_op=True)
     own = tensor.numel() * tensor.element_size()
-    _record(channel, f"all_gather {purpose}", tensor, direction, (channel.size - 1) * own, own)
+    _record(
+        channel, f"all_gather {purpose}", tensor, direction, (channel.size - 1) * own, own, sum(channel.remote) * own
+    )
     return gathered, work
 
 
@@ -135,24 +166,31 @@ def reduce_scatter_rows(
     own = tensor.new_empty(tensor.shape[0] // channel.size, *tensor.shape[1:])
     work = dist.reduce_scatter_tensor(own, tensor.contiguous(), group=channel.group, async_op=True)
     kept = own.numel() * own.element_size()
-    _record(channel, f"reduce_scatter {purpose}", tensor, direction, (channel.size - 1) * kept, kept)
+    sent, across = (channel.size - 1) * kept, sum(channel.remote) * kept
+    _record(channel, f"reduce_scatter {purpose}", tensor, direction, sent, kept, across)
     return own, work
 
 
 def all_reduce_mean(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Tensor:
     """The mean over the ranks, summed in float32, in the tensor's own type; no gradient."""
+    return all_reduce_sum(tensor, channel, purpose, direction).div(channel.size).to(tensor.dtype)
+
+
+def all_reduce_sum(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Tensor:
+    """The sum over the ranks, in float32, the same to the last bit on all of them; no gradient."""
+    total = tensor.float() if tensor.dtype != torch.float32 else tensor.clone()
     if channel.size == 1:
-        return tensor
-    mean = tensor.float() if tensor.dtype != torch.float32 else tensor.clone()
-    dist.all_reduce(mean, group=channel.group)
-    kept = mean.numel() * mean.element_size() // channel.size
-    _record(channel, f"all_reduce {purpose}", mean, direction, 2 * (channel.size - 1) * kept, 2 * kept)
-    return mean.div_(channel.size).to(tensor.dtype)
+        return total
+    dist.all_reduce(total, group=channel.group)
+    kept = total.numel() * total.element_size() // channel.size  # a ring: reduce-scatter, then all-gather
+    across = 2 * sum(channel.remote) * kept
+    _record(channel, f"all_reduce {purpose}", total, direction, 2 * (channel.size - 1) * kept, 2 * kept, across)
+    return total
 
 
-def _record(channel: Channel, op: str, tensor: Tensor, direction: Direction, sent: int, kept: int) -> None:
+def _record(channel: Channel, op: str, tensor: Tensor, direction: Direction, sent: int, kept: int, across: int) -> None:
     key = TrafficKey(channel.name, op, str(tensor.dtype).removeprefix("torch."), direction)
-    channel.ledger.record(key, sent, kept)
+    channel.ledger.record(key, sent, across, kept)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -166,22 +204,34 @@ class _AllToAll(torch.autograd.Function):
         input_sizes: Sequence[int],
         channel: Channel,
         purpose: str,
+        messages: Messages,
     ) -> Tensor:
-        ctx.sizes, ctx.channel, ctx.purpose = (output_sizes, input_sizes), channel, purpose
-        return all_to_all(tensor, output_sizes, input_sizes, channel, purpose)
+        ctx.sizes, ctx.channel, ctx.purpose, ctx.dtype = (
+            (output_sizes, input_sizes),
+            channel,
+            purpose,
+            messages.backward,
+        )
+        return all_to_all(tensor.to(messages.forward), output_sizes, input_sizes, channel, purpose).to(tensor.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         output_sizes, input_sizes = ctx.sizes
-        grad = all_to_all(grads[0].contiguous(), input_sizes, output_sizes, ctx.channel, ctx.purpose, "backward")
-        return grad, None, None, None, None
+        message = grads[0].contiguous().to(ctx.dtype)
+        grad = all_to_all(message, input_sizes, output_sizes, ctx.channel, ctx.purpose, "backward")
+        return grad.to(grads[0].dtype), None, None, None, None, None
 
 
 def all_to_all_with_grad(
-    tensor: Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int], channel: Channel, purpose: str
+    tensor: Tensor,
+    output_sizes: Sequence[int],
+    input_sizes: Sequence[int],
+    channel: Channel,
+    purpose: str,
+    messages: Messages = FP32,
 ) -> Tensor:
     """`all_to_all` that gradients flow back through, the reverse way."""
     if channel.size == 1:
         return tensor
-    result: Tensor = _AllToAll.apply(tensor.contiguous(), output_sizes, input_sizes, channel, purpose)
+    result: Tensor = _AllToAll.apply(tensor.contiguous(), output_sizes, input_sizes, channel, purpose, messages)
     return result

@@ -93,9 +93,7 @@ def case_losses(path: Path, overrides: list[str], steps: int) -> list[float]:
     for step in range(steps):
         epoch, position = divmod(step, run.train.steps_per_epoch)
         batch = next(iter(run.train.batches(epoch, start=position))).to(device)
-        result = train_step(
-            run.engine, run.sparse, batch, world_size=run.topology.world_size, l2=config.embedding.l2, clock=clock
-        )
+        result = train_step(run.engine, run.sparse, batch, world_size=run.topology.world_size, clock=clock)
         loss = binary_cross_entropy_with_logits(result.logits.double(), batch.labels.double())
         dist.all_reduce(loss)
         losses.append(float(loss) / run.topology.world_size)

@@ -131,7 +131,6 @@ def run_steps(
                     model.sparse,
                     batch,
                     world_size=topology.world_size,
-                    l2=fitted.config.embedding.l2,
                     clock=Clock(device),
                 )
             collectives = recorder.take()

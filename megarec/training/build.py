@@ -142,9 +142,7 @@ def build_model(
     sparse = SparseSide(
         layout,
         config.embedding,
-        world=topology.world,
-        rank=topology.rank,
-        world_size=topology.world_size,
+        topology,
         seed=config.train.seed,
         device=device,
         ledger=ledger,

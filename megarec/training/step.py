@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.data.batch import Batch
-from megarec.embeddings.exchange import SparseSide, add_l2
+from megarec.embeddings.exchange import SparseSide
 from megarec.training.clock import Clock
 from megarec.training.engine import gradient_norm
 
@@ -40,7 +40,6 @@ def train_step(
     batch: Batch,
     *,
     world_size: int,
-    l2: float,
     clock: Clock,
     want_norm: bool = False,
 ) -> StepResult:
@@ -48,7 +47,6 @@ def train_step(
 
     Args:
         batch: B examples of this rank; B x world_size is the global batch.
-        l2: weight of the squared looked-up embeddings in the objective.
         want_norm: return the norm of the dense gradient; at ZeRO 0 in fp32 it costs a pass over the gradients.
     """
     engine.train()
@@ -75,8 +73,7 @@ def train_step(
         assert leaf.grad is not None
         with clock.part("exchange"):
             # A rank's gradient is that of its own mean loss; the objective is the mean over the global batch.
-            gradient = leaf.grad.div_(loss_scale * world_size)
-            embedded.backward(add_l2(gradient, leaf.detach(), l2, batch.size * world_size))
+            embedded.backward(leaf.grad.div_(loss_scale * world_size))
     if want_norm and norm is None:
         norm = engine.get_global_grad_norm()
     return StepResult(torch.cat(logits), None if norm is None else float(norm), applied)

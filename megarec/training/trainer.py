@@ -150,7 +150,6 @@ class Loop:
                 run.sparse,
                 batch,
                 world_size=run.topology.world_size,
-                l2=run.config.embedding.l2,
                 clock=self.clock,
                 want_norm=due,
             )

@@ -12,6 +12,7 @@ from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.layout import EmbeddingLayout
 from megarec.embeddings.tables import State
 from megarec.parallel.collectives import Ledger
+from megarec.topology import build_topology
 from tests.embeddings.plain import SEED, STEPS, Trained, global_batch, loss, slice_of
 
 
@@ -27,17 +28,8 @@ class Part:
 
 def sparse_side(layout: EmbeddingLayout, config: EmbeddingConfig, ledger: Ledger | None = None) -> SparseSide:
     """Over the ranks of the pool, or in this process alone."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    return SparseSide(
-        layout,
-        config,
-        world=dist.group.WORLD if ranks > 1 else None,
-        rank=dist.get_rank() if ranks > 1 else 0,
-        world_size=ranks,
-        seed=SEED,
-        device=torch.device("cpu"),
-        ledger=ledger or Ledger(),
-    )
+    topology = build_topology(None, tensor=1)
+    return SparseSide(layout, config, topology, seed=SEED, device=torch.device("cpu"), ledger=ledger or Ledger())
 
 
 def train(

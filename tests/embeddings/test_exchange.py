@@ -8,7 +8,7 @@ import torch
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.embeddings import stack
-from megarec.embeddings.exchange import SparseSide, add_l2
+from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.layout import EmbeddingLayout, Feature, Table
 from megarec.embeddings.tables import State
 from megarec.errors import UserError
@@ -146,16 +146,11 @@ def test_l2_shrinks_what_was_looked_up(backend: str) -> None:
     batch = global_batch(SINGLE_LAYOUT, 16, step=0)
     before = sparse.state()["user/weight"][1].clone()
     embedded = sparse.forward(batch)
-    embedded.backward(add_l2(torch.zeros_like(embedded), embedded.detach(), config.l2, global_batch=16))
+    embedded.backward(torch.zeros_like(embedded))
     counts = torch.bincount(batch.ids["user"].values, minlength=300).unsqueeze(1)
     expected = before * (1 - 0.5 * counts * 2 * 0.3 / 16)
     torch.testing.assert_close(sparse.state()["user/weight"][1], expected)
     assert not torch.equal(expected, before)
-
-
-def test_l2_of_zero_leaves_the_gradient_alone() -> None:
-    gradient = torch.randn(3, 2)
-    assert add_l2(gradient, torch.randn(3, 2), 0.0, 3) is gradient
 
 
 def resume_halfway(config: EmbeddingConfig) -> tuple[State, State]:

@@ -57,10 +57,10 @@ def test_one_rank_needs_no_group_and_counts_nothing() -> None:
 def test_ledger_adds_up_and_hands_out_what_is_new() -> None:
     ledger = Ledger()
     world, tower = (TrafficKey(group, "all_to_all ids", "int32", "forward") for group in ("world", "tower"))
-    ledger.record(world, sent=8, kept=1)
-    ledger.record(world, sent=8, kept=1)
-    ledger.record(tower, sent=5, kept=0)
-    assert ledger.take() == {"world": 16, "tower": 5}
-    ledger.record(world, sent=2, kept=0)
-    assert ledger.take() == {"world": 2, "tower": 0}
-    assert ledger.traffic[world] == Traffic(calls=3, bytes=18, self_bytes=2)
+    ledger.record(world, sent=8, across=4, kept=1)
+    ledger.record(world, sent=8, across=4, kept=1)
+    ledger.record(tower, sent=5, across=0, kept=0)
+    assert ledger.take() == {"world": 16, "tower": 5, "cross_host": 8}
+    ledger.record(world, sent=2, across=2, kept=0)
+    assert ledger.take() == {"world": 2, "tower": 0, "cross_host": 2}
+    assert ledger.traffic[world] == Traffic(calls=3, bytes=18, cross_host_bytes=10, self_bytes=2)

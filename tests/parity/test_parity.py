@@ -48,7 +48,7 @@ def losses_with_wrong_gradient_scale(path: Path, overrides: list[str], steps: in
     set_learning_rate(run.engine, config.dense.learning_rate)
     losses = []
     for batch in list(run.train.batches(epoch=0))[:steps]:
-        result = train_step(run.engine, run.sparse, batch, world_size=1, l2=0.0, clock=Clock(device))
+        result = train_step(run.engine, run.sparse, batch, world_size=1, clock=Clock(device))
         loss = binary_cross_entropy_with_logits(result.logits.double(), batch.labels.double())
         dist.all_reduce(loss)
         losses.append(float(loss) / run.topology.world_size)

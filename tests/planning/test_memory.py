@@ -19,7 +19,7 @@ from megarec.models.recommender import Recommender
 from megarec.parallel.collectives import Ledger
 from megarec.parallel.recompute import recompute_layers
 from megarec.planning.memory import activation_bytes, parameter_sizes, predict, table_bytes, with_totals
-from megarec.topology import Topology
+from megarec.topology import ONE_RANK, Topology
 from megarec.training.memory import saved_activations
 
 SCHEMA = Schema(
@@ -78,7 +78,7 @@ def test_tables_are_as_large_as_the_real_ones(optimizer: str, weights: str) -> N
     config = config_of(MODELS[0], embedding=embedding)
     layout = build_layout(SCHEMA, config.embedding, 16)
     cpu = torch.device("cpu")
-    real = SparseSide(layout, config.embedding, world=None, rank=0, world_size=1, seed=1, device=cpu, ledger=Ledger())
+    real = SparseSide(layout, config.embedding, ONE_RANK, seed=1, device=cpu, ledger=Ledger())
     steps = sum(tensor.nbytes for name, (_, tensor) in real.state().items() if name.endswith("/steps"))
     assert table_bytes(real.shards, config.embedding) == real.memory_bytes() - steps
 
