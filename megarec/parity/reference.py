@@ -1,17 +1,19 @@
-"""The reference of every parity claim: one process, whole tables, plain torch; no exchange, no engine.
+"""The reference of every parity claim: one process, whole tables, all towers, plain torch; no exchange, no engine.
 
 Shares with the system under test only the model's modules (proven against the equations on their own), the loader and
 the initial values of the tables.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
 
-from megarec.config.sections import EmbeddingConfig, RunConfig
+from megarec.config.sections import DenseConfig, EmbeddingConfig, RunConfig
+from megarec.config.tower_sections import IdentityTowerConfig
 from megarec.data.batch import Batch, Ids
 from megarec.data.loader import TrainLoader
 from megarec.data.schema import load_schema
@@ -20,6 +22,10 @@ from megarec.embeddings.initial import initial_rows
 from megarec.embeddings.layout import EmbeddingLayout, build_layout
 from megarec.models.initial import initialize
 from megarec.models.recommender import Recommender
+from megarec.towers.assignment import tower_columns
+from megarec.towers.modules import TowerBank
+from megarec.towers.optimizer import TowerOptimizer, resolve_optimizer
+from megarec.towers.sizes import ResolvedTowers, over_arch_config, over_arch_input, resolve_towers
 
 
 class ReferenceStep(NamedTuple):
@@ -49,30 +55,66 @@ def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
         pin_memory=False,
     )
     layout = build_layout(schema, config.embedding, config.model.dim)
-    model = Recommender(layout, len(schema.numeric), config.model, config.embedding.dropout)
+    resolved = resolve_towers(config, layout)
+    towers = PlainTowers(config, layout, resolved)
+    sizes = over_arch_config(config.model, resolved.modules)
+    columns = over_arch_input(layout, resolved.modules)
+    model = Recommender(columns, len(schema.numeric), sizes, config.embedding.dropout)
     initialize(model, config.train.seed)
-    dense = config.dense
-    optimizer: torch.optim.Optimizer
-    if dense.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), dense.learning_rate, weight_decay=dense.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(
-            model.parameters(), dense.learning_rate, betas=dense.betas, eps=dense.eps, weight_decay=dense.weight_decay
-        )
+    optimizer = plain_optimizer(model.parameters(), config.dense)
     tables = PlainTables(layout, config.embedding, config.train.seed)
     done = []
     for step in range(steps):
         epoch, position = divmod(step, loader.steps_per_epoch)
         batch = next(iter(loader.batches(epoch, start=position)))
         embedded = tables.look_up(batch)
-        loss = binary_cross_entropy_with_logits(model(batch.numeric, embedded, batch.keys).float(), batch.labels)
+        logits = model(batch.numeric, towers.forward(embedded), batch.keys)
+        loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
         (loss + config.embedding.l2 * embedded.pow(2).sum() / batch.size).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed["gradient_clipping"])
         optimizer.step()
         optimizer.zero_grad()
+        towers.update()
         tables.update(batch)
         done.append(ReferenceStep(float(loss.detach()), float(norm)))
     return done
+
+
+def plain_optimizer(
+    parameters: Iterable[nn.Parameter], settings: DenseConfig | TowerOptimizer
+) -> torch.optim.Optimizer:
+    """torch's SGD or AdamW, not fused."""
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, rate, weight_decay=decay)
+    return torch.optim.AdamW(parameters, rate, betas=settings.betas, eps=settings.eps, weight_decay=decay)
+
+
+class PlainTowers:
+    """All towers' modules on one process with an optimizer of their own, not clipped; without modules, nothing."""
+
+    def __init__(self, config: RunConfig, layout: EmbeddingLayout, resolved: ResolvedTowers) -> None:
+        self.bank: TowerBank | None = None
+        if resolved.towers is None or resolved.modules is None:
+            return
+        assert not isinstance(config.tower_module, IdentityTowerConfig)
+        self.order = [column for columns in tower_columns(layout, resolved.towers) for column in columns]
+        self.bank = TowerBank(resolved.modules, range(len(resolved.towers)))
+        initialize(self.bank, config.train.seed)
+        settings = resolve_optimizer(config.tower_module, config.dense)
+        self.optimizer = plain_optimizer(self.bank.parameters(), settings)
+
+    def forward(self, embedded: Tensor) -> Tensor:
+        """Pooled embeddings [B, layout.width] -> what the over-arch sees."""
+        if self.bank is None:
+            return embedded
+        emitted: Tensor = self.bank(embedded[:, self.order])
+        return emitted
+
+    def update(self) -> None:
+        if self.bank is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
 
 class PlainTables:
