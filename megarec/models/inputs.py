@@ -61,6 +61,7 @@ class InputLayer(nn.Module):
         embedding_dropout: probability per element of the looked-up embeddings.
 
     Attributes:
+        width: columns of the looked-up embeddings.
         embeddings: N, how many embeddings X_0 has.
         numeric_embeddings: how many of them, the last ones, come from numeric features.
 
@@ -74,6 +75,7 @@ class InputLayer(nn.Module):
         super().__init__()
         assert layout.dim == config.dim, f"layout.dim={layout.dim}, config.dim={config.dim}"
         self.dim = config.dim
+        self.width = layout.width
         self.full_columns = layout.full_embeddings * config.dim
         self.embeddings = input_embeddings(layout, numeric, config)
         self.numeric_embeddings = config.numeric_embeddings if numeric else 0

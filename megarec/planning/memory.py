@@ -21,6 +21,7 @@ from megarec.parallel.recompute import recompute_layers
 from megarec.parallel.tensor import shard_mlps
 from megarec.planning.zero import dense_parts, zero_of
 from megarec.topology import Topology
+from megarec.towers.sizes import over_arch_config, over_arch_input, resolve_towers
 from megarec.training.memory import Parts, saved_activations
 
 MODEL_STATES = ("parameters", "gradients", "optimizer")
@@ -67,8 +68,10 @@ def with_totals(parts: Parts) -> Parts:
 
 
 def meta_model(config: RunConfig, layout: EmbeddingLayout, numeric: int) -> Recommender:
+    modules = resolve_towers(config, layout).modules
+    columns, model = over_arch_input(layout, modules), over_arch_config(config.model, modules)
     with torch.device("meta"):
-        return Recommender(layout, numeric, config.model, config.embedding.dropout)
+        return Recommender(columns, numeric, model, config.embedding.dropout)
 
 
 def parameter_sizes(config: RunConfig, layout: EmbeddingLayout, numeric: int, topology: Topology) -> list[int]:
@@ -88,7 +91,7 @@ def activation_bytes(config: RunConfig, layout: EmbeddingLayout, numeric: int, m
     recompute_layers(model, config.dense.recompute)
     kept: dict[str, int] = {}
     with torch.device("meta"), saved_activations(kept):
-        embedded = torch.empty(micro_batch, layout.width, requires_grad=True)
+        embedded = torch.empty(micro_batch, model.inputs.width, requires_grad=True)
         keys = torch.empty(micro_batch, dtype=torch.int64)
         model(torch.empty(micro_batch, numeric), embedded, keys)
     return kept["bytes"]
