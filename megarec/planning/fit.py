@@ -12,6 +12,7 @@ from megarec.models.cost import Cost, count
 from megarec.planning.memory import predict, table_bytes, with_totals
 from megarec.scaling.dial import resolve_scale
 from megarec.topology import Topology
+from megarec.towers.sizes import resolve_towers
 from megarec.training.memory import Parts
 
 STEP_FLOP = 250e9  # a step of some seconds on a CPU that does 50 GFLOP/s: a rank has as many examples as that allows
@@ -55,11 +56,12 @@ def fit(config: RunConfig, schema: Schema, topology: Topology, available: int) -
         UserError: batch, ranks and tables do not fit together, or the rank does not fit even with cut tables.
     """
     layout = build_layout(schema, config.embedding, config.model.dim)
-    sizes, _ = resolve_scale(config.model, layout, len(schema.numeric))
+    modules = resolve_towers(config, layout).modules
+    sizes, _ = resolve_scale(config.model, layout, len(schema.numeric), modules)
     config = config.model_copy(update={"model": sizes})
     real = micro_batch_size(config, topology.world_size)
     accumulation = config.deepspeed.get("gradient_accumulation_steps", 1)
-    cost = count(sizes, layout, len(schema.numeric))
+    cost = count(sizes, layout, len(schema.numeric), modules)
     affordable = int(STEP_FLOP // (cost.flop * accumulation))
     micro = max(1, min(real, affordable))
     small = _with_batch(config, micro * accumulation * topology.world_size)
