@@ -30,11 +30,12 @@ def widened(x: Tensor) -> Tensor:
 
 
 def example_blocks(x: Tensor) -> list[slice]:
-    """The batch [B, ...] cut into blocks that fit a CPU's cache; elsewhere one block."""
+    """The batch [B, ...] cut into blocks that fit a CPU's cache and divide among its threads; elsewhere one block."""
     batch = len(x)
     block = batch
     if x.device.type == "cpu" and x.numel():
-        block = max(1, CACHE_BYTES // (4 * (x.numel() // batch)))
+        fitting, threads = CACHE_BYTES // (4 * (x.numel() // batch)), torch.get_num_threads()
+        block = max(1, -(-fitting // threads)) * threads
     return [slice(start, start + block) for start in range(0, batch, block)] if batch else []
 
 
