@@ -153,6 +153,9 @@ class DenseConfig(Section):
     )
 
 
+MessageType = Literal["fp32", "fp16", "bf16"]
+
+
 class ParallelConfig(Section):
     """How ranks form hosts and groups."""
 
@@ -165,6 +168,12 @@ class ParallelConfig(Section):
         None,
         description="by tower, its features; or a number of towers, feature i in tower i mod T; or the path of a "
         "towers.json, relative to this file (from --set: to the working directory)",
+    )
+    timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="a collective that waits longer for other ranks ends the run"
+    )
+    messages: tuple[MessageType, MessageType] = Field(
+        ("fp32", "fp32"), strict=False, description="types in which embeddings and their gradients travel between ranks"
     )
 
 

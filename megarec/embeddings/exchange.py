@@ -1,13 +1,14 @@
 """The sparse side of a model on one rank: ids out, pooled embeddings back, by the flat or the tower exchange.
 
-    flat     one all-to-all over all ranks each way (group.py over the world)
-    tower    in-host exchange between two small ones over the peers (tower_exchange.py)
+    flat     one all-to-all over all ranks each way (group.py over the world); tower modules, if any, come last
+    tower    in-host exchange between two small ones over the peers (tower_exchange.py), tower modules in the middle
 
-Both give the same numbers; with identity towers, float32 messages and whole rows or columns, to the last bit.
+Both give the same numbers; without tower modules, in float32 and with whole rows or columns, to the last bit.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,26 +19,36 @@ from megarec.embeddings.group import Distributed, TableGroup
 from megarec.embeddings.layout import EmbeddingLayout
 from megarec.embeddings.placement import Shard, place, place_on_hosts
 from megarec.embeddings.tables import State
-from megarec.embeddings.tower_exchange import TowerExchange, canonical_assembly, host_layouts
+from megarec.embeddings.tower_exchange import (
+    TowerExchange,
+    canonical_assembly,
+    host_layouts,
+    tower_order_assembly,
+)
 from megarec.errors import UserError
 from megarec.parallel.collectives import FP32, Ledger, Messages, build_channel
 from megarec.topology import Topology
-
-Towers = Sequence[Sequence[str]]
+from megarec.towers.assignment import check_towers
+from megarec.towers.optimizer import TowerOptimizer
+from megarec.towers.side import TowerModules
+from megarec.towers.sizes import NO_TOWERS, ResolvedTowers
 
 
 class SparseSide:
-    """Tables and exchange of one rank.
+    """Tables, tower modules and exchange of one rank.
 
     Args:
         seed: of the initial weights.
         ledger: counts the bytes sent.
-        towers: features by tower: the tower exchange; None: the flat one.
+        exchange: "tower" needs towers.
+        towers: features by tower, and the sizes of their modules.
+        tower_optimizer: of the modules; None when there are none.
         messages: in which types embeddings and their gradients travel.
         shards: where the tables lie, all of them; None: as the config places them.
 
     Raises:
-        UserError: the tables cannot be placed on so many ranks, or not held by the backend that the config names.
+        UserError: the tables cannot be placed on so many ranks, or not held by the backend that the config names; or
+            the hosts cannot share the towers equally.
     """
 
     def __init__(
@@ -49,40 +60,44 @@ class SparseSide:
         seed: int,
         device: torch.device,
         ledger: Ledger,
-        towers: Towers | None = None,
+        exchange: Literal["flat", "tower"] = "flat",
+        towers: ResolvedTowers = NO_TOWERS,
+        tower_optimizer: TowerOptimizer | None = None,
         messages: Messages = FP32,
         shards: tuple[Shard, ...] | None = None,
     ) -> None:
-        self.layout = layout
-        self._topology, self._l2 = topology, config.l2
+        self._topology, self._l2, self._rate = topology, config.l2, config.learning_rate
         self._exchange: TowerExchange | None = None
-        if towers is None:
-            self.shards = place(layout, config.placement, topology.world_size) if shards is None else shards
-            world = build_channel(topology, "world", ledger)
-            self._group = TableGroup(layout, self.shards, config, world, blocks=1, messages=messages, device=device)
+        world, tower, peer = (build_channel(topology, name, ledger) for name in ("world", "tower", "peer"))
+        parts = layouts_by_host(layout, topology, exchange, towers)
+        self.shards = place_shards(parts, config, topology, exchange) if shards is None else shards
+        if exchange == "flat":
+            self._group = TableGroup(parts[0], self.shards, config, world, blocks=1, messages=messages, device=device)
         else:
-            hosts = host_layouts(layout, towers, topology.hosts)
-            self.shards = place_on_hosts(hosts, config.placement, topology.ranks_per_host) if shards is None else shards
+            outputs = [part.width for part in parts]
+            assembly = canonical_assembly(layout, parts)
+            if towers.towers is not None and towers.modules is not None:
+                of_host = [towers.towers.of_host(host, topology.hosts) for host in range(topology.hosts)]
+                outputs = [towers.modules.output_columns(held) for held in of_host]
+                assembly = tower_order_assembly(outputs)
             self._exchange = TowerExchange(
-                hosts,
-                on_host(self.shards, topology),
-                config,
-                tower=build_channel(topology, "tower", ledger),
-                peer=build_channel(topology, "peer", ledger),
-                outputs=[part.width for part in hosts],
-                assembly=canonical_assembly(layout, hosts),
-                messages=messages,
-                device=device,
-            )
+                parts, on_host(self.shards, topology), config, tower=tower, peer=peer, outputs=outputs,
+                assembly=assembly, messages=messages, device=device,
+            )  # fmt: skip
             self._group = self._exchange.group
         self._group.tables.fill(seed, config.initial_std)
+        self.modules: TowerModules | None = None
+        if towers.towers is not None and towers.modules is not None:
+            assert tower_optimizer is not None
+            host, hosts, replicas = (0, 1, world) if exchange == "flat" else (topology.host, topology.hosts, tower)
+            here = towers.towers.of_host(host, hosts)
+            self.modules = TowerModules(towers.modules, here, tower_optimizer, replicas, seed, device)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Pooled embeddings of this rank's examples, float32 [B, layout.width]; every rank must take part.
+        """What the over-arch sees of this rank's examples, float32: [B, layout.width], or [B, columns that the tower
+        modules emit]; every rank must take part.
 
-        With gradients enabled the result carries the update: `result.backward(gradient)`, once an optimizer step and
-        on every rank, where `gradient` is that of the mean over the *global* batch (the rank's own mean, divided by
-        the number of ranks). Without, nothing is recorded and no table changes.
+        With gradients enabled the result carries the update, and `update` must follow. Without, nothing is recorded.
         """
         return self.pool(self.distribute(batch))
 
@@ -93,8 +108,25 @@ class SparseSide:
     def pool(self, batch: Distributed) -> Tensor:
         """The second half of `forward`."""
         if self._exchange is None:
-            return self._with_l2(self._group.pool(batch))
-        return self._exchange.pool(batch, self._with_l2)
+            return self._change(self._group.pool(batch))
+        return self._exchange.pool(batch, self._change)
+
+    def update(self, embedded: Tensor, gradient: Tensor) -> None:
+        """Send a gradient back through the exchange into tower modules and tables, once an optimizer step; collective.
+
+        Args:
+            embedded: what `forward` returned.
+            gradient: [B, columns], of the mean over the *global* batch: that of the rank's own mean, divided by the
+                number of ranks.
+        """
+        embedded.backward(gradient)
+        if self.modules is not None:
+            self.modules.update()
+
+    def _change(self, pooled: Tensor) -> Tensor:
+        """What happens to looked-up embeddings before they go on."""
+        pooled = self._with_l2(pooled)
+        return pooled if self.modules is None else self.modules(pooled)
 
     def _with_l2(self, pooled: Tensor) -> Tensor:
         """Adds l2 x mean over the global batch of |e|^2 to the objective, by its gradient 2 l2 e / global batch.
@@ -108,11 +140,14 @@ class SparseSide:
             pooled.register_hook(lambda gradient: gradient.add(looked_up, alpha=2 * self._l2 / global_batch))
         return pooled
 
-    def set_learning_rate(self, rate: float) -> None:
-        self._group.tables.set_learning_rate(rate)
+    def scale_learning_rate(self, factor: float) -> None:
+        """Set the rates of tables and tower modules to `factor` x their base rates."""
+        self._group.tables.set_learning_rate(factor * self._rate)
+        if self.modules is not None:
+            self.modules.scale_learning_rate(factor)
 
     def memory_bytes(self) -> int:
-        """Bytes of this rank's weights and optimizer state."""
+        """Bytes of this rank's table weights and their optimizer state."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.state().values())
 
     def row_usage(self) -> dict[str, float]:
@@ -120,7 +155,7 @@ class SparseSide:
         return self._group.tables.row_usage()
 
     def state(self) -> State:
-        """Everything a checkpoint keeps, by "<table>/<what>", as slices of global tensors; live tensors, no copies.
+        """The tables as a checkpoint keeps them, by "<table>/<what>", as slices of global tensors; live, no copies.
 
         <what> is weight [rows, columns], the optimizer's state (square_sum, first_moment and second_moment
         [rows, columns], rowwise_square_sum [rows, 1], steps [1, 1]) or touched, bool [rows, 1] (see `row_usage`).
@@ -137,11 +172,12 @@ class SparseSide:
         for name, (shard, _) in mine.items():
             if name in state and state[name][0] != shard:
                 raise UserError(f"checkpoint: {name} is the slice {state[name][0]}, this rank holds {shard}")
-        self.load_state_dict({name: tensor for name, (_, tensor) in state.items()})
+        self._group.tables.load({name: tensor for name, (_, tensor) in state.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors of `state`, for a checkpoint that is read back by the same rank of the same topology."""
-        return {name: tensor for name, (_, tensor) in self.state().items()}
+        """Tables and tower modules, for a checkpoint that is read back by the same rank of the same topology."""
+        tables = {name: tensor for name, (_, tensor) in self.state().items()}
+        return tables if self.modules is None else tables | self.modules.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy what `state_dict` returned.
@@ -149,7 +185,10 @@ class SparseSide:
         Raises:
             UserError: a tensor is missing, unknown, or of another shape or type.
         """
-        self._group.tables.load(state)
+        of_modules = {name for name in state if name.startswith("towers.")}
+        self._group.tables.load({name: tensor for name, tensor in state.items() if name not in of_modules})
+        if self.modules is not None:
+            self.modules.load_state_dict({name: state[name] for name in of_modules})
 
     def describe(self) -> list[str]:
         """Lines for the log: who holds what, in which backend and why."""
@@ -166,9 +205,32 @@ class SparseSide:
         ]
 
 
-def _shortened(entries: list[str]) -> list[str]:
-    """At most ten: hundreds of tables or ranks would drown the log."""
-    return entries if len(entries) <= 10 else [*entries[:8], f"... ({len(entries) - 9} more)", entries[-1]]
+def layouts_by_host(
+    layout: EmbeddingLayout, topology: Topology, exchange: Literal["flat", "tower"], towers: ResolvedTowers
+) -> list[EmbeddingLayout]:
+    """What every host looks up, tower after tower; one entry for all of them under the flat exchange.
+
+    Raises:
+        UserError: the hosts cannot share the towers equally.
+    """
+    if exchange == "flat" and towers.modules is None:
+        return [layout]
+    assert towers.towers is not None, "config/load.py refuses the tower exchange without towers"
+    hosts = topology.hosts if exchange == "tower" else 1
+    check_towers(towers.towers, hosts)
+    return host_layouts(layout, towers.towers.features, hosts)
+
+
+def place_shards(
+    parts: Sequence[EmbeddingLayout],
+    config: EmbeddingConfig,
+    topology: Topology,
+    exchange: Literal["flat", "tower"],
+) -> tuple[Shard, ...]:
+    """Where all tables lie, given `layouts_by_host`; ranks are those of the whole job."""
+    if exchange == "flat":
+        return place(parts[0], config.placement, topology.world_size)
+    return place_on_hosts(parts, config.placement, topology.ranks_per_host)
 
 
 def on_host(shards: Sequence[Shard], topology: Topology) -> tuple[Shard, ...]:
@@ -176,3 +238,8 @@ def on_host(shards: Sequence[Shard], topology: Topology) -> tuple[Shard, ...]:
     first = topology.host * topology.ranks_per_host
     own = (shard for shard in shards if first <= shard.rank < first + topology.ranks_per_host)
     return tuple(dataclasses.replace(shard, rank=shard.rank - first) for shard in own)
+
+
+def _shortened(entries: list[str]) -> list[str]:
+    """At most ten: hundreds of tables or ranks would drown the log."""
+    return entries if len(entries) <= 10 else [*entries[:8], f"... ({len(entries) - 9} more)", entries[-1]]

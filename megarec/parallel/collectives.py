@@ -101,6 +101,7 @@ class Messages(NamedTuple):
 
 
 FP32 = Messages()
+MESSAGE_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def all_to_all(

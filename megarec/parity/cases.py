@@ -60,8 +60,42 @@ DCN_LOW_RANK, DCN_FULL_RANK = (
 MODELS = ((), (ATTENTIVE,), (FULL_FM,), (DLRM,), (DCN_LOW_RANK,), (DCN_FULL_RANK,))
 
 
+# Tower modules take embeddings of full width alone; multi_0 shares the table of single_0.
+FULL_WIDTH = 'embedding.features={"single_1": {"embeddings": 2}}'
+# The default first rows are small against LayerNorm's eps in a Wukong tower of one embedding: there rounding noise
+# grows ten times every few steps, in one process as well, until a ReLU flips (1e-7 at step 5, 1e-4 at step 15).
+LARGE_ROWS = "embedding.initial_std=0.3"
+UNEVEN_TWO = 'parallel.towers=[["single_0", "single_1", "multi_0", "multi_1"], ["single_2", "single_3"]]'
+UNEVEN_FOUR = 'parallel.towers=[["single_0", "multi_0"], ["multi_1"], ["single_2", "single_3"], ["single_1"]]'
+TOWER_MODULES = {
+    "wukong": 'tower_module={"name": "wukong", "compression": 2, "rank": 4, "mlp": [8]}',
+    "dlrm": 'tower_module={"name": "dlrm", "compression": 2}',
+    "dcn": 'tower_module={"name": "dcn", "compression": 2, "rank": 4}',
+}
+FAMILIES = (((), "wukong"), ((DLRM,), "dlrm"), ((DCN_LOW_RANK,), "dcn"))
+
+
+def _hosts(ranks_per_host: int) -> tuple[str, ...]:
+    """The tower exchange on hosts of so many ranks."""
+    return ("parallel.exchange=tower", f"parallel.ranks_per_host={ranks_per_host}")
+
+
 def _small() -> list[Case]:
-    return _small_sparse() + _small_dense() + _small_bf16()
+    return _small_sparse() + _small_dense() + _small_bf16() + _small_towers()
+
+
+def _small_towers() -> list[Case]:
+    """Every family with its module and uneven towers: one host, hosts of one and of two ranks, two towers a host; under
+    the flat exchange too; plain SGD, which hides no constant factor, and AdamW."""
+    chosen = [Case(4, (UNEVEN_TWO,), (_zero(1), *_hosts(2))), Case(2, (UNEVEN_FOUR,), (_zero(2), COLUMN, *_hosts(1)))]
+    for (model, module), stage in zip(FAMILIES, (3, 2, 1), strict=True):
+        for dense in ((), (*DENSE_SGD, "embedding.optimizer=sgd")):
+            numbers = (*model, *dense, FULL_WIDTH, LARGE_ROWS, TOWER_MODULES[module])
+            chosen += [Case(4, (*numbers, UNEVEN_TWO), (_zero(stage), *_hosts(2)))]
+            chosen += [Case(2, (*numbers, UNEVEN_FOUR), (_zero(stage - 1), *_hosts(1)))]
+        chosen += [Case(4, (*numbers, UNEVEN_FOUR), (_zero(stage), *_tensor(2), *_hosts(2), ACCUMULATION))]
+        chosen += [Case(1, (*numbers, UNEVEN_TWO), (_zero(stage),)), Case(2, (*numbers, UNEVEN_TWO), (_zero(0),))]
+    return [*chosen, Case(4, (*numbers, UNEVEN_FOUR), (_zero(2), *_hosts(1)))]
 
 
 def _small_sparse() -> list[Case]:
@@ -101,7 +135,22 @@ def _small_bf16() -> list[Case]:
 
 
 def _full() -> list[Case]:
-    return list(dict.fromkeys(_full_sparse() + _full_dense() + _small()))
+    return list(dict.fromkeys(_full_sparse() + _full_dense() + _full_towers() + _small()))
+
+
+def _full_towers() -> list[Case]:
+    """Every family under the tower exchange x tensor parallelism x ZeRO, with both dense optimizers."""
+    chosen = []
+    for (model, module), dense, towers, (ranks, local, ways), stage in itertools.product(
+        FAMILIES,
+        ((), (*DENSE_SGD, "embedding.optimizer=sgd")),
+        (UNEVEN_TWO, UNEVEN_FOUR),
+        ((2, 2, 1), (2, 1, 1), (4, 2, 1), (4, 2, 2)),
+        (0, 1, 2, 3),
+    ):
+        numbers = (*model, *dense, FULL_WIDTH, LARGE_ROWS, TOWER_MODULES[module], towers)
+        chosen.append(Case(ranks, numbers, (*_tensor(ways), _zero(stage), *_hosts(local))))
+    return chosen
 
 
 def _full_sparse() -> list[Case]:

@@ -80,6 +80,9 @@ class ResolvedTowers(NamedTuple):
     reasons: tuple[str, ...]
 
 
+NO_TOWERS = ResolvedTowers(None, None, ())
+
+
 def resolve_towers(config: RunConfig, layout: EmbeddingLayout) -> ResolvedTowers:
     """Towers and the sizes of their modules; the same on every topology.
 
@@ -89,7 +92,7 @@ def resolve_towers(config: RunConfig, layout: EmbeddingLayout) -> ResolvedTowers
     """
     wish, module = config.parallel.towers, config.tower_module
     if wish is None:
-        return ResolvedTowers(None, None, ())
+        return NO_TOWERS
     towers = assign_towers(layout, wish)
     held = f"towers: {len(towers)}, of {', '.join(str(len(names)) for names in towers.features)} features"
     if isinstance(module, IdentityTowerConfig):

@@ -9,6 +9,7 @@ import torch
 from megarec.config.deepspeed_keys import zero_stage
 from megarec.config.load import micro_batch_size
 from megarec.config.sections import OverArchConfig, RunConfig
+from megarec.config.tower_sections import IdentityTowerConfig
 from megarec.data.loader import EvalLoader, TrainLoader
 from megarec.data.schema import Schema, load_schema, select_features
 from megarec.data.store import open_split
@@ -17,10 +18,12 @@ from megarec.embeddings.layout import build_layout
 from megarec.embeddings.placement import Shard
 from megarec.models.cost import Cost, count
 from megarec.models.recommender import Recommender
-from megarec.parallel.collectives import Ledger
+from megarec.parallel.collectives import MESSAGE_TYPES, Ledger, Messages
 from megarec.parallel.parallelize import parallelize
 from megarec.scaling.dial import resolve_scale
 from megarec.topology import Topology, build_topology
+from megarec.towers.optimizer import resolve_optimizer
+from megarec.towers.sizes import over_arch_config, over_arch_input, resolve_towers
 from megarec.training.engine import base_learning_rate
 from megarec.training.fused import layer_norm_factory
 from megarec.training.monitor import tensorboard_section
@@ -137,8 +140,10 @@ def build_model(
         UserError: sizes, ranks, tables or the DeepSpeed section do not fit together.
     """
     layout = build_layout(schema, config.embedding, config.model.dim)
-    sizes, scale_reasons = resolve_scale(config.model, layout, len(schema.numeric))
+    towers = resolve_towers(config, layout)
+    sizes, scale_reasons = resolve_scale(config.model, layout, len(schema.numeric), towers.modules)
     ledger = Ledger()
+    module = config.tower_module
     sparse = SparseSide(
         layout,
         config.embedding,
@@ -146,19 +151,25 @@ def build_model(
         seed=config.train.seed,
         device=device,
         ledger=ledger,
+        exchange=config.parallel.exchange,
+        towers=towers,
+        tower_optimizer=None if isinstance(module, IdentityTowerConfig) else resolve_optimizer(module, config.dense),
+        messages=Messages(*(MESSAGE_TYPES[name] for name in config.parallel.messages)),
         shards=shards,
     )
 
     norm, norm_reason = layer_norm_factory(config.train.fused_kernels == "auto" and config.model.bias)
     with torch.device("meta"):
-        model = Recommender(layout, len(schema.numeric), sizes, config.embedding.dropout, norm)
+        columns, over_arch = over_arch_input(layout, towers.modules), over_arch_config(sizes, towers.modules)
+        model = Recommender(columns, len(schema.numeric), over_arch, config.embedding.dropout, norm)
     engine, optimizer_reason = parallelize(model, config.model_copy(update={"model": sizes}), topology, device, ledger)
 
-    cost = count(sizes, layout, len(schema.numeric))
+    cost = count(sizes, layout, len(schema.numeric), towers.modules)
     choices = (
         f"model: {sizes.name}, {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters, "
         f"{cost.flop / 1e9:.4f} training GFLOP/example",
         *scale_reasons,
+        *towers.reasons,
         f"dense: ZeRO {zero_stage(config.deepspeed)}, optimizer {optimizer_reason}; {norm_reason}",
         *sparse.describe(),
     )

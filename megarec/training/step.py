@@ -73,7 +73,7 @@ def train_step(
         assert leaf.grad is not None
         with clock.part("exchange"):
             # A rank's gradient is that of its own mean loss; the objective is the mean over the global batch.
-            embedded.backward(leaf.grad.div_(loss_scale * world_size))
+            sparse.update(embedded, leaf.grad.div_(loss_scale * world_size))
     if want_norm and norm is None:
         norm = engine.get_global_grad_norm()
     return StepResult(torch.cat(logits), None if norm is None else float(norm), applied)

@@ -142,7 +142,7 @@ class Loop:
         self.clock.next_step(sampled=due)
         factor = run.schedule.factor(position.step)
         set_learning_rate(run.engine, factor * run.dense_learning_rate)
-        run.sparse.set_learning_rate(factor * run.config.embedding.learning_rate)
+        run.sparse.scale_learning_rate(factor)
 
         def step() -> StepResult:
             return train_step(

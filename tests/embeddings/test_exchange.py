@@ -129,7 +129,7 @@ def test_learning_rate_acts_on_the_next_update() -> None:
         for rate in (0.1, 0.3):
             config = EmbeddingConfig(optimizer="sgd", learning_rate=0.1, backend=backend)  # type: ignore[arg-type]
             sparse = sparse_side(LAYOUT, config)
-            sparse.set_learning_rate(rate)
+            sparse.scale_learning_rate(rate / config.learning_rate)
             before = sparse.state()["user/weight"][1].clone()
             embedded = sparse.forward(global_batch(LAYOUT, 8, step=0))
             embedded.backward(torch.ones_like(embedded))

@@ -11,17 +11,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
-from megarec.embeddings.exchange import SparseSide, Towers
+from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.layout import EmbeddingLayout, Feature, Table
 from megarec.embeddings.tables import State
 from megarec.parallel.collectives import FP32, Ledger, Messages
 from megarec.parallel.pool import RankPool
 from megarec.topology import build_topology
+from megarec.towers.assignment import Towers
+from megarec.towers.sizes import NO_TOWERS, ResolvedTowers
 from tests.embeddings.plain import LAYOUT, SEED, global_batch, loss, slice_of
 
 EXAMPLES, STEPS = 24, 3
-TWO = (("item", "history", "cart", "wide"), ("user", "clicks", "small"))
-FOUR = (("item", "history", "cart"), ("user",), ("clicks", "small"), ("wide",))
+TWO = Towers((("item", "history", "cart", "wide"), ("user", "clicks", "small")))
+FOUR = Towers((("item", "history", "cart"), ("user",), ("clicks", "small"), ("wide",)))
 EQUAL = EmbeddingLayout(
     4,
     tuple(Table(f"t{i}", 30, 4) for i in range(8)),
@@ -29,7 +31,7 @@ EQUAL = EmbeddingLayout(
     full_embeddings=8,
     small_columns=0,
 )
-EIGHT = tuple((f"f{i}",) for i in (3, 1, 4, 0, 5, 2, 6, 7))
+EIGHT = Towers(tuple((f"f{i}",) for i in (3, 1, 4, 0, 5, 2, 6, 7)))
 
 
 @dataclass
@@ -63,7 +65,15 @@ def train(
     ledger = Ledger()
     topology = build_topology(ranks_per_host, tensor=1)
     sparse = SparseSide(
-        layout, config, topology, seed=SEED, device=torch.device("cpu"), ledger=ledger, towers=towers, messages=messages
+        layout,
+        config,
+        topology,
+        seed=SEED,
+        device=torch.device("cpu"),
+        ledger=ledger,
+        exchange="flat" if towers is None else "tower",
+        towers=NO_TOWERS if towers is None else ResolvedTowers(towers, None, ()),
+        messages=messages,
     )
     seen = []
     for step in range(STEPS):
@@ -72,7 +82,7 @@ def train(
         leaf = embedded.detach().requires_grad_()
         loss(leaf, batch.keys).backward()
         assert leaf.grad is not None
-        embedded.backward(leaf.grad / topology.world_size)
+        sparse.update(embedded, leaf.grad / topology.world_size)
         seen.append(leaf.detach())
     return Outcome(seen, sparse.state(), ledger.rows())
 
@@ -100,7 +110,7 @@ def whole(layout: EmbeddingLayout, outcomes: list[Outcome]) -> dict[str, Tensor]
 @pytest.mark.parametrize(
     ("hosts", "local", "towers"),
     [(1, 2, TWO), (2, 1, TWO), (2, 1, FOUR), (2, 2, TWO), (2, 2, FOUR), (4, 1, FOUR)],
-    ids=lambda value: str(len(value)) + " towers" if isinstance(value, tuple) else str(value),
+    ids=lambda value: str(len(value)) + " towers" if isinstance(value, Towers) else str(value),
 )
 def test_same_as_flat_to_the_last_bit(
     rank_pool: Callable[[int], RankPool], hosts: int, local: int, towers: Towers

@@ -9,7 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.config.load import load_config
 from megarec.parallel.pool import RankPool
-from megarec.parity.cases import FP32_TOLERANCE, Case, cases
+from megarec.parity.cases import DENSE_SGD, FP32_TOLERANCE, FULL_WIDTH, TOWER_MODULES, UNEVEN_TWO, Case, cases
 from megarec.parity.reference import reference_losses
 from megarec.parity.run import STEPS, compare, write_base
 from megarec.training.build import build_run
@@ -62,6 +62,37 @@ def test_a_wrong_gradient_scale_would_be_seen(base: Path, rank_pool: Callable[[i
     deviations = [abs(mine - its) / its for mine, its in zip(wrong, reference, strict=True)]
     assert deviations[0] <= FP32_TOLERANCE  # before any update
     assert max(deviations) > 10 * FP32_TOLERANCE
+
+
+def losses_with_a_mean_over_the_host(path: Path, overrides: list[str], steps: int, planted: bool) -> list[float]:
+    """The planted mistake: tower gradients averaged over the L ranks of a host, so H times what they should be."""
+    config = load_config(path, overrides)
+    device = start_process(config)
+    run = build_run(config, device)
+    set_learning_rate(run.engine, config.dense.learning_rate)
+    assert run.sparse.modules is not None
+    if planted:
+        for parameter in run.sparse.modules.bank.parameters():
+            parameter.register_hook(lambda gradient: gradient * run.topology.hosts)
+    losses = []
+    for batch in list(run.train.batches(epoch=0))[:steps]:
+        result = train_step(run.engine, run.sparse, batch, world_size=run.topology.world_size, clock=Clock(device))
+        loss = binary_cross_entropy_with_logits(result.logits.double(), batch.labels.double())
+        dist.all_reduce(loss)
+        losses.append(float(loss) / run.topology.world_size)
+    return losses
+
+
+def test_a_mean_over_the_host_alone_would_be_seen(base: Path, rank_pool: Callable[[int], RankPool]) -> None:
+    """Under plain SGD, on two hosts of two ranks; Adam would hide the factor."""
+    numbers = [*DENSE_SGD, "embedding.optimizer=sgd", FULL_WIDTH, TOWER_MODULES["dlrm"], UNEVEN_TWO]
+    hosts = ["parallel.exchange=tower", "parallel.ranks_per_host=2"]
+    reference = reference_losses(load_config(base, numbers), 5)
+    for planted in (False, True):
+        losses = rank_pool(4).run(losses_with_a_mean_over_the_host, base, numbers + hosts, 5, planted)[0]
+        deviations = [abs(mine - its) / its for mine, its in zip(losses, reference, strict=True)]
+        assert deviations[0] <= FP32_TOLERANCE  # before any update
+        assert (max(deviations) > 10 * FP32_TOLERANCE) == planted
 
 
 def test_the_full_matrix_holds_the_small_one() -> None:

@@ -56,8 +56,7 @@ def real_collectives(path: Path, overrides: list[str]) -> list[dict[str, Any]]:
     with recorder:
         for step in range(STEPS):
             batch = make_batch(schema, config.data.batch_size // topology.world_size, seed=step)
-            world_size, l2 = topology.world_size, config.embedding.l2
-            train_step(model.engine, model.sparse, batch, world_size=world_size, l2=l2, clock=Clock(device))
+            train_step(model.engine, model.sparse, batch, world_size=topology.world_size, clock=Clock(device))
             found = recorder.take()
     return found
 

@@ -1,0 +1,88 @@
+"""The tower modules that a rank runs, kept equal to their replicas, with their own optimizer.
+
+Expert-parallel-like: a tower is an expert, its replicas are the ranks of its host (tower exchange) or all ranks (flat
+exchange, where every rank runs all modules on its own examples).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megarec.models.initial import initialize
+from megarec.parallel.collectives import Channel, all_reduce_sum
+from megarec.towers.modules import TowerBank
+from megarec.towers.optimizer import TowerOptimizer, build_optimizer
+from megarec.towers.sizes import TowerSizes
+
+
+class TowerModules:
+    """Modules of some towers on this rank.
+
+    Args:
+        sizes: of all towers' modules.
+        towers: which ones this rank runs.
+        replicas: the ranks that run the same ones.
+    """
+
+    def __init__(
+        self,
+        sizes: TowerSizes,
+        towers: Sequence[int],
+        settings: TowerOptimizer,
+        replicas: Channel,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._replicas, self.settings = replicas, settings
+        self.bank = TowerBank(sizes, towers)
+        initialize(self.bank, seed)
+        self.bank.to(device)
+        self._optimizer = build_optimizer(self.bank.parameters(), settings)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[examples, columns of these towers] -> [examples, what they emit], float32; see `TowerBank`."""
+        emitted: Tensor = self.bank(x)
+        return emitted
+
+    def update(self) -> None:
+        """One optimizer step, after a backward pass; every replica must take part.
+
+        The gradients that arrived are of the mean over the global batch, each replica's over the examples it saw:
+        their sum, not their mean, is the gradient wanted (over a host of L replicas a mean would be H times what
+        belongs to a loss averaged over all G ranks, had it not been divided by G before).
+        """
+        gradients = [p.grad for p in self.bank.parameters() if p.grad is not None]
+        if self._replicas.size > 1:
+            flat = torch.cat([gradient.view(-1) for gradient in gradients])
+            total = all_reduce_sum(flat, self._replicas, "tower gradients", "backward")
+            for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Set the rate to `factor` x the base rate."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = factor * self.settings.learning_rate
+
+    def memory_bytes(self) -> int:
+        """Bytes of parameters and optimizer state."""
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters, and the optimizer's state of each as "<parameter>/<what>"; live tensors."""
+        named = dict(self.bank.named_parameters())
+        state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in named.items()}
+        for name, parameter in named.items():
+            for what, value in self._optimizer.state[parameter].items():
+                state[f"{name}/{what}"] = value
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy what `state_dict` returned."""
+        for name, parameter in self.bank.named_parameters():
+            parameter.data.copy_(state[name])
+            kept = {key.partition("/")[2]: t for key, t in state.items() if key.startswith(f"{name}/")}
+            if kept:
+                self._optimizer.state[parameter] = {what: tensor.clone() for what, tensor in kept.items()}
