@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megarec.config.load import load_config  # noqa: E402
 from megarec.config.sections import SCALED_SIZES, RunConfig, WukongConfig  # noqa: E402
 from megarec.errors import UserError, exits_cleanly  # noqa: E402
+from megarec.launching.causes import reported  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,13 +35,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     try:
-        config = load_config(arguments.config, arguments.set)
-        if arguments.print_config:
-            print_resolved(config)
-            return
-        from megarec.training.trainer import train  # seconds of imports that --print-config and a bad config can save
+        with reported():
+            config = load_config(arguments.config, arguments.set)
+            if arguments.print_config:
+                print_resolved(config)
+                return
+            from megarec.training.trainer import train  # seconds of imports that --print-config and a mistake can save
 
-        train(config, resume=arguments.resume, started=STARTED)
+            train(config, resume=arguments.resume, started=STARTED)
     except UserError:
         leave_the_word_to_rank_0()
         raise

@@ -6,6 +6,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from megarec.config.deepspeed_keys import set_defaults, zero_stage
 from megarec.config.load import micro_batch_size
@@ -44,7 +46,10 @@ def start_process(config: RunConfig) -> torch.device:
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend=_backend(), verbose=False)
+        timeout = timedelta(seconds=config.parallel.timeout_seconds)
+        # What groups take that are made without one: those of the topology, and DeepSpeed's own.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+        deepspeed.init_distributed(dist_backend=_backend(), timeout=timeout, verbose=False)
     return torch.device(accelerator.current_device_name())
 
 

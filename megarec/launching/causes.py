@@ -1,0 +1,85 @@
+"""Why a rank failed, in one line; where others failed first, without the traceback that would bury their cause."""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megarec.errors import USER_ERROR_EXIT, UserError
+from megarec.launching.outcomes import JOB_VARIABLE, Outcome, tell, this_rank
+
+FAILURE_EXIT = 1
+_PACKAGE = Path(__file__).parents[1]
+_ADDRESS = r"\[?(?P<address>[0-9a-fA-F.:]+?)\]?:\d+"
+# How gloo, NCCL and the store of torch.distributed say that a peer is gone; what the connection's end looked like.
+_GONE = re.compile(
+    rf"(?:(?:Read|Write|writev?|readv?|SO_ERROR) ?(?:error)?|Connection closed by peer) \[?{_ADDRESS}"
+    r"(?::? (?P<how>Connection \w+ by peer|Broken pipe|Connection timed out|No route to host))?",
+)
+_SILENT = re.compile(r"Timed out waiting (?P<milliseconds>\d+) ?ms|Watchdog caught collective operation timeout")
+_OTHER_LOSS = re.compile(
+    r"Connection (?:reset|closed) by peer|Broken pipe|gloo/transport|DistNetworkError|remote process exited|"
+    r"failed to recv, got 0 bytes|NCCL.*(?:remote|peer)"
+)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Around what a rank does: a failure becomes one line with rank, host and cause, and ends the process at once.
+
+    At once, because to shut an interpreter down with broken process groups and running threads can take long or hang.
+    A user's mistake passes through, unless a supervisor collects the causes of all ranks.
+    """
+    try:
+        yield
+    except UserError as error:
+        if JOB_VARIABLE not in os.environ:
+            raise
+        _end(this_rank(USER_ERROR_EXIT, str(error)))
+    except Exception as error:
+        outcome = outcome_of(error)
+        if JOB_VARIABLE not in os.environ:
+            print(f"error: rank {outcome.rank} on {outcome.host}: {outcome.cause}", file=sys.stderr)
+        if not outcome.lost:
+            traceback.print_exc()
+        _end(outcome)
+
+
+def outcome_of(error: Exception) -> Outcome:
+    """This rank's outcome after an exception; a lost or silent peer is told apart from a fault of its own."""
+    text = " ".join(str(error).split())
+    gone, silent = _GONE.search(text), _SILENT.search(text)
+    place = _place(error)
+    if silent:
+        waited = f"{int(silent['milliseconds']) / 1000:g} s" if silent["milliseconds"] else "the timeout"
+        cause = f"no answer from other ranks for {waited} (parallel.timeout_seconds) in {place}"
+    elif gone:
+        cause = f"lost the connection to {gone['address']} ({gone['how'] or 'closed by peer'}) in {place}"
+    elif _OTHER_LOSS.search(f"{type(error).__name__}: {text}"):
+        cause = f"lost the connection to another rank in {place}: {text}"
+    else:
+        return this_rank(FAILURE_EXIT, f"{type(error).__name__}: {text} in {place}")
+    return this_rank(FAILURE_EXIT, cause, lost=True)
+
+
+def _place(error: Exception) -> str:
+    """The innermost line of this package that the exception came through: "embeddings/ids.py:96"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
+    callers = [frame for frame in ours if not frame.filename.endswith("parallel/collectives.py")]
+    frame = (callers or ours or list(frames))[-1] if frames else None
+    if frame is None:
+        return "no known place"
+    path = Path(frame.filename)
+    return f"{path.relative_to(_PACKAGE) if ours else path}:{frame.lineno}"
+
+
+def _end(outcome: Outcome) -> None:
+    if JOB_VARIABLE in os.environ:
+        tell(outcome)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(outcome.code)

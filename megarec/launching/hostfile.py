@@ -1,0 +1,76 @@
+"""The hostfile of the deepspeed launcher: a line a host, `NAME slots=N`; # starts a comment."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megarec.errors import UserError
+
+# pdsh expands brackets, commas and more in names, ssh takes a leading dash for an option, and a shell sees them all.
+_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+_LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host and the ranks that run on it: slots of them, from first_rank on."""
+
+    name: str
+    slots: int
+    first_rank: int
+
+    @property
+    def ranks(self) -> str:
+        """As people say it: "rank 4", "ranks 4-7"."""
+        last = self.first_rank + self.slots - 1
+        return f"rank {last}" if self.slots == 1 else f"ranks {self.first_rank}-{last}"
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """The hosts in order of their ranks.
+
+    Raises:
+        UserError: a line that is none, a host listed twice, no slots or unequal ones; with file and line number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); --hostfile wants lines of 'NAME slots=N'"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from error
+    hosts: list[Host] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        host = _parse(text, f"{path}:{number}", sum(host.slots for host in hosts))
+        if host.name in seen:
+            raise UserError(
+                f"{path}:{number}: host {host.name!r} is listed twice, first in line {seen[host.name]}; "
+                "list it once, with all its slots"
+            )
+        if hosts and host.slots != hosts[0].slots:
+            raise UserError(
+                f"{path}:{number}: {host.name} has slots={host.slots}, but {hosts[0].name} has slots={hosts[0].slots}; "
+                "every host needs equal slots: give both the smaller number"
+            )
+        seen[host.name] = number
+        hosts.append(host)
+    if not hosts:
+        raise UserError(f"{path}: lists no host; expected lines of 'NAME slots=N'")
+    return hosts
+
+
+def _parse(text: str, where: str, first_rank: int) -> Host:
+    match = _LINE.fullmatch(text)
+    if match is None:
+        raise UserError(f"{where}: {text!r} is not a host; expected 'NAME slots=N', such as 'node-1 slots=8'")
+    name, slots = match["name"], int(match["slots"])
+    if _NAME.fullmatch(name) is None:
+        raise UserError(f"{where}: {name!r} is not a host's name; expected letters, digits, '.', '-' and '_'")
+    if slots == 0:
+        raise UserError(f"{where}: {name} has slots=0; expected the number of its ranks, at least 1")
+    return Host(name, slots, first_rank)

@@ -1,0 +1,217 @@
+"""Checks of every host before a job starts, over ssh and in parallel: each failure is one line with its remedy."""
+
+import json
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megarec.config.load import load_config, micro_batch_size
+from megarec.config.sections import RunConfig
+from megarec.errors import UserError
+from megarec.launching import probe
+from megarec.launching.checks import Failure, check_clock, check_interface, check_output, compare
+from megarec.launching.hostfile import Host, read_hostfile
+from megarec.launching.sessions import Session, Sessions
+
+ROOT = Path(__file__).resolve().parents[2]
+CLOCK_READINGS = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be started where.
+
+    Attributes:
+        directory: the working directory, the same on every host.
+        master: address of the first host; None: as the other hosts resolve its name.
+        interface: the user's wish for all hosts (GLOO_SOCKET_IFNAME), if any.
+    """
+
+    hosts: list[Host]
+    config: RunConfig
+    files: list[str]
+    directory: Path
+    master: str | None
+    port: int
+    interface: str | None = None
+
+
+@dataclass
+class Report:
+    """What the preflight found.
+
+    Attributes:
+        master: address of the first host, for all.
+        addresses, interfaces: by host, those that reach the master.
+    """
+
+    failures: list[Failure] = field(default_factory=list)
+    master: str = ""
+    addresses: dict[str, str] = field(default_factory=dict)
+    interfaces: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def plan_job(
+    hostfile: Path, config_path: Path, overrides: list[str], master: str | None, port: int, interface: str | None
+) -> Job:
+    """Read and check what needs no other host.
+
+    Raises:
+        UserError: the hostfile, the config, or how they fit together.
+    """
+    hosts = read_hostfile(hostfile)
+    config = load_config(config_path, overrides)
+    slots, world_size = hosts[0].slots, sum(host.slots for host in hosts)
+    per_host = config.parallel.ranks_per_host or slots
+    if world_size % per_host:
+        raise UserError(
+            f"parallel.ranks_per_host={per_host} does not divide the {world_size} ranks of {hostfile} "
+            f"({len(hosts)} hosts x slots={slots})"
+        )
+    if per_host % config.parallel.tensor:
+        raise UserError(
+            f"parallel.tensor={config.parallel.tensor} does not divide the {per_host} ranks of a host "
+            f"({hostfile}: slots={slots})"
+        )
+    micro_batch_size(config, world_size)
+    return Job(hosts, config, files_of(config_path, config), Path.cwd(), master, port, interface)
+
+
+def files_of(config_path: Path, config: RunConfig) -> list[str]:
+    """Files that every host must hold with the same content: the config, JSONs it takes in, the data's schema."""
+    raw = json.loads(config_path.read_text(encoding="utf-8"))
+    named = [value for value in raw.values() if isinstance(value, str)]
+    parallel = raw.get("parallel")
+    if isinstance(parallel, dict) and isinstance(parallel.get("towers"), str):
+        named.append(parallel["towers"])
+    included = [str(config_path.parent / name) for name in named]
+    return [str(config_path), *included, str(Path(config.data.path) / "schema.json")]
+
+
+def check_hosts(job: Job) -> Report:
+    """All checks that need the hosts; those that depend on a failed one are left out."""
+    report = Report()
+    names = [host.name for host in job.hosts]
+    arguments: dict[str, Any] = {
+        "directory": str(job.directory),
+        "root": str(ROOT),
+        "files": job.files,
+        "packages": required_packages(),
+        "output": job.config.train.output_dir,
+        "peers": names,
+    }
+    here = probe.facts(**arguments)
+    missing = [path for path, digest in here["files"].items() if digest is None]
+    if missing:
+        remedy = "tools/prepare_data.py writes data" if missing[0].endswith("schema.json") else "see the run's config"
+        raise UserError(f"{missing[0]}: cannot be read; {remedy}")
+    with Sessions(names) as sessions:
+        report.facts = sessions.ask("facts", lambda host: arguments)
+        for host, found in report.facts.items():
+            report.failures += compare(host, found, here)
+            report.failures += check_output(host, found["output"], job.config.train.output_dir)
+        for host, readings in sessions.map(_read_clock).items():
+            report.failures += check_clock(host, readings)
+        _check_network(job, sessions, report)
+        report.failures += [_unreachable(host, why) for host, why in sessions.unanswered.items()]
+    order = {name: place for place, name in enumerate(names)}
+    report.failures.sort(key=lambda failure: order[failure.host])
+    return report
+
+
+def _read_clock(host: str, session: Session) -> list[tuple[float, float, float]]:
+    readings = []
+    for _ in range(CLOCK_READINGS):
+        before = time.time()
+        there = session.ask("clock")["time"]
+        readings.append((before, there, time.time()))
+    return readings
+
+
+def _check_network(job: Job, sessions: Sessions, report: Report) -> None:
+    """Routes and interfaces, then a connection from every host to the master port and to a free port of every host."""
+    first = job.hosts[0].name
+    if first not in report.facts:
+        return
+    master = job.master or _address_of_first(job, report)
+    if master is None:
+        return
+    report.master = master
+    for host, route in sessions.ask("route", lambda host: {"address": master}).items():
+        failures = check_interface(host, route, master, job.interface, report.facts[host])
+        report.failures += failures
+        if not failures:
+            report.addresses[host] = route["address"]
+            report.interfaces[host] = job.interface or route["interface"]
+    targets = _listen_everywhere(job, sessions, report, master)
+    reachable = list(targets.values())
+    tried = sessions.ask("connect", lambda host: {"targets": reachable})
+    for host, answer in tried.items():
+        for target, error in zip(targets, answer["tried"], strict=True):
+            if error is not None:
+                address, port = targets[target]
+                seen = f"{target} at {address} port {port} cannot be reached: {error}"
+                remedy = "open TCP ports among the hosts (firewall), or name another interface or --master-addr"
+                report.failures.append(Failure(host, "port", seen, "a connection", remedy))
+
+
+def _address_of_first(job: Job, report: Report) -> str | None:
+    """The first host's address as the other hosts see it: on itself its name is often a loopback address."""
+    first = job.hosts[0].name
+    asked = [host.name for host in job.hosts[1:] if host.name in report.facts] or [first]
+    seen = {host: report.facts[host]["addresses"][first] for host in asked}
+    for host, address in seen.items():
+        if address is None:
+            remedy = "mend /etc/hosts or DNS there, or give --master-addr"
+            report.failures.append(Failure(host, "address", f"cannot resolve {first}", "an address", remedy))
+    return next((address for address in seen.values() if address is not None), None)
+
+
+def _listen_everywhere(job: Job, sessions: Sessions, report: Report, master: str) -> dict[str, tuple[str, int]]:
+    """Open the master port on the first host and a free one on every host; returns where, by what to call it."""
+    first = job.hosts[0].name
+    targets = {}
+    opened = sessions.map(
+        lambda host, session: session.ask("listen", address=master, port=job.port) if host == first else {}
+    )
+    if "port" in opened.get(first, {}):
+        targets[f"the master port of {first}"] = (master, job.port)
+    elif first in opened:
+        seen = f"port {job.port} of {master}: {opened[first]['error']}"
+        remedy = "end what uses it, or choose another with --master-port (or --master-addr)"
+        report.failures.append(Failure(first, "port", seen, "a free port", remedy))
+    own = {host: address for host, address in report.addresses.items() if host in opened}
+    free = sessions.map(lambda host, session: session.ask("listen", address=own[host], port=0) if host in own else {})
+    targets |= {host: (own[host], answer["port"]) for host, answer in free.items() if "port" in answer}
+    return targets
+
+
+def _unreachable(host: str, why: str) -> Failure:
+    if "No such file or directory" in why or "not found" in why:
+        expected, remedy = "the Python of this machine's environment", "run 'bash launch/environment.sh' there"
+    else:
+        expected, remedy = (
+            "ssh without a password",
+            f"try 'ssh {host} true', see ssh-copy-id, or take it off the hostfile",
+        )
+    return Failure(host, "ssh", why, expected, remedy)
+
+
+def required_packages() -> list[str]:
+    """Names of the pinned requirements, whichever FBGEMM is installed."""
+    lines = [*(ROOT / "requirements.txt").read_text().splitlines(), "fbgemm-gpu"]
+    return [re.split(r"[=<>\[ ]", line)[0] for line in lines if line and not line.startswith("#")]
+
+
+def table(job: Job, report: Report) -> list[str]:
+    """What to show when all is well."""
+    rows = [("host", "address", "interface", "ranks", "free disk")]
+    for host in job.hosts:
+        free = report.facts[host.name]["output"]["free"] / 2**30
+        where = (report.addresses[host.name], report.interfaces[host.name])
+        rows.append((host.name, *where, host.ranks.split()[1], f"{free:,.0f} GiB"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,90 @@
+"""Beside every rank of a many-host job, a small process that knows how the rank ended and ends it when it must.
+
+It says when a signal killed the rank, which launchers of whole hosts do not, and gives the rank's true exit code. It
+ends the rank when the launcher ends it, dies, or no longer reads its output, because the ssh connection is gone: so
+nothing runs on in vain on a host that nobody watches.
+
+Plain standard library: a rank of every job carries this process.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from megarec.launching.assignment import Assignment
+from megarec.launching.outcomes import JOB_VARIABLE, tell, this_rank
+
+GRACE_SECONDS = 3.0
+_PR_SET_PDEATHSIG = 1
+_NODE_VARIABLES = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")  # DeepSpeed, torchrun, Slurm
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def watch(assignment: Assignment) -> int:
+    """Run the rank to its end; returns its exit code, 128 + the signal that killed it."""
+    die_with_parent(signal.SIGTERM)
+    os.environ[JOB_VARIABLE] = assignment.job
+    out_of_memory = _out_of_memory_kills()
+    rank = subprocess.Popen(
+        [sys.executable, "-u", *assignment.command],
+        cwd=assignment.directory,
+        env=_environment(assignment),
+        preexec_fn=lambda: die_with_parent(signal.SIGKILL),
+    )
+    told_to_end = threading.Event()
+
+    def end(signum: int = 0, frame: FrameType | None = None) -> None:
+        told_to_end.set()
+        rank.terminate()
+        threading.Timer(GRACE_SECONDS, rank.kill).start()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, end)
+    threading.Thread(target=_when_unread, args=(end,), daemon=True).start()
+    code = rank.wait()
+    if told_to_end.is_set():
+        os._exit(128 + signal.SIGTERM)  # not its own end: it has nothing to tell, and perhaps nobody listens
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = (
+            "; the kernel's out-of-memory killer struck on this host" if _out_of_memory_kills() > out_of_memory else ""
+        )
+        tell(this_rank(128 - code, f"killed by signal {-code} ({name}){hint}"))
+        return 128 - code
+    tell(this_rank(code, f"exit code {code}" if code else ""))
+    return code
+
+
+def die_with_parent(signum: int) -> None:
+    """Ask the kernel for a signal to this process when its parent ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signum))
+
+
+def _environment(assignment: Assignment) -> dict[str, str]:
+    node = int(next(os.environ[name] for name in _NODE_VARIABLES if name in os.environ))
+    interfaces = dict.fromkeys(_INTERFACE_VARIABLES, assignment.interfaces[node])
+    return {**os.environ, **interfaces, **assignment.environment}
+
+
+def _when_unread(end: Callable[[], None]) -> None:
+    """Call `end` when the other end of standard output is closed; a file or a terminal never is."""
+    poll = select.poll()
+    poll.register(1, 0)  # errors and hang-ups are reported unasked
+    poll.poll()
+    end()
+
+
+def _out_of_memory_kills() -> int:
+    """So far, on this host; 0 where the kernel does not count them."""
+    try:
+        with Path("/proc/vmstat").open() as counters:
+            return next((int(line.split()[1]) for line in counters if line.startswith("oom_kill ")), 0)
+    except OSError:
+        return 0
