@@ -5,6 +5,7 @@ python tools/bench.py flat --json     # the flat exchange over TorchRec's (bash 
 python tools/bench.py dense           # the over-arch against the machine's GEMM peak
 python tools/bench.py tensor          # tensor parallelism against data parallelism on two ranks
 python tools/bench.py recompute       # what activation checkpointing saves and costs
+python tools/bench.py towers           # flat and tower exchange over shaped links, and TorchRec's (as root)
 """
 
 import argparse
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megarec.errors import UserError, exits_cleanly
 
-NAMES = ("tables", "flat", "dense", "tensor", "recompute")
+NAMES = ("tables", "flat", "dense", "tensor", "recompute", "towers")
 
 
 @exits_cleanly

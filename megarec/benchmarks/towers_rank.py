@@ -1,0 +1,218 @@
+"""One rank of `bench.py towers`: reads orders as JSON lines from standard input, answers each with a JSON line.
+
+    {"model": "dlrm", "variant": "tower, compression 4", "steps": 8}  ->  {"step_ms": [...], "exchange_ms": [...], ...}
+
+Started on every slot of the lab with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from megarec.config.sections import RunConfig
+from megarec.data.batch import Batch, Ids
+from megarec.data.schema import CategoricalFeature, Schema
+from megarec.topology import build_topology
+from megarec.training.build import build_model
+from megarec.training.clock import Clock
+from megarec.training.engine import set_learning_rate, start_process
+from megarec.training.step import train_step
+
+TABLES, ROWS, COLUMNS, NUMERIC, BATCH = 26, 20_000, 64, 13, 2_048
+MODELS: dict[str, dict[str, Any]] = {
+    "dlrm": {"name": "dlrm", "dim": COLUMNS, "numeric_mlp": [512, 256], "head": [512, 512, 256]},
+    "wukong": {
+        "name": "wukong", "dim": COLUMNS, "numeric_mlp": [512, 256], "layers": 2, "num_fm": 8, "num_lcb": 8, "rank": 8,
+        "mlp": [256], "head": [256],
+    },
+}  # fmt: skip
+RATE, EPS = 0.05, 1e-8
+
+
+@dataclass
+class Contestant:
+    """A variant that is ready to run.
+
+    Attributes:
+        step: a whole training step.
+        exchange: the sparse side alone: ids out, embeddings in, gradients back, update.
+        cross_host_bytes: what this rank sent to other hosts so far in the exchange.
+        flop: of a step and rank.
+    """
+
+    step: Callable[[], None]
+    exchange: Callable[[], None]
+    cross_host_bytes: Callable[[], int] | None
+    flop: float = 0.0
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    built: dict[tuple[str, str], Contestant] = {}
+    for line in sys.stdin:
+        order = json.loads(line)
+        key = (order["model"], order["variant"])
+        if key not in built:
+            built[key] = build(*key)
+        print(json.dumps(measure(built[key], order["steps"])), flush=True)
+
+
+def build(model: str, variant: str) -> Contestant:
+    return _torchrec(model) if variant == "torchrec flat" else _megarec(model, variant)
+
+
+def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
+    """Milliseconds of each whole step and of each exchange alone; one of each before does not count."""
+    result: dict[str, Any] = {"flop": contestant.flop}
+    for name, work in (("exchange_ms", contestant.exchange), ("step_ms", contestant.step)):
+        work()
+        sent = contestant.cross_host_bytes() if contestant.cross_host_bytes else 0
+        result[name] = []
+        for _ in range(steps):
+            dist.barrier()
+            start = time.perf_counter()
+            work()
+            result[name].append(1e3 * (time.perf_counter() - start))
+        if contestant.cross_host_bytes and name == "exchange_ms":
+            result["cross_host_bytes"] = (contestant.cross_host_bytes() - sent) // steps
+    return result
+
+
+def _config(model: str, variant: str) -> RunConfig:
+    """`variant` is "flat", "tower" (SPTT alone) or "tower, compression C"."""
+    parallel: dict[str, Any] = {"exchange": "flat"}
+    section: dict[str, Any] = {"name": "identity"}
+    if variant.startswith("tower"):
+        parallel = {"exchange": "tower", "towers": 2}
+    if "compression" in variant:
+        section = {"name": model, "compression": float(variant.split()[-1])}
+        if model == "wukong":
+            section |= {"rank": 8, "mlp": [128]}
+    return RunConfig.model_validate(
+        {
+            "model": MODELS[model],
+            "data": {"path": "-", "batch_size": BATCH * dist.get_world_size()},
+            "embedding": {"optimizer": "rowwise_adagrad", "learning_rate": RATE, "eps": EPS},
+            "dense": {"optimizer": "sgd"},
+            "parallel": parallel,
+            "tower_module": section,
+            "train": {"threads": 1},
+            "deepspeed": {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0},
+        }
+    )
+
+
+def _schema() -> Schema:
+    return Schema(
+        name="bench",
+        label_rule="random",
+        categorical=tuple(CategoricalFeature(name=f"feature_{i}", rows=ROWS) for i in range(TABLES)),
+        numeric=tuple(f"numeric_{i}" for i in range(NUMERIC)),
+        rows={"train": 0, "valid": 0, "test": 0},
+        source="synthetic",
+    )
+
+
+def _megarec(model: str, variant: str) -> Contestant:
+    if not dist.is_initialized():
+        start = RunConfig.model_validate({"model": MODELS[model], "data": {"path": "-"}, "train": {"threads": 1}})
+        start_process(start)
+    config, schema = _config(model, variant), _schema()
+    device = torch.device("cpu")
+    topology = build_topology(None, tensor=1)
+    built = build_model(config, schema, topology, device)
+    set_learning_rate(built.engine, 1e-3)
+    batch, clock = _batch(topology.rank), Clock(device)
+    with torch.no_grad():
+        gradient = torch.randn_like(built.sparse.forward(batch)) / (BATCH * topology.world_size)
+
+    def step() -> None:
+        train_step(built.engine, built.sparse, batch, world_size=topology.world_size, clock=clock)
+
+    def exchange() -> None:
+        built.sparse.update(built.sparse.forward(batch), gradient)
+
+    def sent() -> int:
+        return sum(row["cross_host_bytes"] for row in built.ledger.rows())
+
+    return Contestant(step, exchange, sent, built.cost.flop * BATCH)
+
+
+def _batch(rank: int) -> Batch:
+    generator = torch.Generator().manual_seed(rank)
+    ids = {f"feature_{i}": Ids(torch.randint(ROWS, (BATCH,), generator=generator)) for i in range(TABLES)}
+    labels = torch.randint(2, (BATCH,), generator=generator).float()
+    numeric = torch.randn(BATCH, NUMERIC, generator=generator)
+    return Batch(numeric, ids, labels, torch.arange(BATCH), BATCH)
+
+
+def _torchrec(model: str) -> Contestant:
+    """TorchRec's own DLRM as its documentation trains it: whole tables, fused row-wise Adagrad, DDP for the MLPs."""
+    assert model == "dlrm", "TorchRec has no Wukong"
+    world_size = dist.get_world_size()
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
+    from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+    from torchrec.distributed.model_parallel import DistributedModelParallel
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+    from torchrec.distributed.planner.types import ParameterConstraints
+    from torchrec.distributed.types import ShardingEnv
+    from torchrec.models.dlrm import DLRM
+    from torchrec.optim import RowWiseAdagrad
+    from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+    names = [f"feature_{i}" for i in range(TABLES)]
+    tables = [
+        EmbeddingBagConfig(name=name, embedding_dim=COLUMNS, num_embeddings=ROWS, feature_names=[name])
+        for name in names
+    ]
+    collection = EmbeddingBagCollection(device=torch.device("meta"), tables=tables)
+    apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": RATE, "eps": EPS})
+    dlrm = DLRM(collection, NUMERIC, [512, 256, COLUMNS], [512, 512, 256, 1], dense_device=torch.device("cpu"))
+    sharders: list[Any] = [EmbeddingBagCollectionSharder()]
+    local = int(os.environ["LOCAL_SIZE"])
+    world = dist.group.WORLD
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(world_size=world_size, compute_device="cpu", local_world_size=local),
+        constraints={name: ParameterConstraints(["table_wise"], ["fused"]) for name in names},
+    )
+    parallel = DistributedModelParallel(
+        dlrm,
+        env=ShardingEnv.from_process_group(world),
+        device=torch.device("cpu"),
+        plan=planner.collective_plan(dlrm, sharders, world),
+        sharders=sharders,
+    )
+    batch = _batch(dist.get_rank())
+    values = torch.cat([batch.ids[name].values for name in names])
+    lengths = torch.ones(len(names) * BATCH, dtype=torch.int32)
+    dense = torch.optim.SGD([p for n, p in parallel.named_parameters() if "embedding_bag" not in n], 1e-3)
+    sharded: nn.Module = parallel.module.sparse_arch.embedding_bag_collection
+    gradient = torch.randn(BATCH, TABLES * COLUMNS) / (BATCH * world_size)
+
+    def features() -> Any:
+        return KeyedJaggedTensor(keys=names, values=values, lengths=lengths)
+
+    def step() -> None:
+        dense.zero_grad()
+        logits = parallel(batch.numeric, features()).squeeze(1)
+        binary_cross_entropy_with_logits(logits, batch.labels).backward()
+        dense.step()
+
+    def exchange() -> None:
+        sharded(features()).values().backward(gradient)
+
+    return Contestant(step, exchange, None)
+
+
+if __name__ == "__main__":
+    main()
