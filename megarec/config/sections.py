@@ -113,6 +113,15 @@ class FeatureEmbedding(Section):
     width: Positive | None = Field(None, description="a smaller width: joins the grouped small embeddings")
 
 
+Placement = Literal["auto", "table", "column", "row", "replicated"]
+
+
+class TableConfig(Section):
+    """How one table is held, where it differs."""
+
+    placement: Placement = Field(description="as embedding.placement, for this table")
+
+
 class EmbeddingConfig(Section):
     """The sparse side: tables, their optimizer and regularisation. Outside the DeepSpeed engine."""
 
@@ -125,8 +134,13 @@ class EmbeddingConfig(Section):
         "auto", description="auto: FBGEMM where it can (optimizer, widths), else torch"
     )
     weights: Literal["fp32", "fp16"] = Field("fp32", description="stored type of the tables")
-    placement: Literal["table", "column"] = Field(
-        "table", description="whole tables per rank, or every table split by columns over all ranks"
+    placement: Placement = Field(
+        "table",
+        description="whole tables per rank; every table split by columns, or by rows, over all ranks; replicated: a "
+        "copy on every rank; auto: by size and lookups",
+    )
+    tables: dict[str, TableConfig] = Field(
+        {}, description="by table: the name of its feature, or of the one whose table others share"
     )
     l2: Rate = Field(
         0.0,
@@ -137,6 +151,11 @@ class EmbeddingConfig(Section):
         None, description="normal initialisation; null: uniform in +-1/sqrt(rows)"
     )
     features: dict[str, FeatureEmbedding] = Field({}, description="by feature name")
+
+    @property
+    def table_placements(self) -> dict[str, Placement]:
+        """What `tables` says of placement."""
+        return {name: table.placement for name, table in self.tables.items()}
 
 
 class DenseConfig(Section):

@@ -14,10 +14,12 @@ class Ids:
     Attributes:
         values: int64 [sum(lengths)], example after example.
         lengths: int64 [B]; None when every example has exactly one id, so that values is [B].
+        weights: float32 [sum(lengths)], by which the rows of the values are multiplied; None: not weighted.
     """
 
     values: Tensor
     lengths: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        ids = {
-            name: Ids(change(f.values), None if f.lengths is None else change(f.lengths))
-            for name, f in self.ids.items()
-        }
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        ids = {name: Ids(change(f.values), changed(f.lengths), changed(f.weights)) for name, f in self.ids.items()}
         return Batch(change(self.numeric), ids, change(self.labels), change(self.keys), self.valid)

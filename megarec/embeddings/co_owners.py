@@ -24,7 +24,12 @@ class CoOwners:
         order = {table: position for position, table in enumerate(dict.fromkeys(shard.table for shard in shards))}
         self._in_table_order = sorted(range(len(mine)), key=lambda t: order[mine[t].table])
         self._owners = [
-            [s.rank for s in sorted(shards, key=lambda s: s.column_start) if s.table == shard.table] for shard in mine
+            [
+                s.rank
+                for s in sorted(shards, key=lambda s: s.column_start)
+                if (s.table, s.row_start) == (shard.table, shard.row_start)
+            ]
+            for shard in mine
         ]
 
     def sum(self, parts: Sequence[Tensor]) -> list[Tensor]:

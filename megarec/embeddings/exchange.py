@@ -18,6 +18,7 @@ from megarec.data.batch import Batch
 from megarec.embeddings.group import Distributed, TableGroup
 from megarec.embeddings.layout import EmbeddingLayout
 from megarec.embeddings.placement import Shard, place, place_on_hosts
+from megarec.embeddings.plans import check_table_names
 from megarec.embeddings.tables import State
 from megarec.embeddings.tower_exchange import (
     TowerExchange,
@@ -45,6 +46,7 @@ class SparseSide:
         tower_optimizer: of the modules; None when there are none.
         messages: in which types embeddings and their gradients travel.
         shards: where the tables lie, all of them; None: as the config places them.
+        examples: of this rank in a step, by which the placement "auto" judges copies; None: it makes none.
 
     Raises:
         UserError: the tables cannot be placed on so many ranks, or not held by the backend that the config names; or
@@ -65,12 +67,13 @@ class SparseSide:
         tower_optimizer: TowerOptimizer | None = None,
         messages: Messages = FP32,
         shards: tuple[Shard, ...] | None = None,
+        examples: int | None = None,
     ) -> None:
         self._topology, self._l2, self._rate = topology, config.l2, config.learning_rate
         self._exchange: TowerExchange | None = None
         world, tower, peer = (build_channel(topology, name, ledger) for name in ("world", "tower", "peer"))
         parts = layouts_by_host(layout, topology, exchange, towers)
-        self.shards = place_shards(parts, config, topology, exchange) if shards is None else shards
+        self.shards = place_shards(parts, config, topology, exchange, examples) if shards is None else shards
         if exchange == "flat":
             self._group = TableGroup(parts[0], self.shards, config, world, blocks=1, messages=messages, device=device)
         else:
@@ -226,11 +229,19 @@ def place_shards(
     config: EmbeddingConfig,
     topology: Topology,
     exchange: Literal["flat", "tower"],
+    examples: int | None,
 ) -> tuple[Shard, ...]:
-    """Where all tables lie, given `layouts_by_host`; ranks are those of the whole job."""
+    """Where all tables lie, given `layouts_by_host`; ranks are those of the whole job.
+
+    Args:
+        examples: of a rank in a step.
+    """
+    check_table_names(parts, config.tables)
+    tables = config.table_placements
     if exchange == "flat":
-        return place(parts[0], config.placement, topology.world_size)
-    return place_on_hosts(parts, config.placement, topology.ranks_per_host)
+        return place(parts[0], config.placement, topology.world_size, tables=tables, examples=examples)
+    of_peers = None if examples is None else examples * topology.hosts
+    return place_on_hosts(parts, config.placement, topology.ranks_per_host, tables=tables, examples=of_peers)
 
 
 def on_host(shards: Sequence[Shard], topology: Topology) -> tuple[Shard, ...]:

@@ -51,7 +51,7 @@ class FbgemmTables:
         )
 
     def forward(self, ids: LocalIds) -> Tensor:
-        return self._module(ids.values, ids.offsets)
+        return self._module(ids.values, ids.offsets, ids.weights)
 
     def set_learning_rate(self, rate: float) -> None:
         self._module.set_learning_rate(rate)

@@ -1,7 +1,8 @@
 """Tables spread over one group of ranks: ids to the owners, lookup, pooled embeddings back.
 
-    examples of the r-th rank --ids, all-to-all--> owners of the tables: [all examples, columns of the owner]
-    [B, width] in layout order <--pooled embeddings, all-to-all-- the rows of a rank's examples go back to it
+    whole rows, columns    ids --all-to-all--> owner: lookup --all-to-all--> the rank whose examples they are
+    rows split             ids --all-to-all--> owners of their rows: partial sums --reduce-scatter--> that rank
+    copies                 lookup on the spot; the gradients are summed over the group before one update of all copies
 
 The group is the world under the flat exchange and the ranks of a host under the tower exchange. An owner's rows are
 the global batch in order, so that the gradient of a row is summed in the same order on every topology. The backward
@@ -16,14 +17,15 @@ from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch, Ids
-from megarec.embeddings.assembly import Assembly, Piece
-from megarec.embeddings.ids import IdExchange, LocalIds
+from megarec.embeddings.assembly import Assembly
+from megarec.embeddings.ids import LocalIds
 from megarec.embeddings.layout import EmbeddingLayout
-from megarec.embeddings.local import LocalTables
-from megarec.embeddings.placement import Shard
-from megarec.embeddings.routes import build_routes
-from megarec.embeddings.tables import choose_backends, wished_backend
-from megarec.parallel.collectives import Channel, Messages, all_to_all_with_grad
+from megarec.embeddings.local import AllTables
+from megarec.embeddings.placement import Shard, replicated
+from megarec.embeddings.replicated import ReplicatedTables
+from megarec.embeddings.sharded import ShardedTables
+from megarec.embeddings.tables import choose_backends
+from megarec.parallel.collectives import Channel, Messages
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Distributed:
     Attributes:
         ids: of this rank's own examples.
         size: B, how many examples those are.
-        local: what this rank looks up.
+        local: what this rank looks up in tables that are spread over the group; None: there are none.
+        copied: what it looks up in its copies; None: there are none.
     """
 
     ids: Mapping[str, Ids]
     size: int
-    local: LocalIds
+    local: LocalIds | None
+    copied: LocalIds | None
 
 
 class TableGroup:
@@ -62,19 +66,23 @@ class TableGroup:
         messages: Messages,
         device: torch.device,
     ) -> None:
-        self._channel, self._blocks, self._messages = channel, blocks, messages
         self.choices = choose_backends(layout, shards, config, device)
-        by_table = {table.name: [s for s in shards if s.table == table.name] for table in layout.tables}
-        fused = {t for t, own in by_table.items() if wished_backend(own, config).backend == "fbgemm"}
-        routes = build_routes(layout, shards, channel.size, fused)
-        features = [[slot.feature for slot in slots] for slots in routes.slots]
-        self._ids = IdExchange(features, channel, routes.index_dtype, device, blocks)
-        self.tables = LocalTables(routes.slots[channel.rank], layout, shards, self.choices, config, channel, device)
+        copied = replicated(shards)
+        spread = tuple(shard for shard in shards if shard.table not in copied)
+        copies = tuple(s for s in shards if s.table in copied and s.rank == channel.rank)
+        self._sharded = self._copied = None
+        if spread:
+            self._sharded = ShardedTables(
+                layout, spread, self.choices, config, channel, blocks=blocks, messages=messages, device=device
+            )
+        if copies:
+            self._copied = ReplicatedTables(layout, copies, self.choices, config, channel, device)
+        parts = [part for part in (self._sharded, self._copied) if part is not None]
+        self.tables = AllTables([part.tables for part in parts])
         self._assembly = Assembly(
-            [[Piece(s.feature.name, s.start, s.offset, s.columns) for s in slots] for slots in routes.slots],
+            [block for part in parts for block in part.pieces],
             [f.name for f in layout.features if f.multi_valued and f.pooling == "mean"],
         )
-        self._columns = [routes.columns(owner) for owner in range(channel.size)]
 
     def distribute(self, batch: Batch) -> Distributed:
         """Send the ids of a batch to the owners; reads no table."""
@@ -82,21 +90,18 @@ class TableGroup:
 
     def distribute_ids(self, ids: Mapping[str, Ids], size: int) -> Distributed:
         """`distribute`, of B examples given by feature."""
-        return Distributed(ids, size, self._ids(ids, size))
+        local = None if self._sharded is None else self._sharded.distribute(ids, size)
+        copied = None if self._copied is None else self._copied.distribute(ids, size)
+        return Distributed(ids, size, local, copied)
 
     def pool(self, batch: Distributed) -> Tensor:
         """Pooled embeddings of this rank's examples, float32 [B, width of the group's features] in layout order."""
-        pooled = self.tables.forward(batch.local)
-        size, ranks = batch.size, self._channel.size
-        columns = self._columns[self._channel.rank]
-        if self._blocks > 1:  # [blocks, ranks, ...] -> by rank
-            pooled = pooled.view(self._blocks, ranks, size // self._blocks, columns).transpose(0, 1)
-        blocks = all_to_all_with_grad(
-            pooled.reshape(-1),
-            [size * width for width in self._columns],
-            [size * columns] * ranks,
-            self._channel,
-            "embeddings",
-            self._messages,
-        )
-        return self._assembly(blocks, batch.ids, size)
+        blocks = []
+        if self._sharded is not None:
+            assert batch.local is not None
+            blocks += self._sharded.pool(batch.local, batch.size)
+        if self._copied is not None:
+            assert batch.copied is not None
+            blocks.append(self._copied.pool(batch.copied))
+        flat = blocks[0] if len(blocks) == 1 else torch.cat([block.reshape(-1) for block in blocks])
+        return self._assembly(flat.reshape(-1), batch.ids, batch.size)

@@ -1,10 +1,10 @@
 """Ids out: every rank sends the ids of its examples to the ranks whose slots look them up.
 
 Single-valued features alone need one message (the receiver knows its size). With jagged features their lengths go
-first; the values of all features follow with uneven splits.
+first; the values of all features follow with uneven splits, and the weights of weighted ones after them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +24,14 @@ class LocalIds:
         offsets: int [slots x E + 1]: bag (slot s, example e) is values[offsets[s E + e] : offsets[s E + e + 1]].
         counts: values per slot.
         examples: E.
+        weights: float32, one a value, 1 where a feature is not weighted; None: no slot is.
     """
 
     values: Tensor
     offsets: Tensor
     counts: tuple[int, ...]
     examples: int
+    weights: Tensor | None = None
 
     def part(self, start: int, stop: int) -> "LocalIds":
         """The ids of the slots start .. stop."""
@@ -38,13 +40,18 @@ class LocalIds:
         first = sum(self.counts[:start])
         counts = self.counts[start:stop]
         offsets = self.offsets[start * self.examples : stop * self.examples + 1]
-        return LocalIds(self.values[first : first + sum(counts)], offsets - first, counts, self.examples)
+        own = slice(first, first + sum(counts))
+        weights = None if self.weights is None else self.weights[own]
+        return LocalIds(self.values[own], offsets - first, counts, self.examples, weights)
 
-    def of_slot(self, slot: int, multi_valued: bool) -> Ids:
-        """The ids of one slot, as those of a batch of E examples."""
+    def of_slot(self, slot: int, feature: Feature) -> Ids:
+        """The ids of one slot, which has this feature, as those of a batch of E examples."""
         first, bags = sum(self.counts[:slot]), slot * self.examples
-        values = self.values[first : first + self.counts[slot]]
-        return Ids(values, self.offsets[bags : bags + self.examples + 1].diff() if multi_valued else None)
+        own = slice(first, first + self.counts[slot])
+        lengths = self.offsets[bags : bags + self.examples + 1].diff() if feature.multi_valued else None
+        return Ids(
+            self.values[own], lengths, self.weights[own] if feature.weighted and self.weights is not None else None
+        )
 
 
 class IdExchange:
@@ -70,6 +77,8 @@ class IdExchange:
         self._blocks = blocks
         self._features = [[feature.name for feature in of_rank] for of_rank in features]
         self._jagged = [[feature.name for feature in of_rank if feature.multi_valued] for of_rank in features]
+        self._weighted = [[feature.name for feature in of_rank if feature.weighted] for of_rank in features]
+        self._weighted_slots = [slot for slot, feature in enumerate(features[channel.rank]) if feature.weighted]
         mine = [slot for slot, feature in enumerate(features[channel.rank]) if feature.multi_valued]
         self._jagged_slots = torch.tensor(mine, dtype=torch.int64, device=device)
         self._offsets = torch.zeros(1, dtype=dtype, device=device)  # of bags with one id each
@@ -92,19 +101,43 @@ class IdExchange:
         lengths = torch.ones(slots, *jagged.shape[1:], dtype=self._dtype, device=self._device)
         lengths.index_copy_(0, self._jagged_slots, jagged)
         sums: list[list[list[int]]] = lengths.sum(dim=3).tolist()  # [slots][blocks][ranks]: the one wait for the device
-        by_rank = [[sums[s][block][r] for s in range(slots) for block in range(self._blocks)] for r in range(ranks)]
-        received = self._send_values(ids, [sum(row) for row in by_rank])
-        segments = received.split([count for row in by_rank for count in row])
-        order = [
-            (r * slots + s) * self._blocks + block
-            for s in range(slots)
-            for block in range(self._blocks)
-            for r in range(ranks)
-        ]
-        values = torch.cat([segments[index] for index in order]) if order else received
+        received = self._send_values(
+            ids, [sum(sums[s][b][r] for s, b in self._segments(range(slots))) for r in range(ranks)]
+        )
+        values = self._slot_after_slot(received, sums, range(slots))
         offsets = torch.zeros(lengths.numel() + 1, dtype=self._dtype, device=self._device)
         torch.cumsum(lengths.view(-1), 0, dtype=self._dtype, out=offsets[1:])
-        return LocalIds(values, offsets, tuple(sum(map(sum, of_slot)) for of_slot in sums), ranks * size)
+        counts = tuple(sum(map(sum, of_slot)) for of_slot in sums)
+        weights = self._exchange_weights(ids, sums, counts) if any(self._weighted) else None
+        return LocalIds(values, offsets, counts, ranks * size, weights)
+
+    def _exchange_weights(self, ids: Mapping[str, Ids], sums: list[list[list[int]]], counts: Sequence[int]) -> Tensor:
+        """Those of weighted slots from all ranks, ones for the others: float32, in the order of the values."""
+        parts = [[_weights(ids, name) for name in names] for names in self._weighted]
+        sizes = [sum(part.shape[0] for part in own) for own in parts]
+        flat = torch.cat([part for own in parts for part in own])
+        slots = self._weighted_slots
+        expected = [sum(sums[s][b][r] for s, b in self._segments(slots)) for r in range(self._channel.size)]
+        received = all_to_all(flat, expected, sizes, self._channel, "weights")
+        in_order = self._slot_after_slot(received, sums, slots)
+        of_slot = dict(zip(slots, in_order.split([counts[slot] for slot in slots]), strict=True))
+        ones = torch.ones(max(counts, default=0), device=self._device)
+        return torch.cat([of_slot.get(slot, ones[:count]) for slot, count in enumerate(counts)] or [received])
+
+    def _segments(self, slots: Iterable[int]) -> list[tuple[int, int]]:
+        """(slot, block) in the order in which a rank sends them."""
+        return [(slot, block) for slot in slots for block in range(self._blocks)]
+
+    def _slot_after_slot(self, received: Tensor, sums: list[list[list[int]]], slots: Sequence[int]) -> Tensor:
+        """One number a value, by rank, then slot, then block -> by slot, then block, then rank.
+
+        Args:
+            sums: sums[slot][block][rank], how many each has.
+        """
+        ranks, sent = range(self._channel.size), self._segments(slots)
+        segments = received.split([sums[s][b][r] for r in ranks for s, b in sent])
+        order = [r * len(sent) + index for index in range(len(sent)) for r in ranks]
+        return torch.cat([segments[index] for index in order]) if order else received
 
     def _in_order(self, received: Tensor, slots: int, size: int) -> Tensor:
         """One number an example, by rank -> [slots, blocks, ranks, examples of a block]."""
@@ -133,3 +166,9 @@ def _lengths(ids: Mapping[str, Ids], feature: str) -> Tensor:
     lengths = ids[feature].lengths
     assert lengths is not None, f"{feature} is multi-valued, but its batch has no lengths"
     return lengths
+
+
+def _weights(ids: Mapping[str, Ids], feature: str) -> Tensor:
+    weights = ids[feature].weights
+    assert weights is not None, f"{feature} is weighted, but its batch has no weights"
+    return weights

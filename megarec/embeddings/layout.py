@@ -24,7 +24,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Feature:
-    """A feature and its place in the matrix [B, width]: columns start .. start + columns."""
+    """A feature and its place in the matrix [B, width]: columns start .. start + columns.
+
+    Attributes:
+        mean_length: ids of an example, for the placer.
+        weighted: whether every id of a list has a weight that its row is multiplied by.
+    """
 
     name: str
     table: str
@@ -32,6 +37,8 @@ class Feature:
     multi_valued: bool
     start: int
     columns: int
+    mean_length: float = 1.0
+    weighted: bool = False
 
 
 @dataclass(frozen=True)

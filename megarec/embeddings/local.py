@@ -1,4 +1,4 @@
-"""All tables of one rank: up to two backends side by side, and the record of touched rows."""
+"""Tables of one rank: up to two backends side by side, and the record of touched rows."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.embeddings.co_owners import CoOwners
+from megarec.embeddings.copied_tables import CopiedTables
 from megarec.embeddings.ids import LocalIds
 from megarec.embeddings.initial import fill_initial
 from megarec.embeddings.layout import EmbeddingLayout
@@ -24,6 +25,7 @@ class LocalTables:
     Args:
         slots: of this rank.
         shards: of all ranks.
+        copies: whether every rank of the channel holds a copy of these tables.
     """
 
     def __init__(
@@ -35,8 +37,10 @@ class LocalTables:
         config: EmbeddingConfig,
         channel: Channel,
         device: torch.device,
+        *,
+        copies: bool = False,
     ) -> None:
-        self._layout = layout
+        self._layout, self._copies = layout, copies
         local = group_slots(slots)
         fused = [part for part in local if choices[part.shard.table].backend == "fbgemm"]
         plain = [part for part in local if choices[part.shard.table].backend == "torch"]
@@ -47,7 +51,11 @@ class LocalTables:
             self._groups.append((sum(len(part.slots) for part in fused), FbgemmTables(fused, config, device)))
         # Row-wise Adagrad over column slices needs every rank in its exchange, one without such slices as well.
         split = config.optimizer == "rowwise_adagrad" and any(shard.column_start > 0 for shard in shards)
-        if plain or split or not fused:
+        if copies:
+            assert not fused and not split
+            columns = [part.shard.columns for part in plain]
+            self._groups.append((len(slots), CopiedTables(plain, columns, config, device, channel, self._mark)))
+        elif plain or split or not fused:
             owners = CoOwners([part.shard for part in plain], shards, channel, device)
             columns = [layout.table(part.shard.table).columns for part in plain]
             tables = TorchTables(plain, columns, config, device, owners.sum if split else None)
@@ -67,7 +75,7 @@ class LocalTables:
 
     def forward(self, ids: LocalIds) -> Tensor:
         """Summed rows of every bag, contiguous float32 [examples, columns of all slots]."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self._copies:  # copies: in the update, which knows all ranks' rows
             self._touch(ids)
         outputs = []
         first = 0
@@ -90,6 +98,38 @@ class LocalTables:
             named |= tables.state()
         return named
 
+    def _touch(self, ids: LocalIds) -> None:
+        counts = torch.tensor(ids.counts, device=ids.values.device)
+        first_rows = self._first_rows.repeat_interleave(counts, output_size=ids.values.numel())
+        self._mark(first_rows.add_(ids.values))
+
+    def _mark(self, rows: Tensor) -> None:
+        """Rows as touched, counted over all shards in their order."""
+        self._flags.index_fill_(0, rows, True)
+
+
+class AllTables:
+    """The tables of one rank, whatever their placement."""
+
+    def __init__(self, parts: Sequence[LocalTables]) -> None:
+        self._parts = parts
+
+    def fill(self, seed: int, std: float | None) -> None:
+        """Initial weights (initial.py)."""
+        for part in self._parts:
+            part.fill(seed, std)
+
+    def set_learning_rate(self, rate: float) -> None:
+        for part in self._parts:
+            part.set_learning_rate(rate)
+
+    def row_usage(self) -> dict[str, float]:
+        """Share of the rows that were looked up with gradients enabled, by table."""
+        return {table: share for part in self._parts for table, share in part.row_usage().items()}
+
+    def state(self) -> State:
+        return {name: entry for part in self._parts for name, entry in part.state().items()}
+
     def load(self, state: dict[str, Tensor]) -> None:
         mine = self.state()
         unknown = sorted(set(state) - set(mine)) or sorted(set(mine) - set(state))
@@ -104,8 +144,3 @@ class LocalTables:
                 )
         for name, (_, tensor) in mine.items():
             tensor.copy_(state[name])
-
-    def _touch(self, ids: LocalIds) -> None:
-        counts = torch.tensor(ids.counts, device=ids.values.device)
-        first_rows = self._first_rows.repeat_interleave(counts, output_size=ids.values.numel())
-        self._flags.index_fill_(0, first_rows.add_(ids.values), True)

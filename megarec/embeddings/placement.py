@@ -1,19 +1,17 @@
 """Which rank holds which slice of which table.
 
-A shard is a rectangle of a global table, so that checkpoints and reshaping are set arithmetic. The kinds placed here
-are whole tables ("table") and column slices ("column"); row ranges and copies on several ranks can be expressed too.
+A shard is a rectangle of a global table, so that checkpoints and reshaping are set arithmetic. Plans (plans.py) say
+how each table is cut; here the pieces are given to ranks.
 """
 
 import dataclasses
-import math
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from megarec.embeddings.layout import EmbeddingLayout, Table
+from megarec.embeddings.plans import COLUMN_UNIT, TablePlan, Wish, column_units, plan_tables, table_costs
 from megarec.errors import UserError
-
-COLUMN_UNIT = 4  # FBGEMM wants widths in multiples of four
 
 
 @dataclass(frozen=True, order=True)
@@ -52,71 +50,93 @@ class Shard:
 
 
 def place(
-    layout: EmbeddingLayout, kind: Literal["table", "column"], world_size: int, *, idle_ranks: bool = False
+    layout: EmbeddingLayout,
+    kind: Wish,
+    world_size: int,
+    *,
+    idle_ranks: bool = False,
+    tables: Mapping[str, Wish] | None = None,
+    examples: int | None = None,
 ) -> tuple[Shard, ...]:
-    """Shards of every table, the same on every rank, in table order and then column order.
+    """Shards of every table, the same on every rank, in table order and then in the order of their slices.
 
-    "table": whole tables, the most expensive first, each to the rank with the least cost so far. "column": every
-    table split into columns over all ranks, in multiples of four and as even as those allow; a table with fewer
-    multiples than ranks goes to the ranks with the least cost.
+    The most expensive tables come first, and each piece goes to the rank with the least cost so far. "table": whole
+    tables. "column": every table split into columns over all ranks, in multiples of four and as even as those allow; a
+    table with fewer multiples than ranks goes to the ranks with the least cost. Others: see plans.py.
 
     Args:
-        idle_ranks: whether a rank may hold nothing.
+        idle_ranks: whether a rank may hold nothing; with other kinds than "table" and "column" it always may.
+        tables: the kinds of tables that differ.
+        examples: see `plan_tables`.
 
     Raises:
         UserError: a rank would hold nothing; the message has the arithmetic and a remedy.
     """
-    shards = _whole_tables(layout, world_size) if kind == "table" else _column_slices(layout, world_size)
-    if not idle_ranks and len({shard.rank for shard in shards}) < world_size:
+    shards = lay_out(layout, plan_tables(layout, kind, world_size, tables or {}, examples), world_size)
+    must_hold = kind in ("table", "column") and not tables and not idle_ranks
+    if must_hold and len({shard.rank for shard in shards}) < world_size:
         raise UserError(_idle_ranks(layout, kind, world_size))
     return shards
 
 
 def place_on_hosts(
-    hosts: Sequence[EmbeddingLayout], kind: Literal["table", "column"], ranks_per_host: int
+    hosts: Sequence[EmbeddingLayout],
+    kind: Wish,
+    ranks_per_host: int,
+    *,
+    tables: Mapping[str, Wish] | None = None,
+    examples: int | None = None,
 ) -> tuple[Shard, ...]:
     """`place` inside every host: hosts[h] is what host h holds; ranks are those of the whole job."""
     return tuple(
         dataclasses.replace(shard, rank=host * ranks_per_host + shard.rank)
         for host, layout in enumerate(hosts)
-        for shard in place(layout, kind, ranks_per_host, idle_ranks=True)
+        for shard in place(layout, kind, ranks_per_host, idle_ranks=True, tables=tables, examples=examples)
     )
 
 
-def table_costs(layout: EmbeddingLayout) -> dict[str, float]:
-    """Cost of a table: its share of all bytes plus its share of all looked-up columns (one lookup a feature)."""
-    size = {table.name: float(table.rows * table.columns) for table in layout.tables}
-    traffic = dict.fromkeys(size, 0.0)
-    for feature in layout.features:
-        traffic[feature.table] += feature.columns
-    return {name: size[name] / sum(size.values()) + traffic[name] / sum(traffic.values()) for name in size}
-
-
-def _whole_tables(layout: EmbeddingLayout, world_size: int) -> tuple[Shard, ...]:
+def lay_out(layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int) -> tuple[Shard, ...]:
+    """Give the pieces of every table to ranks."""
     costs = table_costs(layout)
-    load = [0.0] * world_size
-    owner: dict[str, int] = {}
-    for table in sorted(layout.tables, key=lambda table: -costs[table.name]):
-        rank = min(range(world_size), key=load.__getitem__)
-        owner[table.name] = rank
-        load[rank] += costs[table.name]
-    return tuple(Shard(table.name, owner[table.name], 0, table.rows, 0, table.columns) for table in layout.tables)
-
-
-def _column_slices(layout: EmbeddingLayout, world_size: int) -> tuple[Shard, ...]:
-    costs = table_costs(layout)
-    load = [0.0] * world_size
+    load = [0.0] * ranks
+    everywhere = {table.name for table in layout.tables if plans[table.name].kind in ("row", "replicated")}
     shards: dict[str, list[Shard]] = {}
-    for table in sorted(layout.tables, key=lambda table: -costs[table.name]):
-        widths = _even_widths(table, world_size)
-        ranks = sorted(range(world_size), key=load.__getitem__)[: len(widths)]
-        start = 0
-        shards[table.name] = []
-        for rank, width in zip(ranks, widths, strict=True):  # wider slices come first: they go to the lighter ranks
-            shards[table.name].append(Shard(table.name, rank, 0, table.rows, start, start + width))
-            load[rank] += costs[table.name] * width / table.columns
-            start += width
+    for table in sorted(layout.tables, key=lambda table: (table.name not in everywhere, -costs[table.name])):
+        plan = plans[table.name]
+        if plan.kind == "row":
+            rows = even_ranges(table.rows, ranks)
+            shards[table.name] = [Shard(table.name, r, *rows[r], 0, table.columns) for r in range(ranks)]
+        elif plan.kind == "replicated":
+            shards[table.name] = [Shard(table.name, r, 0, table.rows, 0, table.columns) for r in range(ranks)]
+        else:
+            columns = _even_columns(table, plan.parts)
+            lightest = sorted(range(ranks), key=load.__getitem__)  # wider slices come first: to the lighter ranks
+            shards[table.name] = [
+                Shard(table.name, rank, 0, table.rows, *own) for rank, own in zip(lightest, columns, strict=False)
+            ]
+        for shard in shards[table.name]:
+            load[shard.rank] += costs[table.name] * shard.rows * shard.columns / (table.rows * table.columns)
     return tuple(shard for table in layout.tables for shard in shards[table.name])
+
+
+def split_by_rows(shards: Sequence[Shard]) -> set[str]:
+    """The tables whose rows lie on several ranks."""
+    return {shard.table for shard in shards if shard.row_start > 0}
+
+
+def replicated(shards: Sequence[Shard]) -> set[str]:
+    """The tables of which several ranks hold a copy."""
+    holders: dict[Shard, int] = {}
+    for shard in shards:
+        cells = dataclasses.replace(shard, rank=0)
+        holders[cells] = holders.get(cells, 0) + 1
+    return {shard.table for shard, count in holders.items() if count > 1}
+
+
+def even_ranges(rows: int, parts: int) -> list[tuple[int, int]]:
+    """`rows` cut into `parts` ranges, descending in size by at most one."""
+    sizes = [rows // parts + (part < rows % parts) for part in range(parts)]
+    return list(itertools.pairwise([0, *itertools.accumulate(sizes)]))
 
 
 def _idle_ranks(layout: EmbeddingLayout, kind: str, world_size: int) -> str:
@@ -125,7 +145,7 @@ def _idle_ranks(layout: EmbeddingLayout, kind: str, world_size: int) -> str:
             f'embedding.placement="table" cannot give {world_size} ranks a table each: {len(layout.tables)} tables '
             f'< {world_size} ranks; set embedding.placement="column" or use at most {len(layout.tables)} ranks'
         )
-    pieces = sum(min(world_size, _units(table)) for table in layout.tables)
+    pieces = sum(min(world_size, column_units(table)) for table in layout.tables)
     listed = ", ".join(f"{table.name} {table.columns}" for table in layout.tables)
     return (
         f'embedding.placement="column" cannot give {world_size} ranks a slice each: the tables have {pieces} '
@@ -133,14 +153,7 @@ def _idle_ranks(layout: EmbeddingLayout, kind: str, world_size: int) -> str:
     )
 
 
-def _units(table: Table) -> int:
-    return math.ceil(table.columns / COLUMN_UNIT)
-
-
-def _even_widths(table: Table, world_size: int) -> Sequence[int]:
-    """Widths in multiples of four, descending by at most four; the last takes what does not divide by four."""
-    units = _units(table)
-    parts = min(world_size, units)
-    widths = [COLUMN_UNIT * (units // parts + (i < units % parts)) for i in range(parts)]
-    widths[-1] -= COLUMN_UNIT * units - table.columns
-    return widths
+def _even_columns(table: Table, parts: int) -> list[tuple[int, int]]:
+    """`parts` ranges of columns in multiples of four; the last takes what does not divide by four."""
+    ranges = even_ranges(column_units(table), parts)
+    return [(COLUMN_UNIT * start, min(COLUMN_UNIT * stop, table.columns)) for start, stop in ranges]

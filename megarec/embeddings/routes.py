@@ -2,16 +2,18 @@
 
 A slot is one feature looked up in one shard. A rank's slots are sorted so that features which share a table are
 neighbours (both table backends update such a table once), each backend's tables lie together, and those of the torch
-backend by width. All ranks derive the same routes from the same layout and shards.
+backend by width. Slots of tables that are split by rows lie together as well, in the same order on every rank: FBGEMM's
+last, then torch's first. All ranks derive the same routes from the same layout and shards.
 """
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megarec.embeddings.layout import EmbeddingLayout, Feature
-from megarec.embeddings.placement import Shard
+from megarec.embeddings.placement import Shard, split_by_rows
 
 
 @dataclass(frozen=True)
@@ -20,17 +22,28 @@ class Slot:
 
     Attributes:
         start: first column of its output in the matrix [B, width].
-        offset: first column of its output among the columns of its rank.
+        offset: first column of its output among the columns of its rank that travel with it: those of tables split by
+            rows go apart from the others.
+        by_rows: whether the table is split by rows.
     """
 
     feature: Feature
     shard: Shard
     start: int
     offset: int
+    by_rows: bool = False
 
     @property
     def columns(self) -> int:
         return self.shard.columns
+
+    @property
+    def source(self) -> Feature:
+        """Whose ids are looked up: the feature's, or the part of them whose rows lie here."""
+        if not self.by_rows:
+            return self.feature
+        rows = f"[{self.shard.row_start}:{self.shard.row_stop}]"
+        return dataclasses.replace(self.feature, name=self.feature.name + rows, multi_valued=True)
 
 
 @dataclass(frozen=True)
@@ -45,10 +58,6 @@ class Routes:
     slots: tuple[tuple[Slot, ...], ...]
     index_dtype: torch.dtype
 
-    def columns(self, rank: int) -> int:
-        """Width of the pooled output of a rank, over all its slots."""
-        return sum(slot.columns for slot in self.slots[rank])
-
 
 def build_routes(layout: EmbeddingLayout, shards: Sequence[Shard], world_size: int, fused: Collection[str]) -> Routes:
     """Routes for a placement.
@@ -58,17 +67,36 @@ def build_routes(layout: EmbeddingLayout, shards: Sequence[Shard], world_size: i
     """
     position = {table.name: index for index, table in enumerate(layout.tables)}
     features = {name: [f for f in layout.features if f.table == name] for name in position}
+    by_rows = split_by_rows(shards)
     by_rank: list[tuple[Slot, ...]] = []
     for rank in range(world_size):
         mine = sorted((shard for shard in shards if shard.rank == rank), key=lambda shard: position[shard.table])
-        widths = {columns: index for index, columns in enumerate(dict.fromkeys(shard.columns for shard in mine))}
-        ranking = {shard: -1 if shard.table in fused else widths[shard.columns] for shard in mine}
+        offsets = {True: 0, False: 0}
         slots: list[Slot] = []
-        offset = 0
-        for shard in sorted(mine, key=ranking.__getitem__):
+        for shard in _in_order(mine, fused, by_rows):
+            split = shard.table in by_rows
             for feature in features[shard.table]:
-                slots.append(Slot(feature, shard, feature.start + shard.column_start, offset))
-                offset += shard.columns
+                slots.append(Slot(feature, shard, feature.start + shard.column_start, offsets[split], split))
+                offsets[split] += shard.columns
         by_rank.append(tuple(slots))
     small = world_size > 1 and all(table.rows < 2**31 for table in layout.tables)
     return Routes(tuple(by_rank), torch.int32 if small else torch.int64)
+
+
+def _in_order(shards: Sequence[Shard], fused: Collection[str], by_rows: Collection[str]) -> list[Shard]:
+    """FBGEMM's whole rows, FBGEMM's parts of tables split by rows, torch's of those, torch's whole rows.
+
+    Within one of these kinds in the order given, torch's by width; every rank has the same tables of the middle kinds.
+    """
+
+    def kind(shard: Shard) -> int:
+        return int(shard.table in by_rows) if shard.table in fused else 3 - int(shard.table in by_rows)
+
+    widths: dict[tuple[int, int], int] = {}
+    for shard in shards:
+        widths.setdefault((kind(shard), shard.columns), len(widths))
+
+    def rank(shard: Shard) -> tuple[int, int]:
+        return kind(shard), 0 if shard.table in fused else widths[kind(shard), shard.columns]
+
+    return sorted(shards, key=rank)

@@ -33,6 +33,7 @@ class Stack:
         self.columns = shards[0].shard.columns
         self._optimizer = optimizer
         rows = [local.shard.rows for local in shards]
+        self.rows = sum(rows)
         self._stops = list(itertools.accumulate(rows))
         first_rows = [stop - own for stop, own in zip(self._stops, rows, strict=True)]
         self._first_rows = torch.tensor(
@@ -48,7 +49,7 @@ class Stack:
         """Summed rows of every bag, float32 [examples, slots x columns]."""
         keys = self._keys(ids)
         if self._jagged:
-            bags = self._pool(keys, ids.offsets.long()).view(self.slots, ids.examples, self.columns)
+            bags = self._pool(keys, ids.offsets.long(), ids.weights).view(self.slots, ids.examples, self.columns)
             return bags.transpose(0, 1).reshape(ids.examples, -1)
         keys = keys.view(self.slots, ids.examples).T.reshape(-1)  # in the order of the output
         return self._weight.index_select(0, keys).to(torch.float32).view(ids.examples, -1)
@@ -67,6 +68,7 @@ class Stack:
         in_order, order = self._keys(ids).sort(stable=True)
         rows, counts = in_order.unique_consecutive(return_counts=True)
         occurrences = self._gradient_rows(ids).index_select(0, order)
+        weights = None if ids.weights is None else ids.weights.index_select(0, order)
         stops = counts.cumsum(0)
         total, touched = occurrences.numel(), rows.numel()
         for start in range(0, touched, self._chunk):
@@ -74,7 +76,9 @@ class Stack:
             first = int(stops[start - 1]) if start else 0
             last = int(stops[stop - 1]) if stop < touched else total
             offsets = (stops[start:stop] - counts[start:stop]) - first
-            yield RowGradient(rows[start:stop], embedding_bag(occurrences[first:last], grad, offsets, mode="sum"))
+            own = None if weights is None else weights[first:last]
+            summed = embedding_bag(occurrences[first:last], grad, offsets, mode="sum", per_sample_weights=own)
+            yield RowGradient(rows[start:stop], summed)
 
     def apply(self, gradient: RowGradient, hyperparameters: Hyperparameters) -> None:
         """Update the rows of one chunk; `count_step` comes before the first of a step."""
@@ -119,10 +123,10 @@ class Stack:
             return of_bag
         return of_bag.repeat_interleave(ids.offsets.diff().long(), output_size=ids.values.numel())
 
-    def _pool(self, keys: Tensor, offsets: Tensor) -> Tensor:
-        """Sum the rows of every bag in float32: [bags, columns]."""
+    def _pool(self, keys: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+        """Sum the rows of every bag, times their weights, in float32: [bags, columns]."""
         weight = self._weight
         if weight.dtype != torch.float32:
             weight = weight.index_select(0, keys).float()
             keys = torch.arange(keys.numel(), device=keys.device)
-        return embedding_bag(keys, weight, offsets, mode="sum", include_last_offset=True)
+        return embedding_bag(keys, weight, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)

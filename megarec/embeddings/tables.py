@@ -11,7 +11,8 @@ from torch import Tensor
 from megarec.config.sections import EmbeddingConfig
 from megarec.embeddings.ids import LocalIds
 from megarec.embeddings.layout import EmbeddingLayout
-from megarec.embeddings.placement import COLUMN_UNIT, Shard
+from megarec.embeddings.placement import Shard, replicated
+from megarec.embeddings.plans import COLUMN_UNIT
 from megarec.embeddings.routes import Slot
 from megarec.errors import UserError
 
@@ -41,7 +42,7 @@ class LocalShard:
     @property
     def jagged(self) -> bool:
         """Whether a bag may hold any number of ids; else exactly one."""
-        return any(slot.feature.multi_valued for slot in self.slots)
+        return any(slot.source.multi_valued for slot in self.slots)
 
 
 def group_slots(slots: Sequence[Slot]) -> tuple[LocalShard, ...]:
@@ -82,6 +83,8 @@ def wished_backend(shards: Sequence[Shard], config: EmbeddingConfig) -> Choice:
     """The backend of a table that is placed as these shards, by the config alone: the same on every rank."""
     if config.backend == "torch":
         return Choice("torch", 'embedding.backend="torch"')
+    if replicated(shards):
+        return Choice("torch", "a copy on every rank: the gradients of all ranks are summed before its update")
     if config.optimizer == "adam":
         return Choice("torch", "Adam over touched rows, bias-corrected by the global step, is not FBGEMM's")
     if config.optimizer == "rowwise_adagrad" and any(shard.column_start > 0 for shard in shards):

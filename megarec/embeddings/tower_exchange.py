@@ -61,7 +61,7 @@ class TowerExchange:
     def distribute(self, batch: Batch) -> Distributed:
         """Hop a and the ids of hop b; reads no table."""
         arrived = self._ids(batch.ids, batch.size)
-        ids = {f.name: arrived.of_slot(slot, f.multi_valued) for slot, f in enumerate(self._features)}
+        ids = {f.name: arrived.of_slot(slot, f) for slot, f in enumerate(self._features)}
         return self.group.distribute_ids(ids, batch.size * self._peer.size)
 
     def pool(self, batch: Distributed, towers: Change) -> Tensor:

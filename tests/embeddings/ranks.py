@@ -26,10 +26,12 @@ class Part:
     traffic: list[dict[str, Any]]
 
 
-def sparse_side(layout: EmbeddingLayout, config: EmbeddingConfig, ledger: Ledger | None = None) -> SparseSide:
+def sparse_side(
+    layout: EmbeddingLayout, config: EmbeddingConfig, ledger: Ledger | None = None, examples: int | None = None
+) -> SparseSide:
     """Over the ranks of the pool, or in this process alone."""
-    topology = build_topology(None, tensor=1)
-    return SparseSide(layout, config, topology, seed=SEED, device=torch.device("cpu"), ledger=ledger or Ledger())
+    topology, device = build_topology(None, tensor=1), torch.device("cpu")
+    return SparseSide(layout, config, topology, seed=SEED, device=device, ledger=ledger or Ledger(), examples=examples)
 
 
 def train(
@@ -42,10 +44,10 @@ def train(
 ) -> Part:
     """Train on this rank's slices of the global batches first_step .. steps, from the start or from a state."""
     ledger = Ledger()
-    sparse = sparse_side(layout, config, ledger)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    sparse = sparse_side(layout, config, ledger, examples // ranks)
     if state is not None:
         sparse.load_state(state)
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     seen = []
     for step in range(first_step, steps):
         batch = slice_of(global_batch(layout, examples, step), rank, ranks)

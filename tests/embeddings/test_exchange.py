@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megarec.config.sections import EmbeddingConfig
+from megarec.config.sections import EmbeddingConfig, TableConfig
 from megarec.embeddings import stack
 from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.layout import EmbeddingLayout, Feature, Table
@@ -20,10 +20,16 @@ EXAMPLES = 24
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd", "adam")
 
 
+MIXED = {"item": "row", "user": "column", "clicks": "replicated", "small": "row", "wide": "table"}
+
+
 def embedding(optimizer: str, placement: str, backend: str, weights: str = "fp32") -> EmbeddingConfig:
+    """`placement` "mixed" places every table of LAYOUT in a way of its own."""
+    tables = {name: TableConfig(placement=kind) for name, kind in MIXED.items()}  # type: ignore[arg-type]
     return EmbeddingConfig(
         optimizer=optimizer,  # type: ignore[arg-type]
-        placement=placement,  # type: ignore[arg-type]
+        placement="table" if placement == "mixed" else placement,  # type: ignore[arg-type]
+        tables=tables if placement == "mixed" else {},
         backend=backend,  # type: ignore[arg-type]
         weights=weights,  # type: ignore[arg-type]
         learning_rate=0.1,
@@ -34,10 +40,21 @@ def embedding(optimizer: str, placement: str, backend: str, weights: str = "fp32
 EVERYTHING = [(o, p, "torch") for o in OPTIMIZERS for p in ("table", "column")]
 EVERYTHING += [(o, p, "fbgemm") for o in ("adagrad", "sgd") for p in ("table", "column")]
 EVERYTHING += [("rowwise_adagrad", "table", "fbgemm")]
+EVERYTHING += [(o, "row", "torch") for o in OPTIMIZERS]
+EVERYTHING += [(o, "row", "fbgemm") for o in ("rowwise_adagrad", "adagrad", "sgd")]
+EVERYTHING += [(o, "replicated", "auto") for o in OPTIMIZERS]
+EVERYTHING += [(o, "mixed", "auto") for o in OPTIMIZERS] + [("rowwise_adagrad", "mixed", "torch")]
+EVERYTHING += [(o, "auto", "auto") for o in ("rowwise_adagrad", "adagrad")]
 HALF = [("rowwise_adagrad", p, "torch") for p in ("table", "column")] + [("sgd", "table", "torch")]
+HALF += [("rowwise_adagrad", p, "auto") for p in ("row", "replicated")]
 HALF += [(o, "table", "fbgemm") for o in ("rowwise_adagrad", "sgd")]
 SINGLE = [("rowwise_adagrad", "table", "fbgemm"), ("rowwise_adagrad", "column", "auto"), ("sgd", "table", "auto")]
-BOTH_BACKENDS = [("sgd", "table", "auto"), ("sgd", "column", "auto")]  # six columns are torch's, the others FBGEMM's
+SINGLE += [("sgd", "row", "fbgemm"), ("rowwise_adagrad", "replicated", "auto")]
+BOTH_BACKENDS = [
+    ("sgd", "table", "auto"),
+    ("sgd", "column", "auto"),
+    ("sgd", "row", "auto"),
+]  # six columns are torch's, the others FBGEMM's
 CASES = {
     **{" ".join(case): (LAYOUT, embedding(*case)) for case in EVERYTHING},
     **{f"{' '.join(case)} fp16": (LAYOUT, embedding(*case, weights="fp16")) for case in HALF},
@@ -73,10 +90,10 @@ def test_any_ranks_train_as_one_plain_process(trained: Callable, ranks: int, cas
         torch.testing.assert_close(mine, its, **tolerance)
     for name, tensor in expected.state.items():
         torch.testing.assert_close(found.state[name], tensor, **tolerance)
-    touched = {name.split("/")[0]: float(t.mean()) for name, t in found.state.items() if name.endswith("touched")}
     for part in trained(ranks, case):
         for table, share in part.usage.items():
-            assert share == pytest.approx(touched[table])
+            own = part.state[f"{table}/touched"][0].slices
+            assert share == pytest.approx(float(found.state[f"{table}/touched"][own].mean()))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

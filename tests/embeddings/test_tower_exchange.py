@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarec.config.sections import EmbeddingConfig
+from megarec.config.sections import EmbeddingConfig, TableConfig
 from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.layout import EmbeddingLayout, Feature, Table
 from megarec.embeddings.tables import State
@@ -51,6 +51,15 @@ def embedding(optimizer: str, placement: str, backend: str) -> EmbeddingConfig:
 CONFIGS = [embedding(o, "table", "torch") for o in ("rowwise_adagrad", "adagrad", "sgd", "adam")]
 CONFIGS += [embedding(o, "table", "fbgemm") for o in ("rowwise_adagrad", "sgd")]
 CONFIGS += [embedding("adagrad", "column", "torch"), embedding("sgd", "column", "fbgemm")]
+MIXED = {"item": "row", "user": "column", "clicks": "replicated", "small": "row", "wide": "table"}
+PARTIAL_SUMS = [embedding(o, "row", "torch") for o in ("rowwise_adagrad", "adam")]
+PARTIAL_SUMS += [embedding("rowwise_adagrad", "row", "fbgemm"), embedding("rowwise_adagrad", "replicated", "auto")]
+PARTIAL_SUMS += [
+    embedding(o, "table", "auto").model_copy(
+        update={"tables": {name: TableConfig(placement=kind) for name, kind in MIXED.items()}}  # type: ignore[arg-type]
+    )
+    for o in ("sgd", "adagrad")
+]
 # The mean of a row's g^2 is summed over the owners of its columns, and these are fewer inside a host than in the world.
 OTHER_SUMS = embedding("rowwise_adagrad", "column", "auto")
 
@@ -129,6 +138,21 @@ def test_row_wise_adagrad_over_columns(rank_pool: Callable[[int], RankPool]) -> 
             torch.testing.assert_close(mine, its, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(("hosts", "local", "towers"), [(1, 2, TWO), (2, 1, TWO), (2, 2, FOUR)])
+def test_rows_and_copies_up_to_summation_order(
+    rank_pool: Callable[[int], RankPool], hosts: int, local: int, towers: Towers
+) -> None:
+    by_rank = rank_pool(hosts * local).run(flat_and_tower, LAYOUT, PARTIAL_SUMS, local, towers)
+    for index, config in enumerate(PARTIAL_SUMS):
+        flat, tower = ([pair[index][side] for pair in by_rank] for side in (0, 1))
+        for mine, its in zip(flat, tower, strict=True):
+            for a, b in zip(mine.embedded, its.embedded, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        expected, found = whole(LAYOUT, flat), whole(LAYOUT, tower)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(tensor, found[name], rtol=1e-6, atol=1e-6, msg=lambda m, c=config: f"{c}: {m}")
+
+
 def test_four_hosts_of_two_ranks() -> None:
     with RankPool(8) as pool:
         compare(pool.run(flat_and_tower, EQUAL, CONFIGS[:5], 2, EIGHT), EQUAL, CONFIGS[:5])
@@ -163,6 +187,33 @@ def test_bytes_equal_the_formula(rank_pool: Callable[[int], RankPool]) -> None:
         assert ids == STEPS * 4 * size * 4, "an id crosses once, to the one host that wants it"
 
 
+def test_bytes_of_rows_and_copies(rank_pool: Callable[[int], RankPool]) -> None:
+    """spec: S (G-1) flat, S (L-1) in the host for tables split by rows; copies send their gradients alone."""
+    hosts, local = 2, 2
+    size, steps = EXAMPLES // 4, STEPS
+    s = 4 * size * EQUAL.width
+    configs = [embedding("sgd", "row", "fbgemm"), embedding("sgd", "replicated", "auto")]
+    rows = sum(table.rows for table in EQUAL.tables)
+    for (flat, tower), (flat_copies, tower_copies) in rank_pool(4).run(flat_and_tower, EQUAL, configs, local, EIGHT):
+        for direction, op in (("forward", "reduce_scatter embeddings"), ("backward", "all_gather embeddings")):
+            assert sent(flat, "world", op, direction) == s * (4 - 1) * steps
+            assert sent(tower, "tower", op, direction) == hosts * s // hosts * (local - 1) * steps
+        assert embedding_bytes(tower, "peer", "forward") == (s // 2 * steps, s // 2 * steps)
+        ids = sent(flat, "world", "all_to_all ids", "forward")
+        own = sum(row["self_bytes"] for row in flat.traffic if row["op"] == "all_to_all ids")
+        assert ids + own == 4 * size * len(EQUAL.features) * steps, "every id goes to the one owner of its row"
+        assert {row["op"] for row in flat_copies.traffic} == {"all_reduce gradients"}
+        gradients = 2 * 4 * rows * (4 + 1)  # as a ring
+        assert sent(flat_copies, "world", "all_reduce gradients", "backward") == gradients * 3 // 4 * steps
+        assert sent(tower_copies, "tower", "all_reduce gradients", "backward") == gradients // 2 // 2 * steps
+
+
+def sent(outcome: Outcome, group: str, op: str, direction: str) -> int:
+    """Bytes of one operation."""
+    keys = [(row["group"], row["op"], row["direction"]) for row in outcome.traffic]
+    return int(outcome.traffic[keys.index((group, op, direction))]["bytes"])
+
+
 def embedding_bytes(outcome: Outcome, group: str, direction: str) -> tuple[int, int]:
     """Sent by a rank in embedding messages of a group: in all, and to other hosts."""
     rows = [
@@ -194,6 +245,21 @@ def test_low_precision_messages(rank_pool: Callable[[int], RankPool]) -> None:
         types = {(row["direction"], row["dtype"]) for row in tower.traffic if "ids" not in row["op"]}
         assert ("forward", "float16") in types
         assert ("backward", "bfloat16") in types
+
+
+def rows_with_messages(ranks_per_host: int) -> list[Outcome]:
+    config = embedding("adagrad", "row", "torch").model_copy(update={"l2": 0.0})
+    types = (FP32, Messages(torch.float16, torch.bfloat16))
+    return [train(EQUAL, config, ranks_per_host, EIGHT, messages) for messages in types]
+
+
+def test_low_precision_sums_of_rows(rank_pool: Callable[[int], RankPool]) -> None:
+    for full, half in rank_pool(4).run(rows_with_messages, 2):
+        assert not torch.equal(full.embedded[0], half.embedded[0])
+        torch.testing.assert_close(full.embedded[-1], half.embedded[-1], rtol=2e-2, atol=4e-3)
+        types = {(row["op"], row["dtype"]) for row in half.traffic if row["group"] == "tower"}
+        assert ("all_to_all embeddings", "float16") in types
+        assert ("all_gather embeddings", "bfloat16") in types
 
 
 def test_one_process_needs_no_groups() -> None:
