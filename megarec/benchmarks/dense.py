@@ -5,9 +5,10 @@ whose step stays in 4 GiB. A row is one model in one dtype: forward, backward an
 activations in that dtype, optimizer state in fp32. The peak is the best of several GEMMs in that dtype, square and of
 the model's own shapes. GEMMs and models take turns, so that a busy machine slows them alike, and medians count. All use
 the same threads, the same allocator and the same products (megarec.models.gemm: on CPUs without bf16 instructions, bf16
-products through fp32).
+products through fp32). Where there is a compiler, the model with `dense.compile` takes its turn as well.
 """
 
+import copy
 import itertools
 import statistics
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from torch import nn
 from megarec.benchmarks.dense_step import finish, largest_batch, training_step
 from megarec.benchmarks.interleave import interleave
 from megarec.benchmarks.plain import PlainWukong
-from megarec.config.sections import WukongConfig
+from megarec.config.sections import DenseConfig, WukongConfig
 from megarec.models.cost import count_wukong, total
 from megarec.models.gemm import fast_cpu_gemm
 from megarec.models.wukong import Wukong, layer_sizes
+from megarec.parallel.compiled import compile_layers, has_compiler
 from megarec.training.allocator import keep_freed_memory
 
 MEMORY_LIMIT = 4 * 2**30
@@ -35,6 +37,7 @@ class Case(NamedTuple):
         embeddings: n of X_0.
         rounds: turns that count.
         batch: fixed; None: the largest whose step stays in 4 GiB.
+        compiled: whether the model with `dense.compile` takes its turn.
     """
 
     name: str
@@ -42,10 +45,16 @@ class Case(NamedTuple):
     config: WukongConfig
     rounds: int
     batch: int | None
+    compiled: bool = False
 
 
 SMALL = Case(
-    "41 MFLOP", 128, WukongConfig(dim=64, layers=4, num_fm=32, num_lcb=32, rank=24, mlp=[896] * 2, head=[256]), 7, 1024
+    "41 MFLOP",
+    128,
+    WukongConfig(dim=64, layers=4, num_fm=32, num_lcb=32, rank=24, mlp=[896] * 2, head=[256]),
+    7,
+    1024,
+    compiled=True,
 )
 LADDER = Case(
     "1.25 GFLOP",
@@ -53,6 +62,7 @@ LADDER = Case(
     WukongConfig(dim=160, layers=4, num_fm=32, num_lcb=32, rank=24, mlp=[2048] * 3, head=[2048]),
     3,
     None,
+    compiled=True,
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -75,6 +85,9 @@ def run() -> dict[str, Any]:
         "row_1.25_fp32_over_plain": ladder["fp32"]["over_plain"],
         "row_1.25_over_plain": ladder["bf16"]["over_plain"],
     }
+    for (name, dtype), row in rows.items():
+        if "compiled_over_eager" in row:
+            ratios[f"{name}_{dtype}_compiled_over_eager".replace(" ", "_")] = row["compiled_over_eager"]
     return {"name": "dense", "rows": list(rows.values()), "ratios": ratios}
 
 
@@ -89,6 +102,9 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, A
     torch.manual_seed(0)
     model = Wukong(n, config)
     models: dict[str, nn.Module] = {"wukong": model, "plain": PlainWukong(model)}
+    if case.compiled and has_compiler(device):
+        models["compiled"] = copy.deepcopy(model)
+        compile_layers(models["compiled"], DenseConfig(compile=True), {}, device)
     steps = {name: training_step(m, n, config.dim, batch, dtype, device) for name, m in models.items()}
     gemms = {f"{m}x{k}x{o}": (2 * m * k * o, _gemm(m, k, o, dtype, device)) for m, k, o in _shapes(n, config, batch)}
     seconds = interleave(steps | {name: gemm for name, (_, gemm) in gemms.items()}, case.rounds, warmup=1)
@@ -107,12 +123,11 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, A
         "forward_mflop_per_example": flop / 3e6,
         "gemm_peak": peak[best],
         "gemm_peak_shape": best,
-        "wukong": rates["wukong"],
-        "plain": rates["plain"],
-        "wukong_step_ms": 1e3 * median["wukong"],
-        "plain_step_ms": 1e3 * median["plain"],
+        **rates,
+        **{f"{name}_step_ms": 1e3 * median[name] for name in steps},
         "of_gemm_peak": rates["wukong"] / peak[best],
         "over_plain": rates["wukong"] / rates["plain"],
+        **({"compiled_over_eager": rates["compiled"] / rates["wukong"]} if "compiled" in rates else {}),
     }
 
 

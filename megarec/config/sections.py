@@ -170,6 +170,7 @@ class DenseConfig(Section):
         "none",
         description="activations of an interaction layer: kept, all but matrix products computed again, or all",
     )
+    compile: bool = Field(False, description="torch.compile for the interaction layers; not at ZeRO-3")
 
 
 MessageType = Literal["fp32", "fp16", "bf16"]

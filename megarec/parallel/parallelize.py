@@ -7,6 +7,7 @@ from torch import nn
 
 from megarec.config.sections import RunConfig
 from megarec.parallel.collectives import Channel, Ledger
+from megarec.parallel.compiled import compile_layers
 from megarec.parallel.materialize import materialize_and_fill
 from megarec.parallel.mpu import model_parallel_unit, set_deepspeed_groups
 from megarec.parallel.recompute import recompute_layers
@@ -33,6 +34,7 @@ def parallelize(
     """
     tensor = Channel("tensor", topology.tensor, topology.rank % topology.tensor_size, topology.tensor_size, ledger)
     shard_mlps(model, tensor)
+    compile_layers(model, config.dense, config.deepspeed, device)
     recompute_layers(model, config.dense.recompute)
     mpu = model_parallel_unit(topology)
     check_precision(config.deepspeed)

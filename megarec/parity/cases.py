@@ -48,6 +48,7 @@ def _tensor(ways: int) -> tuple[str, ...]:
 ACCUMULATION = "deepspeed.gradient_accumulation_steps=4"
 BF16, OFFLOAD = "deepspeed.bf16.enabled=true", 'deepspeed.zero_optimization.offload_optimizer={"device": "cpu"}'
 SECONDARY = "deepspeed.zero_optimization.zero_hpz_partition_size=2"
+COMPILE = "dense.compile=true"
 COLUMN, FBGEMM, TORCH = "embedding.placement=column", "embedding.backend=fbgemm", "embedding.backend=torch"
 OPTIMIZERS = tuple(f"embedding.optimizer={name}" for name in ("rowwise_adagrad", "adagrad", "sgd", "adam"))
 DENSE_SGD = ("dense.optimizer=sgd", "dense.learning_rate=0.1")
@@ -178,6 +179,15 @@ def _full_dense() -> list[Case]:
     ):
         chosen.append(Case(ranks, (), (*_tensor(ways), _zero(stage), BF16, *accumulation), BF16_TOLERANCE))
     return chosen
+
+
+def _full_compiled() -> list[Case]:
+    """Compiled layers; half a minute a case."""
+    chosen = [(1, 1, ()), (0, 2, ()), (2, 2, (ACCUMULATION,))]
+    chosen += [(2, ways, (f"dense.recompute={policy}",)) for ways, policy in ((1, "full"), (2, "selective"))]
+    return [Case(2, (), (*_tensor(ways), _zero(stage), COMPILE, *others)) for stage, ways, others in chosen] + [
+        Case(2, (), (*_tensor(ways), _zero(2), COMPILE, BF16), BF16_TOLERANCE) for ways in (1, 2)
+    ]
 
 
 def _fbgemm_can(optimizer: str, placement: str | None) -> bool:
