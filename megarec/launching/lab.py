@@ -42,9 +42,14 @@ PACKAGES = {
 }
 SEARCH_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # where Debian keeps sshd, ip and tc
 READY_SECONDS = 20.0
-_TRIAL = (
-    "ip link add eth0 type veth peer name eth1 && tc qdisc add dev eth0 root tbf rate 1mbit burst 32kb latency 200ms"
-)
+_TRIAL = """\
+set -e
+hostname lab
+mount -t tmpfs run /run
+ip link add br0 type bridge
+ip link add eth0 type veth peer name eth1
+tc qdisc add dev eth0 root tbf rate 1mbit burst 32kb latency 200ms
+"""
 
 
 def why_not() -> str | None:
@@ -56,7 +61,9 @@ def why_not() -> str | None:
         return "needs root, for network namespaces"
     trial = subprocess.run(_unshare("sh", "-c", _TRIAL), env=_environment(), capture_output=True, text=True)
     if trial.returncode:
-        return f"no network namespaces here: {' '.join(trial.stderr.split()) or 'unshare failed'}"
+        return f"no namespaces here: {' '.join(trial.stderr.split()) or 'unshare failed'}"
+    if any(line.startswith("root:!") for line in Path("/etc/shadow").read_text().splitlines()):
+        return "root is locked ('!' in /etc/shadow), and sshd lets no locked account in"
     return None
 
 

@@ -1,0 +1,17 @@
+"""Hosts made of namespaces, once for all tests of this directory, which are skipped where that is not possible."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from megarec.launching.lab import Lab, why_not
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """Two hosts of two slots on unshaped links; whoever changes a link puts it back."""
+    reason = why_not()
+    if reason:
+        pytest.skip(f"lab of hosts: {reason}")
+    with Lab(tmp_path_factory.mktemp("lab"), hosts=2, slots=2) as hosts:
+        yield hosts
