@@ -8,6 +8,7 @@ The cube is [hosts, tensor groups of a host, ranks of a tensor group]; every gro
     data group     same place in their tensor group       cube[:, :, j]
 """
 
+import dataclasses
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -111,6 +112,17 @@ def build_topology(ranks_per_host: int | None, tensor: int) -> Topology:
     return Topology(rank, world_size, per_host, tensor, world=dist.group.WORLD if world_size > 1 else None, **groups)
 
 
+def separate_groups(topology: Topology) -> Topology:
+    """The same topology with new world, tower and peer groups, whose messages never wait for those of the others;
+    collective."""
+    size = topology.world_size
+    if size == 1:
+        return topology
+    members = lines(size, topology.ranks_per_host, topology.tensor_size) | {"world": [list(range(size))]}
+    world, tower, peer = (_my_group(topology.rank, 0, members[kind]) for kind in ("world", "tower", "peer"))
+    return dataclasses.replace(topology, world=world, tower=tower, peer=peer)
+
+
 def _ranks_of_a_machine(world_size: int) -> int:
     names: list[str] = [""] * world_size
     dist.all_gather_object(names, socket.gethostname())
@@ -125,7 +137,11 @@ def _ranks_of_a_machine(world_size: int) -> int:
 
 
 def _my_group(rank: int, world_size: int, members: Iterable[list[int]]) -> Group | None:
-    """Create every group of one kind (all ranks must call in the same order); return the one that holds `rank`."""
+    """Create every group of one kind (all ranks must call in the same order); return the one that holds `rank`.
+
+    Args:
+        world_size: a group of so many ranks is the world's, which is there; 0: none is.
+    """
     mine = None
     for ranks in members:
         if len(ranks) == 1:

@@ -192,6 +192,9 @@ class ParallelConfig(Section):
     timeout_seconds: Annotated[float, Field(gt=0)] = Field(
         600.0, description="a collective that waits longer for other ranks ends the run"
     )
+    overlap: bool | None = Field(
+        None, description="the ids of the next batch travel while a step computes; null: where they cross hosts"
+    )
     messages: tuple[MessageType, MessageType] = Field(
         ("fp32", "fp32"), strict=False, description="types in which embeddings and their gradients travel between ranks"
     )
@@ -232,6 +235,11 @@ class TrainConfig(Section):
     )
     checkpoint_every: Positive | None = Field(
         None, description="optimizer steps between checkpoints; null: at every validation"
+    )
+    trace: tuple[Positive, Positive] | None = Field(
+        None,
+        strict=False,
+        description="first and last step of a torch profiler trace under output_dir/trace; null: none",
     )
     threads: Positive | None = Field(None, description="CPU threads a rank; null: the machine's cores over its ranks")
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megarec.config.sections import EmbeddingConfig
+from megarec.config.sections import EmbeddingConfig, RunConfig
 from megarec.data.batch import Batch
 from megarec.embeddings.group import Distributed, TableGroup
 from megarec.embeddings.layout import EmbeddingLayout
@@ -32,7 +32,7 @@ from megarec.topology import Topology
 from megarec.towers.assignment import check_towers
 from megarec.towers.optimizer import TowerOptimizer
 from megarec.towers.side import TowerModules
-from megarec.towers.sizes import NO_TOWERS, ResolvedTowers
+from megarec.towers.sizes import NO_TOWERS, ResolvedTowers, resolve_towers
 
 
 class SparseSide:
@@ -45,8 +45,10 @@ class SparseSide:
         towers: features by tower, and the sizes of their modules.
         tower_optimizer: of the modules; None when there are none.
         messages: in which types embeddings and their gradients travel.
-        shards: where the tables lie, all of them; None: as the config places them.
-        examples: of this rank in a step, by which the placement "auto" judges copies; None: it makes none.
+        ids: the topology with groups of its own for ids (`separate_groups`), so that `distribute` may run in a thread
+            while other messages travel; None: ids share the groups.
+        shards: where the tables lie, all of them (`place_run`); None: as the config places them, no table in copies by
+            "auto", which judges them by the batch.
 
     Raises:
         UserError: the tables cannot be placed on so many ranks, or not held by the backend that the config names; or
@@ -66,14 +68,14 @@ class SparseSide:
         towers: ResolvedTowers = NO_TOWERS,
         tower_optimizer: TowerOptimizer | None = None,
         messages: Messages = FP32,
+        ids: Topology | None = None,
         shards: tuple[Shard, ...] | None = None,
-        examples: int | None = None,
     ) -> None:
         self._topology, self._l2, self._rate = topology, config.l2, config.learning_rate
         self._exchange: TowerExchange | None = None
-        world, tower, peer = (build_channel(topology, name, ledger) for name in ("world", "tower", "peer"))
+        world, tower, peer = (build_channel(topology, name, ledger, ids) for name in ("world", "tower", "peer"))
         parts = layouts_by_host(layout, topology, exchange, towers)
-        self.shards = place_shards(parts, config, topology, exchange, examples) if shards is None else shards
+        self.shards = place_shards(parts, config, topology, exchange) if shards is None else shards
         if exchange == "flat":
             self._group = TableGroup(parts[0], self.shards, config, world, blocks=1, messages=messages, device=device)
         else:
@@ -229,12 +231,12 @@ def place_shards(
     config: EmbeddingConfig,
     topology: Topology,
     exchange: Literal["flat", "tower"],
-    examples: int | None,
+    examples: int | None = None,
 ) -> tuple[Shard, ...]:
     """Where all tables lie, given `layouts_by_host`; ranks are those of the whole job.
 
     Args:
-        examples: of a rank in a step.
+        examples: of a rank in a step, by which "auto" judges copies; None: it makes none.
     """
     check_table_names(parts, config.tables)
     tables = config.table_placements
@@ -242,6 +244,13 @@ def place_shards(
         return place(parts[0], config.placement, topology.world_size, tables=tables, examples=examples)
     of_peers = None if examples is None else examples * topology.hosts
     return place_on_hosts(parts, config.placement, topology.ranks_per_host, tables=tables, examples=of_peers)
+
+
+def place_run(config: RunConfig, layout: EmbeddingLayout, topology: Topology) -> tuple[Shard, ...]:
+    """Where all tables of a run lie; the topology's groups are not looked at."""
+    exchange = config.parallel.exchange
+    parts = layouts_by_host(layout, topology, exchange, resolve_towers(config, layout))
+    return place_shards(parts, config.embedding, topology, exchange, config.data.batch_size // topology.world_size)
 
 
 def on_host(shards: Sequence[Shard], topology: Topology) -> tuple[Shard, ...]:

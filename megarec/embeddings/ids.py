@@ -71,7 +71,7 @@ class IdExchange:
         device: torch.device,
         blocks: int = 1,
     ) -> None:
-        self._channel = channel
+        self._channel = channel.for_ids
         self._device = device
         self._dtype = dtype
         self._blocks = blocks

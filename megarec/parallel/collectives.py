@@ -4,6 +4,7 @@ A `Channel` is a process group under the name it has in the ledger; it is passed
 one rank (`group` None) a collective is the identity and nothing is recorded.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -53,12 +54,12 @@ class Ledger:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a key, for JSON and tables: the key's fields, then those of its traffic."""
-        return [key._asdict() | vars(entry) for key, entry in sorted(self.traffic.items())]
+        return [key._asdict() | vars(entry) for key, entry in sorted(list(self.traffic.items()))]
 
     def take(self) -> dict[str, int]:
         """Bytes sent since the last call, by group, and those of all groups that crossed hosts; the totals stay."""
         totals: dict[str, int] = {"cross_host": 0}
-        for key, entry in self.traffic.items():
+        for key, entry in list(self.traffic.items()):  # ids are recorded from a thread of their own
             totals[key.group] = totals.get(key.group, 0) + entry.bytes
             totals["cross_host"] += entry.cross_host_bytes
         new = {group: total - self._taken.get(group, 0) for group, total in totals.items()}
@@ -74,6 +75,7 @@ class Channel:
         name: the group's name in the ledger: world, tower, peer, tensor or data.
         group: None when the channel holds one rank.
         remote: which ranks of the group are on another host than this one; empty: none.
+        id_group: the same ranks in a group of their own, for ids that travel while other messages do; None: `group`.
     """
 
     name: str
@@ -82,15 +84,31 @@ class Channel:
     size: int
     ledger: Ledger
     remote: tuple[bool, ...] = ()
+    id_group: dist.ProcessGroup | None = None
+
+    @property
+    def for_ids(self) -> "Channel":
+        """The channel over which ids travel."""
+        return self if self.id_group is None else dataclasses.replace(self, group=self.id_group)
 
 
-def build_channel(topology: Topology, name: Literal["world", "tower", "peer", "tensor"], ledger: Ledger) -> Channel:
-    """The channel of this rank's group of that kind."""
+def build_channel(
+    topology: Topology,
+    name: Literal["world", "tower", "peer", "tensor"],
+    ledger: Ledger,
+    ids: Topology | None = None,
+) -> Channel:
+    """The channel of this rank's group of that kind.
+
+    Args:
+        ids: the same topology with groups of its own (`separate_groups`), for ids that travel in the background.
+    """
     all_ranks = [list(range(topology.world_size))]
     kinds = lines(topology.world_size, topology.ranks_per_host, topology.tensor_size) | {"world": all_ranks}
     members = next(ranks for ranks in kinds[name] if topology.rank in ranks)
     remote = tuple(rank // topology.ranks_per_host != topology.host for rank in members)
-    return Channel(name, getattr(topology, name), members.index(topology.rank), len(members), ledger, remote)
+    id_group = None if ids is None else getattr(ids, name)
+    return Channel(name, getattr(topology, name), members.index(topology.rank), len(members), ledger, remote, id_group)
 
 
 class Messages(NamedTuple):

@@ -13,7 +13,7 @@ from megarec.config.tower_sections import IdentityTowerConfig
 from megarec.data.loader import EvalLoader, TrainLoader
 from megarec.data.schema import Schema, load_schema, select_features
 from megarec.data.store import open_split
-from megarec.embeddings.exchange import SparseSide
+from megarec.embeddings.exchange import SparseSide, place_run
 from megarec.embeddings.layout import build_layout
 from megarec.embeddings.placement import Shard
 from megarec.models.cost import Cost, count
@@ -21,7 +21,7 @@ from megarec.models.recommender import Recommender
 from megarec.parallel.collectives import MESSAGE_TYPES, Ledger, Messages
 from megarec.parallel.parallelize import parallelize
 from megarec.scaling.dial import resolve_scale
-from megarec.topology import Topology, build_topology
+from megarec.topology import Topology, build_topology, separate_groups
 from megarec.towers.optimizer import resolve_optimizer
 from megarec.towers.sizes import over_arch_config, over_arch_input, resolve_towers
 from megarec.training.engine import base_learning_rate
@@ -47,6 +47,7 @@ class Run:
     schedule: Schedule
     cost: Cost
     ledger: Ledger
+    overlap: bool
     choices: tuple[str, ...]
     skipped_rows: dict[str, dict[str, int]]
 
@@ -102,9 +103,15 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         schedule=schedule,
         cost=model.cost,
         ledger=model.ledger,
+        overlap=overlaps(config, topology),
         choices=choices,
         skipped_rows=skipped,
     )
+
+
+def overlaps(config: RunConfig, topology: Topology) -> bool:
+    """Whether the ids of the next batch travel while a step computes: as configured, else where they cross hosts."""
+    return topology.hosts > 1 if config.parallel.overlap is None else config.parallel.overlap
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,8 @@ def build_model(
         towers=towers,
         tower_optimizer=None if isinstance(module, IdentityTowerConfig) else resolve_optimizer(module, config.dense),
         messages=Messages(*(MESSAGE_TYPES[name] for name in config.parallel.messages)),
-        shards=shards,
+        ids=separate_groups(topology) if overlaps(config, topology) else None,
+        shards=place_run(config, layout, topology) if shards is None else shards,
     )
 
     norm, norm_reason = layer_norm_factory(config.train.fused_kernels == "auto" and config.model.bias)

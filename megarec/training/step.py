@@ -6,6 +6,7 @@ exchange into the tables. So accumulation divides only the dense work, its numbe
 optimizer, and tables change only after the dense side has accepted the step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.data.batch import Batch
 from megarec.embeddings.exchange import SparseSide
+from megarec.embeddings.group import Distributed
 from megarec.training.clock import Clock
 from megarec.training.engine import gradient_norm
 
@@ -41,17 +43,22 @@ def train_step(
     *,
     world_size: int,
     clock: Clock,
+    ids: Distributed | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
     want_norm: bool = False,
 ) -> StepResult:
     """One optimizer step over the rank's part of the global batch.
 
     Args:
         batch: B examples of this rank; B x world_size is the global batch.
+        ids: those of the batch, where they are with the owners of the tables already.
+        meanwhile: called once the embeddings are here and before the dense work (starts the next batch on its way).
         want_norm: return the norm of the dense gradient; at ZeRO 0 in fp32 it costs a pass over the gradients.
     """
     engine.train()
     with clock.part("exchange"):
-        embedded = sparse.forward(batch)
+        embedded = sparse.pool(sparse.distribute(batch) if ids is None else ids)
+    meanwhile()
     leaf = embedded.detach().requires_grad_()
     accumulation = engine.gradient_accumulation_steps()
     rows_per_micro = batch.size // accumulation

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from megarec.config.sections import RunConfig
 from megarec.data.loader import EvalLoader
 from megarec.training import checkpoint
+from megarec.training.ahead import Ahead, Pending
 from megarec.training.build import Run, build_run
 from megarec.training.checkpoint import Position
 from megarec.training.clock import Clock
@@ -22,6 +23,7 @@ from megarec.training.monitor import Monitor, writer_of
 from megarec.training.peak import measured_peak
 from megarec.training.schedule import Patience
 from megarec.training.step import StepResult, predict, train_step
+from megarec.training.trace import tracing
 
 
 def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
@@ -57,7 +59,9 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
     monitor.say(f"resumed from {checkpoints / name}" if name else "starting afresh")
 
     loop = Loop(run, monitor, position, started)
-    loop.run_to_the_end(checkpoints)
+    with tracing(config.train.trace, output / "trace", run.topology.rank, position.step) as step_done:
+        loop.run_to_the_end(checkpoints, step_done)
+    loop.ahead.settle()
 
     if (checkpoints / checkpoint.BEST).is_dir() and not math.isinf(position.best):
         checkpoint.load(checkpoints, checkpoint.BEST, run.engine, run.sparse, run.topology)
@@ -96,6 +100,7 @@ class Loop:
         self.started = started
         self.patience = Patience(position.best, position.since_best, position.since_drop)
         self.clock = Clock(run.device)
+        self.ahead = Ahead(run.sparse, run.device, run.overlap)
         self.window = Predictions()
         self.window_start = time.perf_counter()
         self.window_steps = 0
@@ -106,14 +111,15 @@ class Loop:
         peak = run.config.train.peak_tflops or measured_peak(compute_dtype(run.engine), run.device)
         self.peak = peak * run.topology.world_size
 
-    def run_to_the_end(self, checkpoints: Path) -> None:
+    def run_to_the_end(self, checkpoints: Path, step_done: Callable[[], None]) -> None:
         run, config, position = self.run, self.run.config.train, self.position
         evaluate_every = config.evaluate_every or run.train.steps_per_epoch
         checkpoint_every = config.checkpoint_every or evaluate_every
         while position.step < run.schedule.total_steps:
             epoch, done = divmod(position.step, run.train.steps_per_epoch)
-            for batch in self._timed(run.train.batches(epoch, start=done)):
-                self._step(batch)
+            for pending, start_next in self.ahead.steps(run.train.batches(epoch, start=done)):
+                self._step(pending, start_next)
+                step_done()
                 last = position.step == run.schedule.total_steps
                 if position.step % evaluate_every == 0 or last:
                     self._validate(checkpoints)
@@ -126,23 +132,15 @@ class Loop:
                 if last:
                     return
 
-    def _timed(self, batches: Any) -> Any:
-        while True:
-            with self.clock.part("data"):
-                batch = next(batches, None)
-                if batch is not None:
-                    batch = batch.to(self.run.device)
-            if batch is None:
-                return
-            yield batch
-
-    def _step(self, batch: Any) -> None:
+    def _step(self, pending: Pending, start_next: Callable[[], None]) -> None:
         run, position = self.run, self.position
         due = (position.step + 1) % run.config.train.log_every == 0 or position.step + 1 == run.schedule.total_steps
         self.clock.next_step(sampled=due)
         factor = run.schedule.factor(position.step)
         set_learning_rate(run.engine, factor * run.dense_learning_rate)
         run.sparse.scale_learning_rate(factor)
+        with self.clock.part("ids"):
+            batch, ids = pending()
 
         def step() -> StepResult:
             return train_step(
@@ -151,6 +149,8 @@ class Loop:
                 batch,
                 world_size=run.topology.world_size,
                 clock=self.clock,
+                ids=ids,
+                meanwhile=start_next,
                 want_norm=due,
             )
 
@@ -214,6 +214,7 @@ class Loop:
     def _validate(self, checkpoints: Path) -> None:
         run, config, position = self.run, self.run.config, self.position
         with self._off_the_clock():
+            self.ahead.settle()
             found = evaluate(run, run.valid)
         improved = self.patience.update(found.logloss if config.train.best_by == "logloss" else -found.auc)
         if config.schedule.plateau_patience and self.patience.since_drop >= config.schedule.plateau_patience:
