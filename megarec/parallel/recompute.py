@@ -9,6 +9,7 @@ The numbers do not change: dropout masks are functions of the examples' keys, no
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -46,14 +47,36 @@ def recompute_layers(model: nn.Module, policy: Recompute) -> None:
             "take 'none'"
         )
     for layer in layers:
-        layer.forward = _recomputed(layer.forward, policy)  # type: ignore[method-assign]
+        kept = layer.kept_by_selective = _Kept()  # type: ignore[assignment]
+        layer.forward = _recomputed(layer.forward, policy, kept)  # type: ignore[method-assign]
 
 
-def _recomputed(forward: Callable[..., Any], policy: Recompute) -> Callable[..., Any]:
+def bytes_kept_by_selective(model: nn.Module) -> int:
+    """Results of products that `selective` kept in the last forward pass: hooks on saved tensors do not see them."""
+    kept = (getattr(layer, "kept_by_selective", None) for layer in model.modules())
+    return sum(layer.bytes for layer in kept if layer is not None)
+
+
+@dataclass
+class _Kept:
+    """Bytes that `selective` keeps of one layer's products."""
+
+    bytes: int = 0
+
+    def choose(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op not in _PRODUCTS:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        if not context.is_recompute:
+            a, b = args[-2:]
+            self.bytes += a.numel() // a.shape[-1] * b.shape[-1] * a.element_size()
+        return CheckpointPolicy.MUST_SAVE
+
+
+def _recomputed(forward: Callable[..., Any], policy: Recompute, kept: _Kept) -> Callable[..., Any]:
     # Re-entrant: the layer runs again with its own backward pass, so that ZeRO-3's hooks find it as they know it.
     options: dict[str, Any] = {"use_reentrant": True, "preserve_rng_state": False}
     if policy == "selective":
-        contexts = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+        contexts = functools.partial(create_selective_checkpoint_contexts, kept.choose)
         options |= {"use_reentrant": False, "context_fn": contexts}
 
     def again(x: Tensor, *others: Any) -> Any:
@@ -62,10 +85,7 @@ def _recomputed(forward: Callable[..., Any], policy: Recompute) -> Callable[...,
 
     @functools.wraps(forward)
     def run(*inputs: Any) -> Any:
+        kept.bytes = 0
         return checkpoint(again, *inputs, **options)
 
     return run
-
-
-def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE

@@ -11,9 +11,10 @@ import torch
 
 from megarec.config.sections import EmbeddingConfig, RunConfig
 from megarec.data.schema import Schema
+from megarec.embeddings.exchange import place_run
 from megarec.embeddings.layout import EmbeddingLayout, build_layout
 from megarec.embeddings.optimizers import ROW_OPTIMIZERS
-from megarec.embeddings.placement import Shard, place
+from megarec.embeddings.placement import Shard, replicated
 from megarec.models.recommender import Recommender
 from megarec.parallel.collectives import Channel, Ledger
 from megarec.parallel.materialize import computing_type
@@ -47,11 +48,11 @@ def predict(
     """
     layout = build_layout(schema, config.embedding, config.model.dim)
     if shards is None:
-        shards = place(layout, config.embedding.placement, topology.world_size)
+        shards = place_run(config, layout, topology)
     own = [shard for shard in shards if shard.rank == topology.rank]
     zero = zero_of(config, topology)
     parts = dense_parts(parameter_sizes(config, layout, len(schema.numeric), topology), zero)
-    parts["communication"] += exchange_bytes(layout, own, micro_batch * zero.accumulation, topology.world_size)
+    parts["communication"] += exchange_bytes(layout, shards, micro_batch * zero.accumulation, topology)
     parts["activations"] = activation_bytes(config, layout, len(schema.numeric), micro_batch)
     parts["tables"] = table_bytes(own, config.embedding)
     return parts
@@ -90,7 +91,7 @@ def activation_bytes(config: RunConfig, layout: EmbeddingLayout, numeric: int, m
     model = meta_model(config, layout, numeric).to(computing_type(config.deepspeed))
     recompute_layers(model, config.dense.recompute)
     kept: dict[str, int] = {}
-    with torch.device("meta"), saved_activations(kept):
+    with torch.device("meta"), saved_activations(kept, model):
         embedded = torch.empty(micro_batch, model.inputs.width, requires_grad=True)
         keys = torch.empty(micro_batch, dtype=torch.int64)
         model(torch.empty(micro_batch, numeric), embedded, keys)
@@ -105,16 +106,20 @@ def table_bytes(shards: Sequence[Shard], config: EmbeddingConfig) -> int:
     return sum(shard.rows * (shard.columns * (width + per_element) + per_row + 1) for shard in shards)
 
 
-def exchange_bytes(layout: EmbeddingLayout, shards: Sequence[Shard], examples: int, world_size: int) -> int:
+def exchange_bytes(layout: EmbeddingLayout, shards: Sequence[Shard], examples: int, topology: Topology) -> int:
     """What the exchange holds around its backward message, float32, all of it as large as its forward one.
 
     The rank's matrix of looked-up embeddings and its gradient, cut up by owner; the pooled rows of its own tables for
-    the whole global batch, and their gradient. On one rank nothing is sent.
+    the whole global batch, and their gradient. On one rank nothing is sent. Copies need the gradient of all their rows,
+    and its sum, and look up the rank's own examples alone.
 
     Args:
-        shards: of this rank.
+        shards: of all ranks.
         examples: of this rank in one step.
     """
-    lookups = sum(s.columns * sum(f.table == s.table for f in layout.features) for s in shards)
-    own, owned = examples * layout.width, examples * world_size * lookups
-    return 4 * (2 * own + own + 2 * owned) if world_size > 1 else 4 * 2 * own
+    copies = replicated(shards)
+    mine = [shard for shard in shards if shard.rank == topology.rank]
+    lookups = sum(s.columns * sum(f.table == s.table for f in layout.features) for s in mine if s.table not in copies)
+    gradients = sum(shard.rows * (shard.columns + 1) for shard in mine if shard.table in copies)
+    own, owned = examples * layout.width, examples * topology.world_size * lookups
+    return 4 * (2 * own + own + 2 * owned + 2 * gradients) if topology.world_size > 1 else 4 * 2 * own

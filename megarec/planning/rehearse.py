@@ -151,7 +151,7 @@ def _measured(peak: Parts, engine: Any) -> Iterator[None]:
 
     def measured_forward(*inputs: Any) -> Any:
         kept: dict[str, int] = {}
-        with saved_activations(kept):
+        with saved_activations(kept, engine.module):
             out = forward(*inputs)
         peak["activations"] = max(peak.get("activations", 0), kept["bytes"])
         return out

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megarec.parallel.recompute import bytes_kept_by_selective
+
 Parts = dict[str, int]
 
 
@@ -74,19 +76,24 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def saved_activations(result: dict[str, int]) -> Iterator[None]:
+def saved_activations(result: dict[str, int], model: nn.Module | None = None) -> Iterator[None]:
     """Put into result["bytes"] what the forward passes inside save for their backward pass, each storage once.
 
-    Parameters and views of them are not activations. Works on the meta device.
+    Parameters and views of them are not activations, nor is what a backward pass computes again. Works on the meta
+    device.
+
+    Args:
+        model: whose layers may be recomputed selectively; what these keep of their last forward pass counts as well.
     """
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+        in_backward = torch._C._current_graph_task_id() != -1
+        if not in_backward and not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
             storage = tensor.untyped_storage()
             seen[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
-    result["bytes"] = sum(seen.values())
+    result["bytes"] = sum(seen.values()) + (0 if model is None else bytes_kept_by_selective(model))

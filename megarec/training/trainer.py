@@ -155,7 +155,7 @@ class Loop:
             )
 
         if self.first_step_seconds is None:
-            with saved_activations(self.activations):
+            with saved_activations(self.activations, run.engine.module):
                 result = step()
             self.first_step_seconds = time.time() - self.started
             self.monitor.say(f"first step {self.first_step_seconds:.1f} s after the start")

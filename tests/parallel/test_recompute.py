@@ -24,7 +24,7 @@ def step(policy: Recompute, dtype: torch.dtype) -> tuple[int, list[Tensor]]:
     x = torch.randn(BATCH, EMBEDDINGS, CONFIG.dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     x.requires_grad_()
     kept: dict[str, int] = {}
-    with saved_activations(kept):
+    with saved_activations(kept, model):
         logits = model(x, torch.arange(BATCH))
     logits.sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -50,6 +50,33 @@ def test_full_keeps_the_inputs_of_the_layers_alone() -> None:
     head = 4 * BATCH * (16 * CONFIG.dim + 3 * 32) + 8 * BATCH  # its input, three activations, dropout keys
     assert full <= inputs + head + 4 * BATCH * 32
     assert full < none / 3
+
+
+def test_selective_keeps_inputs_and_products() -> None:
+    selective, _ = step("selective", torch.float32)
+    none, _ = step("none", torch.float32)
+    expected = 0
+    for n, projected in ((EMBEDDINGS, 8 + 8 + 16), (16, 8 + 8), (16, 8 + 8)):  # Y^T and W_L, in the first layer W_R
+        input_and_projection = (n + projected) * CONFIG.dim
+        expected += input_and_projection + n * 8 + 64 + 64 + 8 * CONFIG.dim  # and FM(X), the MLP's three products
+    head = 16 * CONFIG.dim + 3 * 32 + 2  # as in the test above, with the keys
+    assert 0 <= selective - 4 * BATCH * expected <= 4 * BATCH * (head + 32)
+    assert selective < none
+
+
+def test_what_the_backward_pass_computes_again_is_not_counted() -> None:
+    model = Wukong(EMBEDDINGS, CONFIG)
+    recompute_layers(model, "full")
+    forward: dict[str, int] = {}
+    whole_step: dict[str, int] = {}
+    x = torch.randn(BATCH, EMBEDDINGS, CONFIG.dim, requires_grad=True)
+    with saved_activations(whole_step, model):
+        with saved_activations(forward, model):
+            logits = model(x, torch.arange(BATCH))
+        logits.sum().backward()
+    with saved_activations(whole_step, model):
+        model(x, torch.arange(BATCH)).sum().backward()
+    assert whole_step == forward
 
 
 def test_a_model_without_interaction_layers_is_refused() -> None:

@@ -56,7 +56,7 @@ def test_activations_are_those_of_a_forward_pass(model: dict[str, Any], recomput
     recompute_layers(real, config.dense.recompute)
     kept: dict[str, int] = {}
     embedded = torch.randn(8, layout.width).requires_grad_()
-    with saved_activations(kept):
+    with saved_activations(kept, real):
         logits = real(torch.randn(8, 2), embedded, torch.arange(8))
     assert logits.requires_grad
     assert activation_bytes(config, layout, 2, 8) == kept["bytes"]
