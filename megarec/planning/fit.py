@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from megarec.config.load import micro_batch_size
 from megarec.config.sections import RunConfig
 from megarec.data.schema import Schema
+from megarec.embeddings.exchange import place_run
 from megarec.embeddings.layout import build_layout
-from megarec.embeddings.placement import Shard, place
+from megarec.embeddings.placement import Shard, even_ranges, split_by_rows
 from megarec.errors import UserError
 from megarec.models.cost import Cost, count
 from megarec.planning.memory import predict, table_bytes, with_totals
@@ -66,25 +67,30 @@ def fit(config: RunConfig, schema: Schema, topology: Topology, available: int) -
     micro = max(1, min(real, affordable))
     small = _with_batch(config, micro * accumulation * topology.world_size)
 
-    shards = place(layout, config.embedding.placement, topology.world_size)
+    shards = place_run(config, layout, topology)
     predicted_real = predict(config, schema, topology, real, shards)
     predicted = predict(small, schema, topology, micro, shards)
     rows = None
     if with_totals(predicted)["total"] > available:
-        own = [shard for shard in shards if shard.rank == topology.rank]
-        rows = longest(own, small, CUT_TABLES)
+        rows = longest(shards, topology.rank, small, CUT_TABLES)
         schema, shards = cut_schema(schema, rows), cut_shards(shards, rows)
         predicted = predict(small, schema, topology, micro, shards)
         _check_fits(predicted, available, topology)
     return Fit(cost, small, schema, shards, micro, real, rows, predicted, predicted_real)
 
 
-def longest(shards: list[Shard], config: RunConfig, budget: int) -> int:
-    """The most rows, at least one, at which tables can be cut off so that these shards take at most `budget` bytes."""
-    low, high = 1, max(shard.rows for shard in shards)
+def longest(shards: tuple[Shard, ...], rank: int, config: RunConfig, budget: int) -> int:
+    """The most rows at which tables can be cut off so that the shards of a rank take at most `budget` bytes.
+
+    At least one, and one for every rank that shares the rows of a table.
+    """
+    by_rows = split_by_rows(shards)
+    low = max([1, *(1 + shard.rank for shard in shards if shard.table in by_rows)])
+    high = max([low, *(shard.row_stop for shard in shards)])
     while low < high:
         middle = (low + high + 1) // 2
-        if table_bytes(cut_shards(tuple(shards), middle), config.embedding) <= budget:
+        own = [shard for shard in cut_shards(shards, middle) if shard.rank == rank]
+        if table_bytes(own, config.embedding) <= budget:
             low = middle
         else:
             high = middle - 1
@@ -92,7 +98,17 @@ def longest(shards: list[Shard], config: RunConfig, budget: int) -> int:
 
 
 def cut_shards(shards: tuple[Shard, ...], rows: int) -> tuple[Shard, ...]:
-    return tuple(replace(shard, row_stop=min(shard.row_stop, rows)) for shard in shards)
+    """The shards of tables cut off at `rows`; rows that ranks share are shared again, evenly."""
+    by_rows = split_by_rows(shards)
+    stops = {name: max(s.row_stop for s in shards if s.table == name) for name in by_rows}
+    parts = {name: sum(s.table == name for s in shards) for name in by_rows}
+    ranges = {name: iter(even_ranges(min(rows, stops[name]), parts[name])) for name in by_rows}
+
+    def cut(shard: Shard) -> Shard:
+        start, stop = next(ranges[shard.table]) if shard.table in by_rows else (0, min(shard.row_stop, rows))
+        return replace(shard, row_start=start, row_stop=stop)
+
+    return tuple(cut(shard) for shard in shards)
 
 
 def cut_schema(schema: Schema, rows: int) -> Schema:

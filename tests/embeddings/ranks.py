@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
-from megarec.embeddings.exchange import SparseSide
+from megarec.embeddings.exchange import SparseSide, place_shards
 from megarec.embeddings.layout import EmbeddingLayout
 from megarec.embeddings.tables import State
 from megarec.parallel.collectives import Ledger
@@ -31,7 +31,8 @@ def sparse_side(
 ) -> SparseSide:
     """Over the ranks of the pool, or in this process alone."""
     topology, device = build_topology(None, tensor=1), torch.device("cpu")
-    return SparseSide(layout, config, topology, seed=SEED, device=device, ledger=ledger or Ledger(), examples=examples)
+    shards = place_shards([layout], config, topology, "flat", examples)
+    return SparseSide(layout, config, topology, seed=SEED, device=device, ledger=ledger or Ledger(), shards=shards)
 
 
 def train(

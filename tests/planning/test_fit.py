@@ -62,13 +62,21 @@ def test_batch_sizes_and_writers_of_the_deepspeed_section_do_not_stay() -> None:
 def test_longest_is_the_most_that_the_budget_allows(rows: list[int], budget: int) -> None:
     config = RunConfig.model_validate({"model": {"name": "wukong"}, "data": {"path": ""}})
     shards = tuple(Shard(f"t{i}", 0, 0, n, 0, 8) for i, n in enumerate(rows))
-    found = longest(list(shards), config, budget)
+    found = longest(shards, 0, config, budget)
 
     def size(at: int) -> int:
         return table_bytes(cut_shards(shards, at), config.embedding)
 
     assert found == 1 or size(found) <= budget
     assert found == max(rows) or size(found + 1) > budget
+
+
+def test_rows_that_ranks_share_are_shared_again() -> None:
+    shards = (Shard("a", 0, 0, 50, 0, 4), Shard("a", 1, 50, 99, 0, 4), Shard("b", 0, 0, 70, 0, 4))
+    cut = [(s.table, s.row_start, s.row_stop) for s in cut_shards(shards, 61)]
+    assert cut == [("a", 0, 31), ("a", 31, 61), ("b", 0, 61)]
+    assert cut_shards(shards, 99) == shards
+    assert longest(shards, 0, CONFIG, budget=1) == 2, "a row for each"
 
 
 def test_memory_of_the_host() -> None:

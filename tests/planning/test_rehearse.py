@@ -72,6 +72,10 @@ CASES = {
             "embedding.placement=column",
         ],
     ),
+    "tables split by rows, a copy on every rank": (
+        2,
+        ["embedding.placement=row", "embedding.tables.single_0.placement=replicated"],
+    ),
 }
 
 
