@@ -7,10 +7,13 @@ Started on every slot of the lab with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR 
 
 import json
 import os
+import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +25,12 @@ from megarec.config.sections import RunConfig
 from megarec.data.batch import Batch, Ids
 from megarec.data.schema import CategoricalFeature, Schema
 from megarec.topology import build_topology
+from megarec.training.ahead import Ahead
 from megarec.training.build import build_model
 from megarec.training.clock import Clock
 from megarec.training.engine import set_learning_rate, start_process
 from megarec.training.step import train_step
+from megarec.training.trace import tracing
 
 TABLES, ROWS, COLUMNS, NUMERIC, BATCH = 26, 20_000, 64, 13, 2_048
 MODELS: dict[str, dict[str, Any]] = {
@@ -60,6 +65,9 @@ def main() -> None:
     built: dict[tuple[str, str], Contestant] = {}
     for line in sys.stdin:
         order = json.loads(line)
+        if "overlap" in order:
+            print(json.dumps(exposed_ids(order["overlap"], order["steps"])), flush=True)
+            continue
         key = (order["model"], order["variant"])
         if key not in built:
             built[key] = build(*key)
@@ -87,12 +95,43 @@ def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
     return result
 
 
+def exposed_ids(overlap: bool, steps: int) -> dict[str, Any]:
+    """Train with the tower exchange on lists of ids; milliseconds a step that training waits for ids, by the trace."""
+    if not dist.is_initialized():
+        _start()
+    config = _config("dlrm", "tower, overlap" if overlap else "tower, no overlap")
+    topology, device = build_topology(None, tensor=1), torch.device("cpu")
+    built = build_model(config, _schema(lists=True), topology, device)
+    set_learning_rate(built.engine, 1e-3)
+    ahead, clock = Ahead(built.sparse, device, overlap), Clock(device)
+    batches = [_batch(topology.rank * 100 + step, lists=True) for step in range(steps + 2)]
+    seconds = []
+    with tempfile.TemporaryDirectory() as directory:
+        with tracing((3, steps + 2), Path(directory), topology.rank) as step_done:
+            for pending, start_next in ahead.steps(iter(batches)):
+                start = time.perf_counter()
+                batch, ids = pending()
+                train_step(
+                    built.engine, built.sparse, batch, world_size=topology.world_size, clock=clock, ids=ids,
+                    meanwhile=start_next,
+                )  # fmt: skip
+                seconds.append(time.perf_counter() - start)
+                step_done()
+        (trace,) = Path(directory).glob("*.json")
+        events = json.loads(trace.read_text())["traceEvents"]
+    name = "wait for ids" if overlap else "distribute ids"
+    waited = [event["dur"] for event in events if event.get("name") == name and event.get("cat") == "user_annotation"]
+    step_ms = 1e3 * statistics.median(seconds[2:])
+    return {"exposed_ms": sum(waited) / 1e3 / steps, "step_ms": step_ms, "waits": len(waited)}
+
+
 def _config(model: str, variant: str) -> RunConfig:
-    """`variant` is "flat", "tower" (SPTT alone) or "tower, compression C"."""
+    """`variant` is "flat", "tower" (SPTT alone) or "tower, compression C"; overlap of ids where it says so."""
     parallel: dict[str, Any] = {"exchange": "flat"}
     section: dict[str, Any] = {"name": "identity"}
     if variant.startswith("tower"):
         parallel = {"exchange": "tower", "towers": 2}
+    parallel["overlap"] = variant.endswith(", overlap")
     if "compression" in variant:
         section = {"name": model, "compression": float(variant.split()[-1])}
         if model == "wukong":
@@ -111,21 +150,27 @@ def _config(model: str, variant: str) -> RunConfig:
     )
 
 
-def _schema() -> Schema:
+def _schema(lists: bool = False) -> Schema:
+    """26 features; with `lists` every other one is multi-valued."""
     return Schema(
         name="bench",
         label_rule="random",
-        categorical=tuple(CategoricalFeature(name=f"feature_{i}", rows=ROWS) for i in range(TABLES)),
+        categorical=tuple(
+            CategoricalFeature(name=f"feature_{i}", rows=ROWS, multi_valued=lists and i % 2 == 1) for i in range(TABLES)
+        ),
         numeric=tuple(f"numeric_{i}" for i in range(NUMERIC)),
         rows={"train": 0, "valid": 0, "test": 0},
         source="synthetic",
     )
 
 
+def _start() -> None:
+    start_process(RunConfig.model_validate({"model": MODELS["dlrm"], "data": {"path": "-"}, "train": {"threads": 1}}))
+
+
 def _megarec(model: str, variant: str) -> Contestant:
     if not dist.is_initialized():
-        start = RunConfig.model_validate({"model": MODELS[model], "data": {"path": "-"}, "train": {"threads": 1}})
-        start_process(start)
+        _start()
     config, schema = _config(model, variant), _schema()
     device = torch.device("cpu")
     topology = build_topology(None, tensor=1)
@@ -147,9 +192,14 @@ def _megarec(model: str, variant: str) -> Contestant:
     return Contestant(step, exchange, sent, built.cost.flop * BATCH)
 
 
-def _batch(rank: int) -> Batch:
-    generator = torch.Generator().manual_seed(rank)
-    ids = {f"feature_{i}": Ids(torch.randint(ROWS, (BATCH,), generator=generator)) for i in range(TABLES)}
+def _batch(seed: int, lists: bool = False) -> Batch:
+    """Uniformly random ids; with `lists` every other feature has 0 to 20 of them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = {}
+    for i in range(TABLES):
+        lengths = torch.randint(21, (BATCH,), generator=generator) if lists and i % 2 == 1 else None
+        count = BATCH if lengths is None else int(lengths.sum())
+        ids[f"feature_{i}"] = Ids(torch.randint(ROWS, (count,), generator=generator), lengths)
     labels = torch.randint(2, (BATCH,), generator=generator).float()
     numeric = torch.randn(BATCH, NUMERIC, generator=generator)
     return Batch(numeric, ids, labels, torch.arange(BATCH), BATCH)
