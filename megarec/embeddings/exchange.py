@@ -205,8 +205,8 @@ class SparseSide:
         reasons: dict[str, list[str]] = {}
         for table, choice in self._group.choices.items():
             reasons.setdefault(f"{choice.backend} ({choice.reason})", []).append(table)
-        return _shortened(lines) + [
-            f"tables: {', '.join(_shortened(tables))} in {reason}" for reason, tables in reasons.items()
+        return shortened(lines) + [
+            f"tables: {', '.join(shortened(tables))} in {reason}" for reason, tables in reasons.items()
         ]
 
 
@@ -260,6 +260,6 @@ def on_host(shards: Sequence[Shard], topology: Topology) -> tuple[Shard, ...]:
     return tuple(dataclasses.replace(shard, rank=shard.rank - first) for shard in own)
 
 
-def _shortened(entries: list[str]) -> list[str]:
+def shortened(entries: list[str]) -> list[str]:
     """At most ten: hundreds of tables or ranks would drown the log."""
     return entries if len(entries) <= 10 else [*entries[:8], f"... ({len(entries) - 9} more)", entries[-1]]

@@ -21,6 +21,7 @@ Wish = Placement
 
 COLUMN_UNIT = 4  # FBGEMM wants widths in multiples of four
 WIDE = 16  # columns of a slice: a cache line of float32
+LARGE = 1.5  # of a rank's fair share of the cost
 COPY_CELLS = 2**18  # a copy of at most 1 MiB in float32
 
 
@@ -39,7 +40,7 @@ class TablePlan:
 
 
 def plan_tables(
-    layout: EmbeddingLayout, wish: Wish, ranks: int, tables: Mapping[str, Wish], examples: int | None
+    layout: EmbeddingLayout, wish: Wish, ranks: int, tables: Mapping[str, Wish], examples: int | None, grain: int = 1
 ) -> dict[str, TablePlan]:
     """The plan of every table, in table order; the same on every rank.
 
@@ -47,6 +48,7 @@ def plan_tables(
         wish: for the tables that `tables` does not name.
         ranks: of the group that holds these tables.
         examples: of one rank of the group in a step, by which "auto" judges copies; None: it makes none.
+        grain: "auto" leaves a table whole up to 1 / grain of a rank's fair share of the cost of all that are no copies.
     """
     wishes: dict[str, Wish] = {table.name: tables.get(table.name, wish) for table in layout.tables}
     copied = {
@@ -68,7 +70,7 @@ def plan_tables(
             rows = (examples or 0) * _features(layout, table)
             plans[table.name] = TablePlan("replicated", ranks, f"{table.rows:,} rows, {rows:,} looked up by a rank")
         else:
-            plans[table.name] = _automatic(table, costs[table.name], share, ranks)
+            plans[table.name] = _automatic(table, costs[table.name] / share, grain, ranks)
     return plans
 
 
@@ -120,15 +122,18 @@ def _as_wished(table: Table, wish: Kind, ranks: int, why: str) -> TablePlan:
     return TablePlan("table" if parts == 1 else "column", parts, why)
 
 
-def _automatic(table: Table, cost: float, share: float, ranks: int) -> TablePlan:
-    """Whole where it fits into a rank's share; else columns, which send no more than a whole table; else rows."""
-    parts = min(ranks, math.ceil(cost / share - 1e-9))
-    if parts <= 1:
-        return TablePlan("table", 1, f"{cost / share:.2f} of a rank's fair share")
-    why = f"{cost / share:.2f} of a rank's fair share"
-    if table.columns // parts >= WIDE:
-        return TablePlan("column", parts, f"{why}; {parts} slices of at least {WIDE} columns")
-    if table.rows >= ranks:
-        return TablePlan("row", ranks, f"{why}; {parts} slices would have fewer than {WIDE} columns")
-    parts = min(parts, column_units(table))
-    return TablePlan("table" if parts == 1 else "column", parts, f"{why}; {table.rows} rows < {ranks} ranks")
+def _automatic(table: Table, shares: float, grain: int, ranks: int) -> TablePlan:
+    """Whole where it fits; else in columns, which send no more than a whole table; rows, of which every rank sends as
+    much as a whole table, only where the widest useful split leaves slices of more than `LARGE` fair shares.
+
+    Args:
+        shares: cost of the table in fair shares of a rank.
+    """
+    parts = min(ranks, math.ceil(shares * grain - 1e-9))
+    slices = min(parts, max(1, table.columns // WIDE))
+    why = f"{shares:.2f} of a fair share"
+    if shares / slices > LARGE and table.rows >= ranks:
+        return TablePlan("row", ranks, f"{why}, {shares / slices:.2f} in slices of {WIDE} columns")
+    if slices > 1:
+        return TablePlan("column", slices, f"{why}, slices of at least {WIDE} columns")
+    return TablePlan("table", 1, why)

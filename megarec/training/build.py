@@ -14,6 +14,7 @@ from megarec.data.loader import EvalLoader, TrainLoader
 from megarec.data.schema import Schema, load_schema, select_features
 from megarec.data.store import open_split
 from megarec.embeddings.exchange import SparseSide, place_run
+from megarec.embeddings.explain import explain
 from megarec.embeddings.layout import build_layout
 from megarec.embeddings.placement import Shard
 from megarec.models.cost import Cost, count
@@ -179,6 +180,7 @@ def build_model(
         *scale_reasons,
         *towers.reasons,
         f"dense: ZeRO {zero_stage(config.deepspeed)}, optimizer {optimizer_reason}; {norm_reason}",
+        *(explain(config, layout, topology).lines() if shards is None else ()),
         *sparse.describe(),
     )
     return Model(sizes, sparse, engine, cost, ledger, choices)
