@@ -87,27 +87,24 @@ def ranks(lab: Lab, directory: Path) -> Iterator[list[Rank]]:
             process.wait()
 
 
-def measure(lab: Lab, processes: list[Rank], model: str, variant: str, link: float, steps: int) -> dict[str, Any]:
-    """Medians over steps, each as long as its slowest rank; bytes are of a rank and one exchange."""
-    before = lab.bytes()
-    answers = ask(processes, {"model": model, "variant": variant, "steps": steps})
-    on_wire = sum(sent for sent, _ in lab.bytes().values()) - sum(sent for sent, _ in before.values())
+def measure(lab: Lab, processes: list[Rank], model: str, variant: str, link: float, repetitions: int) -> dict[str, Any]:
+    """Medians over repetitions, each as long as its slowest rank.
 
-    def median(key: str) -> float:
-        return statistics.median(max(times) for times in zip(*(answer[key] for answer in answers), strict=True))
-
-    return {
-        "model": model,
-        "variant": variant,
-        "link_gbit": link,
-        "step_ms": median("step_ms"),
-        "exchange_ms": median("exchange_ms"),
-        "cross_host_bytes": max(answer["cross_host_bytes"] for answer in answers)
-        if "cross_host_bytes" in answers[0]
-        else None,
-        "interface_bytes": on_wire,
-        "flop": answers[0]["flop"],
-    }
+    `cross_host_bytes` is the payload that one rank sends to the other host in an exchange, by the ledger (None for
+    TorchRec); `interface_bytes` what all hosts' interfaces sent in one, headers included.
+    """
+    order = {"model": model, "variant": variant}
+    row: dict[str, Any] = {**order, "link_gbit": link}
+    for work in ("exchange", "step"):
+        ask(processes, {**order, "work": work, "repetitions": 1})  # builds it, or warms it up
+        before = sum(sent for sent, _ in lab.bytes().values())
+        answers = ask(processes, {**order, "work": work, "repetitions": repetitions})
+        slowest = [max(times) for times in zip(*(answer["ms"] for answer in answers), strict=True)]
+        row[f"{work}_ms"] = statistics.median(slowest)
+        if work == "exchange":
+            row["cross_host_bytes"] = answers[0]["cross_host_bytes"]
+            row["interface_bytes"] = (sum(sent for sent, _ in lab.bytes().values()) - before) // repetitions
+    return row | {"flop": answers[0]["flop"]}
 
 
 def ask(processes: list[Rank], order: dict[str, Any]) -> list[dict[str, Any]]:

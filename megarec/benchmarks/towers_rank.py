@@ -1,6 +1,6 @@
 """One rank of `bench.py towers`: reads orders as JSON lines from standard input, answers each with a JSON line.
 
-    {"model": "dlrm", "variant": "tower, compression 4", "steps": 8}  ->  {"step_ms": [...], "exchange_ms": [...], ...}
+    {"model": "dlrm", "variant": "tower, compression 4", "work": "exchange", "repetitions": 8}  ->  {"ms": [...], ...}
 
 Started on every slot of the lab with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
 """
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -71,28 +71,25 @@ def main() -> None:
         key = (order["model"], order["variant"])
         if key not in built:
             built[key] = build(*key)
-        print(json.dumps(measure(built[key], order["steps"])), flush=True)
+        print(json.dumps(measure(built[key], order["work"], order["repetitions"])), flush=True)
 
 
 def build(model: str, variant: str) -> Contestant:
     return _torchrec(model) if variant == "torchrec flat" else _megarec(model, variant)
 
 
-def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
-    """Milliseconds of each whole step and of each exchange alone; one of each before does not count."""
-    result: dict[str, Any] = {"flop": contestant.flop}
-    for name, work in (("exchange_ms", contestant.exchange), ("step_ms", contestant.step)):
-        work()
-        sent = contestant.cross_host_bytes() if contestant.cross_host_bytes else 0
-        result[name] = []
-        for _ in range(steps):
-            dist.barrier()
-            start = time.perf_counter()
-            work()
-            result[name].append(1e3 * (time.perf_counter() - start))
-        if contestant.cross_host_bytes and name == "exchange_ms":
-            result["cross_host_bytes"] = (contestant.cross_host_bytes() - sent) // steps
-    return result
+def measure(contestant: Contestant, work: Literal["exchange", "step"], repetitions: int) -> dict[str, Any]:
+    """Milliseconds of each repetition, and what one sends to other hosts by the ledger."""
+    run = contestant.exchange if work == "exchange" else contestant.step
+    sent = contestant.cross_host_bytes() if contestant.cross_host_bytes else 0
+    milliseconds = []
+    for _ in range(repetitions):
+        dist.barrier()
+        start = time.perf_counter()
+        run()
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+    across = (contestant.cross_host_bytes() - sent) // repetitions if contestant.cross_host_bytes else None
+    return {"ms": milliseconds, "cross_host_bytes": across, "flop": contestant.flop}
 
 
 def exposed_ids(overlap: bool, steps: int) -> dict[str, Any]:

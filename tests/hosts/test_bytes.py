@@ -1,0 +1,19 @@
+"""What the ledger says crosses hosts is what the hosts' interfaces send."""
+
+from pathlib import Path
+
+from megarec.benchmarks.towers import HOSTS, LOCAL, measure, ranks
+from megarec.benchmarks.towers_rank import BATCH, COLUMNS, TABLES
+from megarec.launching.lab import Lab
+
+
+def test_interfaces_agree_with_the_ledger(lab: Lab, tmp_path: Path) -> None:
+    pooled = 4 * BATCH * TABLES * COLUMNS
+    with ranks(lab, tmp_path) as processes:
+        for variant, compression in (("flat", 1), ("tower", 1), ("tower, compression 4", 4)):
+            row = measure(lab, processes, "dlrm", variant, link=0, repetitions=3)
+            each_way = pooled * (HOSTS - 1) // HOSTS // compression  # spec: S (H-1)/H / CR
+            ids = row["cross_host_bytes"] - 2 * each_way
+            assert 0 < ids <= 4 * BATCH * TABLES, "ids are the only other payload that crosses"
+            everything = row["cross_host_bytes"] * HOSTS * LOCAL
+            assert everything < row["interface_bytes"] < 1.05 * everything
