@@ -1,5 +1,6 @@
 """A layout with everything in it, and the plain reference: one process, dense tables, autograd, written-out updates."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,9 @@ FEATURES = (
     Feature("small", "small", "sum", False, 56, 4),
 )
 LAYOUT = EmbeddingLayout(8, TABLES, FEATURES, full_embeddings=7, small_columns=4)
+WEIGHTED_LAYOUT = dataclasses.replace(
+    LAYOUT, features=tuple(dataclasses.replace(f, weighted=f.name in ("history", "cart")) for f in FEATURES)
+)
 SINGLE_LAYOUT = EmbeddingLayout(
     8,
     (ITEM, WIDE, USER, SMALL),
@@ -76,7 +80,9 @@ def global_batch(layout: EmbeddingLayout, examples: int, step: int) -> Batch:
         if feature.multi_valued:
             lengths = integers(5, examples)
             lengths[: examples // 4] = 0
-            ids[feature.name] = Ids(integers(rows, int(lengths.sum())), lengths)
+            values = integers(rows, int(lengths.sum()))
+            weights = torch.randn(values.numel(), generator=generator) if feature.weighted else None
+            ids[feature.name] = Ids(values, lengths, weights)
         else:
             ids[feature.name] = Ids(integers(rows, examples))
     return Batch(torch.zeros(examples, 0), ids, torch.zeros(examples), torch.arange(examples), examples)
@@ -92,7 +98,8 @@ def slice_of(batch: Batch, rank: int, ranks: int) -> Batch:
             ids[name] = Ids(f.values[rows])
         else:
             first = int(f.lengths[: rows.start].sum())
-            ids[name] = Ids(f.values[first : first + int(f.lengths[rows].sum())], f.lengths[rows])
+            own = slice(first, first + int(f.lengths[rows].sum()))
+            ids[name] = Ids(f.values[own], f.lengths[rows], None if f.weights is None else f.weights[own])
     return Batch(batch.numeric[rows], ids, batch.labels[rows], batch.keys[rows], size)
 
 
@@ -133,7 +140,12 @@ class PlainTables:
             ids = batch.ids[feature.name]
             lengths = torch.ones(batch.size, dtype=torch.int64) if ids.lengths is None else ids.lengths
             offsets = lengths.cumsum(0) - lengths
-            parts.append(embedding_bag(ids.values, self.weights[feature.table], offsets, mode=feature.pooling))
+            weight = self.weights[feature.table]
+            if ids.weights is None:
+                parts.append(embedding_bag(ids.values, weight, offsets, mode=feature.pooling))
+            else:  # a mean divides by the length, as TorchRec's
+                summed = embedding_bag(ids.values, weight, offsets, mode="sum", per_sample_weights=ids.weights)
+                parts.append(summed / lengths.clamp(min=1)[:, None] if feature.pooling == "mean" else summed)
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """The sparse side on 1 to 4 ranks against plain torch in one process."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -7,13 +8,22 @@ import pytest
 import torch
 
 from megarec.config.sections import EmbeddingConfig, TableConfig
+from megarec.data.batch import Ids
 from megarec.embeddings import stack
 from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.layout import EmbeddingLayout, Feature, Table
 from megarec.embeddings.tables import State
 from megarec.errors import UserError
 from megarec.parallel.pool import RankPool
-from tests.embeddings.plain import LAYOUT, SINGLE_LAYOUT, SIX_COLUMNS_LAYOUT, Trained, global_batch, train_plain
+from tests.embeddings.plain import (
+    LAYOUT,
+    SINGLE_LAYOUT,
+    SIX_COLUMNS_LAYOUT,
+    WEIGHTED_LAYOUT,
+    Trained,
+    global_batch,
+    train_plain,
+)
 from tests.embeddings.ranks import Part, sparse_side, together, train, train_all
 
 EXAMPLES = 24
@@ -55,9 +65,12 @@ BOTH_BACKENDS = [
     ("sgd", "column", "auto"),
     ("sgd", "row", "auto"),
 ]  # six columns are torch's, the others FBGEMM's
+WEIGHTED = [("rowwise_adagrad", p, "auto") for p in ("table", "column", "row", "replicated", "mixed")]
+WEIGHTED += [("adagrad", "mixed", "auto"), ("sgd", "row", "torch"), ("adam", "table", "torch")]
 CASES = {
     **{" ".join(case): (LAYOUT, embedding(*case)) for case in EVERYTHING},
     **{f"{' '.join(case)} fp16": (LAYOUT, embedding(*case, weights="fp16")) for case in HALF},
+    **{f"{' '.join(case)} weighted": (WEIGHTED_LAYOUT, embedding(*case)) for case in WEIGHTED},
     **{f"{' '.join(case)} single-valued": (SINGLE_LAYOUT, embedding(*case)) for case in SINGLE},
     **{f"{' '.join(case)} both backends": (SIX_COLUMNS_LAYOUT, embedding(*case)) for case in BOTH_BACKENDS},
 }
@@ -168,6 +181,31 @@ def test_l2_shrinks_what_was_looked_up(backend: str) -> None:
     expected = before * (1 - 0.5 * counts * 2 * 0.3 / 16)
     torch.testing.assert_close(sparse.state()["user/weight"][1], expected)
     assert not torch.equal(expected, before)
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "torch"])
+def test_order_within_a_list_does_not_matter(backend: str) -> None:
+    """A sequence pools as any list: ids and weights reversed within every example give the same sums."""
+    config = embedding("rowwise_adagrad", "table", backend)
+    batch = global_batch(WEIGHTED_LAYOUT, 16, step=0)
+    backward = {name: reversed_lists(f) for name, f in batch.ids.items()}
+    results = []
+    for ids in (batch.ids, backward):
+        sparse = sparse_side(WEIGHTED_LAYOUT, config)
+        embedded = sparse.forward(dataclasses.replace(batch, ids=ids))
+        embedded.backward(torch.ones_like(embedded))
+        results.append((embedded.detach(), sparse.state()["item/weight"][1]))
+    assert any(not torch.equal(batch.ids[name].values, f.values) for name, f in backward.items())
+    for forward, reverse in zip(*results, strict=True):
+        torch.testing.assert_close(forward, reverse, rtol=1e-6, atol=1e-6)
+
+
+def reversed_lists(ids: Ids) -> Ids:
+    if ids.lengths is None:
+        return ids
+    stops = ids.lengths.cumsum(0).tolist()
+    order = [i for stop, n in zip(stops, ids.lengths.tolist(), strict=True) for i in range(stop - 1, stop - n - 1, -1)]
+    return Ids(ids.values[order], ids.lengths, None if ids.weights is None else ids.weights[order])
 
 
 def resume_halfway(config: EmbeddingConfig) -> tuple[State, State]:

@@ -19,7 +19,7 @@ from megarec.parallel.pool import RankPool
 from megarec.topology import build_topology
 from megarec.towers.assignment import Towers
 from megarec.towers.sizes import NO_TOWERS, ResolvedTowers
-from tests.embeddings.plain import LAYOUT, SEED, global_batch, loss, slice_of
+from tests.embeddings.plain import LAYOUT, SEED, WEIGHTED_LAYOUT, global_batch, loss, slice_of
 
 EXAMPLES, STEPS = 24, 3
 TWO = Towers((("item", "history", "cart", "wide"), ("user", "clicks", "small")))
@@ -136,6 +136,14 @@ def test_row_wise_adagrad_over_columns(rank_pool: Callable[[int], RankPool]) -> 
     for flat, tower in (pair for (pair,) in rank_pool(4).run(flat_and_tower, LAYOUT, [OTHER_SUMS], 2, FOUR)):
         for mine, its in zip(flat.embedded, tower.embedded, strict=True):
             torch.testing.assert_close(mine, its, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("hosts", "local"), [(2, 1), (2, 2)])
+def test_weights_travel_through_both_hops(rank_pool: Callable[[int], RankPool], hosts: int, local: int) -> None:
+    configs = [CONFIGS[0], CONFIGS[4]]
+    compare(
+        rank_pool(hosts * local).run(flat_and_tower, WEIGHTED_LAYOUT, configs, local, FOUR), WEIGHTED_LAYOUT, configs
+    )
 
 
 @pytest.mark.parametrize(("hosts", "local", "towers"), [(1, 2, TWO), (2, 1, TWO), (2, 2, FOUR)])
