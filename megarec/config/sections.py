@@ -236,6 +236,16 @@ class TrainConfig(Section):
     checkpoint_every: Positive | None = Field(
         None, description="optimizer steps between checkpoints; null: at every validation"
     )
+    keep_checkpoints: Positive = Field(2, description="the newest checkpoints that stay, beside the best one")
+    background_checkpoints: bool = Field(
+        True, description="steps wait only for a copy in memory; false: until a checkpoint is on the disk"
+    )
+    fall_back: bool = Field(
+        False, description="--resume takes the checkpoint before a damaged one; false: it stops and says why"
+    )
+    reset_towers: bool = Field(
+        False, description="--resume starts tower modules afresh, for other towers than the checkpoint's"
+    )
     trace: tuple[Positive, Positive] | None = Field(
         None,
         strict=False,

@@ -41,14 +41,14 @@ class Monitor:
         writer: DeepSpeed's own SummaryWriter (deepspeed.tensorboard), or None.
     """
 
-    def __init__(self, rank: int, writer: Any, total_steps: int, first_step: int) -> None:
+    def __init__(self, rank: int, writer: Any, total_steps: int) -> None:
         self.rank = rank
         self.writer = writer if rank == 0 else None
         self.progress = None
         if rank == 0 and sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.progress = Progress(*columns)
-            self.task = self.progress.add_task("training", total=total_steps, completed=first_step)
+            self.task = self.progress.add_task("training", total=total_steps)
             self.progress.start()
 
     def say(self, text: str) -> None:

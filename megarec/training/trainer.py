@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megarec.checkpoint.position import Position
+from megarec.checkpoint.store import Checkpoints
 from megarec.config.sections import RunConfig
 from megarec.data.loader import EvalLoader
-from megarec.training import checkpoint
 from megarec.training.ahead import Ahead, Pending
 from megarec.training.build import Run, build_run
-from megarec.training.checkpoint import Position
 from megarec.training.clock import Clock
 from megarec.training.engine import compute_dtype, set_learning_rate, start_process
 from megarec.training.memory import dense_bytes, saved_activations
@@ -40,31 +40,27 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
     run = build_run(config, device)
     config = run.config
     output = Path(config.train.output_dir)
-    checkpoints = output / "checkpoints"
-    if run.topology.rank == 0:
-        if not resume:
-            checkpoint.set_aside(checkpoints)
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-    position = Position()
-    name = checkpoint.latest(checkpoints) if resume else None
-    if name:
-        position = checkpoint.load(checkpoints, name, run.engine, run.sparse, run.topology)
+    monitor = Monitor(run.topology.rank, writer_of(run.engine), run.schedule.total_steps)
+    checkpoints = Checkpoints(output / "checkpoints", run, monitor.say, fresh=not resume)
+    window = Predictions()
+    position, name = checkpoints.resume(window) or (Position(), None)
     run.schedule.plateau_drops = position.plateau_drops
-    monitor = Monitor(run.topology.rank, writer_of(run.engine), run.schedule.total_steps, position.step)
+    if run.topology.rank == 0:
+        (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    monitor.step(position.step)
     monitor.start(config.model_dump(mode="json"), run.choices)
     for split, reasons in run.skipped_rows.items():
         monitor.say(f"data.bad_rows=skip: left out of {split}: {reasons}")
-    monitor.say(f"resumed from {checkpoints / name}" if name else "starting afresh")
+    monitor.say(f"resumed from {checkpoints.directory / name}" if name else "starting afresh")
 
-    loop = Loop(run, monitor, position, started)
+    loop = Loop(run, monitor, checkpoints, position, window, started)
     with tracing(config.train.trace, output / "trace", run.topology.rank, position.step) as step_done:
-        loop.run_to_the_end(checkpoints, step_done)
+        loop.run_to_the_end(step_done)
     loop.ahead.settle()
 
-    if (checkpoints / checkpoint.BEST).is_dir() and not math.isinf(position.best):
-        checkpoint.load(checkpoints, checkpoint.BEST, run.engine, run.sparse, run.topology)
+    checkpoints.wait()
+    if not math.isinf(position.best):
+        checkpoints.load_best()
     test = evaluate(run, run.test)
     metrics = {
         "test": _described(test),
@@ -93,15 +89,24 @@ def evaluate(run: Run, loader: EvalLoader) -> Quality:
 class Loop:
     """The steps of a run from a position to its end."""
 
-    def __init__(self, run: Run, monitor: Monitor, position: Position, started: float) -> None:
+    def __init__(
+        self,
+        run: Run,
+        monitor: Monitor,
+        checkpoints: Checkpoints,
+        position: Position,
+        window: Predictions,
+        started: float,
+    ) -> None:
         self.run = run
         self.monitor = monitor
+        self.checkpoints = checkpoints
         self.position = position
         self.started = started
         self.patience = Patience(position.best, position.since_best, position.since_drop)
         self.clock = Clock(run.device)
         self.ahead = Ahead(run.sparse, run.device, run.overlap)
-        self.window = Predictions()
+        self.window = window
         self.window_start = time.perf_counter()
         self.window_steps = 0
         self.train_seconds = 0.0
@@ -111,7 +116,7 @@ class Loop:
         peak = run.config.train.peak_tflops or measured_peak(compute_dtype(run.engine), run.device)
         self.peak = peak * run.topology.world_size
 
-    def run_to_the_end(self, checkpoints: Path, step_done: Callable[[], None]) -> None:
+    def run_to_the_end(self, step_done: Callable[[], None]) -> None:
         run, config, position = self.run, self.run.config.train, self.position
         evaluate_every = config.evaluate_every or run.train.steps_per_epoch
         checkpoint_every = config.checkpoint_every or evaluate_every
@@ -121,10 +126,9 @@ class Loop:
                 self._step(pending, start_next)
                 step_done()
                 last = position.step == run.schedule.total_steps
-                if position.step % evaluate_every == 0 or last:
-                    self._validate(checkpoints)
-                if position.step % checkpoint_every == 0 or last:
-                    self._save(checkpoints, f"step-{position.step:09d}")
+                best = (position.step % evaluate_every == 0 or last) and self._validate()
+                if best or position.step % checkpoint_every == 0 or last:
+                    self._save(best)
                 stop = config.early_stopping and self.patience.since_best >= config.early_stopping
                 if stop:
                     self.monitor.say(f"stopping early: {self.patience.since_best} validations without improvement")
@@ -173,7 +177,7 @@ class Loop:
         run, position = self.run, self.position
         seen = self.window.gather(run.topology.world)
         seconds = time.perf_counter() - self.window_start
-        rate = seen.examples / seconds
+        rate = self.window_steps * run.config.data.batch_size / seconds  # `seen` has more right after a resume
         self.train_seconds += seconds
         self.trained_steps += self.window_steps
         tflops = rate * run.cost.flop / 1e12
@@ -211,7 +215,8 @@ class Loop:
         self.window_steps = 0
         self.window_start = time.perf_counter()
 
-    def _validate(self, checkpoints: Path) -> None:
+    def _validate(self) -> bool:
+        """Whether it is the best so far."""
         run, config, position = self.run, self.run.config, self.position
         with self._off_the_clock():
             self.ahead.settle()
@@ -228,12 +233,11 @@ class Loop:
             f"calibration {found.calibration:.3f}{'  (best)' if improved else ''}"
         )
         self.monitor.scalars(position.step, {f"valid/{key}": value for key, value in _described(found).items()})
-        if improved:
-            self._save(checkpoints, checkpoint.BEST)
+        return improved
 
-    def _save(self, checkpoints: Path, name: str) -> None:
+    def _save(self, best: bool) -> None:
         with self._off_the_clock():
-            checkpoint.save(checkpoints, name, self.run.engine, self.run.sparse, self.position, self.run.topology)
+            self.checkpoints.save(self.position, self.window, best=best)
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:

@@ -160,15 +160,6 @@ def error_on_a_rank(path: Path, overrides: list[str], resume: bool) -> str:
     return "no error"
 
 
-def test_a_checkpoint_of_another_topology_is_refused(pool: RankPool, data: Path, tmp_path: Path) -> None:
-    path = write_config(tmp_path, data, max_steps=2)
-    pool.run(train_on_a_rank, path, [], False)
-    overrides = ["deepspeed.zero_optimization.stage=1", "train.max_steps=4"]
-    for message in pool.run(error_on_a_rank, path, overrides, True):
-        assert "step-000000002 was written on" in message
-        assert "'zero': 2" in message and "'zero': 1" in message
-
-
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

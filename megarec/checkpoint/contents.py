@@ -1,0 +1,226 @@
+"""What a checkpoint of a run consists of, and the way back."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarec.checkpoint import compatibility, dense, sparse
+from megarec.checkpoint.dense import PREFIX as DENSE
+from megarec.checkpoint.format import DTYPES, Index
+from megarec.checkpoint.pieces import Ints, Piece
+from megarec.checkpoint.position import Position
+from megarec.checkpoint.reading import Reader
+from megarec.checkpoint.sparse import TABLES, TOWERS
+from megarec.config.deepspeed_keys import zero_stage
+from megarec.embeddings.layout import EmbeddingLayout, build_layout
+from megarec.errors import UserError
+from megarec.models.initial import Shard
+from megarec.towers.sizes import resolve_towers
+from megarec.training.build import Run
+from megarec.training.metrics import Predictions
+
+WINDOW = "metrics/window"
+RANDOM = "random/"
+
+
+def written(run: Run, window: Predictions | None) -> list[Piece]:
+    """What this rank writes; over all ranks every element of every tensor once."""
+    layout, topology = _layout(run), run.topology
+    pieces = dense.written(run.engine, topology) + sparse.tables_written(run.sparse, layout, topology)
+    if run.sparse.modules is not None:
+        pieces += sparse.towers_written(run.sparse.modules, topology, run.config.parallel.exchange)
+    pieces += [_row_of_rank(run, RANDOM + name, state) for name, state in _random_states(run.device).items()]
+    if window is not None and window.logits:
+        shown = torch.stack([torch.cat(window.logits), torch.cat(window.labels)])
+        examples = shown.shape[1]
+        whole, start = (2, examples * topology.world_size), (0, examples * topology.rank)
+        pieces.append(Piece(WINDOW, whole, start, shown))
+    return [piece for piece in pieces if piece.tensor.numel()]
+
+
+def about(run: Run, position: Position) -> dict[str, Any]:
+    """index.json but for step, tensors and files."""
+    config, topology = run.config, run.topology
+    return {
+        "format": "megarec checkpoint",
+        "version": 1,
+        "position": position.to_json(),
+        "topology": {
+            "ranks": topology.world_size,
+            "ranks_per_host": topology.ranks_per_host,
+            "tensor": topology.tensor_size,
+            "zero": zero_stage(run.engine.config),
+            "exchange": config.parallel.exchange,
+            "placement": config.embedding.placement,
+        },
+        "config": config.model_dump(mode="json"),
+        "schema": run.schema.model_dump(mode="json"),
+        "towers": _towers(run),
+        "optimizer": type(dense.optimizer_of(run.engine)).__name__,
+        "loss_scale": _loss_scale(run.engine),
+    }
+
+
+def check(run: Run, directory: Path, index: Index) -> None:
+    """Raise a UserError that says what of a checkpoint does not fit this run."""
+    config = run.config.model_dump(mode="json")
+    compatibility.check_schema(directory, index, run.schema.model_dump(mode="json"))
+    compatibility.check_optimizer(directory, index, type(dense.optimizer_of(run.engine)).__name__)
+    _check_towers(run, directory, index)
+    parameters = {DENSE + name: shape for name, shape in _dense_shapes(run.engine)}
+    states = {
+        name: index.tensors[weight].shape if entry.shape else ()
+        for name, entry in index.tensors.items()
+        if (weight := name.rpartition("/")[0]) in parameters
+    }
+    compatibility.check_tensors(directory, index, parameters | states, (DENSE,), config)
+    layout = _layout(run)
+    mine = {piece.name: piece for piece in sparse.tables_held(run.sparse, layout)}
+    tables: dict[str, Ints] = {f"{TABLES}{table.name}/weight": (table.rows, table.columns) for table in layout.tables}
+    tables |= {name: piece.shape for name, piece in mine.items()}
+    own = tuple(f"{TABLES}{table}/" for table in {name.split("/")[1] for name in mine})
+    compatibility.check_tensors(directory, index, tables, own, config)
+    for name, piece in mine.items():
+        if DTYPES[index.tensors[name].dtype] != piece.tensor.dtype:
+            raise UserError(
+                f"{directory}: {name} is {index.tensors[name].dtype} there, {piece.tensor.dtype} in this run; resume "
+                "with the embedding.weights it was written with"
+            )
+
+
+def _check_towers(run: Run, directory: Path, index: Index) -> None:
+    there = any(name.startswith(TOWERS) for name in index.tensors)
+    here = run.sparse.modules is not None
+    if run.config.train.reset_towers or not (there or here):
+        return
+    towers = _towers(run)
+    if index.towers != towers or there != here:
+        raise UserError(
+            f"{directory}: tower modules were trained for towers {_briefly(index.towers if there else None)}, this "
+            f"run has {_briefly(towers if here else None)}; train.reset_towers=true keeps tables and over-arch and "
+            "starts the modules afresh"
+        )
+    if run.sparse.modules is not None:
+        shapes = {TOWERS + name: tuple(p.shape) for name, p in run.sparse.modules.bank.named_parameters()}
+        compatibility.check_tensors(directory, index, shapes, (), run.config.model_dump(mode="json"))
+
+
+def _briefly(towers: list[list[str]] | None) -> str:
+    text = str(towers) if towers is not None else "no modules"
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+@torch.no_grad()
+def fill(run: Run, reader: Reader, window: Predictions | None) -> None:
+    """Copy this rank's slices out of a checkpoint that `check` has found to fit."""
+    index = reader.index
+    dense.make_room(run.engine, run.topology, _dense_states(reader))
+    for piece in dense.held(run.engine, run.topology) + sparse.tables_held(run.sparse, _layout(run)):
+        reader.fill(piece)
+    if run.sparse.modules is not None and not run.config.train.reset_towers:
+        shapes = {
+            name.removeprefix(TOWERS): (entry.shape, DTYPES[entry.dtype])
+            for name, entry in index.tensors.items()
+            if name.startswith(TOWERS)
+        }
+        room = sparse.towers_to_fill(run.sparse.modules, shapes)
+        for name, tensor in room.items():
+            reader.fill(Piece(TOWERS + name, tuple(tensor.shape), (0,) * tensor.dim(), tensor))
+        run.sparse.modules.load_state_dict(room)
+    for name, state in _random_states(run.device).items():
+        piece = _row_of_rank(run, RANDOM + name, state)
+        there = index.tensors.get(piece.name)
+        if there is not None and there.shape == piece.shape:
+            reader.fill(piece)
+            _set_random_state(name, state)
+    if window is not None and WINDOW in index.tensors:
+        _fill_window(run, reader, window)
+
+
+def finish(run: Run, index: Index, step: int, skipped: int) -> None:
+    """What follows from the weights and numbers that `fill` has copied; collective."""
+    engine = run.engine
+    dense.spread_masters(engine)
+    engine.global_steps, engine.skipped_steps = step, skipped
+    engine.global_samples = step * run.config.data.batch_size
+    if index.loss_scale and engine.fp16_enabled():
+        scaler = _scaler(engine)
+        for name, value in index.loss_scale.items():
+            setattr(scaler, name, value)
+
+
+def remarks(run: Run, index: Index) -> Iterator[str]:
+    """What the log should say of a load."""
+    if run.config.train.reset_towers and run.sparse.modules is not None:
+        yield "train.reset_towers=true: tables and over-arch are the checkpoint's, tower modules start afresh"
+
+
+def _dense_shapes(engine: Any) -> Iterator[tuple[str, Ints]]:
+    for name, parameter in engine.module.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        yield name, getattr(parameter, "shard", Shard(shape, ())).shape
+
+
+def _dense_states(reader: Reader) -> dict[str, dict[str, Any]]:
+    """By parameter and state of the optimizer: a number, or None for a whole tensor."""
+    states: dict[str, dict[str, Any]] = {}
+    for name, entry in reader.index.tensors.items():
+        parameter, slash, what = name.removeprefix(DENSE).partition("/")
+        if name.startswith(DENSE) and slash:
+            number = None
+            if not entry.shape:
+                room = torch.empty((), dtype=DTYPES[entry.dtype])
+                reader.fill(Piece(name, (), (), room))
+                number = room.item()
+            states.setdefault(parameter, {})[what] = number
+    return states
+
+
+def _layout(run: Run) -> EmbeddingLayout:
+    return build_layout(run.schema, run.config.embedding, run.config.model.dim)
+
+
+def _towers(run: Run) -> list[list[str]] | None:
+    towers = resolve_towers(run.config, _layout(run)).towers
+    return None if towers is None else [list(features) for features in towers.features]
+
+
+def _row_of_rank(run: Run, name: str, state: Tensor) -> Piece:
+    """A row of a [ranks, n] tensor, this rank's."""
+    return Piece(name, (run.topology.world_size, state.numel()), (run.topology.rank, 0), state.view(1, -1))
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    """torch's generators; data order, first weights and dropout masks depend on none of them."""
+    states = {"cpu": torch.get_rng_state()}
+    return states if device.type != "cuda" else states | {"cuda": torch.cuda.get_rng_state(device)}
+
+
+def _set_random_state(name: str, state: Tensor) -> None:
+    (torch.set_rng_state if name == "cpu" else torch.cuda.set_rng_state)(state)
+
+
+def _fill_window(run: Run, reader: Reader, window: Predictions) -> None:
+    """The examples in equal parts over the ranks, however many those are now."""
+    examples, rest = divmod(reader.index.tensors[WINDOW].shape[1], run.topology.world_size)
+    if rest:
+        return  # another batch size: the log's next line is of fewer examples
+    shown = torch.empty(2, examples, device=run.device)
+    reader.fill(Piece(WINDOW, reader.index.tensors[WINDOW].shape, (0, examples * run.topology.rank), shown))
+    window.logits.append(shown[0])
+    window.labels.append(shown[1])
+
+
+def _scaler(engine: Any) -> Any:
+    return getattr(engine.optimizer, "loss_scale_config", None) or engine.optimizer.loss_scaler
+
+
+def _loss_scale(engine: Any) -> dict[str, int | float] | None:
+    """The numbers of fp16's dynamic loss scale, under DeepSpeed's names."""
+    if not engine.fp16_enabled():
+        return None
+    kept = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+    return {name: getattr(_scaler(engine), name) for name in kept if hasattr(_scaler(engine), name)}

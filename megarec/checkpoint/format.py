@@ -1,0 +1,209 @@
+"""What a checkpoint looks like on disk, and the checks that come before anything is allocated or believed.
+
+    <checkpoints>/step-000000100/index.json               what is inside, and which slice lies where
+    <checkpoints>/step-000000100/rank-00000.safetensors   slices, as any safetensors reader knows them
+    <checkpoints>/latest, best                            the name of a whole checkpoint
+
+A checkpoint from a stranger can be wrong but not dangerous: JSON and plain numbers are all that is ever read, names
+lead nowhere outside its directory, and no size is taken at its word.
+"""
+
+import json
+import stat
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from megarec.errors import UserError
+
+INDEX = "index.json"
+MAX_INDEX_BYTES = 1 << 30
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+DtypeName = Literal["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors$", max_length=200)]
+Size = Annotated[int, Field(ge=0, lt=1 << 62)]
+Sizes = tuple[Size, ...]
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be believed, whatever the run: an earlier one may be better."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Slice(_Strict):
+    """A rectangle [start, stop) of a tensor: tensor `key` of `file`."""
+
+    file: FileName
+    key: str
+    start: Sizes
+    stop: Sizes
+
+
+class TensorEntry(_Strict):
+    """A global tensor and the slices that make it up."""
+
+    dtype: DtypeName
+    shape: Sizes
+    slices: tuple[Slice, ...]
+
+
+class FileEntry(_Strict):
+    """Size and CRC-32 of a file: enough against accidents, not against a forger."""
+
+    bytes: Size
+    crc32: Annotated[int, Field(ge=0, lt=1 << 32)]
+
+
+class Index(_Strict):
+    """index.json.
+
+    Attributes:
+        position: where the run stands (position.py).
+        topology: ranks, ranks_per_host, tensor, zero, exchange, placement it was written on; to be read by people.
+        config: the resolved config of the run.
+        data_schema: schema.json of its data, the features in use alone.
+        towers: features by tower; null: no towers.
+        optimizer: class of the dense optimizer.
+        loss_scale: state of the dynamic loss scale; null without one.
+    """
+
+    format: Literal["megarec checkpoint"]
+    version: Literal[1]
+    step: Size
+    position: dict[str, int | float | None]
+    topology: dict[str, int | str]
+    config: dict[str, Any]
+    data_schema: dict[str, Any] = Field(alias="schema")
+    towers: list[list[str]] | None
+    optimizer: str
+    loss_scale: dict[str, int | float] | None
+    tensors: dict[str, TensorEntry]
+    files: dict[FileName, FileEntry]
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files.values())
+
+
+class FileTensor(NamedTuple):
+    """A tensor in a safetensors file, `start` bytes into the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+def read_index(directory: Path) -> Index:
+    """The index of a checkpoint; no tensor is read.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read, is no index, or describes what cannot be.
+    """
+    path = directory / INDEX
+    try:
+        _check_plain(path)
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise DamagedCheckpoint(f"{path}: {path.stat().st_size:,} bytes, more than any index has")
+        index = Index.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{path} is missing: no checkpoint, or not a whole one") from error
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DamagedCheckpoint(f"{path}: {where or 'content'}: {first['msg']}; not a checkpoint's index") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedCheckpoint(f"{path}: not JSON ({' '.join(str(error).split())[:200]})") from error
+    for name, entry in index.tensors.items():
+        _check_tensor(path, name, entry, index)
+    return index
+
+
+def _check_tensor(path: Path, name: str, entry: TensorEntry, index: Index) -> None:
+    """Slices lie inside the tensor, in listed files that are large enough, and have as many elements as it."""
+    elements, width = 0, DTYPES[entry.dtype].itemsize
+    for part in entry.slices:
+        inside = len(part.start) == len(part.stop) == len(entry.shape) and all(
+            0 <= start < stop <= size for start, stop, size in zip(part.start, part.stop, entry.shape, strict=True)
+        )
+        if not inside:
+            raise DamagedCheckpoint(f"{path}: {name}: slice {part.start} to {part.stop} is not in shape {entry.shape}")
+        count = prod(stop - start for start, stop in zip(part.start, part.stop, strict=True))
+        if part.file not in index.files or count * width > index.files[part.file].bytes:
+            raise DamagedCheckpoint(f"{path}: {name}: {part.file} is not listed, or too small for {count:,} elements")
+        elements += count
+    if elements != prod(entry.shape):
+        raise DamagedCheckpoint(f"{path}: {name}: its slices have {elements:,} elements, shape {entry.shape} another")
+
+
+def _check_plain(path: Path) -> None:
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise DamagedCheckpoint(f"{path}: not a plain file (a link or a device leads outside the checkpoint)")
+
+
+def checked_size(directory: Path, name: str, entry: FileEntry) -> Path:
+    """The path of a listed file: a plain one of the right size.
+
+    Raises:
+        DamagedCheckpoint: it is not.
+    """
+    path = directory / name
+    try:
+        _check_plain(path)
+        size = path.stat().st_size
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read ({error.strerror})") from error
+    if size != entry.bytes:
+        raise DamagedCheckpoint(f"{path}: {size:,} bytes, the index says {entry.bytes:,}: truncated, or another file")
+    return path
+
+
+def read_header(path: Path) -> dict[str, FileTensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        DamagedCheckpoint: it is none (a pickle, for one), or its header does not fit its size.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+            header = json.loads(file.read(length).decode("utf-8"))
+        header.pop("__metadata__", None)
+        return {name: _checked(name, entry, 8 + length, size) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedCheckpoint(f"{path}: not a safetensors file ({type(error).__name__}: {reason})") from error
+
+
+def _checked(name: str, entry: dict[str, Any], data: int, size: int) -> FileTensor:
+    dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{name}: sizes that are no natural numbers")
+    if end - begin != prod(shape) * dtype.itemsize or data + end > size:
+        raise ValueError(f"{name}: {shape} {entry['dtype']} at {begin} to {end} in a file of {size:,} bytes")
+    return FileTensor(dtype, tuple(shape), data + begin)

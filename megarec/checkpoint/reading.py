@@ -1,0 +1,104 @@
+"""Any rectangle of a global tensor, out of the slices that were written; only what is needed is read."""
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megarec.checkpoint.format import DTYPES, DamagedCheckpoint, FileTensor, Index, Slice, checked_size, read_header
+from megarec.checkpoint.pieces import Ints, Piece
+from megarec.checkpoint.writing import verify_file
+
+Corners = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+class Reader:
+    """Reads slices of the tensors of one checkpoint; files are mapped, never loaded as a whole."""
+
+    def __init__(self, directory: Path, index: Index) -> None:
+        self.directory, self.index = directory, index
+        self._headers: dict[str, dict[str, FileTensor]] = {}
+        self._maps: dict[str, mmap.mmap] = {}
+        self._corners: dict[str, Corners] = {}
+
+    def fill(self, piece: Piece) -> None:
+        """Copy what was written into a piece's tensor, whatever slices it was written in.
+
+        Raises:
+            DamagedCheckpoint: a file is not what the index says, or the slices overlap.
+        """
+        for part, start, stop in self.overlaps(piece.name, piece.start, piece.stop):
+            source = self.slice_of(piece.name, part)[_within(start, stop, part.start)]
+            piece.tensor[_within(start, stop, piece.start)].copy_(source)
+
+    def overlaps(self, name: str, start: Ints, stop: Ints) -> Iterator[tuple[Slice, Ints, Ints]]:
+        """The slices that a rectangle needs, each with what they have in common.
+
+        Raises:
+            DamagedCheckpoint: they do not cover it exactly once.
+        """
+        entry = self.index.tensors[name]
+        if name not in self._corners:
+            shape = len(entry.slices), len(entry.shape)
+            corners = [[part.start for part in entry.slices], [part.stop for part in entry.slices]]
+            self._corners[name] = tuple(np.array(c, dtype=np.int64).reshape(shape) for c in corners)  # type: ignore
+        starts, stops = self._corners[name]
+        low, high = np.maximum(starts, start), np.minimum(stops, stop)
+        hits = np.flatnonzero((low < high).all(axis=1))
+        covered = int((high[hits] - low[hits]).prod(axis=1).sum())
+        wanted = int(np.prod(np.subtract(stop, start), dtype=np.int64))
+        if covered != wanted or _overlap(low[hits], high[hits]):
+            raise DamagedCheckpoint(f"{self.directory}: the slices of {name} do not cover {start} to {stop} once")
+        for hit in hits:
+            yield entry.slices[hit], tuple(low[hit].tolist()), tuple(high[hit].tolist())
+
+    def slice_of(self, name: str, part: Slice) -> Tensor:
+        """A slice as a tensor over the mapped file."""
+        if part.file not in self._maps:
+            path = checked_size(self.directory, part.file, self.index.files[part.file])
+            self._headers[part.file] = read_header(path)
+            with path.open("rb") as file:  # a private map: torch wants memory that may be written
+                self._maps[part.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        found = self._headers[part.file].get(part.key)
+        dtype = DTYPES[self.index.tensors[name].dtype]
+        shape = tuple(stop - start for start, stop in zip(part.start, part.stop, strict=True))
+        if found is None or (found.dtype, found.shape) != (dtype, shape):
+            raise DamagedCheckpoint(f"{self.directory / part.file}: {part.key} is not the {dtype} {shape} of the index")
+        count = torch.Size(shape).numel()
+        return torch.frombuffer(self._maps[part.file], dtype=dtype, count=count, offset=found.start).view(shape)
+
+
+def verify(directory: Path, index: Index, part: int = 0, parts: int = 1) -> None:
+    """Prove one of `parts` shares of a checkpoint: checksums, headers, and that slices cover their tensors once.
+
+    Raises:
+        DamagedCheckpoint: something is not as the index says.
+    """
+    files = sorted(index.files)[part::parts]
+    for name in files:
+        verify_file(checked_size(directory, name, index.files[name]), index.files[name])
+    reader, mine = Reader(directory, index), set(files)
+    for position, (name, entry) in enumerate(index.tensors.items()):
+        for piece in entry.slices:
+            if piece.file in mine:
+                reader.slice_of(name, piece)
+        if position % parts == part:
+            for _ in reader.overlaps(name, (0,) * len(entry.shape), entry.shape):
+                break
+
+
+def _within(start: Ints, stop: Ints, origin: Ints) -> tuple[slice, ...]:
+    """The rectangle [start, stop) as an index of a tensor whose first element is at `origin`."""
+    return tuple(slice(a - o, b - o) for a, b, o in zip(start, stop, origin, strict=True))
+
+
+def _overlap(low: NDArray[np.int64], high: NDArray[np.int64]) -> bool:
+    """Whether any two of some rectangles have an element in common."""
+    for index in range(1, len(low)):
+        if ((np.maximum(low[:index], low[index]) < np.minimum(high[:index], high[index])).all(axis=1)).any():
+            return True
+    return False

@@ -1,0 +1,82 @@
+"""Tables and tower modules as slices of global tensors."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megarec.checkpoint.pieces import Ints, Piece
+from megarec.embeddings.exchange import SparseSide
+from megarec.embeddings.layout import EmbeddingLayout
+from megarec.embeddings.placement import Shard
+from megarec.topology import Topology
+from megarec.towers.side import TowerModules
+
+TABLES, TOWERS = "table/", "tower/"
+Per = Literal["element", "row", "table"]
+
+
+def tables_held(sparse: SparseSide, layout: EmbeddingLayout) -> list[Piece]:
+    """Every slice of a table, of its optimizer's state and of its record of touched rows on this rank."""
+    tables = {table.name: table for table in layout.tables}
+    pieces = []
+    for name, (shard, tensor) in sparse.state().items():
+        table = tables[shard.table]
+        shapes = {"element": (table.rows, table.columns), "row": (table.rows, 1), "table": (1, 1)}
+        shape = shapes[_one_number_per(name, shard, sparse.shards)]
+        pieces.append(Piece(TABLES + name, shape, (shard.row_start, shard.column_start), tensor.detach()))
+    return pieces
+
+
+def tables_written(sparse: SparseSide, layout: EmbeddingLayout, topology: Topology) -> list[Piece]:
+    """Those that this rank writes: of equal slices on several ranks (copies; one number a row of a table that is
+    split by columns), the first rank's."""
+    pieces = []
+    for piece, (name, (shard, _)) in zip(tables_held(sparse, layout), sparse.state().items(), strict=True):
+        per = _one_number_per(name, shard, sparse.shards)
+        ranks = [s.rank for s in sparse.shards if s.table == shard.table and _cells(s, per) == _cells(shard, "element")]
+        if min(ranks) == topology.rank:
+            pieces.append(piece)
+    return pieces
+
+
+def _one_number_per(name: str, shard: Shard, shards: Iterable[Shard]) -> Per:
+    """What a state called <table>/<what> has one number for, given the slice of it that a rank holds."""
+    if name == f"{shard.table}/steps":
+        return "table"
+    whole = any(other.table == shard.table and _cells(other, "element") == _cells(shard, "element") for other in shards)
+    return "element" if whole else "row"
+
+
+def _cells(shard: Shard, per: Per) -> Ints:
+    """The slice of a state that goes with a table's slice."""
+    own = {"element": shard, "row": shard.per_row, "table": shard.per_table}[per]
+    return own.row_start, own.row_stop, own.column_start, own.column_stop
+
+
+def towers_held(modules: TowerModules) -> list[Piece]:
+    """Parameters of the tower modules on this rank and their optimizer's states; each is whole."""
+    state = {name: torch.as_tensor(tensor) for name, tensor in modules.state_dict().items()}
+    return [Piece(TOWERS + name, tuple(t.shape), (0,) * t.dim(), t) for name, t in state.items()]
+
+
+def towers_written(modules: TowerModules, topology: Topology, exchange: str) -> list[Piece]:
+    """Those that this rank writes: its first replica's."""
+    first = topology.local_rank == 0 if exchange == "tower" else topology.rank == 0
+    return towers_held(modules) if first else []
+
+
+def towers_to_fill(modules: TowerModules, shapes: dict[str, tuple[Ints, torch.dtype]]) -> dict[str, Tensor]:
+    """Empty tensors for what a checkpoint has of the modules on this rank; `TowerModules.load_state_dict` takes them.
+
+    Args:
+        shapes: by name without prefix, everything of tower modules that the checkpoint has.
+    """
+    own = dict(modules.bank.named_parameters())
+    room = {}
+    for name, (shape, dtype) in shapes.items():
+        parameter = own.get(name.partition("/")[0])
+        if parameter is not None:
+            room[name] = torch.empty(shape, dtype=dtype, device=parameter.device)
+    return room

@@ -1,0 +1,195 @@
+"""Saves, loads and resumes a run; collective but for the writing itself, which a thread does."""
+
+import secrets
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megarec.checkpoint import contents, publish
+from megarec.checkpoint.agreement import from_rank_0, raise_together
+from megarec.checkpoint.format import DamagedCheckpoint, Index, read_index
+from megarec.checkpoint.position import Position
+from megarec.checkpoint.publish import BEST, LATEST, Plan, SaveFailed
+from megarec.checkpoint.reading import Reader, verify
+from megarec.checkpoint.writing import Snapshot
+from megarec.errors import UserError
+from megarec.training.build import Run
+from megarec.training.metrics import Predictions
+
+
+class Checkpoints:
+    """The checkpoints of one run, under one directory that all hosts share.
+
+    Args:
+        directory: of all checkpoints of the run.
+        say: shows a line; called on rank 0, also from the thread that writes.
+        fresh: set aside what an earlier run left instead of continuing it.
+    """
+
+    def __init__(self, directory: Path, run: Run, say: Callable[[str], None], *, fresh: bool) -> None:
+        self.directory, self._run, self._say = directory, run, say
+        self._snapshot = Snapshot()
+        self._writing: threading.Thread | None = None
+        self._problem: BaseException | None = None
+        self._saves = 0
+        if run.topology.rank == 0:
+            if fresh:
+                publish.set_aside(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            for name in publish.clean(directory):
+                say(f"removed {directory / name}, which a save that never ended had left")
+        # Other jobs and earlier ones never have this token: what their last threads write meets no directory of ours.
+        self._token = from_rank_0(secrets.randbits(62), run.topology, run.device)
+
+    def save(self, position: Position, window: Predictions | None = None, *, best: bool = False) -> None:
+        """Save the run as it stands; `latest` moves to it once it is whole on the disk. Collective.
+
+        Waits for the save before this one and for a copy of the rank's slices; the rest happens in a thread, unless
+        train.background_checkpoints is off. A disk that is full ends the save, with a line, not the run.
+
+        Args:
+            window: predictions that the log has not shown yet.
+            best: whether `best` moves to it as well.
+        """
+        self.wait()
+        run, config = self._run, self._run.config
+        self._snapshot.take(contents.written(run, window))
+        self._saves += 1
+        plan = Plan(
+            checkpoints=self.directory,
+            step=position.step,
+            token=f"{self._token:016x}-{self._saves}",
+            ranks=run.topology.world_size,
+            about=contents.about(run, position) if run.topology.rank == 0 else {},
+            pointers=(BEST, LATEST) if best else (LATEST,),
+            keep=config.train.keep_checkpoints,
+            timeout=config.parallel.timeout_seconds,
+        )
+        # A daemon: a job that ends with an error must not wait for ranks that are gone.
+        self._writing = threading.Thread(target=self._write, args=(plan,), name="checkpoint", daemon=True)
+        self._writing.start()
+        if not config.train.background_checkpoints:
+            self.wait()
+
+    def _write(self, plan: Plan) -> None:
+        """In the thread: no collectives, no tensors of the run."""
+        rank = self._run.topology.rank
+        try:
+            try:
+                publish.write_part(plan, rank, self._snapshot)
+            except SaveFailed:
+                if rank != 0:
+                    return  # the mark tells rank 0, which says so
+            if rank == 0:
+                publish.publish(plan)
+        except SaveFailed as error:
+            kept = publish.pointed(self.directory, LATEST)
+            self._say(
+                f"WARNING: CHECKPOINT OF STEP {plan.step} WAS NOT SAVED ({error}); training goes on, the latest "
+                f"checkpoint is {self.directory / kept if kept else 'none'}"
+            )
+        except BaseException as error:  # shown where the next save or the end of the run waits
+            self._problem = error
+
+    def wait(self) -> None:
+        """Until this rank's part of the last save is done; on rank 0, until it is published."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        if self._problem is not None:
+            problem, self._problem = self._problem, None
+            raise problem
+
+    def resume(self, window: Predictions | None = None) -> tuple[Position, str] | None:
+        """Load the latest checkpoint, or with train.fall_back the newest good one; collective.
+
+        Args:
+            window: takes the predictions that the log had not shown yet.
+
+        Returns:
+            Where the run stands, and the checkpoint's name; None when there is none.
+
+        Raises:
+            UserError: the checkpoint is damaged, or does not fit this run; the message names file and reason.
+        """
+        step = self._agreed_step(LATEST)
+        while step is not None:
+            try:
+                return self.load(step, window), publish.name_of(step)
+            except DamagedCheckpoint as error:
+                older = self._agreed_step(None, below=step)
+                if not self._run.config.train.fall_back:
+                    told = f"; train.fall_back=true resumes from {publish.name_of(older)}" if older is not None else ""
+                    raise DamagedCheckpoint(f"{error}{told}") from error
+                if older is None:
+                    raise
+                if self._run.topology.rank == 0:
+                    self._say(f"WARNING: {error}; FALLING BACK TO {publish.name_of(older)} (train.fall_back=true)")
+                step = older
+        return None
+
+    def load_best(self) -> bool:
+        """Load the best checkpoint by validation; False, with a line, when it is not there or damaged. Collective."""
+        self.wait()
+        step = self._agreed_step(BEST)
+        problem = "none was saved" if step is None else None
+        try:
+            if step is not None:
+                self.load(step)
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        if problem and self._run.topology.rank == 0:
+            self._say(f"WARNING: NO BEST CHECKPOINT ({problem}): the last weights stay")
+        return problem is None
+
+    def load(self, step: int, window: Predictions | None = None) -> Position:
+        """Fill the run from the checkpoint of a step, whatever topology wrote it; collective.
+
+        Raises:
+            DamagedCheckpoint: a file is not what it should be.
+            UserError: it does not fit this run.
+        """
+        run, directory = self._run, self.directory / publish.name_of(step)
+        index = self._together(lambda: self._opened(directory))
+        position = self._together(lambda: Position.from_json(index.position))
+        reader = Reader(directory, index)
+        self._together(lambda: contents.check(run, directory, index))
+        self._together(lambda: contents.fill(run, reader, window))
+        contents.finish(run, index, position.step, position.skipped_steps)
+        for line in contents.remarks(run, index) if run.topology.rank == 0 else []:
+            self._say(line)
+        return position
+
+    def _opened(self, directory: Path) -> Index:
+        """The index, after this rank has verified its share of the files: all of them are before anything changes."""
+        index, topology = read_index(directory), self._run.topology
+        verify(directory, index, topology.rank, topology.world_size)
+        return index
+
+    def _together(self, work: Callable[[], Any]) -> Any:
+        """Do something on every rank; an error of one rank is raised on all."""
+        result, problem = None, None
+        try:
+            result = work()
+        except UserError as error:
+            problem = error
+        raise_together(problem, self._run.topology, self._run.device)
+        return result
+
+    def _agreed_step(self, pointer: str | None, below: int | None = None) -> int | None:
+        """As rank 0 sees the directory: the step that a pointer names, else the newest, below a step if one is given.
+
+        `best` that is not there is no checkpoint at all.
+        """
+        step = -1
+        if self._run.topology.rank == 0:
+            names = publish.published(self.directory)
+            if below is not None:
+                names = [name for name in names if int(name.removeprefix("step-")) < below]
+            named = publish.pointed(self.directory, pointer) if pointer else None
+            if pointer != BEST and named is None and names:
+                named = names[0]
+            step = int(named.removeprefix("step-")) if named else -1
+        step = from_rank_0(step, self._run.topology, self._run.device)
+        return None if step < 0 else step

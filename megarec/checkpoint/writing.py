@@ -1,0 +1,133 @@
+"""One rank's file: a copy of its slices in memory, then to the disk with a checksum, in bounded extra memory."""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarec.checkpoint.format import DTYPE_NAMES, DamagedCheckpoint, FileEntry
+from megarec.checkpoint.pieces import Piece
+
+CHUNK = 1 << 24  # bytes written, and checked, at a time
+
+
+class Snapshot:
+    """Copies of pieces in one buffer, laid out as the data of a safetensors file; kept for the next save.
+
+    Its memory is that of the pieces once, page-locked where there is a GPU to copy from.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.pieces: list[Piece] = []
+
+    def take(self, pieces: Sequence[Piece]) -> None:
+        """Copy; what was copied before is overwritten. Waits until the copy is done."""
+        self.pieces = in_file_order(pieces)
+        size = sum(piece.tensor.nbytes for piece in pieces)
+        on_gpu = any(piece.tensor.is_cuda for piece in pieces)
+        if self._buffer.numel() < size:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # free the old one first
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+        offset = 0
+        for piece in self.pieces:
+            source = piece.tensor
+            target = self._buffer[offset : offset + source.nbytes].view(source.dtype).view(source.shape)
+            target.copy_(source, non_blocking=True)
+            offset += source.nbytes
+        self._size = offset
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    def header(self) -> bytes:
+        return file_header([(key_of(p), p.tensor.dtype, tuple(p.tensor.shape)) for p in self.pieces])
+
+    def data(self) -> memoryview:
+        return memoryview(self._buffer.numpy().data)[: self._size]
+
+
+def key_of(piece: Piece) -> str:
+    """The name of a slice in its file: unique among all of a checkpoint's."""
+    return piece.name if not piece.start else f"{piece.name}@{','.join(map(str, piece.start))}"
+
+
+def in_file_order(pieces: Iterable[Piece]) -> list[Piece]:
+    """Wide types first, so that every tensor is aligned to its type."""
+    return sorted(pieces, key=lambda piece: (-piece.tensor.dtype.itemsize, piece.name, piece.start))
+
+
+def file_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The beginning of a safetensors file that holds tensors (key, type, shape) one behind the other."""
+    entries, offset = {}, 0
+    for key, dtype, shape in tensors:
+        end = offset + dtype.itemsize * torch.Size(shape).numel()
+        entries[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> FileEntry:
+    """Write, flush to the disk, read back and compare.
+
+    Raises:
+        OSError: the disk is full, or what is read back is not what was written.
+    """
+    crc = size = 0
+    with path.open("wb") as file:
+        for block in blocks:
+            for start in range(0, len(block), CHUNK):
+                chunk = block[start : start + CHUNK]
+                file.write(chunk)
+                crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    entry = FileEntry(bytes=size, crc32=crc)
+    if file_entry(path) != entry:
+        raise OSError(f"{path}: reading it back gives other bytes than were written")
+    return entry
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and checksum of a file as it is."""
+    crc = size = 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return FileEntry(bytes=size, crc32=crc)
+
+
+def verify_file(path: Path, entry: FileEntry) -> None:
+    """Raise a DamagedCheckpoint when a file's bytes are not those that were written."""
+    try:
+        found = file_entry(path)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read ({error.strerror})") from error
+    if found != entry:
+        raise DamagedCheckpoint(f"{path}: CRC-32 {found.crc32:08x}, the index says {entry.crc32:08x}: damaged")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a small file so that it is there whole or not at all, and stays there after a power cut."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make names that were created or changed in a directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
