@@ -1,8 +1,9 @@
 """The Arrow cache of a split: checked rows in the layout that random access wants, built once, memory-mapped by all.
 
 `DIR/.arrow/<split>-<fingerprint>/rows.arrow` is an Arrow IPC stream with, per row, `ids` (all single-valued
-features side by side), `numeric`, `label`, and a list column for each multi-valued feature; `skipped.json` beside
-it counts the rows left out, by reason. The fingerprint covers shards, columns and policy, so a cache is never stale.
+features side by side), `numeric`, `label`, and a list column for each multi-valued feature and for each one's weights;
+`skipped.json` beside it counts the rows left out, by reason. The fingerprint covers shards, columns and policy, so a
+cache is never stale.
 """
 
 import fcntl
@@ -35,6 +36,11 @@ _ROWS_PER_RECORD_BATCH = 65_536
 def list_column(feature: str) -> str:
     """The cache's column of a multi-valued feature; the prefix keeps it apart from ids, numeric and label."""
     return f"list:{feature}"
+
+
+def weights_column(feature: str) -> str:
+    """The cache's column of a weighted feature's weights."""
+    return f"weights:{feature}"
 
 
 def ensure_cache(path: Path, split: Split, schema: Schema, bad_rows: BadRows) -> Path:
@@ -79,7 +85,7 @@ def _exclusive(lock: Path) -> Iterator[None]:
 
 
 def _fingerprint(split: Split, shards: list[Path], schema: Schema, bad_rows: BadRows) -> str:
-    columns = [(f.name, f.rows, f.multi_valued) for f in schema.categorical]
+    columns = [(f.name, f.rows, f.multi_valued, f.weighted) for f in schema.categorical]
     files = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
     key = [_LAYOUT, bad_rows, columns, schema.numeric, schema.label, schema.rows.get(split), files]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -118,6 +124,7 @@ def _record_batches(shard: Path, schema: Schema) -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(shard) as file:
             check_columns(shard, file.schema_arrow, schema)
             columns = [f.name for f in schema.categorical] + [*schema.numeric, schema.label]
+            columns += [f.weights_column for f in schema.categorical if f.weighted]
             yield from file.iter_batches(_ROWS_PER_RECORD_BATCH, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{shard} cannot be read as parquet ({error}); prepare the data again") from error
@@ -148,6 +155,7 @@ def _cache_schema(schema: Schema) -> pa.Schema:
     if schema.numeric:
         fields.append(("numeric", pa.list_(pa.float32(), len(schema.numeric))))
     fields += [(list_column(f.name), pa.list_(pa.int64())) for f in schema.categorical if f.multi_valued]
+    fields += [(weights_column(f.name), pa.list_(pa.float32())) for f in schema.categorical if f.weighted]
     return pa.schema(fields)
 
 
@@ -162,4 +170,5 @@ def _packed(batch: pa.RecordBatch, schema: Schema) -> pa.RecordBatch:
         numbers = np.stack([as_numbers(batch.column(name), np.float32) for name in schema.numeric], axis=1)
         columns.append(pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), len(schema.numeric)))
     columns += [batch.column(f.name).cast(pa.list_(pa.int64())) for f in schema.categorical if f.multi_valued]
+    columns += [batch.column(f.weights_column).cast(pa.list_(pa.float32())) for f in schema.categorical if f.weighted]
     return pa.RecordBatch.from_arrays(columns, schema=_cache_schema(schema))

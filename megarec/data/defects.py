@@ -53,6 +53,8 @@ def check_columns(path: Path, columns: pa.Schema, schema: Schema) -> None:
     for feature in schema.categorical:
         if feature.multi_valued:
             check(feature.name, _is_integer_list, "list<int64> (the feature is multi-valued)")
+            if feature.weighted:
+                check(feature.weights_column, _is_float_list, "list<float> (the feature is weighted)")
         else:
             check(feature.name, pa.types.is_integer, "int64")
     for name in schema.numeric:
@@ -64,6 +66,10 @@ def _is_integer_list(kind: pa.DataType) -> bool:
     return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
 
 
+def _is_float_list(kind: pa.DataType) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_floating(kind.value_type)
+
+
 def find_defects(batch: pa.RecordBatch, schema: Schema) -> Iterator[Defect]:
     """All defects of a record batch, in schema order."""
     for feature in schema.categorical:
@@ -72,6 +78,8 @@ def find_defects(batch: pa.RecordBatch, schema: Schema) -> Iterator[Defect]:
         bad = _lists_outside(column, feature) if feature.multi_valued else _outside(column, feature)
         if bad is not None:
             yield bad
+        if feature.weighted:
+            yield from _bad_weights(batch.column(feature.weights_column), column, feature)
     for name in schema.numeric:
         column = batch.column(name)
         yield from _nulls(name, column)
@@ -126,3 +134,16 @@ def _lists_outside(column: pa.Array, feature: CategoricalFeature) -> Defect | No
     rows = np.zeros(len(column), bool)
     rows[np.repeat(np.arange(len(column)), lengths)[bad]] = True
     return Defect(feature.name, rows, values[int(bad.argmax())].as_py(), _expected_id(feature))
+
+
+def _bad_weights(column: pa.Array, ids: pa.Array, feature: CategoricalFeature) -> Iterator[Defect]:
+    """Another number of weights than of ids, or one that is not finite in float32."""
+    name = feature.weights_column
+    yield from _nulls(name, column)
+    lengths, wanted = (pc.fill_null(pc.list_value_length(c), 0).to_numpy(zero_copy_only=False) for c in (column, ids))
+    there = column.is_valid().to_numpy(zero_copy_only=False)
+    yield from _defect(name, there & (lengths != wanted), column, f"as many weights as {feature.name} has ids")
+    finite = np.isfinite(as_numbers(column.flatten(), np.float32))
+    rows = np.zeros(len(column), bool)
+    rows[np.repeat(np.arange(len(column)), lengths)[~finite]] = True
+    yield from _defect(name, rows, column, "finite numbers")

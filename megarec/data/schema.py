@@ -26,13 +26,27 @@ class CategoricalFeature(BaseModel):
     multi_valued: bool = Field(False, description="a list of ids per example (may be empty), else exactly one id")
     pooling: Literal["sum", "mean"] = Field("sum", description="how a list's rows become one embedding")
     table: str | None = Field(None, description="the feature whose table this one shares; null: a table of its own")
+    weighted: bool = Field(False, description="every id of a list has a weight that its row is multiplied by")
+    mean_length: float = Field(1.0, ge=0, description="ids of an example on average: what the placer counts with")
+
+    @model_validator(mode="after")
+    def _lists_have_weights(self) -> "CategoricalFeature":
+        if self.weighted and not self.multi_valued:
+            raise ValueError(f"{self.name}.weighted=true needs multi_valued=true")
+        return self
+
+    @property
+    def weights_column(self) -> str:
+        """The parquet column of a weighted feature's weights."""
+        return f"{self.name}:weights"
 
 
 class Schema(BaseModel):
     """The columns of a prepared data set, in canonical feature order.
 
-    Every parquet shard has: one column a categorical feature (int64, or list<int64> when multi-valued), one
-    float32 column a numeric feature, and the label column (0 or 1).
+    Every parquet shard has: one column a categorical feature (int64, or list<int64> when multi-valued), a column
+    "<feature>:weights" (list<float>, as long as the ids) where it is weighted, one float32 column a numeric feature,
+    and the label column (0 or 1).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +63,7 @@ class Schema(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "Schema":
         names = [f.name for f in self.categorical] + list(self.numeric) + [self.label]
+        names += [f.weights_column for f in self.categorical if f.weighted]
         repeated = sorted({n for n in names if names.count(n) > 1})
         if repeated:
             raise ValueError(f"columns named twice: {', '.join(repeated)}")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megarec.data.batch import Ids
-from megarec.data.cache import ROWS_FILE, SKIPPED_FILE, BadRows, ensure_cache, list_column
+from megarec.data.cache import ROWS_FILE, SKIPPED_FILE, BadRows, ensure_cache, list_column, weights_column
 from megarec.data.jagged import flat_positions
 from megarec.data.schema import Schema, Split
 
@@ -53,6 +53,7 @@ class Store:
         self.skipped = skipped
         self._singles = [f.name for f in schema.categorical if not f.multi_valued]
         self._lists = [f.name for f in schema.categorical if f.multi_valued]
+        self._weighted = {f.name for f in schema.categorical if f.weighted}
         self._order = [f.name for f in schema.categorical]
         self._numeric_width = len(schema.numeric)
         table = dataset.data.table
@@ -80,11 +81,11 @@ class Store:
             columns = self._file.read("ids", 1, np.int64, batch, within * width + np.arange(width)[:, None])
             ids.update((name, Ids(torch.from_numpy(columns[i]))) for i, name in enumerate(self._singles))
         for name in self._lists:
-            column = list_column(name)
-            start = self._file.read(column, 0, np.int32, batch, within).astype(np.int64)
-            lengths = self._file.read(column, 0, np.int32, batch, within + 1) - start
-            values = self._file.read(column, 1, np.int64, np.repeat(batch, lengths), flat_positions(start, lengths))
-            ids[name] = Ids(torch.from_numpy(values), torch.from_numpy(lengths))
+            values, lengths = self._jagged(list_column(name), np.int64, batch, within)
+            weights = None
+            if name in self._weighted:
+                weights = torch.from_numpy(self._jagged(weights_column(name), np.float32, batch, within)[0])
+            ids[name] = Ids(torch.from_numpy(values), torch.from_numpy(lengths), weights)
 
         width = self._numeric_width
         if width:
@@ -94,6 +95,14 @@ class Store:
         else:
             numeric = np.empty((len(rows), 0), np.float32)
         return torch.from_numpy(numeric), {name: ids[name] for name in self._order}, torch.from_numpy(label)
+
+    def _jagged(
+        self, column: str, kind: type[np.generic], batch: Rows, within: Rows
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Values [sum(lengths)] and lengths int64 [B] of a list column, at these rows of these record batches."""
+        start = self._file.read(column, 0, np.int32, batch, within).astype(np.int64)
+        lengths = self._file.read(column, 0, np.int32, batch, within + 1) - start
+        return self._file.read(column, 1, kind, np.repeat(batch, lengths), flat_positions(start, lengths)), lengths
 
 
 class _MappedFile:

@@ -1,12 +1,13 @@
 """People's own CSV, TSV or parquet files -> a prepared data set: one pass to count, one to write."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from megarec.data.schema import SPLITS, CategoricalFeature, Schema, save_schema
-from megarec.data.table_reader import Part, id_lists, id_values, labels, numbers, read_parts
+from megarec.data.table_reader import Part, id_lists, id_values, labels, numbers, read_parts, weights
 from megarec.data.table_spec import Categorical, Numeric, TableSpec, load_table_spec
 from megarec.data.vocabulary import Hashing, Vocabulary, VocabularyCounter
 from megarec.data.writing import SplitWriter, check_output, write_dataset
@@ -35,12 +36,16 @@ def _write(directory: Path, spec: TableSpec, files: dict[str, list[Path]]) -> Sc
         if isinstance(encoder, Vocabulary) and spec.ids[name].table is None:
             encoder.save(directory, name)
     rows = {}
+    ids = dict.fromkeys(spec.ids, 0)  # of the training split
     for split in SPLITS:
         with SplitWriter(directory / split) as writer:
             for part in read_parts(files[split], spec):
-                writer.write(_encoded(part, spec, encoders))
+                encoded = _encoded(part, spec, encoders)
+                writer.write(encoded)
+                if split == "train":
+                    ids = {name: count + _count_ids(encoded.column(name)) for name, count in ids.items()}
         rows[split] = writer.rows
-    schema = _schema(spec, encoders, rows)
+    schema = _schema(spec, encoders, rows, {name: count / rows["train"] for name, count in ids.items()})
     save_schema(schema, directory)
     return schema
 
@@ -72,6 +77,9 @@ def _encoded(part: Part, spec: TableSpec, encoders: dict[str, Encoder]) -> pa.Ta
             values, lengths = id_lists(part, name, column)
             offsets = pa.array(np.append(0, np.cumsum(lengths)).astype(np.int32))
             columns[name] = pa.ListArray.from_arrays(offsets, pa.array(encoders[name].encode(values)))
+            if name in spec.weights:
+                found = pa.array(weights(part, spec.weights[name], name, column))
+                columns[f"{name}:weights"] = pa.ListArray.from_arrays(offsets, found)
         elif isinstance(column, Numeric):
             columns[name] = pa.array(numbers(part, name, column))
         elif column.type == "label":
@@ -79,10 +87,23 @@ def _encoded(part: Part, spec: TableSpec, encoders: dict[str, Encoder]) -> pa.Ta
     return pa.table(columns)
 
 
-def _schema(spec: TableSpec, encoders: dict[str, Encoder], rows: dict[str, int]) -> Schema:
+def _count_ids(column: pa.ChunkedArray) -> int:
+    return sum(len(chunk.flatten()) if pa.types.is_list(chunk.type) else len(chunk) for chunk in column.chunks)
+
+
+def _schema(
+    spec: TableSpec, encoders: dict[str, Encoder], rows: dict[str, int], mean_lengths: dict[str, float]
+) -> Schema:
     features = []
     for name, column in spec.ids.items():
-        many = {} if isinstance(column, Categorical) else {"multi_valued": True, "pooling": column.pooling}
+        many: dict[str, Any] = {}
+        if not isinstance(column, Categorical):
+            many = {
+                "multi_valued": True,
+                "pooling": column.pooling,
+                "weighted": name in spec.weights,
+                "mean_length": round(mean_lengths[name], 3),
+            }
         features.append(CategoricalFeature(name=name, rows=encoders[name].rows, table=column.table, **many))
     return Schema(
         name=spec.name,

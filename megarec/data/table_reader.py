@@ -109,6 +109,38 @@ def id_values(part: Part, name: str, column: Categorical) -> pa.Array:
 
 def id_lists(part: Part, name: str, column: MultiValued) -> tuple[pa.Array, NDArray[np.int64]]:
     """The column's values as string or int64 [sum(lengths)], row after row, and lengths int64 [n]."""
+    lists = _lists(part, name, column)
+    owner = _owners(lists)
+    values = lists.flatten()
+    keep = _present(values)
+    owner = owner[keep.to_numpy(zero_copy_only=False)]
+    values = _typed(part, name, values.filter(keep), column.dtype, owner)
+    return values, np.bincount(owner, minlength=len(lists)).astype(np.int64)
+
+
+def weights(part: Part, name: str, of: str, column: MultiValued) -> NDArray[np.float32]:
+    """The weights of the values that `id_lists` returns for the column `of`: float32 [sum(lengths)]."""
+    ids, lists = _lists(part, of, column), _lists(part, name, column)
+    wanted, found = (
+        pc.fill_null(pc.list_value_length(given), 0).to_numpy(zero_copy_only=False) for given in (ids, lists)
+    )
+    if (wanted != found).any():
+        row = int((wanted != found).argmax())
+        value = part.rows.column(name)[row].as_py()
+        part.fail(row, name, value, f"{wanted[row]} weights, one for each value of {of!r}")
+    keep = _present(ids.flatten())
+    values, owner = lists.flatten().filter(keep), _owners(ids)[keep.to_numpy(zero_copy_only=False)]
+    numbers = _cast(part, name, values, pa.float64(), "numbers", owner).to_numpy(zero_copy_only=False)
+    with np.errstate(over="ignore"):
+        result = numbers.astype(np.float32)
+    if not np.isfinite(result).all():
+        first = int(np.isfinite(result).argmin())
+        part.fail(int(owner[first]), name, values[first].as_py(), "finite numbers")
+    return result
+
+
+def _lists(part: Part, name: str, column: MultiValued) -> pa.Array:
+    """A column as lists: text is cut at the separator."""
     lists = part.rows.column(name)
     if pa.types.is_dictionary(lists.type):
         lists = lists.dictionary_decode()
@@ -116,16 +148,20 @@ def id_lists(part: Part, name: str, column: MultiValued) -> tuple[pa.Array, NDAr
         if not (pa.types.is_string(lists.type) or pa.types.is_large_string(lists.type)):
             raise UserError(f"{part.path}: column {name!r} is {lists.type}, expected text or a list")
         lists = pc.split_pattern(lists, column.separator)
-    values = lists.flatten()
+    return lists
+
+
+def _owners(lists: pa.Array) -> NDArray[np.int64]:
+    """The row of every element."""
     counts = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    owner = np.repeat(np.arange(len(lists)), counts)
+    return np.repeat(np.arange(len(lists)), counts)
+
+
+def _present(values: pa.Array) -> pa.Array:
+    """Which elements of lists are there."""
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        keep = pc.fill_null(pc.not_equal(values, ""), False)
-    else:
-        keep = values.is_valid()
-    owner = owner[keep.to_numpy(zero_copy_only=False)]
-    values = _typed(part, name, values.filter(keep), column.dtype, owner)
-    return values, np.bincount(owner, minlength=len(lists)).astype(np.int64)
+        return pc.fill_null(pc.not_equal(values, ""), False)
+    return values.is_valid()
 
 
 def numbers(part: Part, name: str, column: Numeric) -> NDArray[np.float32]:

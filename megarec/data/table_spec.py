@@ -41,6 +41,13 @@ class MultiValued(_Ids):
     pooling: Literal["sum", "mean"] = "sum"
 
 
+class Weights(_Strict):
+    """A list of numbers a row, one for each element of a multi-valued column, cut at the same separator."""
+
+    type: Literal["weights"]
+    of: str = Field(description="the multi-valued column")
+
+
 class Numeric(_Strict):
     """A number a row."""
 
@@ -61,10 +68,11 @@ class Ignored(_Strict):
     type: Literal["ignored"]
 
 
-Column = Annotated[Categorical | MultiValued | Numeric | Label | Ignored, Field(discriminator="type")]
+Column = Annotated[Categorical | MultiValued | Weights | Numeric | Label | Ignored, Field(discriminator="type")]
 _KINDS: dict[str, type[BaseModel]] = {
     "categorical": Categorical,
     "multi_valued": MultiValued,
+    "weights": Weights,
     "numeric": Numeric,
     "label": Label,
     "ignored": Ignored,
@@ -87,6 +95,11 @@ class TableSpec(_Strict):
     def ids(self) -> dict[str, Categorical | MultiValued]:
         return {name: c for name, c in self.columns.items() if isinstance(c, Categorical | MultiValued)}
 
+    @property
+    def weights(self) -> dict[str, str]:
+        """By multi-valued column, the column of its weights."""
+        return {column.of: name for name, column in self.columns.items() if isinstance(column, Weights)}
+
     @model_validator(mode="after")
     def _consistent(self) -> "TableSpec":
         labels = [name for name, column in self.columns.items() if isinstance(column, Label)]
@@ -94,6 +107,13 @@ class TableSpec(_Strict):
             raise ValueError(f"expected one column of type 'label', found {len(labels)}: {labels}")
         if not self.ids:
             raise ValueError("expected at least one column of type 'categorical' or 'multi_valued'")
+        lists = [name for name, column in self.columns.items() if isinstance(column, MultiValued)]
+        owners = [(name, column.of) for name, column in self.columns.items() if isinstance(column, Weights)]
+        for name, of in owners:
+            if of not in lists:
+                raise ValueError(f"columns.{name}.of={of!r} is no multi_valued column; {did_you_mean(of, lists)}")
+            if [other for _, other in owners].count(of) > 1:
+                raise ValueError(f"columns.{name}.of={of!r}: that column has weights already; keep one")
         for name, column in self.ids.items():
             if column.table is None:
                 continue

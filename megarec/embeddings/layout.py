@@ -103,7 +103,18 @@ def build_layout(schema: Schema, config: EmbeddingConfig, dim: int) -> Embedding
                 f"embedding.features.{feature.name} has {columns} columns, but its table {table!r} has "
                 f"{known_table.columns}: features that share a table need the same columns"
             )
-        features.append(Feature(feature.name, table, feature.pooling, feature.multi_valued, start, columns))
+        features.append(
+            Feature(
+                feature.name,
+                table,
+                feature.pooling,
+                feature.multi_valued,
+                start,
+                columns,
+                mean_length=feature.mean_length,
+                weighted=feature.weighted,
+            )
+        )
         start += columns
     full_columns = sum(columns for _, columns in full)
     return EmbeddingLayout(dim, tuple(tables.values()), tuple(features), full_columns // dim, start - full_columns)

@@ -137,7 +137,13 @@ class PlainTables:
             ids = batch.ids[feature.name]
             lengths = torch.ones(batch.size, dtype=torch.int64) if ids.lengths is None else ids.lengths
             offsets = lengths.cumsum(0) - lengths
-            pooled.append(embedding_bag(ids.values, self.weights[feature.table], offsets, mode=feature.pooling))
+            weight = self.weights[feature.table]
+            if ids.weights is None:
+                pooled.append(embedding_bag(ids.values, weight, offsets, mode=feature.pooling))
+                continue
+            summed = embedding_bag(ids.values, weight, offsets, mode="sum", per_sample_weights=ids.weights)
+            mean = feature.pooling == "mean"  # over the number of ids, whatever their weights
+            pooled.append(summed / lengths.clamp(min=1).unsqueeze(1) if mean else summed)
         return torch.cat(pooled, dim=1)
 
     @torch.no_grad()

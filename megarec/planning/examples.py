@@ -13,12 +13,15 @@ def make_batch(schema: Schema, size: int, seed: int) -> Batch:
     random = torch.Generator().manual_seed(seed)
     ids = {}
     for feature in schema.categorical:
-        lengths = None
+        lengths, weights = None, None
         total = size
         if feature.multi_valued:
             lengths = torch.randint(0, LONGEST_LIST + 1, (size,), generator=random)
             total = int(lengths.sum())
-        ids[feature.name] = Ids(torch.randint(0, feature.rows, (total,), generator=random), lengths)
+        values = torch.randint(0, feature.rows, (total,), generator=random)
+        if feature.weighted:
+            weights = torch.rand(total, generator=random)
+        ids[feature.name] = Ids(values, lengths, weights)
     return Batch(
         numeric=torch.randn(size, len(schema.numeric), generator=random),
         ids=ids,

@@ -316,3 +316,89 @@ def test_a_spec_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "spec.json").write_text("{,")
     with pytest.raises(UserError, match=r"spec\.json: Invalid JSON: .* line 1"):
         prepare_table(tmp_path / "spec.json", {}, tmp_path / "out")
+
+
+WEIGHTED: dict[str, Any] = {
+    "name": "weighted",
+    "columns": {
+        "bought": {"type": "multi_valued", "pooling": "mean"},
+        "how_often": {"type": "weights", "of": "bought"},
+        "clicked": {"type": "label"},
+    },
+}
+
+
+def weighted_files(tmp_path: Path, rows: list[str]) -> dict[str, list[Path]]:
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(["bought,how_often,clicked", *rows]) + "\n", encoding="utf-8")
+    return {"train": [path], "valid": [path], "test": [path]}
+
+
+def prepare_weighted(tmp_path: Path, rows: list[str], spec: dict[str, Any] = WEIGHTED) -> Path:
+    (tmp_path / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+    prepare_table(tmp_path / "spec.json", weighted_files(tmp_path, rows), tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_weights_beside_a_list(tmp_path: Path) -> None:
+    """An empty element goes with its weight; rows of any order come with their own weights."""
+    path = prepare_weighted(tmp_path, ["a|b,0.5|2,1", ",,0", "b||a,3|9|-1e-3,1"])
+    schema = load_schema(path)
+    (feature,) = schema.categorical
+    assert (feature.weighted, feature.multi_valued, feature.mean_length) == (True, True, 1.333)
+    _, ids, _ = open_split(path, "train", schema, "error").gather(np.array([2, 1, 0]))
+    assert ids["bought"].lengths is not None and ids["bought"].weights is not None
+    assert ids["bought"].lengths.tolist() == [2, 0, 2]
+    assert ids["bought"].weights.tolist() == np.float32([3, -1e-3, 0.5, 2]).tolist()
+    a, b = ids["bought"].values[2:].tolist()
+    assert ids["bought"].values.tolist() == [b, a, a, b]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("a|b,0.5,1", r"row 1 .*: how_often='0.5', expected 2 weights, one for each value of 'bought'"),
+        ("a|b,0.5|x,1", r"row 1 .*: how_often='x', expected numbers"),
+        ("a|b,0.5|inf,1", r"row 1 .*: how_often='inf', expected finite numbers"),
+        ("a|b,0.5|,1", r"row 1 .*: how_often=''"),
+    ],
+)
+def test_bad_weights(tmp_path: Path, row: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        prepare_weighted(tmp_path, ["a,1,1", row])
+
+
+def test_weights_of_what_is_no_list(tmp_path: Path) -> None:
+    columns = {**WEIGHTED["columns"], "how_often": {"type": "weights", "of": "boght"}}
+    with pytest.raises(
+        UserError, match=r"columns.how_often.of='boght' is no multi_valued column; did you mean 'bought'"
+    ):
+        prepare_weighted(tmp_path, ["a,1,1"], {**WEIGHTED, "columns": columns})
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([[1.0], [2.0, 3.0]], "as many weights as bought has ids"),
+        ([[1.0], [float("nan")]], "finite numbers"),
+        ([[1.0], None], "present"),
+    ],
+)
+def test_bad_weights_of_a_prepared_shard(tmp_path: Path, weights: list[Any], expected: str) -> None:
+    path = prepare_weighted(tmp_path, ["a,1,1", "b,2,0"])
+    (shard,) = (path / "train").glob("*.parquet")
+    rows = pq.read_table(shard)
+    index = rows.column_names.index("bought:weights")
+    changed = pa.array(weights, pa.list_(pa.float32()))
+    pq.write_table(rows.set_column(index, "bought:weights", changed), shard)
+    with pytest.raises(UserError, match=f"row 1 .from 0.: bought:weights=.*, expected {expected}"):
+        open_split(path, "train", load_schema(path), "error")
+    assert open_split(path, "train", load_schema(path), "skip").skipped == {f"bought:weights is not {expected}": 1}
+
+
+def test_a_shard_without_weights_is_refused(tmp_path: Path) -> None:
+    path = prepare_weighted(tmp_path, ["a,1,1"])
+    (shard,) = (path / "train").glob("*.parquet")
+    pq.write_table(pq.read_table(shard).drop_columns(["bought:weights"]), shard)
+    with pytest.raises(UserError, match="column 'bought:weights' is missing"):
+        open_split(path, "train", load_schema(path), "error")
