@@ -136,7 +136,7 @@ def _small_bf16() -> list[Case]:
 
 
 def _full() -> list[Case]:
-    return list(dict.fromkeys(_full_sparse() + _full_dense() + _full_towers() + _small()))
+    return list(dict.fromkeys(_full_sparse() + _full_dense() + _full_compiled() + _full_towers() + _small()))
 
 
 def _full_towers() -> list[Case]:
