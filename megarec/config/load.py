@@ -28,7 +28,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     raw = _read_object(path)
     for name, value in raw.items():
         raw[name] = _include(value, path, name)
-    _read_towers(raw, path.parent)
+    if not any(override.startswith("parallel.towers=") for override in (overrides or [])[:1]):
+        _read_towers(raw, path.parent)  # else they are not those of the file, which may yet have to be written
     for override in overrides or []:
         _apply_override(raw, override, path)
         _read_towers(raw, Path() if override.startswith("parallel.towers=") else path.parent)

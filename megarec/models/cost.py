@@ -117,11 +117,16 @@ def count(config: OverArchConfig, layout: EmbeddingLayout, numeric: int, modules
     """
     layers = {"sparse": {"tables": Part(sum(table.rows * table.columns for table in layout.tables))}}
     if modules is not None:
-        layers["towers"] = {f"towers.{t}": _count_tower(modules, t) for t in range(len(modules.inputs))}
+        layers["towers"] = count_towers(modules)
     config, columns = over_arch_config(config, modules), over_arch_input(layout, modules)
     layers["inputs"] = _count_inputs(config, columns, numeric)
     n = input_embeddings(columns, numeric, config)
     return Cost(layers | _count_over_arch(n, config.numeric_embeddings if numeric else 0, config))
+
+
+def count_towers(modules: TowerSizes) -> Parts:
+    """The module of each tower, `towers.0` and so on."""
+    return {f"towers.{t}": _count_tower(modules, t) for t in range(len(modules.inputs))}
 
 
 def _count_tower(sizes: TowerSizes, tower: int) -> Part:
