@@ -147,6 +147,9 @@ class _Planted:
                 squares += vector**2
             offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
             columns[feature.name] = pa.ListArray.from_arrays(offsets, ids) if feature.multi_valued else pa.array(ids)
+            if feature.weighted:
+                weights = pa.array(random.uniform(0.5, 1.5, len(ids)), pa.float32())
+                columns[feature.weights_column] = pa.ListArray.from_arrays(offsets, weights)
         numbers = random.normal(size=(count, len(self._weights)))
         columns.update((name, pa.array(numbers[:, i], pa.float32())) for i, name in enumerate(self._schema.numeric))
         logit = self._scale * ((total**2 - squares) / 2).sum(1) + numbers @ self._weights

@@ -130,3 +130,13 @@ def test_sizes_for_a_schema_that_make_no_sense(tmp_path: Path, sizes: dict[str, 
     with pytest.raises(UserError, match=f"{told}: expected at least"):
         prepare_like(wide_schema(9, 1), tmp_path / "out", **sizes)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_where_the_schema_has_them(tmp_path: Path) -> None:
+    tags = CategoricalFeature(name="tags", rows=9, multi_valued=True, weighted=True)
+    like = Schema(name="x", categorical=(CategoricalFeature(name="user", rows=5), tags), rows={})
+    schema = prepare_like(like, tmp_path / "out", examples=60, seed=1)
+    _, ids, _ = open_split(tmp_path / "out", "train", schema, "error").gather(np.arange(10))
+    weights = ids["tags"].weights
+    assert weights is not None and weights.shape == ids["tags"].values.shape
+    assert weights.min() >= 0.5 and weights.unique().numel() > 2
