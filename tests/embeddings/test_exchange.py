@@ -50,11 +50,11 @@ def embedding(optimizer: str, placement: str, backend: str, weights: str = "fp32
 EVERYTHING = [(o, p, "torch") for o in OPTIMIZERS for p in ("table", "column")]
 EVERYTHING += [(o, p, "fbgemm") for o in ("adagrad", "sgd") for p in ("table", "column")]
 EVERYTHING += [("rowwise_adagrad", "table", "fbgemm")]
-EVERYTHING += [(o, "row", "torch") for o in OPTIMIZERS]
-EVERYTHING += [(o, "row", "fbgemm") for o in ("rowwise_adagrad", "adagrad", "sgd")]
-EVERYTHING += [(o, "replicated", "auto") for o in OPTIMIZERS]
+EVERYTHING += [(o, "row", "torch") for o in ("rowwise_adagrad", "adam")]
+EVERYTHING += [(o, "row", "fbgemm") for o in ("rowwise_adagrad", "sgd")]
+EVERYTHING += [(o, "replicated", "auto") for o in ("rowwise_adagrad", "adam")]
 EVERYTHING += [(o, "mixed", "auto") for o in OPTIMIZERS] + [("rowwise_adagrad", "mixed", "torch")]
-EVERYTHING += [(o, "auto", "auto") for o in ("rowwise_adagrad", "adagrad")]
+EVERYTHING += [("rowwise_adagrad", "auto", "auto")]
 HALF = [("rowwise_adagrad", p, "torch") for p in ("table", "column")] + [("sgd", "table", "torch")]
 HALF += [("rowwise_adagrad", p, "auto") for p in ("row", "replicated")]
 HALF += [(o, "table", "fbgemm") for o in ("rowwise_adagrad", "sgd")]
@@ -65,7 +65,7 @@ BOTH_BACKENDS = [
     ("sgd", "column", "auto"),
     ("sgd", "row", "auto"),
 ]  # six columns are torch's, the others FBGEMM's
-WEIGHTED = [("rowwise_adagrad", p, "auto") for p in ("table", "column", "row", "replicated", "mixed")]
+WEIGHTED = [("rowwise_adagrad", p, "auto") for p in ("table", "row", "mixed")]
 WEIGHTED += [("adagrad", "mixed", "auto"), ("sgd", "row", "torch"), ("adam", "table", "torch")]
 CASES = {
     **{" ".join(case): (LAYOUT, embedding(*case)) for case in EVERYTHING},
