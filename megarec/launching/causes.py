@@ -19,10 +19,12 @@ _GONE = re.compile(
     rf"(?:(?:Read|Write|writev?|readv?|SO_ERROR) ?(?:error)?|Connection closed by peer) \[?{_ADDRESS}"
     r"(?::? (?P<how>Connection \w+ by peer|Broken pipe|Connection timed out|No route to host))?",
 )
-_SILENT = re.compile(r"Timed out waiting (?P<milliseconds>\d+) ?ms|Watchdog caught collective operation timeout")
+_SILENT = re.compile(
+    r"(?:Timed out waiting|wait timeout after) (?P<milliseconds>\d+) ?ms|Watchdog caught collective operation timeout"
+)
 _OTHER_LOSS = re.compile(
     r"Connection (?:reset|closed) by peer|Broken pipe|gloo/transport|DistNetworkError|remote process exited|"
-    r"failed to recv, got 0 bytes|NCCL.*(?:remote|peer)"
+    r"[Ff]ailed to recv, got 0 bytes|NCCL.*(?:remote|peer)"
 )
 
 

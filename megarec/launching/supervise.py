@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -16,10 +17,12 @@ import psutil
 from megarec.errors import USER_ERROR_EXIT
 from megarec.launching.hostfile import Host
 from megarec.launching.outcomes import Outcome, heard
+from megarec.launching.trees import ended_with_this_process, kill_tree
 
 GRACE_SECONDS = 3.0  # from the first failure until the others have said theirs, or are ended
 _CHATTER = re.compile(r"(\S+: )?\[[^]]*\] \[(INFO|WARNING|ERROR)\] \[(launch|runner|real_accelerator)\.py:.*")
 _PDSH_EXIT = re.compile(r"pdsh@\S+: (?P<host>\S+): ssh exited with exit code (?P<code>\d+)")
+Lines = queue.Queue[tuple[str, IO[str]] | None]  # with the stream each goes to; None: one reader has ended
 
 
 @dataclass(frozen=True)
@@ -68,42 +71,63 @@ def supervise(job: str, commands: list[Command]) -> Record:
 
     An end from here kills the launcher's processes of this machine; the ranks' watchers see their connection go.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda signum, frame: sys.exit(128 + signum))
     record = Record()
-    lines: queue.Queue[tuple[str, IO[str]] | None] = queue.Queue()
-    processes = [_start(command, lines) for command in commands]
+    lines: Lines = queue.Queue()
+    with _signals_as_exits():
+        processes = [_start(command, lines) for command in commands]
+        with ended_with_this_process([process.pid for process in processes]):
+            try:
+                _listen(job, commands, processes, lines, record)
+            finally:
+                # Not SIGTERM: DeepSpeed's launcher would answer it with a pkill by pattern on every host.
+                # Not process groups: pdsh gives every ssh one of its own.
+                for process in processes:
+                    if process.poll() is None:
+                        kill_tree(psutil.Process(process.pid))
+                    process.wait()
+    return record
+
+
+def _listen(
+    job: str, commands: list[Command], processes: list["subprocess.Popen[str]"], lines: Lines, record: Record
+) -> None:
+    """Pass lines on and note what happens until all is over, or the grace after the first failure is."""
     readers = 2 * len(processes)
     deadline: float | None = None
-    try:
-        while readers:
-            try:
-                item = lines.get(timeout=0.1)
-            except queue.Empty:
-                item = ("", sys.stdout)
+    while readers:
+        with suppress(queue.Empty):
+            item = lines.get(timeout=0.1)
             if item is None:
                 readers -= 1
                 continue
             line, stream = item
-            if line and not record.take(line, job) and not _CHATTER.match(line):
+            if not record.take(line, job) and not _CHATTER.match(line):
                 stream.write(line)
                 stream.flush()
-            _note_ends(commands, processes, record)
-            if record.failed():
-                deadline = deadline or time.monotonic() + GRACE_SECONDS
-                if time.monotonic() > deadline:
-                    break
-        if not readers:
-            for process in processes:
-                process.wait(GRACE_SECONDS)
-            _note_ends(commands, processes, record)
+        _note_ends(commands, processes, record)
+        if record.failed() or all(process.poll() is not None for process in processes):
+            deadline = deadline or time.monotonic() + GRACE_SECONDS
+            if time.monotonic() > deadline:
+                return
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+    _note_ends(commands, processes, record)
+
+
+@contextmanager
+def _signals_as_exits() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this process as an exception does, with what `finally` says."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda signum, frame: sys.exit(128 + signum)) for number in numbers]
+    try:
+        yield
     finally:
-        for process in processes:
-            _kill_tree(process)
-    return record
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
-def _start(command: Command, lines: "queue.Queue[tuple[str, IO[str]] | None]") -> "subprocess.Popen[str]":
+def _start(command: Command, lines: Lines) -> "subprocess.Popen[str]":
     # "/": DeepSpeed's launcher names its working directory to a shell unquoted; ranks change to their own.
     process = subprocess.Popen(
         command.argv,
@@ -136,17 +160,6 @@ def _note_ends(commands: list[Command], processes: list["subprocess.Popen[str]"]
             if command.host is not None:
                 record.host_codes.setdefault(command.host, code)
             record.launcher_code = record.launcher_code or code
-
-
-def _kill_tree(process: "subprocess.Popen[str]") -> None:
-    # Not SIGTERM: DeepSpeed's launcher would answer it with a pkill by pattern on every host.
-    # Not the process group: pdsh gives every ssh one of its own.
-    if process.poll() is None:
-        parent = psutil.Process(process.pid)
-        for child in (parent, *parent.children(recursive=True)):
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
-    process.wait()
 
 
 def verdict(record: Record, hosts: list[Host], addresses: dict[str, str]) -> tuple[int, list[str]]:

@@ -27,6 +27,8 @@ from megarec.topology import Topology
 from megarec.training.allocator import keep_freed_memory
 from megarec.training.fused import fused_adam
 
+LONGEST_START = timedelta(minutes=5)
+
 
 def start_process(config: RunConfig) -> torch.device:
     """Join the job that the launcher started (or be a job of one rank); returns this rank's device."""
@@ -47,9 +49,11 @@ def start_process(config: RunConfig) -> torch.device:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         timeout = timedelta(seconds=config.parallel.timeout_seconds)
+        # Hosts need not start at the same moment: the meeting may take longer than a collective.
+        deepspeed.init_distributed(dist_backend=_backend(), timeout=max(timeout, LONGEST_START), verbose=False)
+        distributed_c10d._set_pg_timeout(timeout)
         # What groups take that are made without one: those of the topology, and DeepSpeed's own.
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-        deepspeed.init_distributed(dist_backend=_backend(), timeout=timeout, verbose=False)
     return torch.device(accelerator.current_device_name())
 
 

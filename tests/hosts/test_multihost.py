@@ -20,6 +20,7 @@ from megarec.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch/train.py"
+TIMEOUT = 10  # seconds; ranks that share two busy cores may drift apart by some while they build
 ODD = 'it\'s $(touch pwned) "100%n"; `touch pwned`'  # what must never reach a shell as it is
 
 
@@ -41,8 +42,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(before)
 
 
-def start(lab: Lab, output: str, *arguments: str) -> "subprocess.Popen[str]":
-    command = ["bash", str(ROOT / "launch/multihost.sh"), "--hostfile", str(lab.hostfile), "--config", "run.json"]
+def start(lab: Lab, hostfile: Path, output: str, *arguments: str) -> "subprocess.Popen[str]":
+    command = ["bash", str(ROOT / "launch/multihost.sh"), "--hostfile", str(hostfile), "--config", "run.json"]
     command += ["--set", f"train.output_dir={output}", *arguments]
     environment = {**os.environ, "MEGAREC_VENV": sys.prefix, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     return lab.start("host1", command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -64,13 +65,13 @@ def assert_nobody_is_left(lab: Lab) -> None:
 
 
 def wait_for_step(job: "subprocess.Popen[str]", step: int) -> list[str]:
-    assert job.stdout is not None
+    assert job.stdout is not None and job.stderr is not None
     lines = []
     for line in job.stdout:
         lines.append(line)
         if f"step {step}/" in line:
             return lines
-    raise AssertionError(f"the job ended before step {step}:\n{''.join(lines)}")
+    raise AssertionError(f"the job ended before step {step}:\n{''.join(lines)}{job.stderr.read()}")
 
 
 def losses(output: Path) -> list[float]:
@@ -88,7 +89,7 @@ def train_here(directory: str, output: str) -> dict[str, Any]:
 def test_a_run_from_a_hostfile_equals_the_run_on_one_host(
     lab: Lab, directory: Path, rank_pool: Callable[[int], RankPool]
 ) -> None:
-    with start(lab, ODD) as job:
+    with start(lab, lab.hostfile, ODD) as job:
         output, errors = job.communicate()
     assert job.returncode == 0, errors
     assert errors == ""
@@ -105,7 +106,7 @@ def test_a_run_from_a_hostfile_equals_the_run_on_one_host(
 
 
 def test_a_killed_rank_ends_the_job_on_all_hosts_and_is_named_first(lab: Lab, directory: Path) -> None:
-    with start(lab, "killed", "--set", "train.epochs=1000") as job:
+    with start(lab, lab.hostfile, "killed", "--set", "train.epochs=1000") as job:
         wait_for_step(job, 5)
         lab.run("host2", ["kill", "-9", str(process_of(lab, "host2", 3))])
         killed = time.monotonic()
@@ -121,8 +122,10 @@ def test_a_killed_rank_ends_the_job_on_all_hosts_and_is_named_first(lab: Lab, di
 
 
 def test_a_link_that_drops_ends_the_job_within_the_timeout(lab: Lab, directory: Path) -> None:
-    arguments = ["--launcher", "torchrun", "--set", "train.epochs=1000", "--set", "parallel.timeout_seconds=4"]
-    with start(lab, "cut", *arguments) as job:
+    hostfile = directory / "two-ranks"
+    hostfile.write_text("host1 slots=1\nhost2 slots=1\n")
+    arguments = ["--launcher", "torchrun", "--set", "train.epochs=1000", "--set", f"parallel.timeout_seconds={TIMEOUT}"]
+    with start(lab, hostfile, "cut", *arguments) as job:
         wait_for_step(job, 5)
         try:
             lab.link("host2", up=False)
@@ -134,8 +137,8 @@ def test_a_link_that_drops_ends_the_job_within_the_timeout(lab: Lab, directory: 
     print(f"{seconds:.1f} s from the cut to the end of the job")
     assert job.returncode == 1
     causes = [line for line in errors.splitlines() if line.startswith(("error: ", "  then: "))]
-    assert causes[0].startswith("error: ranks 0 and 1 on host1: no answer from other ranks for 4 s")
-    assert causes[1] == "  then: ranks 2-3 on host2: no word; its link may be down, or its ranks hang"
+    assert causes[0].startswith(f"error: rank 0 on host1: no answer from other ranks for {TIMEOUT} s")
+    assert causes[1] == "  then: rank 1 on host2: no word; its link may be down, or its ranks hang"
     assert "Traceback" not in errors
-    assert 4 <= seconds < 15
+    assert TIMEOUT <= seconds < TIMEOUT + 10
     assert_nobody_is_left(lab)

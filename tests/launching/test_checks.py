@@ -1,0 +1,67 @@
+from typing import Any
+
+import pytest
+
+from megarec.launching.checks import check_clock, check_interface, check_output, compare
+
+HERE: dict[str, Any] = {
+    "directory": True,
+    "python": "3.11.9",
+    "code": "a" * 64,
+    "packages": {"torch": "2.13.0", "fbgemm-gpu": None},
+    "files": {"run.json": "1"},
+    "interfaces": {"lo": "127.0.0.1", "eth0": "10.0.0.2"},
+}
+
+
+def test_equal_hosts_pass() -> None:
+    assert compare("b", HERE, HERE) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"directory": False}, "directory: the working directory is not there"),
+        ({"python": "3.12.1"}, "python: 3.12.1; expected 3.11.9; run 'bash launch/environment.sh' there"),
+        ({"code": None}, "code: no megarec package; expected the files of this machine (aaaaaaaaaaaa); git pull"),
+        ({"code": "b" * 64}, "code: another version (bbbbbbbbbbbb); expected the files of this machine"),
+        (
+            {"packages": {"torch": "2.12.0"}},
+            "packages: torch 2.12.0; expected 2.13.0; run 'bash launch/environment.sh'",
+        ),
+        ({"packages": {}}, "packages: torch missing; expected 2.13.0"),
+        ({"packages": {"torch": "2.13.0", "fbgemm-gpu": "1.8"}}, "packages: fbgemm-gpu 1.8; expected none, as here"),
+        ({"files": {"run.json": "2"}}, "files: run.json has other content; expected the same content as here"),
+        ({"files": {"run.json": None}}, "files: run.json cannot be read; expected the same content as here"),
+    ],
+)
+def test_a_difference_is_one_line_with_host_and_remedy(change: dict[str, Any], said: str) -> None:
+    (failure,) = compare("b", HERE | change, HERE)
+    assert str(failure).startswith(f"b: {said}")
+    assert "\n" not in str(failure)
+
+
+def test_clocks_may_differ_by_what_the_reading_took() -> None:
+    assert check_clock("b", [(100.0, 100.9, 100.2)]) == []
+    assert check_clock("b", [(100.0, 104.0, 110.0)]) == []  # a slow answer proves nothing
+    (ahead,) = check_clock("b", [(100.0, 104.0, 110.0), (200.0, 203.1, 200.2)])
+    assert str(ahead).startswith("b: clock: 3.0 s ahead of this machine; expected at most 1 s; set it")
+    (behind,) = check_clock("b", [(100.0, 98.0, 100.1)])
+    assert "2.0 s behind" in str(behind) or "2.1 s behind" in str(behind)
+
+
+def test_disk() -> None:
+    assert check_output("b", {"path": "/runs", "free": 2 << 30, "writable": True}, "/runs/x") == []
+    (full,) = check_output("b", {"path": "/runs", "free": 5 << 20, "writable": True}, "/runs/x")
+    assert "disk: 5 MiB free at /runs; expected at least 1,024 MiB for train.output_dir" in str(full)
+    (closed,) = check_output("b", {"path": "/runs", "free": 2 << 30, "writable": False}, "/runs/x")
+    assert "/runs cannot be written" in str(closed)
+
+
+def test_interfaces() -> None:
+    route = {"address": "10.0.0.2", "interface": "eth0"}
+    assert check_interface("b", route, "10.0.0.1", None, HERE) == []
+    (wished,) = check_interface("b", route, "10.0.0.1", "ib0", HERE)
+    assert "GLOO_SOCKET_IFNAME=ib0, but there are eth0, lo" in str(wished)
+    (unrouted,) = check_interface("b", {"error": "Network is unreachable"}, "10.0.0.1", None, HERE)
+    assert "no route to 10.0.0.1 (Network is unreachable)" in str(unrouted)

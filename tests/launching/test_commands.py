@@ -1,0 +1,87 @@
+"""What is started, as a remote shell will read it."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megarec.errors import UserError
+from megarec.launching.assignment import Assignment
+from megarec.launching.commands import deepspeed_command, torchrun_commands
+from megarec.launching.hostfile import Host
+from megarec.launching.ssh import on_host
+
+WORD = Assignment("job", "/it's $(here)", ["train.py", "--set", 'a=`b` "c"'], {"KEY": "$v"}, ["eth0"]).encode()
+FAKE_PDSH = """#!/bin/sh
+shift 5
+echo "$*"
+"""
+
+
+@given(st.text(), st.lists(st.text()), st.dictionaries(st.text(), st.text()))
+def test_an_assignment_is_one_word_that_no_shell_changes(
+    directory: str, command: list[str], environment: dict[str, str]
+) -> None:
+    assignment = Assignment("job", directory, command, environment, ["eth0"])
+    word = assignment.encode()
+    assert shlex.quote(word) == word and "%" not in word
+    assert Assignment.decode(word) == assignment
+
+
+@given(
+    st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",))), min_size=1, max_size=4)
+)
+def test_a_remote_shell_gives_the_command_its_words(words: list[str]) -> None:
+    *_, host, remote = on_host("host1", ["printf", "%s\\0", *words])
+    assert host == "host1"
+    done = subprocess.run(["sh", "-c", remote], capture_output=True, check=True)
+    assert done.stdout.decode().split("\0")[:-1] == words
+
+
+def test_the_deepspeed_launcher_hands_pdsh_a_command_with_nothing_unquoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real runner, with a pdsh that shows its command; a shell then reads it as the remote one would."""
+    (tmp_path / "pdsh").write_text(FAKE_PDSH)
+    (tmp_path / "pdsh").chmod(0o755)
+    hostfile = tmp_path / "host file"
+    hostfile.write_text("host1 slots=1\nhost2 slots=1\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", "/with space/$(touch pwned)")
+    script = Path("/a checkout/it's $(touch pwned) 100%n/launch/rank.py")
+    command = deepspeed_command(hostfile, WORD, "10.0.0.1", 29500, 600, script)
+    done = subprocess.run(command.argv, env=command.environment, cwd="/", capture_output=True, text=True, check=True)
+    exports, directory, launch = done.stdout.strip().split("; ", 2)
+    assert (exports.split(";")[0], directory.strip()) == ("export PYTHONPATH=/", "cd /")
+    words = shlex.split(launch)
+    assert words[:4] == [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+    assert words[-2:] == [str(script).replace("%", "%%"), WORD]
+    assert "--node_rank=%n" in words and "--no_local_rank" in words
+
+
+def test_what_the_launcher_would_pass_unquoted_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = (tmp_path / "hostfile", WORD, "10.0.0.1", 29500, 600.0)
+    monkeypatch.setenv("UCX_TLS", "$(reboot)")
+    with pytest.raises(UserError, match=r"UCX_TLS='\$\(reboot\)': DeepSpeed's launcher hands it to a shell unquoted"):
+        deepspeed_command(*where)
+    monkeypatch.delenv("UCX_TLS")
+    monkeypatch.setattr(sys, "executable", "/my venv/bin/python")
+    with pytest.raises(UserError, match="/my venv/bin/python: DeepSpeed's launcher hands the path of Python"):
+        deepspeed_command(*where)
+
+
+def test_a_torchrun_a_host() -> None:
+    hosts = [Host("a", 2, 0), Host("b", 2, 2)]
+    commands = torchrun_commands(hosts, WORD, "10.0.0.1", 29501, 60)
+    assert [command.host for command in commands] == ["a", "b"]
+    program, *words = shlex.split(commands[1].argv[-1])
+    assert program == "exec" and words[0] == sys.executable
+    assert shlex.join(words[3:-2]) == (
+        "--nnodes 2 --node_rank 1 --nproc_per_node 2 --master_addr 10.0.0.1 --master_port 29501"
+    )
+    assert words[-1] == WORD
