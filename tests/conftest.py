@@ -1,10 +1,16 @@
 """Fixtures for every test: pools of gloo ranks, started when first asked for and shared by the whole session."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 
 from megarec.parallel.pool import RankPool
+
+# No deadline: a busy machine is not a defect. The same examples every time where a failure must be one's own doing.
+settings.register_profile("megarec", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("megarec")
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ class LocalTables:
         self._flags = flags
         self._touched = {part.shard: view.unsqueeze(1) for part, view in zip(local, flags.split(rows), strict=True)}
         first_row = {part.shard: sum(rows[:index]) for index, part in enumerate(local)}
-        self._first_rows = torch.tensor([first_row[slot.shard] for slot in slots], device=device)
+        self._first_rows = torch.tensor([first_row[slot.shard] for slot in slots], dtype=torch.int64, device=device)
 
     def fill(self, seed: int, std: float | None) -> None:
         """Initial weights (initial.py)."""
@@ -99,7 +99,7 @@ class LocalTables:
         return named
 
     def _touch(self, ids: LocalIds) -> None:
-        counts = torch.tensor(ids.counts, device=ids.values.device)
+        counts = torch.tensor(ids.counts, dtype=torch.int64, device=ids.values.device)
         first_rows = self._first_rows.repeat_interleave(counts, output_size=ids.values.numel())
         self._mark(first_rows.add_(ids.values))
 

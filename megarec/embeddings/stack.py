@@ -112,7 +112,7 @@ class Stack:
 
     def _keys(self, ids: LocalIds) -> Tensor:
         """int64, in the order of `ids.values`."""
-        counts = torch.tensor(ids.counts, device=ids.values.device)
+        counts = torch.tensor(ids.counts, dtype=torch.int64, device=ids.values.device)
         return self._first_rows.repeat_interleave(counts, output_size=ids.values.numel()).add_(ids.values)
 
     def _gradient_rows(self, ids: LocalIds) -> Tensor:

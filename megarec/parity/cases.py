@@ -50,6 +50,8 @@ BF16, OFFLOAD = "deepspeed.bf16.enabled=true", 'deepspeed.zero_optimization.offl
 SECONDARY = "deepspeed.zero_optimization.zero_hpz_partition_size=2"
 COMPILE = "dense.compile=true"
 COLUMN, FBGEMM, TORCH = "embedding.placement=column", "embedding.backend=fbgemm", "embedding.backend=torch"
+ROW, REPLICATED = "embedding.placement=row", "embedding.placement=replicated"
+MIXED = 'embedding.tables={"single_1": {"placement": "row"}, "single_2": {"placement": "replicated"}}'
 OPTIMIZERS = tuple(f"embedding.optimizer={name}" for name in ("rowwise_adagrad", "adagrad", "sgd", "adam"))
 DENSE_SGD = ("dense.optimizer=sgd", "dense.learning_rate=0.1")
 ATTENTIVE, FULL_FM = "model.projection=attentive", "model.fm=full"
@@ -105,6 +107,8 @@ def _small_sparse() -> list[Case]:
     chosen += [Case(2, ("embedding.optimizer=adagrad",), (_zero(3), COLUMN, FBGEMM))]
     chosen += [Case(2, topology=(_zero(3), COLUMN, TORCH))]
     chosen += [Case(2, (optimizer,), (_zero(1), COLUMN)) for optimizer in OPTIMIZERS]
+    chosen += [Case(2, (OPTIMIZERS[3],), (_zero(1), ROW)), Case(2, topology=(_zero(2), REPLICATED))]
+    chosen += [Case(4, topology=(_zero(1), MIXED)), Case(4, (UNEVEN_TWO,), (_zero(2), MIXED, *_hosts(2)))]
     return chosen + [Case(2, (optimizer,), (_zero(2),)) for optimizer in OPTIMIZERS[1:]]
 
 
