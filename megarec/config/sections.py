@@ -5,26 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from megarec.config.base import PerLayer, Positive, Probability, Rate, Section
+from megarec.config.baseline_sections import BASELINES, BaselineConfig, BaselineSection
+from megarec.config.model_base import ModelConfig
 from megarec.config.tower_sections import IdentityTowerConfig, TowerLists, TowerModuleSection
-
-
-class ModelConfig(Section):
-    """What every dense model has: the input layer's MLPs and the head."""
-
-    name: str
-    dim: Positive = Field(64, description="d: width of every embedding")
-    head: list[Positive] = Field([256], description="hidden widths of the MLP that ends in the logit")
-    bias: bool = Field(True, description="false drops every bias of the dense model")
-    dropout: Probability = Field(
-        0.0, description="after every hidden layer of the MLPs; the mask is the same on every topology"
-    )
-    numeric_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over numeric features")
-    numeric_bias: list[bool] | None = Field(
-        None, description="whether each layer of that MLP has a bias, its last one included; null: as bias"
-    )
-    numeric_embeddings: Positive = Field(1, description="embeddings of width d that the numeric MLP emits")
-    small_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over the grouped small embeddings")
-    small_embeddings: Positive = Field(1, description="embeddings of width d that the small-embedding MLP emits")
 
 
 class AttentiveConfig(Section):
@@ -73,8 +56,8 @@ class DcnConfig(ModelConfig):
     rank: Positive | None = Field(512, description="of the low-rank cross products U V x; null: full products W x")
 
 
-OverArchConfig = WukongConfig | DlrmConfig | DcnConfig
-MODELS: dict[str, type[OverArchConfig]] = {"wukong": WukongConfig, "dlrm": DlrmConfig, "dcn": DcnConfig}
+OverArchConfig = WukongConfig | DlrmConfig | DcnConfig | BaselineConfig
+MODELS: dict[str, type[OverArchConfig]] = {"wukong": WukongConfig, "dlrm": DlrmConfig, "dcn": DcnConfig, **BASELINES}
 
 
 def _model_name(section: Any) -> Any:
@@ -83,7 +66,10 @@ def _model_name(section: Any) -> Any:
 
 
 ModelSection = Annotated[
-    Annotated[WukongConfig, Tag("wukong")] | Annotated[DlrmConfig, Tag("dlrm")] | Annotated[DcnConfig, Tag("dcn")],
+    Annotated[WukongConfig, Tag("wukong")]
+    | Annotated[DlrmConfig, Tag("dlrm")]
+    | Annotated[DcnConfig, Tag("dcn")]
+    | BaselineSection,
     Discriminator(_model_name),
 ]
 
