@@ -6,50 +6,18 @@ element and lookups count as 0 FLOPs: above 5 GFLOP/example more than 97 % is pl
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
 
 from megarec.config.sections import DcnConfig, DlrmConfig, ModelConfig, OverArchConfig, WukongConfig
 from megarec.config.tower_sections import DcnTowerConfig, DlrmTowerConfig, WukongTowerConfig
 from megarec.embeddings.layout import EmbeddingLayout
+from megarec.models.baseline_cost import count_baseline
 from megarec.models.dlrm import head_inputs
 from megarec.models.inputs import EmbeddedColumns, input_embeddings
+from megarec.models.parts import Part, Parts, count_mlp, total
 from megarec.models.wukong import LayerSizes, layer_sizes
 from megarec.towers.sizes import TowerSizes, over_arch_config, over_arch_input
-
-FLOP_PER_MAC = 2
-PASSES = 3  # forward, gradient of the input, gradient of the weight
-
-
-class Part(NamedTuple):
-    """One part of a model, per example.
-
-    Attributes:
-        parameters: how many.
-        mac: multiply-accumulates of the forward pass.
-        unneeded: those of the backward pass that are left out, because nothing needs the gradient of the input.
-    """
-
-    parameters: int
-    mac: int = 0
-    unneeded: int = 0
-
-    @property
-    def flop(self) -> int:
-        """Training FLOPs per example."""
-        return FLOP_PER_MAC * (PASSES * self.mac - self.unneeded)
-
-    def plus(self, other: "Part") -> "Part":
-        return Part(self.parameters + other.parameters, self.mac + other.mac, self.unneeded + other.unneeded)
-
-    def times(self, uses: int) -> "Part":
-        """The same parameters used several times an example."""
-        return Part(self.parameters, self.mac * uses, self.unneeded * uses)
-
-
-Parts = dict[str, Part]
 
 
 @dataclass(frozen=True)
@@ -90,11 +58,6 @@ class Cost:
     def flop(self) -> int:
         """Training FLOPs per example."""
         return total(self.parts).flop
-
-
-def total(parts: Parts) -> Part:
-    """The sum of some parts."""
-    return functools.reduce(Part.plus, parts.values(), Part(0))
 
 
 def _by_part(layers: Iterable[Parts]) -> Parts:
@@ -173,6 +136,8 @@ def _count_over_arch(n: int, dense: int, config: OverArchConfig) -> dict[str, Pa
         case DcnConfig():
             columns = n * config.dim
             layers = [_count_cross_layer(columns, config.rank, config.bias)] * config.layers
+        case _:
+            return count_baseline(n, config)
     numbered: dict[str, Parts] = {f"layers.{index}": parts for index, parts in enumerate(layers)}
     return numbered | {"head": {"head": count_mlp(columns, config.head, 1, config.bias)}}
 
@@ -206,13 +171,3 @@ def _count_wukong_layer(layer: LayerSizes, config: WukongConfig) -> Parts:
 def _count_cross_layer(width: int, rank: int | None, bias: bool) -> Parts:
     product = count_mlp(width, [] if rank is None else [rank], width, bias=False)
     return {"cross": product.plus(Part(width if bias else 0))}
-
-
-def count_mlp(
-    inputs: int, hidden: Sequence[int], outputs: int, bias: bool | Sequence[bool], *, input_gradient: bool = True
-) -> Part:
-    """An MLP, with biases in all its layers or by layer; without `input_gradient` nothing needs that of its input."""
-    macs = [a * b for a, b in pairwise([inputs, *hidden, outputs])]
-    by_layer = [bias] * len(macs) if isinstance(bias, bool) else bias
-    biases = sum(width for width, has_bias in zip([*hidden, outputs], by_layer, strict=True) if has_bias)
-    return Part(sum(macs) + biases, sum(macs), 0 if input_gradient else macs[0])

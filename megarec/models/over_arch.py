@@ -2,7 +2,25 @@
 
 from torch import nn
 
+from megarec.config.baseline_sections import (
+    AfnConfig,
+    AutoIntConfig,
+    DeepFmConfig,
+    DnnConfig,
+    FinalMlpConfig,
+    FmConfig,
+    LrConfig,
+    MaskNetConfig,
+    XDeepFmConfig,
+)
 from megarec.config.sections import DcnConfig, DlrmConfig, OverArchConfig, WukongConfig
+from megarec.models.baselines.afn import Afn
+from megarec.models.baselines.autoint import AutoInt
+from megarec.models.baselines.dnn import Dnn
+from megarec.models.baselines.finalmlp import FinalMlp
+from megarec.models.baselines.fm import DeepFm, Fm
+from megarec.models.baselines.masknet import MaskNet
+from megarec.models.baselines.xdeepfm import XDeepFm
 from megarec.models.dcn import Dcn
 from megarec.models.dlrm import Dlrm
 from megarec.models.wukong import LayerNormFactory, Wukong, torch_layer_norm
@@ -29,3 +47,19 @@ def build_over_arch(
             return Dlrm(n, dense, config)
         case DcnConfig():
             return Dcn(n, config)
+        case LrConfig() | DnnConfig():
+            return Dnn(n, config)
+        case FmConfig():
+            return Fm(n, config)
+        case DeepFmConfig():
+            return DeepFm(n, config)
+        case XDeepFmConfig():
+            return XDeepFm(n, config)
+        case AutoIntConfig():
+            return AutoInt(n, config)
+        case MaskNetConfig():
+            return MaskNet(n, config, layer_norm)
+        case FinalMlpConfig():
+            return FinalMlp(n, config)
+        case AfnConfig():
+            return Afn(n, config, layer_norm)

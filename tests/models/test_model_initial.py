@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from megarec.config.baseline_sections import BASELINES, FinalMlpConfig
 from megarec.config.sections import DcnConfig, DlrmConfig, OverArchConfig, WukongConfig
 from megarec.models.blocks import MLP
 from megarec.models.initial import TILE, Shard, draw_normal_, fill_initial, initialize, materialize
@@ -68,6 +69,8 @@ def test_seed_and_name_draw_other_numbers() -> None:
         DlrmConfig(name="dlrm", dim=4, head=[8]),
         DcnConfig(name="dcn", dim=4, rank=3, head=[8]),
         DcnConfig(name="dcn", dim=4, rank=None, head=[8]),
+        *(section.model_validate({"name": name, "dim": 4}) for name, section in BASELINES.items()),
+        FinalMlpConfig(name="finalmlp", dim=4, gates=([0, 1], [])),
     ],
 )
 def test_a_model_built_on_meta_starts_like_any_other(config: OverArchConfig) -> None:

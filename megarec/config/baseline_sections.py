@@ -1,0 +1,135 @@
+"""Sections of the baselines that a larger model has to beat (models/baselines/); their papers are cited there."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Tag
+
+from megarec.config.base import Positive
+from megarec.config.model_base import ModelConfig
+
+NoHead = Annotated[list[Positive], Field(max_length=0)]
+NO_HEAD = "this model has no MLP at its end: stays empty"
+
+
+class LrConfig(ModelConfig):
+    """Logistic regression: the logit is linear in the embeddings, and so in the ids."""
+
+    name: Literal["lr"]
+    head: NoHead = Field([], description=NO_HEAD)
+    numeric_mlp: list[Positive] = Field([], description="as for every model; empty: linear in the numbers too")
+    small_mlp: list[Positive] = Field([], description="as for every model; empty: linear in the small embeddings too")
+
+
+class FmConfig(ModelConfig):
+    """Factorization machine (Rendle 2010): logistic regression plus the dot products of all pairs of embeddings."""
+
+    name: Literal["fm"]
+    head: NoHead = Field([], description=NO_HEAD)
+    numeric_mlp: list[Positive] = Field([], description="as for every model; empty: linear in the numbers")
+    small_mlp: list[Positive] = Field([], description="as for every model; empty: linear in the small embeddings")
+
+
+class DnnConfig(ModelConfig):
+    """One MLP, `head`, over the flattened embeddings."""
+
+    name: Literal["dnn"]
+
+
+class DeepFmConfig(ModelConfig):
+    """DeepFM (arXiv 1703.04247): a factorization machine beside the MLP `head`."""
+
+    name: Literal["deepfm"]
+
+
+class XDeepFmConfig(ModelConfig):
+    """xDeepFM (arXiv 1803.05170): a compressed interaction network and a linear map beside the MLP `head`."""
+
+    name: Literal["xdeepfm"]
+    cin: Annotated[list[Positive], Field(min_length=1)] = Field(
+        [100, 100], description="H_k: feature maps of each layer of the compressed interaction network"
+    )
+
+
+class AutoIntConfig(ModelConfig):
+    """AutoInt+ (arXiv 1810.11921): self-attention over the embeddings beside the MLP `head`."""
+
+    name: Literal["autoint"]
+    layers: Positive = Field(3, description="self-attention layers")
+    heads: Positive = Field(2, description="H: attention heads of a layer")
+    attention_dim: Positive = Field(32, description="d': width of a head; a layer emits embeddings of width H d'")
+
+
+class MaskNetConfig(ModelConfig):
+    """MaskNet (arXiv 2102.07619), parallel: masked blocks side by side, then the MLP `head`."""
+
+    name: Literal["masknet"]
+    blocks: Positive = Field(3, description="u: mask blocks")
+    mask: Positive = Field(128, description="t: width of the aggregation layer of an instance-guided mask")
+    width: Positive = Field(64, description="q: columns that a block emits")
+
+
+class FinalMlpConfig(ModelConfig):
+    """FinalMLP (arXiv 2304.00902): two MLPs over gated embeddings, fused bilinearly."""
+
+    name: Literal["finalmlp"]
+    head: NoHead = Field([], description=NO_HEAD)
+    mlp1: Annotated[list[Positive], Field(min_length=1)] = Field(
+        [256, 256], description="widths of the first stream's layers, each with a ReLU; its last one is fused"
+    )
+    mlp2: Annotated[list[Positive], Field(min_length=1)] = Field([256], description="the same of the second stream")
+    fusion_heads: Positive = Field(1, description="k: sub-spaces of the bilinear fusion; divides both last widths")
+    gates: tuple[list[int], list[int]] | None = Field(
+        None,
+        strict=False,
+        description="by stream, the places in X_0 (from 0) of the embeddings that gate its input, such as the user's "
+        "and the item's; an empty list: a learned vector; null: no gates",
+    )
+    gate_mlp: list[Positive] = Field([64], description="hidden widths of the gates' MLPs")
+
+
+class AfnConfig(ModelConfig):
+    """AFN+ (arXiv 1909.03276): a logarithmic transformation layer with its MLP beside the MLP `head`."""
+
+    name: Literal["afn"]
+    neurons: Positive = Field(64, description="N: logarithmic neurons, each a learned product of powers")
+    mlp: list[Positive] = Field([256], description="hidden widths of the MLP over the neurons")
+    embeddings: Literal["shared", "separate"] = Field(
+        "shared",
+        description="separate: of each pair of embeddings in X_0 the first goes to the neurons, the second to the "
+        "head; give every feature two (embedding.features.*.embeddings, numeric_embeddings)",
+    )
+
+
+BaselineConfig = (
+    LrConfig
+    | FmConfig
+    | DnnConfig
+    | DeepFmConfig
+    | XDeepFmConfig
+    | AutoIntConfig
+    | MaskNetConfig
+    | FinalMlpConfig
+    | AfnConfig
+)
+BASELINES: dict[str, type[BaselineConfig]] = {
+    "lr": LrConfig,
+    "fm": FmConfig,
+    "dnn": DnnConfig,
+    "deepfm": DeepFmConfig,
+    "xdeepfm": XDeepFmConfig,
+    "autoint": AutoIntConfig,
+    "masknet": MaskNetConfig,
+    "finalmlp": FinalMlpConfig,
+    "afn": AfnConfig,
+}
+BaselineSection = (
+    Annotated[LrConfig, Tag("lr")]
+    | Annotated[FmConfig, Tag("fm")]
+    | Annotated[DnnConfig, Tag("dnn")]
+    | Annotated[DeepFmConfig, Tag("deepfm")]
+    | Annotated[XDeepFmConfig, Tag("xdeepfm")]
+    | Annotated[AutoIntConfig, Tag("autoint")]
+    | Annotated[MaskNetConfig, Tag("masknet")]
+    | Annotated[FinalMlpConfig, Tag("finalmlp")]
+    | Annotated[AfnConfig, Tag("afn")]
+)

@@ -1,0 +1,92 @@
+"""AFN+ (Cheng et al. 2020, arXiv 1909.03276): learned products of powers of the embeddings beside an MLP.
+
+    z_j     = exp(sum over i of w_ji ln |x_i|)  =  |x_1|^w_j1 * .. * |x_n|^w_jn      j = 1 .. N, element by element
+    logit   = MLP(concat(z_1, .., z_N)) + MLP(flatten(X_0))
+
+|x| is kept above EPSILON, as ln wants it (the paper takes the absolute value too, and a small positive number).
+The paper normalises ln |x| and z over the batch; that would make the numbers depend on how a batch is cut over
+ranks, so here LayerNorm does it over all elements of an example. AFN and DNN train together, and their last layers
+hold the two weights with which the paper adds up the logits.
+
+AFN+ with `separate` embeddings, as in the paper, takes two embeddings of every feature: the first of each pair goes to
+the neurons, the second to the MLP. With `shared` ones both see all of X_0.
+
+Shape suffixes: B examples, N embeddings of one example, D width of an embedding, J logarithmic neurons.
+"""
+
+from torch import Tensor, nn
+
+from megarec.config.baseline_sections import AfnConfig
+from megarec.errors import UserError
+from megarec.models.blocks import MLP, init_fan_in_, number_dropouts
+from megarec.models.wukong import LayerNormFactory, torch_layer_norm
+
+EPSILON = 1e-5
+
+
+def embeddings_of_each(n: int, config: AfnConfig) -> int:
+    """How many of X_0's n embeddings the neurons see; as many the MLP.
+
+    Raises:
+        UserError: separate embeddings, but an odd number of them.
+    """
+    if config.embeddings == "shared":
+        return n
+    if n % 2:
+        raise UserError(
+            f"model.embeddings='separate' takes X_0's embeddings in pairs, but there are {n}: give every feature two "
+            "(embedding.features.*.embeddings=2, model.numeric_embeddings=2), or take 'shared'"
+        )
+    return n // 2
+
+
+class LogarithmicLayer(nn.Module):
+    """The logarithmic transformation: J products of powers of the embeddings, element by element.
+
+    Args:
+        n: embeddings that enter.
+        config: the sizes.
+        layer_norm: makes a LayerNorm over (width, with bias or not).
+    """
+
+    def __init__(self, n: int, config: AfnConfig, layer_norm: LayerNormFactory) -> None:
+        super().__init__()
+        self.log_norm = layer_norm(n * config.dim, config.bias)
+        self.powers = nn.Linear(n, config.neurons, bias=False)  # w
+        init_fan_in_(self.powers.weight, n)
+        self.exp_norm = layer_norm(config.neurons * config.dim, config.bias)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """[B, N, D] -> [B, D J]."""
+        logs_BND = self.log_norm(x_BND.abs().clamp(min=EPSILON).log().flatten(1)).view_as(x_BND)
+        products_BDJ = self.powers(logs_BND.mT).exp()
+        normed: Tensor = self.exp_norm(products_BDJ.flatten(1))
+        return normed
+
+
+class Afn(nn.Module):
+    """The dense model over n embeddings of width d per example; it knows no process group.
+
+    Args:
+        n: embeddings per example in X_0.
+        config: the sizes.
+        layer_norm: makes a LayerNorm over (width, with bias or not).
+
+    Raises:
+        UserError: separate embeddings, but an odd number of them.
+    """
+
+    def __init__(self, n: int, config: AfnConfig, layer_norm: LayerNormFactory = torch_layer_norm) -> None:
+        super().__init__()
+        each = embeddings_of_each(n, config)
+        self.separate = config.embeddings == "separate"
+        self.layers = nn.ModuleList([LogarithmicLayer(each, config, layer_norm)])
+        self.mlp = MLP(config.neurons * config.dim, config.mlp, 1, bias=config.bias, dropout=config.dropout)
+        self.head = MLP(each * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout)
+        number_dropouts(self)
+
+    def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
+        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
+        logarithmic, deep = (x_BND[:, ::2], x_BND[:, 1::2]) if self.separate else (x_BND, x_BND)
+        (layer,) = self.layers
+        return (self.mlp(layer(logarithmic), keys) + self.head(deep.flatten(1), keys)).squeeze(1)

@@ -1,0 +1,53 @@
+"""What the analytic cost of a model is made of: parameters and multiply-accumulates of a part, and of an MLP."""
+
+import functools
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+FLOP_PER_MAC = 2
+PASSES = 3  # forward, gradient of the input, gradient of the weight
+
+
+class Part(NamedTuple):
+    """One part of a model, per example.
+
+    Attributes:
+        parameters: how many.
+        mac: multiply-accumulates of the forward pass.
+        unneeded: those of the backward pass that are left out, because nothing needs the gradient of the input.
+    """
+
+    parameters: int
+    mac: int = 0
+    unneeded: int = 0
+
+    @property
+    def flop(self) -> int:
+        """Training FLOPs per example."""
+        return FLOP_PER_MAC * (PASSES * self.mac - self.unneeded)
+
+    def plus(self, other: "Part") -> "Part":
+        return Part(self.parameters + other.parameters, self.mac + other.mac, self.unneeded + other.unneeded)
+
+    def times(self, uses: int) -> "Part":
+        """The same parameters used several times an example."""
+        return Part(self.parameters, self.mac * uses, self.unneeded * uses)
+
+
+Parts = dict[str, Part]
+
+
+def total(parts: Parts) -> Part:
+    """The sum of some parts."""
+    return functools.reduce(Part.plus, parts.values(), Part(0))
+
+
+def count_mlp(
+    inputs: int, hidden: Sequence[int], outputs: int, bias: bool | Sequence[bool], *, input_gradient: bool = True
+) -> Part:
+    """An MLP, with biases in all its layers or by layer; without `input_gradient` nothing needs that of its input."""
+    macs = [a * b for a, b in pairwise([inputs, *hidden, outputs])]
+    by_layer = [bias] * len(macs) if isinstance(bias, bool) else bias
+    biases = sum(width for width, has_bias in zip([*hidden, outputs], by_layer, strict=True) if has_bias)
+    return Part(sum(macs) + biases, sum(macs), 0 if input_gradient else macs[0])
