@@ -105,7 +105,7 @@ def exposed_ids(overlap: bool, steps: int) -> dict[str, Any]:
     seconds = []
     with tempfile.TemporaryDirectory() as directory:
         with tracing((3, steps + 2), Path(directory), topology.rank) as step_done:
-            for pending, start_next in ahead.steps(iter(batches)):
+            for pending, start_next in ahead.steps(iter(batches), clock):
                 start = time.perf_counter()
                 batch, ids = pending()
                 train_step(

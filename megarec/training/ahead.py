@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from megarec.data.batch import Batch
 from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.group import Distributed
+from megarec.training.clock import Clock
 
 
 class Arrived(NamedTuple):
@@ -64,13 +65,15 @@ class Ahead:
         if self._last is not None:
             self._last.result()
 
-    def steps(self, batches: Iterator[Batch]) -> Iterator[tuple[Pending, Callable[[], None]]]:
+    def steps(self, batches: Iterator[Batch], clock: Clock) -> Iterator[tuple[Pending, Callable[[], None]]]:
         """For each batch: it on its way, and a function that starts the next one (else it starts when asked for)."""
         upcoming: list[Pending] = []
 
         def start_next() -> None:
             if not upcoming:
-                upcoming.extend(self.start(batch) for batch in _first(batches))
+                with clock.part("data"):
+                    found = _first(batches)
+                upcoming.extend(self.start(batch) for batch in found)
 
         start_next()
         while upcoming:

@@ -122,7 +122,7 @@ class Loop:
         checkpoint_every = config.checkpoint_every or evaluate_every
         while position.step < run.schedule.total_steps:
             epoch, done = divmod(position.step, run.train.steps_per_epoch)
-            for pending, start_next in self.ahead.steps(run.train.batches(epoch, start=done)):
+            for pending, start_next in self.ahead.steps(run.train.batches(epoch, start=done), self.clock):
                 self._step(pending, start_next)
                 step_done()
                 last = position.step == run.schedule.total_steps

@@ -31,7 +31,7 @@ def train(path: Path, overrides: list[str], traces: Path | None = None) -> list[
     ahead = Ahead(run.sparse, device, run.overlap)
     seen: list[torch.Tensor] = []
     with tracing((3, 4) if traces else None, traces or path, run.topology.rank) as step_done:
-        for pending, start_next in ahead.steps(run.train.batches(epoch=0)):
+        for pending, start_next in ahead.steps(run.train.batches(epoch=0), Clock(device)):
             batch, ids = pending()
             result = train_step(
                 run.engine, run.sparse, batch, world_size=run.topology.world_size, clock=Clock(device), ids=ids,
