@@ -11,6 +11,7 @@ from megarec.models.cost import count, count_wukong, total
 from megarec.models.recommender import Recommender
 from megarec.towers.modules import TowerBank
 from megarec.towers.sizes import TowerSizes, over_arch_config, over_arch_input
+from tests.models import test_baselines as baselines
 from tests.models import test_dcn as dcn
 from tests.models import test_dlrm as dlrm
 from tests.models import test_wukong as wukong
@@ -21,7 +22,7 @@ BATCH = 3
 
 
 INPUTS = {"small_mlp": [3], "numeric_mlp": [4, 2], "small_embeddings": 2}
-models = wukong.configs(**INPUTS) | dlrm.configs(**INPUTS) | dcn.configs(**INPUTS)
+models = wukong.configs(**INPUTS) | dlrm.configs(**INPUTS) | dcn.configs(**INPUTS) | baselines.configs(**INPUTS)
 
 
 @given(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megarec.config.baseline_sections import BASELINES
 from megarec.config.sections import DcnConfig, DlrmConfig, OverArchConfig, WukongConfig
 from megarec.models.blocks import KeyedDropout
 from megarec.models.recommender import Recommender
@@ -11,12 +12,28 @@ from tests.models.layouts import layout
 SIZES = {"layers": 2, "num_fm": 3, "num_lcb": 3, "rank": 4, "mlp": [16]}
 COMMON = {"dim": 8, "head": [8], "dropout": 0.2, "small_mlp": [4], "numeric_mlp": [4]}
 CONFIG = WukongConfig.model_validate(SIZES | COMMON)
-CONFIGS = [
+CONFIGS: list[OverArchConfig] = [
     CONFIG,
     DlrmConfig.model_validate({"name": "dlrm"} | COMMON),
     DcnConfig.model_validate({"name": "dcn", "layers": 2, "rank": 4} | COMMON),
     DcnConfig.model_validate({"name": "dcn", "layers": 1, "rank": None} | COMMON),
 ]
+HIDDEN = [2, 0, 2, 0]  # dropouts of each beside those of embeddings, small, numeric and head
+HEADLESS = {key: value for key, value in COMMON.items() if key != "head"}
+BASELINE_SIZES: dict[str, tuple[dict[str, object], int]] = {
+    "lr": (HEADLESS, -1),
+    "fm": (HEADLESS, -1),
+    "dnn": (COMMON, 0),
+    "deepfm": (COMMON, 0),
+    "xdeepfm": (COMMON | {"cin": [5, 4]}, 0),
+    "autoint": (COMMON | {"layers": 2, "attention_dim": 4}, 0),
+    "masknet": (COMMON | {"mask": 8, "width": 8}, 3),
+    "finalmlp": (HEADLESS | {"mlp1": [8, 8], "mlp2": [8], "gates": [[0], []], "gate_mlp": [8]}, 2),
+    "afn": (COMMON | {"neurons": 6, "mlp": [8]}, 1),
+}
+for name, (sizes, hidden) in BASELINE_SIZES.items():
+    CONFIGS.append(BASELINES[name].model_validate({"name": name} | sizes))
+    HIDDEN.append(hidden)
 PLACES = layout(8, [1, 2], [3, 2])
 
 
@@ -35,7 +52,7 @@ def test_logits_are_the_over_arch_of_the_inputs(config: OverArchConfig) -> None:
     torch.testing.assert_close(logits, model.over_arch(model.inputs(numeric, embedded, keys), keys))
 
 
-@pytest.mark.parametrize(("config", "hidden"), zip(CONFIGS, [2, 0, 2, 0], strict=True))
+@pytest.mark.parametrize(("config", "hidden"), zip(CONFIGS, HIDDEN, strict=True))
 def test_every_dropout_of_the_model_has_its_own_salt(config: OverArchConfig, hidden: int) -> None:
     """One for the embeddings and for each hidden layer: small, numeric, head, and those of the interaction layers."""
     model = Recommender(PLACES, 5, config, embedding_dropout=0.1)
