@@ -93,6 +93,9 @@ class AfnConfig(ModelConfig):
     name: Literal["afn"]
     neurons: Positive = Field(64, description="N: logarithmic neurons, each a learned product of powers")
     mlp: list[Positive] = Field([256], description="hidden widths of the MLP over the neurons")
+    epsilon: Annotated[float, Field(gt=0)] = Field(
+        1e-5, description="|x| is kept above it in ln |x|; the larger, the better conditioned (docs/models.md)"
+    )
     embeddings: Literal["shared", "separate"] = Field(
         "shared",
         description="separate: of each pair of embeddings in X_0 the first goes to the neurons, the second to the "

@@ -19,7 +19,7 @@ from megarec.config.baseline_sections import (
     XDeepFmConfig,
 )
 from megarec.errors import UserError
-from megarec.models.baselines.afn import EPSILON, Afn
+from megarec.models.baselines.afn import Afn
 from megarec.models.baselines.finalmlp import FinalMlp
 from megarec.models.baselines.fm import pair_products
 from megarec.models.blocks import KeyedDropout
@@ -50,7 +50,7 @@ def configs(draw: st.DrawFn, names: tuple[str, ...] = tuple(BASELINES), **fixed:
         drawn |= {f"mlp{i}": [*draw(widths), heads * draw(st.integers(1, 3))] for i in (1, 2)}
         drawn |= {"fusion_heads": heads, "gate_mlp": draw(widths), "gates": draw(st.sampled_from([None, [[0], []]]))}
     if name == "afn":
-        drawn |= {"neurons": draw(size), "mlp": draw(widths)}
+        drawn |= {"neurons": draw(size), "mlp": draw(widths), "epsilon": draw(st.sampled_from([1e-5, 0.5]))}
     return BASELINES[name].model_validate(drawn | fixed)
 
 
@@ -145,7 +145,9 @@ def afn(x: Tensor, p: Parameters, config: BaselineConfig) -> Tensor:
     """z_j = prod over i of (normalised |x_i|)^w_ji: as exp of the sum of logarithms, element by element."""
     assert isinstance(config, AfnConfig)
     log_part, deep = (x[:, ::2], x[:, 1::2]) if config.embeddings == "separate" else (x, x)
-    logs = layer_norm(flat(log_part.abs().clamp(min=EPSILON).log()), p, "layers.0.log_norm").reshape(log_part.shape)
+    logs = layer_norm(flat(log_part.abs().clamp(min=config.epsilon).log()), p, "layers.0.log_norm").reshape(
+        log_part.shape
+    )
     powers = logs.exp()  # [B, n, d]
     products = [(powers ** w[:, None]).prod(dim=1) for w in p["layers.0.powers.weight"]]
     z = torch.stack(products, dim=2)  # [B, d, N]

@@ -3,7 +3,7 @@
     z_j     = exp(sum over i of w_ji ln |x_i|)  =  |x_1|^w_j1 * .. * |x_n|^w_jn      j = 1 .. N, element by element
     logit   = MLP(concat(z_1, .., z_N)) + MLP(flatten(X_0))
 
-|x| is kept above EPSILON, as ln wants it (the paper takes the absolute value too, and a small positive number).
+|x| is kept above epsilon, as ln wants it (the paper takes the absolute value too, and a small positive number).
 The paper normalises ln |x| and z over the batch; that would make the numbers depend on how a batch is cut over
 ranks, so here LayerNorm does it over all elements of an example. AFN and DNN train together, and their last layers
 hold the two weights with which the paper adds up the logits.
@@ -20,8 +20,6 @@ from megarec.config.baseline_sections import AfnConfig
 from megarec.errors import UserError
 from megarec.models.blocks import MLP, init_fan_in_, number_dropouts
 from megarec.models.wukong import LayerNormFactory, torch_layer_norm
-
-EPSILON = 1e-5
 
 
 def embeddings_of_each(n: int, config: AfnConfig) -> int:
@@ -51,6 +49,7 @@ class LogarithmicLayer(nn.Module):
 
     def __init__(self, n: int, config: AfnConfig, layer_norm: LayerNormFactory) -> None:
         super().__init__()
+        self.epsilon = config.epsilon
         self.log_norm = layer_norm(n * config.dim, config.bias)
         self.powers = nn.Linear(n, config.neurons, bias=False)  # w
         init_fan_in_(self.powers.weight, n)
@@ -58,7 +57,7 @@ class LogarithmicLayer(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """[B, N, D] -> [B, D J]."""
-        logs_BND = self.log_norm(x_BND.abs().clamp(min=EPSILON).log().flatten(1)).view_as(x_BND)
+        logs_BND = self.log_norm(x_BND.abs().clamp(min=self.epsilon).log().flatten(1)).view_as(x_BND)
         products_BDJ = self.powers(logs_BND.mT).exp()
         normed: Tensor = self.exp_norm(products_BDJ.flatten(1))
         return normed
