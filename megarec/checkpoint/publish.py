@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,12 @@ def write_part(plan: Plan, rank: int, snapshot: Snapshot) -> None:
             tensors.setdefault(piece.name, new)["slices"].append(part)
         write_json(mark, {"file": path.name, **entry.model_dump(), "tensors": tensors})
     except BaseException as error:
-        path.unlink(missing_ok=True)  # gives a full disk the room for the mark
-        reason = f"rank {rank}: {error}"
-        write_json(mark, {"error": reason})
+        path.unlink(missing_ok=True)
+        number = (error.errno or 0) if isinstance(error, OSError) else 0
+        with suppress(OSError):  # if a full disk lacks room even for a name, rank 0 waits until its timeout
+            (plan.temporary / f"rank-{rank:05d}.failed-{number}").touch()  # a name alone: an empty file needs no block
         if isinstance(error, OSError):
-            raise SaveFailed(reason) from error
+            raise SaveFailed(f"rank {rank}: {error}") from error
         raise
 
 
@@ -100,9 +102,6 @@ def publish(plan: Plan) -> None:
     """
     try:
         marks = _all_marks(plan)
-        problems = [mark["error"] for mark in marks if "error" in mark]
-        if problems:
-            raise SaveFailed("; ".join(problems))
         write_json(plan.temporary / INDEX, {**plan.about, "step": plan.step, **_merged(plan, marks)})
         for rank in range(plan.ranks):
             (plan.temporary / f"rank-{rank:05d}.json").unlink()
@@ -118,17 +117,24 @@ def publish(plan: Plan) -> None:
 
 
 def _all_marks(plan: Plan) -> list[dict[str, Any]]:
+    """By rank, once all ranks have ended their part; only then may what they wrote be removed."""
     deadline, pause = time.monotonic() + plan.timeout, POLL_SECONDS[0]
     marks: dict[int, dict[str, Any]] = {}
+    failures: dict[int, str] = {}
     while True:
-        for rank in set(range(plan.ranks)) - set(marks):
+        for path in plan.temporary.glob("rank-*.failed-*"):
+            rank, number = re.findall(r"\d+", path.name)
+            failures[int(rank)] = f"rank {int(rank)}: {os.strerror(int(number)) if int(number) else 'see its error'}"
+        late = sorted(set(range(plan.ranks)) - set(marks) - set(failures))
+        for rank in late:
             path = plan.temporary / f"rank-{rank:05d}.json"
             if path.is_file():
                 marks[rank] = json.loads(path.read_text(encoding="utf-8"))
         if len(marks) == plan.ranks:
             return [marks[rank] for rank in range(plan.ranks)]
+        if len(marks) + len(failures) == plan.ranks:
+            raise SaveFailed("; ".join(failures[rank] for rank in sorted(failures)))
         if time.monotonic() > deadline:
-            late = sorted(set(range(plan.ranks)) - set(marks))
             raise SaveFailed(f"no sign of rank {', '.join(map(str, late[:8]))} within {plan.timeout:.0f} s")
         time.sleep(pause)
         pause = min(2 * pause, POLL_SECONDS[1])

@@ -1,0 +1,177 @@
+"""Inspect, reshape and export a checkpoint without a run; memory stays bounded whatever its size."""
+
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megarec.checkpoint.dense import PREFIX as DENSE
+from megarec.checkpoint.format import DTYPES, INDEX, Index, read_index
+from megarec.checkpoint.pieces import Ints, Piece, rectangles, share
+from megarec.checkpoint.publish import BEST, LATEST, move_in, pointed
+from megarec.checkpoint.reading import Reader, verify
+from megarec.checkpoint.sparse import TABLES, TOWERS
+from megarec.checkpoint.writing import file_header, write_file, write_json
+from megarec.errors import UserError
+
+BLOCK = 1 << 26  # bytes held at a time
+MODEL_FILE, MODEL_CONFIG = "model.safetensors", "config.json"
+MODEL_FORMAT = "megarec model"
+
+
+class Part(NamedTuple):
+    """A rectangle that a new file gets: `key` in it."""
+
+    name: str
+    key: str
+    dtype: torch.dtype
+    start: Ints
+    size: Ints
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or what a run's directory, its checkpoints, or a pointer name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / INDEX).is_file():
+        return path
+    if path.name in (LATEST, BEST) and (name := pointed(path.parent, path.name)):
+        return path.parent / name
+    for directory in (path, path / "checkpoints"):
+        if name := pointed(directory, LATEST):
+            return directory / name
+    raise UserError(f"{path}: no checkpoint (a directory with {INDEX}), and no pointer `{LATEST}` to one, is there")
+
+
+def inspect(directory: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; only its index is read."""
+    index = read_index(directory)
+    return {
+        "step": index.step,
+        "topology": index.topology,
+        "tensors": {name: {"shape": list(t.shape), "dtype": t.dtype} for name, t in index.tensors.items()},
+        "bytes": index.bytes,
+        "optimizer": index.optimizer,
+        "towers": index.towers,
+        "position": index.position,
+        "files": len(index.files),
+    }
+
+
+def reshape(source: Path, target: Path, ranks: int) -> Index:
+    """Write a checkpoint anew as `ranks` files, every tensor cut by its first dimension into nearly equal parts.
+
+    Any number of ranks loads any checkpoint; rewriting it first lets each rank read little more than its own file.
+
+    Raises:
+        UserError: the source is damaged, or the target exists.
+    """
+    index = read_index(source)
+    verify(source, index)
+    reader = Reader(source, index)
+    files: dict[str, Any] = {}
+    tensors: dict[str, Any] = {name: {**t.model_dump(), "slices": []} for name, t in index.tensors.items()}
+    with _new_directory(target) as directory:
+        for rank in range(ranks):
+            name = f"rank-{rank:05d}.safetensors"
+            parts = list(_parts_of(index, rank, ranks))
+            for part in parts:
+                stop = [first + size for first, size in zip(part.start, part.size, strict=True)]
+                slices = tensors[part.name]["slices"]
+                slices.append({"file": name, "key": part.key, "start": part.start, "stop": stop})
+            files[name] = write_file(directory / name, _blocks(parts, reader)).model_dump()
+        about = index.model_dump(exclude={"tensors", "files"}, by_alias=True)
+        about["topology"] = {**index.topology, "ranks": ranks}
+        write_json(directory / INDEX, {**about, "tensors": tensors, "files": files})
+    return read_index(target)
+
+
+def export(source: Path, target: Path) -> int:
+    """Write the weights alone as one safetensors file, and config.json beside it; `megarec.load_model` reads both.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        UserError: the source is damaged, or the target exists.
+    """
+    index = read_index(source)
+    verify(source, index)
+    parts = [
+        Part(name, name, DTYPES[entry.dtype], (0,) * len(entry.shape), entry.shape)
+        for name, entry in index.tensors.items()
+        if is_weight(name)
+    ]
+    with _new_directory(target) as directory:
+        entry = write_file(directory / MODEL_FILE, _blocks(parts, Reader(source, index)))
+        about = {"format": MODEL_FORMAT, "version": 1, "step": index.step, "config": index.config}
+        about |= {"schema": index.data_schema, "towers": index.towers, "file": entry.model_dump()}
+        write_json(directory / MODEL_CONFIG, about)
+    return entry.bytes
+
+
+def is_weight(name: str) -> bool:
+    """Whether a tensor's name is that of a model's weight, not of training's state."""
+    if name.startswith(TABLES):
+        return name.endswith("/weight")
+    return any(name.startswith(prefix) and "/" not in name.removeprefix(prefix) for prefix in (DENSE, TOWERS))
+
+
+def _parts_of(index: Index, rank: int, ranks: int) -> Iterator[Part]:
+    """What one of the new files gets."""
+    for name, entry in index.tensors.items():
+        dtype = DTYPES[entry.dtype]
+        if not entry.shape:
+            if rank == 0:
+                yield Part(name, name, dtype, (), ())
+            continue
+        first, last = share(0, entry.shape[0], ranks, rank)
+        start, size = (first, *(0 for _ in entry.shape[1:])), (last - first, *entry.shape[1:])
+        if prod(size):
+            yield Part(name, f"{name}@{first}", dtype, start, size)
+
+
+def _blocks(parts: Sequence[Part], reader: Reader) -> Iterator[bytes | memoryview]:
+    """A safetensors file, block by block."""
+    ordered = sorted(parts, key=lambda part: (-part.dtype.itemsize, part.key))
+    yield file_header([(part.key, part.dtype, part.size) for part in ordered])
+    for part in ordered:
+        shape = reader.index.tensors[part.name].shape
+        elements, step = prod(part.size), BLOCK // part.dtype.itemsize
+        for first in range(0, elements, step):
+            last = min(first + step, elements)
+            block = torch.empty(last - first, dtype=part.dtype)
+            _fill(block, part, shape, first, last, reader)
+            yield block.view(torch.uint8).numpy().data
+
+
+def _fill(block: Tensor, part: Part, shape: Ints, first: int, last: int, reader: Reader) -> None:
+    """Elements [first, last) of a part, in row-major order."""
+    for start, size in rectangles(part.size, first, last):
+        in_whole = tuple(at + own for at, own in zip(start, part.start, strict=True))
+        reader.fill(Piece(part.name, shape, in_whole, block[: prod(size)].view(size)))
+        block = block[prod(size) :]
+
+
+@contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `target` when all went well, and is gone otherwise."""
+    if target.exists():
+        raise UserError(f"{target} exists already: name a directory that does not")
+    temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(8)}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        move_in(temporary, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

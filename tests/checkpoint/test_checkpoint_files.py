@@ -1,0 +1,222 @@
+"""Files without a run: any slices in, any slices out; and what is refused."""
+
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megarec.checkpoint.format import DamagedCheckpoint, read_index
+from megarec.checkpoint.pieces import Piece
+from megarec.checkpoint.publish import Plan, publish, write_part
+from megarec.checkpoint.reading import Reader, verify
+from megarec.checkpoint.writing import Snapshot
+
+ABOUT = {
+    "format": "megarec checkpoint",
+    "version": 1,
+    "position": {"step": 3},
+    "topology": {"ranks": 2},
+    "config": {},
+    "schema": {},
+    "towers": None,
+    "optimizer": "SGD",
+    "loss_scale": None,
+}
+
+
+def save(directory: Path, pieces_of_ranks: list[list[Piece]]) -> Path:
+    """A published checkpoint that ranks with these pieces write."""
+    ranks = len(pieces_of_ranks)
+    plan = Plan(directory, 3, "t", ranks, ABOUT, ("latest",), keep=2, timeout=5.0)
+    for rank in reversed(range(ranks)):
+        snapshot = Snapshot()
+        snapshot.take(pieces_of_ranks[rank])
+        write_part(plan, rank, snapshot)
+    publish(plan)
+    return directory / "step-000000003"
+
+
+def cut(tensor: Tensor, name: str, rows: list[int], columns: list[int]) -> list[Piece]:
+    """The grid of rectangles between the given cuts."""
+    grid = []
+    for top, bottom in zip([0, *rows], [*rows, tensor.shape[0]], strict=True):
+        for left, right in zip([0, *columns], [*columns, tensor.shape[1]], strict=True):
+            if top < bottom and left < right:
+                shape = tuple(tensor.shape)
+                grid.append(Piece(name, shape, (top, left), tensor[top:bottom, left:right].clone()))
+    return grid
+
+
+@settings(max_examples=20, deadline=None)
+@given(drawn=st.data())
+def test_any_slice_is_read_out_of_any_slices(drawn: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    rows, columns = drawn.draw(st.integers(1, 7)), drawn.draw(st.integers(1, 7))
+    dtype = drawn.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]))
+    whole = torch.randint(0, 2 if dtype is torch.bool else 100, (rows, columns)).to(dtype)
+    cuts = [sorted(drawn.draw(st.lists(st.integers(0, size), max_size=3))) for size in (rows, columns)]
+    pieces = cut(whole, "a/weight", *cuts)
+    number = Piece("a/step", (), (), torch.tensor(7.0))
+    ranks = drawn.draw(st.integers(1, 3))
+    split = [pieces[rank::ranks] + [number] * (rank == 0) for rank in range(ranks)]
+    directory = save(tmp_path_factory.mktemp("any"), split)
+    index = read_index(directory)
+    verify(directory, index)
+    reader = Reader(directory, index)
+    for asked in cut(torch.zeros_like(whole), "a/weight", *(sorted({0, n // 2}) for n in (rows, columns))):
+        reader.fill(asked)
+        assert torch.equal(asked.tensor, whole[tuple(map(slice, asked.start, asked.stop))])
+    step = Piece("a/step", (), (), torch.zeros(()))
+    reader.fill(step)
+    assert step.tensor == 7.0
+
+
+def test_files_are_safetensors_and_nothing_else_is_left(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    directory = save(tmp_path, [cut(whole[:2], "w", [], []), []])
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "step-000000003"}
+    assert {path.name for path in directory.iterdir()} == {f"rank-0000{r}.safetensors" for r in (0, 1)} | {"index.json"}
+    assert torch.equal(load_file(directory / "rank-00000.safetensors")["w@0,0"], whole[:2])
+    assert load_file(directory / "rank-00001.safetensors") == {}
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    whole = torch.arange(40.0).view(10, 4)
+    top, bottom = cut(whole, "w", [5], [])
+    return save(tmp_path, [[top], [bottom]])
+
+
+def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Change index.json."""
+
+    def spoil(directory: Path) -> None:
+        path = directory / "index.json"
+        index = json.loads(path.read_text())
+        change(index)
+        path.write_text(json.dumps(index))
+
+    return spoil
+
+
+def with_file(content: Callable[[Path], bytes]) -> Callable[[Path], None]:
+    """Replace a file, and make the index agree with its new size and checksum."""
+
+    def spoil(directory: Path) -> None:
+        path = directory / "rank-00001.safetensors"
+        path.write_bytes(content(path))
+        from megarec.checkpoint.writing import file_entry
+
+        entry = file_entry(path).model_dump()
+        edited(lambda index: index["files"].update({path.name: entry}))(directory)
+
+    return spoil
+
+
+class Trap:
+    """Unpickling it would leave a file behind."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch sprung",)
+
+
+def bit_flip(directory: Path) -> None:
+    path = directory / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0x10
+    path.write_bytes(content)
+
+
+def truncate(directory: Path) -> None:
+    path = directory / "rank-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def link(directory: Path) -> None:
+    path = directory / "rank-00001.safetensors"
+    path.rename(directory.parent / "elsewhere.safetensors")
+    path.symlink_to(directory.parent / "elsewhere.safetensors")
+
+
+def foreign(directory: Path) -> None:
+    save_file({"other": torch.zeros(25)}, directory / "rank-00001.safetensors")
+
+
+def huge_header(path: Path) -> bytes:
+    return struct.pack("<Q", 1 << 60) + path.read_bytes()[8:]
+
+
+def claims(shape: list[int]) -> Callable[[Path], bytes]:
+    """A file whose tensor claims to be of some shape."""
+
+    def content(path: Path) -> bytes:
+        header = json.dumps({"w@5,0": {"dtype": "F32", "shape": shape, "data_offsets": [0, 80]}}).encode()
+        return struct.pack("<Q", len(header)) + header + bytes(80)
+
+    return content
+
+
+def first_slice(key: str, value: Any) -> Callable[[Path], None]:
+    return edited(lambda index: index["tensors"]["w"]["slices"][1].update({key: value}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (truncate, r"rank-00001.safetensors: \d+ bytes, the index says \d+: truncated"),
+        (bit_flip, "rank-00001.safetensors: CRC-32 .* damaged"),
+        (lambda d: (d / "rank-00001.safetensors").unlink(), "rank-00001.safetensors: cannot be read"),
+        (lambda d: (d / "index.json").unlink(), "index.json is missing"),
+        (lambda d: (d / "index.json").write_text("{"), "index.json: not JSON"),
+        (lambda d: (d / "index.json").write_text("[" * 100_000), "index.json: not JSON"),
+        (lambda d: (d / "index.json").write_bytes(pickle.dumps(Trap())), "index.json: not JSON"),
+        (edited(lambda index: index.update(version=2)), "index.json: version"),
+        (edited(lambda index: index.update(more=1)), "index.json: more"),
+        (foreign, "rank-00001.safetensors: .* another file"),
+        (with_file(lambda path: pickle.dumps(Trap()) + bytes(100)), "rank-00001.safetensors: not a safetensors file"),
+        (with_file(lambda path: b"PK\3\4" + bytes(100)), "rank-00001.safetensors: not a safetensors file"),
+        (with_file(huge_header), "a header of 1,152,921,504,606,846,976 bytes"),
+        (with_file(claims([1 << 40, 1 << 40])), "not a safetensors file"),
+        (with_file(claims([-5, -4])), "no natural numbers"),
+        (with_file(claims([20])), "is not the torch.float32 .5, 4. of the index"),
+        (link, "rank-00001.safetensors: not a plain file"),
+        (first_slice("file", "../elsewhere.safetensors"), "index.json: tensors.w.slices.1.file"),
+        (first_slice("file", "/etc/passwd"), "index.json: tensors.w.slices.1.file"),
+        (first_slice("file", "rank-00009.safetensors"), "rank-00009.safetensors is not listed"),
+        (first_slice("stop", [1 << 61, 4]), "slice .* is not in shape"),
+        (first_slice("stop", [9, 4]), "its slices have 36 elements"),
+        (edited(lambda index: index["tensors"]["w"].update(shape=[1 << 40, 1 << 20])), "its slices have 40 elements"),
+        (
+            edited(lambda index: index["tensors"]["w"]["slices"][1].update(start=[4, 0], stop=[9, 4])),
+            "of the index|once",
+        ),
+    ],
+)
+def test_what_is_damaged_or_malicious_is_refused_with_its_reason(
+    good: Path, spoil: Callable[[Path], Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify(good, read_index(good))
+    monkeypatch.chdir(good.parent)
+    spoil(good)
+    with pytest.raises(DamagedCheckpoint, match=reason) as refused:
+        verify(good, read_index(good))
+    assert "\n" not in str(refused.value)
+    assert not (good.parent / "sprung").exists()
+
+
+def test_slices_that_overlap_are_refused(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(4, 3)
+    (top,) = cut(whole[:2], "w", [], [])
+    pieces = [Piece("w", (4, 3), (0, 0), top.tensor), Piece("w", (4, 3), (1, 0), top.tensor)]
+    directory = save(tmp_path, [[pieces[0]], [pieces[1]]])
+    with pytest.raises(DamagedCheckpoint, match="do not cover"):
+        verify(directory, read_index(directory))

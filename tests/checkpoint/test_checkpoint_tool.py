@@ -1,0 +1,150 @@
+"""tools/checkpoint.py and what it hands on."""
+
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import megarec
+from megarec.checkpoint import offline
+from megarec.data.loader import EvalLoader
+from megarec.data.schema import load_schema
+from megarec.data.store import open_split
+from megarec.errors import UserError
+from megarec.parallel.pool import RankPool
+from tests.checkpoint.runs import TOWER_MODULE, TOWERS, Leg, leg, write_run
+
+Pools = Callable[[int], RankPool]
+TOOL = Path(__file__).parents[2] / "tools/checkpoint.py"
+
+
+def tool(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    argv, code = sys.argv, 0
+    sys.argv = [str(TOOL), *map(str, arguments)]
+    try:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    except SystemExit as error:
+        code = int(error.code or 0)
+    finally:
+        sys.argv = argv
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def predictor_run(directory: Path, data: Path) -> Path:
+    return write_run(directory, data, parallel={"towers": TOWERS}, tower_module=TOWER_MODULE)
+
+
+@pytest.fixture(scope="module")
+def trained(rank_pool: Pools, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Leg]:
+    """A run on two ranks that was saved after three steps, and what it predicts."""
+    path = predictor_run(tmp_path_factory.mktemp("trained"), data)
+    legs = rank_pool(2).run(partial(leg, load=False, save=True, logits=True), path, [], 0, 3)
+    return path, legs[0]
+
+
+def run_directory(trained: tuple[Path, Leg]) -> Path:
+    return trained[0].parent / "out"
+
+
+def test_inspect_says_what_is_inside_and_reads_only_the_index(
+    trained: tuple[Path, Leg], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_directory(trained) / "checkpoints/step-000000003", tmp_path / "copy")
+    for file in (tmp_path / "copy").glob("*.safetensors"):
+        file.unlink()
+    code, out, _ = tool(capsys, "inspect", tmp_path / "copy", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["step"] == 3 and found["topology"]["ranks"] == 2
+    assert found["tensors"]["table/single_1/weight"]["dtype"] == "F32"
+    assert found["tensors"]["dense/over_arch.head.linears.0.weight/exp_avg"]["shape"][0] == 8
+    sizes = {"F32": 4, "I64": 8, "U8": 1, "BOOL": 1}
+    elements = {name: torch.Size(t["shape"]).numel() * sizes[t["dtype"]] for name, t in found["tensors"].items()}
+    assert sum(elements.values()) < found["bytes"] < 1.5 * sum(elements.values()) + 20_000
+    code, out, _ = tool(capsys, "inspect", run_directory(trained))
+    assert code == 0 and "step 3" in out and "table/single_1/weight" in out
+
+
+def test_verify_finds_a_flipped_bit(
+    trained: tuple[Path, Leg], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool(capsys, "verify", run_directory(trained))[0] == 0
+    shutil.copytree(run_directory(trained) / "checkpoints/step-000000003", tmp_path / "copy")
+    file = tmp_path / "copy/rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    code, out, err = tool(capsys, "verify", tmp_path / "copy")
+    assert code == 2 and out == "" and err.startswith(f"error: {file}: CRC-32") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 5])
+def test_a_reshaped_checkpoint_holds_the_same_and_resumes_the_same(
+    rank_pool: Pools, data: Path, trained: tuple[Path, Leg], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, ranks: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(offline, "BLOCK", 256)  # many blocks of a few rows
+    path = predictor_run(tmp_path, data)
+    target = tmp_path / "out/checkpoints/step-000000003"
+    code, out, _ = tool(capsys, "reshape", run_directory(trained), target, "--ranks", ranks, "--json")
+    assert code == 0 and json.loads(out)["files"] == ranks
+    assert tool(capsys, "verify", target)[0] == 0
+    found = rank_pool(2).run(partial(leg, load=True, save=False), path, [], 3, 5)[0].losses
+    expected = rank_pool(2).run(partial(leg, load=True, save=False), trained[0], [], 3, 5)[0].losses
+    assert found == expected
+    code, _, err = tool(capsys, "reshape", run_directory(trained), target, "--ranks", 2)
+    assert code == 2 and "exists already" in err
+
+
+def test_an_exported_model_predicts_what_the_run_predicted(
+    rank_pool: Pools, data: Path, trained: tuple[Path, Leg], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool(capsys, "export", run_directory(trained), tmp_path / "model")[0] == 0
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.safetensors", "config.json"}
+    names = load_file(tmp_path / "model/model.safetensors")
+    assert names and not any("exp_avg" in name or "rowwise" in name or "touched" in name for name in names)
+    model = megarec.load_model(tmp_path / "model")
+    found = predictions(model, data)
+    # On one rank the engine computes what the predictor computes.
+    alone = rank_pool(1).run(partial(leg, load=True, save=False, logits=True), trained[0], [], 3, 3)[0].logits
+    assert found == alone
+    two = rank_pool(2).run(partial(leg, load=True, save=False, logits=True), trained[0], [], 3, 3)
+    together = [a + b for a, b in zip(two[0].logits, two[1].logits, strict=True)]
+    assert max(abs(x - y) for a, b in zip(found, together, strict=True) for x, y in zip(a, b, strict=True)) < 1e-6
+
+
+def predictions(model: Any, data: Path) -> list[list[float]]:
+    schema = load_schema(data)
+    loader = EvalLoader(
+        open_split(data, "test", schema, "error"), schema,
+        batch_size=80, rank=0, world_size=1, seed=1, prefetch=1, pin_memory=False,
+    )  # fmt: skip
+    return [model.predict(batch).tolist() for batch in loader.batches()]
+
+
+def test_a_model_whose_config_claims_other_sizes_is_refused(
+    trained: tuple[Path, Leg], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool(capsys, "export", run_directory(trained), tmp_path / "model")[0] == 0
+    path = tmp_path / "model/config.json"
+    about = json.loads(path.read_text())
+    about["schema"]["categorical"][0]["rows"] = about["schema"]["categorical"][4]["rows"] = 1 << 50
+    for feature in about["schema"]["categorical"]:
+        feature["rows"] = 1 << 50
+    path.write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"table/\S+ is \[.*\], config.json says \[1125899906842624, 8\]"):
+        megarec.load_model(tmp_path / "model")
+
+
+def test_where_no_checkpoint_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = tool(capsys, "inspect", tmp_path)
+    assert code == 2 and "no checkpoint" in err and err.count("\n") == 1

@@ -1,0 +1,74 @@
+"""A run goes from topology to topology; its losses are those of a run that never stopped."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from megarec.parallel.pool import RankPool
+from tests.checkpoint.runs import TOWER_MODULE, TOWERS, leg, write_run
+
+Pools = Callable[[int], RankPool]
+
+FLAT_2 = (2, ["deepspeed.zero_optimization.stage=1"])
+TOWER_4 = (
+    4,
+    [
+        "parallel.tensor=2",
+        "parallel.ranks_per_host=2",
+        "parallel.exchange=tower",
+        "deepspeed.zero_optimization.stage=3",
+    ],
+)
+ONE = (1, ["deepspeed.zero_optimization.stage=0", "embedding.backend=torch"])
+COLUMN_2 = (2, ["parallel.tensor=2", "parallel.ranks_per_host=2", "embedding.placement=column"])
+ROWS_2 = (2, ['embedding.placement="row"', 'deepspeed.zero_optimization.offload_optimizer={"device": "cpu"}'])
+
+
+def drift(found: list[float], expected: list[float]) -> float:
+    return max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("dense", "table"), [("adamw", "rowwise_adagrad"), ("sgd", "sgd")], ids=lambda name: str(name))
+def test_losses_continue_on_every_topology(
+    rank_pool: Pools, data: Path, tmp_path: Path, dense: str, table: str
+) -> None:
+    path = write_run(
+        tmp_path,
+        data,
+        dense={"optimizer": dense, "learning_rate": 0.01 if dense == "adamw" else 0.1},
+        embedding={"optimizer": table, "learning_rate": 0.1},
+        parallel={"towers": TOWERS},
+        train={"keep_checkpoints": 9, "output_dir": str(tmp_path / "out")},
+        tower_module=TOWER_MODULE,
+    )
+    ranks, overrides = FLAT_2
+    whole = rank_pool(ranks).run(partial(leg, load=False, save=False), path, overrides, 0, 22)[0].losses
+    first = rank_pool(ranks).run(partial(leg, load=False, save=True), path, overrides, 0, 3)[0].losses
+    assert first == whole[:3]
+    chain = [TOWER_4, ONE, FLAT_2, COLUMN_2, ROWS_2]
+    for position, (ranks, overrides) in enumerate(chain):
+        start, stop = 3 + 3 * position, 6 + 3 * position
+        found = rank_pool(ranks).run(partial(leg, load=True, save=True), path, overrides, start, stop)[0].losses
+        assert drift(found[:1], whole[start : start + 1]) < 1e-6, overrides
+        assert drift(found, whole[start:stop]) < 1e-5, overrides
+    # ten steps after the one that all of these have led to
+    ranks, overrides = TOWER_4
+    found = rank_pool(ranks).run(partial(leg, load=True, save=False), path, overrides, 12, 22)[0].losses
+    assert drift(found, whole[12:]) < 1e-5
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_low_precision_weights_are_the_masters_rounded(
+    rank_pool: Pools, data: Path, tmp_path: Path, stage: int
+) -> None:
+    path = write_run(tmp_path, data, deepspeed={"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}})
+    whole = rank_pool(2).run(partial(leg, load=False, save=False), path, [], 0, 4)[0].losses
+    rank_pool(2).run(partial(leg, load=False, save=True), path, [], 0, 2)
+    overrides = [f"deepspeed.zero_optimization.stage={stage}"]
+    found = rank_pool(2).run(partial(leg, load=True, save=True), path, overrides, 2, 4)[0].losses
+    assert drift(found[:1], whole[2:3]) < 1e-6
+    assert drift(found, whole[2:]) < 5e-3
+    again = rank_pool(2).run(partial(leg, load=True, save=False), path, overrides, 2, 4)[0].losses
+    assert again == found

@@ -1,0 +1,286 @@
+"""Saving and resuming whole runs: what is written, what is kept, and what happens when something goes wrong."""
+
+import errno
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megarec.checkpoint import publish
+from megarec.checkpoint.position import Position
+from megarec.config.load import load_config
+from megarec.errors import UserError
+from megarec.parallel.pool import RankPool
+from megarec.training.monitor import Monitor
+from megarec.training.trainer import Loop, train
+from tests.checkpoint.runs import MODEL, TOWER_MODULE, TOWERS, build, leg, store, train_steps, write_run
+
+Pools = Callable[[int], RankPool]
+
+
+def test_background_and_foreground_write_the_same_bytes(rank_pool: Pools, data: Path, tmp_path: Path) -> None:
+    found = []
+    for name, background in (("back", True), ("front", False)):
+        out = {"output_dir": str(tmp_path / name / "out"), "background_checkpoints": background}
+        path = write_run(tmp_path / name, data, train=out)
+        rank_pool(2).run(partial(leg, load=False, save=True), path, [], 0, 2)
+        directory = tmp_path / name / "out/checkpoints/step-000000002"
+        index = json.loads((directory / "index.json").read_text())
+        files = {file.name: file.read_bytes() for file in directory.glob("*.safetensors")}
+        found.append((files, index["tensors"], index["files"]))
+    assert found[0] == found[1]
+    assert set(found[0][0]) == {"rank-00000.safetensors", "rank-00001.safetensors"}
+    written = [size["bytes"] for size in found[0][2].values()]
+    assert max(written) < 1.5 * min(written), "replicas are not shared out"
+
+
+def full_on_rank_1(path: Path) -> tuple[list[str], list[str], list[float]]:
+    """Save, save on a disk that is full for rank 1, train on, save again."""
+    run, said = build(path, []), list[str]()
+    checkpoints, write = store(run, said), publish.write_file
+    train_steps(run, 0, 1)
+    checkpoints.save(Position(step=1))
+    checkpoints.wait()
+
+    def full(target: Path, blocks: Any) -> Any:
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    train_steps(run, 1, 2)
+    publish.write_file = full if run.topology.rank == 1 else write
+    checkpoints.save(Position(step=2))
+    checkpoints.wait()
+    publish.write_file = write
+    left = sorted(file.name for file in checkpoints.directory.iterdir()) if run.topology.rank == 0 else []
+    losses = train_steps(run, 2, 3)
+    checkpoints.save(Position(step=3), best=True)
+    checkpoints.wait()
+    return said, left, losses
+
+
+def test_a_full_disk_on_one_rank_ends_the_save_and_not_the_run(rank_pool: Pools, data: Path, tmp_path: Path) -> None:
+    said, left, losses = rank_pool(2).run(full_on_rank_1, write_run(tmp_path, data))[0]
+    (line,) = said
+    assert "STEP 2 WAS NOT SAVED (rank 1: No space left on device)" in line
+    assert line.endswith("latest checkpoint is " + str(tmp_path / "out/checkpoints/step-000000001"))
+    assert left == ["latest", "step-000000001"]
+    assert len(losses) == 1
+    checkpoints = tmp_path / "out/checkpoints"
+    assert publish.published(checkpoints) == ["step-000000003", "step-000000001"]
+    assert publish.pointed(checkpoints, "latest") == publish.pointed(checkpoints, "best") == "step-000000003"
+
+
+def test_a_disk_that_is_truly_full(rank_pool: Pools, data: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        path = write_run(tmp_path, data, train={"output_dir": str(disk / "out")})
+        found = rank_pool(2).run(partial(leg, load=False, save=True), path, [], 0, 1)[0]
+        (line,) = found.said
+        assert "No space left on device" in line and line.endswith("the latest checkpoint is none")
+        assert list((disk / "out/checkpoints").iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Ended(NamedTuple):
+    """How a run ended on a rank: the UserError, if any, and the lines of its log."""
+
+    error: str
+    said: list[str]
+
+
+def run_training(path: Path, overrides: list[str], resume: bool, interrupt: int | None = None) -> Ended:
+    """A whole run, or one that is interrupted right after the save of a step."""
+    said, say, save = list[str](), Monitor.say, Loop._save
+
+    def interrupting(loop: Loop, best: bool) -> None:
+        save(loop, best)
+        if loop.position.step == interrupt:
+            loop.checkpoints.wait()
+            loop.ahead.settle()
+            raise Interrupted
+
+    Monitor.say, Loop._save = (lambda monitor, text: said.append(text)), interrupting  # type: ignore[method-assign]
+    try:
+        train(load_config(path, overrides), resume=resume, started=time.time())
+    except UserError as error:
+        return Ended(str(error), said)
+    except Interrupted:
+        return Ended("interrupted", said)
+    finally:
+        Monitor.say, Loop._save = say, save  # type: ignore[method-assign]
+    return Ended("", said)
+
+
+def training(directory: Path, data: Path, **sections: dict[str, Any]) -> Path:
+    """16 steps in two epochs, a checkpoint every two, the log every four."""
+    wishes = {"epochs": 2, "log_every": 4, "checkpoint_every": 2, "output_dir": str(directory / "out")}
+    board = {"tensorboard": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    sections = {"train": wishes, "deepspeed": board, **sections}
+    return write_run(directory, data, **{**sections, "data": {"batch_size": 100}})
+
+
+def scalars(directory: Path, tag: str) -> dict[int, float]:
+    events = EventAccumulator(str(directory / "out/tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+@pytest.fixture(scope="module")
+def finished(rank_pool: Pools, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of 16 steps on two ranks."""
+    directory = tmp_path_factory.mktemp("finished")
+    assert rank_pool(2).run(run_training, training(directory, data), [], False)[0].error == ""
+    return directory
+
+
+@pytest.fixture
+def copied(finished: Path, data: Path, tmp_path: Path) -> Path:
+    """The config of a run that can resume from a copy of the finished run's checkpoints."""
+    shutil.copytree(finished / "out/checkpoints", tmp_path / "out/checkpoints")
+    return training(tmp_path, data)
+
+
+def test_the_newest_and_the_best_are_kept(finished: Path) -> None:
+    checkpoints = finished / "out/checkpoints"
+    valid = scalars(finished, "valid/logloss")
+    best = publish.name_of(min(valid, key=lambda step: valid[step]))
+    newest = {"step-000000014", "step-000000016"}
+    assert set(publish.published(checkpoints)) == newest | {best}
+    assert publish.pointed(checkpoints, "latest") == "step-000000016"
+    assert publish.pointed(checkpoints, "best") == best
+    assert {path.name for path in checkpoints.iterdir()} == {*newest, best, "latest", "best"}
+
+
+def test_the_log_goes_on_in_the_middle_of_its_window(
+    rank_pool: Pools, data: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Stopped after 10 steps, two into a window of four: the line at 12 is of four steps all the same."""
+    path = training(tmp_path, data)
+    assert rank_pool(2).run(run_training, path, [], False, 10)[0].error == "interrupted"
+    (tmp_path / "out/tensorboard").rename(tmp_path / "out/first")
+    assert rank_pool(2).run(run_training, path, [], True)[0].error == ""
+    for tag in ("train/loss", "train/auc"):
+        assert scalars(tmp_path, tag) == {step: scalars(finished, tag)[step] for step in (12, 16)}
+
+
+def spoiled(checkpoints: Path, name: str) -> Path:
+    path = checkpoints / name / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def test_a_damaged_checkpoint_is_refused_or_passed_over_when_told(rank_pool: Pools, copied: Path) -> None:
+    path = spoiled(copied.parent / "out/checkpoints", "step-000000016")
+    for message, _ in rank_pool(2).run(run_training, copied, [], True):
+        assert message.startswith(f"{path}: CRC-32 ") and "\n" not in message
+        assert message.endswith("train.fall_back=true resumes from step-000000014")
+    error, said = rank_pool(2).run(run_training, copied, ["train.fall_back=true"], True)[0]
+    assert error == ""
+    warning = next(line for line in said if "FALLING BACK" in line)
+    assert re.fullmatch(rf"WARNING: {path}: CRC-32 .* FALLING BACK TO step-000000014 .*", warning)
+    assert f"resumed from {path.parent.parent / 'step-000000014'}" in said
+
+
+def test_what_an_unfinished_save_left_is_removed(rank_pool: Pools, copied: Path) -> None:
+    left = copied.parent / "out/checkpoints/step-000000018.tmp-1234"
+    left.mkdir()
+    (left / "rank-00000.safetensors").write_bytes(b"half")
+    error, said = rank_pool(2).run(run_training, copied, [], True)[0]
+    assert error == "" and not left.exists()
+    assert any(line.startswith(f"removed {left}") for line in said)
+
+
+SHAPES = {**MODEL, "num_fm": 3}
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        (
+            {"model": SHAPES},
+            r"dense/\S+ is \[.*\] there, \[.*\] in this run \(model.num_fm: \[?2\]? there, \[?3\]? here",
+        ),
+        ({"model": {**MODEL, "layers": 2}}, "dense/.* is not there, .*model.layers: 1 there, 2 here"),
+        ({"dense": {"optimizer": "sgd"}}, "the dense optimizer was AdamW, this run's is SGD"),
+        ({"embedding": {"optimizer": "sgd"}}, "rowwise_square_sum is there, but not in this run .*embedding.optimizer"),
+        ({"embedding": {"weights": "fp16"}}, "weight is F32 there, torch.float16 in this run"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_run_of_another_model_is_refused(
+    rank_pool: Pools, data: Path, copied: Path, sections: dict[str, Any], expected: str
+) -> None:
+    path = training(copied.parent, data, **sections)
+    for message, _ in rank_pool(2).run(run_training, path, ["train.fall_back=true"], True):
+        assert re.search(expected, message) and "step-000000016" in message and "\n" not in message
+
+
+def test_a_run_on_other_data_is_refused(rank_pool: Pools, data: Path, copied: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    schema = json.loads((other / "schema.json").read_text())
+    schema["categorical"][1]["rows"] += 1
+    (other / "schema.json").write_text(json.dumps(schema))
+    name = schema["categorical"][1]["name"]
+    for message, _ in rank_pool(2).run(run_training, copied, [f"data.path={other}"], True):
+        assert f"other data: schema.categorical.{name}.rows is" in message
+
+
+def test_other_towers_are_refused_unless_their_modules_may_start_afresh(
+    rank_pool: Pools, data: Path, tmp_path: Path
+) -> None:
+    def path_of(towers: list[list[str]]) -> Path:
+        return write_run(tmp_path, data, parallel={"towers": towers}, tower_module=TOWER_MODULE)
+
+    swapped = [[*TOWERS[0][:1], TOWERS[1][0], TOWERS[0][2]], [TOWERS[0][1], *TOWERS[1][1:]]]
+    rank_pool(2).run(partial(leg, load=False, save=True), path_of(TOWERS), [], 0, 2)
+    path = path_of(swapped)
+    for message in rank_pool(2).run(load_error, path, []):
+        assert "tower modules were trained for towers [['single_0'" in message and "reset_towers" in message
+    found = rank_pool(2).run(tables_and_towers, path, ["train.reset_towers=true"])[0]
+    assert found["tables"] and found["fresh"]
+    assert any("tower modules start afresh" in line for line in found["said"])
+
+
+def load_error(path: Path, overrides: list[str]) -> str:
+    try:
+        store(build(path, overrides)).load(2)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def tables_and_towers(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """After a load: did the tables change, and are the modules as they were?"""
+    run, said = build(path, overrides), list[str]()
+    assert run.sparse.modules is not None
+
+    def copies(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in state.items()}
+
+    tables = copies({name: tensor for name, (_, tensor) in run.sparse.state().items() if name.endswith("weight")})
+    modules = copies(run.sparse.modules.state_dict())
+    store(run, said).load(2)
+    after = {name: tensor for name, (_, tensor) in run.sparse.state().items()}
+    same = [torch.equal(tensor, run.sparse.modules.state_dict()[name]) for name, tensor in modules.items()]
+    changed = [not torch.equal(tensor, after[name]) for name, tensor in tables.items()]
+    return {"tables": all(changed), "fresh": all(same), "said": said}
