@@ -1,9 +1,9 @@
 """AutoInt+ (Song et al. 2019, arXiv 1810.11921): multi-head self-attention over the embeddings beside an MLP.
 
-    a^h_mk  = softmax over k of (W_Q^h x_m) . (W_K^h x_k)       equation 5; the product is not scaled
-    y^h_m   = sum over k of a^h_mk W_V^h x_k                    equation 6
-    x'_m    = ReLU(concat over h of y^h_m + W_Res x_m)          equations 7 and 8
-    logit   = w . flatten(X_L) + MLP(flatten(X_0))              equation 9, with the MLP of AutoInt+
+    a^h_mk  = softmax over k of (W_Q^h x_m) . (W_K^h x_k)       section 4.4, interacting layer; not scaled
+    y^h_m   = sum over k of a^h_mk W_V^h x_k
+    x'_m    = ReLU(concat over h of y^h_m + W_Res x_m)
+    logit   = w . flatten(X_L) + MLP(flatten(X_0))              section 4.5, with the MLP of AutoInt+
 
 W_Res is there in every layer, also where the widths agree. The projections of a layer (4 width^2 weights at most) are
 not sharded by tensor parallelism; the MLP and the map w are.

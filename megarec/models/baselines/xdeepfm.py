@@ -1,9 +1,9 @@
 """xDeepFM (Lian et al. 2018, arXiv 1803.05170): a compressed interaction network (CIN) beside an MLP.
 
     X^0     = X_0, [n, d]
-    X^k_h   = sum over i, j of W^k_h,ij (X^{k-1}_i * X^0_j)     equation 6, h = 1 .. H_k; no activation (section 4.1)
-    p^k_h   = sum over d of X^k_hd                              equation 7
-    logit   = w . flatten(X_0) + w_cin . concat(p^1, ..) + MLP(flatten(X_0))      equation 9
+    X^k_h   = sum over i, j of W^k_h,ij (X^{k-1}_i * X^0_j)     section 3.1, h = 1 .. H_k; no activation on top
+    p^k_h   = sum over d of X^k_hd                              sum pooling
+    logit   = w . flatten(X_0) + w_cin . concat(p^1, ..) + MLP(flatten(X_0))      section 3.3, combination
 
 Layer k holds interactions of order k + 1. As in fm.py the linear part maps embeddings where the paper's maps raw
 ids. The CIN is not sharded by tensor parallelism (its weights are few beside its work); linear maps and MLP are.
