@@ -1,4 +1,4 @@
-"""Factorization machines: FM (Rendle 2010, equation 1) and DeepFM (Guo et al. 2017, arXiv 1703.04247, equations 1 and 2).
+"""Factorization machines: FM (Rendle 2010, eq. 1) and DeepFM (Guo et al. 2017, arXiv 1703.04247, eq. 1 and 2).
 
     first  = b + sum over i of w_i . x_i
     second = sum over i < j of x_i . x_j  =  1/2 sum over d of ((sum_i x_id)^2 - sum_i x_id^2)
