@@ -6,6 +6,7 @@ python tools/bench.py dense           # the over-arch against the machine's GEMM
 python tools/bench.py tensor          # tensor parallelism against data parallelism on two ranks
 python tools/bench.py recompute       # what activation checkpointing saves and costs
 python tools/bench.py towers           # flat and tower exchange over shaped links, and TorchRec's (as root)
+python tools/bench.py checkpoint       # saving and loading over plain writes and reads; steps beside a save
 python tools/bench.py overlap          # waiting for ids, with and without overlap (as root)
 """
 
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megarec.errors import UserError, exits_cleanly
 
-NAMES = ("tables", "flat", "dense", "tensor", "recompute", "towers", "overlap")
+NAMES = ("tables", "flat", "dense", "tensor", "recompute", "towers", "overlap", "checkpoint")
 
 
 @exits_cleanly

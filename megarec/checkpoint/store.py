@@ -12,7 +12,7 @@ from megarec.checkpoint.format import DamagedCheckpoint, Index, read_index
 from megarec.checkpoint.position import Position
 from megarec.checkpoint.publish import BEST, LATEST, Plan, SaveFailed
 from megarec.checkpoint.reading import Reader, verify
-from megarec.checkpoint.writing import Snapshot
+from megarec.checkpoint.writing import Snapshot, give_way
 from megarec.errors import UserError
 from megarec.training.build import Run
 from megarec.training.metrics import Predictions
@@ -75,6 +75,7 @@ class Checkpoints:
     def _write(self, plan: Plan) -> None:
         """In the thread: no collectives, no tensors of the run."""
         rank = self._run.topology.rank
+        give_way()
         try:
             try:
                 publish.write_part(plan, rank, self._snapshot)

@@ -33,6 +33,8 @@ def write_run(directory: Path, data: Path, /, **sections: dict[str, Any]) -> Pat
     }
     for name, values in sections.items():
         run[name] = {**run.get(name, {}), **values}
+    if "optimizer" in run["deepspeed"]:
+        del run["dense"]
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "run.json"
     path.write_text(json.dumps(run))

@@ -72,3 +72,22 @@ def test_low_precision_weights_are_the_masters_rounded(
     assert drift(found, whole[2:]) < 5e-3
     again = rank_pool(2).run(partial(leg, load=True, save=False), path, overrides, 2, 4)[0].losses
     assert again == found
+
+
+MOMENTUM = {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}}
+DEEPSPEED_ADAM = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
+
+
+@pytest.mark.parametrize("optimizer", [MOMENTUM, DEEPSPEED_ADAM], ids=["momentum", "adamw"])
+@pytest.mark.parametrize("first", [0, 2], ids=["before any step", "after two steps"])
+def test_optimizers_of_deepspeeds_section(
+    rank_pool: Pools, data: Path, tmp_path: Path, optimizer: dict[str, object], first: int
+) -> None:
+    """Before its first step an optimizer has no states, and a checkpoint none of them."""
+    path = write_run(tmp_path, data, deepspeed={"optimizer": optimizer})
+    whole = rank_pool(2).run(partial(leg, load=False, save=False), path, [], 0, first + 3)[0].losses
+    rank_pool(2).run(partial(leg, load=False, save=True), path, [], 0, first)
+    for ranks, stage in ((2, 3), (1, 0)):
+        overrides = [f"deepspeed.zero_optimization.stage={stage}"]
+        found = rank_pool(ranks).run(partial(leg, load=True, save=False), path, overrides, first, first + 3)[0].losses
+        assert drift(found[:1], whole[first : first + 1]) < 1e-6 and drift(found, whole[first:]) < 1e-5
