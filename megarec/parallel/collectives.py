@@ -54,12 +54,12 @@ class Ledger:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a key, for JSON and tables: the key's fields, then those of its traffic."""
-        return [key._asdict() | vars(entry) for key, entry in sorted(list(self.traffic.items()))]
+        return [key._asdict() | vars(entry) for key, entry in sorted(self.traffic.copy().items())]
 
     def take(self) -> dict[str, int]:
         """Bytes sent since the last call, by group, and those of all groups that crossed hosts; the totals stay."""
         totals: dict[str, int] = {"cross_host": 0}
-        for key, entry in list(self.traffic.items()):  # ids are recorded from a thread of their own
+        for key, entry in self.traffic.copy().items():  # ids are recorded from a thread of their own
             totals[key.group] = totals.get(key.group, 0) + entry.bytes
             totals["cross_host"] += entry.cross_host_bytes
         new = {group: total - self._taken.get(group, 0) for group, total in totals.items()}

@@ -40,9 +40,17 @@ def test_uneven_blocks_and_their_gradients(rank_pool: Callable[[int], RankPool])
         own = len(block(rank, rank))
         common = {"group": "world", "op": "all_to_all embeddings", "dtype": "float32", "calls": 1}
         assert rows == [
-            {**common, "direction": "backward", "bytes": 4 * back, "self_bytes": 4 * own},
-            {**common, "direction": "forward", "bytes": 4 * sent, "self_bytes": 4 * own},
-            {**common, "op": "all_to_all ids", "dtype": "float16", "direction": "forward", "bytes": 4, "self_bytes": 2},
+            {**common, "direction": "backward", "bytes": 4 * back, "cross_host_bytes": 0, "self_bytes": 4 * own},
+            {**common, "direction": "forward", "bytes": 4 * sent, "cross_host_bytes": 0, "self_bytes": 4 * own},
+            {
+                **common,
+                "op": "all_to_all ids",
+                "dtype": "float16",
+                "direction": "forward",
+                "bytes": 4,
+                "cross_host_bytes": 0,
+                "self_bytes": 2,
+            },
         ]
 
 

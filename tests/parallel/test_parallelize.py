@@ -46,7 +46,6 @@ def norms(path: Path, overrides: list[str]) -> list[float]:
             run.sparse,
             batch,
             world_size=run.topology.world_size,
-            l2=config.embedding.l2,
             clock=Clock(device),
             want_norm=True,
         )
