@@ -174,12 +174,14 @@ def torture(directory: Path, kills: int, seed: int) -> Report:
         path = write_run(directory / f"run-{report.runs}", data)
         attempt = published = 0
         while True:
+            began = time.monotonic()
             processes = start(path, attempt)
             last_of_run = report.kills == kills
             moment = PATIENCE if last_of_run else dice.uniform(0.0, whole)
             alive = wait(processes, moment)
             resumed = resumed_step(path, attempt) if (path.parent / f"attempt-{attempt}.rank-0.log").exists() else None
             if not alive:
+                whole = min(whole, time.monotonic() - began) if attempt == 0 else whole
                 break
             assert not last_of_run, "the run did not end"
             first = dice.sample(alive, dice.randint(1, len(alive)))
