@@ -1,0 +1,181 @@
+"""What was measured: one row a run, its model's family, what it cost and how well it predicted."""
+
+import csv
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from megarec.errors import UserError
+
+Axis = Literal["gflop", "parameters"]
+Quality = Literal["relative_logloss_percent", "logloss", "ne"]
+
+COLUMN: dict[Axis, str] = {"gflop": "train_gflop_per_example", "parameters": "parameters"}
+UNIT: dict[Axis, str] = {"gflop": "GFLOP/example", "parameters": "parameters"}
+QUALITIES: tuple[Quality, ...] = get_args(Quality)
+
+
+class Run(NamedTuple):
+    """One run.
+
+    Attributes:
+        cost: training GFLOP/example, or parameters.
+        loss: LogLoss, NE, or LogLoss divided by the baseline's; lower is better.
+    """
+
+    cost: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Points:
+    """The runs of a file.
+
+    Attributes:
+        source: the file's name.
+        axis: what `Run.cost` counts.
+        quality: the column that `Run.loss` comes from.
+        families: runs by family, cheapest first; only families with a measured run.
+        unmeasured: by family, the costs of rows whose quality is empty.
+    """
+
+    source: str
+    axis: Axis
+    quality: Quality
+    families: dict[str, tuple[Run, ...]]
+    unmeasured: dict[str, tuple[float, ...]]
+
+
+def read_points(path: Path, axis: Axis = "gflop", quality: Quality | None = None) -> Points:
+    """Read a table of runs.
+
+    Args:
+        path: CSV, or parquet if it is named so. Columns: `model`; `train_gflop_per_example` or `parameters`;
+            `relative_logloss_percent` (of a baseline's LogLoss), `logloss` or `ne`; `seed` if there is one.
+        axis: which cost to read.
+        quality: which quality to read; None: the first of the three that is there.
+
+    Raises:
+        UserError: the file cannot be read, a column is missing, or a row's value does not do; rows count from 1,
+            without the header.
+    """
+    columns, rows = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    chosen = _quality(path, columns, quality)
+    for needed in ("model", COLUMN[axis]):
+        if needed not in columns:
+            raise UserError(f"{path}: no column {needed}; the columns are {', '.join(columns)}")
+    families: dict[str, list[Run]] = {}
+    unmeasured: dict[str, list[float]] = {}
+    first_row: dict[tuple[str, ...], int] = {}
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        family, cost = family_of(_name(row, where)), _positive(row, COLUMN[axis], where)
+        if _empty(row.get(chosen)):
+            unmeasured.setdefault(family, []).append(cost)
+            continue
+        _refuse_repeat(first_row, row, number, path)
+        families.setdefault(family, []).append(Run(cost, _loss(row, chosen, where)))
+    if not families:
+        raise UserError(f"{path}: no row has a {chosen}; there is nothing to fit")
+    return Points(
+        path.name,
+        axis,
+        chosen,
+        {family: tuple(sorted(runs)) for family, runs in families.items()},
+        {family: tuple(sorted(costs)) for family, costs in unmeasured.items()},
+    )
+
+
+def family_of(model: str) -> str:
+    """A model's name up to its size: `wukong-5.6gflop` and `wukong_8x96` are of the family wukong."""
+    return re.sub(r"[-_ ]\d.*$", "", model)
+
+
+def _quality(path: Path, columns: list[str], asked: Quality | None) -> Quality:
+    for column in (asked,) if asked else QUALITIES:
+        if column in columns:
+            return column
+    raise UserError(f"{path}: no column {asked or ' or '.join(QUALITIES)}; the columns are {', '.join(columns)}")
+
+
+def _name(row: dict[str, Any], where: str) -> str:
+    if _empty(row["model"]):
+        raise UserError(f"{where}: model is empty; give each row the name of its model")
+    return str(row["model"]).strip()
+
+
+def _number(row: dict[str, Any], column: str, where: str) -> float:
+    value = row[column]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: {column} is {value!r}, not a number") from None
+    if not math.isfinite(number):
+        raise UserError(f"{where}: {column} is {value!r}; leave it empty if the run has no result")
+    return number
+
+
+def _positive(row: dict[str, Any], column: str, where: str) -> float:
+    number = _number(row, column, where)
+    if number <= 0:
+        raise UserError(f"{where}: {column} is {number:g}, but must be above 0")
+    return number
+
+
+def _loss(row: dict[str, Any], quality: Quality, where: str) -> float:
+    if quality != "relative_logloss_percent":
+        return _positive(row, quality, where)
+    percent = _number(row, quality, where)
+    if percent <= -100:
+        raise UserError(f"{where}: {quality} is {percent:g}, but must be above -100: no LogLoss is left at -100 %")
+    return 1 + percent / 100
+
+
+def _refuse_repeat(first_row: dict[tuple[str, ...], int], row: dict[str, Any], number: int, path: Path) -> None:
+    """Two runs of one size and seed, say at two learning rates, would count as noise; which is meant is not for us."""
+    if _empty(row.get("seed")):
+        return
+    key = tuple(str(row.get(column)) for column in ("model", *COLUMN.values(), "seed"))
+    if first_row.setdefault(key, number) != number:
+        raise UserError(
+            f"{path}, row {number}: model, size and seed are those of row {first_row[key]}; keep one of them "
+            "(the learning rate that was chosen on validation)"
+        )
+
+
+def _empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _read_csv(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as CSV ({error})") from None
+    reader = csv.DictReader(lines, strict=True)
+    return list(reader.fieldnames or []), _checked_width(path, reader)
+
+
+def _checked_width(path: Path, reader: "csv.DictReader[str]") -> Iterator[dict[str, Any]]:
+    columns = list(reader.fieldnames or [])
+    try:
+        for number, row in enumerate(reader, start=1):
+            if None in row or None in row.values():
+                raise UserError(f"{path}, row {number}: not as many values as the header's {len(columns)} columns")
+            yield row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _read_parquet(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
+    try:
+        table = parquet.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
+    return table.column_names, iter(table.to_pylist())
