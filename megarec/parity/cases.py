@@ -110,7 +110,7 @@ def _small_towers() -> list[Case]:
             numbers = (*model, *dense, FULL_WIDTH, LARGE_ROWS, TOWER_MODULES[module])
             chosen += [Case(4, (*numbers, UNEVEN_TWO), (_zero(stage), *_hosts(2)))]
             chosen += [Case(2, (*numbers, UNEVEN_FOUR), (_zero(stage - 1), *_hosts(1)))]
-        chosen += [Case(4, (*numbers, UNEVEN_FOUR), (_zero(stage), *_tensor(2), *_hosts(2), ACCUMULATION))]
+        chosen += [Case(4, (*numbers, UNEVEN_FOUR), (_zero(stage), *_tensor(2), *_hosts(2)))]
         chosen += [Case(1, (*numbers, UNEVEN_TWO), (_zero(stage),)), Case(2, (*numbers, UNEVEN_TWO), (_zero(0),))]
     return [*chosen, Case(4, (*numbers, UNEVEN_FOUR), (_zero(2), *_hosts(1)))]
 
@@ -131,8 +131,8 @@ def _small_dense() -> list[Case]:
     chosen += [Case(2, topology=(_zero(2), ACCUMULATION))]
     chosen += [Case(2, DENSE_SGD, (_zero(stage),)) for stage in (0, 2)]
     chosen += [Case(2, model, (_zero(stage),)) for model, stage in zip(MODELS[1:], (1, 1, 2, 3, 1), strict=True)]
-    chosen += [Case(4, DENSE_SGD, (*_tensor(2), _zero(stage), ACCUMULATION)) for stage in (0, 1, 2, 3)]
-    chosen += [Case(4, topology=(*_tensor(4), _zero(stage))) for stage in (0, 1, 2, 3)]
+    chosen += [Case(4, DENSE_SGD, (*_tensor(2), _zero(stage), ACCUMULATION)) for stage in (0, 2)]
+    chosen += [Case(4, topology=(*_tensor(4), _zero(stage))) for stage in (1, 3)]
     chosen += [
         Case(2, model, (*_tensor(2), _zero(stage))) for model, stage in zip(MODELS, (2, 3, 1, 3, 2, 0), strict=True)
     ]
