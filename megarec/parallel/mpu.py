@@ -65,6 +65,7 @@ def set_deepspeed_groups(topology: Topology, mpu: ModelParallelUnit | None, sect
         UserError: zero_hpz_partition_size does not divide the data ranks of a host.
     """
     deepspeed.utils.groups.mpu = mpu
+    deepspeed.utils.groups._WORLD_GROUP = None  # kept from an engine of the same process, whose groups may be gone
     size = section.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
     data_ranks = topology.ranks_per_host // topology.tensor_size
     if size > 1 and data_ranks % size:

@@ -4,10 +4,12 @@
         results = pool.run(function, argument)   # function(argument) on every rank, results by rank
 
 The function must be importable by name (defined at the top level of a module), its arguments and result picklable.
-On a rank torch.distributed is initialised (gloo) and torch runs one thread.
+On a rank torch.distributed is initialised (gloo) and torch runs one thread. Process groups live for one `run`: every
+idle gloo group wakes its thread a hundred times a second, and those of some hundred runs would take up the machine.
 """
 
 import datetime
+import itertools
 import multiprocessing.connection
 import os
 import pickle
@@ -144,13 +146,16 @@ def _serve(rank: int, world_size: int, directory: str, connection: Connection, t
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
     )
 
-    def join() -> None:
-        store = dist.FileStore(os.path.join(directory, "store"), world_size)  # noqa: PTH118 (FileStore wants a str)
+    def join(run: int) -> None:
+        """The group of a run, in place of all groups of the one before: every rank has ended that one."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        store = dist.FileStore(os.path.join(directory, f"store-{run}"), world_size)  # noqa: PTH118 (it wants a str)
         patience = datetime.timedelta(seconds=timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=patience)
 
-    _reply(connection, join)
-    while True:
+    _reply(connection, lambda: join(0))
+    for run in itertools.count(1):
         try:
             path = pickle.loads(connection.recv_bytes())
             message = connection.recv_bytes()
@@ -158,7 +163,8 @@ def _serve(rank: int, world_size: int, directory: str, connection: Connection, t
             return  # the parent closed the pool or died
         sys.path.extend(entry for entry in path if entry not in sys.path)
 
-        def work(message: bytes = message) -> Any:
+        def work(run: int = run, message: bytes = message) -> Any:
+            join(run)
             function, args = pickle.loads(message)
             return function(*args)
 
