@@ -43,7 +43,7 @@ class Ahead:
 
     def __init__(self, sparse: SparseSide, device: torch.device, overlap: bool) -> None:
         self._sparse, self._device = sparse, device
-        self._orders: queue.Queue[tuple[Batch, Future[Arrived]]] | None = None
+        self._orders: queue.Queue[tuple[Batch, Future[Arrived]] | None] | None = None
         self._last: Future[Arrived] | None = None
         if overlap:
             self._orders = queue.Queue()
@@ -61,9 +61,15 @@ class Ahead:
         return lambda: self._wait(future)
 
     def settle(self) -> None:
-        """Wait for what is on its way: before anything else sends ids, and before the groups go."""
+        """Wait for what is on its way, before anything else sends ids."""
         if self._last is not None:
             self._last.result()
+
+    def close(self) -> None:
+        """Wait for what is on its way and end the thread, before the groups go."""
+        self.settle()
+        if self._orders is not None:
+            self._orders.put(None)
 
     def steps(self, batches: Iterator[Batch], clock: Clock) -> Iterator[tuple[Pending, Callable[[], None]]]:
         """For each batch: it on its way, and a function that starts the next one (else it starts when asked for)."""
@@ -82,8 +88,8 @@ class Ahead:
 
     def _serve(self) -> None:
         assert self._orders is not None
-        while True:
-            batch, future = self._orders.get()
+        while order := self._orders.get():
+            batch, future = order
             try:
                 if self._stream is None:
                     future.set_result(self._send(batch))

@@ -56,7 +56,7 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
     loop = Loop(run, monitor, checkpoints, position, window, started)
     with tracing(config.train.trace, output / "trace", run.topology.rank, position.step) as step_done:
         loop.run_to_the_end(step_done)
-    loop.ahead.settle()
+    loop.ahead.close()
 
     checkpoints.wait()
     if not math.isinf(position.best):

@@ -44,7 +44,7 @@ def train(path: Path, overrides: list[str], traces: Path | None = None) -> list[
                 seen.append(predict(run.engine, run.sparse, batch))
             if len(seen) > STEPS:
                 break
-    ahead.settle()
+    ahead.close()
     return seen
 
 
