@@ -20,8 +20,8 @@ from megarec.data.schema import schema_of
 from megarec.errors import exits_cleanly
 
 PARTS = (
-    "process", "parameters", "gradients", "optimizer", "step", "activations", "tables", "communication",
-    "model_states", "total",
+    "process", "parameters", "gradients", "optimizer", "step", "activations", "tables", "towers",
+    "communication", "model_states", "total",
 )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Bytes of one rank of a run, by part, predicted from its config and the features of its data; nothing is built.
 
 Parts: `parameters`, `gradients`, `optimizer` and `step` of the dense side and its `communication` (zero.py);
-`activations`, what a micro-batch saves for its backward pass; `tables`, the rank's shards with their optimizer state.
+`activations`, what a micro-batch saves for its backward pass; `tables`, the rank's shards with their optimizer state;
+`towers`, the rank's tower modules with gradients, optimizer state and what a step saves for their backward pass.
 `communication` holds the exchange's buffers as well.
 """
 
@@ -22,6 +23,8 @@ from megarec.parallel.recompute import recompute_layers
 from megarec.parallel.tensor import shard_mlps
 from megarec.planning.zero import dense_parts, zero_of
 from megarec.topology import Topology
+from megarec.towers.modules import TowerBank
+from megarec.towers.optimizer import resolve_optimizer
 from megarec.towers.sizes import over_arch_config, over_arch_input, resolve_towers
 from megarec.training.memory import Parts, saved_activations
 
@@ -55,6 +58,7 @@ def predict(
     parts["communication"] += exchange_bytes(layout, shards, micro_batch * zero.accumulation, topology)
     parts["activations"] = activation_bytes(config, layout, len(schema.numeric), micro_batch)
     parts["tables"] = table_bytes(own, config.embedding)
+    parts["towers"] = tower_bytes(config, layout, micro_batch * zero.accumulation, topology)
     return parts
 
 
@@ -65,7 +69,8 @@ def with_totals(parts: Parts) -> Parts:
     """
     states = sum(parts[name] for name in MODEL_STATES)
     moment = max(parts["activations"] + parts["communication"], parts["step"])
-    return {**parts, "model_states": states, "total": states + parts["tables"] + moment + parts.get("process", 0)}
+    sparse = parts["tables"] + parts["towers"]
+    return {**parts, "model_states": states, "total": states + sparse + moment + parts.get("process", 0)}
 
 
 def meta_model(config: RunConfig, layout: EmbeddingLayout, numeric: int) -> Recommender:
@@ -104,6 +109,26 @@ def table_bytes(shards: Sequence[Shard], config: EmbeddingConfig) -> int:
     state = ROW_OPTIMIZERS[config.optimizer].state.values()
     per_element, per_row = (sum(4 for kept in state if kept == per) for per in ("element", "row"))
     return sum(shard.rows * (shard.columns * (width + per_element) + per_row + 1) for shard in shards)
+
+
+def tower_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int, topology: Topology) -> int:
+    """Parameters, gradients, optimizer state and saved activations of the modules that a rank runs, all float32.
+
+    Args:
+        examples: of this rank in one step; under the tower exchange its modules see those of its peers as well.
+    """
+    towers, modules, _ = resolve_towers(config, layout)
+    if towers is None or modules is None:
+        return 0
+    host, hosts = (topology.host, topology.hosts) if config.parallel.exchange == "tower" else (0, 1)
+    here = towers.of_host(host, hosts)
+    columns = sum(modules.inputs[tower] for tower in here) * modules.width
+    kept: dict[str, int] = {}
+    with torch.device("meta"), saved_activations(kept):
+        bank = TowerBank(modules, here)
+        bank(torch.empty(examples * hosts, columns, requires_grad=True))
+    copies = 4 if resolve_optimizer(modules.module, config.dense).optimizer == "adamw" else 2
+    return 4 * copies * sum(parameter.numel() for parameter in bank.parameters()) + kept["bytes"]
 
 
 def exchange_bytes(layout: EmbeddingLayout, shards: Sequence[Shard], examples: int, topology: Topology) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megarec.config.sections import RunConfig
@@ -27,6 +27,7 @@ from megarec.planning.fit import Fit, fit
 from megarec.planning.host import available_bytes, peak_resident_bytes, resident_bytes
 from megarec.planning.memory import MODEL_STATES, with_totals
 from megarec.topology import Topology, build_topology, check_divides
+from megarec.towers.side import TowerModules
 from megarec.training.allocator import give_back_freed_memory
 from megarec.training.build import Model, build_model
 from megarec.training.clock import Clock
@@ -117,12 +118,13 @@ def run_steps(
     fitted: Fit, model: Model, topology: Topology, device: torch.device
 ) -> tuple[Parts, int, list[dict[str, Any]]]:
     """Run STEPS steps; the parts at their peaks, and of the last step the FLOPs and the collectives."""
-    peak: Parts = {"tables": model.sparse.memory_bytes()}
+    peak: Parts = {"tables": model.sparse.memory_bytes(), "towers": 0}
     engine = model.engine
     recorder = CollectiveRecorder(GroupNames(topology), lambda messages: _raise(peak, engine, messages))
     size = fitted.micro_batch * engine.gradient_accumulation_steps()
     # ZeRO-3 has a backward pass of its own for linear layers, outside of the model's own products.
-    with recorder, fast_cpu_gemm(device, compute_dtype(engine)), _measured(peak, engine):
+    measured = _measured(peak, engine), _towers_measured(peak, model.sparse.modules)
+    with recorder, fast_cpu_gemm(device, compute_dtype(engine)), measured[0], measured[1]:
         for step in range(STEPS):
             batch = make_batch(fitted.schema, size, seed=step).to(device)
             with FlopCounterMode(display=False) as counter:
@@ -166,3 +168,27 @@ def _measured(peak: Parts, engine: Any) -> Iterator[None]:
     with patch.object(engine, "forward", measured_forward), patch.object(engine, "step", measured_step):
         yield
     hook.remove()
+
+
+@contextmanager
+def _towers_measured(peak: Parts, modules: TowerModules | None) -> Iterator[None]:
+    """Measure what tower modules hold: all of theirs at the end of a step, their gradients, and what they save."""
+    if modules is None:
+        yield
+        return
+    forward, kept, gradients = modules.bank.forward, {"bytes": 0}, dict[nn.Parameter, int]()
+
+    def measured_forward(x: Tensor) -> Tensor:
+        with saved_activations(kept):
+            return forward(x)
+
+    def keep(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        gradients[parameter] = parameter.grad.nbytes
+
+    hooks = [parameter.register_post_accumulate_grad_hook(keep) for parameter in modules.bank.parameters()]
+    with patch.object(modules.bank, "forward", measured_forward):
+        yield
+    for hook in hooks:
+        hook.remove()
+    peak["towers"] = modules.memory_bytes() + sum(gradients.values()) + kept["bytes"]

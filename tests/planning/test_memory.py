@@ -118,5 +118,6 @@ def test_the_largest_ladder_row_by_hand() -> None:
 
 def test_the_step_counts_where_it_needs_more_than_the_backward_pass() -> None:
     parts = {"parameters": 1, "gradients": 2, "optimizer": 3, "tables": 4, "activations": 5, "communication": 6}
-    assert with_totals({**parts, "step": 10})["total"] == 10 + 11
-    assert with_totals({**parts, "step": 20})["total"] == 10 + 20
+    parts["towers"] = 7
+    assert with_totals({**parts, "step": 10})["total"] == 17 + 11
+    assert with_totals({**parts, "step": 20})["total"] == 17 + 20

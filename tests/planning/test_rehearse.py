@@ -61,6 +61,7 @@ def real_collectives(path: Path, overrides: list[str]) -> list[dict[str, Any]]:
     return found
 
 
+EVEN = '[["single_0", "single_1", "multi_0"], ["single_2", "single_3", "multi_1"]]'  # FLOPs are counted over all hosts
 CASES = {
     "ZeRO-3, tensor parallelism, whole tables": (1, ["deepspeed.zero_optimization.stage=3", "parallel.tensor=2"]),
     "ZeRO-2 in bf16, accumulation, tables split by columns": (
@@ -75,6 +76,18 @@ CASES = {
     "tables split by rows, a copy on every rank": (
         2,
         ["embedding.placement=row", "embedding.tables.single_0.placement=replicated"],
+    ),
+    "tower exchange with modules": (
+        1,
+        [
+            "parallel.exchange=tower",
+            "parallel.towers=" + EVEN,
+            "tower_module.name=dlrm",
+            "tower_module.c=1",
+            "tower_module.p=1",
+            "tower_module.dim=4",
+            "embedding.features={}",
+        ],
     ),
 }
 
@@ -93,7 +106,7 @@ def test_a_rehearsal_tells_what_the_real_job_does(case: str, base: Path, rank_po
 
     assert result["flop"]["executed"] == result["flop"]["counted"]
     peak, predicted = result["peak_bytes"], result["predicted_bytes"]
-    for part in ("model_states", "parameters", "optimizer", "activations", "tables"):
+    for part in ("model_states", "parameters", "optimizer", "activations", "tables", "towers"):
         assert peak[part] == pytest.approx(predicted[part], rel=0.05), part
     assert set(peak) == set(predicted)
     assert "loss" not in run.stdout
