@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
-from megarec.config.base import PerLayer, Positive, Probability, Rate, Section
+from megarec.config.base import PerLayer, Positive, Probability, Rate, Section, by_name
 from megarec.config.baseline_sections import BASELINES, BaselineConfig, BaselineSection
 from megarec.config.model_base import ModelConfig
 from megarec.config.tower_sections import IdentityTowerConfig, TowerLists, TowerModuleSection
@@ -60,17 +60,12 @@ OverArchConfig = WukongConfig | DlrmConfig | DcnConfig | BaselineConfig
 MODELS: dict[str, type[OverArchConfig]] = {"wukong": WukongConfig, "dlrm": DlrmConfig, "dcn": DcnConfig, **BASELINES}
 
 
-def _model_name(section: Any) -> Any:
-    """By what a model section is told apart; one without a name is a Wukong."""
-    return section.get("name", "wukong") if isinstance(section, dict) else getattr(section, "name", None)
-
-
 ModelSection = Annotated[
     Annotated[WukongConfig, Tag("wukong")]
     | Annotated[DlrmConfig, Tag("dlrm")]
     | Annotated[DcnConfig, Tag("dcn")]
     | BaselineSection,
-    Discriminator(_model_name),
+    by_name("wukong"),
 ]
 
 

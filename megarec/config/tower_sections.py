@@ -1,10 +1,10 @@
 """Towers of DMT (arXiv 2403.00877): which features they hold, and the module of each; part of a run's JSON."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from megarec.config.base import Positive, Rate, Section
+from megarec.config.base import Positive, Rate, Section, by_name
 
 
 class IdentityTowerConfig(Section):
@@ -89,17 +89,12 @@ TOWER_MODULES: dict[str, type[IdentityTowerConfig | TowerModule]] = {
 }
 
 
-def _tower_module_name(section: Any) -> Any:
-    """By what a tower_module section is told apart; one without a name is the identity."""
-    return section.get("name", "identity") if isinstance(section, dict) else getattr(section, "name", None)
-
-
 TowerModuleSection = Annotated[
     Annotated[IdentityTowerConfig, Tag("identity")]
     | Annotated[DlrmTowerConfig, Tag("dlrm")]
     | Annotated[DcnTowerConfig, Tag("dcn")]
     | Annotated[WukongTowerConfig, Tag("wukong")],
-    Discriminator(_tower_module_name),
+    by_name("identity"),
 ]
 
 TowerLists = Annotated[

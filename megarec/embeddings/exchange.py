@@ -171,29 +171,13 @@ class SparseSide:
         """Copy what `state` returned, from the same placement.
 
         Raises:
-            UserError: a tensor is missing, unknown, or another slice than this rank's.
+            UserError: a tensor is missing, unknown, of another shape or type, or another slice than this rank's.
         """
         mine = self.state()
         for name, (shard, _) in mine.items():
             if name in state and state[name][0] != shard:
                 raise UserError(f"checkpoint: {name} is the slice {state[name][0]}, this rank holds {shard}")
         self._group.tables.load({name: tensor for name, (_, tensor) in state.items()})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Tables and tower modules, for a checkpoint that is read back by the same rank of the same topology."""
-        tables = {name: tensor for name, (_, tensor) in self.state().items()}
-        return tables if self.modules is None else tables | self.modules.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy what `state_dict` returned.
-
-        Raises:
-            UserError: a tensor is missing, unknown, or of another shape or type.
-        """
-        of_modules = {name for name in state if name.startswith("towers.")}
-        self._group.tables.load({name: tensor for name, tensor in state.items() if name not in of_modules})
-        if self.modules is not None:
-            self.modules.load_state_dict({name: state[name] for name in of_modules})
 
     def describe(self) -> list[str]:
         """Lines for the log: who holds what, in which backend and why."""

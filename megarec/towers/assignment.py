@@ -113,12 +113,3 @@ def tower_columns(layout: EmbeddingLayout, towers: Towers) -> list[list[int]]:
     """
     columns = {f.name: range(f.start, f.start + f.columns) for f in layout.features}
     return [[column for name in names for column in columns[name]] for names in towers.features]
-
-
-def canonical_columns(layout: EmbeddingLayout, towers: Towers) -> list[int]:
-    """Where each column of the layout lies in tower order: the way back."""
-    order = [column for columns in tower_columns(layout, towers) for column in columns]
-    back = [0] * len(order)
-    for place, column in enumerate(order):
-        back[column] = place
-    return back

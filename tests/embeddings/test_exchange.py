@@ -230,17 +230,17 @@ def test_resumed_column_slices(rank_pool: Callable[[int], RankPool]) -> None:
 
 def test_state_that_does_not_fit_is_refused() -> None:
     sparse = sparse_side(LAYOUT, EmbeddingConfig())
-    good = sparse.state_dict()
+    good = sparse.state()
+    shard, weight = good["user/weight"]
+    square_sum = good["user/rowwise_square_sum"]
     with pytest.raises(UserError, match="user/weight is missing"):
-        sparse.load_state_dict({name: t for name, t in good.items() if name != "user/weight"})
+        sparse.load_state({name: value for name, value in good.items() if name != "user/weight"})
     with pytest.raises(UserError, match="user/square_sum does not fit"):
-        sparse.load_state_dict(good | {"user/square_sum": torch.zeros(300, 8)})
+        sparse.load_state(good | {"user/square_sum": square_sum})
     with pytest.raises(UserError, match=r"user/weight is torch.float16 \(300, 8\), this rank's is torch.float32"):
-        sparse.load_state_dict(good | {"user/weight": good["user/weight"].half()})
-    state = sparse.state()
-    shard, weight = state["user/weight"]
+        sparse.load_state(good | {"user/weight": (shard, weight.half())})
     with pytest.raises(UserError, match=r"user/weight is the slice .*rank=5"):
-        sparse.load_state(state | {"user/weight": (shard.__class__("user", 5, 0, 300, 0, 8), weight)})
+        sparse.load_state(good | {"user/weight": (dataclasses.replace(shard, rank=5), weight)})
 
 
 def test_memory_and_description() -> None:
@@ -253,7 +253,7 @@ def test_memory_and_description() -> None:
 
 
 def copied(sparse: SparseSide) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in sparse.state_dict().items()}
+    return {name: tensor.clone() for name, (_, tensor) in sparse.state().items()}
 
 
 def assert_same(mine: dict[str, torch.Tensor], its: dict[str, torch.Tensor]) -> None:

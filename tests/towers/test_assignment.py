@@ -9,7 +9,7 @@ from megarec.config.sections import EmbeddingConfig, FeatureEmbedding
 from megarec.data.schema import CategoricalFeature, Schema
 from megarec.embeddings.layout import EmbeddingLayout, build_layout
 from megarec.errors import UserError
-from megarec.towers.assignment import Towers, assign_towers, canonical_columns, check_towers, tower_columns
+from megarec.towers.assignment import Towers, assign_towers, check_towers, tower_columns
 
 DIM = 4
 
@@ -82,7 +82,7 @@ def assigned(draw: st.DrawFn) -> tuple[EmbeddingLayout, Towers]:
 
 @given(assigned())
 @settings(max_examples=60, deadline=None)
-def test_tower_order_and_back(case: tuple[EmbeddingLayout, Towers]) -> None:
+def test_tower_order(case: tuple[EmbeddingLayout, Towers]) -> None:
     places, towers = case
     columns = tower_columns(places, towers)
     x = torch.randn(3, places.width)
@@ -94,4 +94,3 @@ def test_tower_order_and_back(case: tuple[EmbeddingLayout, Towers]) -> None:
             assert torch.equal(block[:, :width], x[:, start : start + width])
             block = block[:, width:]
         assert block.shape[1] == 0
-    assert torch.equal(torch.cat(blocks, dim=1)[:, canonical_columns(places, towers)], x)
