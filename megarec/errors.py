@@ -14,6 +14,18 @@ class UserError(ValueError):
     """
 
 
+class RunEnded(Exception):
+    """A run ends before its end, on all ranks alike and for a reason that was agreed on.
+
+    Attributes:
+        code: the exit code (exit_codes.py).
+    """
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
 def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a command's `main`: a `UserError` becomes one line on standard error and exit code 2."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megarec.errors import USER_ERROR_EXIT, UserError
+from megarec.errors import USER_ERROR_EXIT, RunEnded, UserError
 from megarec.launching.outcomes import JOB_VARIABLE, Outcome, tell, this_rank
 
 FAILURE_EXIT = 1
@@ -41,6 +41,11 @@ def reported() -> Iterator[None]:
         if JOB_VARIABLE not in os.environ:
             raise
         _end(this_rank(USER_ERROR_EXIT, str(error)))
+    except RunEnded as error:
+        outcome = this_rank(error.code, str(error))
+        if JOB_VARIABLE not in os.environ and outcome.rank == 0:
+            print(str(error), file=sys.stderr)
+        _end(outcome)
     except Exception as error:
         outcome = outcome_of(error)
         if JOB_VARIABLE not in os.environ:
