@@ -13,14 +13,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megarec.errors import USER_ERROR_EXIT, exits_cleanly
-from megarec.launching.arguments import add_arguments, job_of
+from megarec.launching.arguments import add_host_arguments, add_run_arguments, job_of
 from megarec.launching.preflight import check_hosts, table
 
 
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check the hosts of a hostfile before a run.")
-    add_arguments(parser)
+    add_host_arguments(parser)
+    add_run_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     arguments = parser.parse_args()
     job, _ = job_of(arguments)

@@ -14,7 +14,8 @@ from torch import Tensor
 from megarec.checkpoint.dense import PREFIX as DENSE
 from megarec.checkpoint.format import DTYPES, INDEX, Index, read_index
 from megarec.checkpoint.pieces import Ints, Piece, rectangles, share
-from megarec.checkpoint.publish import BEST, LATEST, move_in, pointed
+from megarec.checkpoint.pointers import BEST, LATEST, pointed
+from megarec.checkpoint.publish import move_in
 from megarec.checkpoint.reading import Reader, verify
 from megarec.checkpoint.sparse import TABLES, TOWERS
 from megarec.checkpoint.writing import file_header, write_file, write_json

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from megarec.checkpoint.format import DTYPE_NAMES, INDEX, FileEntry
+from megarec.checkpoint.pointers import BEST, LATEST, NAME, name_of, pointed
 from megarec.checkpoint.writing import Snapshot, key_of, sync_directory, write_file, write_json
 
-LATEST, BEST = "latest", "best"
-NAME = re.compile(r"step-\d{9,}")
 POLL_SECONDS = 0.01, 0.2  # between looks for the other ranks' marks: at first, at most
 
 
@@ -61,10 +60,6 @@ class Plan:
     @property
     def temporary(self) -> Path:
         return self.checkpoints / f"{self.name}.tmp-{self.token}"
-
-
-def name_of(step: int) -> str:
-    return f"step-{step:09d}"
 
 
 def write_part(plan: Plan, rank: int, snapshot: Snapshot) -> None:
@@ -179,13 +174,6 @@ def point(checkpoints: Path, pointer: str, name: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(checkpoints / pointer)
     sync_directory(checkpoints)
-
-
-def pointed(checkpoints: Path, pointer: str) -> str | None:
-    """The checkpoint that a pointer names, if it is there."""
-    path = checkpoints / pointer
-    name = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-    return name if NAME.fullmatch(name) and (checkpoints / name).is_dir() else None
 
 
 def published(checkpoints: Path) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 from megarec.checkpoint import contents, publish
 from megarec.checkpoint.agreement import from_rank_0, raise_together
 from megarec.checkpoint.format import DamagedCheckpoint, Index, read_index
+from megarec.checkpoint.pointers import BEST, LATEST, name_of, pointed
 from megarec.checkpoint.position import Position
-from megarec.checkpoint.publish import BEST, LATEST, Plan, SaveFailed
+from megarec.checkpoint.publish import Plan, SaveFailed
 from megarec.checkpoint.reading import Reader, verify
 from megarec.checkpoint.writing import Snapshot, give_way
 from megarec.errors import UserError
@@ -85,7 +86,7 @@ class Checkpoints:
             if rank == 0:
                 publish.publish(plan)
         except SaveFailed as error:
-            kept = publish.pointed(self.directory, LATEST)
+            kept = pointed(self.directory, LATEST)
             self._say(
                 f"WARNING: CHECKPOINT OF STEP {plan.step} WAS NOT SAVED ({error}); training goes on, the latest "
                 f"checkpoint is {self.directory / kept if kept else 'none'}"
@@ -117,16 +118,16 @@ class Checkpoints:
         step = self._agreed_step(LATEST)
         while step is not None:
             try:
-                return self.load(step, window), publish.name_of(step)
+                return self.load(step, window), name_of(step)
             except DamagedCheckpoint as error:
                 older = self._agreed_step(None, below=step)
                 if not self._run.config.train.fall_back:
-                    told = f"; train.fall_back=true resumes from {publish.name_of(older)}" if older is not None else ""
+                    told = f"; train.fall_back=true resumes from {name_of(older)}" if older is not None else ""
                     raise DamagedCheckpoint(f"{error}{told}") from error
                 if older is None:
                     raise
                 if self._run.topology.rank == 0:
-                    self._say(f"WARNING: {error}; FALLING BACK TO {publish.name_of(older)} (train.fall_back=true)")
+                    self._say(f"WARNING: {error}; FALLING BACK TO {name_of(older)} (train.fall_back=true)")
                 step = older
         return None
 
@@ -151,7 +152,7 @@ class Checkpoints:
             DamagedCheckpoint: a file is not what it should be.
             UserError: it does not fit this run.
         """
-        run, directory = self._run, self.directory / publish.name_of(step)
+        run, directory = self._run, self.directory / name_of(step)
         index = self._together(lambda: self._opened(directory))
         position = self._together(lambda: Position.from_json(index.position))
         reader = Reader(directory, index)
@@ -188,7 +189,7 @@ class Checkpoints:
             names = publish.published(self.directory)
             if below is not None:
                 names = [name for name in names if int(name.removeprefix("step-")) < below]
-            named = publish.pointed(self.directory, pointer) if pointer else None
+            named = pointed(self.directory, pointer) if pointer else None
             if pointer != BEST and named is None and names:
                 named = names[0]
             step = int(named.removeprefix("step-")) if named else -1

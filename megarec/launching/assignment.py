@@ -17,6 +17,7 @@ class Assignment:
     command: what the Python interpreter of the rank runs: a script and its arguments.
     environment: variables of every rank.
     interfaces: by node, the network interface that reaches the others.
+    grace: seconds that a rank which is asked to end has for its save.
     """
 
     job: str
@@ -24,6 +25,7 @@ class Assignment:
     command: list[str]
     environment: dict[str, str]
     interfaces: list[str]
+    grace: float = 60.0
 
     def encode(self) -> str:
         return base64.urlsafe_b64encode(json.dumps(asdict(self)).encode()).decode()

@@ -4,6 +4,7 @@ What users may write travels in the assignment, one base64 word. What is left is
 where a launcher offers no way to quote it.
 """
 
+import argparse
 import os
 import re
 import shlex
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 from megarec.errors import UserError
+from megarec.launching import torchrun
+from megarec.launching.assignment import Assignment
 from megarec.launching.hostfile import Host
 from megarec.launching.preflight import ROOT
 from megarec.launching.ssh import OPTIONS, keep_alive, on_host
@@ -18,17 +21,36 @@ from megarec.launching.supervise import Command
 
 RANK_SCRIPT = ROOT / "launch/rank.py"
 _SAFE = re.compile(r"[\w@+=:,./-]*")
+# Quiet and single-threaded where the user says nothing: what launch/quickstart.sh does for one host.
+_QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUNBUFFERED": "1"}
 _EXPORTED = ("MLFLOW", "MV2", "UCX", "NCCL", "LD_LIBRARY", "PATH")  # what DeepSpeed's launcher exports by itself
-# torchrun, without the traceback in which it would bury what the ranks have said; with a rank's exit code, not 1.
-_TORCHRUN = """
-import sys
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
-try:
-    main()
-except ChildFailedError as error:
-    sys.exit(error.get_first_failure()[1].exitcode)
-"""
+
+
+def assignment_of(
+    job: str, arguments: argparse.Namespace, environment: dict[str, str], interfaces: list[str], resume: bool
+) -> Assignment:
+    """What every rank of a start is to do, out of the command line.
+
+    Args:
+        environment: the user's variables for the ranks.
+        interfaces: by host.
+    """
+    command = [str(ROOT / "launch/train.py"), "--config", str(arguments.config)]
+    for override in arguments.set:
+        command += ["--set", override]
+    about_the_run = {key: os.environ[key] for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR") if key in os.environ}
+    variables = _QUIET | {"DS_ACCELERATOR": accelerator()} | about_the_run | environment
+    command += ["--resume"] if resume else []
+    return Assignment(job, str(Path.cwd()), command, variables, interfaces, arguments.grace)
+
+
+def local_command(ranks: int, word: str, port: int) -> Command:
+    """`deepspeed --num_gpus ...` on this machine, whatever hostfile lies where DeepSpeed looks for one."""
+    argv = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "/dev/null/none", "--log_level", "error"]
+    argv += ["--num_gpus", str(ranks), "--master_port", str(port), "--no_local_rank", str(RANK_SCRIPT), word]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment.setdefault("DS_ACCELERATOR", accelerator())
+    return Command(argv, environment)
 
 
 def deepspeed_command(
@@ -74,7 +96,7 @@ def torchrun_commands(hosts: list[Host], word: str, master: str, port: int, time
     """An ssh a host that runs torchrun there."""
     commands = []
     for node, host in enumerate(hosts):
-        remote = [sys.executable, "-c", _TORCHRUN, "--nnodes", str(len(hosts)), "--node_rank", str(node)]
+        remote = [sys.executable, torchrun.__file__, "--nnodes", str(len(hosts)), "--node_rank", str(node)]
         remote += ["--nproc_per_node", str(host.slots), "--master_addr", master, "--master_port", str(port)]
         local = on_host(host.name, [*remote, str(RANK_SCRIPT), word], (*OPTIONS, *keep_alive(timeout)))
         commands.append(Command(local, dict(os.environ), host.name))

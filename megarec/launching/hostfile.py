@@ -74,3 +74,7 @@ def _parse(text: str, where: str, first_rank: int) -> Host:
     if slots == 0:
         raise UserError(f"{where}: {name} has slots=0; expected the number of its ranks, at least 1")
     return Host(name, slots, first_rank)
+
+
+def write_hostfile(path: Path, hosts: list[Host]) -> None:
+    path.write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts), encoding="utf-8")

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +64,38 @@ def plan_job(
     """
     hosts = read_hostfile(hostfile)
     config = load_config(config_path, overrides)
+    _check_sizes(hosts, config, str(hostfile))
+    return Job(hosts, config, files_of(config_path, config), Path.cwd(), master, port, interface)
+
+
+def without(job: Job, lost: set[str]) -> Job:
+    """The job on its other hosts, at least one; an address that was given for the first host goes with that host.
+
+    Raises:
+        UserError: the run cannot be divided among them.
+    """
+    hosts: list[Host] = []
+    for host in job.hosts:
+        if host.name not in lost:
+            hosts.append(replace(host, first_rank=sum(other.slots for other in hosts)))
+    _check_sizes(hosts, job.config, "the hosts that remain")
+    return replace(job, hosts=hosts, master=None if job.hosts[0].name in lost else job.master)
+
+
+def _check_sizes(hosts: list[Host], config: RunConfig, where: str) -> None:
     slots, world_size = hosts[0].slots, sum(host.slots for host in hosts)
     per_host = config.parallel.ranks_per_host or slots
     if world_size % per_host:
         raise UserError(
-            f"parallel.ranks_per_host={per_host} does not divide the {world_size} ranks of {hostfile} "
+            f"parallel.ranks_per_host={per_host} does not divide the {world_size} ranks of {where} "
             f"({len(hosts)} hosts x slots={slots})"
         )
     if per_host % config.parallel.tensor:
         raise UserError(
             f"parallel.tensor={config.parallel.tensor} does not divide the {per_host} ranks of a host "
-            f"({hostfile}: slots={slots})"
+            f"({where}: slots={slots})"
         )
     micro_batch_size(config, world_size)
-    return Job(hosts, config, files_of(config_path, config), Path.cwd(), master, port, interface)
 
 
 def files_of(config_path: Path, config: RunConfig) -> list[str]:

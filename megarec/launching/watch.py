@@ -1,8 +1,8 @@
 """Beside every rank of a many-host job, a small process that knows how the rank ended and ends it when it must.
 
 It says when a signal killed the rank, which launchers of whole hosts do not, and gives the rank's true exit code. It
-ends the rank when the launcher ends it, dies, or no longer reads its output, because the ssh connection is gone: so
-nothing runs on in vain on a host that nobody watches.
+ends the rank when the launcher dies, or no longer reads its output, because the ssh connection is gone: so nothing runs
+on in vain on a host that nobody watches. SIGTERM and SIGUSR1 go on to the rank, which has a grace to save.
 
 Plain standard library: a rank of every job carries this process.
 """
@@ -18,10 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from megarec.exit_codes import PREEMPTED, STOPPED
 from megarec.launching.assignment import Assignment
+from megarec.launching.interruption import SIGNALS
 from megarec.launching.outcomes import JOB_VARIABLE, tell, this_rank
 
 GRACE_SECONDS = 3.0
+_CAUSES = {
+    PREEMPTED: f"asked to end by a signal, and saved (exit code {PREEMPTED})",
+    STOPPED: f"stopped by the fault policy (exit code {STOPPED})",
+}
 _PR_SET_PDEATHSIG = 1
 _NODE_VARIABLES = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")  # DeepSpeed, torchrun, Slurm
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -29,7 +35,7 @@ _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 def watch(assignment: Assignment) -> int:
     """Run the rank to its end; returns its exit code, 128 + the signal that killed it."""
-    die_with_parent(signal.SIGTERM)
+    die_with_parent(signal.SIGHUP)
     os.environ[JOB_VARIABLE] = assignment.job
     out_of_memory = _out_of_memory_kills()
     rank = subprocess.Popen(
@@ -38,18 +44,30 @@ def watch(assignment: Assignment) -> int:
         env=_environment(assignment),
         preexec_fn=lambda: die_with_parent(signal.SIGKILL),
     )
-    told_to_end = threading.Event()
+    asked, unwatched = threading.Event(), threading.Event()
+
+    def kill_after(seconds: float) -> None:
+        timer = threading.Timer(seconds, rank.kill)
+        timer.daemon = True
+        timer.start()
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        asked.set()
+        rank.send_signal(signum)
+        kill_after(assignment.grace)
 
     def end(signum: int = 0, frame: FrameType | None = None) -> None:
-        told_to_end.set()
+        unwatched.set()
         rank.terminate()
-        threading.Timer(GRACE_SECONDS, rank.kill).start()
+        kill_after(GRACE_SECONDS)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in SIGNALS:
+        signal.signal(number, ask)
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, end)
     threading.Thread(target=_when_unread, args=(end,), daemon=True).start()
     code = rank.wait()
-    if told_to_end.is_set():
+    if unwatched.is_set() or (asked.is_set() and code < 0):
         os._exit(128 + signal.SIGTERM)  # not its own end: it has nothing to tell, and perhaps nobody listens
     if code < 0:
         name = signal.Signals(-code).name
@@ -58,7 +76,7 @@ def watch(assignment: Assignment) -> int:
         )
         tell(this_rank(128 - code, f"killed by signal {-code} ({name}){hint}"))
         return 128 - code
-    tell(this_rank(code, f"exit code {code}" if code else ""))
+    tell(this_rank(code, _CAUSES.get(code, f"exit code {code}") if code else ""))
     return code
 
 

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megarec.checkpoint import publish
 from megarec.checkpoint.format import read_index
+from megarec.checkpoint.pointers import LATEST, name_of, pointed
 from megarec.checkpoint.reading import verify
 from megarec.config.load import load_config
 from megarec.data.synthetic import Shape, prepare_synthetic
@@ -134,17 +134,17 @@ def final_state(path: Path) -> tuple[Any, ...]:
     """Test and validation metrics, and checksums of the last checkpoint: weights, optimizers, tables, log window."""
     out = path.parent / "out"
     metrics = json.loads((out / "metrics.json").read_text())
-    index = read_index(out / "checkpoints" / publish.name_of(STEPS))
+    index = read_index(out / "checkpoints" / name_of(STEPS))
     return metrics["test"], metrics["valid"], {name: entry.crc32 for name, entry in index.files.items()}
 
 
 def latest_step(path: Path) -> int:
     """The step that `latest` names, after proof that the checkpoint is whole; 0 without one."""
     checkpoints = path.parent / "out/checkpoints"
-    pointer = checkpoints / publish.LATEST
+    pointer = checkpoints / LATEST
     if not pointer.is_file():
         return 0
-    name = publish.pointed(checkpoints, publish.LATEST)
+    name = pointed(checkpoints, LATEST)
     assert name is not None, f"latest names {pointer.read_text()!r}, which is not there"
     verify(checkpoints / name, read_index(checkpoints / name))
     return int(name.removeprefix("step-"))

@@ -16,6 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megarec.checkpoint import publish
+from megarec.checkpoint.pointers import name_of, pointed
 from megarec.checkpoint.position import Position
 from megarec.config.load import load_config
 from megarec.errors import UserError
@@ -76,7 +77,7 @@ def test_a_full_disk_on_one_rank_ends_the_save_and_not_the_run(rank_pool: Pools,
     assert len(losses) == 1
     checkpoints = tmp_path / "out/checkpoints"
     assert publish.published(checkpoints) == ["step-000000003", "step-000000001"]
-    assert publish.pointed(checkpoints, "latest") == publish.pointed(checkpoints, "best") == "step-000000003"
+    assert pointed(checkpoints, "latest") == pointed(checkpoints, "best") == "step-000000003"
 
 
 def test_a_disk_that_is_truly_full(rank_pool: Pools, data: Path, tmp_path: Path) -> None:
@@ -160,11 +161,11 @@ def copied(finished: Path, data: Path, tmp_path: Path) -> Path:
 def test_the_newest_and_the_best_are_kept(finished: Path) -> None:
     checkpoints = finished / "out/checkpoints"
     valid = scalars(finished, "valid/logloss")
-    best = publish.name_of(min(valid, key=lambda step: valid[step]))
+    best = name_of(min(valid, key=lambda step: valid[step]))
     newest = {"step-000000014", "step-000000016"}
     assert set(publish.published(checkpoints)) == newest | {best}
-    assert publish.pointed(checkpoints, "latest") == "step-000000016"
-    assert publish.pointed(checkpoints, "best") == best
+    assert pointed(checkpoints, "latest") == "step-000000016"
+    assert pointed(checkpoints, "best") == best
     assert {path.name for path in checkpoints.iterdir()} == {*newest, best, "latest", "best"}
 
 

@@ -81,7 +81,8 @@ def test_a_torchrun_a_host() -> None:
     assert [command.host for command in commands] == ["a", "b"]
     program, *words = shlex.split(commands[1].argv[-1])
     assert program == "exec" and words[0] == sys.executable
-    assert shlex.join(words[3:-2]) == (
+    assert words[1].endswith("megarec/launching/torchrun.py")
+    assert shlex.join(words[2:-2]) == (
         "--nnodes 2 --node_rank 1 --nproc_per_node 2 --master_addr 10.0.0.1 --master_port 29501"
     )
     assert words[-1] == WORD

@@ -1,6 +1,8 @@
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +11,10 @@ import psutil
 import pytest
 
 from megarec.launching.hostfile import Host
+from megarec.launching.interruption import Interruption
 from megarec.launching.outcomes import Outcome
-from megarec.launching.supervise import Command, Record, supervise, verdict
+from megarec.launching.supervise import Command, Record, Watch, supervise
+from megarec.launching.verdict import verdict
 
 JOB = "0123abcd"
 HOSTS = [Host("host1", 2, 0), Host("host2", 2, 2)]
@@ -54,6 +58,25 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_2() -> None:
     assert verdict(found, HOSTS, ADDRESSES) == (2, ["error: every rank: data.path=x: not there"])
 
 
+def test_a_pre_emption_that_all_saved_for_is_told_from_a_failure() -> None:
+    saved = [Outcome(o.rank, o.host, 75, "asked to end, and saved") for o in DONE]
+    assert verdict(record(*saved, launcher=75), HOSTS, ADDRESSES) == (
+        75,
+        ["pre-empted: every rank: asked to end, and saved"],
+    )
+    others = [Outcome(3, "host2", 1, LOST, lost=True), *saved[:3]]
+    assert verdict(record(*others), HOSTS, ADDRESSES)[0] == 75
+    code, lines = verdict(
+        record(Outcome(2, "host2", 137, "killed by signal 9 (SIGKILL)"), *saved[:2]), HOSTS, ADDRESSES
+    )
+    assert code == 137 and lines[0].startswith("error: rank 2 on host2: killed")
+
+
+def test_a_fault_that_stopped_one_rank_stops_the_job() -> None:
+    found = record(Outcome(0, "host1", 1, "RuntimeError: x"), Outcome(3, "host2", 70, "replicas differ"))
+    assert verdict(found, HOSTS, ADDRESSES)[0] == 70
+
+
 @pytest.mark.parametrize(
     ("code", "meaning"),
     [
@@ -84,16 +107,16 @@ def test_lines_pass_and_words_to_the_supervisor_do_not(capfd: pytest.CaptureFixt
     word = f'@megarec {JOB} {{"rank": 0, "host": "host1", "code": 0, "cause": "", "lost": false}}'
     chatter = "host1: [2026-11-24 12:02:44,944] [INFO] [launch.py:152:main] WORLD INFO DICT"
     code = f"import sys; print('host1: step 1'); print({chatter!r}); print('host1: ' + {word!r}, file=sys.stderr)"
-    found = supervise(JOB, [command(code)])
+    found = supervise(JOB, [command(code)], Watch(Interruption()))
     assert found.outcomes == {0: Outcome(0, "host1", 0)} and not found.failed()
     assert capfd.readouterr() == ("host1: step 1\n", "")
 
 
 def test_the_exit_code_of_a_host_is_read_off_pdsh_or_its_own_process() -> None:
     pdsh = "import sys; print('pdsh@here: host2: ssh exited with exit code 247', file=sys.stderr); sys.exit(247)"
-    found = supervise(JOB, [command(pdsh)])
+    found = supervise(JOB, [command(pdsh)], Watch(Interruption()))
     assert (found.host_codes, found.launcher_code) == ({"host2": 247}, 247)
-    assert supervise(JOB, [command("raise SystemExit(3)", "host2")]).host_codes == {"host2": 3}
+    assert supervise(JOB, [command("raise SystemExit(3)", "host2")], Watch(Interruption())).host_codes == {"host2": 3}
 
 
 def sleepers(seconds: str) -> int:
@@ -111,7 +134,7 @@ def test_one_failure_ends_all_processes_and_their_children() -> None:
     marker = f"1000.{os.getpid()}"
     linger = f"import subprocess; subprocess.run(['sleep', '{marker}'], start_new_session=True)"
     started = time.monotonic()
-    found = supervise(JOB, [command(linger, "host1"), command("raise SystemExit(3)", "host2")])
+    found = supervise(JOB, [command(linger, "host1"), command("raise SystemExit(3)", "host2")], Watch(Interruption()))
     assert found.host_codes == {"host2": 3}
     assert time.monotonic() - started < 10
     wait_until(lambda: not sleepers(marker))
@@ -121,11 +144,52 @@ def test_the_launcher_ends_even_when_the_supervisor_is_killed() -> None:
     marker = f"1001.{os.getpid()}"
     linger = f"import subprocess; subprocess.run(['sleep', '{marker}'], start_new_session=True)"
     code = (
-        "import os, sys; from megarec.launching.supervise import Command, supervise\n"
-        f"supervise('x', [Command([sys.executable, '-c', {linger!r}], dict(os.environ))])"
+        "import os, sys; from megarec.launching.interruption import Interruption\n"
+        "from megarec.launching.supervise import Command, Watch, supervise\n"
+        f"supervise('x', [Command([sys.executable, '-c', {linger!r}], dict(os.environ))], Watch(Interruption()))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen([sys.executable, "-c", code], env=environment) as supervisor:
         wait_until(lambda: sleepers(marker) > 0)
         supervisor.kill()
+    wait_until(lambda: not sleepers(marker))
+
+
+SAVING_RANK = """
+import os, signal, subprocess, sys, time
+def save(signum, frame):
+    time.sleep(4)  # longer than what the others get after a failure
+    child.kill()
+    print(f'saved after {signum}', flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, save)
+child = subprocess.Popen(['sleep', '1000'])  # must not get the signal: it is no rank
+print('up', flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_signal_goes_to_the_ranks_which_have_time_to_save(capfd: pytest.CaptureFixture[str]) -> None:
+    environment = {**os.environ, "MEGAREC_JOB": JOB}
+    start = f"subprocess.run([sys.executable, '-c', {SAVING_RANK!r}], env={environment!r})"
+    watcher = f"import subprocess, sys; sys.exit({start}.returncode)"
+    with Interruption() as interruption:
+        timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGUSR1))
+        timer.start()
+        found = supervise(JOB, [command(watcher, "host1")], Watch(interruption, None, grace=30.0))
+        timer.join()
+    assert interruption.name == "SIGUSR1"
+    assert found.host_codes == {"host1": 75}
+    assert "saved after 10" in capfd.readouterr().out
+
+
+def test_ranks_that_do_not_end_in_time_are_killed() -> None:
+    marker = f"1002.{os.getpid()}"
+    deaf = f"import subprocess; subprocess.run(['sleep', '{marker}'])"
+    with Interruption() as interruption:
+        interruption.signum = signal.SIGTERM
+        started = time.monotonic()
+        found = supervise(JOB, [command(deaf)], Watch(interruption, None, grace=1.0))
+    assert 1.0 <= time.monotonic() - started < 10
+    assert not found.outcomes
     wait_until(lambda: not sleepers(marker))

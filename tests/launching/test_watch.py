@@ -90,3 +90,31 @@ def test_a_rank_ends_when_nobody_reads_its_output_any_more(tmp_path: Path) -> No
     assert_ends(rank)
     assert watcher.wait(timeout=10) == 143
     watcher.stderr.close()
+
+
+SAVE = """
+import signal, sys, time
+def save(signum, frame):
+    time.sleep(3.5)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGUSR1, save)
+print('up', flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_rank_that_is_asked_to_end_has_time_to_save(tmp_path: Path, signum: signal.Signals) -> None:
+    with start(SAVE, tmp_path) as watcher:
+        rank = rank_of(watcher)
+        watcher.send_signal(signum)
+        _, errors = watcher.communicate()
+    outcome = heard(errors, JOB)
+    assert outcome is not None
+    assert (watcher.returncode, outcome.code, outcome.cause) == (
+        75,
+        75,
+        "asked to end by a signal, and saved (exit code 75)",
+    )
+    assert_ends(rank)
