@@ -91,6 +91,8 @@ class SparseSide:
             )  # fmt: skip
             self._group = self._exchange.group
         self._group.tables.fill(seed, config.initial_std)
+        self._cut: tuple[Tensor, Tensor] | None = None  # what the modules take in, and the leaf in its place
+        self._pending: tuple[Tensor, Tensor] | None = None  # what the tables gave, and its gradient
         self.modules: TowerModules | None = None
         if towers.towers is not None and towers.modules is not None:
             assert tower_optimizer is not None
@@ -124,14 +126,52 @@ class SparseSide:
             gradient: [B, columns], of the mean over the *global* batch: that of the rank's own mean, divided by the
                 number of ranks.
         """
+        self.backward(embedded, gradient)
+        self.apply()
+
+    def backward(self, embedded: Tensor, gradient: Tensor) -> None:
+        """The first half of `update`: the gradients of tower modules; changes nothing. `apply` or `discard` follows."""
+        if self.modules is None:
+            self._pending = embedded, gradient
+            return
         embedded.backward(gradient)
+        assert self._cut is not None
+        pooled, leaf = self._cut
+        assert leaf.grad is not None
+        self._pending = pooled, leaf.grad
+
+    def apply(self) -> None:
+        """The second half of `update`: the gradients of tables, and the change of both."""
+        assert self._pending is not None
+        pooled, gradient = self._pending
+        self._pending = self._cut = None
+        pooled.backward(gradient)
         if self.modules is not None:
             self.modules.update()
+
+    def discard(self) -> None:
+        """In place of `apply`: forget the gradients."""
+        self._pending = self._cut = None
+        if self.modules is not None:
+            self.modules.discard()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What `backward` has made, by name: the gradients of this rank's tower modules, not yet summed over their
+        replicas, and of the embeddings that the modules take in."""
+        if self.modules is None:
+            return {}
+        assert self._pending is not None
+        return self.modules.gradients() | {"embeddings before the tower modules": self._pending[1]}
 
     def _change(self, pooled: Tensor) -> Tensor:
         """What happens to looked-up embeddings before they go on."""
         pooled = self._with_l2(pooled)
-        return pooled if self.modules is None else self.modules(pooled)
+        if self.modules is None or not torch.is_grad_enabled():
+            return pooled if self.modules is None else self.modules(pooled)
+        # Cut before the modules: their gradients must be there, and found good, before any table changes.
+        leaf = pooled.detach().requires_grad_()
+        self._cut = pooled, leaf
+        return self.modules(leaf)
 
     def _with_l2(self, pooled: Tensor) -> Tensor:
         """Adds l2 x mean over the global batch of |e|^2 to the objective, by its gradient 2 l2 e / global batch.

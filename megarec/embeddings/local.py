@@ -75,21 +75,22 @@ class LocalTables:
 
     def forward(self, ids: LocalIds) -> Tensor:
         """Summed rows of every bag, contiguous float32 [examples, columns of all slots]."""
-        if torch.is_grad_enabled() and not self._copies:  # copies: in the update, which knows all ranks' rows
-            self._touch(ids)
         outputs = []
         first = 0
         for slots, tables in self._groups:
             outputs.append(tables.forward(ids.part(first, first + slots)))
             first += slots
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        pooled = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        if torch.is_grad_enabled() and not self._copies:  # copies: in the update, which knows all ranks' rows
+            pooled.register_hook(lambda _: self._touch(ids))  # with the update: a step that is skipped touches nothing
+        return pooled
 
     def set_learning_rate(self, rate: float) -> None:
         for _, tables in self._groups:
             tables.set_learning_rate(rate)
 
     def row_usage(self) -> dict[str, float]:
-        """Share of the rows that were looked up with gradients enabled, by table."""
+        """Share of the rows that updates have touched, by table."""
         return {shard.table: float(touched.sum()) / shard.rows for shard, touched in self._touched.items()}
 
     def state(self) -> State:
@@ -124,7 +125,7 @@ class AllTables:
             part.set_learning_rate(rate)
 
     def row_usage(self) -> dict[str, float]:
-        """Share of the rows that were looked up with gradients enabled, by table."""
+        """Share of the rows that updates have touched, by table."""
         return {table: share for part in self._parts for table, share in part.row_usage().items()}
 
     def state(self) -> State:

@@ -61,6 +61,14 @@ class TowerModules:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
+    def discard(self) -> None:
+        """In place of `update`: forget the gradients."""
+        self._optimizer.zero_grad()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By parameter, what the last backward pass made on this rank, not yet summed over the replicas."""
+        return {name: p.grad for name, p in self.bank.named_parameters() if p.grad is not None}
+
     def scale_learning_rate(self, factor: float) -> None:
         """Set the rate to `factor` x the base rate."""
         for group in self._optimizer.param_groups:
