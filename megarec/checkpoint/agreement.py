@@ -36,3 +36,22 @@ def from_rank_0(number: int, topology: Topology, device: torch.device) -> int:
     if topology.world is not None:
         dist.broadcast(shared, 0, group=topology.world)
     return int(shared)
+
+
+def told_by_ranks(text: str, topology: Topology, device: torch.device, most: int = 8) -> dict[int, str]:
+    """The texts of all ranks that have one, by rank, on every rank; only the first `most` of them; collective."""
+    letters = text.encode()
+    mine = torch.tensor([len(letters)], device=device)
+    sizes = mine.new_empty(topology.world_size)
+    if topology.world is None:
+        return {0: text} if text else {}
+    dist.all_gather_single(sizes, mine, group=topology.world)
+    told: dict[int, str] = {}
+    for rank, size in enumerate(sizes.tolist()):
+        if size and len(told) < most:
+            shared = torch.zeros(size, dtype=torch.uint8, device=device)
+            if rank == topology.rank:
+                shared.copy_(torch.frombuffer(bytearray(letters), dtype=torch.uint8))
+            dist.broadcast(shared, rank, group=topology.world)
+            told[rank] = bytes(shared.tolist()).decode()
+    return told

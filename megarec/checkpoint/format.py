@@ -89,7 +89,7 @@ class Index(_Strict):
     format: Literal["megarec checkpoint"]
     version: Literal[1]
     step: Size
-    position: dict[str, int | float | None]
+    position: dict[str, bool | int | float | None | list[float] | dict[str, int]]
     topology: dict[str, int | str]
     config: dict[str, Any]
     data_schema: dict[str, Any] = Field(alias="schema")

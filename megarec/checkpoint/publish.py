@@ -66,12 +66,15 @@ def write_part(plan: Plan, rank: int, snapshot: Snapshot) -> None:
     """Write one rank's file and its mark.
 
     Raises:
-        SaveFailed: the disk is full, or the like; what was written is gone, and the mark tells rank 0.
+        SaveFailed: the disk is full, or the like, or a number is not finite: to go back to such a state would be of no
+            use, and it must not take the place of a good one. What was written is gone, and the mark tells rank 0.
     """
     path = plan.temporary / f"rank-{rank:05d}.safetensors"
     mark = plan.temporary / f"rank-{rank:05d}.json"
     try:
         plan.temporary.mkdir(parents=True, exist_ok=True)
+        if (poisoned := snapshot.not_finite()) is not None:
+            raise SaveFailed(f"{poisoned} has numbers that are not finite")
         entry = write_file(path, [snapshot.header(), snapshot.data()])
         tensors: dict[str, dict[str, Any]] = {}
         for piece in snapshot.pieces:
@@ -83,7 +86,9 @@ def write_part(plan: Plan, rank: int, snapshot: Snapshot) -> None:
         path.unlink(missing_ok=True)
         number = (error.errno or 0) if isinstance(error, OSError) else 0
         with suppress(OSError):  # if a full disk lacks room even for a name, rank 0 waits until its timeout
-            (plan.temporary / f"rank-{rank:05d}.failed-{number}").touch()  # a name alone: an empty file needs no block
+            told = plan.temporary / f"told-{rank:05d}"  # by a full disk nothing: an empty file needs no block
+            told.write_text(str(error) if isinstance(error, SaveFailed) else "", encoding="utf-8")
+            told.replace(plan.temporary / f"rank-{rank:05d}.failed-{number}")
         if isinstance(error, OSError):
             raise SaveFailed(f"rank {rank}: {error}") from error
         raise
@@ -119,7 +124,8 @@ def _all_marks(plan: Plan) -> list[dict[str, Any]]:
     while True:
         for path in plan.temporary.glob("rank-*.failed-*"):
             rank, number = re.findall(r"\d+", path.name)
-            failures[int(rank)] = f"rank {int(rank)}: {os.strerror(int(number)) if int(number) else 'see its error'}"
+            told = os.strerror(int(number)) if int(number) else path.read_text(encoding="utf-8") or "see its error"
+            failures[int(rank)] = f"rank {int(rank)}: {told}"
         late = sorted(set(range(plan.ranks)) - set(marks) - set(failures))
         for rank in late:
             path = plan.temporary / f"rank-{rank:05d}.json"

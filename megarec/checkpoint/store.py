@@ -131,6 +131,11 @@ class Checkpoints:
                 step = older
         return None
 
+    def latest_step(self) -> int | None:
+        """The step of the latest checkpoint; collective."""
+        self.wait()
+        return self._agreed_step(LATEST)
+
     def load_best(self) -> bool:
         """Load the best checkpoint by validation; False, with a line, when it is not there or damaged. Collective."""
         self.wait()

@@ -46,6 +46,17 @@ class Snapshot:
         if on_gpu:
             torch.cuda.synchronize()
 
+    def not_finite(self) -> str | None:
+        """The name of a piece with a number that is not finite, if there is one."""
+        offset = 0
+        for piece in self.pieces:
+            source = piece.tensor
+            kept = self._buffer[offset : offset + source.nbytes].view(source.dtype)
+            offset += source.nbytes
+            if source.is_floating_point() and not kept.sum().isfinite() and not kept.isfinite().all():
+                return key_of(piece)
+        return None
+
     def header(self) -> bytes:
         return file_header([(key_of(p), p.tensor.dtype, tuple(p.tensor.shape)) for p in self.pieces])
 

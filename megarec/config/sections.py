@@ -199,6 +199,28 @@ class ScheduleConfig(Section):
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.3, description="factor of one drop on a plateau")
 
 
+class FaultsConfig(Section):
+    """What happens when a step has a loss or gradient that is not finite, or a loss that jumps (docs/faults.md)."""
+
+    max_in_a_row: Positive = Field(
+        10, description="so many faulty steps in a row are skipped; at the last of them, `then`"
+    )
+    then: Literal["stop", "rollback"] = Field(
+        "stop", description="end the run, or go back to the latest checkpoint and leave the faulty batches out"
+    )
+    max_rollbacks: Annotated[int, Field(ge=0)] = Field(3, description="rollbacks of a run; the next one stops it")
+    spike: Literal["off", "skip", "rollback", "stop"] = Field(
+        "off", description="a step whose mean loss is far above those before it: take it, skip it, go back, or stop"
+    )
+    spike_deviations: Annotated[float, Field(gt=0)] = Field(
+        20.0, description="far: above the median by so many median absolute deviations (of at least 1 % of the median)"
+    )
+    spike_window: Annotated[int, Field(ge=2)] = Field(
+        100,
+        description="applied steps over which median and deviation are taken; spikes are looked for once it is full",
+    )
+
+
 class TrainConfig(Section):
     """One run."""
 
@@ -226,6 +248,10 @@ class TrainConfig(Section):
     )
     reset_towers: bool = Field(
         False, description="--resume starts tower modules afresh, for other towers than the checkpoint's"
+    )
+    faults: FaultsConfig = Field(FaultsConfig(), description="what to do about faulty steps")
+    verify_replicas_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between comparisons of everything that several ranks hold copies of; 0: never"
     )
     trace: tuple[Positive, Positive] | None = Field(
         None,

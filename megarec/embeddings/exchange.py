@@ -7,16 +7,16 @@ Both give the same numbers; without tower modules, in float32 and with whole row
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig, RunConfig
-from megarec.data.batch import Batch
+from megarec.data.batch import Batch, Ids
 from megarec.embeddings.group import Distributed, TableGroup
-from megarec.embeddings.layout import EmbeddingLayout
+from megarec.embeddings.layout import EmbeddingLayout, Feature
 from megarec.embeddings.placement import Shard, place, place_on_hosts
 from megarec.embeddings.plans import check_table_names
 from megarec.embeddings.tables import State
@@ -71,7 +71,7 @@ class SparseSide:
         ids: Topology | None = None,
         shards: tuple[Shard, ...] | None = None,
     ) -> None:
-        self._topology, self._l2, self._rate = topology, config.l2, config.learning_rate
+        self._layout, self._topology, self._l2, self._rate = layout, topology, config.l2, config.learning_rate
         self._exchange: TowerExchange | None = None
         world, tower, peer = (build_channel(topology, name, ledger, ids) for name in ("world", "tower", "peer"))
         parts = layouts_by_host(layout, topology, exchange, towers)
@@ -93,6 +93,7 @@ class SparseSide:
         self._group.tables.fill(seed, config.initial_std)
         self._cut: tuple[Tensor, Tensor] | None = None  # what the modules take in, and the leaf in its place
         self._pending: tuple[Tensor, Tensor] | None = None  # what the tables gave, and its gradient
+        self._distributed: Distributed | None = None  # of the step under way
         self.modules: TowerModules | None = None
         if towers.towers is not None and towers.modules is not None:
             assert tower_optimizer is not None
@@ -114,6 +115,8 @@ class SparseSide:
 
     def pool(self, batch: Distributed) -> Tensor:
         """The second half of `forward`."""
+        if torch.is_grad_enabled():
+            self._distributed = batch
         if self._exchange is None:
             return self._change(self._group.pool(batch))
         return self._exchange.pool(batch, self._change)
@@ -144,14 +147,14 @@ class SparseSide:
         """The second half of `update`: the gradients of tables, and the change of both."""
         assert self._pending is not None
         pooled, gradient = self._pending
-        self._pending = self._cut = None
+        self._pending = self._cut = self._distributed = None
         pooled.backward(gradient)
         if self.modules is not None:
             self.modules.update()
 
     def discard(self) -> None:
         """In place of `apply`: forget the gradients."""
-        self._pending = self._cut = None
+        self._pending = self._cut = self._distributed = None
         if self.modules is not None:
             self.modules.discard()
 
@@ -162,6 +165,22 @@ class SparseSide:
             return {}
         assert self._pending is not None
         return self.modules.gradients() | {"embeddings before the tower modules": self._pending[1]}
+
+    def looked_up(self, batch: Batch, embedded: Tensor) -> tuple[Tensor, tuple[Feature, ...], Mapping[str, Ids]]:
+        """What came out of the tables in the step under way, to tell which of them is at fault.
+
+        Args:
+            batch: of this rank.
+            embedded: what `pool` returned; `apply` or `discard` has not followed.
+
+        Returns:
+            Embeddings [examples, columns], the features whose columns they are, and the ids that were looked up. With
+            tower modules they are those that this rank's modules took in, under the tower exchange for the examples of
+            its peers as well; without, those of this rank's examples.
+        """
+        if self._cut is None or self._distributed is None:
+            return embedded.detach(), self._layout.features, batch.ids
+        return self._cut[1].detach(), self._group.layout.features, self._distributed.ids
 
     def _change(self, pooled: Tensor) -> Tensor:
         """What happens to looked-up embeddings before they go on."""
@@ -206,6 +225,10 @@ class SparseSide:
         [rows, columns], rowwise_square_sum [rows, 1], steps [1, 1]) or touched, bool [rows, 1] (see `row_usage`).
         """
         return self._group.tables.state()
+
+    def copied(self) -> State:
+        """`state`, of the tables of which every rank holds a copy: of the host under the tower exchange, of all."""
+        return self._group.tables.copied()
 
     def load_state(self, state: State) -> None:
         """Copy what `state` returned, from the same placement.

@@ -53,6 +53,9 @@ class TableGroup:
         shards: of the group's tables; their ranks are places in the channel.
         blocks: of how many equal blocks, in the order of the global batch, the examples of a rank consist: one for
             each peer that handed them over.
+
+    Attributes:
+        layout: of the group's features.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class TableGroup:
         messages: Messages,
         device: torch.device,
     ) -> None:
+        self.layout = layout
         self.choices = choose_backends(layout, shards, config, device)
         copied = replicated(shards)
         spread = tuple(shard for shard in shards if shard.table not in copied)

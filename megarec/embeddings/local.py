@@ -40,7 +40,7 @@ class LocalTables:
         *,
         copies: bool = False,
     ) -> None:
-        self._layout, self._copies = layout, copies
+        self._layout, self.copies = layout, copies
         local = group_slots(slots)
         fused = [part for part in local if choices[part.shard.table].backend == "fbgemm"]
         plain = [part for part in local if choices[part.shard.table].backend == "torch"]
@@ -81,7 +81,7 @@ class LocalTables:
             outputs.append(tables.forward(ids.part(first, first + slots)))
             first += slots
         pooled = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        if torch.is_grad_enabled() and not self._copies:  # copies: in the update, which knows all ranks' rows
+        if torch.is_grad_enabled() and not self.copies:  # copies: in the update, which knows all ranks' rows
             pooled.register_hook(lambda _: self._touch(ids))  # with the update: a step that is skipped touches nothing
         return pooled
 
@@ -130,6 +130,10 @@ class AllTables:
 
     def state(self) -> State:
         return {name: entry for part in self._parts for name, entry in part.state().items()}
+
+    def copied(self) -> State:
+        """`state`, of the tables of which all ranks of the group hold copies."""
+        return {name: entry for part in self._parts if part.copies for name, entry in part.state().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         mine = self.state()

@@ -34,7 +34,7 @@ class TowerModules:
         seed: int,
         device: torch.device,
     ) -> None:
-        self._replicas, self.settings = replicas, settings
+        self.replicas, self.settings = replicas, settings
         self.bank = TowerBank(sizes, towers)
         initialize(self.bank, seed)
         self.bank.to(device)
@@ -53,9 +53,9 @@ class TowerModules:
         belongs to a loss averaged over all G ranks, had it not been divided by G before).
         """
         gradients = [p.grad for p in self.bank.parameters() if p.grad is not None]
-        if self._replicas.size > 1:
+        if self.replicas.size > 1:
             flat = torch.cat([gradient.view(-1) for gradient in gradients])
-            total = all_reduce_sum(flat, self._replicas, "tower gradients", "backward")
+            total = all_reduce_sum(flat, self.replicas, "tower gradients", "backward")
             for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
         self._optimizer.step()

@@ -1,7 +1,7 @@
 """Quality of predictions: AUC, LogLoss, normalized entropy, calibration; exact over all ranks."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,11 @@ class Quality:
     ne: float
     calibration: float
     examples: int
+
+
+def described(found: Quality) -> dict[str, float | None]:
+    """As JSON can say it: an undefined metric is null."""
+    return {key: None if math.isnan(value) else value for key, value in asdict(found).items()}
 
 
 def quality(logits: Tensor, labels: Tensor) -> Quality:
@@ -64,13 +69,16 @@ class Predictions:
         self.logits.append(logits.detach().float())
         self.labels.append(labels)
 
+    def clear(self) -> None:
+        self.logits.clear()
+        self.labels.clear()
+
     def gather(self, world: dist.ProcessGroup | None) -> Quality:
         """Metrics over all ranks, the same on each of them; forgets the predictions."""
         if not self.logits:
             return quality(torch.empty(0), torch.empty(0))
         mine = torch.stack([torch.cat(self.logits), torch.cat(self.labels)])
-        self.logits.clear()
-        self.labels.clear()
+        self.clear()
         if world is not None:
             ranks, examples = dist.get_world_size(world), mine.shape[1]
             everyone = mine.new_empty(ranks * 2, examples)

@@ -2,8 +2,12 @@
 
 The sparse side runs once a step over all of the rank's examples, whatever the gradient accumulation: its output is
 cut off as a leaf, the engine takes the micro-batches one by one, and the leaf's gradient then goes back through the
-exchange into the tables. So accumulation divides only the dense work, its numbers are exact for every table
-optimizer, and tables change only after the dense side has accepted the step.
+exchange into the tables. So accumulation divides only the dense work, and its numbers are exact for every table
+optimizer.
+
+    forward and backward of both sides, down to the tables' door -> judge -> dense step -> tower modules, tables
+
+Nothing has changed before the judge has seen every gradient; then all of it changes, or nothing.
 """
 
 from collections.abc import Callable
@@ -18,6 +22,7 @@ from megarec.data.batch import Batch
 from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.group import Distributed
 from megarec.training.clock import Clock
+from megarec.training.drop import drop_step
 from megarec.training.engine import gradient_norm
 
 
@@ -28,12 +33,35 @@ class StepResult:
     Attributes:
         logits: [B] of this rank, before the update.
         gradient_norm: of the dense side before clipping, over all ranks; None when it was not asked for or is not kept.
-        applied: False when DeepSpeed skipped the step (overflow, NaN); the tables are then left alone as well.
+        cause: why nothing was changed, the same on all ranks: the judge's, or "overflow" (fp16) or "gradient" when
+            DeepSpeed refused the step; None: the step was applied.
     """
 
     logits: Tensor
     gradient_norm: float | None
-    applied: bool
+    cause: str | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one step has made on this rank before anything is changed.
+
+    Attributes:
+        embedded: [B, columns] that the over-arch saw.
+        gradient: [B, columns], its gradient, divided by the ranks.
+        losses: mean loss of each micro-batch.
+        logits: [B].
+    """
+
+    batch: Batch
+    embedded: Tensor
+    gradient: Tensor
+    losses: list[Tensor]
+    logits: Tensor
+
+
+Judge = Callable[[Evidence], str | None]
+"""Says why a step must not be applied, the same on all ranks, or None."""
 
 
 def train_step(
@@ -46,6 +74,7 @@ def train_step(
     ids: Distributed | None = None,
     meanwhile: Callable[[], object] = lambda: None,
     want_norm: bool = False,
+    judge: Judge = lambda evidence: None,
 ) -> StepResult:
     """One optimizer step over the rank's part of the global batch.
 
@@ -54,6 +83,7 @@ def train_step(
         ids: those of the batch, where they are with the owners of the tables already.
         meanwhile: called once the embeddings are here and before the dense work (starts the next batch on its way).
         want_norm: return the norm of the dense gradient; at ZeRO 0 in fp32 it costs a pass over the gradients.
+        judge: asked once; collective.
     """
     engine.train()
     with clock.part("exchange"):
@@ -62,28 +92,42 @@ def train_step(
     leaf = embedded.detach().requires_grad_()
     accumulation = engine.gradient_accumulation_steps()
     rows_per_micro = batch.size // accumulation
-    logits = []
-    norm = None
+    logits, losses = [], []
     loss_scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
     for micro in range(accumulation):
+        if micro:
+            engine.step()  # not at the boundary: it only counts
         rows = slice(micro * rows_per_micro, (micro + 1) * rows_per_micro)
         with clock.part("dense"):
             out = engine(batch.numeric[rows], leaf if accumulation == 1 else leaf[rows], batch.keys[rows])
-            engine.backward(binary_cross_entropy_with_logits(out, batch.labels[rows]))
+            loss = binary_cross_entropy_with_logits(out, batch.labels[rows])
+            engine.backward(loss)
         logits.append(out.detach())
-        with clock.part("optimizer"):
-            if want_norm and micro == accumulation - 1:
-                norm = gradient_norm(engine)
+        losses.append(loss.detach())
+    assert leaf.grad is not None
+    with clock.part("exchange"):
+        # A rank's gradient is that of its own mean loss; the objective is the mean over the global batch.
+        sparse.backward(embedded, leaf.grad.div_(loss_scale * world_size))
+    seen = torch.cat(logits)
+    with clock.part("vote"):
+        cause = judge(Evidence(batch, embedded, leaf.grad, losses, seen))
+    norm = None
+    with clock.part("optimizer"):
+        if cause is None:
+            norm = gradient_norm(engine) if want_norm else None
             engine.step()
-    applied = bool(engine.was_step_applied())
-    if applied:
-        assert leaf.grad is not None
-        with clock.part("exchange"):
-            # A rank's gradient is that of its own mean loss; the objective is the mean over the global batch.
-            sparse.update(embedded, leaf.grad.div_(loss_scale * world_size))
-    if want_norm and norm is None:
+            if not engine.was_step_applied():
+                cause = "overflow" if engine.fp16_enabled() else "gradient"
+        else:
+            drop_step(engine, overflow=cause == "overflow")
+    with clock.part("exchange"):
+        if cause is None:
+            sparse.apply()
+        else:
+            sparse.discard()
+    if want_norm and norm is None and cause is None:
         norm = engine.get_global_grad_norm()
-    return StepResult(torch.cat(logits), None if norm is None else float(norm), applied)
+    return StepResult(seen, None if norm is None else float(norm), cause)
 
 
 @torch.no_grad()

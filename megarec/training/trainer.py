@@ -2,25 +2,29 @@
 
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from megarec.checkpoint.agreement import told_by_ranks
 from megarec.checkpoint.position import Position
 from megarec.checkpoint.store import Checkpoints
 from megarec.config.sections import RunConfig
 from megarec.data.loader import EvalLoader
+from megarec.errors import RunEnded
+from megarec.exit_codes import PREEMPTED, STOPPED
 from megarec.training.ahead import Ahead, Pending
 from megarec.training.build import Run, build_run
-from megarec.training.clock import Clock
-from megarec.training.engine import compute_dtype, set_learning_rate, start_process
-from megarec.training.memory import dense_bytes, saved_activations
-from megarec.training.metrics import Predictions, Quality
+from megarec.training.engine import set_learning_rate, start_process
+from megarec.training.faults import Action, FaultPolicy
+from megarec.training.judge import StepJudge
+from megarec.training.memory import saved_activations
+from megarec.training.metrics import Predictions, Quality, described
 from megarec.training.monitor import Monitor, writer_of
-from megarec.training.peak import measured_peak
+from megarec.training.preemption import Preemption
+from megarec.training.progress import Progress
+from megarec.training.replicas import differing_replicas
 from megarec.training.schedule import Patience
 from megarec.training.step import StepResult, predict, train_step
 from megarec.training.trace import tracing
@@ -35,7 +39,15 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
 
     Returns:
         What metrics.json holds.
+
+    Raises:
+        RunEnded: stopped by the fault policy, or pre-empted; on every rank, with everything saved that will be.
     """
+    with Preemption() as preemption:
+        return _train(config, resume, started, preemption)
+
+
+def _train(config: RunConfig, resume: bool, started: float, preemption: Preemption) -> dict[str, Any]:
     device = start_process(config)
     run = build_run(config, device)
     config = run.config
@@ -53,9 +65,14 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
         monitor.say(f"data.bad_rows=skip: left out of {split}: {reasons}")
     monitor.say(f"resumed from {checkpoints.directory / name}" if name else "starting afresh")
 
-    loop = Loop(run, monitor, checkpoints, position, window, started)
-    with tracing(config.train.trace, output / "trace", run.topology.rank, position.step) as step_done:
-        loop.run_to_the_end(step_done)
+    progress = Progress(run, monitor, position, window, started)
+    loop = Loop(run, progress, checkpoints, preemption)
+    try:
+        with tracing(config.train.trace, output / "trace", run.topology.rank, position.step) as step_done:
+            loop.run_to_the_end(step_done)
+    except RunEnded:
+        monitor.close()
+        raise
     loop.ahead.close()
 
     checkpoints.wait()
@@ -63,9 +80,9 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
         checkpoints.load_best()
     test = evaluate(run, run.test)
     metrics = {
-        "test": _described(test),
-        "valid": _described(evaluate(run, run.valid)),
-        "train": loop.summary(),
+        "test": described(test),
+        "valid": described(evaluate(run, run.valid)),
+        "train": progress.summary(),
         "skipped_rows": run.skipped_rows,
     }
     monitor.say(
@@ -89,62 +106,45 @@ def evaluate(run: Run, loader: EvalLoader) -> Quality:
 class Loop:
     """The steps of a run from a position to its end."""
 
-    def __init__(
-        self,
-        run: Run,
-        monitor: Monitor,
-        checkpoints: Checkpoints,
-        position: Position,
-        window: Predictions,
-        started: float,
-    ) -> None:
-        self.run = run
-        self.monitor = monitor
-        self.checkpoints = checkpoints
-        self.position = position
-        self.started = started
-        self.patience = Patience(position.best, position.since_best, position.since_drop)
-        self.clock = Clock(run.device)
+    def __init__(self, run: Run, progress: Progress, checkpoints: Checkpoints, preemption: Preemption) -> None:
+        self.run, self.progress, self.checkpoints = run, progress, checkpoints
+        self.monitor, self.position = progress.monitor, progress.position
+        self.patience = _patience(self.position)
         self.ahead = Ahead(run.sparse, run.device, run.overlap)
-        self.window = window
-        self.window_start = time.perf_counter()
-        self.window_steps = 0
-        self.train_seconds = 0.0
-        self.trained_steps = 0
-        self.first_step_seconds: float | None = None
-        self.activations: dict[str, int] = {}
-        peak = run.config.train.peak_tflops or measured_peak(compute_dtype(run.engine), run.device)
-        self.peak = peak * run.topology.world_size
+        self.policy = FaultPolicy(run.config.train.faults, self.position)
+        self.judge = StepJudge(run, self.monitor, self.policy, self.position, preemption)
+        self.save_due = False
 
     def run_to_the_end(self, step_done: Callable[[], None]) -> None:
-        run, config, position = self.run, self.run.config.train, self.position
-        evaluate_every = config.evaluate_every or run.train.steps_per_epoch
-        checkpoint_every = config.checkpoint_every or evaluate_every
-        while position.step < run.schedule.total_steps:
-            epoch, done = divmod(position.step, run.train.steps_per_epoch)
-            for pending, start_next in self.ahead.steps(run.train.batches(epoch, start=done), self.clock):
-                self._step(pending, start_next)
-                step_done()
-                last = position.step == run.schedule.total_steps
-                best = (position.step % evaluate_every == 0 or last) and self._validate()
-                if best or position.step % checkpoint_every == 0 or last:
-                    self._save(best)
-                stop = config.early_stopping and self.patience.since_best >= config.early_stopping
-                if stop:
-                    self.monitor.say(f"stopping early: {self.patience.since_best} validations without improvement")
-                    return
-                if last:
-                    return
-
-    def _step(self, pending: Pending, start_next: Callable[[], None]) -> None:
         run, position = self.run, self.position
+        if position.validation_due:
+            position.validation_due = False
+            self._validate_and_save(validate=True, save=False)
+        while position.step < run.schedule.total_steps and not self._ends_early():
+            epoch, done = divmod(position.step, run.train.steps_per_epoch)
+            for pending, start_next in self.ahead.steps(run.train.batches(epoch, start=done), self.progress.clock):
+                action = self._step(pending, start_next)
+                step_done()
+                if action == "stop":
+                    self._end(STOPPED, self._why_stopped())
+                if action == "rollback":
+                    self._roll_back()
+                    break
+                self._after_step()
+                if position.step == run.schedule.total_steps or self._ends_early():
+                    break
+
+    def _step(self, pending: Pending, start_next: Callable[[], None]) -> Action:
+        run, position, progress = self.run, self.position, self.progress
         due = (position.step + 1) % run.config.train.log_every == 0 or position.step + 1 == run.schedule.total_steps
-        self.clock.next_step(sampled=due)
+        progress.clock.next_step(sampled=due)
         factor = run.schedule.factor(position.step)
         set_learning_rate(run.engine, factor * run.dense_learning_rate)
         run.sparse.scale_learning_rate(factor)
-        with self.clock.part("ids"):
+        with progress.clock.part("ids"):
             batch, ids = pending()
+        if position.step in position.left_out:
+            return self._leave_out()
 
         def step() -> StepResult:
             return train_step(
@@ -152,73 +152,66 @@ class Loop:
                 run.sparse,
                 batch,
                 world_size=run.topology.world_size,
-                clock=self.clock,
+                clock=progress.clock,
                 ids=ids,
                 meanwhile=start_next,
                 want_norm=due,
+                judge=self.judge,
             )
 
-        if self.first_step_seconds is None:
-            with saved_activations(self.activations, run.engine.module):
+        if progress.first_step_seconds is None:
+            with saved_activations(progress.activations, run.engine.module):
                 result = step()
-            self.first_step_seconds = time.time() - self.started
-            self.monitor.say(f"first step {self.first_step_seconds:.1f} s after the start")
+            progress.first_step_done()
         else:
             result = step()
-        position.step += 1
-        position.skipped_steps += not result.applied
-        self.window.add(result.logits, batch.labels)
-        self.window_steps += 1
-        self.monitor.step(position.step)
-        if due:
-            self._log(result, factor)
+        action: Action = "go on"
+        if result.cause is None:
+            self.policy.applied(self.judge.loss)
+            progress.window.add(result.logits, batch.labels)
+        else:
+            action = self.policy.skipped(result.cause)
+            self.monitor.scalars(position.step + 1, progress.skips())
+        if action == "go on":
+            position.step += 1
+            progress.step_done()
+            if due:
+                progress.log(result, factor)
+        return action
 
-    def _log(self, result: StepResult, factor: float) -> None:
-        run, position = self.run, self.position
-        seen = self.window.gather(run.topology.world)
-        seconds = time.perf_counter() - self.window_start
-        rate = self.window_steps * run.config.data.batch_size / seconds  # `seen` has more right after a resume
-        self.train_seconds += seconds
-        self.trained_steps += self.window_steps
-        tflops = rate * run.cost.flop / 1e12
-        epoch = position.step / run.train.steps_per_epoch
-        self.monitor.say(
-            f"step {position.step}/{run.schedule.total_steps}  epoch {epoch:.2f}  loss {seen.logloss:.4f}  "
-            f"NE {seen.ne:.4f}  AUC {seen.auc:.4f}  {rate:,.0f} examples/s"
-        )
-        self.monitor.step(position.step, f"{rate:,.0f} examples/s  loss {seen.logloss:.4f}  NE {seen.ne:.4f}")
-        held = dense_bytes(run.engine)
-        sent = {f"bytes_per_step/{group}": total / self.window_steps for group, total in run.ledger.take().items()}
-        self.monitor.scalars(
-            position.step,
-            {
-                "train/loss": seen.logloss,
-                "train/ne": seen.ne,
-                "train/auc": seen.auc,
-                "train/calibration": seen.calibration,
-                "optim/dense_learning_rate": factor * run.dense_learning_rate,
-                "optim/table_learning_rate": factor * run.config.embedding.learning_rate,
-                "optim/gradient_norm": result.gradient_norm,
-                "optim/skipped_steps": position.skipped_steps,
-                "speed/examples_per_second": rate,
-                "speed/gflop_per_example": run.cost.flop / 1e9,
-                "speed/tflops": tflops,
-                "speed/mfu": tflops / self.peak,
-                **{f"time_ms/{part}": value for part, value in self.clock.milliseconds().items()},
-                "memory/tables": run.sparse.memory_bytes(),
-                "memory/dense": held["parameters"] + held["optimizer"],
-                "memory/activations": self.activations.get("bytes"),
-                **sent,
-                **{f"rows_used/{table}": share for table, share in run.sparse.row_usage().items()},
-            },
-        )
-        self.window_steps = 0
-        self.window_start = time.perf_counter()
+    def _leave_out(self) -> Action:
+        """Pass over a batch that was faulty before a rollback."""
+        self.policy.count("left_out")
+        self.position.step += 1
+        self.monitor.say(f"step {self.position.step} left out: its batch was faulty before a rollback")
+        self.monitor.scalars(self.position.step, self.progress.skips())
+        return "go on"
+
+    def _after_step(self) -> None:
+        """What is due: comparing replicas, obeying a signal, validation, a checkpoint."""
+        config, position = self.run.config.train, self.position
+        if config.verify_replicas_every and position.step % config.verify_replicas_every == 0:
+            with self.progress.clock.part("replicas"):
+                problem = differing_replicas(self.run)
+            if problem is not None:
+                self._end(STOPPED, f"stopped at step {position.step}, as copies differ: {problem}")
+        evaluate_every = config.evaluate_every or self.run.train.steps_per_epoch
+        last = position.step == self.run.schedule.total_steps
+        validate = position.step % evaluate_every == 0 or last
+        if self.judge.signum:
+            self._obey(self.judge.signum, validate)
+        save = position.step % (config.checkpoint_every or evaluate_every) == 0 or last
+        self._validate_and_save(validate, save or (self.save_due and not self.policy.in_a_row))
+
+    def _validate_and_save(self, validate: bool, save: bool) -> None:
+        best = validate and self._validate()
+        if best or save:
+            self._save(best)
 
     def _validate(self) -> bool:
         """Whether it is the best so far."""
         run, config, position = self.run, self.run.config, self.position
-        with self._off_the_clock():
+        with self.progress.off_the_clock():
             self.ahead.settle()
             found = evaluate(run, run.valid)
         improved = self.patience.update(found.logloss if config.train.best_by == "logloss" else -found.auc)
@@ -232,37 +225,73 @@ class Loop:
             f"valid at step {position.step}: AUC {found.auc:.4f}  LogLoss {found.logloss:.4f}  NE {found.ne:.4f}  "
             f"calibration {found.calibration:.3f}{'  (best)' if improved else ''}"
         )
-        self.monitor.scalars(position.step, {f"valid/{key}": value for key, value in _described(found).items()})
+        self.monitor.scalars(position.step, {f"valid/{key}": value for key, value in described(found).items()})
         return improved
 
     def _save(self, best: bool) -> None:
-        with self._off_the_clock():
-            self.checkpoints.save(self.position, self.window, best=best)
+        """Save, but no state that may be what makes steps faulty: that waits for a good step, or a good validation."""
+        self.save_due = bool(self.policy.in_a_row) and not best
+        if self.save_due:
+            self.monitor.say(f"WARNING: NO CHECKPOINT OF STEP {self.position.step}: the last step was faulty")
+            return
+        with self.progress.off_the_clock():
+            self.checkpoints.save(self.position, self.progress.window, best=best)
 
-    @contextmanager
-    def _off_the_clock(self) -> Iterator[None]:
-        """Validation and saving do not count in the examples per second."""
-        started = time.perf_counter()
-        yield
-        self.window_start += time.perf_counter() - started
+    def _ends_early(self) -> bool:
+        patience = self.run.config.train.early_stopping
+        if not patience or self.patience.since_best < patience:
+            return False
+        self.monitor.say(f"stopping early: {self.patience.since_best} validations without improvement")
+        return True
 
-    def summary(self) -> dict[str, float | None]:
-        """The "train" part of metrics.json: rates over the logged steps, validation and saving left out."""
-        flop = self.run.cost.flop
-        rate = self.trained_steps * self.run.config.data.batch_size / self.train_seconds if self.train_seconds else None
-        tflops = rate * flop / 1e12 if rate else None
-        return {
-            "examples_per_second": rate,
-            "gflop_per_example": flop / 1e9,
-            "tflops": tflops,
-            "mfu": tflops / self.peak if tflops else None,
-            "peak_tflops": self.peak,
-            "steps": self.position.step,
-            "skipped_steps": self.position.skipped_steps,
-            "first_step_seconds": self.first_step_seconds,
-        }
+    def _obey(self, signum: int, validate: bool) -> NoReturn:
+        """Save and end, as a signal asked some rank to.
+
+        Args:
+            validate: a validation is due; it can take longer than whoever sent the signal waits.
+        """
+        self.position.validation_due = validate
+        self._save(best=False)
+        name = signal.Signals(signum).name
+        step = self.checkpoints.latest_step()
+        saved = "nothing was saved yet" if step is None else f"saved at step {step}"
+        self._end(PREEMPTED, f"pre-empted by {name} at step {self.position.step}, {saved}: resumable with --resume")
+
+    def _roll_back(self) -> None:
+        """Go back to the latest checkpoint, and go on without the faulty batches."""
+        run, position, window, failed_at = self.run, self.position, self.progress.window, self.position.step + 1
+        with self.progress.off_the_clock():
+            self.ahead.settle()
+            self.checkpoints.wait()
+            window.clear()
+            found = self.checkpoints.resume(window)
+        if found is None:
+            self._end(STOPPED, f"{self._why_stopped()}; there is no checkpoint to go back to")
+        self.policy.rolled_back(found[0])
+        self.patience = _patience(position)
+        run.schedule.plateau_drops = position.plateau_drops
+        self.save_due = False
+        self.monitor.say(
+            f"WARNING: ROLLED BACK FROM STEP {failed_at} TO {found[1]} (rollback {position.rollbacks} of "
+            f"{run.config.train.faults.max_rollbacks}); left out from now on: steps "
+            f"{', '.join(str(step + 1) for step in position.left_out)}"
+        )
+
+    def _why_stopped(self) -> str:
+        faults, position = self.run.config.train.faults, self.position
+        return (
+            f"stopped by the fault policy at step {position.step + 1}: {self.policy.in_a_row} faulty steps in a row "
+            f"(train.faults.max_in_a_row={faults.max_in_a_row}) after {position.rollbacks} rollbacks; the last one: "
+            f"{self.judge.said}"
+        )
+
+    def _end(self, code: int, reason: str) -> NoReturn:
+        """End the run on all ranks, once none has anything left to write."""
+        self.ahead.close()
+        self.checkpoints.wait()
+        told_by_ranks("", self.run.topology, self.run.device)  # a launcher ends all ranks with the first that ends
+        raise RunEnded(code, reason)
 
 
-def _described(found: Quality) -> dict[str, float | None]:
-    """As JSON can say it: an undefined metric is null."""
-    return {key: None if math.isnan(value) else value for key, value in asdict(found).items()}
+def _patience(position: Position) -> Patience:
+    return Patience(position.best, position.since_best, position.since_drop)

@@ -1,0 +1,104 @@
+"""One policy for faulty steps: what is skipped, and when the run goes back or stops. No tensors, no collectives.
+
+Every rank sees the same ballots and decides alike.
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import Literal
+
+from megarec.checkpoint.position import Position
+from megarec.config.sections import FaultsConfig
+from megarec.training.vote import Ballot
+
+Action = Literal["go on", "rollback", "stop"]
+
+CAUSES = {
+    "loss": "a loss that is not finite",
+    "gradient": "a gradient that is not finite",
+    "spike": "a loss far above those before it",
+    "overflow": "an overflow of fp16: the loss scale shrinks",
+    "left_out": "a batch that was faulty before a rollback",
+}
+
+
+def cause_of(ballots: Sequence[Ballot], fp16: bool) -> str | None:
+    """Why a step must not be applied, or None.
+
+    Args:
+        fp16: gradients that are not finite, of a finite loss, are overflows then.
+    """
+    if not all(ballot.finite_loss for ballot in ballots):
+        return "loss"
+    if not all(ballot.finite_gradients for ballot in ballots):
+        return "overflow" if fp16 else "gradient"
+    return None
+
+
+class FaultPolicy:
+    """Counts faulty steps and looks out for spikes.
+
+    Args:
+        position: of the run; what a resumed run must know is kept there.
+
+    Attributes:
+        in_a_row: faulty steps since the last one that was applied.
+    """
+
+    def __init__(self, config: FaultsConfig, position: Position) -> None:
+        self._config, self._position = config, position
+        self.in_a_row = 0
+        self._faulty: list[int] = []
+        self._returned_to: int | None = None
+
+    def spikes(self, loss: float) -> bool:
+        """Whether a mean loss is far above those of the last applied steps."""
+        config, losses = self._config, self._position.losses
+        if config.spike == "off" or len(losses) < config.spike_window:
+            return False
+        return loss > self.spike_bound()
+
+    def spike_bound(self) -> float:
+        """Median + K x max(median absolute deviation, 1 % of the median) of the last applied steps' losses."""
+        median = statistics.median(self._position.losses)
+        deviation = statistics.median(abs(loss - median) for loss in self._position.losses)
+        return median + self._config.spike_deviations * max(deviation, 0.01 * median)
+
+    def applied(self, loss: float) -> None:
+        """A step was applied."""
+        self.in_a_row = 0
+        if self._config.spike != "off":
+            self._position.losses = [*self._position.losses, loss][-self._config.spike_window :]
+
+    def skipped(self, cause: str) -> Action:
+        """The step at the run's position was not applied; what now. Overflows of fp16 are no faults."""
+        self.count(cause)
+        if cause == "overflow":
+            return "go on"
+        self.in_a_row += 1
+        self._faulty.append(self._position.step)
+        wish: Action = "go on"
+        if cause == "spike" and self._config.spike in ("rollback", "stop"):
+            wish = "rollback" if self._config.spike == "rollback" else "stop"
+        elif self.in_a_row >= self._config.max_in_a_row:
+            wish = self._config.then
+        return "stop" if wish == "rollback" and self._position.rollbacks >= self._config.max_rollbacks else wish
+
+    def count(self, cause: str) -> None:
+        """Count a step that was not applied."""
+        self._position.skipped_steps += 1
+        self._position.skipped[cause] = self._position.skipped.get(cause, 0) + 1
+
+    def rolled_back(self, to: Position) -> None:
+        """Take over the position of a checkpoint, but for the batches that were faulty since, the present one included.
+
+        A fault that comes again after a rollback to the same checkpoint does not come from its batch alone: then all
+        batches since the checkpoint are left out.
+        """
+        now = self._position
+        again = self._returned_to == to.step
+        left_out = range(to.step, now.step + 1) if again else (step for step in self._faulty if step >= to.step)
+        to.left_out = sorted({*to.left_out, *now.left_out, *left_out})
+        to.rollbacks = now.rollbacks + 1
+        now.__dict__.update(vars(to))
+        self.in_a_row, self._faulty, self._returned_to = 0, [], to.step
