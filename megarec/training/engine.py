@@ -25,6 +25,7 @@ from megarec.parallel.mpu import ModelParallelUnit
 from megarec.parallel.tensor import is_sharded
 from megarec.topology import Topology
 from megarec.training.allocator import keep_freed_memory
+from megarec.training.cores import threads_of_rank
 from megarec.training.fused import fused_adam
 
 LONGEST_START = timedelta(minutes=5)
@@ -43,7 +44,7 @@ def start_process(config: RunConfig) -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(config.train.threads or threads_of_rank(local_ranks))
         keep_freed_memory()
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))

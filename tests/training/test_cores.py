@@ -1,0 +1,27 @@
+"""A rank that a launcher bound computes on all of its cores; others share the machine's."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CORES = sorted(os.sched_getaffinity(0))
+pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
+
+
+def threads_of_a_child(before: str, local_ranks: int) -> int:
+    """What a process finds that runs `before` first."""
+    code = f"import os\nfrom megarec.training.cores import threads_of_rank\n{before}\nprint(threads_of_rank({local_ranks}))"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def test_a_share_of_the_machine() -> None:
+    assert threads_of_a_child("", 1) == len(CORES)
+    assert threads_of_a_child("", 2) == len(CORES) // 2
+    assert threads_of_a_child("", len(CORES) + 1) == 1
+
+
+def test_all_cores_of_a_bound_rank() -> None:
+    bound = CORES[: len(CORES) - 1]
+    assert threads_of_a_child(f"os.sched_setaffinity(0, {bound})", 8) == len(bound)
