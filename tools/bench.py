@@ -29,12 +29,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run one benchmark side by side with its reference.")
     parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="towers only: a picture as well, .png or .svg")
     arguments = parser.parse_args()
     if arguments.name not in NAMES:
         near = difflib.get_close_matches(arguments.name, NAMES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"benchmarks: {', '.join(NAMES)}"
         raise UserError(f"no benchmark is called {arguments.name!r}; {hint}")
+    if arguments.plot and arguments.name != "towers":
+        raise UserError(f"--plot {arguments.plot}: there is a picture of the benchmark 'towers' only")
     result = importlib.import_module(f"megarec.benchmarks.{arguments.name}").run()
+    if arguments.plot:
+        from megarec.benchmarks.towers_plot import plot  # matplotlib takes a second to import
+
+        plot(result["rows"], arguments.plot)
     if arguments.json:
         print(json.dumps(result))
         return
