@@ -110,12 +110,7 @@ def test_the_job_goes_on_where_hosts_remain(
     command += ["--set", "train.output_dir=out", "--restarts", "1", "--restart-on-remaining"]
     environment = {**os.environ, "MEGAREC_VENV": sys.prefix, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     with lab.start("host1", command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as job:
-        assert job.stdout is not None
-        first_start = []
-        for line in job.stdout:
-            first_start.append(line)
-            if "step 5/" in line:
-                break
+        first_start = wait_for_step(job, 5)
         try:
             if moment == "save":
                 stop_within_a_save(checkpoints)
