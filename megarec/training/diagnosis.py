@@ -21,8 +21,7 @@ def diagnose(
     dense: list[tuple[str, Tensor]],
     sparse: SparseSide,
     numeric: tuple[str, ...],
-    *,
-    spike: bool,
+    shown: bool,
 ) -> str:
     """Which numbers of this rank are not finite, and how its batch looks; "" where all is well.
 
@@ -30,13 +29,12 @@ def diagnose(
         ballot: of this rank.
         dense: sums of the gradients of dense parameters, by name.
         numeric: names of the numeric features.
-        spike: all is finite, but the mean loss is not as it was.
+        shown: whether this rank's own numbers are to be shown; else only what it has to say of tables.
     """
-    found = [*_culprits(ballot, evidence, dense, sparse)]
+    found = list(_culprits(ballot, evidence, dense, sparse)) if shown else []
     embeddings = list(embedding_faults(*sparse.looked_up(evidence.batch, evidence.embedded)))
-    if not (found or embeddings or spike):
-        return ""
-    return "; ".join([*found, *embeddings, *numeric_statistics(evidence.batch.numeric, numeric)])
+    batch = numeric_statistics(evidence.batch.numeric, numeric) if shown else ()
+    return "; ".join([*found, *embeddings, *batch])
 
 
 def _culprits(ballot: Ballot, evidence: Evidence, dense: list[tuple[str, Tensor]], sparse: SparseSide) -> Iterator[str]:

@@ -30,6 +30,7 @@ def drop_step(engine: Any, *, overflow: bool) -> None:
         optimizer._pre_step()
         optimizer._partition_all_parameters()
         optimizer._overflow_clean_up(None)
+        optimizer.checkpoint_event_epilogue()  # small parameters stay whole between steps
     else:
         optimizer.zero_grad(set_to_none=True)
     engine.set_gradient_accumulation_boundary(False)

@@ -12,7 +12,7 @@ from megarec.training.faults import CAUSES, FaultPolicy, cause_of
 from megarec.training.monitor import Monitor
 from megarec.training.preemption import Preemption
 from megarec.training.step import Evidence
-from megarec.training.vote import Ballot, Vote
+from megarec.training.vote import Ballot, Vote, faulty_ranks
 
 
 class StepJudge:
@@ -45,24 +45,19 @@ class StepJudge:
         return cause
 
     def _report(self, cause: str, ballots: list[Ballot], evidence: Evidence) -> None:
-        run = self._run
-        mine = diagnose(
-            ballots[run.topology.rank],
-            evidence,
-            self._vote.dense,
-            run.sparse,
-            run.schema.numeric,
-            spike=cause == "spike",
-        )
+        run, faulty = self._run, faulty_ranks(ballots)
+        shown = run.topology.rank in faulty or cause == "spike"
+        mine = diagnose(ballots[run.topology.rank], evidence, self._vote.dense, run.sparse, run.schema.numeric, shown)
         found = told_by_ranks(mine, run.topology, run.device)
-        bad = [rank for rank, ballot in enumerate(ballots) if not (ballot.finite_loss and ballot.finite_gradients)]
         parts = [f"rank {rank}: {text}" for rank, text in found.items()]
         if cause == "spike":
             highest = max(range(len(ballots)), key=lambda rank: ballots[rank].loss)
-            bound = self._policy.spike_bound()
-            parts.insert(0, f"mean loss {self.loss:.4g} above {bound:.4g}, highest on rank {highest}: "
-                            f"{ballots[highest].loss:.4g}")  # fmt: skip
-        elif len(bad) > len(found):
-            parts.append(f"faulty in all: ranks {', '.join(map(str, bad))}")
+            parts.insert(
+                0,
+                f"mean loss {self.loss:.4g}, the bound is {self._policy.spike_bound():.4g}; highest on rank {highest}: "
+                f"{ballots[highest].loss:.4g}",
+            )
+        elif not found.keys() >= set(faulty):
+            parts.append(f"all faulty ranks: {', '.join(map(str, faulty))}")
         self.said = f"{CAUSES[cause]}: {'; '.join(parts)}"
         self._monitor.say(f"WARNING: FAULTY STEP {self._position.step + 1}, NOTHING WAS CHANGED: {self.said}")

@@ -6,7 +6,7 @@ tensor parallelism the ranks of a tensor group share what they compute: a fault 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,6 +43,21 @@ class Ballot:
     @property
     def finite_gradients(self) -> bool:
         return all(map(math.isfinite, (self.embeddings, self.dense, self.towers)))
+
+    @property
+    def fault(self) -> int:
+        """0: the loss, 1: gradients of the over-arch, 2: those of tower modules, 3: none. Tower modules get theirs
+        from other ranks as well, and a loss spoils all: what comes first is the cause, what comes after may follow."""
+        return next(
+            (order for order, number in enumerate((self.loss, self.embeddings + self.dense, self.towers))
+             if not math.isfinite(number)), 3,
+        )  # fmt: skip
+
+
+def faulty_ranks(ballots: Sequence[Ballot]) -> list[int]:
+    """The ranks that a fault comes from; none when all is finite."""
+    first = min(ballot.fault for ballot in ballots)
+    return [rank for rank, ballot in enumerate(ballots) if ballot.fault == first < 3]
 
 
 class Vote:
