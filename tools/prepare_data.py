@@ -6,6 +6,7 @@ python tools/prepare_data.py table --schema spec.json --train T.csv --valid V.cs
 python tools/prepare_data.py synthetic --output data/synthetic --examples 10000
 python tools/prepare_data.py synthetic --schema ds_configs/schemas/wukong-ladder.json --max-rows 1000 \
     --examples 20000 --output data/ladder
+python tools/prepare_data.py synthetic --order 8 --single 16 --rows 8 --groups 4 --examples 400000 --output data/planted
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megarec.data import planted
 from megarec.data.movielens import prepare_movielens
 from megarec.data.movielens_wheels import SOURCES, TERMS
 from megarec.data.schema import Schema, read_schema
@@ -55,6 +57,10 @@ def parser() -> argparse.ArgumentParser:
     synthetic.add_argument(
         "--schema", type=Path, metavar="FILE", help="a schema.json whose features the data shall have"
     )
+    synthetic.add_argument(
+        "--order", type=int, metavar="K", help="plant interactions of orders 1 to K whose Bayes LogLoss is known"
+    )
+    synthetic.add_argument("--groups", type=int, metavar="G", help="with --order: interactions of each order")
     synthetic.add_argument("--max-rows", type=int, metavar="R", help="with --schema: tables capped at R rows")
     for name, what in FEATURES.items():
         synthetic.add_argument(
@@ -79,6 +85,10 @@ def prepare(args: argparse.Namespace) -> Schema:
 
 def synthetic_data(args: argparse.Namespace) -> Schema:
     sizes = {name: getattr(args, name) for name in FEATURES if getattr(args, name) is not None}
+    if args.order is not None:
+        return planted_data(args, sizes)
+    if args.groups is not None:
+        raise UserError("--groups says how many interactions of each order; give --order K as well")
     if args.schema is None:
         if args.max_rows is not None:
             raise UserError("--max-rows caps the tables of --schema; without one, --rows sets their size")
@@ -87,6 +97,19 @@ def synthetic_data(args: argparse.Namespace) -> Schema:
         raise UserError(f"--schema and --{next(iter(sizes))} both say what the features are; keep one of them")
     schema = read_schema(args.schema)
     return prepare_like(schema, args.output, examples=args.examples, seed=args.seed, max_rows=args.max_rows)
+
+
+def planted_data(args: argparse.Namespace, sizes: dict[str, int]) -> Schema:
+    sizes["features"] = sizes.pop("single", planted.Shape.features)
+    for name in ("schema", "max_rows", *FEATURES):
+        if name not in ("single", "rows") and getattr(args, name) is not None:
+            raise UserError(
+                f"--order plants interactions of --single features alone; leave out --{name.replace('_', '-')}"
+            )
+    if args.groups is not None:
+        sizes["groups"] = args.groups
+    shape = planted.Shape(examples=args.examples, order=args.order, seed=args.seed, **sizes)
+    return planted.prepare_planted(shape, args.output)
 
 
 @exits_cleanly

@@ -41,6 +41,18 @@ class CategoricalFeature(BaseModel):
         return f"{self.name}:weights"
 
 
+class Optimum(BaseModel):
+    """The Bayes LogLoss of a split whose labels were drawn with known probabilities, in nats.
+
+    `drawn` differs from `entropy` by the luck of the draw; a model's LogLoss, on the same labels, compares with it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    entropy: float = Field(ge=0, description="mean entropy of the labels: what the true probabilities lose on average")
+    drawn: float = Field(ge=0, description="what they lose on the labels that were drawn")
+
+
 class Schema(BaseModel):
     """The columns of a prepared data set, in canonical feature order.
 
@@ -58,6 +70,7 @@ class Schema(BaseModel):
     categorical: tuple[CategoricalFeature, ...]
     numeric: tuple[str, ...] = ()
     rows: dict[str, int] = Field(description="examples per split")
+    optimum: dict[str, Optimum] = Field({}, description="by split, where the labels' probabilities are known")
     source: str = Field("", description="where the data came from, for people")
 
     @model_validator(mode="after")

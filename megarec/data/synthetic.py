@@ -68,7 +68,7 @@ def prepare_like(like: Schema, output: Path, *, examples: int, seed: int, max_ro
         update={
             "categorical": tuple(f.model_copy(update={"rows": min(f.rows, cap)}) for f in like.categorical),
             "label_rule": _LABEL_RULE,
-            "rows": _split_rows(examples),
+            "rows": split_rows(examples),
             "source": f"synthetic (made up, seed {seed}) with the features of {like.name}, tables capped at {cap} rows",
         }
     )
@@ -88,7 +88,8 @@ def _write(directory: Path, schema: Schema, seed: int) -> Schema:
     return schema
 
 
-def _split_rows(examples: int) -> dict[str, int]:
+def split_rows(examples: int) -> dict[str, int]:
+    """Examples of each split, 8:1:1."""
     eighth, tenth = examples * 8 // 10, examples // 10
     return dict(zip(SPLITS, (eighth, tenth, examples - eighth - tenth), strict=True))
 
@@ -110,7 +111,7 @@ def _schema(shape: Shape) -> Schema:
         label_rule=_LABEL_RULE,
         categorical=tuple(single + multi),
         numeric=tuple(f"numeric_{i}" for i in range(shape.numeric)),
-        rows=_split_rows(shape.examples),
+        rows=split_rows(shape.examples),
         source=f"synthetic (made up, seed {shape.seed}): for tests and benchmarks only",
     )
 
