@@ -1,5 +1,7 @@
-"""Is quality a power of compute? The law with its intervals, families compared, and the figure.
+"""Is quality a power of compute? A sweep over sizes and seeds, the law with its intervals, and the figure.
 
+python tools/scaling_law.py sweep --study ds_configs/studies/planted.json --jobs 2 --hours 8
+python tools/scaling_law.py table --points runs/planted/runs.parquet
 python tools/scaling_law.py fit                                   # the published ladder
 python tools/scaling_law.py fit --points runs.parquet --against parameters --family wukong --json
 python tools/scaling_law.py plot --points runs.csv --output figures --tensorboard runs/tensorboard
@@ -12,16 +14,37 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megarec.errors import exits_cleanly
+from megarec.errors import UserError, exits_cleanly
+from megarec.launching.hostfile import read_hostfile
+from megarec.scaling.budget import Budget
+from megarec.scaling.grid import read_grid
+from megarec.scaling.pace import planned
 from megarec.scaling.points import COLUMN, QUALITIES, read_points
 from megarec.scaling.published import LADDER
+from megarec.scaling.rows import TABLE, Rows
 from megarec.scaling.study import Study, as_json, study
+from megarec.scaling.sweep import local_slots, only_sweep_in, run_sweep, slots_of
+from megarec.scaling.tables import in_words, markdown
 
 
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fit and draw quality as a power of compute.")
     commands = parser.add_subparsers(dest="command", required=True)
+    sweep = commands.add_parser("sweep", help="models x learning rates x seeds; goes on where an earlier sweep ended")
+    sweep.add_argument(
+        "--study", type=Path, required=True, metavar="FILE", help="JSON: base, models, learning rates, seeds"
+    )
+    sweep.add_argument("--output", type=Path, metavar="DIR", help="default: runs/<the study's name>")
+    places = sweep.add_mutually_exclusive_group()
+    places.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on this machine (default: 1)")
+    places.add_argument("--hostfile", type=Path, metavar="FILE", help="run on these hosts, as many at a time as slots")
+    sweep.add_argument("--budget-gflop", type=float, metavar="X", help="training GFLOP of all runs together")
+    sweep.add_argument("--hours", type=float, metavar="H", help="from start to end, by the pace")
+    sweep.add_argument("--gflop-per-second", type=float, metavar="R", help="a run's pace, in place of a measured one")
+    sweep.add_argument("--plan", action="store_true", help="show what would run, and stop")
+    table = commands.add_parser("table", help="mean and deviation over the seeds of every model, in Markdown")
+    table.add_argument("--points", type=Path, required=True, metavar="FILE", help="the parquet of a sweep")
     fit = commands.add_parser("fit", help="the law of a family, and the families beside it")
     fit.add_argument("--json", action="store_true", help="one JSON object on standard output")
     plot = commands.add_parser("plot", help="scaling_law.png, scaling_law.svg and report.html")
@@ -33,11 +56,45 @@ def main() -> None:
         command.add_argument("--quality", choices=QUALITIES, help="which column; by default the first there is")
         command.add_argument("--family", help="whom the others are compared with; by default that of most sizes")
     arguments = parser.parse_args()
+    if arguments.command == "sweep":
+        run_study(arguments)
+        return
+    if arguments.command == "table":
+        print(*markdown(arguments.points), sep="\n")
+        return
     result = study(read_points(arguments.points, arguments.against, arguments.quality), arguments.family)
     if arguments.command == "fit":
         print_fit(result, arguments.json)
     else:
         write_plot(result, arguments.output, arguments.tensorboard)
+
+
+def run_study(arguments: argparse.Namespace) -> None:
+    for name in ("jobs", "budget_gflop", "hours", "gflop_per_second"):
+        if (value := getattr(arguments, name)) is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected more than 0")
+    trials = read_grid(arguments.study)
+    slots = slots_of(read_hostfile(arguments.hostfile)) if arguments.hostfile else local_slots(arguments.jobs)
+    budget = Budget(arguments.budget_gflop, arguments.hours, arguments.gflop_per_second)
+    output = arguments.output or Path("runs") / arguments.study.stem
+    with only_sweep_in(output):
+        rows = Rows(output, trials)
+        plan = planned(trials, rows, len(slots), budget)
+        print(*in_words(plan), sep="\n", flush=True)
+        if arguments.plan:
+            return
+        kept = {line.model for line in plan.kept}
+        failed = run_sweep([trial for trial in trials if trial.model in kept], rows, slots, say)
+    print(f"{output / TABLE}: {len(rows.of)} runs", flush=True)
+    if failed:
+        print(
+            f"error: {len(failed)} runs failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr
+        )
+        sys.exit(1)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 def print_fit(result: Study, in_json: bool) -> None:

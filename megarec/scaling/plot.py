@@ -24,6 +24,7 @@ LABEL: dict[Quality, str] = {
     "relative_logloss_percent": "LogLoss relative to the baseline, %",
     "logloss": "LogLoss",
     "ne": "normalized entropy",
+    "excess_logloss": "LogLoss above the optimum",
 }
 
 
@@ -37,6 +38,8 @@ def draw(result: Study) -> Figure:
         _draw_family(axes, result, name, COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)])
     costs, losses = zip(*((cost, loss) for _, cost, loss in result.frontier), strict=True)
     axes.step(costs, losses, where="post", color="0.55", linewidth=1, linestyle=":", label="efficiency frontier")
+    if result.points.optimum is not None:
+        axes.axhline(result.points.optimum, color="0.3", linewidth=1, label=f"optimum {result.points.optimum:.4f}")
     axes.set_xlabel(f"training {UNIT['gflop']}" if result.points.axis == "gflop" else "parameters")
     axes.set_ylabel(LABEL[result.points.quality])
     # The decades of a log axis hold no tick where losses differ by per cents.

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from megarec.errors import UserError
 
 Axis = Literal["gflop", "parameters"]
-Quality = Literal["relative_logloss_percent", "logloss", "ne"]
+Quality = Literal["relative_logloss_percent", "logloss", "ne", "excess_logloss"]
 
 COLUMN: dict[Axis, str] = {"gflop": "train_gflop_per_example", "parameters": "parameters"}
 UNIT: dict[Axis, str] = {"gflop": "GFLOP/example", "parameters": "parameters"}
@@ -43,6 +43,7 @@ class Points:
         quality: the column that `Run.loss` comes from.
         families: runs by family, cheapest first; only families with a measured run.
         unmeasured: by family, the costs of rows whose quality is empty.
+        optimum: the Bayes LogLoss on the same labels, where it is known and LogLoss is what the runs hold.
     """
 
     source: str
@@ -50,6 +51,7 @@ class Points:
     quality: Quality
     families: dict[str, tuple[Run, ...]]
     unmeasured: dict[str, tuple[float, ...]]
+    optimum: float | None = None
 
 
 def read_points(path: Path, axis: Axis = "gflop", quality: Quality | None = None) -> Points:
@@ -57,15 +59,17 @@ def read_points(path: Path, axis: Axis = "gflop", quality: Quality | None = None
 
     Args:
         path: CSV, or parquet if it is named so. Columns: `model`; `train_gflop_per_example` or `parameters`;
-            `relative_logloss_percent` (of a baseline's LogLoss), `logloss` or `ne`; `seed` if there is one.
+            `relative_logloss_percent` (of a baseline's LogLoss), `logloss`, `ne` or `excess_logloss`; `seed` if
+            there is one. A sweep's rows at learning rates that were not `chosen` are left out. `optimum_logloss`:
+            where it is known.
         axis: which cost to read.
-        quality: which quality to read; None: the first of the three that is there.
+        quality: which quality to read; None: the first of these that is there.
 
     Raises:
         UserError: the file cannot be read, a column is missing, or a row's value does not do; rows count from 1,
             without the header.
     """
-    columns, rows = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    columns, rows = read_rows(path)
     chosen = _quality(path, columns, quality)
     for needed in ("model", COLUMN[axis]):
         if needed not in columns:
@@ -73,7 +77,10 @@ def read_points(path: Path, axis: Axis = "gflop", quality: Quality | None = None
     families: dict[str, list[Run]] = {}
     unmeasured: dict[str, list[float]] = {}
     first_row: dict[tuple[str, ...], int] = {}
+    optima: set[float] = set()
     for number, row in enumerate(rows, start=1):
+        if row.get("chosen") is False:
+            continue
         where = f"{path}, row {number}"
         family, cost = family_of(_name(row, where)), _positive(row, COLUMN[axis], where)
         if _empty(row.get(chosen)):
@@ -81,6 +88,8 @@ def read_points(path: Path, axis: Axis = "gflop", quality: Quality | None = None
             continue
         _refuse_repeat(first_row, row, number, path)
         families.setdefault(family, []).append(Run(cost, _loss(row, chosen, where)))
+        if chosen == "logloss" and not _empty(row.get("optimum_logloss")):
+            optima.add(_positive(row, "optimum_logloss", where))
     if not families:
         raise UserError(f"{path}: no row has a {chosen}; there is nothing to fit")
     return Points(
@@ -89,7 +98,17 @@ def read_points(path: Path, axis: Axis = "gflop", quality: Quality | None = None
         chosen,
         {family: tuple(sorted(runs)) for family, runs in families.items()},
         {family: tuple(sorted(costs)) for family, costs in unmeasured.items()},
+        optima.pop() if len(optima) == 1 else None,
     )
+
+
+def read_rows(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
+    """Columns and rows of a CSV, or of a parquet if it is named so.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
 
 
 def family_of(model: str) -> str:

@@ -3,6 +3,9 @@
 import math
 from html import escape
 
+import numpy as np
+
+from megarec.scaling.bootstrap import size_means
 from megarec.scaling.compare import EqualQuality
 from megarec.scaling.law import SIGNIFICANT_PERCENT, Law, NoLaw
 from megarec.scaling.plot import LABEL
@@ -64,6 +67,8 @@ def _family(result: Study, name: str) -> list[str]:
     if unmeasured := result.points.unmeasured.get(name):
         costs = ", ".join(f"{cost:g}" for cost in unmeasured)
         lines.append(f"rows without a quality, left out: {costs} {unit}")
+    if result.points.optimum is not None:
+        lines.append(_above(result, name, result.points.optimum))
     if end is not None:
         verdict = "saturated: more is not seen to help" if end.saturated else "still improves"
         noise = "by its seeds" if end.noise == "seeds" else f"differences up to {SIGNIFICANT_PERCENT} % taken for noise"
@@ -100,6 +105,13 @@ def _law(result: Study, law: Law) -> list[str]:
     if law.extrapolation_error is None:
         lines.append("too few sizes to hold one out")
     return lines
+
+
+def _above(result: Study, name: str, optimum: float) -> str:
+    """How far a family's best size stays from the optimum, and by its law's constant."""
+    best = min(means := size_means(*np.array(result.points.families[name], dtype=np.float64).T)[1])
+    text = f"optimum {optimum:.5f}: its best size loses {best - optimum:.5f} more ({100 * (best / optimum - 1):.2f} %)"
+    return text if len(means) == 1 else f"{text}, its worst {max(means) - optimum:.5f}"
 
 
 def _forms(law: Law) -> str:

@@ -38,6 +38,16 @@ def test_synthetic_data_with_the_features_of_a_schema(tmp_path: Path) -> None:
     assert done.returncode == 2 and "--max-rows caps the tables of --schema" in done.stderr
 
 
+def test_planted_interactions(tmp_path: Path) -> None:
+    order = ["synthetic", "--output", str(tmp_path / "out"), "--order", "3", "--examples", "100"]
+    done = run(*order, "--single", "5", "--rows", "4", "--groups", "2")
+    assert (done.returncode, done.stderr) == (0, "") and "interactions of orders 1 to 3" in done.stdout
+    schema = load_schema(tmp_path / "out")
+    assert [f.rows for f in schema.categorical] == [4] * 5 and set(schema.optimum) == {"train", "valid", "test"}
+    done = run(*order, "--multi", "1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "leave out --multi" in done.stderr
+
+
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     done = run(
         "table",

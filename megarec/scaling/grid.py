@@ -1,0 +1,140 @@
+"""The grid of a sweep: models x learning rates x seeds over one data set, each an ordinary run with its cost."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from megarec.config.base import Rate, Section
+from megarec.config.describe import describe
+from megarec.config.load import load_config
+from megarec.config.sections import RunConfig
+from megarec.data.schema import Schema, schema_of
+from megarec.errors import UserError
+from megarec.models.cost import Cost
+from megarec.scaling.counting import count_run
+
+
+class StudyFile(Section):
+    """The JSON of a sweep. Keys of models and learning rates are those of `--set`."""
+
+    base: str = Field(description="the run's JSON that all trials share, relative to this file")
+    models: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="by name (the family, then the size: wukong-2x8), what its run sets"
+    )
+    learning_rates: list[dict[str, Rate]] = Field(
+        [{}],
+        min_length=1,
+        description="what is tried for every model with the first seed; the best on validation gets all seeds",
+    )
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([1], min_length=1, description="of train.seed")
+
+    @field_validator("models")
+    @classmethod
+    def _names_can_be_directories(cls, models: dict[str, Any]) -> dict[str, Any]:
+        for name in models:
+            if re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*", name) is None:
+                raise ValueError(f"{name!r} cannot name a directory; take letters, digits, '_', '.', '+' and '-'")
+        return models
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    Attributes:
+        rate: place in the study's learning rates.
+        tuning: whether it takes part in the choice of the learning rate.
+        base, overrides: `launch/train.py --config base --set ...`.
+        config_hash: of the resolved config and the data's schema, without where and on how many threads it runs.
+        examples: it trains on, if it does not stop early.
+    """
+
+    model: str
+    rate: int
+    seed: int
+    tuning: bool
+    base: Path
+    overrides: tuple[str, ...]
+    config: RunConfig
+    schema: Schema
+    cost: Cost
+    config_hash: str
+    examples: int
+
+    @property
+    def name(self) -> str:
+        """Of its directory; another config has another one."""
+        return f"{self.model}-seed{self.seed}-{self.config_hash}"
+
+    @property
+    def gflop(self) -> float:
+        """Of the whole training."""
+        return self.cost.flop / 1e9 * self.examples
+
+
+def read_grid(path: Path) -> list[Trial]:
+    """All trials of a study, model by model in its order: every learning rate with every seed.
+
+    Raises:
+        UserError: the study, its base or a trial's config does not do; names the model where one is to blame.
+    """
+    study = _read_study(path)
+    base = path.parent / study.base
+    trials: dict[str, Trial] = {}
+    for model, sets in study.models.items():
+        for rate, rates in enumerate(study.learning_rates):
+            for seed in study.seeds:
+                overrides = [f"{key}={json.dumps(value)}" for key, value in {**sets, **rates}.items()]
+                try:
+                    trial = _trial(model, rate, seed, seed == study.seeds[0], base, overrides)
+                except UserError as error:
+                    raise UserError(f"{path}: models.{model}: {error}") from error
+                if twin := trials.setdefault(trial.name, trial) if trial.name in trials else None:
+                    raise UserError(f"{path}: models.{model} has the same run twice (rates {twin.rate} and {rate})")
+                trials[trial.name] = trial
+    return list(trials.values())
+
+
+def _trial(model: str, rate: int, seed: int, tuning: bool, base: Path, overrides: list[str]) -> Trial:
+    overrides = [*overrides, f"train.seed={seed}", "deepspeed.tensorboard.enabled=true"]
+    config = load_config(base, overrides)
+    schema = schema_of(config.data)
+    content = [config.model_dump(mode="json", exclude={"train": {"output_dir", "threads"}}), schema.model_dump()]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    steps = config.train.epochs * (schema.rows["train"] // config.data.batch_size)
+    return Trial(
+        model,
+        rate,
+        seed,
+        tuning,
+        base,
+        tuple(overrides),
+        config,
+        schema,
+        count_run(config).cost,
+        digest[:12],
+        min(steps, config.train.max_steps or steps) * config.data.batch_size,
+    )
+
+
+def of_models(trials: list[Trial]) -> Iterator[tuple[str, list[Trial]]]:
+    """The trials of each model, in their order."""
+    for model in dict.fromkeys(trial.model for trial in trials):
+        yield model, [trial for trial in trials if trial.model == model]
+
+
+def _read_study(path: Path) -> StudyFile:
+    try:
+        return StudyFile.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); sweep wants --study STUDY.json") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe(error, StudyFile)}") from error

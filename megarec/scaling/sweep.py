@@ -1,0 +1,200 @@
+"""Runs a sweep's trials, some at a time, here or on the hosts of a hostfile; goes on where an earlier sweep ended."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megarec.errors import UserError
+from megarec.launching.commands import accelerator
+from megarec.launching.hostfile import Host
+from megarec.launching.ssh import OPTIONS, keep_alive, on_host
+from megarec.scaling.attended import ROOT, attended
+from megarec.scaling.board import log_trial
+from megarec.scaling.grid import Trial
+from megarec.scaling.rows import Row, Rows, row_of
+
+TRAIN = ROOT / "launch/train.py"
+_POLL_SECONDS = 0.2
+HERE = "localhost"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one trial at a time.
+
+    Attributes:
+        host: over ssh; None: this machine.
+        place: its number on its host, and of its GPU where there are some.
+        threads: CPU threads of a trial there; None: as many as the host has cores.
+    """
+
+    host: str | None
+    place: int
+    threads: int | None
+
+
+@contextmanager
+def only_sweep_in(output: Path) -> Iterator[None]:
+    """Keep other sweeps out of the directory.
+
+    Raises:
+        UserError: one is at work there, or it cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / "lock").open("a")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{output}: another sweep is at work there; wait for it, or choose another --output"
+            ) from None
+        yield
+
+
+@dataclass
+class Running:
+    """A trial's process."""
+
+    trial: Trial
+    process: "subprocess.Popen[bytes]"
+    started: float
+
+
+def local_slots(jobs: int) -> list[Slot]:
+    """So many places on this machine, its cores shared out evenly."""
+    return [Slot(None, place, max(1, len(os.sched_getaffinity(0)) // jobs)) for place in range(jobs)]
+
+
+def slots_of(hosts: list[Host]) -> list[Slot]:
+    """As many places on each host as its slots. A lone trial takes the host's cores, several one thread each."""
+    return [Slot(host.name, place, None if host.slots == 1 else 1) for host in hosts for place in range(host.slots)]
+
+
+def run_sweep(trials: list[Trial], rows: Rows, slots: list[Slot], say: Callable[[str], None]) -> list[str]:
+    """Run what has no row yet: every learning rate with the first seed, then the other seeds at the chosen rate.
+
+    However the sweep ends, its processes end with it.
+
+    Returns:
+        The names of trials that failed; `log.txt` in their directory says why.
+    """
+    running: dict[Slot, Running] = {}
+    failed: list[str] = []
+    _collect(trials, rows)
+    try:
+        while True:
+            for slot in slots:
+                if slot not in running and (trial := _next(trials, rows, running, failed)):
+                    running[slot] = _start(trial, slot, rows.output)
+            if not running:
+                return failed
+            time.sleep(_POLL_SECONDS)
+            for slot, run in list(running.items()):
+                if (code := run.process.poll()) is not None:
+                    del running[slot]
+                    _finish(run, code, slot, rows, failed, say)
+    finally:
+        for run in running.values():
+            _close(run.process)
+
+
+def folder_of(output: Path, trial: Trial) -> Path:
+    """A trial's `train.output_dir`."""
+    return output / "runs" / trial.name
+
+
+def command_of(trial: Trial, folder: Path, threads: int | None) -> list[str]:
+    """The ordinary run; it continues from its latest checkpoint, if an earlier sweep left one."""
+    sets = [*trial.overrides, f"train.output_dir={json.dumps(str(folder))}"]
+    if threads is not None and trial.config.train.threads is None:
+        sets.append(f"train.threads={threads}")
+    words = [word for each in sets for word in ("--set", each)]
+    return [sys.executable, str(TRAIN), "--config", str(trial.base), "--resume", *words]
+
+
+def environment_of(slot: Slot) -> dict[str, str]:
+    """Variables of a trial's process; where there are GPUs it sees one, of those that the sweep may see."""
+    environment = {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "DS_ACCELERATOR": accelerator()}
+    if slot.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(slot.threads)
+    if accelerator() == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if slot.host is None else []
+        environment["CUDA_VISIBLE_DEVICES"] = visible[slot.place] if slot.place < len(visible) else str(slot.place)
+    return environment
+
+
+def _next(trials: list[Trial], rows: Rows, running: dict[Slot, Running], failed: list[str]) -> Trial | None:
+    """Cheapest first, trials that choose a learning rate before others."""
+    settled = {*rows.of, *failed}
+    at_work = {run.trial.name for run in running.values()}
+    open_models = {trial.model for trial in trials if trial.tuning and trial.name not in settled}
+    for trial in sorted(trials, key=lambda trial: (not trial.tuning, trial.gflop)):
+        if trial.name in settled or trial.name in at_work:
+            continue
+        if trial.tuning or (trial.model not in open_models and trial.rate == rows.chosen_rate(trial.model)):
+            return trial
+    return None
+
+
+def _collect(trials: list[Trial], rows: Rows) -> None:
+    """Take in what ended after an earlier sweep had been killed, or just before."""
+    for trial in trials:
+        folder = folder_of(rows.output, trial)
+        if trial.name not in rows.of and (metrics := _metrics(folder)):
+            _keep(trial, row_of(trial, metrics, None, None), rows)
+    rows.write_table()
+
+
+def _keep(trial: Trial, row: Row, rows: Rows) -> None:
+    log_trial(folder_of(rows.output, trial) / "tensorboard", trial, row)
+    rows.add(trial, row)
+
+
+def _start(trial: Trial, slot: Slot, output: Path) -> Running:
+    folder = folder_of(output, trial)
+    command = attended(folder, environment_of(slot), command_of(trial, folder, slot.threads))
+    if slot.host is not None:
+        command = on_host(slot.host, command, (*OPTIONS, *keep_alive(trial.config.parallel.timeout_seconds)))
+    return Running(trial, subprocess.Popen(command, stdin=subprocess.PIPE), time.time())
+
+
+def _finish(run: Running, code: int, slot: Slot, rows: Rows, failed: list[str], say: Callable[[str], None]) -> None:
+    trial, folder = run.trial, folder_of(rows.output, run.trial)
+    _close(run.process)
+    metrics = _metrics(folder) if code == 0 else None
+    if metrics is None:
+        failed.append(trial.name)
+        say(f"FAILED {trial.name}: exit code {code}; {folder / 'log.txt'}")
+        return
+    row = row_of(trial, metrics, time.time() - run.started, slot.host or HERE)
+    _keep(trial, row, rows)
+    say(
+        f"{len(rows.of)} done  {trial.model} seed {trial.seed} rate {trial.rate}: "
+        f"valid LogLoss {row['valid_logloss']:.4f}, test LogLoss {row['logloss']:.4f}, {row['seconds']:.0f} s"
+    )
+
+
+def _metrics(folder: Path) -> dict[str, Any] | None:
+    """What a run writes last; None: it has not, or was killed while it did."""
+    try:
+        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _close(process: "subprocess.Popen[bytes]") -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()

@@ -1,0 +1,71 @@
+"""A sweep in tables: its plan before it starts, and every model's mean and deviation over seeds after it."""
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megarec.errors import UserError
+from megarec.scaling.budget import Plan
+from megarec.scaling.points import read_rows
+
+_QUALITY = ("auc", "logloss", "ne")
+_COLUMNS = ("seed", "chosen", "overrides", "train_gflop_per_example", "parameters", "examples_per_second", *_QUALITY)
+
+
+def in_words(plan: Plan) -> Iterator[str]:
+    """The plan, a line a model, and what it comes to."""
+    yield f"{'model':24} {'runs':>4} {'GFLOP/example':>13} {'GFLOP':>12} {'hours':>6}"
+    for line in plan.lines:
+        hours = line.seconds / 3600 / plan.at_once
+        left_out = f"  left out: {line.left_out}" if line.left_out else ""
+        yield (
+            f"{line.model:24} {line.runs:4} {line.gflop_per_example:13.4g} {line.gflop:12,.0f} {hours:6.2f}{left_out}"
+        )
+    runs = sum(line.runs for line in plan.kept)
+    yield (
+        f"{runs} runs, {plan.at_once} at a time: {plan.gflop:,.0f} GFLOP, {plan.hours:.2f} h at most "
+        f"({plan.pace.source}); early stopping shortens it"
+    )
+
+
+def markdown(path: Path) -> Iterator[str]:
+    """Mean and sample deviation over the seeds of each model at its chosen learning rate; best test AUC first.
+
+    Raises:
+        UserError: the file is no table of a sweep.
+    """
+    models: dict[str, list[dict[str, Any]]] = {}
+    for row in _chosen_rows(path):
+        models.setdefault(row["model"], []).append(row)
+    yield "| model | seeds | test AUC | LogLoss | NE | parameters | GFLOP/example | examples/s | chosen rates |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for model, rows in sorted(models.items(), key=lambda item: -statistics.mean(row["auc"] for row in item[1])):
+        quality = " | ".join(_mean(rows, name) for name in _QUALITY)
+        speeds = [row["examples_per_second"] for row in rows if row["examples_per_second"]]
+        speed = f"{statistics.mean(speeds):,.0f}" if speeds else ""
+        one = rows[0]
+        yield (
+            f"| {model} | {len(rows)} | {quality} | {one['parameters']:,} | {one['train_gflop_per_example']:.6f} "
+            f"| {speed} | {_rates(one['overrides'])} |"
+        )
+
+
+def _chosen_rows(path: Path) -> list[dict[str, Any]]:
+    columns, rows = read_rows(path)
+    for column in _COLUMNS:
+        if column not in columns:
+            raise UserError(f"{path}: no column {column}; expected the runs.parquet of a sweep")
+    return [row for row in rows if row["chosen"]]
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> str:
+    values = [row[name] for row in rows]
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
+
+
+def _rates(overrides: str) -> str:
+    """What the overrides say of learning rates: `dense 0.001, embedding 0.02`."""
+    words = [word.split(".learning_rate=") for word in overrides.split() if ".learning_rate=" in word]
+    return ", ".join(f"{section} {value}" for section, value in words)

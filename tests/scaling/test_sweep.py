@@ -1,0 +1,254 @@
+"""A sweep killed at any moment ends with the table of an unbroken one; what fails is told; hosts of a hostfile."""
+
+import json
+import os
+import random
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from megarec.launching.hostfile import Host
+from megarec.scaling.grid import read_grid
+from megarec.scaling.law import NoLaw
+from megarec.scaling.points import read_points
+from megarec.scaling.rows import Rows
+from megarec.scaling.study import study
+from megarec.scaling.sweep import command_of, environment_of, local_slots, slots_of
+from tests.scaling.studies import WUKONG, write_study
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools/scaling_law.py"
+FAKE = Path(__file__).with_name("fake_train.py")
+RATES = [{"dense.learning_rate": 0.01}, {"dense.learning_rate": 0.001}]
+QUALITY = ["model", "seed", "rate", "config_hash", "steps", "logloss", "auc", "valid_logloss", "chosen"]
+# The tool with another trainer, and without TensorBoard, whose import takes longer than these sweeps.
+FAKED = f"""
+import runpy, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from megarec.scaling import sweep
+sweep.TRAIN, sweep._POLL_SECONDS, sweep.log_trial = Path({str(FAKE)!r}), 0.02, lambda *_: None
+sys.argv[0] = {str(TOOL)!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+MODELS = {"wukong-1": {"model": WUKONG}, "wukong-2": {"model": {**WUKONG, "layers": 2}}}
+
+
+def start(path: Path, output: Path, *options: str, real: bool = False) -> "subprocess.Popen[str]":
+    tool = [str(TOOL)] if real else ["-c", FAKED]
+    command = [sys.executable, *tool, "sweep", "--study", str(path), "--output", str(output)]
+    pace = [] if real else ["--gflop-per-second", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *pace, *options], **pipes)  # type: ignore[call-overload, no-any-return]
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    told, complaints = process.communicate(timeout=250)
+    assert process.returncode == 0, complaints
+    return told
+
+
+def table(output: Path) -> list[dict[str, Any]]:
+    return parquet.read_table(output / "runs.parquet", columns=QUALITY).to_pylist()
+
+
+def starts(output: Path) -> dict[str, int]:
+    return {path.parent.name: len(path.read_text()) for path in (output / "runs").glob("*/starts")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A study of two models, two rates, two seeds, 6 runs, and where an unbroken sweep has run it."""
+    directory = tmp_path_factory.mktemp("whole")
+    path = write_study(directory, models=MODELS, learning_rates=RATES)
+    assert "6 runs" in finish(start(path, directory / "out", "--jobs", "2"))
+    return path, directory / "out"
+
+
+def test_a_killed_sweep_goes_on_and_gives_the_same_table(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    path, unbroken = whole
+    assert set(starts(unbroken).values()) == {1} and len(table(unbroken)) == 6
+    broken, draw = tmp_path / "broken", random.Random(1)
+    for _ in range(2):
+        sweep, before = start(path, broken, "--jobs", "2"), len(list(broken.glob("rows/*.json")))
+        while len(list(broken.glob("rows/*.json"))) == before:
+            assert sweep.poll() is None, sweep.communicate()
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.2))
+        sweep.kill()
+        sweep.communicate()
+        done = {file.stem: starts(broken)[file.stem] for file in (broken / "rows").glob("*.json")}
+    finish(start(path, broken, "--jobs", "2"))
+    assert table(broken) == table(unbroken)
+    assert {name: starts(broken)[name] for name in done} == done  # none again that had ended
+    assert sum(starts(broken).values()) <= 6 + 2 * 2  # a kill costs a new start of what ran, and no more
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3_600)
+def test_twenty_kills_of_real_runs(tmp_path: Path) -> None:
+    path = write_study(tmp_path, learning_rates=RATES)
+    options = ("--jobs", "2", "--gflop-per-second", "1")
+    began = time.time()
+    finish(start(path, tmp_path / "whole", *options, real=True))
+    takes = time.time() - began
+    broken, draw, kills = tmp_path / "broken", random.Random(2), 0
+    while kills < 20:
+        sweep = start(path, broken, *options, real=True)
+        try:
+            sweep.communicate(timeout=draw.uniform(1, takes / 2))
+        except subprocess.TimeoutExpired:
+            sweep.kill()
+            sweep.communicate()
+            kills += 1
+        else:
+            assert table(broken) == table(tmp_path / "whole")
+            broken = tmp_path / f"broken-after-{kills}"  # done before 20 kills: once more from the start
+    finish(start(path, broken, *options, real=True))
+    assert table(broken) == table(tmp_path / "whole")
+
+
+def test_processes_end_with_the_sweep(tmp_path: Path) -> None:
+    sweep = start(write_study(tmp_path, models={"a": {"model": WUKONG}}, seeds=[1]), tmp_path / "out")
+    folder = tmp_path / "out/runs"
+    while not list(folder.glob("*/at-work-*")):
+        assert sweep.poll() is None, sweep.communicate()
+        time.sleep(0.01)
+    (mark,) = folder.glob("*/at-work-*")
+    pid = int(mark.name.rpartition("-")[2])
+    os.kill(pid, signal.SIGSTOP)  # it cannot end by itself
+    sweep.kill()
+    sweep.communicate()
+    deadline = time.time() + 20
+    while Path(f"/proc/{pid}").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
+    models = {"lr": {"model": {"name": "lr", "dim": 4}}, "bad": {"model": {**WUKONG, "dropout": 0.9}}}
+    path = write_study(tmp_path, models=models)
+    sweep = start(path, tmp_path / "out")
+    told, complaints = sweep.communicate(timeout=100)
+    assert sweep.returncode == 1
+    assert "1 runs failed: bad-seed1-" in complaints  # its other seed has no rate to run at
+    (line,) = (line for line in told.splitlines() if line.startswith("FAILED"))
+    assert "this run fails" in Path(line.split("; ")[1]).read_text()
+    assert [row["model"] for row in table(tmp_path / "out")] == ["lr", "lr"]
+
+
+def test_an_end_that_no_sweep_saw_is_taken_in(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    path, unbroken = whole
+    shutil.copytree(unbroken / "runs", tmp_path / "out/runs")
+    finish(start(path, tmp_path / "out"))
+    assert table(tmp_path / "out") == table(unbroken) and set(starts(tmp_path / "out").values()) == {1}
+    assert {json.loads(file.read_text())["seconds"] for file in (tmp_path / "out/rows").glob("*.json")} == {None}
+
+
+def test_two_sweeps_in_one_directory_are_refused_and_a_plan_only_shows(tmp_path: Path) -> None:
+    path = write_study(tmp_path, models=MODELS)
+    told = finish(start(path, tmp_path / "out", "--plan", "--budget-gflop", "1e-9"))
+    assert told.count("left out: ") == 2 and "0 runs, 1 at a time" in told
+    assert not (tmp_path / "out/runs").exists()
+    import fcntl
+
+    with (tmp_path / "out/lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = start(path, tmp_path / "out")
+        assert "another sweep is at work there" in second.communicate(timeout=100)[1]
+        assert second.returncode == 2
+
+
+def test_a_real_sweep_feeds_fit_plot_and_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path, models={"wukong-1": {"model": WUKONG}}, seeds=[1])
+    told = finish(start(path, tmp_path / "out", "--gflop-per-second", "1", real=True))
+    assert "wukong-1 seed 1 rate 0: valid LogLoss" in told
+    (trial,) = read_grid(path)
+    (row,) = parquet.read_table(tmp_path / "out/runs.parquet").to_pylist()
+    assert (row["config_hash"], row["parameters"], row["steps"]) == (trial.config_hash, trial.cost.parameters, 8)
+    assert row["examples_per_second"] > 0 and row["seconds"] > 0
+    optimum = trial.schema.optimum["test"].drawn
+    assert row["optimum_logloss"] == optimum and row["excess_logloss"] == row["logloss"] - optimum
+    points = read_points(tmp_path / "out/runs.parquet")
+    assert points.optimum == optimum and isinstance(study(points).laws["wukong"], NoLaw)
+    tags = logged(tmp_path / "out/runs" / trial.name / "tensorboard")
+    assert {"train/loss", "valid/logloss", "sweep/logloss"} <= tags["scalars"]
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= tags["hparams"]
+    for command in ("fit", "table"):
+        argv = [str(TOOL), command, "--points", str(tmp_path / "out/runs.parquet")]
+        monkeypatch.setattr(sys, "argv", argv)
+        runpy.run_path(str(TOOL), run_name="__main__")
+    told = capsys.readouterr().out
+    assert f"optimum {optimum:.5f}: its best size loses" in told
+    assert f"| wukong-1 | 1 | {row['auc']:.4f} | {row['logloss']:.4f} |" in told
+
+
+def logged(directory: Path) -> dict[str, set[str]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory)).Reload()
+    return {
+        "scalars": set(events.Tags()["scalars"]),
+        "hparams": set(events.summary_metadata),
+    }
+
+
+def test_the_rate_that_is_best_on_validation_is_chosen(whole: tuple[Path, Path]) -> None:
+    path, output = whole
+    rows, trials = table(output), read_grid(path)
+    assert len(rows) == 6 and len(read_points(output / "runs.parquet").families["wukong"]) == 4
+    for model in MODELS:
+        tried = {row["rate"]: row["valid_logloss"] for row in rows if row["model"] == model and row["seed"] == 1}
+        best = min(tried, key=lambda rate: tried[rate])
+        assert Rows(output, trials).chosen_rate(model) == best
+        assert [(row["seed"], row["rate"]) for row in rows if row["model"] == model and row["chosen"]] == [
+            (1, best),
+            (2, best),
+        ]
+
+
+def test_places_for_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [(slot.host, slot.place) for slot in local_slots(2)] == [(None, 0), (None, 1)]
+    slots = slots_of([Host("a", 2, 0), Host("b", 2, 2)])
+    assert [(slot.host, slot.place, slot.threads) for slot in slots] == [
+        ("a", 0, 1),
+        ("a", 1, 1),
+        ("b", 0, 1),
+        ("b", 1, 1),
+    ]
+    assert slots_of([Host("a", 1, 0)])[0].threads is None
+    monkeypatch.setattr("megarec.scaling.sweep.accelerator", lambda: "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert [environment_of(slot)["CUDA_VISIBLE_DEVICES"] for slot in (*local_slots(3), *slots[:2])] == list("46201")
+    (trial, *_) = read_grid(write_study(tmp_path))
+    assert "train.threads=3" not in command_of(trial, tmp_path, 3)  # the base says how many
+
+
+def test_runs_over_ssh_get_every_word_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ssh that does here what sshd would do there: hand its last argument to a shell."""
+    spaced = tmp_path / "a $(b) 'c'"
+    spaced.mkdir()
+    path = write_study(spaced, models={"lr": {"model": {"name": "lr", "dim": 4}}}, seeds=[1])
+    ssh = tmp_path / "bin/ssh"
+    ssh.parent.mkdir()
+    asked = shlex.quote(str(tmp_path / "asked"))
+    ssh.write_text(f'#!/bin/sh\nfor word; do last=$word; done\necho "$@" >> {asked}\nexec sh -c "$last"\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ssh.parent}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "hostfile").write_text("elsewhere slots=1\n")
+    finish(start(path, spaced / "out", "--hostfile", str(tmp_path / "hostfile")))
+    assert len(table(spaced / "out")) == 1
+    assert " elsewhere exec " in (tmp_path / "asked").read_text()
+    (row,) = (json.loads(file.read_text()) for file in (spaced / "out/rows").glob("*.json"))
+    assert row["host"] == "elsewhere"
