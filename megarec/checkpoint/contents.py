@@ -46,7 +46,7 @@ def about(run: Run, position: Position) -> dict[str, Any]:
     config, topology = run.config, run.topology
     return {
         "format": "megarec checkpoint",
-        "version": 1,
+        "version": 2,
         "position": position.to_json(),
         "topology": {
             "ranks": topology.world_size,

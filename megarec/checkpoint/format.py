@@ -67,10 +67,10 @@ class TensorEntry(_Strict):
 
 
 class FileEntry(_Strict):
-    """Size and CRC-32 of a file: enough against accidents, not against a forger."""
+    """Size and XXH3 (64 bits, hexadecimal) of a file: enough against accidents, not against a forger."""
 
     bytes: Size
-    crc32: Annotated[int, Field(ge=0, lt=1 << 32)]
+    xxh3: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 
 
 class Index(_Strict):
@@ -87,9 +87,9 @@ class Index(_Strict):
     """
 
     format: Literal["megarec checkpoint"]
-    version: Literal[1]
+    version: Literal[2]
     step: Size
-    position: dict[str, bool | int | float | None | list[float] | dict[str, int]]
+    position: dict[str, bool | int | float | list[float] | dict[str, int] | None]
     topology: dict[str, int | str]
     config: dict[str, Any]
     data_schema: dict[str, Any] = Field(alias="schema")

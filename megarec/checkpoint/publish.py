@@ -146,7 +146,7 @@ def _merged(plan: Plan, marks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     files: dict[str, Any] = {}
     tensors: dict[str, dict[str, Any]] = {}
     for mark in marks:
-        entry = FileEntry(bytes=mark["bytes"], crc32=mark["crc32"])
+        entry = FileEntry(bytes=mark["bytes"], xxh3=mark["xxh3"])
         found = (plan.temporary / mark["file"]).stat().st_size
         if found != entry.bytes:
             raise OSError(f"{mark['file']} has {found:,} bytes, its rank wrote {entry.bytes:,}")

@@ -135,7 +135,7 @@ def final_state(path: Path) -> tuple[Any, ...]:
     out = path.parent / "out"
     metrics = json.loads((out / "metrics.json").read_text())
     index = read_index(out / "checkpoints" / name_of(STEPS))
-    return metrics["test"], metrics["valid"], {name: entry.crc32 for name, entry in index.files.items()}
+    return metrics["test"], metrics["valid"], {name: entry.xxh3 for name, entry in index.files.items()}
 
 
 def latest_step(path: Path) -> int:

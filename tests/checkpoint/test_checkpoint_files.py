@@ -23,7 +23,7 @@ from megarec.checkpoint.writing import Snapshot
 
 ABOUT = {
     "format": "megarec checkpoint",
-    "version": 1,
+    "version": 2,
     "position": {"step": 3},
     "topology": {"ranks": 2},
     "config": {},
@@ -173,13 +173,13 @@ def first_slice(key: str, value: Any) -> Callable[[Path], None]:
     ("spoil", "reason"),
     [
         (truncate, r"rank-00001.safetensors: \d+ bytes, the index says \d+: truncated"),
-        (bit_flip, "rank-00001.safetensors: CRC-32 .* damaged"),
+        (bit_flip, "rank-00001.safetensors: checksum .* damaged"),
         (lambda d: (d / "rank-00001.safetensors").unlink(), "rank-00001.safetensors: cannot be read"),
         (lambda d: (d / "index.json").unlink(), "index.json is missing"),
         (lambda d: (d / "index.json").write_text("{"), "index.json: not JSON"),
         (lambda d: (d / "index.json").write_text("[" * 100_000), "index.json: not JSON"),
         (lambda d: (d / "index.json").write_bytes(pickle.dumps(Trap())), "index.json: not JSON"),
-        (edited(lambda index: index.update(version=2)), "index.json: version"),
+        (edited(lambda index: index.update(version=3)), "index.json: version"),
         (edited(lambda index: index.update(more=1)), "index.json: more"),
         (foreign, "rank-00001.safetensors: .* another file"),
         (with_file(lambda path: pickle.dumps(Trap()) + bytes(100)), "rank-00001.safetensors: not a safetensors file"),

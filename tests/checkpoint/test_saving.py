@@ -192,12 +192,12 @@ def spoiled(checkpoints: Path, name: str) -> Path:
 def test_a_damaged_checkpoint_is_refused_or_passed_over_when_told(rank_pool: Pools, copied: Path) -> None:
     path = spoiled(copied.parent / "out/checkpoints", "step-000000016")
     for message, _ in rank_pool(2).run(run_training, copied, [], True):
-        assert message.startswith(f"{path}: CRC-32 ") and "\n" not in message
+        assert message.startswith(f"{path}: checksum ") and "\n" not in message
         assert message.endswith("train.fall_back=true resumes from step-000000014")
     error, said = rank_pool(2).run(run_training, copied, ["train.fall_back=true"], True)[0]
     assert error == ""
     warning = next(line for line in said if "FALLING BACK" in line)
-    assert re.fullmatch(rf"WARNING: {path}: CRC-32 .* FALLING BACK TO step-000000014 .*", warning)
+    assert re.fullmatch(rf"WARNING: {path}: checksum .* FALLING BACK TO step-000000014 .*", warning)
     assert f"resumed from {path.parent.parent / 'step-000000014'}" in said
 
 
