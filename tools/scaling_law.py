@@ -15,15 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megarec.errors import UserError, exits_cleanly
-from megarec.launching.hostfile import read_hostfile
-from megarec.scaling.budget import Budget
-from megarec.scaling.grid import read_grid
-from megarec.scaling.pace import planned
 from megarec.scaling.points import COLUMN, QUALITIES, read_points
 from megarec.scaling.published import LADDER
-from megarec.scaling.rows import TABLE, Rows
 from megarec.scaling.study import Study, as_json, study
-from megarec.scaling.sweep import local_slots, only_sweep_in, run_sweep, slots_of
 from megarec.scaling.tables import in_words, markdown
 
 
@@ -70,6 +64,14 @@ def main() -> None:
 
 
 def run_study(arguments: argparse.Namespace) -> None:
+    # torch, which counting needs and the other commands do without
+    from megarec.launching.hostfile import read_hostfile
+    from megarec.scaling.budget import Budget
+    from megarec.scaling.grid import read_grid
+    from megarec.scaling.pace import planned
+    from megarec.scaling.rows import TABLE, Rows
+    from megarec.scaling.sweep import local_slots, only_sweep_in, run_sweep, slots_of
+
     for name in ("jobs", "budget_gflop", "hours", "gflop_per_second"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected more than 0")

@@ -3,17 +3,19 @@
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megarec.errors import UserError
-from megarec.scaling.budget import Plan
 from megarec.scaling.points import read_rows
+
+if TYPE_CHECKING:
+    from megarec.scaling.budget import Plan  # with torch, which a table does without
 
 _QUALITY = ("auc", "logloss", "ne")
 _COLUMNS = ("seed", "chosen", "overrides", "train_gflop_per_example", "parameters", "examples_per_second", *_QUALITY)
 
 
-def in_words(plan: Plan) -> Iterator[str]:
+def in_words(plan: "Plan") -> Iterator[str]:
     """The plan, a line a model, and what it comes to."""
     yield f"{'model':24} {'runs':>4} {'GFLOP/example':>13} {'GFLOP':>12} {'hours':>6}"
     for line in plan.lines:

@@ -1,5 +1,6 @@
 """A sweep killed at any moment ends with the table of an unbroken one; what fails is told; hosts of a hostfile."""
 
+import fcntl
 import json
 import os
 import random
@@ -51,10 +52,20 @@ def start(path: Path, output: Path, *options: str, real: bool = False) -> "subpr
     return subprocess.Popen([*command, *pace, *options], **pipes)  # type: ignore[call-overload, no-any-return]
 
 
-def finish(process: "subprocess.Popen[str]") -> str:
-    told, complaints = process.communicate(timeout=250)
+def run_here(path: Path, output: Path, *options: str) -> None:
+    """As `start`, to its end, in this process: which has loaded torch, as the sweep must."""
+    argv = [str(TOOL), "sweep", "--study", str(path), "--output", str(output), "--gflop-per-second", "1", *options]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        patch.setattr("megarec.scaling.sweep.TRAIN", FAKE)
+        patch.setattr("megarec.scaling.sweep._POLL_SECONDS", 0.02)
+        patch.setattr("megarec.scaling.sweep.log_trial", lambda *_: None)
+        runpy.run_path(str(TOOL), run_name="__main__")
+
+
+def finish(process: "subprocess.Popen[str]") -> None:
+    _, complaints = process.communicate(timeout=250)
     assert process.returncode == 0, complaints
-    return told
 
 
 def table(output: Path) -> list[dict[str, Any]]:
@@ -70,7 +81,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A study of two models, two rates, two seeds, 6 runs, and where an unbroken sweep has run it."""
     directory = tmp_path_factory.mktemp("whole")
     path = write_study(directory, models=MODELS, learning_rates=RATES)
-    assert "6 runs" in finish(start(path, directory / "out", "--jobs", "2"))
+    run_here(path, directory / "out", "--jobs", "2")
     return path, directory / "out"
 
 
@@ -87,7 +98,7 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table(whole: tuple[Path, Path
         sweep.kill()
         sweep.communicate()
         done = {file.stem: starts(broken)[file.stem] for file in (broken / "rows").glob("*.json")}
-    finish(start(path, broken, "--jobs", "2"))
+    run_here(path, broken, "--jobs", "2")
     assert table(broken) == table(unbroken)
     assert {name: starts(broken)[name] for name in done} == done  # none again that had ended
     assert sum(starts(broken).values()) <= 6 + 2 * 2  # a kill costs a new start of what ran, and no more
@@ -95,25 +106,26 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table(whole: tuple[Path, Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(3_600)
-def test_twenty_kills_of_real_runs(tmp_path: Path) -> None:
-    path = write_study(tmp_path, learning_rates=RATES)
-    options = ("--jobs", "2", "--gflop-per-second", "1")
+@pytest.mark.parametrize("real", [False, True])
+def test_twenty_kills_at_random_moments(tmp_path: Path, real: bool) -> None:
+    path = write_study(tmp_path, models=MODELS, learning_rates=RATES)
+    options = ("--jobs", "2", "--gflop-per-second", "1") if real else ("--jobs", "2")
     began = time.time()
-    finish(start(path, tmp_path / "whole", *options, real=True))
+    finish(start(path, tmp_path / "whole", *options, real=real))
     takes = time.time() - began
     broken, draw, kills = tmp_path / "broken", random.Random(2), 0
     while kills < 20:
-        sweep = start(path, broken, *options, real=True)
+        sweep = start(path, broken, *options, real=real)
         try:
             sweep.communicate(timeout=draw.uniform(1, takes / 2))
         except subprocess.TimeoutExpired:
             sweep.kill()
             sweep.communicate()
             kills += 1
-        else:
+        else:  # done before 20 kills: once more from the start
             assert table(broken) == table(tmp_path / "whole")
-            broken = tmp_path / f"broken-after-{kills}"  # done before 20 kills: once more from the start
-    finish(start(path, broken, *options, real=True))
+            broken = tmp_path / f"broken-after-{kills}"
+    finish(start(path, broken, *options, real=real))
     assert table(broken) == table(tmp_path / "whole")
 
 
@@ -134,46 +146,34 @@ def test_processes_end_with_the_sweep(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
-    models = {"lr": {"model": {"name": "lr", "dim": 4}}, "bad": {"model": {**WUKONG, "dropout": 0.9}}}
-    path = write_study(tmp_path, models=models)
-    sweep = start(path, tmp_path / "out")
-    told, complaints = sweep.communicate(timeout=100)
-    assert sweep.returncode == 1
-    assert "1 runs failed: bad-seed1-" in complaints  # its other seed has no rate to run at
-    (line,) = (line for line in told.splitlines() if line.startswith("FAILED"))
-    assert "this run fails" in Path(line.split("; ")[1]).read_text()
-    assert [row["model"] for row in table(tmp_path / "out")] == ["lr", "lr"]
-
-
 def test_an_end_that_no_sweep_saw_is_taken_in(whole: tuple[Path, Path], tmp_path: Path) -> None:
     path, unbroken = whole
     shutil.copytree(unbroken / "runs", tmp_path / "out/runs")
-    finish(start(path, tmp_path / "out"))
+    run_here(path, tmp_path / "out")
     assert table(tmp_path / "out") == table(unbroken) and set(starts(tmp_path / "out").values()) == {1}
     assert {json.loads(file.read_text())["seconds"] for file in (tmp_path / "out/rows").glob("*.json")} == {None}
 
 
-def test_two_sweeps_in_one_directory_are_refused_and_a_plan_only_shows(tmp_path: Path) -> None:
+def test_two_sweeps_in_one_directory_are_refused_and_a_plan_only_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_study(tmp_path, models=MODELS)
-    told = finish(start(path, tmp_path / "out", "--plan", "--budget-gflop", "1e-9"))
+    run_here(path, tmp_path / "out", "--plan", "--budget-gflop", "1e-9")
+    told = capsys.readouterr().out
     assert told.count("left out: ") == 2 and "0 runs, 1 at a time" in told
     assert not (tmp_path / "out/runs").exists()
-    import fcntl
-
     with (tmp_path / "out/lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        second = start(path, tmp_path / "out")
-        assert "another sweep is at work there" in second.communicate(timeout=100)[1]
-        assert second.returncode == 2
+        with pytest.raises(SystemExit) as raised:
+            run_here(path, tmp_path / "out")
+    assert raised.value.code == 2 and "another sweep is at work there" in capsys.readouterr().err
 
 
 def test_a_real_sweep_feeds_fit_plot_and_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_study(tmp_path, models={"wukong-1": {"model": WUKONG}}, seeds=[1])
-    told = finish(start(path, tmp_path / "out", "--gflop-per-second", "1", real=True))
-    assert "wukong-1 seed 1 rate 0: valid LogLoss" in told
+    finish(start(path, tmp_path / "out", "--gflop-per-second", "1", real=True))
     (trial,) = read_grid(path)
     (row,) = parquet.read_table(tmp_path / "out/runs.parquet").to_pylist()
     assert (row["config_hash"], row["parameters"], row["steps"]) == (trial.config_hash, trial.cost.parameters, 8)
@@ -235,20 +235,28 @@ def test_places_for_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "train.threads=3" not in command_of(trial, tmp_path, 3)  # the base says how many
 
 
-def test_runs_over_ssh_get_every_word_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_over_ssh_every_word_arrives_as_it_is_and_what_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An ssh that does here what sshd would do there: hand its last argument to a shell."""
     spaced = tmp_path / "a $(b) 'c'"
     spaced.mkdir()
-    path = write_study(spaced, models={"lr": {"model": {"name": "lr", "dim": 4}}}, seeds=[1])
+    models = {"lr": {"model": {"name": "lr", "dim": 4}}, "bad": {"model": {**WUKONG, "dropout": 0.9}}}
+    path = write_study(spaced, models=models)
     ssh = tmp_path / "bin/ssh"
     ssh.parent.mkdir()
     asked = shlex.quote(str(tmp_path / "asked"))
     ssh.write_text(f'#!/bin/sh\nfor word; do last=$word; done\necho "$@" >> {asked}\nexec sh -c "$last"\n')
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", f"{ssh.parent}{os.pathsep}{os.environ['PATH']}")
-    (tmp_path / "hostfile").write_text("elsewhere slots=1\n")
-    finish(start(path, spaced / "out", "--hostfile", str(tmp_path / "hostfile")))
-    assert len(table(spaced / "out")) == 1
+    (tmp_path / "hostfile").write_text("elsewhere slots=2\n")
+    with pytest.raises(SystemExit) as raised:
+        run_here(path, spaced / "out", "--hostfile", str(tmp_path / "hostfile"))
+    told = capsys.readouterr()
+    assert raised.value.code == 1
+    assert "1 runs failed: bad-seed1-" in told.err  # its other seed has no rate to run at
+    (line,) = (line for line in told.out.splitlines() if line.startswith("FAILED"))
+    assert "this run fails" in Path(line.split("; ")[1]).read_text()
+    assert [(row["model"], row["seed"]) for row in table(spaced / "out")] == [("lr", 1), ("lr", 2)]
     assert " elsewhere exec " in (tmp_path / "asked").read_text()
-    (row,) = (json.loads(file.read_text()) for file in (spaced / "out/rows").glob("*.json"))
-    assert row["host"] == "elsewhere"
+    assert set(parquet.read_table(spaced / "out/runs.parquet")["host"].to_pylist()) == {"elsewhere"}
