@@ -170,8 +170,12 @@ def _dlrm_preset(module: DlrmTowerConfig, compression: float, width: int, inputs
 def _proportional_preset(
     module: DcnTowerConfig | WukongTowerConfig, compression: float, width: int, inputs: Sequence[int]
 ) -> tuple[int, list[int]]:
-    """D and n_t: D is N, or the first of its halves with which whole n_t come near; n_t grow with F_t."""
-    least = 2 if isinstance(module, WukongTowerConfig) else 1  # Wukong: one of the FM block, one of the LCB
+    """D and n_t: D is N, or the first of its halves with which whole n_t come near; n_t grow with F_t.
+
+    With Wukong no less than 4: LayerNorm over two numbers leaves their order alone, and no gradient.
+    """
+    wukong = isinstance(module, WukongTowerConfig)
+    least, narrowest = (2, 4) if wukong else (1, 1)  # Wukong: one embedding of the FM block, one of the LCB
     wanted = sum(inputs) * width / compression
 
     def total(dim: int) -> int:
@@ -181,6 +185,7 @@ def _proportional_preset(
         return abs(wanted / (total(dim) * dim) - 1)
 
     halvings = [width >> shift for shift in range(width.bit_length()) if width % (1 << shift) == 0]
+    halvings = [dim for dim in halvings if dim >= narrowest] or [width]
     candidates = [module.dim] if module.dim else halvings
     dim = next((dim for dim in candidates if miss(dim) <= NEAR), min(candidates, key=miss))
     return dim, apportion(total(dim), inputs, least)

@@ -74,6 +74,12 @@ def test_a_wide_dlrm_embedding_leaves_only_those_of_the_whole_tower() -> None:
     assert "compression 4.33 (asked for 4)" in reason
 
 
+def test_wukong_keeps_embeddings_that_layer_norm_does_not_flatten() -> None:
+    sizes, reason = module_sizes(WukongTowerConfig(name="wukong", compression=4), 16, [1, 2, 1, 1], bias=True)
+    assert (sizes.dim, sizes.outputs) == (4, (2, 2, 2, 2))
+    assert "compression 2.5 (asked for 4)" in reason
+
+
 def test_a_compression_beyond_the_width_is_refused() -> None:
     with pytest.raises(UserError, match=r"tower_module\.compression=16 exceeds model\.dim=8: less than one number"):
         module_sizes(DlrmTowerConfig(name="dlrm", compression=16), 8, [3], bias=True)
