@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from megarec.checkpoint import dense, sparse
@@ -23,8 +25,6 @@ from megarec.training.monitor import Monitor
 from megarec.training.preemption import Preemption
 from megarec.training.step import train_step
 from tests.checkpoint.runs import build
-
-BAD_RANK = 1
 
 
 def everything(run: Run) -> dict[str, Tensor]:
@@ -69,19 +69,20 @@ class PlantNaN(torch.autograd.Function):
 
 @dataclass
 class Plants:
-    """Where faults can be planted on this rank; at most one at a time.
+    """Where faults can be planted, on one rank; at most one at a time.
 
     Attributes:
         active: "example", "row", "gradient", "embeddings", "tower", or None.
     """
 
     run: Run
+    bad_rank: int = 1
     active: str | None = None
     undo: list[Callable[[], object]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Hooks that wait; before the judge's, so that it sees what DeepSpeed sees."""
-        if self.run.topology.rank != BAD_RANK:
+        if self.run.topology.rank != self.bad_rank:
             return
         *_, parameter = self.run.engine.module.parameters()
         parameter.register_hook(lambda gradient: gradient * torch.nan if self.active == "gradient" else gradient)
@@ -95,7 +96,7 @@ class Plants:
         return (numeric, PlantNaN.apply(embedded), *rest) if self.active == "embeddings" else None
 
     def into(self, batch: Batch) -> Batch:
-        if self.active == "example" and self.run.topology.rank == BAD_RANK:
+        if self.active == "example" and self.run.topology.rank == self.bad_rank:
             numeric = batch.numeric.clone()
             numeric[3, 1] = torch.nan
             return Batch(numeric, batch.ids, batch.labels, batch.keys, batch.valid)
@@ -171,3 +172,32 @@ def plant_all(path: Path, overrides: list[str], kinds: list[str]) -> tuple[dict[
 def first_batches(run: Run, count: int) -> list[Batch]:
     batches: Iterator[Batch] = run.train.batches(0)
     return list(itertools.islice(batches, count))
+
+
+def fp16_steps(path: Path, kinds: list[str]) -> list[tuple[str | None, float, int, int]]:
+    """A bad step of every kind, in fp16, on one rank; the accelerator of a CPU says that it has none, but it has.
+
+    Returns:
+        Of each: the cause, by what the loss scale was divided, how many tensors were changed, and the steps that
+        DeepSpeed says were skipped.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        accelerator = type(get_accelerator())
+        patch.setattr(accelerator, "is_fp16_supported", lambda self: True)
+        patch.setattr(accelerator, "supported_dtypes", lambda self: [torch.float, torch.half, torch.bfloat16])
+        run = build(path, [])
+        plants = Plants(run, bad_rank=0)
+        judge = judged(run)
+        batches = first_batches(run, len(kinds) + 1)
+        assert step_of(run, judge, batches[0]) is None
+        seen = []
+        for kind, batch in zip(kinds, batches[1:], strict=True):
+            plants.active = kind
+            before, scale = everything(run), float(run.engine.optimizer.loss_scale)
+            cause = step_of(run, judge, plants.into(batch))
+            plants.remove()
+            differing = changed(before, everything(run))
+            ratio = scale / float(run.engine.optimizer.loss_scale)
+            seen.append((cause, ratio, len(differing), run.engine.skipped_steps))
+        assert step_of(run, judge, batches[0]) is None
+        return seen

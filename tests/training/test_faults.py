@@ -13,7 +13,7 @@ from megarec.parallel.pool import RankPool
 from megarec.training.faults import FaultPolicy, cause_of
 from megarec.training.vote import Ballot
 from tests.checkpoint.runs import TOWER_MODULE, TOWERS, write_run
-from tests.training.faulty import plant_all
+from tests.training.faulty import fp16_steps, plant_all
 
 GOOD = Ballot(0.5, 1.0, 1.0, 0.0, 0.0)
 NAN = float("nan")
@@ -73,6 +73,16 @@ def test_a_bad_step_changes_nothing_with_tower_modules_and_accumulation(
 ) -> None:
     section = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": 2}
     check(rank_pool(2), write_run(tmp_path, data, **TOWER, deepspeed=section), [*FLAT, "tower"], [])
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_an_overflow_of_fp16_shrinks_the_scale_and_a_fault_does_not(
+    stage: int, rank_pool: Callable[[int], RankPool], data: Path, tmp_path: Path
+) -> None:
+    fp16 = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+    path = write_run(tmp_path, data, deepspeed={"zero_optimization": {"stage": stage}, "fp16": fp16})
+    (seen,) = rank_pool(1).run(fp16_steps, path, ["gradient", "embeddings", "example"])
+    assert seen == [("overflow", 2.0, 0, 1), ("overflow", 2.0, 0, 2), ("loss", 1.0, 0, 3)]
 
 
 def test_the_loss_comes_before_gradients_and_fp16_overflows_are_no_faults() -> None:
