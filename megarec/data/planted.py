@@ -27,6 +27,7 @@ Floats = NDArray[np.float64]
 _CHUNK_ROWS = 1 << 16
 _VARIANCE = 8.0  # of the logit
 _ORDER_DECAY = 0.95  # of the variance from an order to the next
+_NEWTON_STEPS = 15
 _GROUP_DECAY = 1.0  # group g has a share of the variance that falls as (g + 1)^-decay
 
 
@@ -91,6 +92,30 @@ def entropy(logits: Floats) -> Floats:
 def log_loss(logits: Floats, labels: Floats) -> Floats:
     """Cross-entropy of labels, or of their probabilities, with sigmoid(logit), in nats."""
     return np.logaddexp(0, logits) - labels * logits
+
+
+def floors(shape: Shape, examples: int = 40_000) -> list[float]:
+    """The expected LogLoss of the best logit that is linear in the planted terms of orders up to 0, 1, .., `order`.
+
+    What a model can reach that finds every term up to an order and none above; the last one is the Bayes LogLoss.
+
+    Args:
+        examples: over which it is taken.
+    """
+    planted = Planted(shape)
+    ids = np.random.default_rng([shape.seed, 3_000]).integers(0, shape.rows, (examples, shape.features))
+    probabilities = 1 / (1 + np.exp(-planted.logits(ids)))
+    terms = planted.terms(ids)
+    found = []
+    for order in range(shape.order + 1):
+        columns = np.concatenate([np.ones((examples, 1)), terms[..., :order].reshape(examples, -1)], axis=1)
+        weights = np.zeros(columns.shape[1])
+        for _ in range(_NEWTON_STEPS):
+            fitted = 1 / (1 + np.exp(-columns @ weights))
+            curvature = (columns * (fitted * (1 - fitted))[:, None]).T @ columns
+            weights -= np.linalg.solve(curvature, columns.T @ (fitted - probabilities))
+        found.append(float(log_loss(columns @ weights, probabilities).mean()))
+    return found
 
 
 def prepare_planted(shape: Shape, output: Path) -> Schema:

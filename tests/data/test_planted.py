@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from megarec.data.planted import Planted, Shape, entropy, prepare_planted
+from megarec.data.planted import Planted, Shape, entropy, floors, prepare_planted
 from megarec.data.schema import load_schema
 from megarec.data.store import open_split
 from megarec.errors import UserError
@@ -99,6 +99,16 @@ def test_without_an_order_no_model_reaches_the_optimum() -> None:
     for fewer, more in itertools.pairwise(losses):
         assert fewer - more > 0.0015  # 0.4 % of the optimum: twenty times what counts as significant
     assert losses[8] == pytest.approx(optimum, abs=1e-4)
+
+
+def test_floors_fall_to_the_bayes_logloss() -> None:
+    shape = Shape(features=10, rows=4, order=8, groups=2)
+    found = floors(shape, examples=5_000)
+    assert found[0] == pytest.approx(np.log(2), abs=0.002) and len(found) == 9
+    for fewer, more in itertools.pairwise(found):
+        assert fewer - more > 0.02
+    ids = np.random.default_rng(5).integers(0, 4, (50_000, 10))
+    assert found[8] == pytest.approx(float(entropy(Planted(shape).logits(ids)).mean()), abs=0.01)
 
 
 def test_every_order_has_its_share_of_the_variance() -> None:
