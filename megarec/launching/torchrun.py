@@ -1,15 +1,29 @@
-"""torchrun with a rank's exit code instead of 1, and without the traceback in which it would bury what the ranks said.
+"""torchrun with a rank's exit code instead of 1, without the traceback in which it would bury what the ranks said, and
+with a store that listens at the master's address alone.
 
 python torchrun.py [torchrun's arguments]
 """
 
 import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this directory, whose modules are no top-level ones
 
 
 def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
     from torch.distributed.run import main as torchrun
 
+    from megarec.parallel.meeting import store_at
+
+    def store(address: str, port: int, ranks: int, master: bool, timeout: float | timedelta, **_: Any) -> Any:
+        limit = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+        return store_at(address, port, ranks, master, limit)
+
+    static_tcp_rendezvous.TCPStore = store  # type: ignore[misc, assignment]
     try:
         torchrun()
     except ChildFailedError as error:

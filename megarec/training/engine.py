@@ -21,6 +21,7 @@ from megarec.config.deepspeed_keys import set_defaults, zero_stage
 from megarec.config.load import micro_batch_size
 from megarec.config.sections import DenseConfig, RunConfig
 from megarec.errors import UserError
+from megarec.parallel.meeting import keep_to_loopback, store_of_launcher
 from megarec.parallel.mpu import ModelParallelUnit
 from megarec.parallel.tensor import is_sharded
 from megarec.topology import Topology
@@ -51,7 +52,12 @@ def start_process(config: RunConfig) -> torch.device:
     if not dist.is_initialized():
         timeout = timedelta(seconds=config.parallel.timeout_seconds)
         # Hosts need not start at the same moment: the meeting may take longer than a collective.
-        deepspeed.init_distributed(dist_backend=_backend(), timeout=max(timeout, LONGEST_START), verbose=False)
+        meeting = max(timeout, LONGEST_START)
+        keep_to_loopback(os.environ)
+        if (store := store_of_launcher(os.environ, meeting)) is not None:
+            rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(_backend(), store=store, rank=rank, world_size=ranks, timeout=meeting)
+        deepspeed.init_distributed(dist_backend=_backend(), timeout=meeting, verbose=False)
         distributed_c10d._set_pg_timeout(timeout)
         # What groups take that are made without one: those of the topology, and DeepSpeed's own.
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout

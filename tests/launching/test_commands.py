@@ -1,9 +1,11 @@
 """What is started, as a remote shell will read it."""
 
+import argparse
 import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from megarec.errors import UserError
 from megarec.launching.assignment import Assignment
-from megarec.launching.commands import deepspeed_command, torchrun_commands
+from megarec.launching.commands import assignment_of, deepspeed_command, local_command, torchrun_commands
 from megarec.launching.hostfile import Host
 from megarec.launching.ssh import on_host
 
@@ -73,6 +75,24 @@ def test_what_the_launcher_would_pass_unquoted_is_refused(tmp_path: Path, monkey
     monkeypatch.setattr(sys, "executable", "/my venv/bin/python")
     with pytest.raises(UserError, match="/my venv/bin/python: DeepSpeed's launcher hands the path of Python"):
         deepspeed_command(*where)
+
+
+def test_config_and_overrides_reach_the_ranks_word_for_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """launch/run.sh as people type it, with a rank that shows its words, through the real deepspeed launcher."""
+    directory = tmp_path / 'it\'s $(touch pwned) "here"'
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    (directory / "show.py").write_text("import sys; print(repr(sys.argv[1:]))")
+    config, override = "my $(touch pwned) `run`.json", "train.output_dir=a \"b\" 'c' ; touch pwned"
+    arguments = argparse.Namespace(config=config, set=[override], grace=60.0)
+    assignment = assignment_of("job", arguments, {"A": "$(touch pwned)"}, ["lo"], resume=True)
+    script, *words = assignment.command
+    assert script.endswith("launch/train.py") and words == ["--config", config, "--set", override, "--resume"]
+    word = replace(assignment, command=[str(directory / "show.py"), *words]).encode()
+    command = local_command(1, word, 29511)
+    done = subprocess.run(command.argv, env=command.environment, cwd="/", capture_output=True, text=True, check=True)
+    assert repr(words) in done.stdout.splitlines()
+    assert not list(tmp_path.rglob("pwned")) and not Path("/pwned").exists()
 
 
 def test_a_torchrun_a_host() -> None:
