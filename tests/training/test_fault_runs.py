@@ -46,12 +46,14 @@ class Plan:
         flipped: steps whose labels are turned round on all ranks.
         signals: (rank, moment): "start", "validation" or "save", at which it is sent SIGUSR1.
         corrupt: (rank, "dense", "tower" or "table") at the first comparison of replicas.
+        poison: the step whose save finds a table full of NaN; 0: none.
     """
 
     bad: list[int] | None = field(default_factory=list)
     flipped: list[int] = field(default_factory=list)
     signals: list[tuple[int, str]] = field(default_factory=list)
     corrupt: tuple[int, str] | None = None
+    poison: int = 0
 
 
 @dataclass
@@ -100,6 +102,11 @@ def _plant(patch: pytest.MonkeyPatch, plan: Plan) -> None:
         return evaluate(run, loader)
 
     def saving(loop: trainer.Loop, best: bool) -> None:
+        if loop.position.step == plan.poison:
+            plan.poison = 0
+            for name, (_, tensor) in loop.run.sparse.state().items():
+                if name == "single_1/weight":
+                    tensor.detach().fill_(torch.nan)
         save(loop, best)
         signalled("save")
 
@@ -199,6 +206,20 @@ def test_a_rollback_goes_on_without_the_faulty_batches(run: Runner, data: Path, 
         assert mine[tag] == skipped[tag]
     summary = json.loads((tmp_path / "out/metrics.json").read_text())["train"]
     assert summary["rollbacks"] == 1 and summary["skipped_by_cause"] == {"left_out": 2}
+
+
+def test_a_poisoned_state_is_not_published_and_a_rollback_heals_it(run: Runner, data: Path, tmp_path: Path) -> None:
+    path = config(tmp_path, data, faults={"max_in_a_row": 2, "then": "rollback"})
+    ends = run(path, Plan(poison=6))
+    assert [end.code for end in ends] == [DONE, DONE]
+    log = "\n".join(ends[0].said)
+    assert "CHECKPOINT OF STEP 6 WAS NOT SAVED (rank " in log
+    (told,) = (text for text in ends[0].said if "WAS NOT SAVED" in text)
+    assert "rank 1: table/single_1/weight@0,0 has numbers that are not finite" in told
+    assert "embeddings of feature single_1 are not finite in" in log
+    assert "ROLLED BACK FROM STEP 8 TO step-000000004" in log
+    summary = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert summary["train"]["skipped_by_cause"] == {"left_out": 2} and summary["test"]["logloss"] < 1
 
 
 def test_rollbacks_come_to_an_end(run: Runner, data: Path, tmp_path: Path) -> None:
