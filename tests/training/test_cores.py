@@ -12,7 +12,8 @@ pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
 
 def threads_of_a_child(before: str, local_ranks: int) -> int:
     """What a process finds that runs `before` first."""
-    code = f"import os\nfrom megarec.training.cores import threads_of_rank\n{before}\nprint(threads_of_rank({local_ranks}))"
+    lines = ("import os", "from megarec.training.cores import threads_of_rank", before)
+    code = "\n".join((*lines, f"print(threads_of_rank({local_ranks}))"))
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
