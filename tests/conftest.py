@@ -13,12 +13,21 @@ settings.register_profile("megarec", deadline=None, derandomize="CI" in os.envir
 settings.load_profile("megarec")
 
 
+# Some group of every engine that DeepSpeed makes stays alive, with threads that wake a hundred times a second: after
+# a hundred tests they take half the machine.
+TESTS_OF_A_POOL = 25
+
+
 @pytest.fixture(scope="session")
 def rank_pool() -> Iterator[Callable[[int], RankPool]]:
-    """`rank_pool(world_size)`: a running pool; one that a failure has closed is started anew."""
+    """`rank_pool(world_size)`: a running pool; one that a failure has closed, or that is worn out, is started anew."""
     pools: dict[int, RankPool] = {}
+    used: dict[int, int] = {}
 
     def pool(world_size: int) -> RankPool:
+        used[world_size] = used.get(world_size, 0) + 1
+        if world_size in pools and used[world_size] % TESTS_OF_A_POOL == 0:
+            pools[world_size].close()
         if world_size not in pools or pools[world_size].closed:
             pools[world_size] = RankPool(world_size)
         return pools[world_size]
