@@ -101,7 +101,8 @@ def resume_here(directory: str, output: str) -> None:
     train(load_config(Path("run.json"), [f"train.output_dir={output}"]), resume=True, started=time.time())
 
 
-@pytest.mark.parametrize("moment", ["save", pytest.param("step", marks=pytest.mark.slow)])
+@pytest.mark.slow  # minutes: four jobs, and collectives that wait out their timeout
+@pytest.mark.parametrize("moment", ["save", "step"])
 def test_the_job_goes_on_where_hosts_remain(
     lab: Lab, directory: Path, rank_pool: Callable[[int], RankPool], moment: str
 ) -> None:
