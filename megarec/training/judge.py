@@ -5,12 +5,12 @@ import statistics
 
 from megarec.checkpoint.agreement import told_by_ranks
 from megarec.checkpoint.position import Position
+from megarec.launching.interruption import Interruption
 from megarec.parallel.collectives import build_channel
 from megarec.training.build import Run
 from megarec.training.diagnosis import diagnose
 from megarec.training.faults import CAUSES, FaultPolicy, cause_of
 from megarec.training.monitor import Monitor
-from megarec.training.preemption import Preemption
 from megarec.training.step import Evidence
 from megarec.training.vote import Ballot, Vote, faulty_ranks
 
@@ -25,11 +25,11 @@ class StepJudge:
     """
 
     def __init__(
-        self, run: Run, monitor: Monitor, policy: FaultPolicy, position: Position, preemption: Preemption
+        self, run: Run, monitor: Monitor, policy: FaultPolicy, position: Position, interruption: Interruption
     ) -> None:
         self._run, self._monitor, self._policy, self._position = run, monitor, policy, position
         world = build_channel(run.topology, "world", run.ledger)
-        self._vote = Vote(run.engine, run.sparse, world, lambda: preemption.signum)
+        self._vote = Vote(run.engine, run.sparse, world, lambda: interruption.signum or 0)
         self.loss, self.signum, self.said = math.nan, 0, ""
 
     def __call__(self, evidence: Evidence) -> str | None:

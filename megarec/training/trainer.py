@@ -14,6 +14,7 @@ from megarec.config.sections import RunConfig
 from megarec.data.loader import EvalLoader
 from megarec.errors import RunEnded
 from megarec.exit_codes import PREEMPTED, STOPPED
+from megarec.launching.interruption import Interruption
 from megarec.training.ahead import Ahead, Pending
 from megarec.training.build import Run, build_run
 from megarec.training.engine import set_learning_rate, start_process
@@ -22,7 +23,6 @@ from megarec.training.judge import StepJudge
 from megarec.training.memory import saved_activations
 from megarec.training.metrics import Predictions, Quality, described
 from megarec.training.monitor import Monitor, writer_of
-from megarec.training.preemption import Preemption
 from megarec.training.progress import Progress
 from megarec.training.replicas import differing_replicas
 from megarec.training.schedule import Patience
@@ -43,11 +43,11 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
     Raises:
         RunEnded: stopped by the fault policy, or pre-empted; on every rank, with everything saved that will be.
     """
-    with Preemption() as preemption:
-        return _train(config, resume, started, preemption)
+    with Interruption() as interruption:
+        return _train(config, resume, started, interruption)
 
 
-def _train(config: RunConfig, resume: bool, started: float, preemption: Preemption) -> dict[str, Any]:
+def _train(config: RunConfig, resume: bool, started: float, interruption: Interruption) -> dict[str, Any]:
     device = start_process(config)
     run = build_run(config, device)
     config = run.config
@@ -66,7 +66,7 @@ def _train(config: RunConfig, resume: bool, started: float, preemption: Preempti
     monitor.say(f"resumed from {checkpoints.directory / name}" if name else "starting afresh")
 
     progress = Progress(run, monitor, position, window, started)
-    loop = Loop(run, progress, checkpoints, preemption)
+    loop = Loop(run, progress, checkpoints, interruption)
     try:
         with tracing(config.train.trace, output / "trace", run.topology.rank, position.step) as step_done:
             loop.run_to_the_end(step_done)
@@ -106,13 +106,13 @@ def evaluate(run: Run, loader: EvalLoader) -> Quality:
 class Loop:
     """The steps of a run from a position to its end."""
 
-    def __init__(self, run: Run, progress: Progress, checkpoints: Checkpoints, preemption: Preemption) -> None:
+    def __init__(self, run: Run, progress: Progress, checkpoints: Checkpoints, interruption: Interruption) -> None:
         self.run, self.progress, self.checkpoints = run, progress, checkpoints
         self.monitor, self.position = progress.monitor, progress.position
         self.patience = _patience(self.position)
         self.ahead = Ahead(run.sparse, run.device, run.overlap)
         self.policy = FaultPolicy(run.config.train.faults, self.position)
-        self.judge = StepJudge(run, self.monitor, self.policy, self.position, preemption)
+        self.judge = StepJudge(run, self.monitor, self.policy, self.position, interruption)
         self.save_due = False
 
     def run_to_the_end(self, step_done: Callable[[], None]) -> None:

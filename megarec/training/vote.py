@@ -66,7 +66,7 @@ class Vote:
     Args:
         engine: its parameters' gradients are summed as the backward passes make them.
         world: all ranks.
-        signum: of this process (training.preemption).
+        signum: of this process (launching.interruption).
 
     Attributes:
         dense: (parameter, sum) of the backward passes since the last vote, one for each micro-batch.

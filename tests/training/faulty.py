@@ -16,13 +16,13 @@ from megarec.checkpoint import dense, sparse
 from megarec.checkpoint.position import Position
 from megarec.data.batch import Batch
 from megarec.embeddings.layout import build_layout
+from megarec.launching.interruption import Interruption
 from megarec.training.build import Run
 from megarec.training.clock import Clock
 from megarec.training.engine import set_learning_rate
 from megarec.training.faults import FaultPolicy
 from megarec.training.judge import StepJudge
 from megarec.training.monitor import Monitor
-from megarec.training.preemption import Preemption
 from megarec.training.step import train_step
 from tests.checkpoint.runs import build
 
@@ -138,7 +138,7 @@ def step_of(run: Run, judge: StepJudge, batch: Batch) -> str | None:
 def judged(run: Run) -> StepJudge:
     position = Position()
     policy = FaultPolicy(run.config.train.faults, position)
-    return StepJudge(run, Monitor(1, None, 1), policy, position, Preemption())
+    return StepJudge(run, Monitor(1, None, 1), policy, position, Interruption())
 
 
 def plant_all(path: Path, overrides: list[str], kinds: list[str]) -> tuple[dict[str, Seen], list[str]]:
