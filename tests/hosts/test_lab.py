@@ -76,9 +76,10 @@ def test_a_lab_leaves_nothing_even_when_its_maker_is_killed(lab: Lab, tmp_path: 
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as maker:
         assert maker.stdout is not None and maker.stdout.readline() == "up\n"
         started = psutil.Process(maker.pid).children(recursive=True)
-        assert any("sshd" in process.name() for process in started)
+        named = [(process.name(), process) for process in started]  # read while all of them live
+        assert any("sshd" in name for name, _ in named)
         maker.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs([p for p in started if p.name() != "nsenter"], timeout=10)
+    _, alive = psutil.wait_procs([process for name, process in named if name != "nsenter"], timeout=10)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     deadline = time.monotonic() + 10
     while any(process.info["cmdline"] == ["sleep", seconds] for process in psutil.process_iter(["cmdline"])):
