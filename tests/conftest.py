@@ -1,4 +1,4 @@
-"""Fixtures for every test: pools of gloo ranks, started when first asked for and shared by the whole session."""
+"""Fixtures for every test: pools of gloo ranks."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,25 +13,17 @@ settings.register_profile("megarec", deadline=None, derandomize="CI" in os.envir
 settings.load_profile("megarec")
 
 
-# Some group of every engine that DeepSpeed makes stays alive, with threads that wake a hundred times a second: after
-# a hundred tests they take half the machine.
-TESTS_OF_A_POOL = 25
-
-
 @pytest.fixture(scope="session")
 def rank_pool() -> Iterator[Callable[[int], RankPool]]:
-    """`rank_pool(world_size)`: a running pool; one that a failure has closed, or that is worn out, is started anew."""
-    pools: dict[int, RankPool] = {}
-    used: dict[int, int] = {}
+    """`rank_pool(world_size)`: new ranks every time; those of the call before end."""
+    pools: list[RankPool] = []
 
     def pool(world_size: int) -> RankPool:
-        used[world_size] = used.get(world_size, 0) + 1
-        if world_size in pools and used[world_size] % TESTS_OF_A_POOL == 0:
-            pools[world_size].close()
-        if world_size not in pools or pools[world_size].closed:
-            pools[world_size] = RankPool(world_size)
-        return pools[world_size]
+        while pools:
+            pools.pop().close()
+        pools.append(RankPool(world_size))
+        return pools[-1]
 
     yield pool
-    for started in pools.values():
-        started.close()
+    while pools:
+        pools.pop().close()

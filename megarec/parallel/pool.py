@@ -4,12 +4,13 @@
         results = pool.run(function, argument)   # function(argument) on every rank, results by rank
 
 The function must be importable by name (defined at the top level of a module), its arguments and result picklable.
-On a rank torch.distributed is initialised (gloo) and torch runs one thread. Process groups live for one `run`: every
-idle gloo group wakes its thread a hundred times a second, and those of some hundred runs would take up the machine.
+On a rank torch.distributed is initialised (gloo) and torch runs one thread. Ranks are forked from a process that has
+imported everything, which takes many seconds, and computed nothing: a pool starts in a tenth of a second. So take a new
+one for every engine: DeepSpeed leaves process groups behind, and idle ones wake their threads a hundred times a second.
 """
 
 import datetime
-import itertools
+import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
@@ -25,10 +26,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 DEFAULT_TIMEOUT = 240.0
 START_TIMEOUT = 120.0
+PRELOADED = [  # what ranks may need, and what DeepSpeed imports late
+    "megarec.training.trainer",
+    "megarec.embeddings.fbgemm_tables",
+    "torch._dynamo",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "setuptools",
+]
 
 
 class RankError(RuntimeError):
@@ -50,7 +59,8 @@ class RankPool:
         self.world_size = world_size
         self.timeout = timeout
         self._directory = tempfile.mkdtemp(prefix="megarec-ranks-")
-        context = mp.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         pipes = [context.Pipe() for _ in range(world_size)]
         self._connections: list[Connection] = [parent for parent, _ in pipes]
         self._processes = [
@@ -146,16 +156,13 @@ def _serve(rank: int, world_size: int, directory: str, connection: Connection, t
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
     )
 
-    def join(run: int) -> None:
-        """The group of a run, in place of all groups of the one before: every rank has ended that one."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        store = dist.FileStore(os.path.join(directory, f"store-{run}"), world_size)  # noqa: PTH118 (it wants a str)
+    def join() -> None:
+        store = dist.FileStore(os.path.join(directory, "store"), world_size)  # noqa: PTH118 (it wants a str)
         patience = datetime.timedelta(seconds=timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=patience)
 
-    _reply(connection, lambda: join(0))
-    for run in itertools.count(1):
+    _reply(connection, join)
+    while True:
         try:
             path = pickle.loads(connection.recv_bytes())
             message = connection.recv_bytes()
@@ -163,8 +170,7 @@ def _serve(rank: int, world_size: int, directory: str, connection: Connection, t
             return  # the parent closed the pool or died
         sys.path.extend(entry for entry in path if entry not in sys.path)
 
-        def work(run: int = run, message: bytes = message) -> Any:
-            join(run)
+        def work(message: bytes = message) -> Any:
             function, args = pickle.loads(message)
             return function(*args)
 

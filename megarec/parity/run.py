@@ -57,14 +57,13 @@ def run_matrix(chosen: list[Case], report: Callable[[Result], None] = lambda res
     with tempfile.TemporaryDirectory() as directory:
         path = write_base(Path(directory))
         references: dict[tuple[str, ...], list[float]] = {}
-        for ranks in sorted({case.ranks for case in chosen}):
-            with RankPool(ranks) as pool:
-                for case in (case for case in chosen if case.ranks == ranks):
-                    if case.numbers not in references:
-                        references[case.numbers] = reference_losses(load_config(path, list(case.numbers)), STEPS)
-                    result = compare(case, path, pool, references[case.numbers])
-                    report(result)
-                    results.append(result)
+        for case in sorted(chosen, key=lambda case: case.ranks):
+            if case.numbers not in references:
+                references[case.numbers] = reference_losses(load_config(path, list(case.numbers)), STEPS)
+            with RankPool(case.ranks) as pool:
+                result = compare(case, path, pool, references[case.numbers])
+            report(result)
+            results.append(result)
     return results
 
 

@@ -187,11 +187,12 @@ def _finish(run: Running, code: int, slot: Slot, rows: Rows, failed: list[str], 
 
 
 def _metrics(folder: Path) -> dict[str, Any] | None:
-    """What a run writes last; None: it has not, or was killed while it did."""
+    """What a run writes last; None: it has not, or was killed while it did, or its fault policy stopped it."""
     try:
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+    return None if "stopped" in metrics else metrics
 
 
 def _close(process: "subprocess.Popen[bytes]") -> None:

@@ -33,6 +33,8 @@ from megarec.training.trace import tracing
 def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
     """Train, keep the best by validation, test it, write metrics.json; collective.
 
+    A run that its fault policy stops writes one too, with the reason as "stopped" and no "test".
+
     Args:
         resume: continue from the latest checkpoint under train.output_dir, or start afresh if there is none.
         started: time.time() of the process start, for the time to the first step.
@@ -70,8 +72,10 @@ def _train(config: RunConfig, resume: bool, started: float, interruption: Interr
     try:
         with tracing(config.train.trace, output / "trace", run.topology.rank, position.step) as step_done:
             loop.run_to_the_end(step_done)
-    except RunEnded:
+    except RunEnded as ended:
         monitor.close()
+        if ended.code == STOPPED:
+            _write_metrics(run, {"stopped": str(ended), "train": progress.summary(), "skipped_rows": run.skipped_rows})
         raise
     loop.ahead.close()
 
@@ -89,9 +93,14 @@ def _train(config: RunConfig, resume: bool, started: float, interruption: Interr
         f"test  AUC {test.auc:.4f}  LogLoss {test.logloss:.4f}  NE {test.ne:.4f}  calibration {test.calibration:.3f}"
     )
     monitor.close()
-    if run.topology.rank == 0:
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    _write_metrics(run, metrics)
     return metrics
+
+
+def _write_metrics(run: Run, metrics: dict[str, Any]) -> None:
+    if run.topology.rank == 0:
+        path = Path(run.config.train.output_dir) / "metrics.json"
+        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def evaluate(run: Run, loader: EvalLoader) -> Quality:

@@ -193,6 +193,9 @@ def test_after_n_in_a_row_the_run_stops(run: Runner, data: Path, tmp_path: Path)
         assert end.reason.startswith("stopped by the fault policy at step 10: 3 faulty steps in a row")
         assert "rank 1: loss is nan" in end.reason
     assert scalars(tmp_path)["optim/skipped_steps"][10] == 4
+    summary = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert summary["train"]["skipped_by_cause"] == {"loss": 4} and summary["stopped"] == end.reason
+    assert "test" not in summary, "nothing was tested"
     assert (tmp_path / "out/checkpoints/latest").read_text().strip() == "step-000000007", "put off from step 6"
 
 

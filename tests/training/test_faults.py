@@ -75,6 +75,29 @@ def test_a_bad_step_changes_nothing_with_tower_modules_and_accumulation(
     check(rank_pool(2), write_run(tmp_path, data, **TOWER, deepspeed=section), [*FLAT, "tower"], [])
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_bad_step_changes_nothing_under_tensor_parallelism(
+    stage: int, rank_pool: Callable[[int], RankPool], data: Path, tmp_path: Path
+) -> None:
+    """The other rank of the pair computes with what rank 1 sends, so that it may be named too."""
+    path = write_run(tmp_path, data, parallel={"tensor": 2}, deepspeed={"zero_optimization": {"stage": stage}})
+    for seen, differing in rank_pool(4).run(plant_all, path, [], FLAT):
+        for kind in FLAT:
+            cause, told = KINDS[kind]
+            assert (seen[kind].cause, seen[kind].changed) == (cause, []), (kind, seen[kind])
+            assert told in seen[kind].said
+        assert differing == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_bad_step_changes_nothing_with_offloaded_states(
+    stage: int, rank_pool: Callable[[int], RankPool], data: Path, tmp_path: Path
+) -> None:
+    section = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}
+    check(rank_pool(2), write_run(tmp_path, data, deepspeed=section), FLAT, [])
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_an_overflow_of_fp16_shrinks_the_scale_and_a_fault_does_not(
     stage: int, rank_pool: Callable[[int], RankPool], data: Path, tmp_path: Path
