@@ -5,4 +5,4 @@
 #   bash launch/test.sh tests/models -x    any pytest arguments
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements-dev.txt
 cd "$root"
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses 2 --dist worksteal "$@"  # many tests wait for launchers and time limits
