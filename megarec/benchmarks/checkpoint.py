@@ -23,7 +23,8 @@ from megarec.checkpoint.writing import CHUNK, Snapshot, give_way
 
 BYTES = 1 << 30
 TENSOR = 1 << 26
-STEPS = 60
+STEPS = 40
+REPETITIONS = 5
 ABOUT = {
     "format": "megarec checkpoint",
     "version": 2,
@@ -56,20 +57,16 @@ def _measure(directory: Path, size: int) -> dict[str, Any]:
     snapshot = Snapshot()
     first_copy = _seconds(lambda: snapshot.take(pieces))
     copy = _seconds(lambda: snapshot.take(pieces))
-    plain_write = _seconds(lambda: _plain_write(directory / "plain", snapshot.data()))
     plan = Plan(directory, 1, "t", 1, ABOUT, ("latest",), keep=1, timeout=60.0)
 
     def save() -> None:
         write_part(plan, 0, snapshot)
         publish(plan)
 
-    saved = _seconds(save)
-    alone = _step_milliseconds()
-    beside_plain = _beside(lambda: _plain_write(directory / "beside", snapshot.data()))
-    beside = _beside(save)
-    alone = min(alone, _step_milliseconds())
+    plain_write, saved = _alternating(lambda: _plain_write(directory / "plain", snapshot.data()), save)
+    milliseconds = _steps(beside_plain=lambda: _plain_write(directory / "beside", snapshot.data()), beside_save=save)
+    alone, beside_plain, beside = (median(taken) for taken in milliseconds)
     checkpoint = directory / "step-000000001"
-    plain_read = _cold(directory / "plain", lambda: _plain_read(directory / "plain"))
     room = [Piece(p.name, p.shape, p.start, torch.ones_like(p.tensor)) for p in pieces]
 
     def load() -> None:
@@ -79,7 +76,17 @@ def _measure(directory: Path, size: int) -> dict[str, Any]:
         for piece in room:
             reader.fill(piece)
 
-    loaded = _cold(checkpoint / "rank-00000.safetensors", load)
+    file = checkpoint / "rank-00000.safetensors"  # one for both: disks, too, remember what was read of late
+
+    def cold_load() -> None:
+        _forget(file)
+        load()
+
+    def cold_read() -> None:
+        _forget(file)
+        _plain_read(file)
+
+    plain_read, loaded = _alternating(cold_read, cold_load)
     assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(pieces, room, strict=True))
     seconds = {"first copy": first_copy, "copy": copy, "plain write": plain_write, "save": saved,
                "plain read": plain_read, "load": loaded}  # fmt: skip
@@ -122,16 +129,32 @@ def _plain_read(path: Path) -> None:
             pass
 
 
-def _cold(path: Path, work: Callable[[], object]) -> float:
-    """Seconds with nothing of the file in the page cache."""
+def _alternating(plain: Callable[[], object], ours: Callable[[], object]) -> tuple[float, float]:
+    """Median seconds of both: disks have good and bad moments."""
+    pairs = [(_seconds(plain), _seconds(ours)) for _ in range(REPETITIONS)]
+    return median(pair[0] for pair in pairs), median(pair[1] for pair in pairs)
+
+
+def _forget(path: Path) -> None:
+    """Leave nothing of a file in the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
-    return _seconds(work)
 
 
-def _beside(save: Callable[[], None]) -> float:
-    """Median milliseconds of steps while saves follow one another in a thread."""
+def _steps(beside_plain: Callable[[], None], beside_save: Callable[[], None]) -> tuple[list[float], ...]:
+    """Milliseconds of training steps alone, beside plain writes and beside saves, in turns."""
+    step = _training_step()
+    taken: tuple[list[float], ...] = ([], [], [])
+    for _ in range(REPETITIONS):
+        taken[0].extend(step() for _ in range(STEPS))
+        taken[1].extend(_beside(beside_plain, step))
+        taken[2].extend(_beside(beside_save, step))
+    return taken
+
+
+def _beside(save: Callable[[], None], step: Callable[[], float]) -> list[float]:
+    """Milliseconds of steps while saves follow one another in a thread."""
     stop = threading.Event()
 
     def saves() -> None:
@@ -142,17 +165,17 @@ def _beside(save: Callable[[], None]) -> float:
     thread = threading.Thread(target=saves)
     thread.start()
     try:
-        return _step_milliseconds()
+        return [step() for _ in range(STEPS)]
     finally:
         stop.set()
         thread.join()
 
 
-def _step_milliseconds() -> float:
-    """Median milliseconds of a training step of a plain MLP."""
+def _training_step() -> Callable[[], float]:
+    """A step of a plain MLP; returns the milliseconds it took."""
     model = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 1))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    x, taken = torch.randn(1024, 1024), []
+    x = torch.randn(1024, 1024)
 
     def step() -> None:
         loss: Tensor = model(x).square().mean()
@@ -160,6 +183,5 @@ def _step_milliseconds() -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(STEPS):
-        taken.append(_seconds(step))
-    return 1e3 * median(taken)
+    step()
+    return lambda: 1e3 * _seconds(step)
