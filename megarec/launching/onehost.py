@@ -1,9 +1,11 @@
 """One run on this machine under the deepspeed launcher, watched and restarted; the command behind launch/run.sh."""
 
 import argparse
+import random
 import secrets
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from megarec.config.load import load_config
@@ -17,6 +19,7 @@ from megarec.launching.supervise import Watch, supervise
 from megarec.launching.verdict import verdict
 
 LOOPBACK = "lo"
+PORTS = range(20_000, 32_000)  # below those of outgoing connections, which might take it before rank 0 does
 
 
 @exits_cleanly
@@ -51,8 +54,10 @@ def run(arguments: argparse.Namespace, environment: dict[str, str], resume: bool
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise UserError("no free port: 100 of 20000 to 31999 on 127.0.0.1 are taken; end what listens there")
 
 
 if __name__ == "__main__":

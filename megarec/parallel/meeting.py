@@ -13,12 +13,18 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megarec.errors import UserError
+
 BACKLOG = 4096  # every rank of a large job connects at once
 
 
 def store_at(address: str, port: int, ranks: int, master: bool, timeout: timedelta) -> dist.TCPStore:
     """A store for a job's ranks; the master's part listens at the address, or, if this host does not have it (behind a
-    translated network), as torch would."""
+    translated network), as torch would.
+
+    Raises:
+        UserError: something else listens there.
+    """
     listening = _listen(address, port) if master else None
     return dist.TCPStore(
         address,
@@ -57,6 +63,9 @@ def _listen(address: str, port: int) -> socket.socket | None:
         server.bind(place)
     except OSError as error:
         server.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} of {address} is taken, perhaps by another job: give another master port "
+                            "(--master_port to deepspeed and torchrun)") from None  # fmt: skip
         if error.errno != errno.EADDRNOTAVAIL:
             raise
         return None

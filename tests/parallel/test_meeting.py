@@ -5,6 +5,7 @@ from datetime import timedelta
 import psutil
 import pytest
 
+from megarec.errors import UserError
 from megarec.parallel.meeting import keep_to_loopback, store_at, store_of_launcher
 
 SHORT = timedelta(seconds=20)
@@ -38,7 +39,7 @@ def test_an_address_that_no_interface_has_is_served_as_torch_would() -> None:
 
 
 def test_a_port_in_use_is_told() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(OSError, match="in use"):
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(UserError, match="is taken"):
         store_at("127.0.0.1", server.getsockname()[1], 1, True, SHORT)
 
 
