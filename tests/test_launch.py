@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from megarec.data.synthetic import Shape, prepare_synthetic
+from megarec.parallel.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
@@ -34,7 +35,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(*arguments: str) -> list[str]:
-    return [str(DEEPSPEED), "--log_level", "error", "--num_gpus", "2", str(ROOT / "launch/train.py"), *arguments]
+    job = ["--log_level", "error", "--num_gpus", "2", "--master_port", str(free_port())]
+    return [str(DEEPSPEED), *job, str(ROOT / "launch/train.py"), *arguments]
 
 
 def test_print_config_shows_the_resolved_run(config: Path) -> None:

@@ -1,11 +1,9 @@
 """One run on this machine under the deepspeed launcher, watched and restarted; the command behind launch/run.sh."""
 
 import argparse
-import random
 import secrets
 import socket
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from megarec.config.load import load_config
@@ -17,9 +15,9 @@ from megarec.launching.interruption import Interruption
 from megarec.launching.restarts import End, run_with_restarts, say
 from megarec.launching.supervise import Watch, supervise
 from megarec.launching.verdict import verdict
+from megarec.parallel.ports import free_port
 
 LOOPBACK = "lo"
-PORTS = range(20_000, 32_000)  # below those of outgoing connections, which might take it before rank 0 does
 
 
 @exits_cleanly
@@ -45,19 +43,12 @@ def main() -> None:
 def run(arguments: argparse.Namespace, environment: dict[str, str], resume: bool, interruption: Interruption) -> End:
     """Start the ranks and stay until the last has ended."""
     assignment = assignment_of(secrets.token_hex(8), arguments, environment, [LOOPBACK], resume)
-    command = local_command(arguments.num_gpus, assignment.encode(), _free_port())
+    command = local_command(arguments.num_gpus, assignment.encode(), free_port())
     record = supervise(assignment.job, [command], Watch(interruption, None, arguments.grace))
     code, lines = verdict(record, [Host(socket.gethostname(), arguments.num_gpus, 0)], {})
     for line in lines:
         say(line)
     return End(code, lines[0].partition(": ")[2] if lines else "")
-
-
-def _free_port() -> int:
-    for port in random.SystemRandom().sample(PORTS, 100):
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise UserError("no free port: 100 of 20000 to 31999 on 127.0.0.1 are taken; end what listens there")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from megarec.config.sections import DenseConfig, RunConfig
 from megarec.errors import UserError
 from megarec.parallel.meeting import keep_to_loopback, store_of_launcher
 from megarec.parallel.mpu import ModelParallelUnit
+from megarec.parallel.ports import free_port
 from megarec.parallel.tensor import is_sharded
 from megarec.topology import Topology
 from megarec.training.allocator import keep_freed_memory
@@ -38,10 +38,8 @@ def start_process(config: RunConfig) -> torch.device:
     # Its C++ build takes a minute, and every rank of every run would leave 66 MiB in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ and not dist.is_initialized():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)

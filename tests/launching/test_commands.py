@@ -17,6 +17,7 @@ from megarec.launching.assignment import Assignment
 from megarec.launching.commands import assignment_of, deepspeed_command, local_command, torchrun_commands
 from megarec.launching.hostfile import Host
 from megarec.launching.ssh import on_host
+from megarec.parallel.ports import free_port
 
 WORD = Assignment("job", "/it's $(here)", ["train.py", "--set", 'a=`b` "c"'], {"KEY": "$v"}, ["eth0"]).encode()
 FAKE_PDSH = """#!/bin/sh
@@ -89,7 +90,7 @@ def test_config_and_overrides_reach_the_ranks_word_for_word(tmp_path: Path, monk
     script, *words = assignment.command
     assert script.endswith("launch/train.py") and words == ["--config", config, "--set", override, "--resume"]
     word = replace(assignment, command=[str(directory / "show.py"), *words]).encode()
-    command = local_command(1, word, 29511)
+    command = local_command(1, word, free_port())
     done = subprocess.run(command.argv, env=command.environment, cwd="/", capture_output=True, text=True, check=True)
     assert repr(words) in done.stdout.splitlines()
     assert not list(tmp_path.rglob("pwned")) and not Path("/pwned").exists()

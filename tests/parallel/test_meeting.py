@@ -7,13 +7,9 @@ import pytest
 
 from megarec.errors import UserError
 from megarec.parallel.meeting import keep_to_loopback, store_at, store_of_launcher
+from megarec.parallel.ports import free_port
 
 SHORT = timedelta(seconds=20)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def listening(port: int) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 
 from megarec.data.synthetic import Shape, prepare_synthetic
 from megarec.exit_codes import PREEMPTED, STOPPED
+from megarec.parallel.ports import free_port
 from tests.checkpoint.runs import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(path: Path, *arguments: str) -> "subprocess.Popen[str]":
-    command = [DEEPSPEED, "--log_level", "error", "--num_gpus", "2", ROOT / "launch/train.py", "--config", path]
+    command = [DEEPSPEED, "--log_level", "error", "--num_gpus", "2", "--master_port", free_port()]
+    command += [ROOT / "launch/train.py", "--config", path]
     pipe = subprocess.PIPE
     return subprocess.Popen([*map(str, command), *arguments], stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT)
 

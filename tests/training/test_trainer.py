@@ -169,7 +169,6 @@ def error_on_a_rank(path: Path, overrides: list[str], resume: bool) -> str:
         ("data.batch_size=1000", "exceeds the 800 training examples"),
         ("parallel.ranks_per_host=3", "parallel.ranks_per_host=3 does not divide the 2 ranks of the job"),
         ("data.path=nowhere", "nowhere/schema.json does not exist"),
-        ("deepspeed.fp16.enabled=true", "this device has no fp16"),
         ("deepspeed.zero_optimization.stgae=2", "stgae"),
         ("embedding.features.single_9.width=4", "single_9"),
     ],
