@@ -1,4 +1,5 @@
-"""launch/multihost.sh on two hosts: the same numbers, the true exit code, the cause first, and nobody left behind."""
+"""launch/multihost.sh on two hosts: the same numbers, the true exit code, the cause first, and nobody left
+behind; sockets only where they must be."""
 
 import json
 import os
@@ -64,6 +65,17 @@ def assert_nobody_is_left(lab: Lab) -> None:
         time.sleep(0.1)
 
 
+def assert_listening_at_their_addresses_alone(lab: Lab) -> None:
+    """A running job's hosts: sshd and gloo at the host's address, the master's port at that of the first, no UDP."""
+    for host, address in lab.addresses.items():
+        lines = lab.run(host, ["ss", "-Hltn"]).stdout.splitlines()
+        places = [line.split()[3].rpartition(":") for line in lines]
+        assert {place.strip("[]").partition("%")[0] for place, _, _ in places} == {address}, lines
+        ports = {int(port) for _, _, port in places}
+        assert 22 in ports and len(ports) > 1 and (29500 in ports) == (host == "host1"), lines
+        assert lab.run(host, ["ss", "-Hlun"]).stdout == ""
+
+
 def wait_for_step(job: "subprocess.Popen[str]", step: int) -> list[str]:
     assert job.stdout is not None and job.stderr is not None
     lines = []
@@ -108,6 +120,7 @@ def test_a_run_from_a_hostfile_equals_the_run_on_one_host(
 def test_a_killed_rank_ends_the_job_on_all_hosts_and_is_named_first(lab: Lab, directory: Path) -> None:
     with start(lab, lab.hostfile, "killed", "--set", "train.epochs=1000") as job:
         wait_for_step(job, 5)
+        assert_listening_at_their_addresses_alone(lab)
         lab.run("host2", ["kill", "-9", str(process_of(lab, "host2", 3))])
         killed = time.monotonic()
         _, errors = job.communicate()
@@ -127,6 +140,7 @@ def test_a_link_that_drops_ends_the_job_within_the_timeout(lab: Lab, directory: 
     arguments = ["--launcher", "torchrun", "--set", "train.epochs=1000", "--set", f"parallel.timeout_seconds={TIMEOUT}"]
     with start(lab, hostfile, "cut", *arguments) as job:
         wait_for_step(job, 5)
+        assert_listening_at_their_addresses_alone(lab)
         try:
             lab.link("host2", up=False)
             cut = time.monotonic()

@@ -46,6 +46,12 @@ def rank(job: "subprocess.Popen[str]", number: int) -> psutil.Process:
     return next(p for p in found if (parent := p.parent()) is not None and "RANK" not in parent.environ())
 
 
+def listening(job: "subprocess.Popen[str]") -> set[str]:
+    """The addresses at which the processes of a job listen."""
+    found = [c for p in psutil.Process(job.pid).children(recursive=True) for c in p.net_connections("inet")]
+    return {c.laddr.ip for c in found if c.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)}
+
+
 def test_a_signal_to_one_rank_ends_the_job_with_75_and_it_resumes(data: Path, tmp_path: Path) -> None:
     path = write_run(tmp_path, data, train={"epochs": 100_000, "log_every": 5, "output_dir": str(tmp_path / "out")})
     job = start(path)
@@ -56,13 +62,16 @@ def test_a_signal_to_one_rank_ends_the_job_with_75_and_it_resumes(data: Path, tm
     first = errors.splitlines()[0]
     assert first.startswith("pre-empted by SIGUSR1 at step ") and first.endswith("resumable with --resume")
     step = int(first.split("saved at step ")[1].split(":")[0])
-    job = start(path, "--resume")
-    assert until(job.stdout, "resumed from").strip().endswith(f"step-{step:09d}")
-    until(job.stdout, "step ")
-    for process in [rank(job, 0), rank(job, 1)]:
-        process.send_signal(signal.SIGTERM)
-    job.communicate(timeout=60)
-    assert job.returncode == PREEMPTED
+    pipe = subprocess.PIPE
+    command = ["bash", str(ROOT / "launch/run.sh"), "--num_gpus", "2", "--config", str(path), "--resume"]
+    environment = {**ENVIRONMENT, "MEGAREC_VENV": sys.prefix}
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as job:
+        assert until(job.stdout, "resumed from").strip().endswith(f"step-{step:09d}")
+        until(job.stdout, "step ")
+        assert listening(job) == {"127.0.0.1"}
+        job.terminate()
+        _, errors = job.communicate(timeout=60)
+    assert job.returncode == PREEMPTED, errors
 
 
 @pytest.mark.slow
