@@ -7,6 +7,7 @@ resumes from its last checkpoint and refuses company. `model.dropout` above 0.8 
 import hashlib
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -24,9 +25,10 @@ def main() -> None:
     assert "--resume" in sys.argv
     config = load_config(config_path, overrides)
     output = Path(config.train.output_dir)
-    mine = output / f"at-work-{os.getpid()}"
+    host = socket.gethostname()  # hosts number their processes each by itself
+    mine = output / f"at-work-{host}-{os.getpid()}"
     mine.touch()
-    for other in output.glob("at-work-*"):  # of processes that were killed, unless one still runs
+    for other in output.glob(f"at-work-{host}-*"):  # of processes that were killed, unless one still runs
         if other != mine:
             assert not Path(f"/proc/{other.name.rpartition('-')[2]}").exists(), "two runs in one directory"
             other.unlink()
