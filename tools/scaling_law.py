@@ -39,6 +39,7 @@ def main() -> None:
     sweep.add_argument("--plan", action="store_true", help="show what would run, and stop")
     table = commands.add_parser("table", help="mean and deviation over the seeds of every model, in Markdown")
     table.add_argument("--points", type=Path, required=True, metavar="FILE", help="the parquet of a sweep")
+    table.add_argument("--split", choices=("test", "valid"), default="test", help="whose quality; valid to choose by")
     fit = commands.add_parser("fit", help="the law of a family, and the families beside it")
     fit.add_argument("--json", action="store_true", help="one JSON object on standard output")
     plot = commands.add_parser("plot", help="scaling_law.png, scaling_law.svg and report.html")
@@ -54,7 +55,7 @@ def main() -> None:
         run_study(arguments)
         return
     if arguments.command == "table":
-        print(*markdown(arguments.points), sep="\n")
+        print(*markdown(arguments.points, arguments.split), sep="\n")
         return
     result = study(read_points(arguments.points, arguments.against, arguments.quality), arguments.family)
     if arguments.command == "fit":
@@ -81,7 +82,7 @@ def run_study(arguments: argparse.Namespace) -> None:
     output = arguments.output or Path("runs") / arguments.study.stem
     with only_sweep_in(output):
         rows = Rows(output, trials)
-        plan = planned(trials, rows, len(slots), budget)
+        plan = planned(trials, rows, slots, budget)
         print(*in_words(plan), sep="\n", flush=True)
         if arguments.plan:
             return

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megarec.errors import UserError
 from megarec.launching import torchrun
+from megarec.launching.accelerator import accelerator
 from megarec.launching.assignment import Assignment
 from megarec.launching.hostfile import Host
 from megarec.launching.preflight import ROOT
@@ -101,8 +102,3 @@ def torchrun_commands(hosts: list[Host], word: str, master: str, port: int, time
         local = on_host(host.name, [*remote, str(RANK_SCRIPT), word], (*OPTIONS, *keep_alive(timeout)))
         commands.append(Command(local, dict(os.environ), host.name))
     return commands
-
-
-def accelerator() -> str:
-    """What DeepSpeed would find out by itself, with a warning."""
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"

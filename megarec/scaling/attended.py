@@ -3,7 +3,7 @@
 The sweep starts it, here or over ssh, with a pipe as its standard input. However the sweep ends, kill -9 included,
 the pipe closes, and the trial is killed. Until it is truly gone the directory's lock keeps its successor waiting.
 
-Plain standard library but for one function: it runs beside every trial.
+Plain standard library but for small functions: it runs beside every trial.
 """
 
 import fcntl
@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 from signal import SIGKILL
 
+from megarec.launching.accelerator import accelerator
 from megarec.launching.watch import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,7 @@ def main() -> int:
     directory, folder, *rest = sys.argv[1:]
     split = rest.index("--")
     os.environ.update(dict(variable.split("=", 1) for variable in rest[:split]))
+    os.environ.setdefault("DS_ACCELERATOR", accelerator())
     os.chdir(directory)
     Path(folder).mkdir(parents=True, exist_ok=True)
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()

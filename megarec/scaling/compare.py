@@ -7,10 +7,11 @@ from scipy.stats import norm, t
 
 from megarec.scaling.bootstrap import MIDDLE, size_means
 from megarec.scaling.fit import Floats
-from megarec.scaling.law import SIGNIFICANT_PERCENT, Law, NoLaw
+from megarec.scaling.law import SIGNIFICANT_PERCENT, STEP, Law, NoLaw
 from megarec.scaling.points import Run
 
 END_SIZES = 3
+SIGNIFICANT_SLOPE = float(np.log1p(-SIGNIFICANT_PERCENT / 100) / np.log(STEP))  # d ln L / d ln C
 
 
 class LargeEnd(NamedTuple):
@@ -20,7 +21,8 @@ class LargeEnd(NamedTuple):
         slope: d ln L / d ln C by least squares over these sizes, the local exponent.
         interval: 95 %, by the runs' deviations where sizes have several ("seeds"), else ("reference") with
             differences between two sizes of up to 0.02 % taken for noise.
-        saturated: the interval reaches 0 or lies above it: more compute is not seen to help.
+        verdict: "improves": the interval lies below 0. "saturated": it reaches 0 and excludes that the next 4x lowers
+            the loss by more than 0.02 %. "open": the runs scatter too much to tell.
     """
 
     span: tuple[float, float]
@@ -29,8 +31,10 @@ class LargeEnd(NamedTuple):
     noise: Literal["seeds", "reference"]
 
     @property
-    def saturated(self) -> bool:
-        return self.interval[1] >= 0
+    def verdict(self) -> Literal["improves", "saturated", "open"]:
+        if self.interval[1] < 0:
+            return "improves"
+        return "saturated" if self.interval[0] >= SIGNIFICANT_SLOPE else "open"
 
 
 class EqualQuality(NamedTuple):
@@ -40,7 +44,8 @@ class EqualQuality(NamedTuple):
         cost, loss: the other family's best size.
         between: the reference's cost by its own measured sizes, straight lines between them on the log-log scale;
             None where they do not reach that quality or are all better.
-        by_law, by_law_interval: the same by the reference's law; infinite where it never gets there.
+        by_law, by_law_interval: the same by the reference's law; infinite where it never gets there. The interval is
+            the law's alone: the other family's quality counts as exact.
         extrapolated: `by_law` lies outside the reference's measured sizes.
     """
 
@@ -51,6 +56,14 @@ class EqualQuality(NamedTuple):
     by_law: float | None
     by_law_interval: tuple[float, float] | None
     extrapolated: bool
+
+    @property
+    def times_by_law(self) -> float | None:
+        """The other family's cost over the reference's by its law; None where that says nothing in numbers."""
+        if self.by_law is None or not 0 < self.by_law < float("inf"):
+            return None
+        times = self.cost / self.by_law
+        return times if np.isfinite(times) else None
 
 
 def large_end(runs: tuple[Run, ...]) -> LargeEnd | None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megarec.scaling.bootstrap import REPLICATES, Bootstrap, resample, size_means
-from megarec.scaling.fit import Curve, Fit, Floats, Form, chosen, fit_forms
+from megarec.scaling.fit import STEEPEST, Curve, Fit, Floats, Form, chosen, fit_forms
 from megarec.scaling.points import UNIT, Axis, Run
 
 FEWEST_SIZES = 4
@@ -16,12 +16,14 @@ STEP = 4.0  # the paper states its law for each 4x of compute
 
 
 class HeldOut(NamedTuple):
-    """The largest sizes foretold by a fit of the law's form to the smaller ones.
+    """The largest sizes foretold by a fit to the smaller ones, which choose their form by themselves.
 
     Attributes:
+        form: what they chose; with fewer than six of them power.
         costs, percents: what was held out, and the error of each: foretold over measured, less 1.
     """
 
+    form: Form
     costs: tuple[float, ...]
     percents: tuple[float, ...]
 
@@ -77,8 +79,8 @@ def find_law(runs: tuple[Run, ...], axis: Axis = "gflop", replicates: int = REPL
     A size is one point however many runs it has: seeds repeat how its model deviates from the curve, and counted
     each they would let power+constant follow that.
 
-    Refused are fewer than four sizes, less than a decade between the smallest and the largest, and an exponent whose
-    95 % interval reaches 0: the loss may not fall at all.
+    Refused are fewer than four sizes, less than a decade between the smallest and the largest, an exponent whose
+    95 % interval reaches 0 (the loss may not fall at all), and a loss that levels off.
     """
     cost, loss = np.array(runs, dtype=np.float64).T
     sizes, means = size_means(cost, loss)
@@ -96,6 +98,12 @@ def find_law(runs: tuple[Run, ...], axis: Axis = "gflop", replicates: int = REPL
             len(sizes), f"the exponent's 95 % interval [{interval[0]:.3g}, {interval[1]:.3g}] does not lie below 0"
         )
     largest = float(sizes[-1])
+    per_step = fits[form].curve.gain(largest, STEP)
+    if form == "power+constant" and (interval[0] <= -0.99 * STEEPEST or per_step > -SIGNIFICANT_PERCENT):
+        return NoLaw(
+            len(sizes),
+            f"it levels off at {fits[form].curve.constant:.5g}: the next 4x would change the loss by {per_step:+.3f} %",
+        )
     return Law(
         len(sizes),
         len(runs),
@@ -104,17 +112,17 @@ def find_law(runs: tuple[Run, ...], axis: Axis = "gflop", replicates: int = REPL
         form,
         bootstrap,
         interval,
-        fits[form].curve.gain(largest, STEP),
+        per_step,
         bootstrap.interval([curve.gain(largest, STEP) for curve in bootstrap.curves]),
-        tuple(_hold_out(sizes, means, form, number) for number in (1, 2) if len(sizes) - number >= FEWEST_SIZES),
+        tuple(_hold_out(sizes, means, number) for number in (1, 2) if len(sizes) - number >= FEWEST_SIZES),
     )
 
 
-def _hold_out(sizes: Floats, means: Floats, form: Form, number: int) -> HeldOut:
-    # Fewer sizes could not choose between the forms, so that the choice of all of them stays.
-    curve = fit_forms(sizes[:-number], means[:-number])[form].curve
-    percents = 100 * (curve(sizes[-number:]) / means[-number:] - 1)
-    return HeldOut(tuple(map(float, sizes[-number:])), tuple(map(float, percents)))
+def _hold_out(sizes: Floats, means: Floats, number: int) -> HeldOut:
+    fits = fit_forms(sizes[:-number], means[:-number])
+    form = chosen(fits)
+    percents = 100 * (fits[form].curve(sizes[-number:]) / means[-number:] - 1)
+    return HeldOut(form, tuple(map(float, sizes[-number:])), tuple(map(float, percents)))
 
 
 def _noun(axis: Axis) -> str:

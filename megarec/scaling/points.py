@@ -79,7 +79,7 @@ def read_points(path: Path, axis: Axis = "gflop", quality: Quality | None = None
     first_row: dict[tuple[str, ...], int] = {}
     optima: set[float] = set()
     for number, row in enumerate(rows, start=1):
-        if row.get("chosen") is False:
+        if str(row.get("chosen")).lower() == "false":
             continue
         where = f"{path}, row {number}"
         family, cost = family_of(_name(row, where)), _positive(row, COLUMN[axis], where)

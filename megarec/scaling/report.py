@@ -30,6 +30,11 @@ th, td {{ border: 1px solid #ccc; padding: .2rem .6rem; text-align: left }}
 {runs}
 </html>
 """
+VERDICTS = {
+    "improves": "still improves",
+    "saturated": "saturated: more is not seen to help",
+    "open": "cannot be told, its runs scatter too much",
+}
 
 
 def sentences(result: Study) -> dict[str, list[str]]:
@@ -70,11 +75,10 @@ def _family(result: Study, name: str) -> list[str]:
     if result.points.optimum is not None:
         lines.append(_above(result, name, result.points.optimum))
     if end is not None:
-        verdict = "saturated: more is not seen to help" if end.saturated else "still improves"
         noise = "by its seeds" if end.noise == "seeds" else f"differences up to {SIGNIFICANT_PERCENT} % taken for noise"
         lines.append(
             f"large end, {end.span[0]:g} to {end.span[1]:g} {unit}: local exponent {end.slope:.3g} "
-            f"{_interval(end.interval)} ({noise}): {verdict}"
+            f"{_interval(end.interval)} ({noise}): {VERDICTS[end.verdict]}"
         )
     return lines
 
@@ -83,24 +87,28 @@ def _law(result: Study, law: Law) -> list[str]:
     curve, unit = law.curve, UNIT[result.points.axis]
     constant = f" + {curve.constant:.6g}" if law.form == "power+constant" else ""
     what = {"seeds": "the seeds of each size", "residuals": "the sizes' residuals"}[law.bootstrap.resampled]
-    times = abs(law.per_step) / SIGNIFICANT_PERCENT
+    # What is significant is a share of the LogLoss, not of what lies above its optimum.
+    reference = result.points.quality != "excess_logloss"
+    significance = (
+        f": {abs(law.per_step) / SIGNIFICANT_PERCENT:.1f} times the {SIGNIFICANT_PERCENT} % that counts as significant"
+    )
     lines = [
         f"law over {law.sizes} sizes and {law.runs} runs, {law.span[0]:g} to {law.span[1]:g} {unit} "
         f"({law.span[1] / law.span[0]:.3g}x): L = {curve.coefficient:.6g} C^{curve.exponent:.3g}{constant}",
         f"exponent {curve.exponent:.3g}, 95 % interval {_interval(law.exponent_interval)} "
         f"({len(law.bootstrap.curves)} refits, resampling {what})",
         f"the next 4x changes the loss by {law.per_step:+.3f} % [{law.per_step_interval[0]:+.3f}, "
-        f"{law.per_step_interval[1]:+.3f}]: {times:.1f} times the {SIGNIFICANT_PERCENT} % that counts as significant",
+        f"{law.per_step_interval[1]:+.3f}]{significance if reference else ''}",
         _forms(law),
     ]
     for held in law.held_out:
         errors = ", ".join(
             f"{percent:+.3f} % at {cost:g}" for cost, percent in zip(held.costs, held.percents, strict=True)
         )
-        worst = max(map(abs, held.percents))
+        beside = "within" if max(map(abs, held.percents)) <= SIGNIFICANT_PERCENT else "above"
         lines.append(
-            f"held out and foretold by the smaller sizes: {errors} {unit}, "
-            f"{'within' if worst <= SIGNIFICANT_PERCENT else 'above'} {SIGNIFICANT_PERCENT} %"
+            f"held out and foretold by the smaller sizes ({held.form}): {errors} {unit}"
+            f"{f', {beside} {SIGNIFICANT_PERCENT} %' if reference else ''}"
         )
     if law.extrapolation_error is None:
         lines.append("too few sizes to hold one out")
@@ -140,14 +148,13 @@ def _equal(result: Study, comparison: EqualQuality) -> str:
         )
     if comparison.by_law is None or comparison.by_law_interval is None:
         return text
-    if not math.isfinite(comparison.by_law):
+    if comparison.by_law == math.inf:
         return f"{text}; by its law {reference} never reaches it"
+    if comparison.times_by_law is None:
+        return f"{text}; its law is too flat to say where {reference} reaches it"
     low, high = (f"{cost:.3g}" if math.isfinite(cost) else "never" for cost in comparison.by_law_interval)
     outside = ", outside its sizes" if comparison.extrapolated else ""
-    return (
-        f"{text}; by its law at {comparison.by_law:.3g} [{low}, {high}], "
-        f"{_times(comparison.cost / comparison.by_law)}{outside}"
-    )
+    return f"{text}; by its law at {comparison.by_law:.3g} [{low}, {high}], {_times(comparison.times_by_law)}{outside}"
 
 
 def _times(ratio: float) -> str:

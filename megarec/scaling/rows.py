@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from megarec.errors import UserError
 from megarec.scaling.grid import Trial, of_models
 
 Row = dict[str, Any]
@@ -54,9 +55,21 @@ class Rows:
         write_whole(self.output / TABLE, sink.getvalue().to_pybytes())
 
     def chosen_rate(self, model: str) -> int | None:
-        """The learning rate whose trial with the first seed is best on validation, of those that have ended."""
+        """The learning rate whose trial with the first seed is best on validation, of those that have ended.
+
+        Raises:
+            UserError: their validation has no quality.
+        """
         tried = [t for t in self.trials if t.model == model and t.tuning and t.name in self.of]
-        return min(tried, key=lambda trial: _validation_loss(trial, self.of[trial.name])).rate if tried else None
+        if not tried:
+            return None
+        losses = [_validation_loss(trial, self.of[trial.name]) for trial in tried]
+        if min(losses) == float("inf"):
+            raise UserError(
+                f"{model}: no validation {tried[0].config.train.best_by} to choose a learning rate by, in "
+                f"{self._path(tried[0])}; the validation split needs rows of both labels"
+            )
+        return tried[losses.index(min(losses))].rate
 
     def _path(self, trial: Trial) -> Path:
         return self.output / "rows" / f"{trial.name}.json"
@@ -85,7 +98,7 @@ def row_of(trial: Trial, metrics: dict[str, Any], seconds: float | None, host: s
         **{key: metrics["test"][key] for key in _METRICS},
         **{f"valid_{key}": metrics["valid"][key] for key in _METRICS},
         "optimum_logloss": optimum and optimum.drawn,
-        "excess_logloss": optimum and logloss - optimum.drawn,
+        "excess_logloss": optimum and logloss and logloss - optimum.drawn,
         "examples_per_second": metrics["train"]["examples_per_second"],
         "first_step_seconds": metrics["train"]["first_step_seconds"],
         "seconds": seconds,
@@ -94,7 +107,10 @@ def row_of(trial: Trial, metrics: dict[str, Any], seconds: float | None, host: s
 
 
 def _validation_loss(trial: Trial, row: Row) -> float:
-    return row["valid_logloss"] if trial.config.train.best_by == "logloss" else -row["valid_auc"]
+    quality = row[f"valid_{trial.config.train.best_by}"]
+    if quality is None:  # of a split without rows, or with one label
+        return float("inf")
+    return float(quality if trial.config.train.best_by == "logloss" else -quality)
 
 
 def write_whole(path: Path, content: bytes) -> None:

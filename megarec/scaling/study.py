@@ -83,7 +83,7 @@ def _family(result: Study, name: str) -> dict[str, Any]:
         "points": len(result.points.families[name]),
         "sizes": law.sizes,
         "unmeasured": result.points.unmeasured.get(name, ()),
-        "large_end": end and {**end._asdict(), "saturated": end.saturated},
+        "large_end": end and {**end._asdict(), "verdict": end.verdict},
     }
     if isinstance(law, NoLaw):
         empty = dict.fromkeys(("exponent", "exponent_interval", "extrapolation_error"))
@@ -126,7 +126,7 @@ def _equal(comparison: EqualQuality, cost: str) -> dict[str, Any]:
         "needed_by_law_interval": [_finite(low), _finite(high)],
         "extrapolated": comparison.extrapolated,
         "times_between_points": comparison.between and comparison.cost / comparison.between,
-        "times_by_law": comparison.by_law and comparison.cost / comparison.by_law,
+        "times_by_law": comparison.times_by_law,
     }
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megarec.errors import UserError
-from megarec.launching.commands import accelerator
+from megarec.exit_codes import STOPPED
+from megarec.launching.accelerator import accelerator
 from megarec.launching.hostfile import Host
 from megarec.launching.ssh import OPTIONS, keep_alive, on_host
 from megarec.scaling.attended import ROOT, attended
@@ -22,6 +23,7 @@ from megarec.scaling.grid import Trial
 from megarec.scaling.rows import Row, Rows, row_of
 
 TRAIN = ROOT / "launch/train.py"
+SSH_FAILED = 255  # ssh's own exit code; a trial has none so high
 _POLL_SECONDS = 0.2
 HERE = "localhost"
 
@@ -87,11 +89,18 @@ def run_sweep(trials: list[Trial], rows: Rows, slots: list[Slot], say: Callable[
 
     However the sweep ends, its processes end with it.
 
+    A place whose host cannot be reached any more is given up, and its trial runs elsewhere. A rate that the fault
+    policy stopped has lost; any other that failed keeps its model's other seeds waiting, for the same command again.
+
     Returns:
         The names of trials that failed; `log.txt` in their directory says why.
+
+    Raises:
+        UserError: no host can be reached any more.
     """
     running: dict[Slot, Running] = {}
-    failed: list[str] = []
+    failed: dict[str, int] = {}
+    slots = list(slots)
     _collect(trials, rows)
     try:
         while True:
@@ -99,11 +108,17 @@ def run_sweep(trials: list[Trial], rows: Rows, slots: list[Slot], say: Callable[
                 if slot not in running and (trial := _next(trials, rows, running, failed)):
                     running[slot] = _start(trial, slot, rows.output)
             if not running:
-                return failed
+                return list(failed)
             time.sleep(_POLL_SECONDS)
             for slot, run in list(running.items()):
-                if (code := run.process.poll()) is not None:
-                    del running[slot]
+                if (code := run.process.poll()) is None:
+                    continue
+                del running[slot]
+                if slot.host is not None and code == SSH_FAILED:
+                    _close(run.process)
+                    slots.remove(slot)
+                    _say_lost(slot, run, slots, say)
+                else:
                     _finish(run, code, slot, rows, failed, say)
     finally:
         for run in running.values():
@@ -125,21 +140,34 @@ def command_of(trial: Trial, folder: Path, threads: int | None) -> list[str]:
 
 
 def environment_of(slot: Slot) -> dict[str, str]:
-    """Variables of a trial's process; where there are GPUs it sees one, of those that the sweep may see."""
-    environment = {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "DS_ACCELERATOR": accelerator()}
+    """Variables of a trial's process; where there are GPUs it sees one, of those that the sweep may see.
+
+    Raises:
+        UserError: the sweep may see fewer GPUs than it has places here.
+    """
+    device = os.environ.get("DS_ACCELERATOR") or accelerator()
+    environment = {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "DS_ACCELERATOR": device}
     if slot.threads is not None:
         environment["OMP_NUM_THREADS"] = str(slot.threads)
-    if accelerator() == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if slot.host is None else []
-        environment["CUDA_VISIBLE_DEVICES"] = visible[slot.place] if slot.place < len(visible) else str(slot.place)
+    if slot.host is not None:  # which may have what this machine lacks: each slot a GPU, if there are any
+        environment["CUDA_VISIBLE_DEVICES"] = str(slot.place)
+        if "DS_ACCELERATOR" not in os.environ:
+            del environment["DS_ACCELERATOR"]  # as `attended` finds there
+    elif device == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = [str(slot.place)] if visible is None else visible.split(",")
+        if visible is not None and slot.place >= len(gpus):
+            raise UserError(f"--jobs above {len(gpus)}, with CUDA_VISIBLE_DEVICES={visible!r}: a run takes one GPU")
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[0 if visible is None else slot.place]
     return environment
 
 
-def _next(trials: list[Trial], rows: Rows, running: dict[Slot, Running], failed: list[str]) -> Trial | None:
+def _next(trials: list[Trial], rows: Rows, running: dict[Slot, Running], failed: dict[str, int]) -> Trial | None:
     """Cheapest first, trials that choose a learning rate before others."""
     settled = {*rows.of, *failed}
     at_work = {run.trial.name for run in running.values()}
-    open_models = {trial.model for trial in trials if trial.tuning and trial.name not in settled}
+    lost = {name for name, code in failed.items() if code == STOPPED}
+    open_models = {trial.model for trial in trials if trial.tuning and trial.name not in {*rows.of, *lost}}
     for trial in sorted(trials, key=lambda trial: (not trial.tuning, trial.gflop)):
         if trial.name in settled or trial.name in at_work:
             continue
@@ -162,20 +190,28 @@ def _keep(trial: Trial, row: Row, rows: Rows) -> None:
     rows.add(trial, row)
 
 
-def _start(trial: Trial, slot: Slot, output: Path) -> Running:
-    folder = folder_of(output, trial)
-    command = attended(folder, environment_of(slot), command_of(trial, folder, slot.threads))
+def start_on(slot: Slot, trial: Trial, folder: Path, command: list[str]) -> "subprocess.Popen[bytes]":
+    """Start a trial's command there, attended; it ends when its standard input closes."""
+    command = attended(folder, environment_of(slot), command)
     if slot.host is not None:
         command = on_host(slot.host, command, (*OPTIONS, *keep_alive(trial.config.parallel.timeout_seconds)))
-    return Running(trial, subprocess.Popen(command, stdin=subprocess.PIPE), time.time())
+    return subprocess.Popen(command, stdin=subprocess.PIPE)
 
 
-def _finish(run: Running, code: int, slot: Slot, rows: Rows, failed: list[str], say: Callable[[str], None]) -> None:
+def _start(trial: Trial, slot: Slot, output: Path) -> Running:
+    folder = folder_of(output, trial)
+    command = command_of(trial, folder, slot.threads)
+    return Running(trial, start_on(slot, trial, folder, command), time.time())
+
+
+def _finish(
+    run: Running, code: int, slot: Slot, rows: Rows, failed: dict[str, int], say: Callable[[str], None]
+) -> None:
     trial, folder = run.trial, folder_of(rows.output, run.trial)
     _close(run.process)
     metrics = _metrics(folder) if code == 0 else None
     if metrics is None:
-        failed.append(trial.name)
+        failed[trial.name] = code
         say(f"FAILED {trial.name}: exit code {code}; {folder / 'log.txt'}")
         return
     row = row_of(trial, metrics, time.time() - run.started, slot.host or HERE)
@@ -184,6 +220,12 @@ def _finish(run: Running, code: int, slot: Slot, rows: Rows, failed: list[str], 
         f"{len(rows.of)} done  {trial.model} seed {trial.seed} rate {trial.rate}: "
         f"valid LogLoss {row['valid_logloss']:.4f}, test LogLoss {row['logloss']:.4f}, {row['seconds']:.0f} s"
     )
+
+
+def _say_lost(slot: Slot, run: Running, left: list[Slot], say: Callable[[str], None]) -> None:
+    if not left:
+        raise UserError(f"{slot.host}: ssh failed, and no other host is left; the same command goes on")
+    say(f"LOST {slot.host} slot {slot.place}: ssh failed; {run.trial.name} runs elsewhere")
 
 
 def _metrics(folder: Path) -> dict[str, Any] | None:

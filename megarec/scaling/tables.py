@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from megarec.errors import UserError
 from megarec.scaling.points import read_rows
@@ -11,8 +11,9 @@ from megarec.scaling.points import read_rows
 if TYPE_CHECKING:
     from megarec.scaling.budget import Plan  # with torch, which a table does without
 
-_QUALITY = ("auc", "logloss", "ne")
-_COLUMNS = ("seed", "chosen", "overrides", "train_gflop_per_example", "parameters", "examples_per_second", *_QUALITY)
+Split = Literal["test", "valid"]
+_QUALITY = {"test": ("auc", "logloss", "ne"), "valid": ("valid_auc", "valid_logloss", "valid_ne")}
+_COLUMNS = ("seed", "chosen", "overrides", "train_gflop_per_example", "parameters", "examples_per_second")
 
 
 def in_words(plan: "Plan") -> Iterator[str]:
@@ -31,19 +32,23 @@ def in_words(plan: "Plan") -> Iterator[str]:
     )
 
 
-def markdown(path: Path) -> Iterator[str]:
-    """Mean and sample deviation over the seeds of each model at its chosen learning rate; best test AUC first.
+def markdown(path: Path, split: Split = "test") -> Iterator[str]:
+    """Mean and sample deviation over the seeds of each model at its chosen learning rate; best AUC first.
+
+    Args:
+        split: whose quality; "valid" to choose by.
 
     Raises:
         UserError: the file is no table of a sweep.
     """
+    names = _QUALITY[split]
     models: dict[str, list[dict[str, Any]]] = {}
     for row in _chosen_rows(path):
         models.setdefault(row["model"], []).append(row)
-    yield "| model | seeds | test AUC | LogLoss | NE | parameters | GFLOP/example | examples/s | chosen rates |"
+    yield f"| model | seeds | {split} AUC | LogLoss | NE | parameters | GFLOP/example | examples/s | chosen rates |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    for model, rows in sorted(models.items(), key=lambda item: -statistics.mean(row["auc"] for row in item[1])):
-        quality = " | ".join(_mean(rows, name) for name in _QUALITY)
+    for model, rows in sorted(models.items(), key=lambda item: -_mean(item[1], names[0])):
+        quality = " | ".join(_in_words(rows, name) for name in names)
         speeds = [row["examples_per_second"] for row in rows if row["examples_per_second"]]
         speed = f"{statistics.mean(speeds):,.0f}" if speeds else ""
         one = rows[0]
@@ -54,15 +59,28 @@ def markdown(path: Path) -> Iterator[str]:
 
 
 def _chosen_rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix != ".parquet":
+        raise UserError(f"{path}: expected the runs.parquet of a sweep")
     columns, rows = read_rows(path)
-    for column in _COLUMNS:
+    for column in (*_COLUMNS, *_QUALITY["test"], *_QUALITY["valid"]):
         if column not in columns:
             raise UserError(f"{path}: no column {column}; expected the runs.parquet of a sweep")
     return [row for row in rows if row["chosen"]]
 
 
-def _mean(rows: list[dict[str, Any]], name: str) -> str:
-    values = [row[name] for row in rows]
+def _values(rows: list[dict[str, Any]], name: str) -> list[float]:
+    """Without those of runs whose split has one label or no rows."""
+    return [row[name] for row in rows if row[name] is not None]
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return statistics.mean(_values(rows, name) or [0.0])
+
+
+def _in_words(rows: list[dict[str, Any]], name: str) -> str:
+    values = _values(rows, name)
+    if not values:
+        return "none"
     deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4f}{deviation}"
 

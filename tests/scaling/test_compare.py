@@ -34,9 +34,9 @@ def test_published_dlrm_saturates_and_wukong_does_not() -> None:
     assert dlrm.slope == pytest.approx(math.log(0.9964 / 0.9963) / math.log(71.2 / 31))
     half = 0.0002 / math.log(71.2 / 31)  # two sizes may differ by 0.02 % for no reason
     assert dlrm.interval == pytest.approx((dlrm.slope - half, dlrm.slope + half))
-    assert dlrm.saturated
+    assert dlrm.verdict == "saturated"
     assert wukong.span == (22.23, 108)
-    assert not wukong.saturated
+    assert wukong.verdict == "improves"
     assert large_end(families["dcnv2"]) is None
 
 
@@ -52,6 +52,7 @@ def test_noise_at_the_large_end_comes_from_the_seeds() -> None:
     half = t.ppf(0.975, 2) * error / math.log(4)
     assert end.noise == "seeds"
     assert end.interval == pytest.approx((difference / math.log(4) - half, difference / math.log(4) + half))
+    assert end.verdict == "open"  # 6 % better, but two seeds a size cannot tell
 
 
 def test_equal_quality_where_points_do_not_enclose_it() -> None:
@@ -65,8 +66,14 @@ def test_a_law_with_a_constant_never_reaches_what_lies_below_it() -> None:
     sizes = np.geomspace(1, 100, 8)
     reference = tuple(Run(float(size), float(0.1 * size**-0.3 + 0.45)) for size in sizes)
     found = equal_quality("x", (Run(8, 0.44),), reference, find_law(reference, replicates=20))
-    assert found.by_law == math.inf
+    assert found.by_law == math.inf and found.times_by_law is None
     assert found.extrapolated
+
+
+def test_a_cost_too_small_for_a_number_gives_no_ratio() -> None:
+    flat = tuple(Run(float(size), float(0.45 * size**-0.0003)) for size in np.geomspace(1, 100, 8))
+    found = equal_quality("x", (Run(8, 0.62),), flat, find_law(flat, replicates=20))
+    assert found.by_law == 0 and found.times_by_law is None
 
 
 def test_frontier_keeps_what_nothing_cheaper_equals() -> None:

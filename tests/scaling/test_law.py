@@ -56,8 +56,7 @@ def test_noisy_law_with_a_constant_loss_lies_in_the_interval() -> None:
     assert low < -0.3 < high
     assert high - low < 0.15
     assert law.curve.constant == pytest.approx(0.45, abs=0.005)
-    assert law.extrapolation_error is not None
-    assert law.extrapolation_error < 0.5
+    assert law.held_out[0].form == "power+constant" and abs(law.held_out[0].percents[0]) < 0.5
 
 
 def test_a_run_that_went_wrong_bends_no_curve() -> None:
@@ -91,6 +90,24 @@ def test_held_out_error_is_that_of_a_fit_without_them() -> None:
     assert isinstance(law, Law)
     assert law.held_out[0].percents[0] == pytest.approx(100 * (1 / 1.03 - 1), rel=1e-3)
     assert law.held_out[1].percents[0] == pytest.approx(0, abs=1e-3)
+
+
+def test_what_is_held_out_does_not_choose_the_form() -> None:
+    law = find_law(runs_of(0.1 * SIZES**-0.3 + 0.45, noise=0), replicates=REPLICATES)
+    assert isinstance(law, Law) and law.form == "power+constant"
+    assert [held.form for held in law.held_out] == ["power+constant", "power"]  # five sizes cannot tell the forms apart
+    assert abs(law.held_out[0].percents[0]) < 1e-3 < abs(law.held_out[1].percents[-1])
+
+
+def test_a_loss_that_levels_off_is_no_law() -> None:
+    for losses in (
+        [0.47, 0.46, 0.4601, 0.4599, 0.4601, 0.4602, 0.4603],
+        [0.47, 0.46, 0.4601, 0.4599, 0.4601, 0.46],
+    ):
+        sizes = np.geomspace(1, 100, len(losses))
+        law = find_law(tuple(map(Run, sizes, losses)), replicates=REPLICATES)
+        assert isinstance(law, NoLaw)
+        assert law.reason.startswith("it levels off at 0.46")
 
 
 def test_too_few_sizes_are_no_law() -> None:

@@ -44,7 +44,7 @@ def test_fit_json_of_the_published_ladder(monkeypatch: pytest.MonkeyPatch, capsy
         "dlrm": False,
         "dcnv2": False,
     }
-    assert found["families"]["dlrm"]["large_end"]["saturated"] is True
+    assert found["families"]["dlrm"]["large_end"]["verdict"] == "saturated"
     times = {row["family"]: row["times_between_points"] for row in found["equal_quality"]}
     assert times["dcnv2"] == pytest.approx(40, rel=0.1)
 

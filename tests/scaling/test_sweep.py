@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
+from megarec.errors import UserError
 from megarec.launching.hostfile import Host
 from megarec.scaling.grid import read_grid
 from megarec.scaling.law import NoLaw
@@ -229,8 +230,17 @@ def test_places_for_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     assert slots_of([Host("a", 1, 0)])[0].threads is None
     monkeypatch.setattr("megarec.scaling.sweep.accelerator", lambda: "cuda")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert [environment_of(slot)["CUDA_VISIBLE_DEVICES"] for slot in (*local_slots(3), *slots[:2])] == list("46201")
+    places = [*local_slots(2), *slots[:2]]
+    assert [environment_of(slot)["CUDA_VISIBLE_DEVICES"] for slot in places] == list("4601")
+    with pytest.raises(UserError, match="--jobs above 2, with CUDA_VISIBLE_DEVICES='4,6'"):
+        environment_of(local_slots(3)[2])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [environment_of(slot)["CUDA_VISIBLE_DEVICES"] for slot in local_slots(2)] == list("01")
+    assert "DS_ACCELERATOR" not in environment_of(slots[0])  # the host's own, whatever this machine has
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert environment_of(slots[0])["DS_ACCELERATOR"] == "cpu"
     (trial, *_) = read_grid(write_study(tmp_path))
     assert "train.threads=3" not in command_of(trial, tmp_path, 3)  # the base says how many
 
@@ -260,3 +270,32 @@ def test_over_ssh_every_word_arrives_as_it_is_and_what_fails_is_named(
     assert [(row["model"], row["seed"]) for row in table(spaced / "out")] == [("lr", 1), ("lr", 2)]
     assert " elsewhere exec " in (tmp_path / "asked").read_text()
     assert set(parquet.read_table(spaced / "out/runs.parquet")["host"].to_pylist()) == {"elsewhere"}
+
+
+def test_a_host_that_cannot_be_reached_is_given_up_and_its_runs_go_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path, learning_rates=RATES)
+    ssh = tmp_path / "bin/ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(
+        '#!/bin/sh\nfor word; do last=$word; done\ncase "$*" in *gone*) exit 255;; esac\nexec sh -c "$last"\n'
+    )
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ssh.parent}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "hostfile").write_text("gone slots=1\nhere slots=1\n")
+    run_here(path, tmp_path / "out", "--hostfile", str(tmp_path / "hostfile"))
+    assert "LOST gone slot 0: ssh failed; " in capsys.readouterr().out
+    assert len(table(tmp_path / "out")) == 6
+    (tmp_path / "hostfile").write_text("gone slots=1\n")
+    with pytest.raises(SystemExit) as raised:
+        run_here(path, tmp_path / "none", "--hostfile", str(tmp_path / "hostfile"))
+    assert raised.value.code == 2 and "gone: ssh failed, and no other host is left" in capsys.readouterr().err
+
+
+def test_a_rate_that_failed_keeps_the_other_seeds_waiting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_study(tmp_path, learning_rates=[*RATES, {"model.dropout": 0.9}], models=MODELS)
+    with pytest.raises(SystemExit) as raised:
+        run_here(path, tmp_path / "out", "--jobs", "2")
+    assert raised.value.code == 1 and "2 runs failed" in capsys.readouterr().err
+    assert {row["seed"] for row in table(tmp_path / "out")} == {1}
