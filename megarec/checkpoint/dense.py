@@ -98,19 +98,34 @@ def written(engine: Any, topology: Topology) -> list[Piece]:
     return pieces
 
 
-def fragments(engine: Any, topology: Topology) -> Iterator[Fragment]:
-    """All fragments of this rank, in the order of the parameters.
+def unsharded_states(engine: Any, topology: Topology) -> Iterator[tuple[str, str, Tensor]]:
+    """(parameter, state, elements [N]) of fp32 masters and optimizer states of ZeRO 0, of which every data rank holds a
+    copy; nothing at other stages."""
+    if zero_stage(engine.config) != 0:
+        return
+    parameters, state = dict(engine.module.named_parameters()), optimizer_of(engine).state
+    for fragment in fragments(engine, topology):
+        own = slice(fragment.offset, fragment.offset + fragment.last - fragment.first)
+        if fragment.master is not parameters[fragment.name]:
+            yield fragment.name, "master", fragment.master.detach().view(-1)[own]
+        for suffix, values in _elementwise(fragment.master, state):
+            yield fragment.name, suffix.removeprefix("/"), values.detach().view(-1)[own]
 
-    Raises:
-        UserError: optimizer states lie on NVMe.
-    """
-    wrapper, stage = engine.optimizer, zero_stage(engine.config)
-    if getattr(wrapper, "swap_optimizer", False):
+
+def check_supported(engine: Any) -> None:
+    """Raise a UserError for what no checkpoint can hold: before the training, not at its first save."""
+    if getattr(engine.optimizer, "swap_optimizer", False):
         raise UserError("checkpoints do not reach into NVMe: set offload_optimizer.device to cpu, or leave it out")
-    masters = _unsharded_masters(wrapper)
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             raise UserError(f"checkpoints expect every dense parameter to be trained; {name} is not")
+
+
+def fragments(engine: Any, topology: Topology) -> Iterator[Fragment]:
+    """All fragments of this rank, in the order of the parameters; of an engine that is supported."""
+    wrapper, stage = engine.optimizer, zero_stage(engine.config)
+    masters = _unsharded_masters(wrapper)
+    for name, parameter in engine.module.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         shard = getattr(parameter, "shard", Shard(shape, (0,) * len(shape)))
         size, replicas = prod(shape), topology.tensor_size > 1 and not is_sharded(parameter)

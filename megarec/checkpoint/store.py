@@ -8,6 +8,7 @@ from typing import Any
 
 from megarec.checkpoint import contents, publish
 from megarec.checkpoint.agreement import from_rank_0, raise_together
+from megarec.checkpoint.dense import check_supported
 from megarec.checkpoint.format import DamagedCheckpoint, Index, read_index
 from megarec.checkpoint.pointers import BEST, LATEST, name_of, pointed
 from megarec.checkpoint.position import Position
@@ -29,6 +30,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, run: Run, say: Callable[[str], None], *, fresh: bool) -> None:
+        check_supported(run.engine)
         self.directory, self._run, self._say = directory, run, say
         self._snapshot = Snapshot()
         self._writing: threading.Thread | None = None

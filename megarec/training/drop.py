@@ -6,6 +6,17 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
 
+def loss_scale_can_shrink(engine: Any) -> bool:
+    """Whether DeepSpeed has a remedy for gradients that overflow: fp16 with a dynamic loss scale above its least."""
+    if not engine.fp16_enabled():
+        return False
+    if hasattr(engine.optimizer, "loss_scale_config"):  # ZeRO 0
+        config = engine.optimizer.loss_scale_config
+        return bool(config.dynamic_loss_scale and config.cur_scale > config.min_loss_scale)
+    scaler = engine.optimizer.loss_scaler
+    return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
+
+
 def drop_step(engine: Any, *, overflow: bool) -> None:
     """In place of `engine.step()` after the last backward pass: as DeepSpeed 0.19.8 itself does after an overflow.
 

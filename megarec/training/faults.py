@@ -22,16 +22,16 @@ CAUSES = {
 }
 
 
-def cause_of(ballots: Sequence[Ballot], fp16: bool) -> str | None:
+def cause_of(ballots: Sequence[Ballot], scale_can_shrink: bool) -> str | None:
     """Why a step must not be applied, or None.
 
     Args:
-        fp16: gradients that are not finite, of a finite loss, are overflows then.
+        scale_can_shrink: of fp16; gradients that are not finite, of a finite loss, are overflows then, and no fault.
     """
     if not all(ballot.finite_loss for ballot in ballots):
         return "loss"
     if not all(ballot.finite_gradients for ballot in ballots):
-        return "overflow" if fp16 else "gradient"
+        return "overflow" if scale_can_shrink else "gradient"
     return None
 
 

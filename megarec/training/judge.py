@@ -9,6 +9,7 @@ from megarec.launching.interruption import Interruption
 from megarec.parallel.collectives import build_channel
 from megarec.training.build import Run
 from megarec.training.diagnosis import diagnose
+from megarec.training.drop import loss_scale_can_shrink
 from megarec.training.faults import CAUSES, FaultPolicy, cause_of
 from megarec.training.monitor import Monitor
 from megarec.training.step import Evidence
@@ -36,7 +37,7 @@ class StepJudge:
         ballots = self._vote(evidence)
         self.signum = max(int(ballot.signum) for ballot in ballots)
         self.loss = statistics.fmean(ballot.loss for ballot in ballots)
-        cause = cause_of(ballots, self._run.engine.fp16_enabled())
+        cause = cause_of(ballots, loss_scale_can_shrink(self._run.engine))
         if cause is None and self._policy.spikes(self.loss):
             cause = "spike"
         if cause is not None and cause != "overflow":

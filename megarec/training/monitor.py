@@ -34,14 +34,45 @@ LAYOUT = {
 }
 
 
+class Board:
+    """A SummaryWriter whose failing disk ends TensorBoard, loudly, and not the run.
+
+    Its thread dies at the first write that fails, and from then on every call raises, also when there is room again.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def add_scalar(self, *args: Any, **options: Any) -> None:
+        self._write("add_scalar", *args, **options)
+
+    def add_text(self, *args: Any) -> None:
+        self._write("add_text", *args)
+
+    def add_custom_scalars(self, *args: Any) -> None:
+        self._write("add_custom_scalars", *args)
+
+    def flush(self) -> None:
+        self._write("flush")
+
+    def _write(self, what: str, *args: Any, **options: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, what)(*args, **options)
+        except OSError as error:
+            self._writer = None
+            print(f"WARNING: TENSORBOARD ENDS HERE, THE RUN GOES ON: {error.strerror or error}", file=sys.stderr)
+
+
 class Monitor:
     """Console and TensorBoard of rank 0; on the other ranks every method does nothing.
 
     Args:
-        writer: DeepSpeed's own SummaryWriter (deepspeed.tensorboard), or None.
+        writer: DeepSpeed's own SummaryWriter (deepspeed.tensorboard) as a `Board`, or None.
     """
 
-    def __init__(self, rank: int, writer: Any, total_steps: int) -> None:
+    def __init__(self, rank: int, writer: Board | None, total_steps: int) -> None:
         self.rank = rank
         self.writer = writer if rank == 0 else None
         self.progress = None
@@ -94,7 +125,14 @@ def tensorboard_section(section: dict[str, Any], output_dir: Path) -> dict[str, 
     return {**section, "tensorboard": {"job_name": "tensorboard", **board, "output_path": str(output_dir)}}
 
 
-def writer_of(engine: Any) -> Any:
-    """The SummaryWriter that DeepSpeed opened on rank 0, or None when deepspeed.tensorboard is off."""
-    board = getattr(engine.monitor, "tb_monitor", None)
-    return board.summary_writer if board is not None and board.enabled else None
+def writer_of(engine: Any) -> Board | None:
+    """The SummaryWriter that DeepSpeed opened on rank 0, or None when deepspeed.tensorboard is off.
+
+    DeepSpeed writes through the same `Board` from now on.
+    """
+    opened = getattr(engine.monitor, "tb_monitor", None)
+    if opened is None or not opened.enabled or opened.summary_writer is None:
+        return None
+    if not isinstance(opened.summary_writer, Board):
+        opened.summary_writer = Board(opened.summary_writer)
+    return opened.summary_writer

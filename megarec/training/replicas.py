@@ -3,7 +3,7 @@
 Copies are hashed where they lie and the hashes compared: over all ranks for dense parameters (over the data group for
 what tensor parallelism shards; at ZeRO-3 only the small parameters that stay whole have copies), over the ranks that
 run the same tower modules, and over those that hold copies of a table. Optimizer states that have copies are compared
-with them.
+with them: those of tables and modules, and at ZeRO 0 the dense ones and the fp32 masters.
 """
 
 from collections import Counter
@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megarec.checkpoint import dense
 from megarec.checkpoint.agreement import told_by_ranks
 from megarec.parallel.collectives import Channel, all_gather_rows, build_channel
 from megarec.parallel.tensor import is_sharded
-from megarec.topology import lines
+from megarec.topology import Topology, lines
 from megarec.training.build import Run
 from megarec.training.diagnosis import shortened
 
@@ -34,7 +35,8 @@ def differing_replicas(run: Run) -> str | None:
 
 def _differences(run: Run) -> Iterator[str]:
     for channel, ranks, tensors in copies(run):
-        hashes = torch.stack([hash_of(tensor) for tensor in tensors.values()])
+        # Wherever they lie: lazy Adam counts its steps on the CPU.
+        hashes = torch.stack([hash_of(tensor).to(run.device) for tensor in tensors.values()])
         gathered, work = all_gather_rows(hashes.unsqueeze(0), channel, "hashes")
         if work is not None:
             work.wait()
@@ -63,9 +65,10 @@ def copies(run: Run) -> Iterator[Copies]:
     members["world"] = list(range(topology.world_size))
     world = build_channel(topology, "world", run.ledger)
     data = Channel("data", topology.data, members["data"].index(topology.rank), topology.data_size, run.ledger)
-    whole = dict(_whole_parameters(run.engine))
-    replicated = {name: p for name, p in whole.items() if not is_sharded(p)}
-    sharded = {name: p for name, p in whole.items() if is_sharded(p)}
+    replicated: dict[str, Tensor] = {}
+    sharded: dict[str, Tensor] = {}
+    for name, parameter, tensor in _dense_copies(run.engine, topology):
+        (sharded if is_sharded(parameter) else replicated)[name] = tensor
     of_host: Literal["tower", "world"] = "tower" if run.config.parallel.exchange == "tower" else "world"
     held: list[tuple[Channel, str, dict[str, Tensor]]] = [(world, "world", replicated), (data, "data", sharded)]
     if run.sparse.modules is not None:
@@ -77,11 +80,14 @@ def copies(run: Run) -> Iterator[Copies]:
             yield channel, members[kind], tensors
 
 
-def _whole_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Dense parameters that this rank holds whole: ZeRO-3 keeps the small ones so."""
-    for name, parameter in engine.module.named_parameters():
+def _dense_copies(engine: Any, topology: Topology) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, parameter, what of it this rank holds whole): weights (at ZeRO-3 the small), and what ZeRO 0 steps."""
+    parameters = dict(engine.module.named_parameters())
+    for name, parameter in parameters.items():
         if getattr(parameter, "ds_persist", True):
-            yield name, parameter
+            yield name, parameter, parameter
+    for name, suffix, tensor in dense.unsharded_states(engine, topology):
+        yield f"{name}/{suffix}", parameters[name], tensor
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:

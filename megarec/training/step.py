@@ -22,7 +22,7 @@ from megarec.data.batch import Batch
 from megarec.embeddings.exchange import SparseSide
 from megarec.embeddings.group import Distributed
 from megarec.training.clock import Clock
-from megarec.training.drop import drop_step
+from megarec.training.drop import drop_step, loss_scale_can_shrink
 from megarec.training.engine import gradient_norm
 
 
@@ -115,9 +115,10 @@ def train_step(
     with clock.part("optimizer"):
         if cause is None:
             norm = gradient_norm(engine) if want_norm else None
+            overflow = loss_scale_can_shrink(engine)
             engine.step()
             if not engine.was_step_applied():
-                cause = "overflow" if engine.fp16_enabled() else "gradient"
+                cause = "overflow" if overflow else "gradient"
         else:
             drop_step(engine, overflow=cause == "overflow")
     with clock.part("exchange"):

@@ -12,7 +12,7 @@ from megarec.checkpoint.position import Position
 from megarec.checkpoint.store import Checkpoints
 from megarec.config.sections import RunConfig
 from megarec.data.loader import EvalLoader
-from megarec.errors import RunEnded
+from megarec.errors import RunEnded, UserError
 from megarec.exit_codes import PREEMPTED, STOPPED
 from megarec.launching.interruption import Interruption
 from megarec.training.ahead import Ahead, Pending
@@ -75,7 +75,11 @@ def _train(config: RunConfig, resume: bool, started: float, interruption: Interr
     except RunEnded as ended:
         monitor.close()
         if ended.code == STOPPED:
-            _write_metrics(run, {"stopped": str(ended), "train": progress.summary(), "skipped_rows": run.skipped_rows})
+            stopped = {"stopped": str(ended), "train": progress.summary(), "skipped_rows": run.skipped_rows}
+            try:
+                _write_metrics(run, stopped)
+            except UserError as error:  # why the run ended weighs more
+                monitor.say(f"WARNING: {error}")
         raise
     loop.ahead.close()
 
@@ -100,7 +104,13 @@ def _train(config: RunConfig, resume: bool, started: float, interruption: Interr
 def _write_metrics(run: Run, metrics: dict[str, Any]) -> None:
     if run.topology.rank == 0:
         path = Path(run.config.train.output_dir) / "metrics.json"
-        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        try:
+            path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); mend that and run again with --resume: the checkpoint "
+                "holds everything"
+            ) from None
 
 
 def evaluate(run: Run, loader: EvalLoader) -> Quality:

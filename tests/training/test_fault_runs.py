@@ -14,6 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megarec.checkpoint.dense import unsharded_states
 from megarec.config.load import load_config
 from megarec.data.batch import Batch
 from megarec.data.loader import TrainLoader
@@ -21,6 +22,7 @@ from megarec.data.synthetic import Shape, prepare_synthetic
 from megarec.errors import RunEnded
 from megarec.exit_codes import DONE, PREEMPTED, STOPPED
 from megarec.parallel.pool import RankPool
+from megarec.parallel.tensor import is_sharded
 from megarec.training import trainer
 from megarec.training.build import Run
 from megarec.training.monitor import Monitor
@@ -45,7 +47,7 @@ class Plan:
         bad: steps (from 0) whose batches have a label that is NaN on rank 1; None: all from step 5 on.
         flipped: steps whose labels are turned round on all ranks.
         signals: (rank, moment): "start", "validation" or "save", at which it is sent SIGUSR1.
-        corrupt: (rank, "dense", "tower" or "table") at the first comparison of replicas.
+        corrupt: (rank, a place that `_flip_a_bit` knows) at the first comparison of replicas.
         poison: the step whose save finds a table full of NaN; 0: none.
     """
 
@@ -132,6 +134,11 @@ def _plant(patch: pytest.MonkeyPatch, plan: Plan) -> None:
 def _flip_a_bit(run: Run, where: str) -> None:
     if where == "dense":
         *_, tensor = run.engine.module.parameters()
+    elif where == "sharded":
+        tensor = next(parameter for parameter in run.engine.module.parameters() if is_sharded(parameter))
+    elif where in ("exp_avg", "master"):
+        held = {(name, state): values for name, state, values in unsharded_states(run.engine, run.topology)}
+        tensor = next(values for (_, state), values in held.items() if state == where)
     elif where == "tower":
         assert run.sparse.modules is not None
         tensor = next(run.sparse.modules.bank.parameters())
@@ -153,7 +160,8 @@ def config(directory: Path, data: Path, /, faults: dict[str, Any] | None = None,
         "train", {}
     )
     sections["data"] = {"path": str(data), "batch_size": 100}
-    sections["deepspeed"] = {"zero_optimization": {"stage": 2}, "tensorboard": {"enabled": True}}
+    engine = {"zero_optimization": {"stage": 2}, "tensorboard": {"enabled": True}}
+    sections["deepspeed"] = engine | sections.get("deepspeed", {})
     return write_run(directory, data, **sections)
 
 
@@ -280,6 +288,31 @@ def test_a_flipped_bit_in_a_replica_stops_the_run(where: str, run: Runner, data:
         assert end.code == STOPPED
         assert "at step 3" in end.reason and "ranks 0, 1 (no majority tells which)" in end.reason
         assert ("table single_1/weight" if where == "table" else "head") in end.reason
+
+
+@pytest.mark.parametrize(
+    ("where", "stage", "more"),
+    [
+        ("exp_avg", 0, {}),
+        ("master", 0, {"bf16": {"enabled": True}}),
+        ("dense", 3, {}),  # a small parameter, which ZeRO-3 keeps whole
+    ],
+)
+def test_a_flipped_bit_in_what_a_stage_holds_in_copies_stops_the_run(
+    where: str, stage: int, more: dict[str, Any], run: Runner, data: Path, tmp_path: Path
+) -> None:
+    section = {"zero_optimization": {"stage": stage}, **more}
+    path = config(tmp_path, data, train={"verify_replicas_every": 3}, deepspeed=section)
+    assert {end.code for end in run(path, Plan())} == {DONE}
+    for end in run(path, Plan(corrupt=(1, where))):
+        assert end.code == STOPPED and "ranks 0, 1 (no majority tells which)" in end.reason
+        assert ("head" if where == "dense" else f"/{where}") in end.reason
+
+
+def test_a_flipped_bit_in_a_tensor_parallel_shard_names_its_data_group(run: Runner, data: Path, tmp_path: Path) -> None:
+    path = config(tmp_path, data, train={"verify_replicas_every": 2}, parallel={"tensor": 2})
+    for end in run(path, Plan(corrupt=(3, "sharded")), ranks=4):
+        assert end.code == STOPPED and "ranks 1, 3 (no majority tells which)" in end.reason
 
 
 def test_a_flipped_bit_in_a_tower_module_names_its_replicas(run: Runner, data: Path, tmp_path: Path) -> None:

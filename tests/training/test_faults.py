@@ -108,12 +108,22 @@ def test_an_overflow_of_fp16_shrinks_the_scale_and_a_fault_does_not(
     assert seen == [("overflow", 2.0, 0, 1), ("overflow", 2.0, 0, 2), ("loss", 1.0, 0, 3)]
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("fp16", [{"loss_scale": 8}, {"initial_scale_power": 0, "min_loss_scale": 1, "hysteresis": 1}])
+def test_where_the_scale_cannot_shrink_bad_gradients_of_fp16_are_a_fault(
+    stage: int, fp16: dict[str, Any], rank_pool: Callable[[int], RankPool], data: Path, tmp_path: Path
+) -> None:
+    section = {"zero_optimization": {"stage": stage}, "fp16": {"enabled": True, **fp16}}
+    (seen,) = rank_pool(1).run(fp16_steps, write_run(tmp_path, data, deepspeed=section), ["gradient", "embeddings"])
+    assert [(cause, scale, moved) for cause, scale, moved, _ in seen] == [("gradient", 1.0, 0), ("gradient", 1.0, 0)]
+
+
 def test_the_loss_comes_before_gradients_and_fp16_overflows_are_no_faults() -> None:
-    assert cause_of([GOOD, GOOD], fp16=False) is None
+    assert cause_of([GOOD, GOOD], scale_can_shrink=False) is None
     bad_gradient = Ballot(0.5, 1.0, NAN, 0.0, 0.0)
-    assert cause_of([GOOD, bad_gradient], fp16=False) == "gradient"
-    assert cause_of([GOOD, bad_gradient], fp16=True) == "overflow"
-    assert cause_of([Ballot(NAN, NAN, NAN, 0.0, 0.0), bad_gradient], fp16=True) == "loss"
+    assert cause_of([GOOD, bad_gradient], scale_can_shrink=False) == "gradient"
+    assert cause_of([GOOD, bad_gradient], scale_can_shrink=True) == "overflow"
+    assert cause_of([Ballot(NAN, NAN, NAN, 0.0, 0.0), bad_gradient], scale_can_shrink=True) == "loss"
 
 
 def policy(**config: Any) -> tuple[FaultPolicy, Position]:
