@@ -64,8 +64,9 @@ def about(run: Run, position: Position) -> dict[str, Any]:
     }
 
 
-def check(run: Run, directory: Path, index: Index) -> None:
+def check(run: Run, directory: Path, index: Index, position: Position) -> None:
     """Raise a UserError that says what of a checkpoint does not fit this run."""
+    _check_best(run, directory, position)
     config = run.config.model_dump(mode="json")
     compatibility.check_schema(directory, index, run.schema.model_dump(mode="json"))
     compatibility.check_optimizer(directory, index, type(dense.optimizer_of(run.engine)).__name__)
@@ -89,6 +90,16 @@ def check(run: Run, directory: Path, index: Index) -> None:
                 f"{directory}: {name} is {index.tensors[name].dtype} there, {piece.tensor.dtype} in this run; resume "
                 "with the embedding.weights it was written with"
             )
+
+
+def _check_best(run: Run, directory: Path, position: Position) -> None:
+    """The best of one metric cannot be compared with another's: no validation would beat it."""
+    wish = run.config.train.best_by
+    if position.best_by not in (None, wish):
+        raise UserError(
+            f"{directory}: its best model was chosen by train.best_by={position.best_by}, this run asks for {wish}; "
+            f"resume with train.best_by={position.best_by}, or start afresh without --resume"
+        )
 
 
 def _check_towers(run: Run, directory: Path, index: Index) -> None:

@@ -89,7 +89,7 @@ class Index(_Strict):
     format: Literal["megarec checkpoint"]
     version: Literal[2]
     step: Size
-    position: dict[str, bool | int | float | list[float] | dict[str, int] | None]
+    position: dict[str, bool | int | float | str | list[int | float] | dict[str, int] | None]
     topology: dict[str, int | str]
     config: dict[str, Any]
     data_schema: dict[str, Any] = Field(alias="schema")

@@ -159,9 +159,9 @@ class Checkpoints:
         """
         run, directory = self._run, self.directory / name_of(step)
         index = self._together(lambda: self._opened(directory))
-        position = self._together(lambda: Position.from_json(index.position))
+        position = self._together(lambda: Position.from_json(index.position, directory))
         reader = Reader(directory, index)
-        self._together(lambda: contents.check(run, directory, index))
+        self._together(lambda: contents.check(run, directory, index, position))
         self._together(lambda: contents.fill(run, reader, window))
         contents.finish(run, index, position.step, position.skipped_steps)
         for line in contents.remarks(run, index) if run.topology.rank == 0 else []:
