@@ -83,6 +83,7 @@ class Index(_Strict):
         data_schema: schema.json of its data, the features in use alone.
         towers: features by tower; null: no towers.
         optimizer: class of the dense optimizer.
+        tower_optimizer: that of the tower modules, as configs name it; null: none, or an earlier version wrote it.
         loss_scale: state of the dynamic loss scale; null without one.
     """
 
@@ -95,6 +96,7 @@ class Index(_Strict):
     data_schema: dict[str, Any] = Field(alias="schema")
     towers: list[list[str]] | None
     optimizer: str
+    tower_optimizer: str | None = None
     loss_scale: dict[str, int | float] | None
     tensors: dict[str, TensorEntry]
     files: dict[FileName, FileEntry]

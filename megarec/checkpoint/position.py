@@ -62,5 +62,9 @@ class Position:
             where = ".".join(map(str, ("position", *first["loc"])))
             raise DamagedCheckpoint(f"{directory / INDEX}: {where}: {first['msg']}; no run stands there") from error
 
+    def forget_best(self) -> None:
+        """The validations so far were of another model."""
+        self.best, self.best_by, self.since_best, self.since_drop = math.inf, None, 0, 0
+
 
 _POSITION = TypeAdapter(Position)
