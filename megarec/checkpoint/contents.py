@@ -7,18 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarec.checkpoint import compatibility, dense, sparse
+from megarec.checkpoint import compatibility, dense, modules, sparse
 from megarec.checkpoint.dense import PREFIX as DENSE
 from megarec.checkpoint.format import DTYPES, Index
 from megarec.checkpoint.pieces import Ints, Piece
 from megarec.checkpoint.position import Position
 from megarec.checkpoint.reading import Reader
-from megarec.checkpoint.sparse import TABLES, TOWERS
+from megarec.checkpoint.sparse import TABLES
 from megarec.config.deepspeed_keys import zero_stage
-from megarec.embeddings.layout import EmbeddingLayout, build_layout
 from megarec.errors import UserError
 from megarec.models.initial import Shard
-from megarec.towers.sizes import resolve_towers
 from megarec.training.build import Run
 from megarec.training.metrics import Predictions
 
@@ -28,7 +26,7 @@ RANDOM = "random/"
 
 def written(run: Run, window: Predictions | None) -> list[Piece]:
     """What this rank writes; over all ranks every element of every tensor once."""
-    layout, topology = _layout(run), run.topology
+    layout, topology = run.layout, run.topology
     pieces = dense.written(run.engine, topology) + sparse.tables_written(run.sparse, layout, topology)
     if run.sparse.modules is not None:
         pieces += sparse.towers_written(run.sparse.modules, topology, run.config.parallel.exchange)
@@ -58,18 +56,20 @@ def about(run: Run, position: Position) -> dict[str, Any]:
         },
         "config": config.model_dump(mode="json"),
         "schema": run.schema.model_dump(mode="json"),
-        "towers": _towers(run),
+        "towers": modules.towers_of(run),
         "optimizer": type(dense.optimizer_of(run.engine)).__name__,
+        "tower_optimizer": None if run.sparse.modules is None else run.sparse.modules.settings.optimizer,
         "loss_scale": _loss_scale(run.engine),
     }
 
 
-def check(run: Run, directory: Path, index: Index) -> None:
+def check(run: Run, directory: Path, index: Index, position: Position) -> None:
     """Raise a UserError that says what of a checkpoint does not fit this run."""
+    _check_best(run, directory, position)
     config = run.config.model_dump(mode="json")
     compatibility.check_schema(directory, index, run.schema.model_dump(mode="json"))
     compatibility.check_optimizer(directory, index, type(dense.optimizer_of(run.engine)).__name__)
-    _check_towers(run, directory, index)
+    modules.check(run, directory, index)
     parameters = {DENSE + name: shape for name, shape in _dense_shapes(run.engine)}
     states = {
         name: index.tensors[weight].shape if entry.shape else ()
@@ -77,7 +77,7 @@ def check(run: Run, directory: Path, index: Index) -> None:
         if (weight := name.rpartition("/")[0]) in parameters
     }
     compatibility.check_tensors(directory, index, parameters | states, (DENSE,), config)
-    layout = _layout(run)
+    layout = run.layout
     mine = {piece.name: piece for piece in sparse.tables_held(run.sparse, layout)}
     tables: dict[str, Ints] = {f"{TABLES}{table.name}/weight": (table.rows, table.columns) for table in layout.tables}
     tables |= {name: piece.shape for name, piece in mine.items()}
@@ -91,26 +91,14 @@ def check(run: Run, directory: Path, index: Index) -> None:
             )
 
 
-def _check_towers(run: Run, directory: Path, index: Index) -> None:
-    there = any(name.startswith(TOWERS) for name in index.tensors)
-    here = run.sparse.modules is not None
-    if run.config.train.reset_towers or not (there or here):
-        return
-    towers = _towers(run)
-    if index.towers != towers or there != here:
+def _check_best(run: Run, directory: Path, position: Position) -> None:
+    """The best of one metric cannot be compared with another's: no validation would beat it."""
+    wish = run.config.train.best_by
+    if position.best_by not in (None, wish):
         raise UserError(
-            f"{directory}: tower modules were trained for towers {_briefly(index.towers if there else None)}, this "
-            f"run has {_briefly(towers if here else None)}; train.reset_towers=true keeps tables and over-arch and "
-            "starts the modules afresh"
+            f"{directory}: its best model was chosen by train.best_by={position.best_by}, this run asks for {wish}; "
+            f"resume with train.best_by={position.best_by}, or start afresh without --resume"
         )
-    if run.sparse.modules is not None:
-        shapes = {TOWERS + name: tuple(p.shape) for name, p in run.sparse.modules.bank.named_parameters()}
-        compatibility.check_tensors(directory, index, shapes, (), run.config.model_dump(mode="json"))
-
-
-def _briefly(towers: list[list[str]] | None) -> str:
-    text = str(towers) if towers is not None else "no modules"
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 @torch.no_grad()
@@ -118,18 +106,9 @@ def fill(run: Run, reader: Reader, window: Predictions | None) -> None:
     """Copy this rank's slices out of a checkpoint that `check` has found to fit."""
     index = reader.index
     dense.make_room(run.engine, run.topology, _dense_states(reader))
-    for piece in dense.held(run.engine, run.topology) + sparse.tables_held(run.sparse, _layout(run)):
+    for piece in dense.held(run.engine, run.topology) + sparse.tables_held(run.sparse, run.layout):
         reader.fill(piece)
-    if run.sparse.modules is not None and not run.config.train.reset_towers:
-        shapes = {
-            name.removeprefix(TOWERS): (entry.shape, DTYPES[entry.dtype])
-            for name, entry in index.tensors.items()
-            if name.startswith(TOWERS)
-        }
-        room = sparse.towers_to_fill(run.sparse.modules, shapes)
-        for name, tensor in room.items():
-            reader.fill(Piece(TOWERS + name, tuple(tensor.shape), (0,) * tensor.dim(), tensor))
-        run.sparse.modules.load_state_dict(room)
+    modules.fill(run, reader)
     for name, state in _random_states(run.device).items():
         piece = _row_of_rank(run, RANDOM + name, state)
         there = index.tensors.get(piece.name)
@@ -154,8 +133,15 @@ def finish(run: Run, index: Index, step: int, skipped: int) -> None:
 
 def remarks(run: Run, index: Index) -> Iterator[str]:
     """What the log should say of a load."""
-    if run.config.train.reset_towers and run.sparse.modules is not None:
-        yield "train.reset_towers=true: tables and over-arch are the checkpoint's, tower modules start afresh"
+    if run.sparse.modules is None or not run.config.train.reset_towers:
+        return
+    if modules.start_afresh(run, index):
+        yield (
+            "train.reset_towers=true: tables and over-arch are the checkpoint's, tower modules start afresh, and so "
+            "does the search for the best model"
+        )
+    else:
+        yield "train.reset_towers=true has nothing to do: the checkpoint's tower modules fit, and are kept"
 
 
 def _dense_shapes(engine: Any) -> Iterator[tuple[str, Ints]]:
@@ -177,15 +163,6 @@ def _dense_states(reader: Reader) -> dict[str, dict[str, Any]]:
                 number = room.item()
             states.setdefault(parameter, {})[what] = number
     return states
-
-
-def _layout(run: Run) -> EmbeddingLayout:
-    return build_layout(run.schema, run.config.embedding, run.config.model.dim)
-
-
-def _towers(run: Run) -> list[list[str]] | None:
-    towers = resolve_towers(run.config, _layout(run)).towers
-    return None if towers is None else [list(features) for features in towers.features]
 
 
 def _row_of_rank(run: Run, name: str, state: Tensor) -> Piece:

@@ -83,18 +83,20 @@ class Index(_Strict):
         data_schema: schema.json of its data, the features in use alone.
         towers: features by tower; null: no towers.
         optimizer: class of the dense optimizer.
+        tower_optimizer: that of the tower modules, as configs name it; null: none, or an earlier version wrote it.
         loss_scale: state of the dynamic loss scale; null without one.
     """
 
     format: Literal["megarec checkpoint"]
     version: Literal[2]
     step: Size
-    position: dict[str, bool | int | float | list[float] | dict[str, int] | None]
+    position: dict[str, bool | int | float | str | list[int | float] | dict[str, int] | None]
     topology: dict[str, int | str]
     config: dict[str, Any]
     data_schema: dict[str, Any] = Field(alias="schema")
     towers: list[list[str]] | None
     optimizer: str
+    tower_optimizer: str | None = None
     loss_scale: dict[str, int | float] | None
     tensors: dict[str, TensorEntry]
     files: dict[FileName, FileEntry]

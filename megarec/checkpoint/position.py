@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from megarec.checkpoint.format import DamagedCheckpoint
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megarec.checkpoint.format import INDEX, DamagedCheckpoint
 
 
 @dataclass
@@ -14,6 +17,7 @@ class Position:
     Attributes:
         step: optimizer steps done; with the seed it is the place in the data as well.
         best, since_best, since_drop, plateau_drops: of the validation's score (training.schedule).
+        best_by: the metric that `best` is of (train.best_by); None: there is no best yet, or an earlier version saved.
         skipped_steps: steps that were not applied; `skipped` counts them by cause.
         left_out: steps whose batches are passed over, because they were faulty before a rollback.
         rollbacks: so many there were.
@@ -21,8 +25,11 @@ class Position:
         validation_due: the run ended by a signal between a step and its validation.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     step: int = 0
     best: float = math.inf
+    best_by: Literal["logloss", "auc"] | None = None
     since_best: int = 0
     since_drop: int = 0
     plateau_drops: int = 0
@@ -38,18 +45,26 @@ class Position:
         return {name: None if value == math.inf else value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Position":
-        """What an earlier version did not know keeps its default.
+    def from_json(cls, values: dict[str, Any], directory: Path) -> "Position":
+        """What an earlier version did not know keeps its default; numbers come back as what they were, 7.0 as 7.
+
+        Args:
+            directory: of the checkpoint.
 
         Raises:
             DamagedCheckpoint: a name that this version does not know, or a number of the wrong kind.
         """
-        known = asdict(cls())
-        for name, value in values.items():
-            if name not in known or (value is None and name != "best"):
-                raise DamagedCheckpoint(f"a checkpoint's position has {name}={value!r}, which means nothing here")
-            try:
-                known[name] = math.inf if value is None else type(known[name])(value)
-            except (TypeError, ValueError) as error:
-                raise DamagedCheckpoint(f"a checkpoint's position has {name}={value!r}: {error}") from error
-        return cls(**known)
+        known = {name: math.inf if name == "best" and value is None else value for name, value in values.items()}
+        try:
+            return _POSITION.validate_python(known)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, ("position", *first["loc"])))
+            raise DamagedCheckpoint(f"{directory / INDEX}: {where}: {first['msg']}; no run stands there") from error
+
+    def forget_best(self) -> None:
+        """The validations so far were of another model."""
+        self.best, self.best_by, self.since_best, self.since_drop = math.inf, None, 0, 0
+
+
+_POSITION = TypeAdapter(Position)

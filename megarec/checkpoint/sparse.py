@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from megarec.checkpoint.pieces import Ints, Piece
 from megarec.embeddings.exchange import SparseSide
@@ -65,18 +64,3 @@ def towers_written(modules: TowerModules, topology: Topology, exchange: str) -> 
     """Those that this rank writes: its first replica's."""
     first = topology.local_rank == 0 if exchange == "tower" else topology.rank == 0
     return towers_held(modules) if first else []
-
-
-def towers_to_fill(modules: TowerModules, shapes: dict[str, tuple[Ints, torch.dtype]]) -> dict[str, Tensor]:
-    """Empty tensors for what a checkpoint has of the modules on this rank; `TowerModules.load_state_dict` takes them.
-
-    Args:
-        shapes: by name without prefix, everything of tower modules that the checkpoint has.
-    """
-    own = dict(modules.bank.named_parameters())
-    room = {}
-    for name, (shape, dtype) in shapes.items():
-        parameter = own.get(name.partition("/")[0])
-        if parameter is not None:
-            room[name] = torch.empty(shape, dtype=dtype, device=parameter.device)
-    return room

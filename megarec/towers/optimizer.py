@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megarec.config.sections import DenseConfig
 from megarec.config.tower_sections import TowerModule
@@ -33,3 +33,13 @@ def build_optimizer(parameters: Iterable[nn.Parameter], wish: TowerOptimizer) ->
     return torch.optim.AdamW(
         parameters, wish.learning_rate, betas=wish.betas, eps=wish.eps, weight_decay=wish.weight_decay, fused=True
     )
+
+
+def states_of(wish: TowerOptimizer) -> dict[str, Tensor]:
+    """What such an optimizer keeps, once it has stepped, of a parameter of shape [1]; a number of no dimension is one
+    for the whole parameter."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    optimizer = build_optimizer([parameter], wish)
+    optimizer.step()
+    return dict(optimizer.state[parameter])

@@ -34,7 +34,7 @@ class TowerModules:
         seed: int,
         device: torch.device,
     ) -> None:
-        self.replicas, self.settings = replicas, settings
+        self.replicas, self.settings, self._seed = replicas, settings, seed
         self.bank = TowerBank(sizes, towers)
         initialize(self.bank, seed)
         self.bank.to(device)
@@ -92,5 +92,9 @@ class TowerModules:
         for name, parameter in self.bank.named_parameters():
             parameter.data.copy_(state[name])
             kept = {key.partition("/")[2]: t for key, t in state.items() if key.startswith(f"{name}/")}
-            if kept:
-                self._optimizer.state[parameter] = {what: tensor.clone() for what, tensor in kept.items()}
+            self._optimizer.state[parameter] = {what: tensor.clone() for what, tensor in kept.items()}
+
+    def start_afresh(self) -> None:
+        """Set everything to what it was before the first step."""
+        initialize(self.bank, self._seed)
+        self._optimizer.state.clear()

@@ -15,7 +15,7 @@ from megarec.data.schema import Schema, load_schema, select_features
 from megarec.data.store import open_split
 from megarec.embeddings.exchange import SparseSide, place_run
 from megarec.embeddings.explain import explain
-from megarec.embeddings.layout import build_layout
+from megarec.embeddings.layout import EmbeddingLayout, build_layout
 from megarec.embeddings.placement import Shard
 from megarec.models.cost import Cost, count
 from megarec.models.recommender import Recommender
@@ -51,6 +51,11 @@ class Run:
     overlap: bool
     choices: tuple[str, ...]
     skipped_rows: dict[str, dict[str, int]]
+
+    @property
+    def layout(self) -> EmbeddingLayout:
+        """Of the features in use, their tables and columns."""
+        return build_layout(self.schema, self.config.embedding, self.config.model.dim)
 
 
 def build_run(config: RunConfig, device: torch.device) -> Run:

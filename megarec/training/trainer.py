@@ -239,6 +239,7 @@ class Loop:
             self.patience.since_drop = 0
             self.monitor.say(f"validation stands still: learning rates x {config.schedule.plateau_factor}")
         position.best, position.since_best = self.patience.best, self.patience.since_best
+        position.best_by = config.train.best_by
         position.since_drop, position.plateau_drops = self.patience.since_drop, run.schedule.plateau_drops
         self.monitor.say(
             f"valid at step {position.step}: AUC {found.auc:.4f}  LogLoss {found.logloss:.4f}  NE {found.ne:.4f}  "

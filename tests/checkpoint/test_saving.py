@@ -235,6 +235,18 @@ def test_a_run_of_another_model_is_refused(
         assert re.search(expected, message) and "step-000000016" in message and "\n" not in message
 
 
+def test_a_best_of_another_metric_is_refused(rank_pool: Pools, copied: Path) -> None:
+    """No LogLoss is below minus an AUC: training would end early, and an old model be tested."""
+    for message, _ in rank_pool(2).run(run_training, copied, ["train.best_by=auc"], True):
+        assert message.startswith(str(copied.parent / "out/checkpoints/step-000000016")) and "\n" not in message
+        assert "chosen by train.best_by=logloss, this run asks for auc; resume with train.best_by=logloss" in message
+    for path in (copied.parent / "out/checkpoints").glob("*/index.json"):  # as an earlier version wrote them
+        index = json.loads(path.read_text())
+        assert index["position"].pop("best_by") == "logloss"
+        path.write_text(json.dumps(index))
+    assert rank_pool(2).run(run_training, copied, ["train.best_by=auc"], True)[0].error == ""
+
+
 def test_a_run_on_other_data_is_refused(rank_pool: Pools, data: Path, copied: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(data, other)
