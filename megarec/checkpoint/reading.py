@@ -15,6 +15,7 @@ from megarec.checkpoint.pieces import Ints, Piece
 from megarec.checkpoint.writing import verify_file
 from megarec.errors import UserError
 
+RESIDENT = 1 << 24  # bytes after which pages that were read are handed back to the system
 Corners = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -26,6 +27,7 @@ class Reader:
         self._headers: dict[str, dict[str, FileTensor]] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._corners: dict[str, Corners] = {}
+        self._resident = 0
 
     def fill(self, piece: Piece) -> None:
         """Copy what was written into a piece's tensor, whatever slices it was written in.
@@ -37,6 +39,16 @@ class Reader:
         for part, start, stop in self.overlaps(piece.name, piece.start, piece.stop):
             source = self.slice_of(piece.name, part)[_within(start, stop, part.start)]
             piece.tensor[_within(start, stop, piece.start)].copy_(source)
+            self._resident += source.nbytes
+            if self._resident > RESIDENT:
+                self._hand_back()
+
+    def _hand_back(self) -> None:
+        """Mapped pages count as the process's memory until then, in the end all of them; the page cache keeps them."""
+        self._resident = 0
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def overlaps(self, name: str, start: Ints, stop: Ints) -> Iterator[tuple[Slice, Ints, Ints]]:
         """The slices that a rectangle needs, each with what they have in common.
