@@ -21,7 +21,7 @@ from megarec.checkpoint.sparse import TABLES, TOWERS
 from megarec.checkpoint.writing import file_header, write_file, write_json
 from megarec.errors import UserError
 
-BLOCK = 1 << 26  # bytes held at a time
+BLOCK = 1 << 24  # bytes of a new file that are put together at a time
 MODEL_FILE, MODEL_CONFIG = "model.safetensors", "config.json"
 MODEL_FORMAT = "megarec model"
 
@@ -141,7 +141,8 @@ def _parts_of(index: Index, rank: int, ranks: int) -> Iterator[Part]:
 
 
 def _blocks(parts: Sequence[Part], reader: Reader) -> Iterator[bytes | memoryview]:
-    """A safetensors file, block by block."""
+    """A safetensors file, block by block; a block is good until the next one is asked for, which takes its memory."""
+    room = torch.empty(BLOCK, dtype=torch.uint8)
     ordered = sorted(parts, key=lambda part: (-part.dtype.itemsize, part.key))
     yield file_header([(part.key, part.dtype, part.size) for part in ordered])
     for part in ordered:
@@ -149,9 +150,9 @@ def _blocks(parts: Sequence[Part], reader: Reader) -> Iterator[bytes | memoryvie
         elements, step = prod(part.size), BLOCK // part.dtype.itemsize
         for first in range(0, elements, step):
             last = min(first + step, elements)
-            block = torch.empty(last - first, dtype=part.dtype)
-            _fill(block, part, shape, first, last, reader)
-            yield block.view(torch.uint8).numpy().data
+            block = room[: (last - first) * part.dtype.itemsize]
+            _fill(block.view(part.dtype), part, shape, first, last, reader)
+            yield block.numpy().data
 
 
 def _fill(block: Tensor, part: Part, shape: Ints, first: int, last: int, reader: Reader) -> None:

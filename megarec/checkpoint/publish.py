@@ -4,7 +4,8 @@
     rank 0      waits for all marks, checks sizes, writes index.json, renames the directory, then moves the pointers
 
 A kill at any moment leaves whole checkpoints, pointers to whole checkpoints, and directories *.tmp-* that the next
-start removes. The file system must be shared by all hosts, with a rename that is atomic (POSIX).
+start removes. (Between two renames of a step that is saved again, the old checkpoint has the name <name>.tmp-old; the
+next start gives it back its own.) The file system must be shared by all hosts, with a rename that is atomic (POSIX).
 """
 
 import json
@@ -15,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from megarec.checkpoint.pointers import BEST, LATEST, NAME, name_of, pointed
 from megarec.checkpoint.writing import Snapshot, key_of, sync_directory, write_file, write_json
 
 POLL_SECONDS = 0.01, 0.2  # between looks for the other ranks' marks: at first, at most
+GRACE_SECONDS = 10.0  # after a failure, for ranks that have not begun: they may have had no room for a mark
+OLD, GONE = ".tmp-old", ".tmp-gone"  # a whole checkpoint that another one replaces; one that is being removed
+SPARE = "spare"  # an empty file for a rank that finds no room for one of its own
 
 
 class SaveFailed(Exception):
@@ -73,6 +78,8 @@ def write_part(plan: Plan, rank: int, snapshot: Snapshot) -> None:
     mark = plan.temporary / f"rank-{rank:05d}.json"
     try:
         plan.temporary.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            (plan.temporary / SPARE).touch()
         if (poisoned := snapshot.not_finite()) is not None:
             raise SaveFailed(f"{poisoned} has numbers that are not finite")
         entry = write_file(path, [snapshot.header(), snapshot.data()])
@@ -83,28 +90,49 @@ def write_part(plan: Plan, rank: int, snapshot: Snapshot) -> None:
             tensors.setdefault(piece.name, new)["slices"].append(part)
         write_json(mark, {"file": path.name, **entry.model_dump(), "tensors": tensors})
     except BaseException as error:
-        path.unlink(missing_ok=True)
-        number = (error.errno or 0) if isinstance(error, OSError) else 0
-        with suppress(OSError):  # if a full disk lacks room even for a name, rank 0 waits until its timeout
-            told = plan.temporary / f"told-{rank:05d}"  # by a full disk nothing: an empty file needs no block
-            told.write_text(str(error) if isinstance(error, SaveFailed) else "", encoding="utf-8")
-            told.replace(plan.temporary / f"rank-{rank:05d}.failed-{number}")
+        _tell(plan, rank, error)
         if isinstance(error, OSError):
             raise SaveFailed(f"rank {rank}: {error}") from error
         raise
 
 
-def publish(plan: Plan) -> None:
+def _tell(plan: Plan, rank: int, error: BaseException) -> None:
+    """Remove what a rank wrote, and leave a mark that tells rank 0: an empty file, which needs no block of a full disk.
+
+    Without room even for a name no mark is left; rank 0 then gives up after its timeout, or GRACE_SECONDS after the
+    failure of another rank.
+    """
+    told = plan.temporary / f"told-{rank:05d}"
+    number = (error.errno or 0) if isinstance(error, OSError) else 0
+    with suppress(OSError):
+        (plan.temporary / f"rank-{rank:05d}.safetensors").unlink(missing_ok=True)
+    with suppress(OSError):
+        try:
+            told.write_text(str(error) if isinstance(error, SaveFailed) else "", encoding="utf-8")
+        except OSError:
+            told = plan.temporary / SPARE
+        told.replace(plan.temporary / f"rank-{rank:05d}.failed-{number}")
+
+
+def publish(plan: Plan, failure: SaveFailed | None = None) -> str | None:
     """What rank 0 does after its own part.
+
+    Args:
+        failure: of rank 0's own part; then the others are only waited for.
+
+    Returns:
+        A line for the log when the checkpoint is there but an older one could not be removed.
 
     Raises:
         SaveFailed: a rank failed, or did not answer; nothing is left behind.
     """
     try:
-        marks = _all_marks(plan)
+        if failure is not None and not plan.temporary.is_dir():
+            raise failure  # there is no place where the other ranks could leave a mark
+        marks = _all_marks(plan, failure)
         write_json(plan.temporary / INDEX, {**plan.about, "step": plan.step, **_merged(plan, marks)})
-        for rank in range(plan.ranks):
-            (plan.temporary / f"rank-{rank:05d}.json").unlink()
+        for name in (SPARE, *(f"rank-{rank:05d}.json" for rank in range(plan.ranks))):
+            (plan.temporary / name).unlink(missing_ok=True)
         sync_directory(plan.temporary)
         move_in(plan.temporary, plan.checkpoints / plan.name)
         for pointer in plan.pointers:
@@ -113,19 +141,21 @@ def publish(plan: Plan) -> None:
         raise SaveFailed(f"rank 0: {error}") from error
     finally:
         shutil.rmtree(plan.temporary, ignore_errors=True)
-    _forget_old(plan)
+    try:
+        _forget_old(plan)
+    except OSError as error:
+        return f"WARNING: an older checkpoint could not be removed ({error}); the next save or start tries again"
+    return None
 
 
-def _all_marks(plan: Plan) -> list[dict[str, Any]]:
+def _all_marks(plan: Plan, failure: SaveFailed | None) -> list[dict[str, Any]]:
     """By rank, once all ranks have ended their part; only then may what they wrote be removed."""
-    deadline, pause = time.monotonic() + plan.timeout, POLL_SECONDS[0]
+    began, pause = time.monotonic(), POLL_SECONDS[0]
+    heard = began  # when a rank that is still late was last known to be at work
     marks: dict[int, dict[str, Any]] = {}
-    failures: dict[int, str] = {}
+    failures = {0: str(failure)} if failure is not None else {}
     while True:
-        for path in plan.temporary.glob("rank-*.failed-*"):
-            rank, number = re.findall(r"\d+", path.name)
-            told = os.strerror(int(number)) if int(number) else path.read_text(encoding="utf-8") or "see its error"
-            failures[int(rank)] = f"rank {int(rank)}: {told}"
+        failures |= _told_failures(plan)
         late = sorted(set(range(plan.ranks)) - set(marks) - set(failures))
         for rank in late:
             path = plan.temporary / f"rank-{rank:05d}.json"
@@ -133,12 +163,27 @@ def _all_marks(plan: Plan) -> list[dict[str, Any]]:
                 marks[rank] = json.loads(path.read_text(encoding="utf-8"))
         if len(marks) == plan.ranks:
             return [marks[rank] for rank in range(plan.ranks)]
-        if len(marks) + len(failures) == plan.ranks:
-            raise SaveFailed("; ".join(failures[rank] for rank in sorted(failures)))
-        if time.monotonic() > deadline:
-            raise SaveFailed(f"no sign of rank {', '.join(map(str, late[:8]))} within {plan.timeout:.0f} s")
+        told = [failures[rank] for rank in sorted(failures)]
+        if len(marks.keys() | failures.keys()) == plan.ranks:
+            raise SaveFailed("; ".join(told))
+        now = time.monotonic()
+        if not failures or any((plan.temporary / f"rank-{rank:05d}.safetensors").exists() for rank in late):
+            heard = now
+        if now > min(began + plan.timeout, heard + GRACE_SECONDS):
+            told.append(f"no sign of rank {', '.join(map(str, late[:8]))} within {now - began:.0f} s")
+            raise SaveFailed("; ".join(told))
         time.sleep(pause)
         pause = min(2 * pause, POLL_SECONDS[1])
+
+
+def _told_failures(plan: Plan) -> dict[int, str]:
+    """By rank, what the marks of ranks that failed say."""
+    failures = {}
+    for path in plan.temporary.glob("rank-*.failed-*"):
+        rank, number = map(int, re.findall(r"\d+", path.name))
+        told = os.strerror(number) if number else path.read_text(encoding="utf-8") or "see its error"
+        failures[rank] = f"rank {rank}: {told}"
+    return failures
 
 
 def _merged(plan: Plan, marks: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -157,19 +202,27 @@ def _merged(plan: Plan, marks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def move_in(temporary: Path, target: Path) -> None:
-    """Give a whole directory its name; one that has it already gives way."""
+    """Give a whole directory its name; one that has it already is whole, and stays as <name>.tmp-old, until then."""
+    old = target.with_name(target.name + OLD)
     if target.exists():
-        retire(target)
-    temporary.rename(target)
+        if old.exists():
+            retire(old)
+        target.rename(old)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     sync_directory(target.parent)
 
 
 def retire(directory: Path) -> None:
     """Remove a checkpoint: first its name, so that no half of it is ever taken for one."""
-    aside = directory.with_name(f"{directory.name}.tmp-old")
-    shutil.rmtree(aside, ignore_errors=True)
-    directory.rename(aside)
-    shutil.rmtree(aside)
+    gone = directory.with_name(directory.name + GONE)
+    shutil.rmtree(gone, ignore_errors=True)
+    directory.rename(gone)
+    shutil.rmtree(gone)
 
 
 def point(checkpoints: Path, pointer: str, name: str) -> None:
@@ -189,26 +242,48 @@ def published(checkpoints: Path) -> list[str]:
 
 
 def clean(checkpoints: Path) -> list[str]:
-    """Remove what saves that never ended have left; returns the names."""
-    left = list(checkpoints.glob("*.tmp-*"))
-    for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return [path.name for path in left]
+    """Remove what saves that never ended have left, and give a checkpoint its name back that one of them had moved.
 
-
-def set_aside(checkpoints: Path) -> None:
-    """Rename the checkpoints of an earlier run to `<directory>.previous`, replacing what was set aside before.
-
-    A run that starts afresh must neither mix with them nor delete the only copy of a night's work.
+    Returns:
+        Lines that say so, or what could not be removed: that must not keep a run from starting.
     """
-    if checkpoints.is_dir() and any(checkpoints.iterdir()):
-        previous = checkpoints.with_name(checkpoints.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        checkpoints.rename(previous)
+    lines = []
+    for path in sorted(checkpoints.glob("*.tmp-*")):
+        target = path.with_name(path.name.removesuffix(OLD))
+        try:
+            if NAME.fullmatch(target.name) and not target.exists():
+                path.rename(target)
+                lines.append(f"{target} has its name again, which a save that never ended had taken")
+            else:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                lines.append(f"removed {path}, which a save that never ended had left")
+        except OSError as error:
+            lines.append(f"WARNING: {path}, which a save that never ended had left, could not be removed ({error})")
+    return lines
+
+
+def set_aside(checkpoints: Path) -> Path | None:
+    """Rename the checkpoints of an earlier run to `<directory>.previous`, or `.previous-2` and so on if that is taken.
+
+    A run that starts afresh must neither mix with them nor delete the only copy of a night's work. What was set aside
+    before stays, for the same reason. Without a published checkpoint there is nothing to set aside.
+
+    Returns:
+        Where they are now.
+    """
+    if not published(checkpoints):
+        return None
+    names = (f"{checkpoints.name}.previous" + (f"-{number}" if number > 1 else "") for number in count(1))
+    previous = next(path for path in map(checkpoints.with_name, names) if not path.exists())
+    checkpoints.rename(previous)
+    return previous
 
 
 def _forget_old(plan: Plan) -> None:
-    """Keep the newest, counted from this one back, and what pointers name."""
+    """Keep the newest, counted from this one back, and what pointers name; not what this one replaced."""
+    replaced = plan.checkpoints / (plan.name + OLD)
+    if replaced.exists():
+        retire(replaced)
     pinned = {pointed(plan.checkpoints, pointer) for pointer in (LATEST, BEST)}
     older = [name for name in published(plan.checkpoints) if int(name.removeprefix("step-")) <= plan.step]
     for name in older[plan.keep :]:

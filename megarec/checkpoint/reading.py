@@ -1,6 +1,7 @@
 """Any rectangle of a global tensor, out of the slices that were written; only what is needed is read."""
 
 import mmap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from megarec.checkpoint.format import DTYPES, DamagedCheckpoint, FileTensor, Index, Slice, checked_size, read_header
 from megarec.checkpoint.pieces import Ints, Piece
 from megarec.checkpoint.writing import verify_file
+from megarec.errors import UserError
 
+RESIDENT = 1 << 24  # bytes after which pages that were read are handed back to the system
 Corners = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -24,16 +27,28 @@ class Reader:
         self._headers: dict[str, dict[str, FileTensor]] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._corners: dict[str, Corners] = {}
+        self._resident = 0
 
     def fill(self, piece: Piece) -> None:
         """Copy what was written into a piece's tensor, whatever slices it was written in.
 
         Raises:
             DamagedCheckpoint: a file is not what the index says, or the slices overlap.
+        UserError: a file cannot be mapped.
         """
         for part, start, stop in self.overlaps(piece.name, piece.start, piece.stop):
             source = self.slice_of(piece.name, part)[_within(start, stop, part.start)]
             piece.tensor[_within(start, stop, piece.start)].copy_(source)
+            self._resident += source.nbytes
+            if self._resident > RESIDENT:
+                self._hand_back()
+
+    def _hand_back(self) -> None:
+        """Mapped pages count as the process's memory until then, in the end all of them; the page cache keeps them."""
+        self._resident = 0
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def overlaps(self, name: str, start: Ints, stop: Ints) -> Iterator[tuple[Slice, Ints, Ints]]:
         """The slices that a rectangle needs, each with what they have in common.
@@ -61,15 +76,29 @@ class Reader:
         if part.file not in self._maps:
             path = checked_size(self.directory, part.file, self.index.files[part.file])
             self._headers[part.file] = read_header(path)
-            with path.open("rb") as file:  # a private map: torch wants memory that may be written
-                self._maps[part.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._maps[part.file] = _map(path)
         found = self._headers[part.file].get(part.key)
         dtype = DTYPES[self.index.tensors[name].dtype]
         shape = tuple(stop - start for start, stop in zip(part.start, part.stop, strict=True))
         if found is None or (found.dtype, found.shape) != (dtype, shape):
             raise DamagedCheckpoint(f"{self.directory / part.file}: {part.key} is not the {dtype} {shape} of the index")
         count = torch.Size(shape).numel()
-        return torch.frombuffer(self._maps[part.file], dtype=dtype, count=count, offset=found.start).view(shape)
+        with warnings.catch_warnings():  # torch has no tensors that may only be read; nothing writes to this one
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(self._maps[part.file], dtype=dtype, count=count, offset=found.start).view(shape)
+
+
+def _map(path: Path) -> mmap.mmap:
+    """A whole file, to be read only: a map that may be written counts as memory, and one larger than it is refused.
+
+    Raises:
+        UserError: the system does not map it, which says nothing against the checkpoint.
+    """
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be mapped into memory ({error.strerror})") from error
 
 
 def verify(directory: Path, index: Index, part: int = 0, parts: int = 1) -> None:

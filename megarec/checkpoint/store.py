@@ -37,11 +37,11 @@ class Checkpoints:
         self._problem: BaseException | None = None
         self._saves = 0
         if run.topology.rank == 0:
-            if fresh:
-                publish.set_aside(directory)
+            for line in publish.clean(directory):
+                say(line)
+            if fresh and (previous := publish.set_aside(directory)) is not None:
+                say(f"the checkpoints of an earlier run are in {previous} now: this one starts afresh")
             directory.mkdir(parents=True, exist_ok=True)
-            for name in publish.clean(directory):
-                say(f"removed {directory / name}, which a save that never ended had left")
         # Other jobs and earlier ones never have this token: what their last threads write meets no directory of ours.
         self._token = from_rank_0(secrets.randbits(62), run.topology, run.device)
 
@@ -78,15 +78,15 @@ class Checkpoints:
     def _write(self, plan: Plan) -> None:
         """In the thread: no collectives, no tensors of the run."""
         rank = self._run.topology.rank
+        failure = None
         give_way()
         try:
             try:
                 publish.write_part(plan, rank, self._snapshot)
-            except SaveFailed:
-                if rank != 0:
-                    return  # the mark tells rank 0, which says so
-            if rank == 0:
-                publish.publish(plan)
+            except SaveFailed as error:
+                failure = error  # of another rank the mark tells rank 0, which says so
+            if rank == 0 and (line := publish.publish(plan, failure)) is not None:
+                self._say(line)
         except SaveFailed as error:
             kept = pointed(self.directory, LATEST)
             self._say(

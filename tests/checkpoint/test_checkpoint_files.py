@@ -1,9 +1,12 @@
 """Files without a run: any slices in, any slices out; and what is refused."""
 
+import errno
 import json
+import mmap
 import os
 import pickle
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megarec.checkpoint.format import DamagedCheckpoint, read_index
+from megarec.checkpoint.format import DamagedCheckpoint, Index, read_index
 from megarec.checkpoint.pieces import Piece
 from megarec.checkpoint.publish import Plan, publish, write_part
 from megarec.checkpoint.reading import Reader, verify
-from megarec.checkpoint.writing import Snapshot
+from megarec.checkpoint.writing import Snapshot, file_header
+from megarec.errors import UserError
 
 ABOUT = {
     "format": "megarec checkpoint",
@@ -87,6 +91,39 @@ def test_files_are_safetensors_and_nothing_else_is_left(tmp_path: Path) -> None:
     assert {path.name for path in directory.iterdir()} == {f"rank-0000{r}.safetensors" for r in (0, 1)} | {"index.json"}
     assert torch.equal(load_file(directory / "rank-00000.safetensors")["w@0,0"], whole[:2])
     assert load_file(directory / "rank-00001.safetensors") == {}
+
+
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path: Path) -> None:
+    """A sparse one: nothing of a map that is only read counts as memory."""
+    about = dict(line.split()[:2] for line in Path("/proc/meminfo").read_text().splitlines())
+    rows = (int(about["MemTotal:"]) + int(about["SwapTotal:"])) * 1024 // 4096 + (1 << 18)
+    header = file_header([("w", torch.float32, (rows, 1024))])
+    path, size = tmp_path / "rank-00000.safetensors", len(header) + rows * 4096
+    try:
+        path.write_bytes(header)
+        os.truncate(path, size)
+    except OSError:
+        pytest.skip("this file system has no files of that size")
+    with path.open("r+b") as file:
+        file.seek(size - 4)
+        file.write(struct.pack("<f", 7.0))
+    part = {"file": path.name, "key": "w", "start": [0, 0], "stop": [rows, 1024]}
+    tensors = {"w": {"dtype": "F32", "shape": [rows, 1024], "slices": [part]}}
+    index = {**ABOUT, "step": 3, "tensors": tensors, "files": {path.name: {"bytes": size, "xxh3": "0" * 16}}}
+    last = Piece("w", (rows, 1024), (rows - 1, 1020), torch.ones(1, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Reader(tmp_path, Index.model_validate(index)).fill(last)
+    assert last.tensor.tolist() == [[0.0, 0.0, 0.0, 7.0]]
+
+
+def test_a_map_that_the_system_refuses_names_the_file(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(mmap, "mmap", refuses)
+    with pytest.raises(UserError, match=r"rank-00000.safetensors: cannot be mapped .*\(Cannot allocate memory\)"):
+        verify(good, read_index(good))
 
 
 @pytest.fixture

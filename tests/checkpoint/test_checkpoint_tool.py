@@ -3,6 +3,7 @@
 import json
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,12 +16,14 @@ from safetensors.torch import load_file
 
 import megarec
 from megarec.checkpoint import offline
+from megarec.checkpoint.pieces import Piece
 from megarec.data.loader import EvalLoader
 from megarec.data.schema import load_schema
 from megarec.data.store import open_split
 from megarec.errors import UserError
 from megarec.parallel.pool import RankPool
 from tests.checkpoint.runs import TOWER_MODULE, TOWERS, Leg, leg, write_run
+from tests.checkpoint.test_checkpoint_files import save
 
 Pools = Callable[[int], RankPool]
 TOOL = Path(__file__).parents[2] / "tools/checkpoint.py"
@@ -143,6 +146,35 @@ def test_a_model_whose_config_claims_other_sizes_is_refused(
     path.write_text(json.dumps(about))
     with pytest.raises(UserError, match=r"table/\S+ is \[.*\], config.json says \[1125899906842624, 8\]"):
         megarec.load_model(tmp_path / "model")
+
+
+PEAK = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
+def peak_kilobytes(*arguments: object) -> int:
+    """The most that the tool ever held, mapped pages included. (ru_maxrss counts the forking process too.)"""
+    command = [sys.executable, "-c", PEAK, str(TOOL), *map(str, arguments)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read where Linux tells it")
+@pytest.mark.parametrize("command", [("reshape", "--ranks", 3), ("export",)])
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, command: tuple[object, ...]) -> None:
+    peaks = []
+    for name, rows in (("small", 16), ("large", 1 << 16)):  # 2 x 64 MiB
+        pieces = [
+            [Piece("table/w/weight", (2 * rows, 256), (rank * rows, 0), torch.ones(rows, 256))] for rank in (0, 1)
+        ]
+        checkpoint = save(tmp_path / name, pieces)
+        peaks.append(peak_kilobytes(command[0], checkpoint, tmp_path / f"{name}-new", *command[1:]))
+    assert peaks[1] - peaks[0] < 64 * 1024, peaks  # 47 MiB
 
 
 def test_where_no_checkpoint_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

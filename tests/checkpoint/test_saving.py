@@ -95,6 +95,56 @@ def test_a_disk_that_is_truly_full(rank_pool: Pools, data: Path, tmp_path: Path)
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def no_directory(path: Path) -> tuple[list[str], float, list[float]]:
+    """Save where no rank can make a directory, train on, save again where all can."""
+    run, said = build(path, []), list[str]()
+    checkpoints, mkdir = store(run, said), Path.mkdir
+
+    def full(target: Path, *arguments: Any, **options: Any) -> None:
+        if ".tmp-" in target.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        mkdir(target, *arguments, **options)
+
+    Path.mkdir = full  # type: ignore[method-assign]
+    began = time.monotonic()
+    try:
+        checkpoints.save(Position(step=1))
+        checkpoints.wait()
+    finally:
+        Path.mkdir = mkdir  # type: ignore[method-assign]
+    seconds = time.monotonic() - began
+    losses = train_steps(run, 1, 2)
+    checkpoints.save(Position(step=2))
+    checkpoints.wait()
+    return said, seconds, losses
+
+
+def test_a_failure_before_the_first_byte_ends_the_save_at_once(rank_pool: Pools, data: Path, tmp_path: Path) -> None:
+    lines = list[str]()
+    for said, seconds, losses in rank_pool(2).run(no_directory, write_run(tmp_path, data)):
+        assert seconds < 30.0 and len(losses) == 1
+        assert all("STEP 1 WAS NOT SAVED (rank 0: [Errno 28] No space left on device)" in line for line in said)
+        lines += said
+    assert len(lines) == 1
+    assert publish.published(tmp_path / "out/checkpoints") == ["step-000000002"]
+
+
+def test_a_run_that_starts_afresh_sets_checkpoints_aside_and_says_where(
+    rank_pool: Pools, data: Path, copied: Path
+) -> None:
+    """Twice, and a third time after a run that was killed within its first save."""
+    checkpoints = copied.parent / "out/checkpoints"
+    said = [rank_pool(2).run(run_training, copied, [], False, 2)[0].said for _ in range(2)]
+    shutil.rmtree(checkpoints)
+    (checkpoints / "step-000000002.tmp-1234").mkdir(parents=True)
+    said.append(rank_pool(2).run(run_training, copied, [], False, 2)[0].said)
+    told = [[line for line in lines if "of an earlier run are in" in line] for lines in said]
+    first, second = (checkpoints.with_name(f"checkpoints.previous{end}") for end in ("", "-2"))
+    assert [len(lines) for lines in told] == [1, 1, 0] and str(first) in told[0][0] and str(second) in told[1][0]
+    assert "step-000000016" in publish.published(first) and publish.published(second) == ["step-000000002"]
+    assert {path.name for path in checkpoints.parent.glob("checkpoints*")} == {"checkpoints", first.name, second.name}
+
+
 class Interrupted(Exception):
     pass
 
