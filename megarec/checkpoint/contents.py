@@ -127,8 +127,9 @@ def finish(run: Run, index: Index, step: int, skipped: int) -> None:
     engine.global_samples = step * run.config.data.batch_size
     if index.loss_scale and engine.fp16_enabled():
         scaler = _scaler(engine)
-        for name, value in index.loss_scale.items():
-            setattr(scaler, name, value)
+        for name in _loss_scale(engine) or ():  # no other name of a file that anyone may have written
+            if name in index.loss_scale:
+                setattr(scaler, name, index.loss_scale[name])
 
 
 def remarks(run: Run, index: Index) -> Iterator[str]:

@@ -13,12 +13,13 @@ The part is the whole parameter or, under tensor parallelism, the rectangle that
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megarec.checkpoint.format import DamagedCheckpoint
 from megarec.checkpoint.pieces import Ints, Piece, rectangles, share
 from megarec.config.deepspeed_keys import zero_stage
 from megarec.errors import UserError
@@ -207,7 +208,13 @@ def make_room(engine: Any, topology: Topology, states: Mapping[str, Mapping[str,
 
 
 def _as_kept(optimizer: torch.optim.Optimizer, master: Tensor, number: float) -> Any:
-    """torch's optimizers count steps in a float tensor (beside the weights when fused), others in an int."""
+    """torch's optimizers count steps in a float tensor (beside the weights when fused), others in an int.
+
+    Raises:
+        DamagedCheckpoint: it is not finite.
+    """
+    if not isfinite(number):
+        raise DamagedCheckpoint(f"an optimizer state is {number}, which no run has counted")
     if not type(optimizer).__module__.startswith("torch."):
         return int(number)
     beside = any(optimizer.defaults.get(key) for key in ("fused", "capturable"))
