@@ -34,7 +34,7 @@ class Reader:
 
         Raises:
             DamagedCheckpoint: a file is not what the index says, or the slices overlap.
-        UserError: a file cannot be mapped.
+            UserError: a file cannot be mapped.
         """
         for part, start, stop in self.overlaps(piece.name, piece.start, piece.stop):
             source = self.slice_of(piece.name, part)[_within(start, stop, part.start)]

@@ -145,20 +145,22 @@ def environment_of(slot: Slot) -> dict[str, str]:
     Raises:
         UserError: the sweep may see fewer GPUs than it has places here.
     """
-    device = os.environ.get("DS_ACCELERATOR") or accelerator()
-    environment = {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "DS_ACCELERATOR": device}
+    environment = {"PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if slot.threads is not None:
         environment["OMP_NUM_THREADS"] = str(slot.threads)
-    if slot.host is not None:  # which may have what this machine lacks: each slot a GPU, if there are any
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot.place)
-        if "DS_ACCELERATOR" not in os.environ:
-            del environment["DS_ACCELERATOR"]  # as `attended` finds there
-    elif device == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = [str(slot.place)] if visible is None else visible.split(",")
-        if visible is not None and slot.place >= len(gpus):
+    device = os.environ.get("DS_ACCELERATOR")
+    if device is None and slot.host is None:
+        device = accelerator()
+    if device is not None:  # else as `attended` finds on the host, which may have what this machine lacks
+        environment["DS_ACCELERATOR"] = device
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if slot.host is None and device == "cuda" and visible is not None:
+        gpus = visible.split(",")
+        if slot.place >= len(gpus):
             raise UserError(f"--jobs above {len(gpus)}, with CUDA_VISIBLE_DEVICES={visible!r}: a run takes one GPU")
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[0 if visible is None else slot.place]
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot.place]
+    elif slot.host is not None or device == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = str(slot.place)
     return environment
 
 
