@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarec.checkpoint import compatibility, dense, modules, sparse
+from megarec.checkpoint import compatibility, dense, sparse, tower_modules
 from megarec.checkpoint.dense import PREFIX as DENSE
 from megarec.checkpoint.format import DTYPES, Index
 from megarec.checkpoint.pieces import Ints, Piece
@@ -56,7 +56,7 @@ def about(run: Run, position: Position) -> dict[str, Any]:
         },
         "config": config.model_dump(mode="json"),
         "schema": run.schema.model_dump(mode="json"),
-        "towers": modules.towers_of(run),
+        "towers": tower_modules.towers_of(run),
         "optimizer": type(dense.optimizer_of(run.engine)).__name__,
         "tower_optimizer": None if run.sparse.modules is None else run.sparse.modules.settings.optimizer,
         "loss_scale": _loss_scale(run.engine),
@@ -69,7 +69,7 @@ def check(run: Run, directory: Path, index: Index, position: Position) -> None:
     config = run.config.model_dump(mode="json")
     compatibility.check_schema(directory, index, run.schema.model_dump(mode="json"))
     compatibility.check_optimizer(directory, index, type(dense.optimizer_of(run.engine)).__name__)
-    modules.check(run, directory, index)
+    tower_modules.check(run, directory, index)
     parameters = {DENSE + name: shape for name, shape in _dense_shapes(run.engine)}
     states = {
         name: index.tensors[weight].shape if entry.shape else ()
@@ -108,7 +108,7 @@ def fill(run: Run, reader: Reader, window: Predictions | None) -> None:
     dense.make_room(run.engine, run.topology, _dense_states(reader))
     for piece in dense.held(run.engine, run.topology) + sparse.tables_held(run.sparse, run.layout):
         reader.fill(piece)
-    modules.fill(run, reader)
+    tower_modules.fill(run, reader)
     for name, state in _random_states(run.device).items():
         piece = _row_of_rank(run, RANDOM + name, state)
         there = index.tensors.get(piece.name)
@@ -136,7 +136,7 @@ def remarks(run: Run, index: Index) -> Iterator[str]:
     """What the log should say of a load."""
     if run.sparse.modules is None or not run.config.train.reset_towers:
         return
-    if modules.start_afresh(run, index):
+    if tower_modules.start_afresh(run, index):
         yield (
             "train.reset_towers=true: tables and over-arch are the checkpoint's, tower modules start afresh, and so "
             "does the search for the best model"

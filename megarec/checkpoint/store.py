@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megarec.checkpoint import contents, modules, publish
+from megarec.checkpoint import contents, publish, tower_modules
 from megarec.checkpoint.agreement import from_rank_0, raise_together
 from megarec.checkpoint.dense import check_supported
 from megarec.checkpoint.format import DamagedCheckpoint, Index, read_index
@@ -162,7 +162,7 @@ class Checkpoints:
         run, directory = self._run, self.directory / name_of(step)
         index = self._together(lambda: self._opened(directory))
         position = self._together(lambda: Position.from_json(index.position, directory))
-        if modules.start_afresh(run, index):
+        if tower_modules.start_afresh(run, index):
             position.forget_best()  # `best` is a checkpoint of the old towers, which this run can never load whole
         reader = Reader(directory, index)
         self._together(lambda: contents.check(run, directory, index, position))
