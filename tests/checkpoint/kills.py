@@ -4,8 +4,9 @@ never killed, bit for bit.
 PYTHONPATH=. python tests/checkpoint/kills.py --kills 200 --seed 1
 
 Two ranks train, each forked from this process, which has everything imported: a restart takes a second. A moment is
-drawn over the time that the rest of a run can take; one rank or both die, the other follows as a launcher would have
-it. When a run has reached its end, another one begins, until there were enough kills.
+drawn over the time that a run can take, and for every other kill, the last one among them, over some time after the
+attempt's first save: so kills hit starts as well as saves, however slow the machine. One rank or both die, the other
+follows as a launcher would have it. When a run has reached its end, another one begins, until there were enough kills.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,10 +110,10 @@ def import_what_a_run_imports(directory: Path, data: Path) -> None:
             importlib.import_module(name)
 
 
-def wait(processes: list[int], seconds: float) -> list[int]:
-    """Wait until all have ended, or for some time; returns those still alive. A rank that failed raises."""
+def wait(processes: list[int], seconds: float, until: Callable[[], bool] = lambda: False) -> list[int]:
+    """Wait until all have ended, or for some time or event; returns those still alive. A rank that failed raises."""
     deadline, alive = time.monotonic() + seconds, list(processes)
-    while alive and time.monotonic() < deadline:
+    while alive and time.monotonic() < deadline and not until():
         for process in list(alive):
             done, status = os.waitpid(process, os.WNOHANG)
             if done:
@@ -145,6 +147,17 @@ def final_state(path: Path) -> tuple[Any, ...]:
     metrics = json.loads((out / "metrics.json").read_text())
     index = read_index(out / "checkpoints" / name_of(STEPS))
     return metrics["test"], metrics["valid"], {name: entry.xxh3 for name, entry in index.files.items()}
+
+
+def wait_for_save(processes: list[int], path: Path) -> list[int]:
+    """Wait until `latest` names another checkpoint than now; returns the processes still alive."""
+    pointer = path.parent / "out/checkpoints" / LATEST
+
+    def text() -> str:
+        return pointer.read_text() if pointer.is_file() else ""
+
+    before = text()
+    return wait(processes, PATIENCE, until=lambda: text() != before)
 
 
 def latest_step(path: Path) -> int:
@@ -184,8 +197,12 @@ def torture(directory: Path, kills: int, seed: int) -> Report:
             began = time.monotonic()
             processes = start(path, attempt)
             last_of_run = report.kills == kills
-            moment = PATIENCE if last_of_run else dice.uniform(0.0, whole)
-            alive = wait(processes, moment)
+            if last_of_run:
+                alive = wait(processes, PATIENCE)
+            elif (kills - report.kills) % 2:
+                alive = wait(wait_for_save(processes, path), dice.uniform(0.0, whole / 4))
+            else:
+                alive = wait(processes, dice.uniform(0.0, whole))
             resumed = resumed_step(path, attempt) if (path.parent / f"attempt-{attempt}.rank-0.log").exists() else None
             if not alive:
                 whole = min(whole, time.monotonic() - began) if attempt == 0 else whole
@@ -206,6 +223,7 @@ def torture(directory: Path, kills: int, seed: int) -> Report:
             assert now >= published, f"step {published} was published and is lost"
             attempt, published = attempt + 1, now
         assert resumed == published, f"resumed from {resumed}, {published} was published"
+        report.resumed += [resumed] if resumed else []
         assert final_state(path) == expected, f"{path.parent} ended otherwise than {reference.parent}"
         report.runs += 1
     return report
