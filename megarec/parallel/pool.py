@@ -32,6 +32,7 @@ START_TIMEOUT = 120.0
 PRELOADED = [  # what ranks may need, and what DeepSpeed imports late
     "megarec.training.trainer",
     "megarec.embeddings.fbgemm_tables",
+    "torchmetrics.functional.classification",
     "torch._dynamo",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",

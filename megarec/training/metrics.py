@@ -1,13 +1,12 @@
 """Quality of predictions: AUC, LogLoss, normalized entropy, calibration; exact over all ranks."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, fields
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchmetrics.functional.classification import binary_auroc
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ def quality(logits: Tensor, labels: Tensor) -> Quality:
     if not 0 < rate < 1:
         return Quality(math.nan, logloss, math.nan, calibration, examples)
     entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
+    from torchmetrics.functional.classification import binary_auroc  # seconds to load, on the rank that needs it
+
     # Logits, not probabilities: a sigmoid saturates and would tie what the model told apart. torchmetrics maps
     # values outside [0, 1] through a sigmoid, so hand it ranks in [0, 1] instead: the AUC depends on order alone.
     _, order = torch.unique(logits, return_inverse=True)
@@ -74,16 +75,26 @@ class Predictions:
         self.labels.clear()
 
     def gather(self, world: dist.ProcessGroup | None) -> Quality:
-        """Metrics over all ranks, the same on each of them; forgets the predictions."""
+        """Metrics over all ranks, computed by rank 0, the same on each of them; forgets the predictions."""
         if not self.logits:
             return quality(torch.empty(0), torch.empty(0))
         mine = torch.stack([torch.cat(self.logits), torch.cat(self.labels)])
         self.clear()
-        if world is not None:
-            ranks, examples = dist.get_world_size(world), mine.shape[1]
-            everyone = mine.new_empty(ranks * 2, examples)
-            dist.all_gather_single(everyone, mine, group=world)
-            mine = everyone.view(ranks, 2, examples).transpose(0, 1).flatten(1)
-        logits, labels = mine.cpu()
-        counted = ~labels.isnan()
-        return quality(logits[counted], labels[counted])
+        if world is None:
+            return _quality_of([mine])
+        first = dist.get_rank(world) == 0
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(world))] if first else None
+        dist.gather(mine, everyone, group=world, group_dst=0)
+        found = torch.zeros(len(fields(Quality)), dtype=torch.float64, device=mine.device)
+        if everyone is not None:
+            found.copy_(torch.tensor(astuple(_quality_of(everyone)), dtype=torch.float64))
+        dist.broadcast(found, group=world, group_src=0)
+        auc, logloss, ne, calibration, examples = found.tolist()
+        return Quality(auc, logloss, ne, calibration, int(examples))
+
+
+def _quality_of(ranks: list[Tensor]) -> Quality:
+    """Metrics of logits and labels [2, N] of every rank, padding left out."""
+    logits, labels = torch.cat(ranks, dim=1).cpu()
+    counted = ~labels.isnan()
+    return quality(logits[counted], labels[counted])

@@ -1,11 +1,14 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarec.training.metrics import Predictions, quality
+from megarec.parallel.pool import RankPool
+from megarec.training.metrics import Predictions, Quality, quality
 
 
 def plain_auc(scores: list[float], labels: list[int]) -> float:
@@ -45,3 +48,19 @@ def test_padding_does_not_count() -> None:
     found = predictions.gather(None)
     assert (found.examples, found.auc) == (2, 1.0)
     assert predictions.gather(None).examples == 0
+
+
+def a_share(logits: torch.Tensor, labels: torch.Tensor) -> Quality:
+    predictions = Predictions()
+    share = slice(dist.get_rank() * 50, dist.get_rank() * 50 + 50)
+    predictions.add(logits[share], labels[share], valid=49)
+    assert dist.group.WORLD is not None
+    return predictions.gather(dist.group.WORLD)
+
+
+def test_every_rank_is_told_the_metrics_of_all(rank_pool: Callable[[int], RankPool]) -> None:
+    logits, labels = torch.randn(150), torch.randint(2, (150,)).float()
+    counted = torch.arange(150) % 50 != 49
+    expected = quality(logits[counted], labels[counted])
+    assert rank_pool(3).run(a_share, logits, labels) == [expected] * 3
+    assert expected.examples == 147
