@@ -1,6 +1,7 @@
-# Sourced by the launch scripts: a virtual environment with the pinned requirements, made once, then reused.
-#   source launch/environment.sh [requirements-dev.txt ...]
-# Sets $root (the checkout) and puts the environment's programs first on PATH.
+# A virtual environment with the pinned requirements, made once, then reused.
+#   bash launch/environment.sh [requirements-dev.txt ...]      make it
+#   source launch/environment.sh; use_environment [...]        make it, and put its programs first on PATH
+# Sourcing sets $root (the checkout) and $venv.
 # MEGAREC_VENV names another directory than .venv; PYTHON another interpreter than python3.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -31,7 +32,12 @@ ensure_environment() {
   touch "$stamp"
 }
 
-ensure_environment "$@"
-export PATH="$venv/bin:$PATH"
-# DeepSpeed warns at every start when it has to find out by itself that there is no accelerator.
-command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+# A function, as a script that is sourced without arguments sees those of its caller.
+use_environment() {
+  ensure_environment "$@"
+  export PATH="$venv/bin:$PATH"
+  # DeepSpeed warns at every start when it has to find out by itself that there is no accelerator.
+  command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then use_environment "$@"; fi

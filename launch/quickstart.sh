@@ -2,6 +2,7 @@
 # From a fresh clone to a trained Wukong on real data: environment, MovieLens-100K, two DeepSpeed ranks, test metrics.
 #   bash launch/quickstart.sh [--set section.key=value ...]
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+use_environment
 cd "$root"
 data=data/movielens-100k
 if [ -f "$data/schema.json" ]; then

@@ -3,6 +3,7 @@
 #   bash launch/test.sh                    everything that runs in minutes
 #   bash launch/test.sh -m slow            what takes longer
 #   bash launch/test.sh tests/models -x    any pytest arguments
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements-dev.txt
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+use_environment requirements-dev.txt
 cd "$root"
 exec python -m pytest --numprocesses 2 --dist worksteal "$@"  # many tests wait for launchers and time limits

@@ -251,6 +251,16 @@ def test_a_spike_is_skipped_or_stops(then: str, code: int, run: Runner, data: Pa
     assert scalars(tmp_path)["optim/skipped_steps/spike"][13] >= 1
 
 
+def test_a_spike_rolls_back_and_its_batch_is_left_out(run: Runner, data: Path, tmp_path: Path) -> None:
+    faults = {"spike": "rollback", "spike_window": 5, "spike_deviations": 20.0}
+    path = config(tmp_path, data, faults=faults, embedding={"learning_rate": 0.5}, dense={"learning_rate": 0.05})
+    ends = run(path, Plan(flipped=[12]))
+    assert [end.code for end in ends] == [DONE, DONE]
+    assert any("ROLLED BACK FROM STEP 13 TO step-000000012" in text for text in ends[0].said)
+    summary = json.loads((tmp_path / "out/metrics.json").read_text())["train"]
+    assert summary["rollbacks"] == 1 and summary["skipped_by_cause"] == {"left_out": 1}
+
+
 @pytest.mark.parametrize(
     "signals",
     [[(1, "start")], [(0, "validation"), (1, "validation")], [(0, "save")]],
