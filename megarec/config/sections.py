@@ -258,7 +258,9 @@ class TrainConfig(Section):
         strict=False,
         description="first and last step of a torch profiler trace under output_dir/trace; null: none",
     )
-    threads: Positive | None = Field(None, description="CPU threads a rank; null: the machine's cores over its ranks")
+    threads: Positive | None = Field(
+        None, description="CPU threads a rank; null: its share of cores, 1 for small steps"
+    )
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None, description="peak of one rank for the MFU; null: measured at the start with a GEMM"
     )

@@ -25,6 +25,7 @@ from megarec.scaling.dial import resolve_scale
 from megarec.topology import Topology, build_topology, separate_groups
 from megarec.towers.optimizer import resolve_optimizer
 from megarec.towers.sizes import over_arch_config, over_arch_input, resolve_towers
+from megarec.training.cores import threads_that_pay
 from megarec.training.engine import base_learning_rate
 from megarec.training.fused import layer_norm_factory
 from megarec.training.monitor import tensorboard_section
@@ -65,7 +66,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         UserError: whatever the user can mend, before anything is trained or written.
     """
     topology = build_topology(config.parallel.ranks_per_host, config.parallel.tensor)
-    micro_batch_size(config, topology.world_size)  # fail on the arithmetic before any data is read
+    examples = micro_batch_size(config, topology.world_size)  # fails on the arithmetic before any data is read
 
     path = Path(config.data.path)
     schema = select_features(load_schema(path), config.data.features)
@@ -84,6 +85,8 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     section = tensorboard_section(config.deepspeed, Path(config.train.output_dir))
     model = build_model(config.model_copy(update={"deepspeed": section}), schema, topology, device)
     config = config.model_copy(update={"model": model.sizes})  # from here on every size is explicit
+    if device.type == "cpu" and config.train.threads is None:
+        torch.set_num_threads(threads_that_pay(torch.get_num_threads(), examples * model.cost.flop))
 
     total_steps = config.train.epochs * train.steps_per_epoch
     if config.train.max_steps is not None:

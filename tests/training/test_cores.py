@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from megarec.training.cores import FLOP_FOR_THREADS, threads_that_pay
+
 CORES = sorted(os.sched_getaffinity(0))
 pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
 
@@ -26,3 +28,8 @@ def test_a_share_of_the_machine() -> None:
 def test_all_cores_of_a_bound_rank() -> None:
     bound = CORES[: len(CORES) - 1]
     assert threads_of_a_child(f"os.sched_setaffinity(0, {bound})", 8) == len(bound)
+
+
+def test_a_small_step_takes_one_thread() -> None:
+    assert threads_that_pay(8, FLOP_FOR_THREADS - 1) == 1
+    assert threads_that_pay(8, FLOP_FOR_THREADS) == 8
