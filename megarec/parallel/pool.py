@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 DEFAULT_TIMEOUT = 240.0
 START_TIMEOUT = 120.0
+SECONDS_TO_DIE = 1.0  # from the end of a process's connections to its own
 PRELOADED = [  # what ranks may need, and what DeepSpeed imports late
     "megarec.training.trainer",
     "megarec.embeddings.fbgemm_tables",
@@ -134,12 +135,19 @@ class RankPool:
         try:
             succeeded, payload = pickle.loads(self._connections[rank].recv_bytes())
         except (EOFError, OSError):
-            self._processes[rank].join(10)
-            code = self._processes[rank].exitcode
-            raise RankError(f"{what}: rank {rank} of {self.world_size} died (exit code {code})") from None
-        if not succeeded:
-            raise RankError(f"{what} failed on rank {rank} of {self.world_size}:\n{payload}")
-        return payload
+            raise self._death(rank, what) from None
+        if succeeded:
+            return payload
+        # A rank may tell of a connection that closed before the one that died is known to be dead: name the cause.
+        by_sentinel = {process.sentinel: rank for rank, process in enumerate(self._processes)}
+        if dead := multiprocessing.connection.wait(list(by_sentinel), SECONDS_TO_DIE):
+            raise self._death(by_sentinel[dead[0]], what)  # type: ignore[index]
+        raise RankError(f"{what} failed on rank {rank} of {self.world_size}:\n{payload}")
+
+    def _death(self, rank: int, what: str) -> RankError:
+        self._processes[rank].join(10)
+        code = self._processes[rank].exitcode
+        return RankError(f"{what}: rank {rank} of {self.world_size} died (exit code {code})")
 
     def __enter__(self) -> "RankPool":
         return self

@@ -26,6 +26,14 @@ def die_on_rank_one() -> None:
     dist.barrier()
 
 
+def die_slowly_on_rank_one() -> None:
+    """As the kernel may take its time between the sockets of a process that ended and the pipe to its parent."""
+    if dist.get_rank() == 1:
+        time.sleep(0.5)
+        os._exit(7)
+    raise RuntimeError("Connection closed by peer")
+
+
 def sleep_on_rank_one() -> None:
     if dist.get_rank() == 1:
         time.sleep(600)
@@ -61,6 +69,7 @@ def test_the_end_of_with_ends_the_ranks() -> None:
             r"fail_on_rank_one failed on rank 1 of 2:\n(.*\n)*.*raise ValueError.*\nValueError: the reason",
         ),
         (die_on_rank_one, r"rank 1 of 2 died \(exit code 7\)"),
+        (die_slowly_on_rank_one, r"rank 1 of 2 died \(exit code 7\)"),
         (sleep_on_rank_one, r"no answer from rank 1 of 2 within 2 s"),
     ],
 )
