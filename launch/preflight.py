@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megarec.errors import USER_ERROR_EXIT, exits_cleanly
+from megarec.errors import USER_MISTAKE, exits_cleanly
 from megarec.launching.arguments import add_host_arguments, add_run_arguments, job_of
 from megarec.launching.preflight import check_hosts, table
 
@@ -32,7 +32,7 @@ def main() -> None:
         print(*table(job, report), sep="\n")
     for failure in report.failures:
         print(f"error: {failure}", file=sys.stderr)
-    sys.exit(USER_ERROR_EXIT if report.failures else 0)
+    sys.exit(USER_MISTAKE if report.failures else 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One rank of a many-host job, as launch/multihost.sh has it started on every host; not a command for people.
 
-python launch/rank.py ASSIGNMENT    (megarec.launching.assignment, as one word)
+python launch/rank.py ASSIGNMENT    (megarec.launching.rank_process, as one word)
 """
 
 import sys
@@ -8,8 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megarec.launching.assignment import Assignment
-from megarec.launching.watch import watch
+from megarec.launching.rank_process import Assignment, watch
 
 if __name__ == "__main__":
     sys.exit(watch(Assignment.decode(sys.argv[-1])))

@@ -16,9 +16,10 @@ STARTED = time.time()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megarec.config.load import load_config  # noqa: E402
-from megarec.config.sections import SCALED_SIZES, RunConfig, WukongConfig  # noqa: E402
+from megarec.config.models import SCALED_SIZES, WukongConfig  # noqa: E402
+from megarec.config.sections import RunConfig  # noqa: E402
 from megarec.errors import UserError, exits_cleanly  # noqa: E402
-from megarec.launching.causes import reported  # noqa: E402
+from megarec.launching.exit_report import reported  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,7 +54,7 @@ def print_resolved(config: RunConfig) -> None:
     unknown = {}
     if isinstance(config.model, WukongConfig) and config.model.scale is not None:
         from megarec.data.schema import schema_of
-        from megarec.scaling.counting import count_run
+        from megarec.run.scale import count_run
 
         try:
             schema_of(config.data)

@@ -1,10 +1,20 @@
-"""Errors for people: what a user can mend is a `UserError`, shown as one line, exit code 2."""
+"""Errors for people: what a user can mend is a `UserError`, shown as one line, exit code 2.
 
+How a training process says why it ended; launchers and restart scripts go by these numbers.
+"""
+
+import difflib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-USER_ERROR_EXIT = 2
+DONE = 0
+USER_MISTAKE = 2
+"""Something its user must mend: a config, data, a checkpoint that does not fit."""
+STOPPED = 70
+"""Stopped by the fault policy or because replicas differed: a restart would meet the same fault."""
+PREEMPTED = 75
+"""Asked to end by a signal, and saved: a restart with --resume continues."""
 
 
 class UserError(ValueError):
@@ -35,6 +45,17 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(USER_ERROR_EXIT)
+            sys.exit(USER_MISTAKE)
 
     return wrapped
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the nearest known one, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be believed, whatever the run: an earlier one may be better."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import settings
 
-from megarec.parallel.pool import RankPool
+from megarec.distributed.rank_pool import RankPool
 
 # No deadline: a busy machine is not a defect. The same examples every time where a failure must be one's own doing.
 settings.register_profile("megarec", deadline=None, derandomize="CI" in os.environ)

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megarec.data.synthetic import Shape, prepare_synthetic
-from megarec.parallel.ports import free_port
+from megarec.data.sources.synthetic import Shape, prepare_synthetic
+from megarec.distributed.rendezvous import free_port
 
 ROOT = Path(__file__).parents[1]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")

@@ -39,7 +39,7 @@ def main() -> None:
         raise UserError(f"--plot {arguments.plot}: there is a picture of the benchmark 'towers' only")
     result = importlib.import_module(f"megarec.benchmarks.{arguments.name}").run()
     if arguments.plot:
-        from megarec.benchmarks.towers_plot import plot  # matplotlib takes a second to import
+        from tools.benchmarks.towers_plot import plot  # matplotlib takes a second to import
 
         plot(result["rows"], arguments.plot)
     if arguments.json:

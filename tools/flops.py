@@ -10,16 +10,16 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from rich.console import Console
 from rich.table import Column, Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from megarec.config.load import load_config
 from megarec.errors import UserError, exits_cleanly
-from megarec.models.cost import Parts, total
-from megarec.scaling.counting import as_json, count_run
-from megarec.scaling.published import published
+from megarec.run.cost import Parts, total
+from megarec.run.scale import as_json, count_run
+from megarec.scaling.ladder import published
 
 LADDER = Path(__file__).resolve().parent.parent / "ds_configs/ladder"
 

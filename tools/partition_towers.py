@@ -16,15 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from megarec.config.load import load_config
 from megarec.errors import exits_cleanly
-from megarec.towers.output import check_output, write_partition
-from megarec.towers.partition import Partition, Wish, check_wish, inside_and_across, partition
+from megarec.planning.partition.partition import Partition, Wish, check_wish, inside_and_across, partition
+from megarec.planning.partition.report import check_partition_output, write_partition
 
 MOST_NAMES = 40  # features of a tower that are listed
 
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Part
     check_wish(wish)
     # Ours comes first: a parallel.towers of the config may be the file that is about to be written.
     config = load_config(arguments.config, [f"parallel.towers={wish.towers}", *arguments.set])
-    check_output(arguments.output)
+    check_partition_output(arguments.output)
     found = partition(config, wish, say)
     return found, write_partition(found, arguments.output, Path(config.train.output_dir) / "tensorboard")
 

@@ -10,17 +10,17 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from rich.console import Console
 from rich.table import Column, Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from megarec.config.load import load_config
 from megarec.data.schema import schema_of
-from megarec.embeddings.explain import Explanation, explain
-from megarec.embeddings.layout import build_layout
+from megarec.distributed.topology import Topology, check_divides
 from megarec.errors import UserError, exits_cleanly
-from megarec.topology import Topology, check_divides
+from megarec.sparse.layout import build_layout
+from megarec.sparse.run_placement import Explanation, explain
 
 
 @exits_cleanly

@@ -16,12 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megarec.data import planted
-from megarec.data.movielens import prepare_movielens
-from megarec.data.movielens_wheels import SOURCES, TERMS
 from megarec.data.schema import Schema, read_schema
-from megarec.data.synthetic import Shape, prepare_like, prepare_synthetic
-from megarec.data.table import prepare_table
+from megarec.data.sources import planted
+from megarec.data.sources.movielens import prepare_movielens
+from megarec.data.sources.movielens_wheels import SOURCES, TERMS
+from megarec.data.sources.synthetic import Shape, prepare_like, prepare_synthetic
+from megarec.data.sources.table import prepare_table
 from megarec.errors import UserError, exits_cleanly
 
 FEATURES = {

@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# A step gathers, multiplies and frees gigabytes: in huge pages the kernel hands them out many times faster.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megarec.config.load import load_config
 from megarec.data.schema import schema_of
 from megarec.errors import exits_cleanly
+
+# A step gathers, multiplies and frees gigabytes: in huge pages the kernel hands them out many times faster.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 PARTS = (
     "process", "parameters", "gradients", "optimizer", "step", "activations", "tables", "towers",
@@ -38,7 +39,7 @@ def main() -> None:
     config = load_config(arguments.config, arguments.set)
     schema = schema_of(config.data)
 
-    from megarec.training.engine import quiet_libraries  # seconds of imports that a bad config can save
+    from megarec.distributed.process import quiet_libraries  # seconds of imports that a bad config can save
 
     quiet_libraries()
     from megarec.planning.rehearse import rehearse

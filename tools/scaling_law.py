@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megarec.errors import UserError, exits_cleanly
+from megarec.scaling.ladder import LADDER
 from megarec.scaling.points import COLUMN, QUALITIES, read_points
-from megarec.scaling.published import LADDER
 from megarec.scaling.study import Study, as_json, study
 from megarec.scaling.tables import in_words, markdown
 
@@ -66,11 +66,10 @@ def main() -> None:
 
 def run_study(arguments: argparse.Namespace) -> None:
     # torch, which counting needs and the other commands do without
-    from megarec.launching.hostfile import read_hostfile
-    from megarec.scaling.budget import Budget
+    from megarec.launching.hosts import read_hostfile
+    from megarec.scaling.budget import Budget, planned
     from megarec.scaling.grid import read_grid
-    from megarec.scaling.pace import planned
-    from megarec.scaling.rows import TABLE, Rows
+    from megarec.scaling.results import TABLE, Rows
     from megarec.scaling.sweep import local_slots, only_sweep_in, run_sweep, slots_of
 
     for name in ("jobs", "budget_gflop", "hours", "gflop_per_second"):
@@ -112,7 +111,10 @@ def print_fit(result: Study, in_json: bool) -> None:
 
 
 def write_plot(result: Study, output: Path, tensorboard: Path | None) -> None:
-    from megarec.scaling.output import log_image, write_report  # matplotlib, which fit does without
+    from megarec.scaling.report import (
+        log_image,
+        write_report,  # matplotlib, which fit does without
+    )
 
     for path in write_report(result, output):
         print(path)

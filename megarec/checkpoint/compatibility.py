@@ -1,12 +1,26 @@
-"""Whether a checkpoint fits a run; the first difference is named."""
+"""Whether a checkpoint fits a run; the first difference is named.
+
+Tower modules of a checkpoint and those of a run: whether they fit, and the way back.
+
+Every rank asks about the modules of all towers, on the meta device, so that all ranks come to the same answer.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megarec.checkpoint.format import Index
-from megarec.checkpoint.pieces import Ints
+from megarec.checkpoint.reading import Reader
+from megarec.checkpoint.sparse import TOWERS
 from megarec.errors import UserError
+from megarec.run.build import Run
+from megarec.slices import Ints, TensorSlice
+from megarec.sparse.towers.modules import TowerModules
+from megarec.sparse.towers.replicas import states_of
+from megarec.sparse.towers.sizes import resolve_towers
 
 
 def described(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,3 +94,104 @@ def differences(there: Any, here: Any, path: str) -> Iterator[tuple[str, Any, An
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def towers_of(run: Run) -> list[list[str]] | None:
+    """Names of features by tower; None: the run has no towers."""
+    towers = resolve_towers(run.config, run.layout).towers
+    return None if towers is None else [list(features) for features in towers.features]
+
+
+def resets_towers(run: Run, index: Index) -> bool:
+    """Whether a load sets the modules to their first values: train.reset_towers allows it, and there is no other way.
+
+    Where they fit they are loaded all the same: the run's own later checkpoints are loaded under the same config.
+    """
+    return run.config.train.reset_towers and not _towers_fit(run, index)
+
+
+def _towers_fit(run: Run, index: Index) -> bool:
+    """Whether a checkpoint has modules of the same towers and shapes as the run, or neither has any."""
+    here = {name: tuple(like.shape) for name, like in _expected_towers(run).items() if not _is_state(name)}
+    there = {name: index.tensors[name].shape for name in _tower_names(index) if not _is_state(name)}
+    return here == there and (not here or index.towers == towers_of(run))
+
+
+def check_tower_modules(run: Run, directory: Path, index: Index) -> None:
+    """Raise a UserError that says what of the modules, or of their optimizer's states, does not fit this run."""
+    if resets_towers(run, index):
+        return
+    there, here = bool(_tower_names(index)), run.sparse.modules is not None
+    towers = towers_of(run)
+    if there != here or (here and index.towers != towers):
+        raise UserError(
+            f"{directory}: tower modules were trained for towers {_briefly(index.towers if there else None)}, this "
+            f"run has {_briefly(towers if here else None)}; train.reset_towers=true keeps tables and over-arch and "
+            "starts the modules afresh"
+        )
+    if run.sparse.modules is None:
+        return
+    optimizer = run.sparse.modules.settings.optimizer
+    if index.tower_optimizer not in (None, optimizer):
+        raise UserError(
+            f"{directory}: the optimizer of the tower modules was {index.tower_optimizer}, this run's is {optimizer}; "
+            "resume with the tower_module.optimizer (or dense.optimizer) it was written with"
+        )
+    # Before its first step an optimizer has no states; after it, it has all of those of a parameter that it stepped.
+    stepped = {name.rpartition("/")[0] for name in _tower_names(index) if _is_state(name)}
+    expected = {
+        name: tuple(like.shape)
+        for name, like in _expected_towers(run).items()
+        if not _is_state(name) or name.rpartition("/")[0] in stepped
+    }
+    check_tensors(directory, index, expected, (TOWERS,), run.config.model_dump(mode="json"))
+
+
+def fill_tower_modules(run: Run, reader: Reader) -> None:
+    """Set the modules on this rank from a checkpoint that `check` has found to fit, or afresh."""
+    modules = run.sparse.modules
+    if modules is None:
+        return
+    if resets_towers(run, reader.index):
+        modules.start_afresh()
+        return
+    own = {TOWERS + name for name, _ in modules.bank.named_parameters()}
+    state: dict[str, Tensor] = {}
+    for name, like in _expected_towers(run).items():
+        parameter = name.rpartition("/")[0] if _is_state(name) else name
+        if parameter in own and name in reader.index.tensors:
+            room = torch.empty_like(like, device=run.device)
+            reader.fill(TensorSlice(name, tuple(room.shape), (0,) * room.dim(), room))
+            state[name.removeprefix(TOWERS)] = room
+    modules.load_state_dict(state)
+
+
+def _expected_towers(run: Run) -> dict[str, Tensor]:
+    """Parameters of all towers' modules and the states of an optimizer that has stepped, on the meta device."""
+    sizes = resolve_towers(run.config, run.layout).modules
+    if sizes is None or run.sparse.modules is None:
+        return {}
+    with torch.device("meta"):
+        bank = TowerModules(sizes, range(len(sizes.inputs)))
+    states = states_of(run.sparse.modules.settings)
+    found: dict[str, Tensor] = {}
+    for name, parameter in bank.named_parameters():
+        found[TOWERS + name] = parameter.detach()
+        for what, state in states.items():
+            like = parameter.detach() if state.dim() else state.to("meta")
+            found[f"{TOWERS}{name}/{what}"] = like.to(state.dtype)
+    return found
+
+
+def _tower_names(index: Index) -> list[str]:
+    return [name for name in index.tensors if name.startswith(TOWERS)]
+
+
+def _is_state(name: str) -> bool:
+    """Of tower/<parameter>[/<state>]."""
+    return "/" in name.removeprefix(TOWERS)
+
+
+def _briefly(towers: list[list[str]] | None) -> str:
+    text = str(towers) if towers is not None else "no modules"
+    return text if len(text) <= 120 else text[:117] + "..."

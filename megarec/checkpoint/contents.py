@@ -7,27 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarec.checkpoint import compatibility, dense, sparse, tower_modules
-from megarec.checkpoint.dense import PREFIX as DENSE
+from megarec.checkpoint import compatibility, sparse
 from megarec.checkpoint.format import DTYPES, Index
-from megarec.checkpoint.pieces import Ints, Piece
-from megarec.checkpoint.position import Position
 from megarec.checkpoint.reading import Reader
 from megarec.checkpoint.sparse import TABLES
-from megarec.config.deepspeed_keys import zero_stage
+from megarec.config.deepspeed import zero_stage
+from megarec.dense import masters
+from megarec.dense.masters import DENSE as DENSE
+from megarec.dense.masters import _loss_scale, _scaler
 from megarec.errors import UserError
-from megarec.models.initial import Shard
-from megarec.training.build import Run
-from megarec.training.metrics import Predictions
+from megarec.run.build import Run
+from megarec.run.metrics import Predictions
+from megarec.run.state import TrainState
+from megarec.slices import Ints, ParameterShard, TensorSlice
 
 WINDOW = "metrics/window"
 RANDOM = "random/"
 
 
-def written(run: Run, window: Predictions | None) -> list[Piece]:
+def written(run: Run, window: Predictions | None) -> list[TensorSlice]:
     """What this rank writes; over all ranks every element of every tensor once."""
     layout, topology = run.layout, run.topology
-    pieces = dense.written(run.engine, topology) + sparse.tables_written(run.sparse, layout, topology)
+    pieces = masters.written(run.engine, topology) + sparse.tables_written(run.sparse, layout, topology)
     if run.sparse.modules is not None:
         pieces += sparse.towers_written(run.sparse.modules, topology, run.config.parallel.exchange)
     pieces += [_row_of_rank(run, RANDOM + name, state) for name, state in _random_states(run.device).items()]
@@ -35,11 +36,11 @@ def written(run: Run, window: Predictions | None) -> list[Piece]:
         shown = torch.stack([torch.cat(window.logits), torch.cat(window.labels)])
         examples = shown.shape[1]
         whole, start = (2, examples * topology.world_size), (0, examples * topology.rank)
-        pieces.append(Piece(WINDOW, whole, start, shown))
+        pieces.append(TensorSlice(WINDOW, whole, start, shown))
     return [piece for piece in pieces if piece.tensor.numel()]
 
 
-def about(run: Run, position: Position) -> dict[str, Any]:
+def about(run: Run, position: TrainState) -> dict[str, Any]:
     """index.json but for step, tensors and files."""
     config, topology = run.config, run.topology
     return {
@@ -56,20 +57,20 @@ def about(run: Run, position: Position) -> dict[str, Any]:
         },
         "config": config.model_dump(mode="json"),
         "schema": run.schema.model_dump(mode="json"),
-        "towers": tower_modules.towers_of(run),
-        "optimizer": type(dense.optimizer_of(run.engine)).__name__,
+        "towers": compatibility.towers_of(run),
+        "optimizer": type(masters.optimizer_of(run.engine)).__name__,
         "tower_optimizer": None if run.sparse.modules is None else run.sparse.modules.settings.optimizer,
         "loss_scale": _loss_scale(run.engine),
     }
 
 
-def check(run: Run, directory: Path, index: Index, position: Position) -> None:
+def check(run: Run, directory: Path, index: Index, position: TrainState) -> None:
     """Raise a UserError that says what of a checkpoint does not fit this run."""
     _check_best(run, directory, position)
     config = run.config.model_dump(mode="json")
     compatibility.check_schema(directory, index, run.schema.model_dump(mode="json"))
-    compatibility.check_optimizer(directory, index, type(dense.optimizer_of(run.engine)).__name__)
-    tower_modules.check(run, directory, index)
+    compatibility.check_optimizer(directory, index, type(masters.optimizer_of(run.engine)).__name__)
+    compatibility.check_tower_modules(run, directory, index)
     parameters = {DENSE + name: shape for name, shape in _dense_shapes(run.engine)}
     states = {
         name: index.tensors[weight].shape if entry.shape else ()
@@ -91,7 +92,7 @@ def check(run: Run, directory: Path, index: Index, position: Position) -> None:
             )
 
 
-def _check_best(run: Run, directory: Path, position: Position) -> None:
+def _check_best(run: Run, directory: Path, position: TrainState) -> None:
     """The best of one metric cannot be compared with another's: no validation would beat it."""
     wish = run.config.train.best_by
     if position.best_by not in (None, wish):
@@ -105,10 +106,10 @@ def _check_best(run: Run, directory: Path, position: Position) -> None:
 def fill(run: Run, reader: Reader, window: Predictions | None) -> None:
     """Copy this rank's slices out of a checkpoint that `check` has found to fit."""
     index = reader.index
-    dense.make_room(run.engine, run.topology, _dense_states(reader))
-    for piece in dense.held(run.engine, run.topology) + sparse.tables_held(run.sparse, run.layout):
+    masters.make_room(run.engine, run.topology, _dense_states(reader))
+    for piece in masters.held(run.engine, run.topology) + sparse.tables_held(run.sparse, run.layout):
         reader.fill(piece)
-    tower_modules.fill(run, reader)
+    compatibility.fill_tower_modules(run, reader)
     for name, state in _random_states(run.device).items():
         piece = _row_of_rank(run, RANDOM + name, state)
         there = index.tensors.get(piece.name)
@@ -122,7 +123,7 @@ def fill(run: Run, reader: Reader, window: Predictions | None) -> None:
 def finish(run: Run, index: Index, step: int, skipped: int) -> None:
     """What follows from the weights and numbers that `fill` has copied; collective."""
     engine = run.engine
-    dense.spread_masters(engine)
+    masters.spread_masters(engine)
     engine.global_steps, engine.skipped_steps = step, skipped
     engine.global_samples = step * run.config.data.batch_size
     if index.loss_scale and engine.fp16_enabled():
@@ -136,7 +137,7 @@ def remarks(run: Run, index: Index) -> Iterator[str]:
     """What the log should say of a load."""
     if run.sparse.modules is None or not run.config.train.reset_towers:
         return
-    if tower_modules.start_afresh(run, index):
+    if compatibility.resets_towers(run, index):
         yield (
             "train.reset_towers=true: tables and over-arch are the checkpoint's, tower modules start afresh, and so "
             "does the search for the best model"
@@ -148,7 +149,7 @@ def remarks(run: Run, index: Index) -> Iterator[str]:
 def _dense_shapes(engine: Any) -> Iterator[tuple[str, Ints]]:
     for name, parameter in engine.module.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        yield name, getattr(parameter, "shard", Shard(shape, ())).shape
+        yield name, getattr(parameter, "shard", ParameterShard(shape, ())).shape
 
 
 def _dense_states(reader: Reader) -> dict[str, dict[str, Any]]:
@@ -160,15 +161,15 @@ def _dense_states(reader: Reader) -> dict[str, dict[str, Any]]:
             number = None
             if not entry.shape:
                 room = torch.empty((), dtype=DTYPES[entry.dtype])
-                reader.fill(Piece(name, (), (), room))
+                reader.fill(TensorSlice(name, (), (), room))
                 number = room.item()
             states.setdefault(parameter, {})[what] = number
     return states
 
 
-def _row_of_rank(run: Run, name: str, state: Tensor) -> Piece:
+def _row_of_rank(run: Run, name: str, state: Tensor) -> TensorSlice:
     """A row of a [ranks, n] tensor, this rank's."""
-    return Piece(name, (run.topology.world_size, state.numel()), (run.topology.rank, 0), state.view(1, -1))
+    return TensorSlice(name, (run.topology.world_size, state.numel()), (run.topology.rank, 0), state.view(1, -1))
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
@@ -187,18 +188,6 @@ def _fill_window(run: Run, reader: Reader, window: Predictions) -> None:
     if rest:
         return  # another batch size: the log's next line is of fewer examples
     shown = torch.empty(2, examples, device=run.device)
-    reader.fill(Piece(WINDOW, reader.index.tensors[WINDOW].shape, (0, examples * run.topology.rank), shown))
+    reader.fill(TensorSlice(WINDOW, reader.index.tensors[WINDOW].shape, (0, examples * run.topology.rank), shown))
     window.logits.append(shown[0])
     window.labels.append(shown[1])
-
-
-def _scaler(engine: Any) -> Any:
-    return getattr(engine.optimizer, "loss_scale_config", None) or engine.optimizer.loss_scaler
-
-
-def _loss_scale(engine: Any) -> dict[str, int | float] | None:
-    """The numbers of fp16's dynamic loss scale, under DeepSpeed's names."""
-    if not engine.fp16_enabled():
-        return None
-    kept = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-    return {name: getattr(_scaler(engine), name) for name in kept if hasattr(_scaler(engine), name)}

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from megarec.errors import UserError
+from megarec.errors import DamagedCheckpoint, UserError
 
 INDEX = "index.json"
 MAX_INDEX_BYTES = 1 << 30
@@ -39,10 +39,6 @@ DtypeName = Literal["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors$", max_length=200)]
 Size = Annotated[int, Field(ge=0, lt=1 << 62)]
 Sizes = tuple[Size, ...]
-
-
-class DamagedCheckpoint(UserError):
-    """A checkpoint that cannot be believed, whatever the run: an earlier one may be better."""
 
 
 class _Strict(BaseModel):

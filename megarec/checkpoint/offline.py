@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megarec.checkpoint.dense import PREFIX as DENSE
 from megarec.checkpoint.format import DTYPES, INDEX, Index, read_index
-from megarec.checkpoint.pieces import Ints, Piece, rectangles, share
 from megarec.checkpoint.pointers import BEST, LATEST, pointed
 from megarec.checkpoint.publish import move_in
 from megarec.checkpoint.reading import Reader, verify
 from megarec.checkpoint.sparse import TABLES, TOWERS
-from megarec.checkpoint.writing import file_header, write_file, write_json
+from megarec.checkpoint.writing import file_header, write_file
+from megarec.dense.masters import DENSE as DENSE
 from megarec.errors import UserError
+from megarec.files import write_json
+from megarec.slices import Ints, TensorSlice, rectangles, share_of_range
 
 BLOCK = 1 << 24  # bytes of a new file that are put together at a time
 MODEL_FILE, MODEL_CONFIG = "model.safetensors", "config.json"
@@ -134,7 +135,7 @@ def _parts_of(index: Index, rank: int, ranks: int) -> Iterator[Part]:
             if rank == 0:
                 yield Part(name, name, dtype, (), ())
             continue
-        first, last = share(0, entry.shape[0], ranks, rank)
+        first, last = share_of_range(0, entry.shape[0], ranks, rank)
         start, size = (first, *(0 for _ in entry.shape[1:])), (last - first, *entry.shape[1:])
         if prod(size):
             yield Part(name, f"{name}@{first}", dtype, start, size)
@@ -159,7 +160,7 @@ def _fill(block: Tensor, part: Part, shape: Ints, first: int, last: int, reader:
     """Elements [first, last) of a part, in row-major order."""
     for start, size in rectangles(part.size, first, last):
         in_whole = tuple(at + own for at, own in zip(start, part.start, strict=True))
-        reader.fill(Piece(part.name, shape, in_whole, block[: prod(size)].view(size)))
+        reader.fill(TensorSlice(part.name, shape, in_whole, block[: prod(size)].view(size)))
         block = block[prod(size) :]
 
 

@@ -22,7 +22,8 @@ from typing import Any
 
 from megarec.checkpoint.format import DTYPE_NAMES, INDEX, FileEntry
 from megarec.checkpoint.pointers import BEST, LATEST, NAME, name_of, pointed
-from megarec.checkpoint.writing import Snapshot, key_of, sync_directory, write_file, write_json
+from megarec.checkpoint.writing import Snapshot, key_of, write_file
+from megarec.files import sync_directory, write_json
 
 POLL_SECONDS = 0.01, 0.2  # between looks for the other ranks' marks: at first, at most
 GRACE_SECONDS = 10.0  # after a failure, for ranks that have not begun: they may have had no room for a mark

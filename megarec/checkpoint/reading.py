@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megarec.checkpoint.format import DTYPES, DamagedCheckpoint, FileTensor, Index, Slice, checked_size, read_header
-from megarec.checkpoint.pieces import Ints, Piece
+from megarec.checkpoint.format import DTYPES, FileTensor, Index, Slice, checked_size, read_header
 from megarec.checkpoint.writing import verify_file
-from megarec.errors import UserError
+from megarec.errors import DamagedCheckpoint, UserError
+from megarec.slices import Ints, TensorSlice
 
 RESIDENT = 1 << 24  # bytes after which pages that were read are handed back to the system
 Corners = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -29,7 +29,7 @@ class Reader:
         self._corners: dict[str, Corners] = {}
         self._resident = 0
 
-    def fill(self, piece: Piece) -> None:
+    def fill(self, piece: TensorSlice) -> None:
         """Copy what was written into a piece's tensor, whatever slices it was written in.
 
         Raises:

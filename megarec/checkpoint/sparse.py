@@ -5,18 +5,18 @@ from typing import Literal
 
 import torch
 
-from megarec.checkpoint.pieces import Ints, Piece
-from megarec.embeddings.exchange import SparseSide
-from megarec.embeddings.layout import EmbeddingLayout
-from megarec.embeddings.placement import Shard
-from megarec.topology import Topology
-from megarec.towers.side import TowerModules
+from megarec.distributed.topology import Topology
+from megarec.slices import Ints, TensorSlice
+from megarec.sparse.layout import EmbeddingLayout
+from megarec.sparse.placement import Shard
+from megarec.sparse.side import SparseSide
+from megarec.sparse.towers.replicas import TowerReplicas
 
 TABLES, TOWERS = "table/", "tower/"
 Per = Literal["element", "row", "table"]
 
 
-def tables_held(sparse: SparseSide, layout: EmbeddingLayout) -> list[Piece]:
+def tables_held(sparse: SparseSide, layout: EmbeddingLayout) -> list[TensorSlice]:
     """Every slice of a table, of its optimizer's state and of its record of touched rows on this rank."""
     tables = {table.name: table for table in layout.tables}
     pieces = []
@@ -24,11 +24,11 @@ def tables_held(sparse: SparseSide, layout: EmbeddingLayout) -> list[Piece]:
         table = tables[shard.table]
         shapes = {"element": (table.rows, table.columns), "row": (table.rows, 1), "table": (1, 1)}
         shape = shapes[_one_number_per(name, shard, sparse.shards)]
-        pieces.append(Piece(TABLES + name, shape, (shard.row_start, shard.column_start), tensor.detach()))
+        pieces.append(TensorSlice(TABLES + name, shape, (shard.row_start, shard.column_start), tensor.detach()))
     return pieces
 
 
-def tables_written(sparse: SparseSide, layout: EmbeddingLayout, topology: Topology) -> list[Piece]:
+def tables_written(sparse: SparseSide, layout: EmbeddingLayout, topology: Topology) -> list[TensorSlice]:
     """Those that this rank writes: of equal slices on several ranks (copies; one number a row of a table that is
     split by columns), the first rank's."""
     pieces = []
@@ -54,13 +54,13 @@ def _cells(shard: Shard, per: Per) -> Ints:
     return own.row_start, own.row_stop, own.column_start, own.column_stop
 
 
-def towers_held(modules: TowerModules) -> list[Piece]:
+def towers_held(modules: TowerReplicas) -> list[TensorSlice]:
     """Parameters of the tower modules on this rank and their optimizer's states; each is whole."""
     state = {name: torch.as_tensor(tensor) for name, tensor in modules.state_dict().items()}
-    return [Piece(TOWERS + name, tuple(t.shape), (0,) * t.dim(), t) for name, t in state.items()]
+    return [TensorSlice(TOWERS + name, tuple(t.shape), (0,) * t.dim(), t) for name, t in state.items()]
 
 
-def towers_written(modules: TowerModules, topology: Topology, exchange: str) -> list[Piece]:
+def towers_written(modules: TowerReplicas, topology: Topology, exchange: str) -> list[TensorSlice]:
     """Those that this rank writes: its first replica's."""
     first = topology.local_rank == 0 if exchange == "tower" else topology.rank == 0
     return towers_held(modules) if first else []

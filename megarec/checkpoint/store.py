@@ -6,18 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megarec.checkpoint import contents, publish, tower_modules
-from megarec.checkpoint.agreement import from_rank_0, raise_together
-from megarec.checkpoint.dense import check_supported
-from megarec.checkpoint.format import DamagedCheckpoint, Index, read_index
+from megarec.checkpoint import compatibility, contents, publish
+from megarec.checkpoint.format import INDEX, Index, read_index
 from megarec.checkpoint.pointers import BEST, LATEST, name_of, pointed
-from megarec.checkpoint.position import Position
 from megarec.checkpoint.publish import Plan, SaveFailed
 from megarec.checkpoint.reading import Reader, verify
-from megarec.checkpoint.writing import Snapshot, give_way
-from megarec.errors import UserError
-from megarec.training.build import Run
-from megarec.training.metrics import Predictions
+from megarec.checkpoint.writing import Snapshot, lower_priority
+from megarec.dense.masters import check_supported
+from megarec.distributed.collectives import from_rank_0, raise_together
+from megarec.errors import DamagedCheckpoint, UserError
+from megarec.run.build import Run
+from megarec.run.metrics import Predictions
+from megarec.run.state import TrainState
 
 
 class Checkpoints:
@@ -45,7 +45,7 @@ class Checkpoints:
         # Other jobs and earlier ones never have this token: what their last threads write meets no directory of ours.
         self._token = from_rank_0(secrets.randbits(62), run.topology, run.device)
 
-    def save(self, position: Position, window: Predictions | None = None, *, best: bool = False) -> None:
+    def save(self, position: TrainState, window: Predictions | None = None, *, best: bool = False) -> None:
         """Save the run as it stands; `latest` moves to it once it is whole on the disk. Collective.
 
         Waits for the save before this one and for a copy of the rank's slices; the rest happens in a thread, unless
@@ -79,7 +79,7 @@ class Checkpoints:
         """In the thread: no collectives, no tensors of the run."""
         rank = self._run.topology.rank
         failure = None
-        give_way()
+        lower_priority()
         try:
             try:
                 publish.write_part(plan, rank, self._snapshot)
@@ -105,7 +105,7 @@ class Checkpoints:
             problem, self._problem = self._problem, None
             raise problem
 
-    def resume(self, window: Predictions | None = None) -> tuple[Position, str] | None:
+    def resume(self, window: Predictions | None = None) -> tuple[TrainState, str] | None:
         """Load the latest checkpoint, or with train.fall_back the newest good one; collective.
 
         Args:
@@ -152,7 +152,7 @@ class Checkpoints:
             self._say(f"WARNING: NO BEST CHECKPOINT ({problem}): the last weights stay")
         return problem is None
 
-    def load(self, step: int, window: Predictions | None = None) -> Position:
+    def load(self, step: int, window: Predictions | None = None) -> TrainState:
         """Fill the run from the checkpoint of a step, whatever topology wrote it; collective.
 
         Raises:
@@ -161,8 +161,8 @@ class Checkpoints:
         """
         run, directory = self._run, self.directory / name_of(step)
         index = self._together(lambda: self._opened(directory))
-        position = self._together(lambda: Position.from_json(index.position, directory))
-        if tower_modules.start_afresh(run, index):
+        position = self._together(lambda: TrainState.from_json(index.position, directory / INDEX))
+        if compatibility.resets_towers(run, index):
             position.forget_best()  # `best` is a checkpoint of the old towers, which this run can never load whole
         reader = Reader(directory, index)
         self._together(lambda: contents.check(run, directory, index, position))

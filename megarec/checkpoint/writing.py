@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from xxhash import xxh3_64
 
-from megarec.checkpoint.format import DTYPE_NAMES, DamagedCheckpoint, FileEntry
-from megarec.checkpoint.pieces import Piece
+from megarec.checkpoint.format import DTYPE_NAMES, FileEntry
+from megarec.errors import DamagedCheckpoint
+from megarec.slices import TensorSlice
 
 CHUNK = 1 << 20  # bytes written, or read, and summed at a time: they stay in the processor's cache in between
 FLUSH = 1 << 26  # bytes after which the disk is asked to take in what there is
@@ -30,9 +30,9 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self.pieces: list[Piece] = []
+        self.pieces: list[TensorSlice] = []
 
-    def take(self, pieces: Sequence[Piece]) -> None:
+    def take(self, pieces: Sequence[TensorSlice]) -> None:
         """Copy; what was copied before is overwritten. Waits until the copy is done."""
         self.pieces = in_file_order(pieces)
         size = sum(piece.tensor.nbytes for piece in pieces)
@@ -77,12 +77,12 @@ def all_finite(values: Tensor) -> bool:
         return all(np.isfinite(c.sum()) or np.isfinite(c).all() for c in map(Tensor.numpy, values.split(CHUNK)))
 
 
-def key_of(piece: Piece) -> str:
+def key_of(piece: TensorSlice) -> str:
     """The name of a slice in its file: unique among all of a checkpoint's."""
     return piece.name if not piece.start else f"{piece.name}@{','.join(map(str, piece.start))}"
 
 
-def in_file_order(pieces: Iterable[Piece]) -> list[Piece]:
+def in_file_order(pieces: Iterable[TensorSlice]) -> list[TensorSlice]:
     """Wide types first, so that every tensor is aligned to its type."""
     return sorted(pieces, key=lambda piece: (-piece.tensor.dtype.itemsize, piece.name, piece.start))
 
@@ -157,31 +157,10 @@ def verify_file(path: Path, entry: FileEntry) -> None:
         raise DamagedCheckpoint(f"{path}: checksum {found.xxh3}, the index says {entry.xxh3}: damaged")
 
 
-def give_way() -> None:
+def lower_priority() -> None:
     """Let this thread have what the training leaves of the processors (nice 15, about 3 % of a core that is wanted).
 
     Linux has priorities by thread; elsewhere the thread competes as any other.
     """
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a small file so that it is there whole or not at all, and stays there after a power cut."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make names that were created or changed in a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

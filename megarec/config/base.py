@@ -1,4 +1,7 @@
-"""What every section of a run's JSON is made of."""
+"""What every section of a run's JSON is made of.
+
+What the section of every dense model has.
+"""
 
 from typing import Annotated, Any
 
@@ -23,3 +26,22 @@ def by_name(default: str) -> Discriminator:
         return section.get("name", default) if isinstance(section, dict) else getattr(section, "name", None)
 
     return Discriminator(name)
+
+
+class ModelConfig(Section):
+    """What every dense model has: the input layer's MLPs and the head."""
+
+    name: str
+    dim: Positive = Field(64, description="d: width of every embedding")
+    head: list[Positive] = Field([256], description="hidden widths of the MLP that ends in the logit")
+    bias: bool = Field(True, description="false drops every bias of the dense model")
+    dropout: Probability = Field(
+        0.0, description="after every hidden layer of the MLPs; the mask is the same on every topology"
+    )
+    numeric_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over numeric features")
+    numeric_bias: list[bool] | None = Field(
+        None, description="whether each layer of that MLP has a bias, its last one included; null: as bias"
+    )
+    numeric_embeddings: Positive = Field(1, description="embeddings of width d that the numeric MLP emits")
+    small_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over the grouped small embeddings")
+    small_embeddings: Positive = Field(1, description="embeddings of width d that the small-embedding MLP emits")

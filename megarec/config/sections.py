@@ -2,71 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field
 
-from megarec.config.base import PerLayer, Positive, Probability, Rate, Section, by_name
-from megarec.config.baseline_sections import BASELINES, BaselineConfig, BaselineSection
-from megarec.config.model_base import ModelConfig
-from megarec.config.tower_sections import IdentityTowerConfig, TowerLists, TowerModuleSection
-
-
-class AttentiveConfig(Section):
-    """Sizes of the attentive projection Y of Wukong's optimized FM (the paper does not disclose them)."""
-
-    compressed: Positive = Field(16, description="m: embeddings after the linear compression of the input")
-    mlp: list[Positive] = Field([64], description="hidden widths of the MLP that maps m x d to n x k")
-
-
-class WukongConfig(ModelConfig):
-    """Wukong (arXiv 2403.02545): layers of factorization machine blocks beside linear compression blocks."""
-
-    name: Literal["wukong"] = "wukong"
-    scale: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
-        None,
-        description="target training GFLOP/example: layers, num_fm, num_lcb, rank and mlp follow by the paper's recipe",
-    )
-    layers: Positive = Field(2, description="l: interaction layers")
-    num_fm: PerLayer = Field(16, description="n_F: embeddings an FM block emits; a number, or one per layer")
-    num_lcb: PerLayer = Field(16, description="n_L: embeddings a linear compression block emits; as num_fm")
-    rank: PerLayer = Field(24, description="k: columns of the projection Y of the optimized FM; as num_fm")
-    mlp: list[Positive] | list[list[Positive]] = Field(
-        [512], description="hidden widths of the FM block's MLP; or a list per layer"
-    )
-    fm: Literal["optimized", "full"] = Field("optimized", description="X (X^T Y), or the basic X X^T")
-    projection: Literal["static", "attentive"] = Field(
-        "static", description="Y: a learned parameter, or computed from X"
-    )
-    attentive: AttentiveConfig = Field(AttentiveConfig(), description="sizes of the attentive projection")
-
-
-SCALED_SIZES = ("layers", "num_fm", "num_lcb", "rank", "mlp")  # what WukongConfig.scale derives
-
-
-class DlrmConfig(ModelConfig):
-    """DLRM (arXiv 1906.00091): pairwise dot products of all embeddings; numeric_mlp is its bottom MLP, head its top."""
-
-    name: Literal["dlrm"]
-
-
-class DcnConfig(ModelConfig):
-    """DCNv2 (arXiv 2008.13535), stacked: cross layers over the flattened embeddings, then the head."""
-
-    name: Literal["dcn"]
-    layers: Positive = Field(3, description="cross layers")
-    rank: Positive | None = Field(512, description="of the low-rank cross products U V x; null: full products W x")
-
-
-OverArchConfig = WukongConfig | DlrmConfig | DcnConfig | BaselineConfig
-MODELS: dict[str, type[OverArchConfig]] = {"wukong": WukongConfig, "dlrm": DlrmConfig, "dcn": DcnConfig, **BASELINES}
-
-
-ModelSection = Annotated[
-    Annotated[WukongConfig, Tag("wukong")]
-    | Annotated[DlrmConfig, Tag("dlrm")]
-    | Annotated[DcnConfig, Tag("dcn")]
-    | BaselineSection,
-    by_name("wukong"),
-]
+from megarec.config.base import Positive, Probability, Rate, Section
+from megarec.config.models import ModelSection
+from megarec.config.towers import IdentityTowerConfig, TowerLists, TowerModuleSection
 
 
 class DataConfig(Section):

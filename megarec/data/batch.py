@@ -1,9 +1,14 @@
-"""One batch of examples on one rank."""
+"""One batch of examples on one rank.
+
+Arithmetic of jagged arrays: lists of different lengths, stored one after another.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -59,3 +64,9 @@ class Batch:
 
         ids = {name: Ids(change(f.values), changed(f.lengths), changed(f.weights)) for name, f in self.ids.items()}
         return Batch(change(self.numeric), ids, change(self.labels), change(self.keys), self.valid)
+
+
+def flat_positions(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The ranges starts[i] .. starts[i] + lengths[i], one after another: int64 [sum(lengths)]."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum(), dtype=np.int64)

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megarec.data.defects import as_numbers, check_columns, find_defects
+from megarec.data.row_checks import as_numbers, check_columns, find_defects
 from megarec.data.schema import SCHEMA_FILE, Schema, Split
 from megarec.errors import UserError
 

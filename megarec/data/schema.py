@@ -1,15 +1,13 @@
 """What prepared data looks like: `schema.json` beside the parquet shards of each split."""
 
-import difflib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megarec.config.sections import DataConfig
-from megarec.errors import UserError
+from megarec.errors import UserError, did_you_mean
 
 SCHEMA_FILE = "schema.json"
 SPLITS = ("train", "valid", "test")
@@ -139,13 +137,6 @@ def save_schema(schema: Schema, directory: Path) -> None:
     """Write `schema.json`, readable by people."""
     text = json.dumps(schema.model_dump(), indent=2) + "\n"
     (directory / SCHEMA_FILE).write_text(text, encoding="utf-8")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest known one, or all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 def select_features(schema: Schema, names: list[str] | None) -> Schema:

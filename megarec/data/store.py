@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megarec.data.batch import Ids
+from megarec.data.batch import Ids, flat_positions
 from megarec.data.cache import ROWS_FILE, SKIPPED_FILE, BadRows, ensure_cache, list_column, weights_column
-from megarec.data.jagged import flat_positions
 from megarec.data.schema import Schema, Split
 
 Rows = NDArray[np.int64]

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megarec.launching.environment_file import read_environment
+from megarec.launching.hosts import read_environment
 from megarec.launching.preflight import Job, plan_job
 
 MASTER_PORT = 29500

@@ -13,11 +13,9 @@ from pathlib import Path
 
 from megarec.errors import UserError
 from megarec.launching import torchrun
-from megarec.launching.accelerator import accelerator
-from megarec.launching.assignment import Assignment
-from megarec.launching.hostfile import Host
+from megarec.launching.hosts import OPTIONS, Host, accelerator, keep_alive, on_ssh_host
 from megarec.launching.preflight import ROOT
-from megarec.launching.ssh import OPTIONS, keep_alive, on_host
+from megarec.launching.rank_process import Assignment
 from megarec.launching.supervise import Command
 
 RANK_SCRIPT = ROOT / "launch/rank.py"
@@ -99,6 +97,6 @@ def torchrun_commands(hosts: list[Host], word: str, master: str, port: int, time
     for node, host in enumerate(hosts):
         remote = [sys.executable, torchrun.__file__, "--nnodes", str(len(hosts)), "--node_rank", str(node)]
         remote += ["--nproc_per_node", str(host.slots), "--master_addr", master, "--master_port", str(port)]
-        local = on_host(host.name, [*remote, str(RANK_SCRIPT), word], (*OPTIONS, *keep_alive(timeout)))
+        local = on_ssh_host(host.name, [*remote, str(RANK_SCRIPT), word], (*OPTIONS, *keep_alive(timeout)))
         commands.append(Command(local, dict(os.environ), host.name))
     return commands

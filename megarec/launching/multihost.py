@@ -10,12 +10,12 @@ from pathlib import Path
 from megarec.errors import UserError, exits_cleanly
 from megarec.launching.arguments import add_host_arguments, add_restart_arguments, add_run_arguments, job_of
 from megarec.launching.commands import assignment_of, deepspeed_command, torchrun_commands
-from megarec.launching.hostfile import write_hostfile
-from megarec.launching.interruption import Interruption
+from megarec.launching.failure_report import verdict
+from megarec.launching.hosts import write_hostfile
 from megarec.launching.preflight import Job, Report, check_hosts, table, without
 from megarec.launching.restarts import End, run_with_restarts, say
 from megarec.launching.supervise import Watch, supervise
-from megarec.launching.verdict import verdict
+from megarec.signals import Interruption
 
 SECOND_LOOK_SECONDS = 5.0  # at hosts that just ended a job: their ranks may have to go first
 

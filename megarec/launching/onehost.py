@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 
 from megarec.config.load import load_config
+from megarec.distributed.rendezvous import free_port
 from megarec.errors import UserError, exits_cleanly
 from megarec.launching.arguments import add_restart_arguments, add_run_arguments, environment_of_ranks
 from megarec.launching.commands import assignment_of, local_command
-from megarec.launching.hostfile import Host
-from megarec.launching.interruption import Interruption
+from megarec.launching.failure_report import verdict
+from megarec.launching.hosts import Host
 from megarec.launching.restarts import End, run_with_restarts, say
 from megarec.launching.supervise import Watch, supervise
-from megarec.launching.verdict import verdict
-from megarec.parallel.ports import free_port
+from megarec.signals import Interruption
 
 LOOPBACK = "lo"
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megarec.checkpoint.pointers import LATEST, pointed
-from megarec.errors import UserError
-from megarec.exit_codes import DONE, PREEMPTED, STOPPED, USER_MISTAKE
-from megarec.launching.interruption import Interruption
+from megarec.errors import DONE, PREEMPTED, STOPPED, USER_MISTAKE, UserError
+from megarec.signals import Interruption
 
 NEVER_AGAIN = {
     DONE: "",

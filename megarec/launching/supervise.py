@@ -14,10 +14,11 @@ from typing import IO
 
 import psutil
 
-from megarec.exit_codes import PREEMPTED
-from megarec.launching.interruption import Interruption, signal_ranks
-from megarec.launching.outcomes import Outcome, heard
-from megarec.launching.trees import ended_with_this_process, kill_tree
+from megarec.errors import PREEMPTED
+from megarec.launching.exit_report import Outcome, heard
+from megarec.launching.process_tree import ended_with_this_process, kill_tree
+from megarec.launching.signal_ranks import signal_ranks
+from megarec.signals import Interruption
 
 GRACE_SECONDS = 3.0  # from the first failure until the others have said theirs, or are ended
 SIGNAL_AGAIN_SECONDS = 5.0  # ranks that were only starting when the signal came

@@ -17,7 +17,7 @@ def main() -> None:
     from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
     from torch.distributed.run import main as torchrun
 
-    from megarec.parallel.meeting import store_at
+    from megarec.distributed.rendezvous import store_at
 
     def store(address: str, port: int, ranks: int, master: bool, timeout: float | timedelta, **_: Any) -> Any:
         limit = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)

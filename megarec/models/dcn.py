@@ -14,7 +14,7 @@ R rank.
 import torch
 from torch import Tensor, nn
 
-from megarec.config.sections import DcnConfig
+from megarec.config.models import DcnConfig
 from megarec.models.blocks import MLP, number_dropouts
 
 

@@ -12,7 +12,7 @@ Shape suffixes: B examples, N embeddings of one example, D width of an embedding
 import torch
 from torch import Tensor, nn
 
-from megarec.config.sections import DlrmConfig
+from megarec.config.models import DlrmConfig
 from megarec.errors import UserError
 from megarec.models.blocks import MLP, number_dropouts
 

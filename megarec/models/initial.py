@@ -8,32 +8,13 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from megarec.slices import shard_of
+
 TILE = 256, 1024  # rows, columns of the whole tensor that are drawn together: another value draws other weights
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Where a rank's part of a parameter lies in the whole tensor.
-
-    Attributes:
-        shape: of the whole tensor.
-        start: global index of the part's first element, by dimension.
-    """
-
-    shape: tuple[int, ...]
-    start: tuple[int, ...]
-
-
-def shard_of(parameter: Tensor) -> Shard:
-    """The attribute `shard` that tensor parallelism gives its parameters; else the parameter is whole."""
-    whole = Shard(tuple(parameter.shape), (0,) * parameter.dim())
-    shard: Shard = getattr(parameter, "shard", whole)
-    return shard
 
 
 def draw_normal_(weight: Tensor, std: float) -> None:

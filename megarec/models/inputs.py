@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megarec.config.sections import ModelConfig
+from megarec.config.base import ModelConfig
 from megarec.errors import UserError
 from megarec.models.blocks import MLP, KeyedDropout, number_dropouts
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megarec.models.blocks import init_fan_in_
-from megarec.models.gemm import example_blocks, summed_products, widened
+from megarec.models.cpu_gemm import example_blocks, summed_products, widened
 
 
 class Projection(nn.Module):

@@ -19,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from megarec.config.sections import WukongConfig
+from megarec.config.models import WukongConfig
 from megarec.errors import UserError
 from megarec.models.blocks import MLP, number_dropouts
 from megarec.models.projection import Projection

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
 
 from megarec.config.sections import DenseConfig, EmbeddingConfig, RunConfig
-from megarec.config.tower_sections import IdentityTowerConfig
+from megarec.config.towers import IdentityTowerConfig
 from megarec.data.batch import Batch, Ids
 from megarec.data.loader import TrainLoader
 from megarec.data.schema import load_schema
 from megarec.data.store import open_split
-from megarec.embeddings.initial import initial_rows
-from megarec.embeddings.layout import EmbeddingLayout, build_layout
 from megarec.models.initial import initialize
 from megarec.models.recommender import Recommender
-from megarec.towers.assignment import tower_columns
-from megarec.towers.modules import TowerBank
-from megarec.towers.optimizer import TowerOptimizer, resolve_optimizer
-from megarec.towers.sizes import ResolvedTowers, over_arch_config, over_arch_input, resolve_towers
+from megarec.sparse.layout import EmbeddingLayout, build_layout
+from megarec.sparse.tables.initial import initial_rows
+from megarec.sparse.towers.assignment import tower_columns
+from megarec.sparse.towers.modules import TowerModules
+from megarec.sparse.towers.replicas import TowerOptimizer, resolve_optimizer
+from megarec.sparse.towers.sizes import ResolvedTowers, over_arch_config, over_arch_input, resolve_towers
 
 
 class ReferenceStep(NamedTuple):
@@ -94,12 +94,12 @@ class PlainTowers:
     """All towers' modules on one process with an optimizer of their own, not clipped; without modules, nothing."""
 
     def __init__(self, config: RunConfig, layout: EmbeddingLayout, resolved: ResolvedTowers) -> None:
-        self.bank: TowerBank | None = None
+        self.bank: TowerModules | None = None
         if resolved.towers is None or resolved.modules is None:
             return
         assert not isinstance(config.tower_module, IdentityTowerConfig)
         self.order = [column for columns in tower_columns(layout, resolved.towers) for column in columns]
-        self.bank = TowerBank(resolved.modules, range(len(resolved.towers)))
+        self.bank = TowerModules(resolved.modules, range(len(resolved.towers)))
         initialize(self.bank, config.train.seed)
         settings = resolve_optimizer(config.tower_module, config.dense)
         self.optimizer = plain_optimizer(self.bank.parameters(), settings)

@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.config.load import load_config
-from megarec.data.synthetic import Shape, prepare_synthetic
-from megarec.parallel.pool import RankPool
+from megarec.data.sources.synthetic import Shape, prepare_synthetic
+from megarec.dense.engine import set_learning_rate
+from megarec.distributed.process import start_process
+from megarec.distributed.rank_pool import RankPool
 from megarec.parity.cases import Case
 from megarec.parity.reference import reference_losses
-from megarec.training.build import build_run
-from megarec.training.clock import Clock
-from megarec.training.engine import set_learning_rate, start_process
+from megarec.run.build import build_run
+from megarec.training.profiling import StepTimer
 from megarec.training.step import train_step
 
 STEPS = 20
@@ -87,7 +88,7 @@ def case_losses(path: Path, overrides: list[str], steps: int) -> list[float]:
     device = start_process(config)
     run = build_run(config, device)
     set_learning_rate(run.engine, config.dense.learning_rate)
-    clock = Clock(device)
+    clock = StepTimer(device)
     losses = []
     for step in range(steps):
         epoch, position = divmod(step, run.train.steps_per_epoch)

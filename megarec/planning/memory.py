@@ -10,23 +10,23 @@ from collections.abc import Sequence
 
 import torch
 
-from megarec.config.sections import EmbeddingConfig, RunConfig
+from megarec.config.sections import RunConfig
 from megarec.data.schema import Schema
-from megarec.embeddings.exchange import place_run
-from megarec.embeddings.layout import EmbeddingLayout, build_layout
-from megarec.embeddings.optimizers import ROW_OPTIMIZERS
-from megarec.embeddings.placement import Shard, replicated
+from megarec.dense.layers import recompute_layers
+from megarec.dense.memory import Parts, saved_activations
+from megarec.dense.parallelize import computing_type
+from megarec.dense.tensor_parallel import shard_mlps
+from megarec.distributed.collectives import Channel, Ledger
+from megarec.distributed.topology import Topology
 from megarec.models.recommender import Recommender
-from megarec.parallel.collectives import Channel, Ledger
-from megarec.parallel.materialize import computing_type
-from megarec.parallel.recompute import recompute_layers
-from megarec.parallel.tensor import shard_mlps
 from megarec.planning.zero import dense_parts, zero_of
-from megarec.topology import Topology
-from megarec.towers.modules import TowerBank
-from megarec.towers.optimizer import resolve_optimizer
-from megarec.towers.sizes import over_arch_config, over_arch_input, resolve_towers
-from megarec.training.memory import Parts, saved_activations
+from megarec.sparse.layout import EmbeddingLayout, build_layout
+from megarec.sparse.placement import Shard, replicated
+from megarec.sparse.run_placement import place_run
+from megarec.sparse.tables.optimizers import table_bytes
+from megarec.sparse.towers.modules import TowerModules
+from megarec.sparse.towers.replicas import resolve_optimizer
+from megarec.sparse.towers.sizes import over_arch_config, over_arch_input, resolve_towers
 
 MODEL_STATES = ("parameters", "gradients", "optimizer")
 
@@ -103,14 +103,6 @@ def activation_bytes(config: RunConfig, layout: EmbeddingLayout, numeric: int, m
     return kept["bytes"]
 
 
-def table_bytes(shards: Sequence[Shard], config: EmbeddingConfig) -> int:
-    """Weights, optimizer state and the flags of touched rows of some shards."""
-    width = 2 if config.weights == "fp16" else 4
-    state = ROW_OPTIMIZERS[config.optimizer].state.values()
-    per_element, per_row = (sum(4 for kept in state if kept == per) for per in ("element", "row"))
-    return sum(shard.rows * (shard.columns * (width + per_element) + per_row + 1) for shard in shards)
-
-
 def tower_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int, topology: Topology) -> int:
     """Parameters, gradients, optimizer state and saved activations of the modules that a rank runs, all float32.
 
@@ -125,7 +117,7 @@ def tower_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int, topol
     columns = sum(modules.inputs[tower] for tower in here) * modules.width
     kept: dict[str, int] = {}
     with torch.device("meta"), saved_activations(kept):
-        bank = TowerBank(modules, here)
+        bank = TowerModules(modules, here)
         bank(torch.empty(examples * hosts, columns, requires_grad=True))
     copies = 4 if resolve_optimizer(modules.module, config.dense).optimizer == "adamw" else 2
     return 4 * copies * sum(parameter.numel() for parameter in bank.parameters()) + kept["bytes"]

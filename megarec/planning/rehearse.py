@@ -3,12 +3,18 @@
 The other ranks are torch's fake process group (fake.py). Everything of this rank is real: its shards of the dense
 layers under tensor parallelism and ZeRO, its tables, the engine, the exchange. What arrives from other ranks is made
 up, and so are the examples: a rehearsal measures memory, operations and collectives. Losses would mean nothing.
+
+Made-up examples for any schema; they tell nothing but shapes.
+
+Memory of this machine and this process (Linux).
 """
 
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,23 +23,75 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megarec.config.sections import RunConfig
+from megarec.data.batch import Batch, Ids
 from megarec.data.schema import Schema
+from megarec.dense.engine import compute_dtype
+from megarec.dense.memory import Parts, dense_bytes, saved_activations
+from megarec.distributed.process import give_back_freed_memory, start_process
+from megarec.distributed.topology import Topology, build_topology, check_divides
 from megarec.errors import UserError
-from megarec.models.gemm import fast_cpu_gemm
-from megarec.planning.collectives import CollectiveRecorder, GroupNames
-from megarec.planning.examples import make_batch
-from megarec.planning.fake import fake_job
-from megarec.planning.fit import Fit, fit
-from megarec.planning.host import available_bytes, peak_resident_bytes, resident_bytes
+from megarec.models.cpu_gemm import fast_cpu_gemm
+from megarec.planning.fake_job import fake_job
 from megarec.planning.memory import MODEL_STATES, with_totals
-from megarec.topology import Topology, build_topology, check_divides
-from megarec.towers.side import TowerModules
-from megarec.training.allocator import give_back_freed_memory
-from megarec.training.build import Model, build_model
-from megarec.training.clock import Clock
-from megarec.training.engine import compute_dtype, start_process
-from megarec.training.memory import Parts, dense_bytes, saved_activations
+from megarec.planning.recorder import CollectiveRecorder, GroupNames
+from megarec.planning.shrink import Fit, fit
+from megarec.run.build import Model, build_model
+from megarec.sparse.towers.replicas import TowerReplicas
+from megarec.training.profiling import StepTimer
 from megarec.training.step import train_step
+
+LONGEST_LIST = 5  # a list holds 0 .. 5 ids, as the synthetic data do
+
+
+def make_batch(schema: Schema, size: int, seed: int) -> Batch:
+    """`size` examples with ids spread evenly over the rows."""
+    random = torch.Generator().manual_seed(seed)
+    ids = {}
+    for feature in schema.categorical:
+        lengths, weights = None, None
+        total = size
+        if feature.multi_valued:
+            lengths = torch.randint(0, LONGEST_LIST + 1, (size,), generator=random)
+            total = int(lengths.sum())
+        values = torch.randint(0, feature.rows, (total,), generator=random)
+        if feature.weighted:
+            weights = torch.rand(total, generator=random)
+        ids[feature.name] = Ids(values, lengths, weights)
+    return Batch(
+        numeric=torch.randn(size, len(schema.numeric), generator=random),
+        ids=ids,
+        labels=torch.randint(0, 2, (size,), generator=random).float(),
+        keys=torch.arange(size),
+        valid=size,
+    )
+
+
+_CGROUPS = (  # limit and use, versions 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def available_bytes() -> int:
+    """What this process can still take: the machine's available memory, or less where a cgroup sets a limit."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    for limit, used in ((Path(limit), Path(used)) for limit, used in _CGROUPS):
+        if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+            free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def resident_bytes() -> int:
+    """What this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
 
 STEPS = 3  # ZeRO-3 learns the order of the modules in the first step and checks it in the second
 
@@ -133,7 +191,7 @@ def run_steps(
                     model.sparse,
                     batch,
                     world_size=topology.world_size,
-                    clock=Clock(device),
+                    clock=StepTimer(device),
                 )
             collectives = recorder.take()
     return peak, counter.get_total_flops(), collectives
@@ -171,7 +229,7 @@ def _measured(peak: Parts, engine: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _towers_measured(peak: Parts, modules: TowerModules | None) -> Iterator[None]:
+def _towers_measured(peak: Parts, modules: TowerReplicas | None) -> Iterator[None]:
     """Measure what tower modules hold: all of theirs at the end of a step, their gradients, and what they save."""
     if modules is None:
         yield

@@ -23,11 +23,11 @@ from typing import Any
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from megarec.config.sections import RunConfig
+from megarec.dense.engine import refusals_of_deepspeed
+from megarec.dense.memory import Parts
+from megarec.dense.parallelize import computing_type
+from megarec.distributed.topology import Topology
 from megarec.errors import UserError
-from megarec.parallel.materialize import computing_type
-from megarec.topology import Topology
-from megarec.training.engine import refusals_of_deepspeed
-from megarec.training.memory import Parts
 
 MASTER = 4  # bytes of a master weight, a moment, and of the gradient that the optimizer steps with
 ALLREDUCE_BUCKET = 500_000_000  # elements; engine.py: MEMORY_OPT_ALLREDUCE_SIZE

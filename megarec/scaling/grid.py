@@ -11,13 +11,12 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator
 
 from megarec.config.base import Rate, Section
-from megarec.config.describe import describe
-from megarec.config.load import load_config
+from megarec.config.load import describe, load_config
 from megarec.config.sections import RunConfig
 from megarec.data.schema import Schema, schema_of
 from megarec.errors import UserError
-from megarec.models.cost import Cost
-from megarec.scaling.counting import count_run
+from megarec.run.cost import Cost
+from megarec.run.scale import count_run
 
 
 class StudyFile(Section):

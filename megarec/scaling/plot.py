@@ -11,8 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from megarec.scaling.bootstrap import size_means
-from megarec.scaling.law import Law
+from megarec.scaling.law import Law, size_means
 from megarec.scaling.points import UNIT, Quality
 from megarec.scaling.study import Study
 

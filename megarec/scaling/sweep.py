@@ -12,15 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megarec.errors import UserError
-from megarec.exit_codes import STOPPED
-from megarec.launching.accelerator import accelerator
-from megarec.launching.hostfile import Host
-from megarec.launching.ssh import OPTIONS, keep_alive, on_host
-from megarec.scaling.attended import ROOT, attended
-from megarec.scaling.board import log_trial
+from megarec.errors import STOPPED, UserError
+from megarec.launching.hosts import OPTIONS, Host, accelerator, keep_alive, on_ssh_host
 from megarec.scaling.grid import Trial
-from megarec.scaling.rows import Row, Rows, row_of
+from megarec.scaling.results import Row, Rows, log_trial, row_of
+from megarec.scaling.trial_process import ROOT, attended
 
 TRAIN = ROOT / "launch/train.py"
 SSH_FAILED = 255  # ssh's own exit code; a trial has none so high
@@ -196,7 +192,7 @@ def start_on(slot: Slot, trial: Trial, folder: Path, command: list[str]) -> "sub
     """Start a trial's command there, attended; it ends when its standard input closes."""
     command = attended(folder, environment_of(slot), command)
     if slot.host is not None:
-        command = on_host(slot.host, command, (*OPTIONS, *keep_alive(trial.config.parallel.timeout_seconds)))
+        command = on_ssh_host(slot.host, command, (*OPTIONS, *keep_alive(trial.config.parallel.timeout_seconds)))
     return subprocess.Popen(command, stdin=subprocess.PIPE)
 
 

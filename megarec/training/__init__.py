@@ -1,11 +1,1 @@
-"""The dense side's engine and the training loop.
-
-DeepSpeed picks its accelerator when it is first imported, and warns on a machine that has none: say so before.
-"""
-
-import os
-
-import torch
-
-if not torch.accelerator.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+"""The training loop of a run: steps, faults, what an operator sees."""

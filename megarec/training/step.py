@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.data.batch import Batch
-from megarec.embeddings.exchange import SparseSide
-from megarec.embeddings.group import Distributed
-from megarec.training.clock import Clock
-from megarec.training.drop import drop_step, loss_scale_can_shrink
-from megarec.training.engine import gradient_norm
+from megarec.dense.engine import gradient_norm, loss_scale_can_shrink, skip_step
+from megarec.sparse.exchange.group import Distributed
+from megarec.sparse.side import SparseSide
+from megarec.training.profiling import StepTimer
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class StepTensors:
     """What one step has made on this rank before anything is changed.
 
     Attributes:
@@ -60,7 +59,7 @@ class Evidence:
     logits: Tensor
 
 
-Judge = Callable[[Evidence], str | None]
+Check = Callable[[StepTensors], str | None]
 """Says why a step must not be applied, the same on all ranks, or None."""
 
 
@@ -70,11 +69,11 @@ def train_step(
     batch: Batch,
     *,
     world_size: int,
-    clock: Clock,
+    clock: StepTimer,
     ids: Distributed | None = None,
     meanwhile: Callable[[], object] = lambda: None,
     want_norm: bool = False,
-    judge: Judge = lambda evidence: None,
+    judge: Check = lambda evidence: None,
 ) -> StepResult:
     """One optimizer step over the rank's part of the global batch.
 
@@ -110,7 +109,7 @@ def train_step(
         sparse.backward(embedded, leaf.grad.div_(loss_scale * world_size))
     seen = torch.cat(logits)
     with clock.part("vote"):
-        cause = judge(Evidence(batch, embedded, leaf.grad, losses, seen))
+        cause = judge(StepTensors(batch, embedded, leaf.grad, losses, seen))
     norm = None
     with clock.part("optimizer"):
         if cause is None:
@@ -120,7 +119,7 @@ def train_step(
             if not engine.was_step_applied():
                 cause = "overflow" if overflow else "gradient"
         else:
-            drop_step(engine, overflow=cause == "overflow")
+            skip_step(engine, overflow=cause == "overflow")
     with clock.part("exchange"):
         if cause is None:
             sparse.apply()

@@ -7,27 +7,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megarec.checkpoint.agreement import told_by_ranks
-from megarec.checkpoint.position import Position
 from megarec.checkpoint.store import Checkpoints
 from megarec.config.sections import RunConfig
 from megarec.data.loader import EvalLoader
-from megarec.errors import RunEnded, UserError
-from megarec.exit_codes import PREEMPTED, STOPPED
-from megarec.launching.interruption import Interruption
-from megarec.training.ahead import Ahead, Pending
-from megarec.training.build import Run, build_run
-from megarec.training.engine import set_learning_rate, start_process
-from megarec.training.faults import Action, FaultPolicy
-from megarec.training.judge import StepJudge
-from megarec.training.memory import saved_activations
-from megarec.training.metrics import Predictions, Quality, described
-from megarec.training.monitor import Monitor, writer_of
-from megarec.training.progress import Progress
-from megarec.training.replicas import differing_replicas
-from megarec.training.schedule import Patience
+from megarec.dense.engine import set_learning_rate
+from megarec.dense.memory import saved_activations
+from megarec.distributed.collectives import gather_texts
+from megarec.distributed.process import start_process
+from megarec.errors import PREEMPTED, STOPPED, RunEnded, UserError
+from megarec.run.build import Run, build_run
+from megarec.run.metrics import Predictions, Quality, described
+from megarec.run.schedule import Patience
+from megarec.run.state import TrainState
+from megarec.signals import Interruption
+from megarec.training.console import Console, writer_of
+from megarec.training.faults.policy import Action, FaultPolicy
+from megarec.training.faults.replicas import differing_replicas
+from megarec.training.faults.step_check import StepCheck
+from megarec.training.id_prefetch import BatchFuture, IdPrefetcher
+from megarec.training.profiling import tracing
 from megarec.training.step import StepResult, predict, train_step
-from megarec.training.trace import tracing
+from megarec.training.step_log import StepLog
 
 
 def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
@@ -54,10 +54,10 @@ def _train(config: RunConfig, resume: bool, started: float, interruption: Interr
     run = build_run(config, device)
     config = run.config
     output = Path(config.train.output_dir)
-    monitor = Monitor(run.topology.rank, writer_of(run.engine), run.schedule.total_steps)
+    monitor = Console(run.topology.rank, writer_of(run.engine), run.schedule.total_steps)
     checkpoints = Checkpoints(output / "checkpoints", run, monitor.say, fresh=not resume)
     window = Predictions()
-    position, name = checkpoints.resume(window) or (Position(), None)
+    position, name = checkpoints.resume(window) or (TrainState(), None)
     run.schedule.plateau_drops = position.plateau_drops
     if run.topology.rank == 0:
         (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -67,8 +67,8 @@ def _train(config: RunConfig, resume: bool, started: float, interruption: Interr
         monitor.say(f"data.bad_rows=skip: left out of {split}: {reasons}")
     monitor.say(f"resumed from {checkpoints.directory / name}" if name else "starting afresh")
 
-    progress = Progress(run, monitor, position, window, started)
-    loop = Loop(run, progress, checkpoints, interruption)
+    progress = StepLog(run, monitor, position, window, started)
+    loop = Trainer(run, progress, checkpoints, interruption)
     try:
         with tracing(config.train.trace, output / "trace", run.topology.rank, position.step) as step_done:
             loop.run_to_the_end(step_done)
@@ -122,16 +122,16 @@ def evaluate(run: Run, loader: EvalLoader) -> Quality:
     return predictions.gather(run.topology.world)
 
 
-class Loop:
+class Trainer:
     """The steps of a run from a position to its end."""
 
-    def __init__(self, run: Run, progress: Progress, checkpoints: Checkpoints, interruption: Interruption) -> None:
+    def __init__(self, run: Run, progress: StepLog, checkpoints: Checkpoints, interruption: Interruption) -> None:
         self.run, self.progress, self.checkpoints = run, progress, checkpoints
         self.monitor, self.position = progress.monitor, progress.position
         self.patience = _patience(self.position)
-        self.ahead = Ahead(run.sparse, run.device, run.overlap)
+        self.ahead = IdPrefetcher(run.sparse, run.device, run.overlap)
         self.policy = FaultPolicy(run.config.train.faults, self.position)
-        self.judge = StepJudge(run, self.monitor, self.policy, self.position, interruption)
+        self.judge = StepCheck(run, self.monitor, self.policy, self.position, interruption)
         self.save_due = False
 
     def run_to_the_end(self, step_done: Callable[[], None]) -> None:
@@ -153,7 +153,7 @@ class Loop:
                 if position.step == run.schedule.total_steps or self._ends_early():
                     break
 
-    def _step(self, pending: Pending, start_next: Callable[[], None]) -> Action:
+    def _step(self, pending: BatchFuture, start_next: Callable[[], None]) -> Action:
         run, position, progress = self.run, self.position, self.progress
         due = (position.step + 1) % run.config.train.log_every == 0 or position.step + 1 == run.schedule.total_steps
         progress.clock.next_step(sampled=due)
@@ -309,9 +309,9 @@ class Loop:
         """End the run on all ranks, once none has anything left to write."""
         self.ahead.close()
         self.checkpoints.wait()
-        told_by_ranks("", self.run.topology, self.run.device)  # a launcher ends all ranks with the first that ends
+        gather_texts("", self.run.topology, self.run.device)  # a launcher ends all ranks with the first that ends
         raise RunEnded(code, reason)
 
 
-def _patience(position: Position) -> Patience:
+def _patience(position: TrainState) -> Patience:
     return Patience(position.best, position.since_best, position.since_drop)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megarec.data.synthetic import Shape, prepare_synthetic
+from megarec.data.sources.synthetic import Shape, prepare_synthetic
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from megarec.checkpoint.format import read_index
 from megarec.checkpoint.pointers import LATEST, name_of, pointed
 from megarec.checkpoint.reading import verify
 from megarec.config.load import load_config
-from megarec.data.synthetic import Shape, prepare_synthetic
+from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.training.trainer import train
 from tests.checkpoint.runs import MODEL
 

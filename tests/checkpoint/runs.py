@@ -8,12 +8,13 @@ from typing import Any
 import torch.distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from megarec.checkpoint.position import Position
 from megarec.checkpoint.store import Checkpoints
 from megarec.config.load import load_config
-from megarec.training.build import Run, build_run
-from megarec.training.clock import Clock
-from megarec.training.engine import set_learning_rate, start_process
+from megarec.dense.engine import set_learning_rate
+from megarec.distributed.process import start_process
+from megarec.run.build import Run, build_run
+from megarec.run.state import TrainState
+from megarec.training.profiling import StepTimer
 from megarec.training.step import predict, train_step
 
 MODEL = {"layers": 1, "num_fm": 2, "num_lcb": 2, "rank": 4, "mlp": [16], "dim": 8, "head": [8], "dropout": 0.1}
@@ -53,7 +54,7 @@ def store(run: Run, said: list[str] | None = None) -> Checkpoints:
 
 def train_steps(run: Run, start: int, stop: int) -> list[float]:
     """Mean losses of global batches [start, stop), dropout included."""
-    clock, losses = Clock(run.device), []
+    clock, losses = StepTimer(run.device), []
     set_learning_rate(run.engine, run.dense_learning_rate)
     run.sparse.scale_learning_rate(1.0)
     for step in range(start, stop):
@@ -88,7 +89,7 @@ def leg(
         assert position.step == start
     losses = train_steps(run, start, stop)
     if save:
-        checkpoints.save(Position(step=stop, best=0.5))
+        checkpoints.save(TrainState(step=stop, best=0.5))
         checkpoints.wait()
     seen = [predict(run.engine, run.sparse, batch).tolist() for batch in run.test.batches()] if logits else []
     return Leg(losses, said, seen)

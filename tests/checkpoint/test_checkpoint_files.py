@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megarec.checkpoint.format import DamagedCheckpoint, Index, read_index
-from megarec.checkpoint.pieces import Piece
+from megarec.checkpoint.format import Index, read_index
 from megarec.checkpoint.publish import Plan, publish, write_part
 from megarec.checkpoint.reading import Reader, verify
 from megarec.checkpoint.writing import Snapshot, file_header
-from megarec.errors import UserError
+from megarec.errors import DamagedCheckpoint, UserError
+from megarec.slices import TensorSlice
 
 ABOUT = {
     "format": "megarec checkpoint",
@@ -38,7 +38,7 @@ ABOUT = {
 }
 
 
-def save(directory: Path, pieces_of_ranks: list[list[Piece]]) -> Path:
+def save(directory: Path, pieces_of_ranks: list[list[TensorSlice]]) -> Path:
     """A published checkpoint that ranks with these pieces write."""
     ranks = len(pieces_of_ranks)
     plan = Plan(directory, 3, "t", ranks, ABOUT, ("latest",), keep=2, timeout=5.0)
@@ -50,14 +50,14 @@ def save(directory: Path, pieces_of_ranks: list[list[Piece]]) -> Path:
     return directory / "step-000000003"
 
 
-def cut(tensor: Tensor, name: str, rows: list[int], columns: list[int]) -> list[Piece]:
+def cut(tensor: Tensor, name: str, rows: list[int], columns: list[int]) -> list[TensorSlice]:
     """The grid of rectangles between the given cuts."""
     grid = []
     for top, bottom in zip([0, *rows], [*rows, tensor.shape[0]], strict=True):
         for left, right in zip([0, *columns], [*columns, tensor.shape[1]], strict=True):
             if top < bottom and left < right:
                 shape = tuple(tensor.shape)
-                grid.append(Piece(name, shape, (top, left), tensor[top:bottom, left:right].clone()))
+                grid.append(TensorSlice(name, shape, (top, left), tensor[top:bottom, left:right].clone()))
     return grid
 
 
@@ -69,7 +69,7 @@ def test_any_slice_is_read_out_of_any_slices(drawn: st.DataObject, tmp_path_fact
     whole = torch.randint(0, 2 if dtype is torch.bool else 100, (rows, columns)).to(dtype)
     cuts = [sorted(drawn.draw(st.lists(st.integers(0, size), max_size=3))) for size in (rows, columns)]
     pieces = cut(whole, "a/weight", *cuts)
-    number = Piece("a/step", (), (), torch.tensor(7.0))
+    number = TensorSlice("a/step", (), (), torch.tensor(7.0))
     ranks = drawn.draw(st.integers(1, 3))
     split = [pieces[rank::ranks] + [number] * (rank == 0) for rank in range(ranks)]
     directory = save(tmp_path_factory.mktemp("any"), split)
@@ -79,7 +79,7 @@ def test_any_slice_is_read_out_of_any_slices(drawn: st.DataObject, tmp_path_fact
     for asked in cut(torch.zeros_like(whole), "a/weight", *(sorted({0, n // 2}) for n in (rows, columns))):
         reader.fill(asked)
         assert torch.equal(asked.tensor, whole[tuple(map(slice, asked.start, asked.stop))])
-    step = Piece("a/step", (), (), torch.zeros(()))
+    step = TensorSlice("a/step", (), (), torch.zeros(()))
     reader.fill(step)
     assert step.tensor == 7.0
 
@@ -110,7 +110,7 @@ def test_a_file_larger_than_the_memory_is_mapped(tmp_path: Path) -> None:
     part = {"file": path.name, "key": "w", "start": [0, 0], "stop": [rows, 1024]}
     tensors = {"w": {"dtype": "F32", "shape": [rows, 1024], "slices": [part]}}
     index = {**ABOUT, "step": 3, "tensors": tensors, "files": {path.name: {"bytes": size, "xxh3": "0" * 16}}}
-    last = Piece("w", (rows, 1024), (rows - 1, 1020), torch.ones(1, 4))
+    last = TensorSlice("w", (rows, 1024), (rows - 1, 1020), torch.ones(1, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Reader(tmp_path, Index.model_validate(index)).fill(last)
@@ -253,7 +253,7 @@ def test_what_is_damaged_or_malicious_is_refused_with_its_reason(
 def test_slices_that_overlap_are_refused(tmp_path: Path) -> None:
     whole = torch.arange(12.0).view(4, 3)
     (top,) = cut(whole[:2], "w", [], [])
-    pieces = [Piece("w", (4, 3), (0, 0), top.tensor), Piece("w", (4, 3), (1, 0), top.tensor)]
+    pieces = [TensorSlice("w", (4, 3), (0, 0), top.tensor), TensorSlice("w", (4, 3), (1, 0), top.tensor)]
     directory = save(tmp_path, [[pieces[0]], [pieces[1]]])
     with pytest.raises(DamagedCheckpoint, match="do not cover"):
         verify(directory, read_index(directory))

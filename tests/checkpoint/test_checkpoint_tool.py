@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 import megarec
 from megarec.checkpoint import offline
-from megarec.checkpoint.pieces import Piece
 from megarec.data.loader import EvalLoader
 from megarec.data.schema import load_schema
 from megarec.data.store import open_split
+from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
-from megarec.parallel.pool import RankPool
+from megarec.slices import TensorSlice
 from tests.checkpoint.runs import TOWER_MODULE, TOWERS, Leg, leg, write_run
 from tests.checkpoint.test_checkpoint_files import save
 
@@ -170,7 +170,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, command: tuple
     peaks = []
     for name, rows in (("small", 16), ("large", 1 << 16)):  # 2 x 64 MiB
         pieces = [
-            [Piece("table/w/weight", (2 * rows, 256), (rank * rows, 0), torch.ones(rows, 256))] for rank in (0, 1)
+            [TensorSlice("table/w/weight", (2 * rows, 256), (rank * rows, 0), torch.ones(rows, 256))] for rank in (0, 1)
         ]
         checkpoint = save(tmp_path / name, pieces)
         peaks.append(peak_kilobytes(command[0], checkpoint, tmp_path / f"{name}-new", *command[1:]))

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarec.checkpoint.position import Position
+from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
-from megarec.parallel.pool import RankPool
-from megarec.training.build import Run
+from megarec.run.build import Run
+from megarec.run.state import TrainState
 from tests.checkpoint.runs import TOWER_MODULE, TOWERS, build, leg, store, train_steps, write_run
 
 Pools = Callable[[int], RankPool]
@@ -55,7 +55,7 @@ def afresh_once(path: Path, overrides: list[str]) -> tuple[dict[str, bool], list
 
     train_steps(run, 1, 2)
     kept = copies(run)
-    checkpoints.save(Position(step=2, best=0.4, best_by="logloss"), best=True)
+    checkpoints.save(TrainState(step=2, best=0.4, best_by="logloss"), best=True)
     checkpoints.wait()
     train_steps(run, 2, 3)
     found["best: kept"] = checkpoints.load_best() and same(run, kept)

@@ -16,11 +16,11 @@ import torch
 
 from megarec.checkpoint import publish as module
 from megarec.checkpoint.format import read_index
-from megarec.checkpoint.pieces import Piece
 from megarec.checkpoint.pointers import name_of, pointed
 from megarec.checkpoint.publish import Plan, SaveFailed, clean, publish, published, set_aside, write_part
 from megarec.checkpoint.reading import Reader, verify
 from megarec.checkpoint.writing import Snapshot
+from megarec.slices import TensorSlice
 from tests.checkpoint.test_checkpoint_files import ABOUT
 
 CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
@@ -33,7 +33,7 @@ def plan_of(checkpoints: Path, step: int, token: str = "t", ranks: int = 1) -> P
 def part(plan: Plan, rank: int = 0, value: float = 1.0) -> SaveFailed | None:
     """Write a rank's file; returns its failure."""
     snapshot = Snapshot()
-    snapshot.take([Piece(f"w{rank}", (4,), (0,), torch.full((4,), value))])
+    snapshot.take([TensorSlice(f"w{rank}", (4,), (0,), torch.full((4,), value))])
     try:
         write_part(plan, rank, snapshot)
     except SaveFailed as failure:
@@ -50,7 +50,7 @@ def value_of(checkpoint: Path) -> float:
     """Of a checkpoint that is proven to be whole."""
     index = read_index(checkpoint)
     verify(checkpoint, index)
-    piece = Piece("w0", (4,), (0,), torch.zeros(4))
+    piece = TensorSlice("w0", (4,), (0,), torch.zeros(4))
     Reader(checkpoint, index).fill(piece)
     return float(piece.tensor[3])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megarec.parallel.pool import RankPool
+from megarec.distributed.rank_pool import RankPool
 from tests.checkpoint.runs import TOWER_MODULE, TOWERS, leg, write_run
 
 Pools = Callable[[int], RankPool]

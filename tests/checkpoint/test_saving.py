@@ -17,12 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megarec.checkpoint import publish
 from megarec.checkpoint.pointers import name_of, pointed
-from megarec.checkpoint.position import Position
 from megarec.config.load import load_config
+from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
-from megarec.parallel.pool import RankPool
-from megarec.training.monitor import Monitor
-from megarec.training.trainer import Loop, train
+from megarec.run.state import TrainState
+from megarec.training.console import Console
+from megarec.training.trainer import Trainer, train
 from tests.checkpoint.runs import MODEL, TOWER_MODULE, TOWERS, build, leg, store, train_steps, write_run
 
 Pools = Callable[[int], RankPool]
@@ -49,7 +49,7 @@ def full_on_rank_1(path: Path) -> tuple[list[str], list[str], list[float]]:
     run, said = build(path, []), list[str]()
     checkpoints, write = store(run, said), publish.write_file
     train_steps(run, 0, 1)
-    checkpoints.save(Position(step=1))
+    checkpoints.save(TrainState(step=1))
     checkpoints.wait()
 
     def full(target: Path, blocks: Any) -> Any:
@@ -58,12 +58,12 @@ def full_on_rank_1(path: Path) -> tuple[list[str], list[str], list[float]]:
 
     train_steps(run, 1, 2)
     publish.write_file = full if run.topology.rank == 1 else write
-    checkpoints.save(Position(step=2))
+    checkpoints.save(TrainState(step=2))
     checkpoints.wait()
     publish.write_file = write
     left = sorted(file.name for file in checkpoints.directory.iterdir()) if run.topology.rank == 0 else []
     losses = train_steps(run, 2, 3)
-    checkpoints.save(Position(step=3), best=True)
+    checkpoints.save(TrainState(step=3), best=True)
     checkpoints.wait()
     return said, left, losses
 
@@ -108,13 +108,13 @@ def no_directory(path: Path) -> tuple[list[str], float, list[float]]:
     Path.mkdir = full  # type: ignore[method-assign]
     began = time.monotonic()
     try:
-        checkpoints.save(Position(step=1))
+        checkpoints.save(TrainState(step=1))
         checkpoints.wait()
     finally:
         Path.mkdir = mkdir  # type: ignore[method-assign]
     seconds = time.monotonic() - began
     losses = train_steps(run, 1, 2)
-    checkpoints.save(Position(step=2))
+    checkpoints.save(TrainState(step=2))
     checkpoints.wait()
     return said, seconds, losses
 
@@ -158,16 +158,16 @@ class Ended(NamedTuple):
 
 def run_training(path: Path, overrides: list[str], resume: bool, interrupt: int | None = None) -> Ended:
     """A whole run, or one that is interrupted right after the save of a step."""
-    said, say, save = list[str](), Monitor.say, Loop._save
+    said, say, save = list[str](), Console.say, Trainer._save
 
-    def interrupting(loop: Loop, best: bool) -> None:
+    def interrupting(loop: Trainer, best: bool) -> None:
         save(loop, best)
         if loop.position.step == interrupt:
             loop.checkpoints.wait()
             loop.ahead.settle()
             raise Interrupted
 
-    Monitor.say, Loop._save = (lambda monitor, text: said.append(text)), interrupting  # type: ignore[method-assign]
+    Console.say, Trainer._save = (lambda monitor, text: said.append(text)), interrupting  # type: ignore[method-assign]
     try:
         train(load_config(path, overrides), resume=resume, started=time.time())
     except UserError as error:
@@ -175,7 +175,7 @@ def run_training(path: Path, overrides: list[str], resume: bool, interrupt: int 
     except Interrupted:
         return Ended("interrupted", said)
     finally:
-        Monitor.say, Loop._save = say, save  # type: ignore[method-assign]
+        Console.say, Trainer._save = say, save  # type: ignore[method-assign]
     return Ended("", said)
 
 

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from megarec.checkpoint.dense import check_supported
+from megarec.dense.masters import check_supported
 from megarec.errors import UserError
 
 

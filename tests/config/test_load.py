@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from megarec.config.load import json_schema, load_config, micro_batch_size
-from megarec.config.sections import DcnConfig, DlrmConfig, WukongConfig
+from megarec.config.deepspeed import micro_batch_size
+from megarec.config.load import json_schema, load_config
+from megarec.config.models import DcnConfig, DlrmConfig, WukongConfig
 from megarec.errors import UserError
 
 RUN = {"model": {"name": "wukong", "layers": 2}, "data": {"path": "somewhere", "batch_size": 64}}

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from megarec.data.batch import Batch
-from megarec.data.loader import EvalLoader, TrainLoader
-from megarec.data.shuffle import example_keys
+from megarec.data.loader import EvalLoader, TrainLoader, example_keys
 from megarec.data.store import Store, open_split
 from megarec.errors import UserError
 from tests.data.prepared import SCHEMA, make_rows, write_split

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megarec.data.prefetch import prefetched
+from megarec.data.loader import prefetched
 
 
 def prefetch_threads() -> int:

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarec.data.shuffle import example_keys, mix64, permuted
+from megarec.data.loader import example_keys, mix64, permuted
 
 
 def test_mix64_is_splitmix64() -> None:

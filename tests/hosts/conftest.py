@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from megarec.launching.lab import Lab, why_not
+from tools.benchmarks.testbed import NetnsHosts, why_not
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetnsHosts]:
     """Two hosts of two slots on unshaped links; whoever changes a link puts it back."""
     reason = why_not()
     if reason:
         pytest.skip(f"lab of hosts: {reason}")
-    with Lab(tmp_path_factory.mktemp("lab"), hosts=2, slots=2) as hosts:
+    with NetnsHosts(tmp_path_factory.mktemp("lab"), hosts=2, slots=2) as hosts:
         yield hosts

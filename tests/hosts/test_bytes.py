@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from megarec.benchmarks.towers import HOSTS, LOCAL, measure, ranks
-from megarec.benchmarks.towers_rank import BATCH, COLUMNS, TABLES
-from megarec.launching.lab import Lab
+from tools.benchmarks.testbed import NetnsHosts
+from tools.benchmarks.towers import HOSTS, LOCAL, measure, ranks
+from tools.benchmarks.towers_rank import BATCH, COLUMNS, TABLES
 
 
-def test_interfaces_agree_with_the_ledger(lab: Lab, tmp_path: Path) -> None:
+def test_interfaces_agree_with_the_ledger(lab: NetnsHosts, tmp_path: Path) -> None:
     pooled = 4 * BATCH * TABLES * COLUMNS
     with ranks(lab, tmp_path) as processes:
         for variant, compression in (("flat", 1), ("tower", 1), ("tower, compression 4", 4)):

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megarec.launching.lab import Lab
+from tools.benchmarks.testbed import NetnsHosts
 
 RECEIVE = """
 import socket, time
@@ -24,7 +24,7 @@ print(count / (time.monotonic() - started))
 """
 
 
-def send(lab: Lab, count: int) -> float:
+def send(lab: NetnsHosts, count: int) -> float:
     """Bytes/s from host1 to host2."""
     with lab.start("host2", [sys.executable, "-c", RECEIVE], stdout=subprocess.PIPE) as receiver:
         assert receiver.stdout is not None
@@ -34,7 +34,7 @@ def send(lab: Lab, count: int) -> float:
         return float(receiver.stdout.readline())
 
 
-def test_hosts_have_names_addresses_and_shared_memory_of_their_own(lab: Lab) -> None:
+def test_hosts_have_names_addresses_and_shared_memory_of_their_own(lab: NetnsHosts) -> None:
     (Path("/dev/shm") / "seen-by-the-machine").touch()
     try:
         script = "hostname; hostname -I; ls /dev/shm; ssh host1 hostname"
@@ -45,7 +45,7 @@ def test_hosts_have_names_addresses_and_shared_memory_of_their_own(lab: Lab) -> 
     assert lab.run("host1", ["pwd"]).stdout.strip() == str(Path.cwd())
 
 
-def test_links_are_shaped_counted_and_can_be_cut(lab: Lab) -> None:
+def test_links_are_shaped_counted_and_can_be_cut(lab: NetnsHosts) -> None:
     before = lab.bytes()
     lab.rate(80)
     try:
@@ -64,9 +64,9 @@ def test_links_are_shaped_counted_and_can_be_cut(lab: Lab) -> None:
     assert lab.run("host1", ["ssh", "-o", "ConnectTimeout=5", "host2", "hostname"]).stdout == "host2\n"
 
 
-def test_a_lab_leaves_nothing_even_when_its_maker_is_killed(lab: Lab, tmp_path: Path) -> None:
+def test_a_lab_leaves_nothing_even_when_its_maker_is_killed(lab: NetnsHosts, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from megarec.launching.lab import Lab\n"
+        "import sys, time; from pathlib import Path; from tools.benchmarks.testbed import Lab\n"
         "with Lab(Path(sys.argv[1]), hosts=1) as lab:\n"
         "    lab.start('host1', ['sleep', sys.argv[2]]); print('up', flush=True); time.sleep(1000)"
     )

@@ -14,10 +14,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megarec.config.load import load_config
-from megarec.data.synthetic import Shape, prepare_synthetic
-from megarec.launching.lab import Lab
-from megarec.parallel.pool import RankPool
+from megarec.data.sources.synthetic import Shape, prepare_synthetic
+from megarec.distributed.rank_pool import RankPool
 from megarec.training.trainer import train
+from tools.benchmarks.testbed import NetnsHosts
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch/train.py"
@@ -43,14 +43,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(before)
 
 
-def start(lab: Lab, hostfile: Path, output: str, *arguments: str) -> "subprocess.Popen[str]":
+def start(lab: NetnsHosts, hostfile: Path, output: str, *arguments: str) -> "subprocess.Popen[str]":
     command = ["bash", str(ROOT / "launch/multihost.sh"), "--hostfile", str(hostfile), "--config", "run.json"]
     command += ["--set", f"train.output_dir={output}", *arguments]
     environment = {**os.environ, "MEGAREC_VENV": sys.prefix, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     return lab.start("host1", command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def process_of(lab: Lab, host: str, rank: int) -> int:
+def process_of(lab: NetnsHosts, host: str, rank: int) -> int:
     """The process id of a rank itself, not of its watcher, on its host."""
     found = lab.run(host, ["sh", "-c", f"grep -lsz ^RANK={rank}$ /proc/[0-9]*/environ"]).stdout.split()
     commands = lab.processes(host)
@@ -58,14 +58,14 @@ def process_of(lab: Lab, host: str, rank: int) -> int:
     return pid
 
 
-def assert_nobody_is_left(lab: Lab) -> None:
+def assert_nobody_is_left(lab: NetnsHosts) -> None:
     deadline = time.monotonic() + 10
     while left := [c for host in lab.addresses for c in lab.processes(host).values() if "sshd" not in c[0]]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
 
-def assert_listening_at_their_addresses_alone(lab: Lab) -> None:
+def assert_listening_at_their_addresses_alone(lab: NetnsHosts) -> None:
     """A running job's hosts: sshd and gloo at the host's address, the master's port at that of the first, no UDP."""
     for host, address in lab.addresses.items():
         lines = lab.run(host, ["ss", "-Hltn"]).stdout.splitlines()
@@ -99,7 +99,7 @@ def train_here(directory: str, output: str) -> dict[str, Any]:
 
 
 def test_a_run_from_a_hostfile_equals_the_run_on_one_host(
-    lab: Lab, directory: Path, rank_pool: Callable[[int], RankPool]
+    lab: NetnsHosts, directory: Path, rank_pool: Callable[[int], RankPool]
 ) -> None:
     with start(lab, lab.hostfile, ODD) as job:
         output, errors = job.communicate()
@@ -117,7 +117,7 @@ def test_a_run_from_a_hostfile_equals_the_run_on_one_host(
     assert found["test"] == pytest.approx(expected["test"], rel=1e-6)
 
 
-def test_a_killed_rank_ends_the_job_on_all_hosts_and_is_named_first(lab: Lab, directory: Path) -> None:
+def test_a_killed_rank_ends_the_job_on_all_hosts_and_is_named_first(lab: NetnsHosts, directory: Path) -> None:
     with start(lab, lab.hostfile, "killed", "--set", "train.epochs=1000") as job:
         wait_for_step(job, 5)
         assert_listening_at_their_addresses_alone(lab)
@@ -134,7 +134,7 @@ def test_a_killed_rank_ends_the_job_on_all_hosts_and_is_named_first(lab: Lab, di
     assert_nobody_is_left(lab)
 
 
-def test_a_link_that_drops_ends_the_job_within_the_timeout(lab: Lab, directory: Path) -> None:
+def test_a_link_that_drops_ends_the_job_within_the_timeout(lab: NetnsHosts, directory: Path) -> None:
     hostfile = directory / "two-ranks"
     hostfile.write_text("host1 slots=1\nhost2 slots=1\n")
     arguments = ["--launcher", "torchrun", "--set", "train.epochs=1000", "--set", f"parallel.timeout_seconds={TIMEOUT}"]

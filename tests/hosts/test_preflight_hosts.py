@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megarec.data.synthetic import Shape, prepare_synthetic
-from megarec.launching.lab import Lab
+from megarec.data.sources.synthetic import Shape, prepare_synthetic
+from tools.benchmarks.testbed import NetnsHosts
 
 ROOT = Path(__file__).parents[2]
 BUSY = (
@@ -29,14 +29,14 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "run.json"
 
 
-def preflight(lab: Lab, hostfile: Path, config: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def preflight(lab: NetnsHosts, hostfile: Path, config: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, ROOT / "launch/preflight.py", "--hostfile", hostfile, "--config", config, *arguments]
     with lab.start("host1", command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as job:
         output, errors = job.communicate()
     return subprocess.CompletedProcess([], job.returncode, output, errors)
 
 
-def test_a_table_when_all_is_well(lab: Lab, config: Path) -> None:
+def test_a_table_when_all_is_well(lab: NetnsHosts, config: Path) -> None:
     done = preflight(lab, lab.hostfile, config)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -44,7 +44,7 @@ def test_a_table_when_all_is_well(lab: Lab, config: Path) -> None:
     assert rows[1:] == [["host1", "10.77.0.1", "eth0", "0-1"], ["host2", "10.77.0.2", "eth0", "2-3"]]
 
 
-def test_every_failure_names_host_and_remedy(lab: Lab, config: Path, tmp_path: Path) -> None:
+def test_every_failure_names_host_and_remedy(lab: NetnsHosts, config: Path, tmp_path: Path) -> None:
     """A host that is not there, another config on one, a master port in use on another: all told at once."""
     hostfile = tmp_path / "hostfile"
     hostfile.write_text(lab.hostfile.read_text() + "host9 slots=2\nhost8 slots=2\n")
@@ -85,7 +85,7 @@ def test_every_failure_names_host_and_remedy(lab: Lab, config: Path, tmp_path: P
         ("host1 slots=3\nhost2 slots=3\n", "data.batch_size=64 does not divide: 6 ranks"),
     ],
 )
-def test_a_bad_hostfile_is_told_before_any_host_is_asked(lab: Lab, config: Path, text: str, said: str) -> None:
+def test_a_bad_hostfile_is_told_before_any_host_is_asked(lab: NetnsHosts, config: Path, text: str, said: str) -> None:
     hostfile = config.with_name("hostfile")
     hostfile.write_text(text)
     done = preflight(lab, hostfile, config)

@@ -6,20 +6,20 @@ import sys
 import time
 from pathlib import Path
 
-from megarec.launching.lab import Lab
 from tests.hosts.test_multihost import assert_nobody_is_left
 from tests.scaling.studies import write_study
 from tests.scaling.test_sweep import FAKED, MODELS, RATES, run_here, starts, table
+from tools.benchmarks.testbed import NetnsHosts
 
 
-def start(lab: Lab, study: Path, output: Path) -> "subprocess.Popen[str]":
+def start(lab: NetnsHosts, study: Path, output: Path) -> "subprocess.Popen[str]":
     """With a stand-in for launch/train.py, which takes a fraction of a second."""
     command = [sys.executable, "-c", FAKED, "sweep", "--study", study, "--output", output, "--hostfile", lab.hostfile]
     command += ["--gflop-per-second", "1"]
     return lab.start("host1", [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_a_sweep_over_hosts_survives_a_kill_and_gives_the_table_of_one_machine(lab: Lab, tmp_path: Path) -> None:
+def test_a_sweep_over_hosts_survives_a_kill_and_gives_the_table_of_one_machine(lab: NetnsHosts, tmp_path: Path) -> None:
     study = write_study(tmp_path, models=MODELS, learning_rates=RATES)
     run_here(study, tmp_path / "here", "--jobs", "2")
     output = tmp_path / 'it\'s $(touch pwned) "there"'

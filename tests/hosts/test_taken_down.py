@@ -19,11 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megarec.checkpoint.pointers import pointed
 from megarec.config.load import load_config
-from megarec.data.synthetic import Shape, prepare_synthetic
-from megarec.launching.lab import Lab
-from megarec.parallel.pool import RankPool
+from megarec.data.sources.synthetic import Shape, prepare_synthetic
+from megarec.distributed.rank_pool import RankPool
 from megarec.training.trainer import train
 from tests.hosts.test_multihost import wait_for_step
+from tools.benchmarks.testbed import NetnsHosts
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 10  # seconds
@@ -66,7 +66,7 @@ def ranks_of_host2() -> list[psutil.Process]:
     return found
 
 
-def take_down(lab: Lab, host: str) -> None:
+def take_down(lab: NetnsHosts, host: str) -> None:
     """Cut the link, then kill all but the first process (sshd), which is the namespace itself."""
     lab.link(host, up=False)
     lab.run(host, ["kill", "-9", *(str(pid) for pid in lab.processes(host) if pid != 1)])
@@ -104,7 +104,7 @@ def resume_here(directory: str, output: str) -> None:
 @pytest.mark.slow  # minutes: four jobs, and collectives that wait out their timeout
 @pytest.mark.parametrize("moment", ["save", "step"])
 def test_the_job_goes_on_where_hosts_remain(
-    lab: Lab, directory: Path, rank_pool: Callable[[int], RankPool], moment: str
+    lab: NetnsHosts, directory: Path, rank_pool: Callable[[int], RankPool], moment: str
 ) -> None:
     checkpoints = directory / "out/checkpoints"
     command = ["bash", str(ROOT / "launch/multihost.sh"), "--hostfile", str(lab.hostfile), "--config", "run.json"]

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from megarec.launching.checks import check_clock, check_interface, check_output, compare
+from megarec.launching.preflight import check_clock, check_interface, check_output, compare_hosts
 
 HERE: dict[str, Any] = {
     "directory": True,
@@ -15,7 +15,7 @@ HERE: dict[str, Any] = {
 
 
 def test_equal_hosts_pass() -> None:
-    assert compare("b", HERE, HERE) == []
+    assert compare_hosts("b", HERE, HERE) == []
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_equal_hosts_pass() -> None:
     ],
 )
 def test_a_difference_is_one_line_with_host_and_remedy(change: dict[str, Any], said: str) -> None:
-    (failure,) = compare("b", HERE | change, HERE)
+    (failure,) = compare_hosts("b", HERE | change, HERE)
     assert str(failure).startswith(f"b: {said}")
     assert "\n" not in str(failure)
 

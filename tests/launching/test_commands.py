@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megarec.distributed.rendezvous import free_port
 from megarec.errors import UserError
-from megarec.launching.assignment import Assignment
 from megarec.launching.commands import assignment_of, deepspeed_command, local_command, torchrun_commands
-from megarec.launching.hostfile import Host
-from megarec.launching.ssh import on_host
-from megarec.parallel.ports import free_port
+from megarec.launching.hosts import Host, on_ssh_host
+from megarec.launching.rank_process import Assignment
 
 WORD = Assignment("job", "/it's $(here)", ["train.py", "--set", 'a=`b` "c"'], {"KEY": "$v"}, ["eth0"]).encode()
 FAKE_PDSH = """#!/bin/sh
@@ -40,7 +39,7 @@ def test_an_assignment_is_one_word_that_no_shell_changes(
     st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",))), min_size=1, max_size=4)
 )
 def test_a_remote_shell_gives_the_command_its_words(words: list[str]) -> None:
-    *_, host, remote = on_host("host1", ["printf", "%s\\0", *words])
+    *_, host, remote = on_ssh_host("host1", ["printf", "%s\\0", *words])
     assert host == "host1"
     done = subprocess.run(["sh", "-c", remote], capture_output=True, check=True)
     assert done.stdout.decode().split("\0")[:-1] == words

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megarec.errors import UserError
-from megarec.launching.interruption import Interruption
 from megarec.launching.restarts import End, run_with_restarts
+from megarec.signals import Interruption
 
 KILLED = End(137, "rank 1 on host2: killed by signal 9 (SIGKILL)")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megarec.launching.hostfile import Host
-from megarec.launching.interruption import Interruption
-from megarec.launching.outcomes import Outcome
+from megarec.launching.exit_report import Outcome
+from megarec.launching.failure_report import verdict
+from megarec.launching.hosts import Host
 from megarec.launching.supervise import Command, Record, Watch, supervise
-from megarec.launching.verdict import verdict
+from megarec.signals import Interruption
 
 JOB = "0123abcd"
 HOSTS = [Host("host1", 2, 0), Host("host2", 2, 2)]
@@ -144,7 +144,7 @@ def test_the_launcher_ends_even_when_the_supervisor_is_killed() -> None:
     marker = f"1001.{os.getpid()}"
     linger = f"import subprocess; subprocess.run(['sleep', '{marker}'], start_new_session=True)"
     code = (
-        "import os, sys; from megarec.launching.interruption import Interruption\n"
+        "import os, sys; from megarec.signals import Interruption\n"
         "from megarec.launching.supervise import Command, Watch, supervise\n"
         f"supervise('x', [Command([sys.executable, '-c', {linger!r}], dict(os.environ))], Watch(Interruption()))"
     )

@@ -1,6 +1,6 @@
 """Embedding layouts for tests."""
 
-from megarec.embeddings.layout import EmbeddingLayout, Feature, Table
+from megarec.sparse.layout import EmbeddingLayout, Feature, Table
 
 
 def layout(dim: int, full: list[int], small: list[int], rows: int = 7) -> EmbeddingLayout:

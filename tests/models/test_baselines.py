@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megarec.config.baseline_sections import (
+from megarec.config.models import (
     BASELINES,
     AfnConfig,
     AutoIntConfig,
@@ -23,7 +23,7 @@ from megarec.models.baselines.afn import Afn
 from megarec.models.baselines.finalmlp import FinalMlp
 from megarec.models.baselines.fm import pair_products
 from megarec.models.blocks import KeyedDropout
-from megarec.models.over_arch import build_over_arch
+from megarec.models.recommender import build_over_arch
 from tests.models.equations import Parameters, assert_same, mlp, randomise
 from tests.models.test_wukong import layer_norm
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from megarec.config.sections import DcnConfig
+from megarec.config.models import DcnConfig
 from megarec.models.blocks import MLP
 from megarec.models.dcn import Dcn
 from tests.models.equations import Parameters, assert_same, mlp, randomise

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megarec.config.sections import DlrmConfig
+from megarec.config.models import DlrmConfig
 from megarec.errors import UserError
 from megarec.models.blocks import KeyedDropout
 from megarec.models.dlrm import Dlrm

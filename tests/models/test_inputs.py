@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megarec.config.sections import WukongConfig
+from megarec.config.models import WukongConfig
 from megarec.errors import UserError
 from megarec.models.blocks import KeyedDropout
 from megarec.models.inputs import InputLayer

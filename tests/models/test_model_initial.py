@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from megarec.config.baseline_sections import BASELINES, FinalMlpConfig
-from megarec.config.sections import DcnConfig, DlrmConfig, OverArchConfig, WukongConfig
+from megarec.config.models import BASELINES, DcnConfig, DlrmConfig, FinalMlpConfig, OverArchConfig, WukongConfig
 from megarec.models.blocks import MLP
-from megarec.models.initial import TILE, Shard, draw_normal_, fill_initial, initialize, materialize
-from megarec.models.over_arch import build_over_arch
+from megarec.models.initial import TILE, draw_normal_, fill_initial, initialize, materialize
+from megarec.models.recommender import build_over_arch
+from megarec.slices import ParameterShard
 
 ROWS, COLUMNS = TILE[0] + 9, TILE[1] + 12
 
@@ -33,7 +33,7 @@ def whole(seed: int = 1, name: str = "layers.0.weight") -> torch.Tensor:
 def test_a_shard_starts_as_its_slice_of_the_whole(rows: list[int], columns: list[int]) -> None:
     part = torch.empty(rows[1] - rows[0], columns[1] - columns[0])
     part.initial_std = 0.5  # type: ignore[attr-defined]
-    part.shard = Shard((ROWS, COLUMNS), (rows[0], columns[0]))  # type: ignore[attr-defined]
+    part.shard = ParameterShard((ROWS, COLUMNS), (rows[0], columns[0]))  # type: ignore[attr-defined]
     fill_initial(part, "layers.0.weight", 1)
     torch.testing.assert_close(part, whole()[slice(*rows), slice(*columns)], rtol=0, atol=0)
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megarec.models import gemm
+from megarec.dense.memory import saved_activations
+from megarec.models import cpu_gemm
 from megarec.models.projection import Projection, project
-from megarec.training.memory import saved_activations
 
 
 def plain(x: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -43,9 +43,9 @@ def test_values_and_gradients_whatever_the_blocks(
 ) -> None:
     x, weight, upstream = case(batch, n, dim, rank, others)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gemm, "CACHE_BYTES", 4 * n * dim * block)
+        patch.setattr(cpu_gemm, "CACHE_BYTES", 4 * n * dim * block)
         threads = torch.get_num_threads()
-        assert len(gemm.example_blocks(x)) == -(-batch // (-(-block // threads) * threads))
+        assert len(cpu_gemm.example_blocks(x)) == -(-batch // (-(-block // threads) * threads))
         actual = gradients(project, x, weight, rank, upstream)
     for mine, its in zip(actual, gradients(plain, x, weight, rank, upstream), strict=True):
         torch.testing.assert_close(mine, its)
@@ -67,9 +67,9 @@ def test_embeddings_that_lie_apart_in_memory() -> None:
 def test_one_gemm_over_all_examples_sums_as_the_blocks_do() -> None:
     """What GPUs take; its shapes on the meta device, its numbers here."""
     a, b = torch.randn(3, 4, 5).double(), torch.randn(3, 6, 5).double()
-    torch.testing.assert_close(gemm.summed_products(a, b), torch.einsum("bmd,bnd->mn", a, b))
-    torch.testing.assert_close(gemm.flat_summed_products(a, b), torch.einsum("bmd,bnd->mn", a, b))
-    assert gemm.summed_products(a.to("meta"), b.to("meta")).shape == (4, 6)
+    torch.testing.assert_close(cpu_gemm.summed_products(a, b), torch.einsum("bmd,bnd->mn", a, b))
+    torch.testing.assert_close(cpu_gemm.flat_summed_products(a, b), torch.einsum("bmd,bnd->mn", a, b))
+    assert cpu_gemm.summed_products(a.to("meta"), b.to("meta")).shape == (4, 6)
 
 
 def test_bf16_is_the_exact_result_rounded() -> None:

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megarec.config.baseline_sections import BASELINES
-from megarec.config.sections import DcnConfig, DlrmConfig, OverArchConfig, WukongConfig
+from megarec.config.models import BASELINES, DcnConfig, DlrmConfig, OverArchConfig, WukongConfig
 from megarec.models.blocks import KeyedDropout
 from megarec.models.recommender import Recommender
 from tests.models.layouts import layout

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from megarec.config.sections import AttentiveConfig, WukongConfig
+from megarec.config.models import AttentiveConfig, WukongConfig
 from megarec.errors import UserError
 from megarec.models.blocks import KeyedDropout
 from megarec.models.wukong import Projection, Wukong

@@ -8,13 +8,14 @@ import torch.distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.config.load import load_config
-from megarec.parallel.pool import RankPool
+from megarec.dense.engine import set_learning_rate
+from megarec.distributed.process import start_process
+from megarec.distributed.rank_pool import RankPool
 from megarec.parity.cases import DENSE_SGD, FP32_TOLERANCE, FULL_WIDTH, TOWER_MODULES, UNEVEN_TWO, Case, cases
 from megarec.parity.reference import reference_losses
 from megarec.parity.run import STEPS, compare, write_base
-from megarec.training.build import build_run
-from megarec.training.clock import Clock
-from megarec.training.engine import set_learning_rate, start_process
+from megarec.run.build import build_run
+from megarec.training.profiling import StepTimer
 from megarec.training.step import train_step
 
 
@@ -48,7 +49,7 @@ def losses_with_wrong_gradient_scale(path: Path, overrides: list[str], steps: in
     set_learning_rate(run.engine, config.dense.learning_rate)
     losses = []
     for batch in list(run.train.batches(epoch=0))[:steps]:
-        result = train_step(run.engine, run.sparse, batch, world_size=1, clock=Clock(device))
+        result = train_step(run.engine, run.sparse, batch, world_size=1, clock=StepTimer(device))
         loss = binary_cross_entropy_with_logits(result.logits.double(), batch.labels.double())
         dist.all_reduce(loss)
         losses.append(float(loss) / run.topology.world_size)
@@ -76,7 +77,7 @@ def losses_with_a_mean_over_the_host(path: Path, overrides: list[str], steps: in
             parameter.register_hook(lambda gradient: gradient * run.topology.hosts)
     losses = []
     for batch in list(run.train.batches(epoch=0))[:steps]:
-        result = train_step(run.engine, run.sparse, batch, world_size=run.topology.world_size, clock=Clock(device))
+        result = train_step(run.engine, run.sparse, batch, world_size=run.topology.world_size, clock=StepTimer(device))
         loss = binary_cross_entropy_with_logits(result.logits.double(), batch.labels.double())
         dist.all_reduce(loss)
         losses.append(float(loss) / run.topology.world_size)

@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from megarec.config.load import load_config
 from megarec.config.sections import RunConfig
 from megarec.data.schema import CategoricalFeature, Schema
-from megarec.embeddings.exchange import SparseSide
-from megarec.embeddings.layout import build_layout
-from megarec.embeddings.placement import Shard
+from megarec.dense.layers import recompute_layers
+from megarec.dense.memory import saved_activations
+from megarec.distributed.collectives import Ledger
+from megarec.distributed.topology import ONE_RANK, Topology
 from megarec.models.initial import initialize
 from megarec.models.recommender import Recommender
-from megarec.parallel.collectives import Ledger
-from megarec.parallel.recompute import recompute_layers
-from megarec.planning.memory import activation_bytes, parameter_sizes, predict, table_bytes, with_totals
-from megarec.topology import ONE_RANK, Topology
-from megarec.training.memory import saved_activations
+from megarec.planning.memory import activation_bytes, parameter_sizes, predict, with_totals
+from megarec.sparse.layout import build_layout
+from megarec.sparse.placement import Shard
+from megarec.sparse.side import SparseSide
+from megarec.sparse.tables.optimizers import table_bytes
 
 SCHEMA = Schema(
     name="made up",

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megarec.parallel.pool import RankPool
-from megarec.planning.collectives import CollectiveRecorder, GroupNames
-from megarec.topology import build_topology
+from megarec.distributed.rank_pool import RankPool
+from megarec.distributed.topology import build_topology
+from megarec.planning.recorder import CollectiveRecorder, GroupNames
 
 RANKS = 4
 

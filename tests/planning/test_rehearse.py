@@ -12,16 +12,15 @@ import pytest
 
 from megarec.config.load import load_config
 from megarec.data.schema import schema_of
+from megarec.distributed.process import start_process
+from megarec.distributed.rank_pool import RankPool
+from megarec.distributed.topology import build_topology
 from megarec.errors import UserError
-from megarec.parallel.pool import RankPool
 from megarec.parity.run import write_base
-from megarec.planning.collectives import CollectiveRecorder, GroupNames
-from megarec.planning.examples import make_batch
-from megarec.planning.rehearse import STEPS, check_ranks
-from megarec.topology import build_topology
-from megarec.training.build import build_model
-from megarec.training.clock import Clock
-from megarec.training.engine import start_process
+from megarec.planning.recorder import CollectiveRecorder, GroupNames
+from megarec.planning.rehearse import STEPS, check_ranks, make_batch
+from megarec.run.build import build_model
+from megarec.training.profiling import StepTimer
 from megarec.training.step import train_step
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +55,7 @@ def real_collectives(path: Path, overrides: list[str]) -> list[dict[str, Any]]:
     with recorder:
         for step in range(STEPS):
             batch = make_batch(schema, config.data.batch_size // topology.world_size, seed=step)
-            train_step(model.engine, model.sparse, batch, world_size=topology.world_size, clock=Clock(device))
+            train_step(model.engine, model.sparse, batch, world_size=topology.world_size, clock=StepTimer(device))
             found = recorder.take()
     return found
 

@@ -6,19 +6,20 @@ from typing import Any
 import pytest
 import torch
 
-from megarec.config.sections import RunConfig, WukongConfig
+from megarec.config.models import WukongConfig
+from megarec.config.sections import RunConfig
+from megarec.dense.memory import Parts, dense_bytes
+from megarec.dense.parallelize import parallelize
+from megarec.dense.tensor_parallel import shard_mlps
+from megarec.distributed.collectives import Channel, Ledger
+from megarec.distributed.process import start_process
+from megarec.distributed.rank_pool import RankPool
+from megarec.distributed.topology import Topology, build_topology
 from megarec.errors import UserError
-from megarec.models.gemm import fast_cpu_gemm
+from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.models.wukong import Wukong
-from megarec.parallel.collectives import Channel, Ledger
-from megarec.parallel.parallelize import parallelize
-from megarec.parallel.pool import RankPool
-from megarec.parallel.tensor import shard_mlps
-from megarec.planning.collectives import CollectiveRecorder, GroupNames
+from megarec.planning.recorder import CollectiveRecorder, GroupNames
 from megarec.planning.zero import dense_parts, zero_of
-from megarec.topology import Topology, build_topology
-from megarec.training.engine import start_process
-from megarec.training.memory import Parts, dense_bytes
 
 EMBEDDINGS, DIM, MICRO = 40, 32, 4
 WUKONG = WukongConfig(dim=DIM, layers=3, num_fm=16, num_lcb=16, rank=16, mlp=[512, 512], head=[256])  # 2.7 M parameters

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megarec.data.planted import Shape, prepare_planted
+from megarec.data.sources.planted import Shape, prepare_planted
 
 WUKONG = {"layers": 1, "num_fm": 2, "num_lcb": 2, "rank": 4, "mlp": [16], "dim": 8, "head": [8]}
 MODELS = {"wukong-tiny": {"model": WUKONG}, "lr": {"model": {"name": "lr", "dim": 4}}}

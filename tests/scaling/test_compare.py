@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from megarec.scaling.compare import equal_quality, frontier, large_end
+from megarec.scaling.ladder import LADDER
 from megarec.scaling.law import NoLaw, find_law
 from megarec.scaling.points import Run, read_points
-from megarec.scaling.published import LADDER
+from megarec.scaling.study import equal_quality, frontier, large_end
 
 NO_LAW = NoLaw(0, "")
 

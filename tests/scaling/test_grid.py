@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megarec.errors import UserError
-from megarec.scaling.board import hyper_parameters
 from megarec.scaling.grid import of_models, read_grid
+from megarec.scaling.results import hyper_parameters
 from tests.scaling.studies import write_study
 
 RATES = [{"dense.learning_rate": 0.01}, {"dense.learning_rate": 0.001, "embedding.learning_rate": 0.02}]

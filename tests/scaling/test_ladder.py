@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megarec.config.load import load_config, micro_batch_size
-from megarec.config.sections import WukongConfig
+from megarec.config.deepspeed import micro_batch_size
+from megarec.config.load import load_config
+from megarec.config.models import WukongConfig
 from megarec.data.schema import read_schema
 from megarec.models.wukong import layer_sizes
-from megarec.scaling.counting import count_run
-from megarec.scaling.published import LADDER as PUBLISHED
+from megarec.run.scale import count_run
+from megarec.scaling.ladder import LADDER as PUBLISHED
 from megarec.scaling.stand_in import as_json, ladder_schema
 
 ROOT = Path(__file__).parents[2]

@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from megarec.scaling.bootstrap import resample, size_means
 from megarec.scaling.fit import Curve, chosen, fit_forms
-from megarec.scaling.law import Law, NoLaw, find_law
+from megarec.scaling.ladder import LADDER
+from megarec.scaling.law import Law, NoLaw, find_law, resample, size_means
 from megarec.scaling.points import Run, read_points
-from megarec.scaling.published import LADDER
 
 SIZES = np.geomspace(0.5, 100, 7)
 REPLICATES = 60

@@ -18,11 +18,11 @@ import pytest
 from pyarrow import parquet
 
 from megarec.errors import UserError
-from megarec.launching.hostfile import Host
+from megarec.launching.hosts import Host
 from megarec.scaling.grid import read_grid
 from megarec.scaling.law import NoLaw
 from megarec.scaling.points import read_points
-from megarec.scaling.rows import Rows
+from megarec.scaling.results import Rows
 from megarec.scaling.study import study
 from megarec.scaling.sweep import command_of, environment_of, local_slots, slots_of
 from tests.scaling.studies import WUKONG, write_study

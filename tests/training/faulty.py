@@ -12,17 +12,18 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from megarec.checkpoint import dense, sparse
-from megarec.checkpoint.position import Position
+from megarec.checkpoint import sparse
 from megarec.data.batch import Batch
-from megarec.embeddings.layout import build_layout
-from megarec.launching.interruption import Interruption
-from megarec.training.build import Run
-from megarec.training.clock import Clock
-from megarec.training.engine import set_learning_rate
-from megarec.training.faults import FaultPolicy
-from megarec.training.judge import StepJudge
-from megarec.training.monitor import Monitor
+from megarec.dense import masters
+from megarec.dense.engine import set_learning_rate
+from megarec.run.build import Run
+from megarec.run.state import TrainState
+from megarec.signals import Interruption
+from megarec.sparse.layout import build_layout
+from megarec.training.console import Console
+from megarec.training.faults.policy import FaultPolicy
+from megarec.training.faults.step_check import StepCheck
+from megarec.training.profiling import StepTimer
 from megarec.training.step import train_step
 from tests.checkpoint.runs import build
 
@@ -30,7 +31,9 @@ from tests.checkpoint.runs import build
 def everything(run: Run) -> dict[str, Tensor]:
     """Copies of what this rank holds: dense weights and states, tables and theirs, tower modules and theirs."""
     layout = build_layout(run.schema, run.config.embedding, run.config.model.dim)
-    pieces = dense.held(run.engine, run.topology) + dense.written(run.engine, run.topology)  # the latter: Adam's steps
+    pieces = masters.held(run.engine, run.topology) + masters.written(
+        run.engine, run.topology
+    )  # the latter: Adam's steps
     pieces += sparse.tables_held(run.sparse, layout)
     found = {f"{piece.name} {piece.start}": piece.tensor for piece in pieces}
     found |= {f"model {name}": parameter for name, parameter in run.engine.module.named_parameters()}
@@ -128,17 +131,17 @@ class Seen:
     changed: list[str]
 
 
-def step_of(run: Run, judge: StepJudge, batch: Batch) -> str | None:
+def step_of(run: Run, judge: StepCheck, batch: Batch) -> str | None:
     set_learning_rate(run.engine, run.dense_learning_rate)
-    clock = Clock(run.device)
+    clock = StepTimer(run.device)
     clock.next_step(sampled=False)
     return train_step(run.engine, run.sparse, batch, world_size=run.topology.world_size, clock=clock, judge=judge).cause
 
 
-def judged(run: Run) -> StepJudge:
-    position = Position()
+def judged(run: Run) -> StepCheck:
+    position = TrainState()
     policy = FaultPolicy(run.config.train.faults, position)
-    return StepJudge(run, Monitor(1, None, 1), policy, position, Interruption())
+    return StepCheck(run, Console(1, None, 1), policy, position, Interruption())
 
 
 def plant_all(path: Path, overrides: list[str], kinds: list[str]) -> tuple[dict[str, Seen], list[str]]:

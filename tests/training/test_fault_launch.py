@@ -11,9 +11,9 @@ from typing import IO
 import psutil
 import pytest
 
-from megarec.data.synthetic import Shape, prepare_synthetic
-from megarec.exit_codes import PREEMPTED, STOPPED
-from megarec.parallel.ports import free_port
+from megarec.data.sources.synthetic import Shape, prepare_synthetic
+from megarec.distributed.rendezvous import free_port
+from megarec.errors import PREEMPTED, STOPPED
 from tests.checkpoint.runs import write_run
 
 ROOT = Path(__file__).parents[2]

@@ -14,19 +14,18 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megarec.checkpoint.dense import unsharded_states
 from megarec.config.load import load_config
 from megarec.data.batch import Batch
 from megarec.data.loader import TrainLoader
-from megarec.data.synthetic import Shape, prepare_synthetic
-from megarec.errors import RunEnded
-from megarec.exit_codes import DONE, PREEMPTED, STOPPED
-from megarec.parallel.pool import RankPool
-from megarec.parallel.tensor import is_sharded
+from megarec.data.sources.synthetic import Shape, prepare_synthetic
+from megarec.dense.masters import unsharded_states
+from megarec.dense.tensor_parallel import is_sharded
+from megarec.distributed.rank_pool import RankPool
+from megarec.errors import DONE, PREEMPTED, STOPPED, RunEnded
+from megarec.run.build import Run
 from megarec.training import trainer
-from megarec.training.build import Run
-from megarec.training.monitor import Monitor
-from megarec.training.replicas import culprits, hash_of
+from megarec.training.console import Console
+from megarec.training.faults.replicas import differing_ranks, hash_of
 from tests.checkpoint.runs import TOWER_MODULE, TOWERS, write_run
 
 STEPS = 16
@@ -70,7 +69,7 @@ class End:
 def run_it(path: Path, overrides: list[str], plan: Plan, resume: bool = False) -> End:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "say", lambda monitor, text: said.append(text))
+        patch.setattr(Console, "say", lambda monitor, text: said.append(text))
         _plant(patch, plan)
         try:
             trainer.train(load_config(path, overrides), resume=resume, started=time.time())
@@ -82,7 +81,7 @@ def run_it(path: Path, overrides: list[str], plan: Plan, resume: bool = False) -
 def _plant(patch: pytest.MonkeyPatch, plan: Plan) -> None:
     rank = int(os.environ["RANK"])
     batches, evaluate, save, compare = (
-        TrainLoader.batches, trainer.evaluate, trainer.Loop._save, trainer.differing_replicas,
+        TrainLoader.batches, trainer.evaluate, trainer.Trainer._save, trainer.differing_replicas,
     )  # fmt: skip
 
     def planted(loader: TrainLoader, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -103,7 +102,7 @@ def _plant(patch: pytest.MonkeyPatch, plan: Plan) -> None:
         signalled("validation")
         return evaluate(run, loader)
 
-    def saving(loop: trainer.Loop, best: bool) -> None:
+    def saving(loop: trainer.Trainer, best: bool) -> None:
         if loop.position.step == plan.poison:
             plan.poison = 0
             for name, (_, tensor) in loop.run.sparse.state().items():
@@ -119,7 +118,7 @@ def _plant(patch: pytest.MonkeyPatch, plan: Plan) -> None:
 
     patch.setattr(TrainLoader, "batches", planted)
     patch.setattr(trainer, "evaluate", evaluating)
-    patch.setattr(trainer.Loop, "_save", saving)
+    patch.setattr(trainer.Trainer, "_save", saving)
     patch.setattr(trainer, "differing_replicas", comparing)
     build = trainer.build_run
 
@@ -334,9 +333,9 @@ def test_a_flipped_bit_in_a_tower_module_names_its_replicas(run: Runner, data: P
 
 
 def test_a_majority_names_the_culprit() -> None:
-    assert culprits([7, 7, 9], [0, 2, 4]) == "rank 4 against 2 others: another copy of"
-    assert culprits([7, 9, 7, 8, 7], [0, 1, 2, 3, 4]) == "ranks 1, 3 against 3 others: another copy of"
-    assert culprits([7, 9], [4, 5]).startswith("ranks 4, 5 (no majority")
+    assert differing_ranks([7, 7, 9], [0, 2, 4]) == "rank 4 against 2 others: another copy of"
+    assert differing_ranks([7, 9, 7, 8, 7], [0, 1, 2, 3, 4]) == "ranks 1, 3 against 3 others: another copy of"
+    assert differing_ranks([7, 9], [4, 5]).startswith("ranks 4, 5 (no majority")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])

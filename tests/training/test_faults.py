@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 
-from megarec.checkpoint.position import Position
 from megarec.config.sections import FaultsConfig
-from megarec.data.synthetic import Shape, prepare_synthetic
-from megarec.parallel.pool import RankPool
-from megarec.training.faults import FaultPolicy, cause_of
-from megarec.training.vote import Ballot
+from megarec.data.sources.synthetic import Shape, prepare_synthetic
+from megarec.distributed.rank_pool import RankPool
+from megarec.run.state import TrainState
+from megarec.training.faults.policy import FaultPolicy, RankHealth, cause_of
 from tests.checkpoint.runs import TOWER_MODULE, TOWERS, write_run
 from tests.training.faulty import fp16_steps, plant_all
 
-GOOD = Ballot(0.5, 1.0, 1.0, 0.0, 0.0)
+GOOD = RankHealth(0.5, 1.0, 1.0, 0.0, 0.0)
 NAN = float("nan")
 
 
@@ -120,14 +119,14 @@ def test_where_the_scale_cannot_shrink_bad_gradients_of_fp16_are_a_fault(
 
 def test_the_loss_comes_before_gradients_and_fp16_overflows_are_no_faults() -> None:
     assert cause_of([GOOD, GOOD], scale_can_shrink=False) is None
-    bad_gradient = Ballot(0.5, 1.0, NAN, 0.0, 0.0)
+    bad_gradient = RankHealth(0.5, 1.0, NAN, 0.0, 0.0)
     assert cause_of([GOOD, bad_gradient], scale_can_shrink=False) == "gradient"
     assert cause_of([GOOD, bad_gradient], scale_can_shrink=True) == "overflow"
-    assert cause_of([Ballot(NAN, NAN, NAN, 0.0, 0.0), bad_gradient], scale_can_shrink=True) == "loss"
+    assert cause_of([RankHealth(NAN, NAN, NAN, 0.0, 0.0), bad_gradient], scale_can_shrink=True) == "loss"
 
 
-def policy(**config: Any) -> tuple[FaultPolicy, Position]:
-    position = Position()
+def policy(**config: Any) -> tuple[FaultPolicy, TrainState]:
+    position = TrainState()
     return FaultPolicy(FaultsConfig(**config), position), position
 
 
@@ -145,11 +144,11 @@ def test_a_rollback_leaves_out_what_was_faulty_and_then_all_that_led_there() -> 
     faults, position = policy(max_in_a_row=1, then="rollback", max_rollbacks=2)
     position.step = 7
     assert faults.skipped("loss") == "rollback"
-    faults.rolled_back(Position(step=4))
+    faults.rolled_back(TrainState(step=4))
     assert (position.step, position.left_out, position.rollbacks) == (4, [7], 1)
     position.step = 8
     assert faults.skipped("loss") == "rollback"
-    faults.rolled_back(Position(step=4))
+    faults.rolled_back(TrainState(step=4))
     assert (position.step, position.left_out, position.rollbacks) == (4, [4, 5, 6, 7, 8], 2)
     assert faults.skipped("loss") == "stop"
 

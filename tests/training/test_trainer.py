@@ -10,11 +10,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megarec.config.load import load_config
-from megarec.config.sections import WukongConfig
-from megarec.data.synthetic import Shape, prepare_synthetic
+from megarec.config.models import WukongConfig
+from megarec.data.sources.synthetic import Shape, prepare_synthetic
+from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
-from megarec.parallel.pool import RankPool
-from megarec.scaling.counting import count_run
+from megarec.run.scale import count_run
 from megarec.training.trainer import train
 
 MODEL = {"layers": 1, "num_fm": 2, "num_lcb": 2, "rank": 4, "mlp": [16], "dim": 8, "head": [8], "dropout": 0.1}

@@ -18,7 +18,7 @@ Shape suffixes: B examples, N embeddings of one example, D width of an embedding
 
 from torch import Tensor, nn
 
-from megarec.config.baseline_sections import AfnConfig
+from megarec.config.models import AfnConfig
 from megarec.errors import UserError
 from megarec.models.blocks import MLP, init_fan_in_, number_dropouts
 from megarec.models.wukong import LayerNormFactory, torch_layer_norm

@@ -15,7 +15,7 @@ width A emit for an embedding.
 import torch
 from torch import Tensor, nn
 
-from megarec.config.baseline_sections import AutoIntConfig
+from megarec.config.models import AutoIntConfig
 from megarec.models.blocks import MLP, init_fan_in_, number_dropouts
 
 

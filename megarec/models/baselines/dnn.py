@@ -11,7 +11,7 @@ Shape suffixes: B examples, N embeddings of one example, D width of an embedding
 
 from torch import Tensor, nn
 
-from megarec.config.baseline_sections import DnnConfig, LrConfig
+from megarec.config.models import DnnConfig, LrConfig
 from megarec.models.blocks import MLP, number_dropouts
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megarec.config.baseline_sections import FinalMlpConfig
+from megarec.config.models import FinalMlpConfig
 from megarec.errors import UserError
 from megarec.models.blocks import MLP, init_fan_in_, number_dropouts
 from megarec.models.initial import draw_normal_

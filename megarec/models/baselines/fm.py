@@ -13,7 +13,7 @@ Shape suffixes: B examples, N embeddings of one example, D width of an embedding
 
 from torch import Tensor, nn
 
-from megarec.config.baseline_sections import DeepFmConfig, FmConfig
+from megarec.config.models import DeepFmConfig, FmConfig
 from megarec.models.blocks import MLP, number_dropouts
 
 

@@ -13,7 +13,7 @@ Shape suffixes: B examples, N embeddings of one example, D width of an embedding
 import torch
 from torch import Tensor, nn
 
-from megarec.config.baseline_sections import MaskNetConfig
+from megarec.config.models import MaskNetConfig
 from megarec.models.blocks import MLP, number_dropouts
 from megarec.models.wukong import LayerNormFactory, torch_layer_norm
 

@@ -14,7 +14,7 @@ Shape suffixes: B examples, N embeddings of one example, D width of an embedding
 import torch
 from torch import Tensor, nn
 
-from megarec.config.baseline_sections import XDeepFmConfig
+from megarec.config.models import XDeepFmConfig
 from megarec.models.blocks import MLP, init_fan_in_, number_dropouts
 
 

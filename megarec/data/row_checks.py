@@ -1,0 +1,149 @@
+"""What can be wrong in a prepared parquet shard: its columns, then its rows, column by column in vectors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from megarec.data.schema import CategoricalFeature, Schema
+from megarec.errors import UserError, did_you_mean
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Defect:
+    """Rows of a record batch that have the same thing wrong.
+
+    Attributes:
+        rows: bool [n], which rows; at least one.
+        value: the value seen in the first of them.
+        expected: what should stand there.
+    """
+
+    column: str
+    rows: Mask
+    value: Any
+    expected: str
+
+    @property
+    def reason(self) -> str:
+        return f"{self.column} is not {self.expected}"
+
+
+def check_columns(path: Path, columns: pa.Schema, schema: Schema) -> None:
+    """Every column that the schema wants is there, with a type that can hold it.
+
+    Raises:
+        UserError: names the file, the column, the type seen and the one expected.
+    """
+
+    def check(name: str, fits: Any, expected: str) -> None:
+        if name not in columns.names:
+            raise UserError(f"{path}: column {name!r} is missing; {did_you_mean(name, columns.names)}")
+        kind = columns.field(name).type
+        if not fits(kind):
+            raise UserError(f"{path}: column {name!r} is {kind}, expected {expected}; prepare the data again")
+
+    for feature in schema.categorical:
+        if feature.multi_valued:
+            check(feature.name, _is_integer_list, "list<int64> (the feature is multi-valued)")
+            if feature.weighted:
+                check(feature.weights_column, _is_float_list, "list<float> (the feature is weighted)")
+        else:
+            check(feature.name, pa.types.is_integer, "int64")
+    for name in schema.numeric:
+        check(name, lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind), "float32")
+    check(schema.label, lambda kind: pa.types.is_boolean(kind) or pa.types.is_primitive(kind), "0 or 1")
+
+
+def _is_integer_list(kind: pa.DataType) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
+
+
+def _is_float_list(kind: pa.DataType) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_floating(kind.value_type)
+
+
+def find_defects(batch: pa.RecordBatch, schema: Schema) -> Iterator[Defect]:
+    """All defects of a record batch, in schema order."""
+    for feature in schema.categorical:
+        column = batch.column(feature.name)
+        yield from _nulls(feature.name, column)
+        bad = _lists_outside(column, feature) if feature.multi_valued else _outside(column, feature)
+        if bad is not None:
+            yield bad
+        if feature.weighted:
+            yield from _bad_weights(batch.column(feature.weights_column), column, feature)
+    for name in schema.numeric:
+        column = batch.column(name)
+        yield from _nulls(name, column)
+        finite = np.isfinite(as_numbers(column, np.float32))
+        yield from _defect(name, ~finite, column, "a finite number")
+    column = batch.column(schema.label)
+    yield from _nulls(schema.label, column)
+    labels = as_numbers(column, np.float32)
+    yield from _defect(schema.label, (labels != 0) & (labels != 1), column, "0 or 1")
+
+
+def as_numbers(column: pa.Array, kind: type[np.generic]) -> NDArray[Any]:
+    """The column as a NumPy vector of this type; a null becomes 0, which is flagged as a null."""
+    if column.null_count:
+        column = pc.fill_null(column, pa.scalar(0).cast(column.type))
+    with np.errstate(over="ignore"):  # a float64 too large for float32 becomes inf, which is flagged
+        return column.to_numpy(zero_copy_only=False).astype(kind, copy=False)
+
+
+def _defect(name: str, rows: Mask, column: pa.Array, expected: str) -> Iterator[Defect]:
+    if rows.any():
+        yield Defect(name, rows, column[int(rows.argmax())].as_py(), expected)
+
+
+def _nulls(name: str, column: pa.Array) -> Iterator[Defect]:
+    if column.null_count:
+        yield from _defect(name, column.is_null().to_numpy(zero_copy_only=False), column, "present")
+
+
+def _bad_ids(values: pa.Array, feature: CategoricalFeature) -> Mask:
+    """Compared in the column's own type: an unsigned 64-bit id must not wrap into range."""
+    numbers = values.to_numpy(zero_copy_only=False) if not values.null_count else as_numbers(values, np.int64)
+    return (numbers < 0) | (numbers >= feature.rows)
+
+
+def _expected_id(feature: CategoricalFeature) -> str:
+    return f"an id in [0, {feature.rows})"
+
+
+def _outside(column: pa.Array, feature: CategoricalFeature) -> Defect | None:
+    return next(_defect(feature.name, _bad_ids(column, feature), column, _expected_id(feature)), None)
+
+
+def _lists_outside(column: pa.Array, feature: CategoricalFeature) -> Defect | None:
+    values = column.flatten()  # leaves out null lists, and what lies outside a slice
+    bad = _bad_ids(values, feature)
+    if values.null_count:
+        bad |= values.is_null().to_numpy(zero_copy_only=False)
+    if not bad.any():
+        return None
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    rows = np.zeros(len(column), bool)
+    rows[np.repeat(np.arange(len(column)), lengths)[bad]] = True
+    return Defect(feature.name, rows, values[int(bad.argmax())].as_py(), _expected_id(feature))
+
+
+def _bad_weights(column: pa.Array, ids: pa.Array, feature: CategoricalFeature) -> Iterator[Defect]:
+    """Another number of weights than of ids, or one that is not finite in float32."""
+    name = feature.weights_column
+    yield from _nulls(name, column)
+    lengths, wanted = (pc.fill_null(pc.list_value_length(c), 0).to_numpy(zero_copy_only=False) for c in (column, ids))
+    there = column.is_valid().to_numpy(zero_copy_only=False)
+    yield from _defect(name, there & (lengths != wanted), column, f"as many weights as {feature.name} has ids")
+    finite = np.isfinite(as_numbers(column.flatten(), np.float32))
+    rows = np.zeros(len(column), bool)
+    rows[np.repeat(np.arange(len(column)), lengths)[~finite]] = True
+    yield from _defect(name, rows, column, "finite numbers")

@@ -1,0 +1,159 @@
+"""The JSON by which people say what the columns of their own files are."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megarec.errors import UserError, did_you_mean
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Ids(_Strict):
+    dtype: Literal["string", "integer"] = Field("string", description="what the values are; integers equal by number")
+    min_count: Annotated[int, Field(ge=1)] = Field(1, description="rarer values in the training split share row 0")
+    hash: Annotated[int, Field(ge=2)] | None = Field(None, description="rows to hash to; null: count a vocabulary")
+    table: str | None = Field(None, description="another column whose values and table this one shares")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "_Ids":
+        given = [key for key in ("min_count", "hash", "table") if key in self.model_fields_set]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; keep one")
+        return self
+
+
+class Categorical(_Ids):
+    """One id a row; a missing value has row 0."""
+
+    type: Literal["categorical"]
+
+
+class MultiValued(_Ids):
+    """A list of ids a row: text cut at the separator, or a parquet list. Empty elements are dropped."""
+
+    type: Literal["multi_valued"]
+    separator: Annotated[str, Field(min_length=1)] = "|"
+    pooling: Literal["sum", "mean"] = "sum"
+
+
+class Weights(_Strict):
+    """A list of numbers a row, one for each element of a multi-valued column, cut at the same separator."""
+
+    type: Literal["weights"]
+    of: str = Field(description="the multi-valued column")
+
+
+class Numeric(_Strict):
+    """A number a row."""
+
+    type: Literal["numeric"]
+    log: bool = Field(False, description="sign(x) log(1 + |x|) in place of x")
+    missing: float | None = Field(None, description="stands where a number is missing; null: that is an error")
+
+
+class Label(_Strict):
+    """The column to predict: 0 or 1."""
+
+    type: Literal["label"]
+
+
+class Ignored(_Strict):
+    """A column of the files that is not used."""
+
+    type: Literal["ignored"]
+
+
+Column = Annotated[Categorical | MultiValued | Weights | Numeric | Label | Ignored, Field(discriminator="type")]
+_KINDS: dict[str, type[BaseModel]] = {
+    "categorical": Categorical,
+    "multi_valued": MultiValued,
+    "weights": Weights,
+    "numeric": Numeric,
+    "label": Label,
+    "ignored": Ignored,
+}
+
+
+class TableSpec(_Strict):
+    """What the columns of all files are, by name; features keep this order."""
+
+    name: str
+    label_rule: str = Field("", description="how the label was made, for people")
+    header: bool = Field(True, description="CSV and TSV start with a line of names; false: columns come in this order")
+    columns: dict[str, Column]
+
+    @property
+    def label(self) -> str:
+        return next(name for name, column in self.columns.items() if isinstance(column, Label))
+
+    @property
+    def ids(self) -> dict[str, Categorical | MultiValued]:
+        return {name: c for name, c in self.columns.items() if isinstance(c, Categorical | MultiValued)}
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """By multi-valued column, the column of its weights."""
+        return {column.of: name for name, column in self.columns.items() if isinstance(column, Weights)}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TableSpec":
+        labels = [name for name, column in self.columns.items() if isinstance(column, Label)]
+        if len(labels) != 1:
+            raise ValueError(f"expected one column of type 'label', found {len(labels)}: {labels}")
+        if not self.ids:
+            raise ValueError("expected at least one column of type 'categorical' or 'multi_valued'")
+        lists = [name for name, column in self.columns.items() if isinstance(column, MultiValued)]
+        owners = [(name, column.of) for name, column in self.columns.items() if isinstance(column, Weights)]
+        for name, of in owners:
+            if of not in lists:
+                raise ValueError(f"columns.{name}.of={of!r} is no multi_valued column; {did_you_mean(of, lists)}")
+            if [other for _, other in owners].count(of) > 1:
+                raise ValueError(f"columns.{name}.of={of!r}: that column has weights already; keep one")
+        for name, column in self.ids.items():
+            if column.table is None:
+                continue
+            owner = self.ids.get(column.table)
+            if owner is None:
+                raise ValueError(f"columns.{name}.table={column.table!r}; {did_you_mean(column.table, self.ids)}")
+            if owner.table is not None or owner.dtype != column.dtype:
+                raise ValueError(
+                    f"columns.{name}.table={column.table!r}: that column needs a table of its own and the same dtype"
+                )
+        return self
+
+
+def load_table_spec(path: Path) -> TableSpec:
+    """Read and check a table's spec.
+
+    Raises:
+        UserError: names the file, the key, the value seen and what was expected, or the nearest known key.
+    """
+    try:
+        return TableSpec.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"--schema {path}: cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: {_describe(error)}") from error
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors()[0]
+    kind = first["loc"][2] if len(first["loc"]) > 2 and first["loc"][0] == "columns" else None
+    loc = [str(part) for index, part in enumerate(first["loc"]) if not (kind and index == 2)]
+    key = ".".join(loc)
+    if first["type"] == "extra_forbidden":
+        section = _KINDS[str(kind)] if kind else TableSpec
+        return f"unknown key {key!r}; {did_you_mean(loc[-1], section.model_fields)}"
+    if first["type"] == "union_tag_invalid":
+        tag = str(first["ctx"]["tag"])
+        return f"{key}.type={tag!r}; {did_you_mean(tag, _KINDS)}"
+    if first["type"] == "union_tag_not_found":
+        return f"{key}.type is missing; one of: {', '.join(_KINDS)}"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message

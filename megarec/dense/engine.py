@@ -1,0 +1,207 @@
+"""The dense side: process start-up and the DeepSpeed engine around the over-arch.
+
+Forget the dense gradients of a step instead of taking it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+from torch import nn
+
+from megarec.config.deepspeed import micro_batch_size, set_defaults, zero_stage
+from megarec.config.sections import DenseConfig, RunConfig
+from megarec.dense.apex import fused_adam
+from megarec.dense.groups import ModelParallelUnit
+from megarec.dense.tensor_parallel import is_sharded
+from megarec.distributed.topology import Topology
+from megarec.errors import UserError
+
+
+def loss_scale_can_shrink(engine: Any) -> bool:
+    """Whether DeepSpeed has a remedy for gradients that overflow: fp16 with a dynamic loss scale above its least."""
+    if not engine.fp16_enabled():
+        return False
+    if hasattr(engine.optimizer, "loss_scale_config"):  # ZeRO 0
+        config = engine.optimizer.loss_scale_config
+        return bool(config.dynamic_loss_scale and config.cur_scale > config.min_loss_scale)
+    scaler = engine.optimizer.loss_scaler
+    return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
+
+
+def skip_step(engine: Any, *, overflow: bool) -> None:
+    """In place of `engine.step()` after the last backward pass: as DeepSpeed 0.19.8 itself does after an overflow.
+
+    Counters move on as after a step; weights, optimizer states and their step counts stay.
+
+    Args:
+        overflow: of fp16: its loss scale shrinks.
+    """
+    optimizer = engine.optimizer
+    if overflow:
+        optimizer._update_scale(True)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+        optimizer.zero_grad(set_to_none=True)
+        optimizer._release_preflattened_grad_buffers()
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+        if optimizer.cpu_offload:
+            optimizer._offload_accumulated_param_ids = set()
+            optimizer.reset_cpu_buffers()
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer._pre_step()
+        optimizer._partition_all_parameters()
+        optimizer._overflow_clean_up(None)
+        optimizer.checkpoint_event_epilogue()  # small parameters stay whole between steps
+    else:
+        optimizer.zero_grad(set_to_none=True)
+    engine.set_gradient_accumulation_boundary(False)
+    engine.step()  # not at the boundary: it only counts
+    engine.set_gradient_accumulation_boundary(None)
+    engine.global_steps += 1
+    engine.skipped_steps += 1
+    engine.global_samples += engine.train_batch_size()
+
+
+@contextmanager
+def refusals_of_deepspeed() -> Iterator[None]:
+    """What DeepSpeed does not accept in its section becomes a UserError with its reason."""
+    try:
+        yield
+    except (deepspeed.DeepSpeedConfigError, ValueError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"DeepSpeed refused the deepspeed section: {' '.join(str(error).split())}") from error
+
+
+def build_engine(
+    model: nn.Module, config: RunConfig, topology: Topology, mpu: ModelParallelUnit | None
+) -> tuple[Any, str]:
+    """Wrap the over-arch in a DeepSpeed engine; after `check_precision` and `set_deepspeed_groups`.
+
+    Args:
+        mpu: the tensor and data groups; None when there is no tensor parallelism.
+
+    Returns:
+        The engine, and a sentence that says which optimizer was taken and why.
+
+    Raises:
+        UserError: the batch does not divide, or DeepSpeed refuses its section; the message carries its reason.
+    """
+    micro = micro_batch_size(config, topology.world_size)
+    section = set_defaults(
+        config.deepspeed,
+        train_micro_batch_size_per_gpu=micro,
+        zero_allow_untested_optimizer=True,  # SGD is untested by DeepSpeed; our parity tests cover it
+        zero_force_ds_cpu_optimizer=False,  # DeepSpeedCPUAdam compiles C++ at first use
+        steps_per_print=10**9,
+    )
+    # DeepSpeed counts the ranks of a data group; here every rank of a tensor group has examples of its own as well.
+    section["train_batch_size"] = config.data.batch_size // topology.tensor_size
+    optimizer, reason = None, "DeepSpeed's own (deepspeed.optimizer)"
+    if "optimizer" not in section:
+        optimizer, reason = _dense_optimizer(model, config)
+    with refusals_of_deepspeed():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section, mpu=mpu)
+    if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
+        _forget_warm_up_step(engine)
+        _mark_gradients_of_shards(engine)
+    return engine, reason
+
+
+def _dense_optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.Optimizer, str]:
+    dense = config.dense
+    # The rate is set before every step; 0 keeps an optimizer step that DeepSpeed may take while it starts harmless.
+    if dense.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=dense.weight_decay), "torch SGD"
+    apex_adam, why = fused_adam() if config.train.fused_kernels == "auto" else (None, "train.fused_kernels=torch")
+    if apex_adam is not None:
+        return apex_adam(model.parameters(), lr=0.0, **_adam_arguments(dense)), f"apex FusedAdam: {why}"
+    return torch.optim.AdamW(
+        model.parameters(), lr=0.0, fused=True, **_adam_arguments(dense)
+    ), f"torch fused AdamW: {why}"
+
+
+def _adam_arguments(dense: DenseConfig) -> dict[str, Any]:
+    return {"betas": dense.betas, "eps": dense.eps, "weight_decay": dense.weight_decay}
+
+
+def check_precision(section: dict[str, Any]) -> None:
+    """Raise a UserError for a precision that this device lacks."""
+
+    def enabled(key: str) -> bool:
+        return bool(isinstance(section.get(key), dict) and section[key].get("enabled"))
+
+    if enabled("fp16") and not get_accelerator().is_fp16_supported():
+        raise UserError("deepspeed.fp16.enabled=true: this device has no fp16; use deepspeed.bf16 or fp32")
+    if enabled("bf16") and not get_accelerator().is_bf16_supported():
+        raise UserError("deepspeed.bf16.enabled=true: this device has no bf16; use fp32")
+
+
+def _forget_warm_up_step(engine: Any) -> None:
+    """At stage 0 in bf16 DeepSpeed 0.19.8 takes an optimizer step with zero gradients to allocate state, so that
+    Adam's bias correction starts at t = 2 and the first updates come out 26 % too small."""
+    engine.optimizer.optimizer.state.clear()
+
+
+def _mark_gradients_of_shards(engine: Any) -> None:
+    """At stage 0 in bf16 DeepSpeed 0.19.8 looks for the mark of a shard on the gradients instead of the parameters;
+    without it the norm leaves out every shard but the first."""
+
+    def mark(parameter: nn.Parameter) -> None:
+        parameter.grad.tensor_model_parallel = True  # type: ignore[union-attr]
+
+    for parameter in engine.module.parameters():
+        if is_sharded(parameter):
+            parameter.register_post_accumulate_grad_hook(mark)
+
+
+def compute_dtype(engine: Any) -> torch.dtype:
+    """The type in which the over-arch computes."""
+    if engine.bfloat16_enabled():
+        return torch.bfloat16
+    return torch.float16 if engine.fp16_enabled() else torch.float32
+
+
+def base_learning_rate(engine: Any, config: RunConfig) -> float:
+    """The dense side's rate that the schedule scales: dense.learning_rate, or that of deepspeed.optimizer.
+
+    Ask right after `build_engine`: the schedule and a checkpoint write their own rates into the optimizer.
+    """
+    if "optimizer" in config.deepspeed:
+        return float(engine.optimizer.param_groups[0]["lr"])
+    return config.dense.learning_rate
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """Norm of the averaged dense gradient before clipping; call between the last backward and step.
+
+    DeepSpeed keeps it from ZeRO 1 on and in low precision, and knows it after the step; at stage 0 in fp32 it keeps
+    none, but the averaged gradients are there in full before the step.
+    """
+    if zero_stage(engine.config) == 0 and compute_dtype(engine) is torch.float32:
+        gradients = [p for p in engine.module.parameters() if p.grad is not None]
+        squares = torch.stack([_square(gradients, of_shards) for of_shards in (False, True)])
+        if engine.mpu is not None:
+            dist.all_reduce(squares[1:], group=engine.mpu.get_model_parallel_group())
+        return float(squares.sum().sqrt())
+    return None
+
+
+def _square(parameters: list[nn.Parameter], of_shards: bool) -> torch.Tensor:
+    """Sum of the squared gradients of the parameters that tensor parallelism shards, or of the others."""
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in parameters if p.grad is not None and is_sharded(p) == of_shards]
+    )
+    return norm.square()

@@ -1,0 +1,151 @@
+"""Activation checkpointing: what an interaction layer keeps for its backward pass, and what it computes again.
+
+    none       every activation is kept
+    selective  results of matrix products are kept; LayerNorm, ReLU, copies and collectives run again
+    full       only the layer's input is kept; the whole layer runs again
+
+The numbers do not change: dropout masks are functions of the examples' keys, not of a random state.
+
+torch.compile for interaction layers: LayerNorm, ReLU, dropout, copies and conversions between products fused.
+
+The products themselves stay with their libraries. The projection has blocks and a backward pass of its own, and
+tensor-parallel MLPs wait for messages in theirs: both stay as they are, and what lies between them is compiled.
+"""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from megarec.config.deepspeed import zero_stage
+from megarec.config.sections import DenseConfig
+from megarec.dense.tensor_parallel import TensorParallelMLP
+from megarec.errors import UserError
+from megarec.models.cpu_gemm import fast_cpu_gemm
+from megarec.models.projection import Projection
+from megarec.models.wukong import InteractionLayer
+
+
+def compile_layers(model: nn.Module, dense: DenseConfig, section: dict[str, Any], device: torch.device) -> None:
+    """Compile every interaction layer of a model, in place, at its first call; after tensor parallelism.
+
+    Args:
+        section: the DeepSpeed config.
+        device: where the model will run.
+
+    Raises:
+        UserError: the model, the ZeRO stage, or this machine cannot be compiled for.
+    """
+    if not dense.compile:
+        return
+    layers = [module for module in model.modules() if isinstance(module, InteractionLayer)]
+    _check(layers, dense, section, device)
+    # Each layer's dropouts have numbers of their own, and each is compiled for training and for evaluation; beyond
+    # its limit dynamo would run them uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(layers))
+    for layer in layers:
+        for part in layer.modules():
+            if isinstance(part, (Projection, TensorParallelMLP)):
+                part.forward = torch.compiler.disable(part.forward)  # type: ignore[method-assign]
+        layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+
+
+def _check(layers: list[InteractionLayer], dense: DenseConfig, section: dict[str, Any], device: torch.device) -> None:
+    if not layers:
+        raise UserError("dense.compile=true: only Wukong's interaction layers are compiled, and this model has none")
+    if zero_stage(section) == 3:
+        raise UserError(
+            "dense.compile=true with deepspeed.zero_optimization.stage=3: DeepSpeed gathers parameters in hooks that a "
+            "compiled layer would not run; take stage 2 or dense.compile=false"
+        )
+    if not has_compiler(device):
+        raise UserError(
+            f"dense.compile=true: torch.compile needs a C++ compiler on a CPU, and there is no {_cpu_compiler()!r} "
+            "(CXX) on PATH; install one or take dense.compile=false"
+        )
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile finds the program that it needs on a CPU."""
+    return device.type != "cpu" or shutil.which(_cpu_compiler()) is not None
+
+
+def _cpu_compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+Recompute = Literal["none", "selective", "full"]
+
+_PRODUCTS = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten.baddbmm.default,
+    }
+)
+
+
+def recompute_layers(model: nn.Module, policy: Recompute) -> None:
+    """Make every interaction layer of a model forget its activations by a policy, in place.
+
+    Raises:
+        UserError: the model has no interaction layers.
+    """
+    if policy == "none":
+        return
+    layers = [module for module in model.modules() if isinstance(module, InteractionLayer)]
+    if not layers:
+        raise UserError(
+            f"dense.recompute={policy!r}: only Wukong's interaction layers are recomputed, and this model has none; "
+            "take 'none'"
+        )
+    for layer in layers:
+        kept = layer.kept_by_selective = _Kept()  # type: ignore[assignment]
+        layer.forward = _recomputed(layer.forward, policy, kept)  # type: ignore[method-assign]
+
+
+def bytes_kept_by_selective(model: nn.Module) -> int:
+    """Results of products that `selective` kept in the last forward pass: hooks on saved tensors do not see them."""
+    kept = (getattr(layer, "kept_by_selective", None) for layer in model.modules())
+    return sum(layer.bytes for layer in kept if layer is not None)
+
+
+@dataclass
+class _Kept:
+    """Bytes that `selective` keeps of one layer's products."""
+
+    bytes: int = 0
+
+    def choose(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op not in _PRODUCTS:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        if not context.is_recompute:
+            a, b = args[-2:]
+            self.bytes += a.numel() // a.shape[-1] * b.shape[-1] * a.element_size()
+        return CheckpointPolicy.MUST_SAVE
+
+
+def _recomputed(forward: Callable[..., Any], policy: Recompute, kept: _Kept) -> Callable[..., Any]:
+    # Re-entrant: the layer runs again with its own backward pass, so that ZeRO-3's hooks find it as they know it.
+    options: dict[str, Any] = {"use_reentrant": True, "preserve_rng_state": False}
+    if policy == "selective":
+        contexts = functools.partial(create_selective_checkpoint_contexts, kept.choose)
+        options |= {"use_reentrant": False, "context_fn": contexts}
+
+    def again(x: Tensor, *others: Any) -> Any:
+        with fast_cpu_gemm(x.device, x.dtype):  # the backward pass stands outside the model's own
+            return forward(x, *others)
+
+    @functools.wraps(forward)
+    def run(*inputs: Any) -> Any:
+        kept.bytes = 0
+        return checkpoint(again, *inputs, **options)
+
+    return run

@@ -1,0 +1,307 @@
+"""Collectives with gradients and a byte ledger.
+
+A `Channel` is a process group under the name it has in the ledger; it is passed explicitly to every collective. With
+one rank (`group` None) a collective is the identity and nothing is recorded.
+
+Ranks agree on an error, or on a number, without pickling anything.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarec.distributed.topology import Topology, group_ranks
+from megarec.errors import DamagedCheckpoint, UserError
+
+Direction = Literal["forward", "backward"]
+
+
+class TrafficKey(NamedTuple):
+    """What is counted apart: group name, operation (with its purpose), element type, direction."""
+
+    group: str
+    op: str
+    dtype: str
+    direction: Direction
+
+
+@dataclass
+class Traffic:
+    """Payload of one rank: `bytes` leave it for other ranks, `cross_host_bytes` of them for ranks of other hosts;
+    `self_bytes` is the part it sends to itself."""
+
+    calls: int = 0
+    bytes: int = 0
+    cross_host_bytes: int = 0
+    self_bytes: int = 0
+
+
+@dataclass
+class Ledger:
+    """Counts what this rank sends; one object a run, handed to every channel."""
+
+    traffic: dict[TrafficKey, Traffic] = field(default_factory=dict)
+    _taken: dict[str, int] = field(default_factory=dict)
+
+    def record(self, key: TrafficKey, sent: int, across: int, kept: int) -> None:
+        entry = self.traffic.setdefault(key, Traffic())
+        entry.calls += 1
+        entry.bytes += sent
+        entry.cross_host_bytes += across
+        entry.self_bytes += kept
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a key, for JSON and tables: the key's fields, then those of its traffic."""
+        return [key._asdict() | vars(entry) for key, entry in sorted(self.traffic.copy().items())]
+
+    def take(self) -> dict[str, int]:
+        """Bytes sent since the last call, by group, and those of all groups that crossed hosts; the totals stay."""
+        totals: dict[str, int] = {"cross_host": 0}
+        for key, entry in self.traffic.copy().items():  # ids are recorded from a thread of their own
+            totals[key.group] = totals.get(key.group, 0) + entry.bytes
+            totals["cross_host"] += entry.cross_host_bytes
+        new = {group: total - self._taken.get(group, 0) for group, total in totals.items()}
+        self._taken = totals
+        return new
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A process group, this rank's place in it, and the ledger that counts its traffic.
+
+    Attributes:
+        name: the group's name in the ledger: world, tower, peer, tensor or data.
+        group: None when the channel holds one rank.
+        remote: which ranks of the group are on another host than this one; empty: none.
+        id_group: the same ranks in a group of their own, for ids that travel while other messages do; None: `group`.
+    """
+
+    name: str
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    ledger: Ledger
+    remote: tuple[bool, ...] = ()
+    id_group: dist.ProcessGroup | None = None
+
+    @property
+    def for_ids(self) -> "Channel":
+        """The channel over which ids travel."""
+        return self if self.id_group is None else dataclasses.replace(self, group=self.id_group)
+
+
+def build_channel(
+    topology: Topology,
+    name: Literal["world", "tower", "peer", "tensor"],
+    ledger: Ledger,
+    ids: Topology | None = None,
+) -> Channel:
+    """The channel of this rank's group of that kind.
+
+    Args:
+        ids: the same topology with groups of its own (`separate_groups`), for ids that travel in the background.
+    """
+    all_ranks = [list(range(topology.world_size))]
+    kinds = group_ranks(topology.world_size, topology.ranks_per_host, topology.tensor_size) | {"world": all_ranks}
+    members = next(ranks for ranks in kinds[name] if topology.rank in ranks)
+    remote = tuple(rank // topology.ranks_per_host != topology.host for rank in members)
+    id_group = None if ids is None else getattr(ids, name)
+    return Channel(name, getattr(topology, name), members.index(topology.rank), len(members), ledger, remote, id_group)
+
+
+class WireDtypes(NamedTuple):
+    """In which types numbers travel; they are float32 before and after."""
+
+    forward: torch.dtype = torch.float32
+    backward: torch.dtype = torch.float32
+
+
+FP32 = WireDtypes()
+MESSAGE_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def all_to_all(
+    tensor: Tensor,
+    output_sizes: Sequence[int],
+    input_sizes: Sequence[int],
+    channel: Channel,
+    purpose: str,
+    direction: Direction = "forward",
+) -> Tensor:
+    """Send block r of `tensor` to rank r; no gradient.
+
+    Args:
+        tensor: [sum(input_sizes)], contiguous: the blocks for rank 0, 1, ...
+        output_sizes: elements that rank r sends to this rank.
+        input_sizes: elements that this rank sends to rank r.
+        purpose: what the message is, for the ledger: the operation is recorded as "all_to_all <purpose>".
+
+    Returns:
+        [sum(output_sizes)]: the blocks of rank 0, 1, ...
+    """
+    if channel.size == 1:
+        return tensor
+    received = tensor.new_empty(sum(output_sizes))
+    dist.all_to_all_single(received, tensor, list(output_sizes), list(input_sizes), group=channel.group)
+    kept = input_sizes[channel.rank]
+    across = sum(size for size, remote in zip(input_sizes, channel.remote, strict=False) if remote)
+    width = tensor.element_size()
+    sent = (sum(input_sizes) - kept) * width
+    _record(channel, f"all_to_all {purpose}", tensor, direction, sent, kept * width, across * width)
+    return received
+
+
+def all_gather_rows(
+    tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward"
+) -> tuple[Tensor, "dist.Work | None"]:
+    """Start gathering [B, ...] of every rank into [size x B, ...], in rank order; no gradient.
+
+    Returns:
+        The result, and the work to wait for before it is read (None: it is there).
+    """
+    if channel.size == 1:
+        return tensor, None
+    gathered = tensor.new_empty(channel.size * tensor.shape[0], *tensor.shape[1:])
+    work = dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=channel.group, async_op=True)
+    own = tensor.numel() * tensor.element_size()
+    _record(
+        channel, f"all_gather {purpose}", tensor, direction, (channel.size - 1) * own, own, sum(channel.remote) * own
+    )
+    return gathered, work
+
+
+def reduce_scatter_rows(
+    tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward"
+) -> tuple[Tensor, "dist.Work | None"]:
+    """Start summing [size x B, ...] over the ranks; this rank receives its own [B, ...]; no gradient.
+
+    Returns:
+        The result, and the work to wait for before it is read (None: it is there).
+    """
+    if channel.size == 1:
+        return tensor, None
+    own = tensor.new_empty(tensor.shape[0] // channel.size, *tensor.shape[1:])
+    work = dist.reduce_scatter_tensor(own, tensor.contiguous(), group=channel.group, async_op=True)
+    kept = own.numel() * own.element_size()
+    sent, across = (channel.size - 1) * kept, sum(channel.remote) * kept
+    _record(channel, f"reduce_scatter {purpose}", tensor, direction, sent, kept, across)
+    return own, work
+
+
+def all_reduce_mean(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Tensor:
+    """The mean over the ranks, summed in float32, in the tensor's own type; no gradient."""
+    return all_reduce_sum(tensor, channel, purpose, direction).div(channel.size).to(tensor.dtype)
+
+
+def all_reduce_sum(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Tensor:
+    """The sum over the ranks, in float32, the same to the last bit on all of them; no gradient."""
+    total = tensor.float() if tensor.dtype != torch.float32 else tensor.clone()
+    if channel.size == 1:
+        return total
+    dist.all_reduce(total, group=channel.group)
+    kept = total.numel() * total.element_size() // channel.size  # a ring: reduce-scatter, then all-gather
+    across = 2 * sum(channel.remote) * kept
+    _record(channel, f"all_reduce {purpose}", total, direction, 2 * (channel.size - 1) * kept, 2 * kept, across)
+    return total
+
+
+def _record(channel: Channel, op: str, tensor: Tensor, direction: Direction, sent: int, kept: int, across: int) -> None:
+    key = TrafficKey(channel.name, op, str(tensor.dtype).removeprefix("torch."), direction)
+    channel.ledger.record(key, sent, across, kept)
+
+
+class _AllToAll(torch.autograd.Function):
+    """The gradient of an all-to-all is the all-to-all with the sizes exchanged."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tensor: Tensor,
+        output_sizes: Sequence[int],
+        input_sizes: Sequence[int],
+        channel: Channel,
+        purpose: str,
+        messages: WireDtypes,
+    ) -> Tensor:
+        ctx.sizes, ctx.channel, ctx.purpose, ctx.dtype = (
+            (output_sizes, input_sizes),
+            channel,
+            purpose,
+            messages.backward,
+        )
+        return all_to_all(tensor.to(messages.forward), output_sizes, input_sizes, channel, purpose).to(tensor.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        output_sizes, input_sizes = ctx.sizes
+        message = grads[0].contiguous().to(ctx.dtype)
+        grad = all_to_all(message, input_sizes, output_sizes, ctx.channel, ctx.purpose, "backward")
+        return grad.to(grads[0].dtype), None, None, None, None, None
+
+
+def all_to_all_with_grad(
+    tensor: Tensor,
+    output_sizes: Sequence[int],
+    input_sizes: Sequence[int],
+    channel: Channel,
+    purpose: str,
+    messages: WireDtypes = FP32,
+) -> Tensor:
+    """`all_to_all` that gradients flow back through, the reverse way."""
+    if channel.size == 1:
+        return tensor
+    result: Tensor = _AllToAll.apply(tensor.contiguous(), output_sizes, input_sizes, channel, purpose, messages)
+    return result
+
+
+def raise_together(error: UserError | None, topology: Topology, device: torch.device) -> None:
+    """Raise the error of the first rank that has one, on every rank; collective."""
+    if topology.world is None:
+        if error is not None:
+            raise error
+        return
+    text = str(error).encode() if error is not None else b""
+    kind = 0 if error is None else 1 if isinstance(error, DamagedCheckpoint) else 2
+    mine = torch.tensor([kind, len(text)], device=device)
+    kinds = torch.empty(topology.world_size * 2, dtype=mine.dtype, device=device)
+    dist.all_gather_single(kinds, mine, group=topology.world)
+    for rank, (kind, size) in enumerate(kinds.view(-1, 2).tolist()):
+        if kind:
+            letters = torch.zeros(size, dtype=torch.uint8, device=device)
+            if rank == topology.rank:
+                letters.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+            dist.broadcast(letters, rank, group=topology.world)
+            message = bytes(letters.tolist()).decode()
+            raise DamagedCheckpoint(message) if kind == 1 else UserError(message)
+
+
+def from_rank_0(number: int, topology: Topology, device: torch.device) -> int:
+    """Rank 0's number on every rank; collective."""
+    shared: Tensor = torch.tensor([number], device=device)
+    if topology.world is not None:
+        dist.broadcast(shared, 0, group=topology.world)
+    return int(shared)
+
+
+def gather_texts(text: str, topology: Topology, device: torch.device, most: int = 8) -> dict[int, str]:
+    """The texts of all ranks that have one, by rank, on every rank; only the first `most` of them; collective."""
+    letters = text.encode()
+    mine = torch.tensor([len(letters)], device=device)
+    sizes = mine.new_empty(topology.world_size)
+    if topology.world is None:
+        return {0: text} if text else {}
+    dist.all_gather_single(sizes, mine, group=topology.world)
+    told: dict[int, str] = {}
+    for rank, size in enumerate(sizes.tolist()):
+        if size and len(told) < most:
+            shared = torch.zeros(size, dtype=torch.uint8, device=device)
+            if rank == topology.rank:
+                shared.copy_(torch.frombuffer(bytearray(letters), dtype=torch.uint8))
+            dist.broadcast(shared, rank, group=topology.world)
+            told[rank] = bytes(shared.tolist()).decode()
+    return told

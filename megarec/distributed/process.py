@@ -1,0 +1,125 @@
+"""How many CPU threads a rank computes with.
+
+Freed memory stays with the process.
+
+glibc maps every large block anew and gives it back when it is freed. A training step on a CPU frees and allocates the
+same gigabytes over and over, and each time the kernel clears the pages again, one fault per 4 KiB: on a virtual machine
+that cost a fifth of a dense step. With these two settings of mallopt(3) the next step finds the pages of the last one.
+"""
+
+import ctypes
+import logging
+import os
+import warnings
+from datetime import timedelta
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
+
+from megarec.config.sections import RunConfig
+from megarec.distributed.rendezvous import free_port, keep_to_loopback, store_of_launcher
+
+FLOP_FOR_THREADS = 2e9  # of a step, from which on more threads pay: 1.2 x on two cores at 1.3e9, 1.8 x at 1.0e10
+
+
+def threads_of_rank(local_ranks: int) -> int:
+    """The rank's own cores where a launcher has bound it to some (`deepspeed --bind_cores_to_rank`), else its share.
+
+    Args:
+        local_ranks: ranks of this machine.
+    """
+    cores = os.sched_getaffinity(0)
+    return len(cores) if _bound(cores) else max(1, len(cores) // local_ranks)
+
+
+def threads_that_pay(threads: int, flop: float) -> int:
+    """One for a small step: its many short operations gain little from more threads, and beside any other load these
+    wait for one another twenty times as long as they compute.
+
+    Args:
+        threads: what the rank may use.
+        flop: of its micro-batch, forward and backward.
+    """
+    return threads if flop >= FLOP_FOR_THREADS else 1
+
+
+def _bound(cores: set[int]) -> bool:
+    """Whether this process may use fewer cores than the one that started it."""
+    try:
+        return cores != os.sched_getaffinity(os.getppid())
+    except (ProcessLookupError, PermissionError):  # a parent that ended, or is another user's
+        return False
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_NEVER = -1
+_TRIM_THRESHOLD, _MMAP_MAX = 128 * 1024, 65536  # glibc's own
+
+
+def keep_freed_memory() -> tuple[bool, str]:
+    """Set it for this process, whose resident memory then stays at its peak; whether it worked, and why (not)."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False, "allocator: this C library has no mallopt, freed memory goes back to the system"
+    if mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _NEVER):
+        return True, "allocator: freed memory stays with the process (mallopt)"
+    return False, "allocator: mallopt refused, freed memory goes back to the system"
+
+
+def give_back_freed_memory() -> None:
+    """Undo `keep_freed_memory`: large blocks are mapped one by one again, and resident memory is memory in use."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, _MMAP_MAX)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
+
+
+LONGEST_START = timedelta(minutes=5)
+
+
+def start_process(config: RunConfig) -> torch.device:
+    """Join the job that the launcher started (or be a job of one rank); returns this rank's device."""
+    quiet_libraries()
+    # Its C++ build takes a minute, and every rank of every run would leave 66 MiB in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ and not dist.is_initialized():
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        torch.set_num_threads(config.train.threads or threads_of_rank(local_ranks))
+        keep_freed_memory()
+    else:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=config.parallel.timeout_seconds)
+        # Hosts need not start at the same moment: the meeting may take longer than a collective.
+        meeting = max(timeout, LONGEST_START)
+        keep_to_loopback(os.environ)
+        if (store := store_of_launcher(os.environ, meeting)) is not None:
+            rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(_backend(), store=store, rank=rank, world_size=ranks, timeout=meeting)
+        deepspeed.init_distributed(dist_backend=_backend(), timeout=meeting, verbose=False)
+        distributed_c10d._set_pg_timeout(timeout)
+        # What groups take that are made without one: those of the topology, and DeepSpeed's own.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    return torch.device(accelerator.current_device_name())
+
+
+def _backend() -> str:
+    """gloo on CPU (DeepSpeed would look for oneCCL), the accelerator's own elsewhere."""
+    accelerator = get_accelerator()
+    return "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
+
+
+def quiet_libraries() -> None:
+    """Start-up chatter of the libraries must not drown the run's own lines; their errors still show."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\.")
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated")

@@ -1,0 +1,87 @@
+"""Where the ranks of a job meet: a store that listens at the master's address alone.
+
+torch.distributed's own listens on every interface of the first host, without a password.
+
+A port for a job on one machine.
+"""
+
+import errno
+import ipaddress
+import os
+import random
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megarec.errors import UserError
+
+BACKLOG = 4096  # every rank of a large job connects at once
+
+
+def store_at(address: str, port: int, ranks: int, master: bool, timeout: timedelta) -> dist.TCPStore:
+    """A store for a job's ranks; the master's part listens at the address, or, if this host does not have it (behind a
+    translated network), as torch would.
+
+    Raises:
+        UserError: something else listens there.
+    """
+    listening = _listen(address, port) if master else None
+    return dist.TCPStore(
+        address,
+        port,
+        ranks,
+        master,
+        timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=None if listening is None else listening.detach(),
+    )
+
+
+def store_of_launcher(environment: Mapping[str, str], timeout: timedelta) -> dist.Store | None:
+    """The store of a job that was started with the usual variables; None where torchrun's agents have one already."""
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    rank, ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    return dist.PrefixStore("megarec", store_at(address, port, ranks, rank == 0, timeout))
+
+
+def keep_to_loopback(environment: Mapping[str, str]) -> None:
+    """Have gloo, which listens on the interface of the host's name, keep to the loopback one if the master is there."""
+    with suppress(ValueError):
+        master = environment.get("MASTER_ADDR", "")
+        if ipaddress.ip_address("127.0.0.1" if master == "localhost" else master).is_loopback:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _listen(address: str, port: int) -> socket.socket | None:
+    family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    server = socket.socket(family, kind, protocol)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        server.bind(place)
+    except OSError as error:
+        server.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} of {address} is taken, perhaps by another job: give another master port "
+                            "(--master_port to deepspeed and torchrun)") from None  # fmt: skip
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        return None
+    server.listen(BACKLOG)
+    return server
+
+
+PORTS = range(20_000, 32_000)  # below those of outgoing connections, which might take it before rank 0 does
+
+
+def free_port() -> int:
+    """A port of this machine's loopback for a master to listen on soon."""
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise UserError("no free port: 100 of 20000 to 31999 on 127.0.0.1 are taken; end what listens there")

@@ -1,0 +1,152 @@
+"""Ranks -> hosts, local ranks and process groups: built once from one cube of ranks, passed explicitly.
+
+The cube is [hosts, tensor groups of a host, ranks of a tensor group]; every group is a line or a plane of it:
+
+    tower group    ranks of one host                      cube[h, :, :]
+    peer group     same local rank on every host          cube[:, i, j]
+    tensor group   neighbours that share dense layers     cube[h, i, :]
+    data group     same place in their tensor group       cube[:, :, j]
+"""
+
+import dataclasses
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megarec.errors import UserError
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this rank stands. Groups are None when they hold this rank alone.
+
+    Attributes:
+        world, tower, peer, tensor, data: the process groups of design.md's vocabulary.
+    """
+
+    rank: int
+    world_size: int
+    ranks_per_host: int
+    tensor_size: int
+    world: Group | None = None
+    tower: Group | None = None
+    peer: Group | None = None
+    tensor: Group | None = None
+    data: Group | None = None
+
+    @property
+    def hosts(self) -> int:
+        return self.world_size // self.ranks_per_host
+
+    @property
+    def host(self) -> int:
+        return self.rank // self.ranks_per_host
+
+    @property
+    def local_rank(self) -> int:
+        """Index inside the host (parallel.ranks_per_host), not the launcher's LOCAL_RANK of the machine."""
+        return self.rank % self.ranks_per_host
+
+    @property
+    def data_size(self) -> int:
+        return self.world_size // self.tensor_size
+
+    def describe(self) -> str:
+        return (
+            f"{self.world_size} ranks = {self.hosts} hosts x {self.ranks_per_host} local ranks; "
+            f"tensor groups of {self.tensor_size}, data groups of {self.data_size}"
+        )
+
+
+ONE_RANK = Topology(0, 1, 1, 1)
+
+
+def check_divides(world_size: int, ranks_per_host: int, tensor: int) -> None:
+    """Raise a UserError that prints the failed arithmetic."""
+    if world_size % ranks_per_host:
+        raise UserError(f"parallel.ranks_per_host={ranks_per_host} does not divide the {world_size} ranks of the job")
+    if ranks_per_host % tensor:
+        raise UserError(
+            f"parallel.tensor={tensor} does not divide the {ranks_per_host} ranks of a host "
+            f"(parallel.ranks_per_host={ranks_per_host})"
+        )
+
+
+def group_ranks(world_size: int, ranks_per_host: int, tensor: int) -> dict[str, list[list[int]]]:
+    """The ranks of every group, by kind, read off the cube."""
+    hosts, columns = world_size // ranks_per_host, ranks_per_host // tensor
+
+    def at(h: int, i: int, j: int) -> int:
+        return h * ranks_per_host + i * tensor + j
+
+    h_all, i_all, j_all = range(hosts), range(columns), range(tensor)
+    return {
+        "tower": [[at(h, i, j) for i in i_all for j in j_all] for h in h_all],
+        "peer": [[at(h, i, j) for h in h_all] for i in i_all for j in j_all],
+        "tensor": [[at(h, i, j) for j in j_all] for h in h_all for i in i_all],
+        "data": [[at(h, i, j) for h in h_all for i in i_all] for j in j_all],
+    }
+
+
+def build_topology(ranks_per_host: int | None, tensor: int) -> Topology:
+    """The topology of the running job; without torch.distributed, of the single process.
+
+    Args:
+        ranks_per_host: None means the ranks of one machine, found by hostname.
+
+    Raises:
+        UserError: the sizes do not divide, or machines run unequal numbers of ranks.
+    """
+    if not dist.is_initialized():
+        check_divides(1, ranks_per_host or 1, tensor)
+        return ONE_RANK
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    per_host = ranks_per_host or _ranks_of_a_machine(world_size)
+    check_divides(world_size, per_host, tensor)
+    members = group_ranks(world_size, per_host, tensor)
+    groups = {kind: _my_group(rank, world_size, members[kind]) for kind in members}
+    return Topology(rank, world_size, per_host, tensor, world=dist.group.WORLD if world_size > 1 else None, **groups)
+
+
+def separate_groups(topology: Topology) -> Topology:
+    """The same topology with new world, tower and peer groups, whose messages never wait for those of the others;
+    collective."""
+    size = topology.world_size
+    if size == 1:
+        return topology
+    members = group_ranks(size, topology.ranks_per_host, topology.tensor_size) | {"world": [list(range(size))]}
+    world, tower, peer = (_my_group(topology.rank, 0, members[kind]) for kind in ("world", "tower", "peer"))
+    return dataclasses.replace(topology, world=world, tower=tower, peer=peer)
+
+
+def _ranks_of_a_machine(world_size: int) -> int:
+    names: list[str] = [""] * world_size
+    dist.all_gather_object(names, socket.gethostname())
+    counts = {name: names.count(name) for name in names}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        raise UserError(f"machines run unequal numbers of ranks ({listed}): give the hostfile equal slots")
+    per_host = next(iter(counts.values()))
+    if any(len(set(names[i : i + per_host])) > 1 for i in range(0, world_size, per_host)):
+        raise UserError(f"ranks of one machine are not consecutive ({', '.join(names)}): list each host once")
+    return per_host
+
+
+def _my_group(rank: int, world_size: int, members: Iterable[list[int]]) -> Group | None:
+    """Create every group of one kind (all ranks must call in the same order); return the one that holds `rank`.
+
+    Args:
+        world_size: a group of so many ranks is the world's, which is there; 0: none is.
+    """
+    mine = None
+    for ranks in members:
+        if len(ranks) == 1:
+            continue
+        group = dist.group.WORLD if len(ranks) == world_size else dist.new_group(ranks)
+        if rank in ranks:
+            mine = group
+    return mine

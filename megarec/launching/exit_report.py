@@ -1,0 +1,141 @@
+"""How ranks tell the launcher how they ended: a marked line on standard error that `supervise` takes out of the log.
+
+Why a rank failed, in one line; where others failed first, without the traceback that would bury their cause.
+"""
+
+import json
+import os
+import re
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megarec.errors import USER_MISTAKE, RunEnded, UserError
+
+JOB_VARIABLE = "MEGAREC_JOB"  # set in ranks that a supervisor listens to
+_MARK = "@megarec"
+_MARKED = re.compile(rf".*{_MARK} (?P<job>\w+) (?P<outcome>{{.*}})\s*")
+_LONGEST = 2_000  # characters of a cause: a line is written whole, between those of other ranks, below 4 KiB
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one rank ended.
+
+    Attributes:
+        code: exit code, 0 for success.
+        cause: one line; empty for success.
+        lost: the rank only saw that others were gone or silent: a consequence, not the cause.
+    """
+
+    rank: int
+    host: str
+    code: int
+    cause: str = ""
+    lost: bool = False
+
+
+def this_rank(code: int, cause: str, lost: bool = False) -> Outcome:
+    return Outcome(
+        int(os.environ.get("RANK", "0")), socket.gethostname(), code, " ".join(cause.split())[:_LONGEST], lost
+    )
+
+
+def tell(outcome: Outcome) -> None:
+    """Write the line, in one piece."""
+    line = f"{_MARK} {os.environ[JOB_VARIABLE]} {json.dumps(asdict(outcome))}\n"
+    sys.stderr.flush()
+    os.write(2, line.encode())
+
+
+def heard(line: str, job: str) -> Outcome | None:
+    """The outcome that a line of the job's output carries, or None."""
+    match = _MARKED.fullmatch(line)
+    if match is None or match["job"] != job:
+        return None
+    return Outcome(**json.loads(match["outcome"]))
+
+
+FAILURE_EXIT = 1
+_PACKAGE = Path(__file__).parents[1]
+_ADDRESS = r"\[?(?P<address>[0-9a-fA-F.:]+?)\]?:\d+"
+# How gloo, NCCL and the store of torch.distributed say that a peer is gone; what the connection's end looked like.
+_GONE = re.compile(
+    rf"(?:(?:Read|Write|writev?|readv?|SO_ERROR) ?(?:error)?|Connection closed by peer) \[?{_ADDRESS}"
+    r"(?::? (?P<how>Connection \w+ by peer|Broken pipe|Connection timed out|No route to host))?",
+)
+_SILENT = re.compile(
+    r"(?:Timed out waiting|wait timeout after) (?P<milliseconds>\d+) ?ms|Watchdog caught collective operation timeout"
+)
+_OTHER_LOSS = re.compile(
+    r"Connection (?:reset|closed) by peer|Broken pipe|gloo/transport|DistNetworkError|remote process exited|"
+    r"[Ff]ailed to recv, got 0 bytes|NCCL.*(?:remote|peer)"
+)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Around what a rank does: a failure becomes one line with rank, host and cause, and ends the process at once.
+
+    At once, because to shut an interpreter down with broken process groups and running threads can take long or hang.
+    A user's mistake passes through, unless a supervisor collects the causes of all ranks.
+    """
+    try:
+        yield
+    except UserError as error:
+        if JOB_VARIABLE not in os.environ:
+            raise
+        _end(this_rank(USER_MISTAKE, str(error)))
+    except RunEnded as error:
+        outcome = this_rank(error.code, str(error))
+        if JOB_VARIABLE not in os.environ and outcome.rank == 0:
+            print(str(error), file=sys.stderr)
+        _end(outcome)
+    except Exception as error:
+        outcome = outcome_of(error)
+        if JOB_VARIABLE not in os.environ:
+            print(f"error: rank {outcome.rank} on {outcome.host}: {outcome.cause}", file=sys.stderr)
+        if not outcome.lost:
+            traceback.print_exc()
+        _end(outcome)
+
+
+def outcome_of(error: Exception) -> Outcome:
+    """This rank's outcome after an exception; a lost or silent peer is told apart from a fault of its own."""
+    text = " ".join(str(error).split())
+    gone, silent = _GONE.search(text), _SILENT.search(text)
+    place = _place(error)
+    if silent:
+        waited = f"{int(silent['milliseconds']) / 1000:g} s" if silent["milliseconds"] else "the timeout"
+        cause = f"no answer from other ranks for {waited} (parallel.timeout_seconds) in {place}"
+    elif gone:
+        cause = f"lost the connection to {gone['address']} ({gone['how'] or 'closed by peer'}) in {place}"
+    elif _OTHER_LOSS.search(f"{type(error).__name__}: {text}"):
+        cause = f"lost the connection to another rank in {place}: {text}"
+    else:
+        return this_rank(FAILURE_EXIT, f"{type(error).__name__}: {text} in {place}")
+    return this_rank(FAILURE_EXIT, cause, lost=True)
+
+
+def _place(error: Exception) -> str:
+    """The innermost line of this package that the exception came through: "sparse/exchange/ids.py:96"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
+    callers = [frame for frame in ours if Path(frame.filename) != _PACKAGE / "distributed/collectives.py"]
+    frame = (callers or ours or list(frames))[-1] if frames else None
+    if frame is None:
+        return "no known place"
+    path = Path(frame.filename)
+    return f"{path.relative_to(_PACKAGE) if ours else path}:{frame.lineno}"
+
+
+def _end(outcome: Outcome) -> None:
+    if JOB_VARIABLE in os.environ:
+        tell(outcome)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(outcome.code)

@@ -1,0 +1,142 @@
+"""Beside every rank of a many-host job, a small process that knows how the rank ended and ends it when it must.
+
+It says when a signal killed the rank, which launchers of whole hosts do not, and gives the rank's true exit code. It
+ends the rank when the launcher dies, or no longer reads its output, because the ssh connection is gone: so nothing runs
+on in vain on a host that nobody watches. SIGTERM and SIGUSR1 go on to the rank, which has a grace to save.
+
+Plain standard library: a rank of every job carries this process.
+
+What a job tells each of its ranks, as one word that no shell and no launcher can change.
+
+Launchers build remote command lines by joining words (DeepSpeed's pdsh runner leaves `$`, quotes and semicolons as they
+are), so what users may write, paths and overrides, travels in URL-safe base64.
+"""
+
+import base64
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from megarec.errors import PREEMPTED, STOPPED
+from megarec.launching.exit_report import JOB_VARIABLE, tell, this_rank
+from megarec.signals import SIGNALS
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Attributes:
+    job: an id of this start of the job.
+    directory: the working directory on every host.
+    command: what the Python interpreter of the rank runs: a script and its arguments.
+    environment: variables of every rank.
+    interfaces: by node, the network interface that reaches the others.
+    grace: seconds that a rank which is asked to end has for its save.
+    """
+
+    job: str
+    directory: str
+    command: list[str]
+    environment: dict[str, str]
+    interfaces: list[str]
+    grace: float = 60.0
+
+    def encode(self) -> str:
+        return base64.urlsafe_b64encode(json.dumps(asdict(self)).encode()).decode()
+
+    @staticmethod
+    def decode(word: str) -> "Assignment":
+        return Assignment(**json.loads(base64.urlsafe_b64decode(word)))
+
+
+GRACE_SECONDS = 3.0
+_CAUSES = {
+    PREEMPTED: f"asked to end by a signal, and saved (exit code {PREEMPTED})",
+    STOPPED: f"stopped by the fault policy (exit code {STOPPED})",
+}
+_PR_SET_PDEATHSIG = 1
+_NODE_VARIABLES = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")  # DeepSpeed, torchrun, Slurm
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def watch(assignment: Assignment) -> int:
+    """Run the rank to its end; returns its exit code, 128 + the signal that killed it."""
+    die_with_parent(signal.SIGHUP)
+    os.environ[JOB_VARIABLE] = assignment.job
+    out_of_memory = _out_of_memory_kills()
+    rank = subprocess.Popen(
+        [sys.executable, "-u", *assignment.command],
+        cwd=assignment.directory,
+        env=_environment(assignment),
+        preexec_fn=lambda: die_with_parent(signal.SIGKILL),
+    )
+    asked, unwatched = threading.Event(), threading.Event()
+
+    def kill_after(seconds: float) -> None:
+        timer = threading.Timer(seconds, rank.kill)
+        timer.daemon = True
+        timer.start()
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        asked.set()
+        rank.send_signal(signum)
+        kill_after(assignment.grace)
+
+    def end(signum: int = 0, frame: FrameType | None = None) -> None:
+        unwatched.set()
+        rank.terminate()
+        kill_after(GRACE_SECONDS)
+
+    for number in SIGNALS:
+        signal.signal(number, ask)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, end)
+    threading.Thread(target=_when_unread, args=(end,), daemon=True).start()
+    code = rank.wait()
+    if unwatched.is_set() or (asked.is_set() and code < 0):
+        os._exit(128 + signal.SIGTERM)  # not its own end: it has nothing to tell, and perhaps nobody listens
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = (
+            "; the kernel's out-of-memory killer struck on this host" if _out_of_memory_kills() > out_of_memory else ""
+        )
+        tell(this_rank(128 - code, f"killed by signal {-code} ({name}){hint}"))
+        return 128 - code
+    tell(this_rank(code, _CAUSES.get(code, f"exit code {code}") if code else ""))
+    return code
+
+
+def die_with_parent(signum: int) -> None:
+    """Ask the kernel for a signal to this process when its parent ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signum))
+
+
+def _environment(assignment: Assignment) -> dict[str, str]:
+    node = int(next(os.environ[name] for name in _NODE_VARIABLES if name in os.environ))
+    interfaces = dict.fromkeys(_INTERFACE_VARIABLES, assignment.interfaces[node])
+    return {**os.environ, **interfaces, **assignment.environment}
+
+
+def _when_unread(end: Callable[[], None]) -> None:
+    """Call `end` when the other end of standard output is closed; a file or a terminal never is."""
+    poll = select.poll()
+    poll.register(1, 0)  # errors and hang-ups are reported unasked
+    poll.poll()
+    end()
+
+
+def _out_of_memory_kills() -> int:
+    """So far, on this host; 0 where the kernel does not count them."""
+    try:
+        with Path("/proc/vmstat").open() as counters:
+            return next((int(line.split()[1]) for line in counters if line.startswith("oom_kill ")), 0)
+    except OSError:
+        return 0

@@ -1,0 +1,261 @@
+"""Features to towers (DMT, arXiv 2403.00877, tower partitioner): one ordered recipe.
+
+    coherent, diverse    probe -> interactions -> distances -> plane -> k-means within limits
+    strided              table i to tower i mod T
+    greedy               largest first, to the tower with the least cost so far
+    random               tables dealt out at random, as many to each tower
+
+The last three look at no interactions and keep no balance; they are what the first two are compared with.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from megarec.config.sections import RunConfig
+from megarec.config.towers import TowersFile
+from megarec.data.schema import SCHEMA_FILE, Schema, schema_of
+from megarec.data.store import open_split
+from megarec.errors import UserError, did_you_mean
+from megarec.planning.partition.balanced_kmeans import (
+    Assignment,
+    Floats,
+    constrained_kmeans,
+    dealt_round_robin,
+    largest_first,
+)
+from megarec.planning.partition.interactions import Matrix, read_interactions
+from megarec.planning.partition.limits import (
+    GIB,
+    KINDS,
+    Units,
+    check_memory,
+    find_limits,
+    measure_lengths,
+    tower_flop,
+    units_of,
+)
+from megarec.planning.partition.mds import Kind, place_in_plane, wanted_distances
+from megarec.sparse.layout import EmbeddingLayout, build_layout
+from megarec.sparse.towers.assignment import Towers, assign_towers
+from megarec.sparse.towers.sizes import resolve_towers
+
+LEARNED = get_args(Kind)
+STRATEGIES = (*LEARNED, "strided", "greedy", "random")
+PROBE_STEPS = 300
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the command line asks for; None: see limits.py and PROBE_STEPS.
+
+    Attributes:
+        interactions: an .npy file in place of a probe.
+    """
+
+    towers: int
+    strategy: str = "coherent"
+    balance: float | None = None
+    host_memory_gib: float | None = None
+    probe_steps: int | None = None
+    interactions: Path | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Features as they lie in the plane.
+
+    Attributes:
+        interactions: [F, F], features in layout order, as are the points [F, 2].
+        stress: of the plane.
+        probed: whether a probe of this partition found the interactions.
+    """
+
+    interactions: Matrix
+    points: Floats
+    stress: float
+    probed: bool
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Features by tower, and what that costs.
+
+    Attributes:
+        cost: by kind (bytes, lookups, flop), of each tower.
+        picture: None: a baseline, and no interactions were given.
+        reasons: what was chosen and why.
+    """
+
+    towers: Towers
+    strategy: str
+    seed: int
+    layout: EmbeddingLayout
+    cost: dict[str, list[float]]
+    picture: Picture | None
+    reasons: tuple[str, ...]
+    seconds: dict[str, float]
+
+    def tower_of_features(self) -> Assignment:
+        """[F], features in layout order."""
+        tower_of = {name: tower for tower, names in enumerate(self.towers.features) for name in names}
+        return np.array([tower_of[feature.name] for feature in self.layout.features], dtype=np.int64)
+
+    def file(self) -> TowersFile:
+        lists = [list(names) for names in self.towers.features]
+        return TowersFile(towers=lists, strategy=self.strategy, seed=self.seed, cost=self.cost)
+
+
+def partition(config: RunConfig, wish: Wish, say: Callable[[str], None] = lambda line: None) -> Partition:
+    """Assign every categorical feature of a run to a tower; only a probe reads more than list lengths of the data.
+
+    Raises:
+        UserError: whatever the user can mend, before anything long is done where that can be known.
+    """
+    check_wish(wish)
+    schema = schema_of(config.data)
+    layout = build_layout(schema, config.embedding, config.model.dim)
+    strided = assign_towers(layout, wish.towers)  # refuses more towers than tables
+    resolve_towers(
+        config.model_copy(update={"parallel": config.parallel.model_copy(update={"towers": wish.towers})}), layout
+    )
+    clock = _Stopwatch()
+
+    interactions, lengths, reasons = _look(config, wish, schema, layout, say)
+    clock.lap("probe")
+    units = units_of(config, layout, lengths)
+    memory = None if wish.host_memory_gib is None else wish.host_memory_gib * GIB
+    picture = None
+    if interactions is not None:
+        kind: Kind = "diverse" if wish.strategy == "diverse" else "coherent"
+        points, stress = place_in_plane(wanted_distances(interactions, kind), config.train.seed)
+        picture = Picture(interactions, points, stress, wish.interactions is None)
+        reasons.append(f"plane: distances of {kind}, stress {stress:.3f}")
+    clock.lap("plane")
+    if wish.strategy in LEARNED:
+        assert picture is not None
+        limits = find_limits(config, layout, units, wish.towers, balance=wish.balance, host_memory=memory)
+        reasons.append(limits.reason)
+        assignment = constrained_kmeans(
+            _unit_points(units, picture.points), np.array([float(len(f)) for f in units.features]),
+            units.shares(wish.towers), limits.loads, limits.even, wish.towers, config.train.seed,
+        )  # fmt: skip
+    else:
+        assignment = _baseline(wish, units, layout, strided, config.train.seed)
+        check_memory(units, assignment, wish.towers, memory)
+    clock.lap("assignment")
+    towers = assign_towers(layout, _lists(layout, units, assignment))
+    cost = tower_costs(config, layout, units, towers)
+    return Partition(towers, wish.strategy, config.train.seed, layout, cost, picture, tuple(reasons), clock.seconds)
+
+
+def check_wish(wish: Wish) -> None:
+    """Raise a UserError for what the command line cannot mean."""
+    if wish.strategy not in STRATEGIES:
+        raise UserError(f"--strategy {wish.strategy}: no such strategy; {did_you_mean(wish.strategy, STRATEGIES)}")
+    for option, value, least in (
+        ("towers", wish.towers, 1), ("balance", wish.balance, 1), ("probe-steps", wish.probe_steps, 1),
+    ):  # fmt: skip
+        if value is not None and not value >= least:
+            raise UserError(f"--{option} {value}: expected at least {least}")
+    if wish.host_memory_gib is not None and not wish.host_memory_gib > 0:
+        raise UserError(f"--host-memory-gib {wish.host_memory_gib}: expected more than 0")
+    if wish.strategy not in LEARNED and wish.balance is not None:
+        raise UserError(f"--balance goes with {' and '.join(LEARNED)}: --strategy {wish.strategy} keeps no balance")
+    if wish.probe_steps is not None and (wish.interactions is not None or wish.strategy not in LEARNED):
+        other = "--interactions" if wish.interactions is not None else f"--strategy {wish.strategy}"
+        raise UserError(f"--probe-steps: there is no probe with {other}; leave one of them out")
+
+
+def _look(
+    config: RunConfig, wish: Wish, schema: Schema, layout: EmbeddingLayout, say: Callable[[str], None]
+) -> tuple[Matrix | None, dict[str, float], list[str]]:
+    """Interactions [F, F], ids an example of multi-valued features, and how they were found."""
+    if wish.interactions is None and wish.strategy in LEARNED:
+        from megarec.planning.partition.interactions import (
+            probe,  # seconds of imports that everything else does without
+        )
+
+        found = probe(config, wish.probe_steps or PROBE_STEPS, say)
+        return found.interactions, found.mean_lengths, [found.reason]
+    interactions = None
+    reasons = []
+    if wish.interactions is not None:
+        interactions = read_interactions(wish.interactions, len(layout.features))
+        reasons.append(f"interactions: of {wish.interactions}")
+    path = Path(config.data.path)
+    if not any(feature.multi_valued for feature in schema.categorical):
+        return interactions, {}, reasons
+    if not (path / SCHEMA_FILE).is_file():
+        reasons.append(
+            f"lookups: a list counts as one id, since its data are not here (data.path={config.data.path!r})"
+        )
+        return interactions, {}, reasons
+    return interactions, measure_lengths(open_split(path, "train", schema, config.data.bad_rows)), reasons
+
+
+def _unit_points(units: Units, points: Floats) -> Floats:
+    """[U, 2]: features that move together lie in the middle of them."""
+    return np.stack([points[list(features)].mean(0) for features in units.features])
+
+
+def _baseline(wish: Wish, units: Units, layout: EmbeddingLayout, strided: Towers, seed: int) -> Assignment:
+    if wish.strategy == "greedy":
+        return largest_first(units.shares(wish.towers).sum(1), wish.towers)
+    if wish.strategy == "random":
+        return dealt_round_robin(len(units), wish.towers, np.random.default_rng([seed, 5]))
+    tower_of = {name: tower for tower, names in enumerate(strided.features) for name in names}
+    return np.array([tower_of[layout.features[features[0]].name] for features in units.features], dtype=np.int64)
+
+
+def _lists(layout: EmbeddingLayout, units: Units, assignment: Assignment) -> list[list[str]]:
+    """Names by tower; the tower with the earliest feature first, so that equal partitions are equal files."""
+    lists: dict[int, list[str]] = {}
+    for feature, tower in zip(layout.features, units.of_features(assignment), strict=True):
+        lists.setdefault(int(tower), []).append(feature.name)
+    return list(lists.values())
+
+
+def tower_costs(config: RunConfig, layout: EmbeddingLayout, units: Units, towers: Towers) -> dict[str, list[float]]:
+    """By kind (KINDS), the cost of each tower."""
+    unit_of = {layout.features[place].name: unit for unit, places in enumerate(units.features) for place in places}
+    held = [sorted({unit_of[name] for name in names}) for names in towers.features]
+    embeddings = [round(units.embeddings[own].sum()) for own in held]
+    found = (
+        [float(units.bytes[own].sum()) for own in held],
+        [float(units.lookups[own].sum()) for own in held],
+        tower_flop(config, layout, embeddings),
+    )
+    return dict(zip(KINDS, found, strict=True))
+
+
+def inside_and_across(interactions: Matrix, tower_of: Assignment, tower: int | None = None) -> tuple[float, float]:
+    """Mean interaction of two features in the same tower, and in different ones; nan where there is no such pair.
+
+    Args:
+        tower_of: [F].
+        tower: only pairs with a feature in this one; None: all pairs.
+    """
+    same = tower_of[:, None] == tower_of
+    pairs = ~np.eye(len(tower_of), dtype=bool)
+    if tower is not None:
+        pairs &= (tower_of == tower)[:, None]
+    inside, across = interactions[pairs & same], interactions[pairs & ~same]
+    return (float(inside.mean()) if inside.size else np.nan, float(across.mean()) if across.size else np.nan)
+
+
+class _Stopwatch:
+    """Seconds by part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._since
+        self._since = now

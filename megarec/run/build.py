@@ -1,0 +1,193 @@
+"""From a config to everything that trains: one ordered recipe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarec.config.deepspeed import micro_batch_size, tensorboard_section, zero_stage
+from megarec.config.models import OverArchConfig
+from megarec.config.sections import RunConfig
+from megarec.config.towers import IdentityTowerConfig
+from megarec.data.loader import EvalLoader, TrainLoader
+from megarec.data.schema import Schema, load_schema, select_features
+from megarec.data.store import open_split
+from megarec.dense.apex import layer_norm_factory
+from megarec.dense.engine import base_learning_rate
+from megarec.dense.parallelize import parallelize
+from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes
+from megarec.distributed.process import threads_that_pay
+from megarec.distributed.topology import Topology, build_topology, separate_groups
+from megarec.models.recommender import Recommender
+from megarec.run.cost import Cost, count
+from megarec.run.scale import resolve_scale
+from megarec.run.schedule import Schedule
+from megarec.sparse.layout import EmbeddingLayout, build_layout
+from megarec.sparse.placement import Shard
+from megarec.sparse.run_placement import explain, place_run
+from megarec.sparse.side import SparseSide
+from megarec.sparse.towers.replicas import resolve_optimizer
+from megarec.sparse.towers.sizes import over_arch_config, over_arch_input, resolve_towers
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that trains; built once, passed explicitly."""
+
+    config: RunConfig
+    device: torch.device
+    topology: Topology
+    schema: Schema
+    train: TrainLoader
+    valid: EvalLoader
+    test: EvalLoader
+    sparse: SparseSide
+    engine: Any
+    dense_learning_rate: float
+    schedule: Schedule
+    cost: Cost
+    ledger: Ledger
+    overlap: bool
+    choices: tuple[str, ...]
+    skipped_rows: dict[str, dict[str, int]]
+
+    @property
+    def layout(self) -> EmbeddingLayout:
+        """Of the features in use, their tables and columns."""
+        return build_layout(self.schema, self.config.embedding, self.config.model.dim)
+
+
+def build_run(config: RunConfig, device: torch.device) -> Run:
+    """Build data, topology, sparse side, over-arch and engine of a run, in this order; collective.
+
+    Raises:
+        UserError: whatever the user can mend, before anything is trained or written.
+    """
+    topology = build_topology(config.parallel.ranks_per_host, config.parallel.tensor)
+    examples = micro_batch_size(config, topology.world_size)  # fails on the arithmetic before any data is read
+
+    path = Path(config.data.path)
+    schema = select_features(load_schema(path), config.data.features)
+    stores = {split: open_split(path, split, schema, config.data.bad_rows) for split in ("train", "valid", "test")}
+    loading: dict[str, Any] = {
+        "batch_size": config.data.batch_size,
+        "rank": topology.rank,
+        "world_size": topology.world_size,
+        "seed": config.train.seed,
+        "prefetch": config.data.prefetch,
+        "pin_memory": device.type != "cpu",
+    }
+    train = TrainLoader(stores["train"], schema, **loading)
+    valid, test = (EvalLoader(stores[split], schema, **loading) for split in ("valid", "test"))
+
+    section = tensorboard_section(config.deepspeed, Path(config.train.output_dir))
+    model = build_model(config.model_copy(update={"deepspeed": section}), schema, topology, device)
+    config = config.model_copy(update={"model": model.sizes})  # from here on every size is explicit
+    if device.type == "cpu" and config.train.threads is None:
+        torch.set_num_threads(threads_that_pay(torch.get_num_threads(), examples * model.cost.flop))
+
+    total_steps = config.train.epochs * train.steps_per_epoch
+    if config.train.max_steps is not None:
+        total_steps = min(total_steps, config.train.max_steps)
+    choices = (
+        f"topology: {topology.describe()}",
+        f"data: {schema.name}, {', '.join(f'{len(store):,} {split}' for split, store in stores.items())} examples",
+        *model.choices,
+    )
+    skipped = {split: store.skipped for split, store in stores.items() if store.skipped}
+    schedule = Schedule(config.schedule, total_steps, train.steps_per_epoch)
+    return Run(
+        config=config,
+        device=device,
+        topology=topology,
+        schema=schema,
+        train=train,
+        valid=valid,
+        test=test,
+        sparse=model.sparse,
+        engine=model.engine,
+        dense_learning_rate=base_learning_rate(model.engine, config),
+        schedule=schedule,
+        cost=model.cost,
+        ledger=model.ledger,
+        overlap=overlaps(config, topology),
+        choices=choices,
+        skipped_rows=skipped,
+    )
+
+
+def overlaps(config: RunConfig, topology: Topology) -> bool:
+    """Whether the ids of the next batch travel while a step computes: as configured, else where they cross hosts."""
+    return topology.hosts > 1 if config.parallel.overlap is None else config.parallel.overlap
+
+
+@dataclass(frozen=True)
+class Model:
+    """Both sides of a model on one rank.
+
+    Attributes:
+        sizes: the config's model section, every size explicit.
+        choices: what was chosen and why, for the log.
+    """
+
+    sizes: OverArchConfig
+    sparse: SparseSide
+    engine: Any
+    cost: Cost
+    ledger: Ledger
+    choices: tuple[str, ...]
+
+
+def build_model(
+    config: RunConfig,
+    schema: Schema,
+    topology: Topology,
+    device: torch.device,
+    shards: tuple[Shard, ...] | None = None,
+) -> Model:
+    """Build sparse side, over-arch and engine; no data are read; collective.
+
+    Args:
+        shards: the placement of all tables; None: as the config asks.
+
+    Raises:
+        UserError: sizes, ranks, tables or the DeepSpeed section do not fit together.
+    """
+    layout = build_layout(schema, config.embedding, config.model.dim)
+    towers = resolve_towers(config, layout)
+    sizes, scale_reasons = resolve_scale(config.model, layout, len(schema.numeric), towers.modules)
+    ledger = Ledger()
+    module = config.tower_module
+    sparse = SparseSide(
+        layout,
+        config.embedding,
+        topology,
+        seed=config.train.seed,
+        device=device,
+        ledger=ledger,
+        exchange=config.parallel.exchange,
+        towers=towers,
+        tower_optimizer=None if isinstance(module, IdentityTowerConfig) else resolve_optimizer(module, config.dense),
+        messages=WireDtypes(*(MESSAGE_TYPES[name] for name in config.parallel.messages)),
+        ids=separate_groups(topology) if overlaps(config, topology) else None,
+        shards=place_run(config, layout, topology) if shards is None else shards,
+    )
+
+    norm, norm_reason = layer_norm_factory(config.train.fused_kernels == "auto" and config.model.bias)
+    with torch.device("meta"):
+        columns, over_arch = over_arch_input(layout, towers.modules), over_arch_config(sizes, towers.modules)
+        model = Recommender(columns, len(schema.numeric), over_arch, config.embedding.dropout, norm)
+    engine, optimizer_reason = parallelize(model, config.model_copy(update={"model": sizes}), topology, device, ledger)
+
+    cost = count(sizes, layout, len(schema.numeric), towers.modules)
+    choices = (
+        f"model: {sizes.name}, {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters, "
+        f"{cost.flop / 1e9:.4f} training GFLOP/example",
+        *scale_reasons,
+        *towers.reasons,
+        f"dense: ZeRO {zero_stage(config.deepspeed)}, optimizer {optimizer_reason}; {norm_reason}",
+        *(explain(config, layout, topology).lines() if shards is None else ()),
+        *sparse.describe(),
+    )
+    return Model(sizes, sparse, engine, cost, ledger, choices)

@@ -1,0 +1,174 @@
+"""Parameters and training FLOPs per example of a run's model, by layer and part, from its sizes alone.
+
+A multiply-accumulate is 2 FLOPs; training costs it three times: forward, gradient of the input, gradient of the
+weight. Only the numeric MLP's first layer needs no gradient of its input. LayerNorm, ReLU, sums, products element by
+element and lookups count as 0 FLOPs: above 5 GFLOP/example more than 97 % is plain GEMM.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megarec.config.base import ModelConfig
+from megarec.config.models import DcnConfig, DlrmConfig, OverArchConfig, WukongConfig
+from megarec.config.towers import DcnTowerConfig, DlrmTowerConfig, WukongTowerConfig
+from megarec.models.dlrm import head_inputs
+from megarec.models.inputs import EmbeddedColumns, input_embeddings
+from megarec.models.wukong import LayerSizes, layer_sizes
+from megarec.run.baseline_cost import count_baseline
+from megarec.run.cost_parts import Part, Parts, count_mlp, total
+from megarec.sparse.layout import EmbeddingLayout
+from megarec.sparse.towers.sizes import TowerSizes, over_arch_config, over_arch_input
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs.
+
+    Attributes:
+        layers: by layer, then by part, in the order of the forward pass. `sparse` has the part `tables`; `towers`,
+            where there are tower modules, `towers.0` and so on; `inputs` has `small_mlp` and `numeric_mlp`;
+            `layers.0` and so on are the over-arch's; `head` comes last.
+    """
+
+    layers: dict[str, Parts]
+
+    @property
+    def parts(self) -> Parts:
+        """By part, over all layers."""
+        return _by_part(self.layers.values())
+
+    @property
+    def sparse_parameters(self) -> int:
+        return self.layers["sparse"]["tables"].parameters
+
+    @property
+    def dense_parameters(self) -> int:
+        return self.parameters - self.sparse_parameters
+
+    @property
+    def parameters(self) -> int:
+        return total(self.parts).parameters
+
+    @property
+    def mac(self) -> int:
+        """Multiply-accumulates of the forward pass per example."""
+        return total(self.parts).mac
+
+    @property
+    def flop(self) -> int:
+        """Training FLOPs per example."""
+        return total(self.parts).flop
+
+
+def _by_part(layers: Iterable[Parts]) -> Parts:
+    parts: Parts = {}
+    for layer in layers:
+        for name, part in layer.items():
+            parts[name] = parts.get(name, Part(0)).plus(part)
+    return parts
+
+
+def count(config: OverArchConfig, layout: EmbeddingLayout, numeric: int, modules: TowerSizes | None = None) -> Cost:
+    """Parameters and training FLOPs per example of tables, tower modules, input layer and over-arch.
+
+    Args:
+        config: the model section; behind tower modules the over-arch is counted at their width.
+        modules: the tower modules (sparse/towers/sizes.py), if there are any.
+
+    Raises:
+        UserError: sizes that do not fit together, or data without features.
+    """
+    layers = {"sparse": {"tables": Part(sum(table.rows * table.columns for table in layout.tables))}}
+    if modules is not None:
+        layers["towers"] = count_towers(modules)
+    config, columns = over_arch_config(config, modules), over_arch_input(layout, modules)
+    layers["inputs"] = _count_inputs(config, columns, numeric)
+    n = input_embeddings(columns, numeric, config)
+    return Cost(layers | _count_over_arch(n, config.numeric_embeddings if numeric else 0, config))
+
+
+def count_towers(modules: TowerSizes) -> Parts:
+    """The module of each tower, `towers.0` and so on."""
+    return {f"towers.{t}": _count_tower(modules, t) for t in range(len(modules.inputs))}
+
+
+def _count_tower(sizes: TowerSizes, tower: int) -> Part:
+    features, outputs, width, bias = sizes.inputs[tower], sizes.outputs[tower], sizes.width, sizes.bias
+    match sizes.module:
+        case DlrmTowerConfig(c=int(c), p=int(p)):
+            whole = count_mlp(features * width, [], c * sizes.dim, bias)
+            return whole.plus(count_mlp(width, [], p * sizes.dim, bias).times(features))
+        case DcnTowerConfig(layers=layers, rank=rank):
+            cross = [_count_cross_layer(features * width, rank, bias)["cross"]] * layers
+            projection = count_mlp(features * width, [], outputs * sizes.dim, bias)
+            return functools.reduce(Part.plus, cross, projection)
+        case WukongTowerConfig():
+            layer = total(_count_wukong_layer(sizes.interaction(tower), WukongConfig(dim=width, bias=bias)))
+            if sizes.dim == width:
+                return layer
+            return layer.plus(count_mlp(width, [], sizes.dim, bias).times(outputs))
+        case _:
+            raise AssertionError(f"sizes of {sizes.module!r} are missing")
+
+
+def _count_inputs(config: ModelConfig, layout: EmbeddedColumns, numeric: int) -> Parts:
+    parts = {}
+    if layout.small_columns:
+        emitted = config.small_embeddings * config.dim
+        parts["small_mlp"] = count_mlp(layout.small_columns, config.small_mlp, emitted, config.bias)
+    if numeric:
+        emitted = config.numeric_embeddings * config.dim
+        bias = config.bias if config.numeric_bias is None else config.numeric_bias
+        parts["numeric_mlp"] = count_mlp(numeric, config.numeric_mlp, emitted, bias, input_gradient=False)
+    return parts
+
+
+def _count_over_arch(n: int, dense: int, config: OverArchConfig) -> dict[str, Parts]:
+    """The layers over n embeddings per example, of which the last `dense` come from numeric features."""
+    match config:
+        case WukongConfig():
+            sizes = layer_sizes(n, config)
+            layers = [_count_wukong_layer(layer, config) for layer in sizes]
+            columns = sizes[-1].outputs * config.dim
+        case DlrmConfig():
+            layers = [{"dot_products": Part(0, n * n * config.dim)}]
+            columns = head_inputs(n, dense, config.dim)
+        case DcnConfig():
+            columns = n * config.dim
+            layers = [_count_cross_layer(columns, config.rank, config.bias)] * config.layers
+        case _:
+            return count_baseline(n, config)
+    numbered: dict[str, Parts] = {f"layers.{index}": parts for index, parts in enumerate(layers)}
+    return numbered | {"head": {"head": count_mlp(columns, config.head, 1, config.bias)}}
+
+
+def count_wukong(n: int, config: WukongConfig) -> Parts:
+    """The parts of Wukong's over-arch alone, over n embeddings per example and over all its layers."""
+    return _by_part(_count_over_arch(n, 0, config).values())
+
+
+def _count_wukong_layer(layer: LayerSizes, config: WukongConfig) -> Parts:
+    n, d, k = layer.inputs, config.dim, layer.rank
+    full, attentive = config.fm == "full", config.projection == "attentive"
+    interactions = n * (n if full else k)
+    parts = {}
+    if full:
+        parts["fm"] = Part(0, n * n * d)
+    elif attentive:
+        m = config.attentive.compressed
+        parts["fm"] = Part(n * m, n * m * d + 2 * n * k * d)
+        parts["fm_attention"] = count_mlp(m * d, config.attentive.mlp, n * k, config.bias)
+    else:
+        parts["fm"] = Part(n * k, 2 * n * k * d)
+    parts["fm_mlp"] = count_mlp(interactions, layer.mlp, layer.num_fm * d, config.bias)
+    parts["lcb"] = Part(n * layer.num_lcb, n * layer.num_lcb * d)
+    if layer.outputs != n:
+        parts["residual"] = Part(n * layer.outputs, n * layer.outputs * d)
+    parts["layer_norm"] = Part((interactions + d) * (2 if config.bias else 1))
+    return parts
+
+
+def _count_cross_layer(width: int, rank: int | None, bias: bool) -> Parts:
+    product = count_mlp(width, [] if rank is None else [rank], width, bias=False)
+    return {"cross": product.plus(Part(width if bias else 0))}

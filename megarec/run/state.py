@@ -1,0 +1,70 @@
+"""Where a run stands."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megarec.errors import DamagedCheckpoint
+
+
+@dataclass
+class TrainState:
+    """Everything that is neither weights nor optimizer state.
+
+    Attributes:
+        step: optimizer steps done; with the seed it is the place in the data as well.
+        best, since_best, since_drop, plateau_drops: of the validation's score (training.schedule).
+        best_by: the metric that `best` is of (train.best_by); None: there is no best yet, or an earlier version saved.
+        skipped_steps: steps that were not applied; `skipped` counts them by cause.
+        left_out: steps whose batches are passed over, because they were faulty before a rollback.
+        rollbacks: so many there were.
+        losses: mean losses of the last applied steps, of which `train.faults.spike` takes the median.
+        validation_due: the run ended by a signal between a step and its validation.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    step: int = 0
+    best: float = math.inf
+    best_by: Literal["logloss", "auc"] | None = None
+    since_best: int = 0
+    since_drop: int = 0
+    plateau_drops: int = 0
+    skipped_steps: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    left_out: list[int] = field(default_factory=list)
+    rollbacks: int = 0
+    losses: list[float] = field(default_factory=list)
+    validation_due: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON has no infinity: null."""
+        return {name: None if value == math.inf else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], file: Path) -> "TrainState":
+        """What an earlier version did not know keeps its default; numbers come back as what they were, 7.0 as 7.
+
+        Args:
+            file: that the values were read from, for the message.
+
+        Raises:
+            DamagedCheckpoint: a name that this version does not know, or a number of the wrong kind.
+        """
+        known = {name: math.inf if name == "best" and value is None else value for name, value in values.items()}
+        try:
+            return _POSITION.validate_python(known)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, ("position", *first["loc"])))
+            raise DamagedCheckpoint(f"{file}: {where}: {first['msg']}; no run stands there") from error
+
+    def forget_best(self) -> None:
+        """The validations so far were of another model."""
+        self.best, self.best_by, self.since_best, self.since_drop = math.inf, None, 0, 0
+
+
+_POSITION = TypeAdapter(TrainState)

@@ -1,0 +1,150 @@
+"""What a sweep's trials gave: one JSON each, written when it has ended, and one parquet of them all.
+
+A row's file appears by a rename and is never touched again; the parquet is made anew from all of them. So a sweep may
+be killed at any moment.
+
+A trial in TensorBoard's HParams, beside the scalars that the run itself wrote.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from megarec.errors import UserError
+from megarec.files import write_whole
+from megarec.scaling.grid import Trial, of_models
+
+_HPARAM_METRICS = ("logloss", "ne", "auc", "valid_logloss", "examples_per_second")
+
+
+def log_trial(directory: Path, trial: Trial, row: dict[str, Any]) -> None:
+    """Add hyper-parameters and final metrics to the run's event files.
+
+    Args:
+        directory: of the run's own events, so that TensorBoard shows both as one.
+    """
+    from torch.utils.tensorboard import SummaryWriter  # seconds to load
+    from torch.utils.tensorboard.summary import hparams
+
+    metrics = {f"sweep/{name}": row[name] for name in _HPARAM_METRICS if row[name] is not None}
+    with SummaryWriter(str(directory)) as writer:
+        for summary in hparams(hyper_parameters(trial), dict.fromkeys(metrics, 0.0)):
+            writer._get_file_writer().add_summary(summary)
+        for name, value in metrics.items():
+            writer.add_scalar(name, value)
+
+
+def hyper_parameters(trial: Trial) -> dict[str, Any]:
+    """What the study sets, a size a key: numbers and words as they are, lists as their JSON."""
+    found: dict[str, Any] = {"family_and_size": trial.model, "gflop_per_example": trial.cost.flop / 1e9}
+    for override in trial.overrides:
+        key, _, text = override.partition("=")
+        found.update(_flat(key, json.loads(text)))
+    return found
+
+
+def _flat(key: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {name: leaf for part, inner in value.items() for name, leaf in _flat(f"{key}.{part}", inner).items()}
+    return {key: value if isinstance(value, bool | int | float | str) else json.dumps(value)}
+
+
+Row = dict[str, Any]
+TABLE = "runs.parquet"
+_METRICS = ("auc", "logloss", "ne", "calibration")
+
+
+class Rows:
+    """The rows of a sweep, by trial name.
+
+    Args:
+        output: the sweep's directory.
+    """
+
+    def __init__(self, output: Path, trials: list[Trial]) -> None:
+        self.output, self.trials = output, trials
+        (output / "rows").mkdir(parents=True, exist_ok=True)
+        self.of: dict[str, Row] = {
+            trial.name: json.loads(path.read_text(encoding="utf-8"))
+            for trial in trials
+            if (path := self._path(trial)).is_file()
+        }
+
+    def add(self, trial: Trial, row: Row) -> None:
+        """Keep a trial's row for good, then the parquet with it."""
+        write_whole(self._path(trial), (json.dumps(row, indent=2) + "\n").encode())
+        self.of[trial.name] = row
+        self.write_table()
+
+    def write_table(self) -> None:
+        """`runs.parquet`: the rows in the order of the grid."""
+        chosen = {model: self.chosen_rate(model) for model, _ in of_models(self.trials)}
+        rows = [
+            {**self.of[trial.name], "chosen": trial.rate == chosen[trial.model]}
+            for trial in self.trials
+            if trial.name in self.of
+        ]
+        sink = pa.BufferOutputStream()
+        parquet.write_table(pa.Table.from_pylist(rows), sink)
+        write_whole(self.output / TABLE, sink.getvalue().to_pybytes())
+
+    def chosen_rate(self, model: str) -> int | None:
+        """The learning rate whose trial with the first seed is best on validation, of those that have ended.
+
+        Raises:
+            UserError: their validation has no quality.
+        """
+        tried = [t for t in self.trials if t.model == model and t.tuning and t.name in self.of]
+        if not tried:
+            return None
+        losses = [_validation_loss(trial, self.of[trial.name]) for trial in tried]
+        if min(losses) == float("inf"):
+            raise UserError(
+                f"{model}: no validation {tried[0].config.train.best_by} to choose a learning rate by, in "
+                f"{self._path(tried[0])}; the validation split needs rows of both labels"
+            )
+        return tried[losses.index(min(losses))].rate
+
+    def _path(self, trial: Trial) -> Path:
+        return self.output / "rows" / f"{trial.name}.json"
+
+
+def row_of(trial: Trial, metrics: dict[str, Any], seconds: float | None, host: str | None) -> Row:
+    """A trial's row from its metrics.json.
+
+    Args:
+        seconds: that its last start took, from process to exit; None: no sweep saw it end.
+    """
+    optimum = trial.schema.optimum.get("test")
+    logloss = metrics["test"]["logloss"]
+    return {
+        "model": trial.model,
+        "seed": trial.seed,
+        "rate": trial.rate,
+        "overrides": " ".join(trial.overrides),
+        "config_hash": trial.config_hash,
+        "train_gflop_per_example": trial.cost.flop / 1e9,
+        "parameters": trial.cost.parameters,
+        "dense_parameters": trial.cost.dense_parameters,
+        "sparse_parameters": trial.cost.sparse_parameters,
+        "steps": metrics["train"]["steps"],
+        "examples": metrics["train"]["steps"] * trial.config.data.batch_size,
+        **{key: metrics["test"][key] for key in _METRICS},
+        **{f"valid_{key}": metrics["valid"][key] for key in _METRICS},
+        "optimum_logloss": optimum and optimum.drawn,
+        "excess_logloss": optimum and logloss and logloss - optimum.drawn,
+        "examples_per_second": metrics["train"]["examples_per_second"],
+        "first_step_seconds": metrics["train"]["first_step_seconds"],
+        "seconds": seconds,
+        "host": host,
+    }
+
+
+def _validation_loss(trial: Trial, row: Row) -> float:
+    quality = row[f"valid_{trial.config.train.best_by}"]
+    if quality is None:  # of a split without rows, or with one label
+        return float("inf")
+    return float(quality if trial.config.train.best_by == "logloss" else -quality)

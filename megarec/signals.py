@@ -1,0 +1,30 @@
+import signal
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interruption:
+    """Inside of `with`, the first SIGTERM or SIGUSR1 to this process is noted instead of ending it.
+
+    Attributes:
+        signum: the signal, None before it came.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def __enter__(self) -> "Interruption":
+        self._before = [signal.signal(number, self._note) for number in SIGNALS]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, t: TracebackType | None) -> None:
+        for number, handler in zip(SIGNALS, self._before, strict=True):
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = self.signum or signum
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.signum).name if self.signum else "no signal"

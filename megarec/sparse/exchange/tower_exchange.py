@@ -1,0 +1,117 @@
+"""The tower exchange: SPTT of DMT (arXiv 2403.00877) in two hops, no collective over all ranks.
+
+Rank (t, q) is local rank q of host t; H hosts, B examples a rank:
+
+    a. ids over the peer group: (t, q) receives the ids of host t's features for the H B examples of its peers
+    b. inside the host (group.py): ids to table owners, pooled embeddings back: [H B, columns of host t]
+    c. what the host's towers make of them: [H B, outputs of host t]
+    d. over the peer group: (t, q) receives what every host made of its own examples: [B, outputs of all]
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megarec.config.sections import EmbeddingConfig
+from megarec.data.batch import Batch
+from megarec.distributed.collectives import Channel, WireDtypes, all_to_all_with_grad
+from megarec.sparse.exchange.group import Distributed, TableGroup
+from megarec.sparse.exchange.ids import IdExchange
+from megarec.sparse.exchange.regroup import ColumnBlock, Regroup
+from megarec.sparse.layout import EmbeddingLayout
+from megarec.sparse.placement import Shard
+
+Change = Callable[[Tensor], Tensor]
+
+
+class TowerExchange:
+    """Tables and exchange of one rank.
+
+    Args:
+        hosts: by host, the layout of the features of its towers (see `host_layouts`).
+        shards: of this host's tables; their ranks are local ranks.
+        outputs: columns that each host hands on for an example.
+        assembly: turns the hosts' blocks [sum over hosts of B x outputs] into one matrix.
+    """
+
+    def __init__(
+        self,
+        hosts: Sequence[EmbeddingLayout],
+        shards: tuple[Shard, ...],
+        config: EmbeddingConfig,
+        *,
+        tower: Channel,
+        peer: Channel,
+        outputs: Sequence[int],
+        assembly: Regroup,
+        messages: WireDtypes,
+        device: torch.device,
+    ) -> None:
+        self._peer, self._messages, self._outputs, self._assembly = peer, messages, outputs, assembly
+        self._features = hosts[peer.rank].features
+        small = all(table.rows < 2**31 for layout in hosts for table in layout.tables)
+        dtype = torch.int32 if small and tower.size * peer.size > 1 else torch.int64
+        self._ids = IdExchange([layout.features for layout in hosts], peer, dtype, device)
+        self.group = TableGroup(
+            hosts[peer.rank], shards, config, tower, blocks=peer.size, messages=messages, device=device
+        )
+
+    def distribute(self, batch: Batch) -> Distributed:
+        """Hop a and the ids of hop b; reads no table."""
+        arrived = self._ids(batch.ids, batch.size)
+        ids = {f.name: arrived.of_slot(slot, f) for slot, f in enumerate(self._features)}
+        return self.group.distribute_ids(ids, batch.size * self._peer.size)
+
+    def pool(self, batch: Distributed, towers: Change) -> Tensor:
+        """The rest of hop b, then c and d: float32 [B, outputs of all hosts].
+
+        Args:
+            towers: [H B, columns of this host, tower after tower] -> [H B, outputs of this host].
+        """
+        made = towers(self.group.pool(batch))
+        size = batch.size // self._peer.size
+        blocks = all_to_all_with_grad(
+            made.reshape(-1),
+            [size * columns for columns in self._outputs],
+            [size * self._outputs[self._peer.rank]] * self._peer.size,
+            self._peer,
+            "towers",
+            self._messages,
+        )
+        return self._assembly(blocks, {}, size)
+
+
+def host_layouts(layout: EmbeddingLayout, towers: Sequence[Sequence[str]], hosts: int) -> list[EmbeddingLayout]:
+    """The part of a layout that each host holds: tower t on host t // (T / H), its features tower after tower.
+
+    Args:
+        towers: T groups of feature names, T a multiple of `hosts`; features that share a table are in one tower.
+    """
+    by_name = {feature.name: feature for feature in layout.features}
+    per_host = len(towers) // hosts
+    parts = []
+    for host in range(hosts):
+        features, start = [], 0
+        for name in (name for tower in towers[host * per_host : (host + 1) * per_host] for name in tower):
+            features.append(dataclasses.replace(by_name[name], start=start))
+            start += by_name[name].columns
+        held = {feature.table for feature in features}
+        tables = tuple(table for table in layout.tables if table.name in held)
+        parts.append(EmbeddingLayout(layout.dim, tables, tuple(features), full_embeddings=0, small_columns=start))
+    return parts
+
+
+def canonical_assembly(layout: EmbeddingLayout, hosts: Sequence[EmbeddingLayout]) -> Regroup:
+    """For embeddings that no tower module changed: every feature to its columns of the whole layout."""
+    start = {feature.name: feature.start for feature in layout.features}
+    return Regroup([[ColumnBlock(f.name, start[f.name], f.start, f.columns) for f in part.features] for part in hosts])
+
+
+def tower_order_assembly(outputs: Sequence[int]) -> Regroup:
+    """For outputs of tower modules: host after host."""
+    starts = [sum(outputs[:host]) for host in range(len(outputs))]
+    return Regroup(
+        [[ColumnBlock(f"host {host}", starts[host], 0, columns)] for host, columns in enumerate(outputs)],
+    )

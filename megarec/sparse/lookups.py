@@ -1,0 +1,104 @@
+"""Who looks up what, worked out once: slots per rank, and where their columns belong in the matrix [B, width].
+
+A slot is one feature looked up in one shard. A rank's slots are sorted so that features which share a table are
+neighbours (both table backends update such a table once), each backend's tables lie together, and those of the torch
+backend by width. Slots of tables that are split by rows lie together as well, in the same order on every rank: FBGEMM's
+last, then torch's first. All ranks derive the same routes from the same layout and shards.
+"""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megarec.sparse.layout import EmbeddingLayout, Feature
+from megarec.sparse.placement import Shard, split_by_rows
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """One feature looked up in one shard.
+
+    Attributes:
+        start: first column of its output in the matrix [B, width].
+        offset: first column of its output among the columns of its rank that travel with it: those of tables split by
+            rows go apart from the others.
+        by_rows: whether the table is split by rows.
+    """
+
+    feature: Feature
+    shard: Shard
+    start: int
+    offset: int
+    by_rows: bool = False
+
+    @property
+    def columns(self) -> int:
+        return self.shard.columns
+
+    @property
+    def source(self) -> Feature:
+        """Whose ids are looked up: the feature's, or the part of them whose rows lie here."""
+        if not self.by_rows:
+            return self.feature
+        rows = f"[{self.shard.row_start}:{self.shard.row_stop}]"
+        return dataclasses.replace(self.feature, name=self.feature.name + rows, multi_valued=True)
+
+
+@dataclass(frozen=True)
+class LookupPlan:
+    """Slots by rank.
+
+    Attributes:
+        slots: slots[r] are the slots of rank r, in the order of its output columns.
+        index_dtype: of ids on the wire and in lookups: int32 where ids travel and every table is small enough.
+    """
+
+    slots: tuple[tuple[Lookup, ...], ...]
+    index_dtype: torch.dtype
+
+
+def plan_lookups(
+    layout: EmbeddingLayout, shards: Sequence[Shard], world_size: int, fused: Collection[str]
+) -> LookupPlan:
+    """Routes for a placement.
+
+    Args:
+        fused: tables whose slots come before the others of a rank (FBGEMM's before those of torch).
+    """
+    position = {table.name: index for index, table in enumerate(layout.tables)}
+    features = {name: [f for f in layout.features if f.table == name] for name in position}
+    by_rows = split_by_rows(shards)
+    by_rank: list[tuple[Lookup, ...]] = []
+    for rank in range(world_size):
+        mine = sorted((shard for shard in shards if shard.rank == rank), key=lambda shard: position[shard.table])
+        offsets = {True: 0, False: 0}
+        slots: list[Lookup] = []
+        for shard in _in_order(mine, fused, by_rows):
+            split = shard.table in by_rows
+            for feature in features[shard.table]:
+                slots.append(Lookup(feature, shard, feature.start + shard.column_start, offsets[split], split))
+                offsets[split] += shard.columns
+        by_rank.append(tuple(slots))
+    small = world_size > 1 and all(table.rows < 2**31 for table in layout.tables)
+    return LookupPlan(tuple(by_rank), torch.int32 if small else torch.int64)
+
+
+def _in_order(shards: Sequence[Shard], fused: Collection[str], by_rows: Collection[str]) -> list[Shard]:
+    """FBGEMM's whole rows, FBGEMM's parts of tables split by rows, torch's of those, torch's whole rows.
+
+    Within one of these kinds in the order given, torch's by width; every rank has the same tables of the middle kinds.
+    """
+
+    def kind(shard: Shard) -> int:
+        return int(shard.table in by_rows) if shard.table in fused else 3 - int(shard.table in by_rows)
+
+    widths: dict[tuple[int, int], int] = {}
+    for shard in shards:
+        widths.setdefault((kind(shard), shard.columns), len(widths))
+
+    def rank(shard: Shard) -> tuple[int, int]:
+        return kind(shard), 0 if shard.table in fused else widths[kind(shard), shard.columns]
+
+    return sorted(shards, key=rank)

@@ -1,0 +1,326 @@
+"""Which rank holds which slice of which table.
+
+A shard is a rectangle of a global table, so that checkpoints and reshaping are set arithmetic. Plans (plans.py) say
+how each table is cut; here the pieces are given to ranks.
+
+How every table is laid out over the ranks of its group, and why.
+
+table       whole, on one rank
+column      columns split over some ranks, in multiples of four
+row         rows split over all ranks: an example's embedding is the sum of what every rank found
+replicated  a copy on every rank: nothing is sent but the gradients of its rows
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megarec.config.sections import Placement
+from megarec.errors import UserError, did_you_mean
+from megarec.sparse.layout import EmbeddingLayout, Table
+
+Kind = Literal["table", "column", "row", "replicated"]
+Requested = Placement
+
+COLUMN_UNIT = 4  # FBGEMM wants widths in multiples of four
+WIDE = 16  # columns of a slice: a cache line of float32
+LARGE = 1.5  # of a rank's fair share of the cost
+COPY_CELLS = 2**18  # a copy of at most 1 MiB in float32
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """One table's kind.
+
+    Attributes:
+        parts: on how many ranks the table lies.
+        why: for people.
+    """
+
+    kind: Kind
+    parts: int
+    why: str
+
+
+def plan_tables(
+    layout: EmbeddingLayout,
+    wish: Requested,
+    ranks: int,
+    tables: Mapping[str, Requested],
+    examples: int | None,
+    grain: int = 1,
+) -> dict[str, TablePlan]:
+    """The plan of every table, in table order; the same on every rank.
+
+    Args:
+        wish: for the tables that `tables` does not name.
+        ranks: of the group that holds these tables.
+        examples: of one rank of the group in a step, by which "auto" judges copies; None: it makes none.
+        grain: "auto" leaves a table whole up to 1 / grain of a rank's fair share of the cost of all that are no copies.
+    """
+    wishes: dict[str, Requested] = {table.name: tables.get(table.name, wish) for table in layout.tables}
+    copied = {
+        t.name for t in layout.tables if wishes[t.name] == "auto" and ranks > 1 and _copy_pays(layout, t, examples)
+    }
+    copies = copied | {name for name, wished in wishes.items() if wished == "replicated"}
+    costs = table_costs(layout)
+    share = sum(cost for name, cost in costs.items() if name not in copies) / ranks
+    plans = {}
+    for table in layout.tables:
+        wished, why = wishes[table.name], f'embedding.placement="{wish}"'
+        if table.name in tables:
+            why = f'embedding.tables.{table.name}.placement="{wished}"'
+        if ranks == 1:
+            plans[table.name] = TablePlan("table", 1, "one rank")
+        elif wished != "auto":
+            plans[table.name] = _as_requested(table, wished, ranks, why)
+        elif table.name in copied:
+            rows = (examples or 0) * _features(layout, table)
+            plans[table.name] = TablePlan("replicated", ranks, f"{table.rows:,} rows, {rows:,} looked up by a rank")
+        else:
+            plans[table.name] = _automatic(table, costs[table.name] / share, grain, ranks)
+    return plans
+
+
+def table_costs(layout: EmbeddingLayout) -> dict[str, float]:
+    """Cost of a table: its share of all bytes plus its share of all columns read (list length x columns a feature)."""
+    size = {table.name: float(table.rows * table.columns) for table in layout.tables}
+    traffic = dict.fromkeys(size, 0.0)
+    for feature in layout.features:
+        traffic[feature.table] += feature.columns * feature.mean_length
+    bytes_total, traffic_total = sum(size.values()), sum(traffic.values())
+    return {name: size[name] / bytes_total + traffic[name] / traffic_total for name in size}
+
+
+def check_table_names(parts: Sequence[EmbeddingLayout], tables: Collection[str]) -> None:
+    """Raise a UserError for a table in `embedding.tables` that none of the layouts has."""
+    known = [table.name for layout in parts for table in layout.tables]
+    for name in tables:
+        if name not in known:
+            raise UserError(f"embedding.tables.{name}: the model has no such table; {did_you_mean(name, known)}")
+
+
+def column_units(table: Table) -> int:
+    return math.ceil(table.columns / COLUMN_UNIT)
+
+
+def _copy_pays(layout: EmbeddingLayout, table: Table, examples: int | None) -> bool:
+    """Whether a copy on every rank at most halves what the table sends.
+
+    In a group of G a copy sends 2 (G-1)/G rows x columns for the gradients (an all-reduce); on one rank the table sends
+    2 (G-1)/G examples x features x columns for embeddings and their gradients, and the ids.
+    """
+    if examples is None or table.rows * table.columns > COPY_CELLS:
+        return False
+    return 2 * table.rows <= examples * _features(layout, table)
+
+
+def _features(layout: EmbeddingLayout, table: Table) -> int:
+    return sum(feature.table == table.name for feature in layout.features)
+
+
+def _as_requested(table: Table, wish: Kind, ranks: int, why: str) -> TablePlan:
+    if wish == "replicated":
+        return TablePlan("replicated", ranks, why)
+    if wish == "row" and table.rows < ranks:
+        return TablePlan("table", 1, f"{why}, but {table.rows} rows < {ranks} ranks")
+    if wish == "row":
+        return TablePlan("row", ranks, why)
+    parts = min(ranks, column_units(table)) if wish == "column" else 1
+    return TablePlan("table" if parts == 1 else "column", parts, why)
+
+
+def _automatic(table: Table, shares: float, grain: int, ranks: int) -> TablePlan:
+    """Whole where it fits; else in columns, which send no more than a whole table; rows, of which every rank sends as
+    much as a whole table, only where the widest useful split leaves slices of more than `LARGE` fair shares.
+
+    Args:
+        shares: cost of the table in fair shares of a rank.
+    """
+    parts = min(ranks, math.ceil(shares * grain - 1e-9))
+    slices = min(parts, max(1, table.columns // WIDE))
+    why = f"{shares:.2f} of a fair share"
+    if shares / slices > LARGE and table.rows >= ranks:
+        return TablePlan("row", ranks, f"{why}, {shares / slices:.2f} in slices of {WIDE} columns")
+    if slices > 1:
+        return TablePlan("column", slices, f"{why}, slices of at least {WIDE} columns")
+    return TablePlan("table", 1, why)
+
+
+EVEN = 1.25  # 26 equal tables on 8 ranks stay whole: 4 over 3.25
+
+
+@dataclass(frozen=True, order=True)
+class Shard:
+    """Rows [row_start, row_stop) and columns [column_start, column_stop) of a global table, held by one rank."""
+
+    table: str
+    rank: int
+    row_start: int
+    row_stop: int
+    column_start: int
+    column_stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.row_stop - self.row_start
+
+    @property
+    def columns(self) -> int:
+        return self.column_stop - self.column_start
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Index of the shard in the global tensor."""
+        return slice(self.row_start, self.row_stop), slice(self.column_start, self.column_stop)
+
+    @property
+    def per_row(self) -> "Shard":
+        """The slice of a global [rows, 1] tensor, one number a row, that goes with this shard."""
+        return dataclasses.replace(self, column_start=0, column_stop=1)
+
+    @property
+    def per_table(self) -> "Shard":
+        """A global [1, 1] tensor, one number a table, that goes with this shard."""
+        return Shard(self.table, self.rank, 0, 1, 0, 1)
+
+
+def place(
+    layout: EmbeddingLayout,
+    kind: Requested,
+    world_size: int,
+    *,
+    idle_ranks: bool = False,
+    tables: Mapping[str, Requested] | None = None,
+    examples: int | None = None,
+) -> tuple[Shard, ...]:
+    """Shards of every table, the same on every rank, in table order and then in the order of their slices.
+
+    The most expensive tables come first, and each piece goes to the rank with the least cost so far. "table": whole
+    tables. "column": every table split into columns over all ranks, in multiples of four and as even as those allow; a
+    table with fewer multiples than ranks goes to the ranks with the least cost. Others: see plans.py.
+
+    Args:
+        idle_ranks: whether a rank may hold nothing; with other kinds than "table" and "column" it always may.
+        tables: the kinds of tables that differ.
+        examples: see `plan_tables`.
+
+    Raises:
+        UserError: a rank would hold nothing; the message has the arithmetic and a remedy.
+    """
+    shards = lay_out(layout, choose_plans(layout, kind, world_size, tables or {}, examples), world_size)
+    must_hold = kind in ("table", "column") and not tables and not idle_ranks
+    if must_hold and len({shard.rank for shard in shards}) < world_size:
+        raise UserError(_idle_ranks(layout, kind, world_size))
+    return shards
+
+
+def place_on_hosts(
+    hosts: Sequence[EmbeddingLayout],
+    kind: Requested,
+    ranks_per_host: int,
+    *,
+    tables: Mapping[str, Requested] | None = None,
+    examples: int | None = None,
+) -> tuple[Shard, ...]:
+    """`place` inside every host: hosts[h] is what host h holds; ranks are those of the whole job."""
+    return tuple(
+        dataclasses.replace(shard, rank=host * ranks_per_host + shard.rank)
+        for host, layout in enumerate(hosts)
+        for shard in place(layout, kind, ranks_per_host, idle_ranks=True, tables=tables, examples=examples)
+    )
+
+
+def choose_plans(
+    layout: EmbeddingLayout, kind: Requested, ranks: int, tables: Mapping[str, Requested], examples: int | None
+) -> dict[str, TablePlan]:
+    """`plan_tables` with as few tables split as balance allows: the first grain of 1, 2 and 4 with which the fullest
+    rank has at most `EVEN` times the mean, or a tenth more than with the most even one."""
+    plans = [plan_tables(layout, kind, ranks, tables, examples, grain) for grain in (1, 2, 4)]
+    if plans[0] == plans[-1]:
+        return plans[0]
+    uneven = [imbalance(layout, lay_out(layout, plan, ranks), ranks) for plan in plans]
+    accepted = max(EVEN, 1.1 * min(uneven))
+    return next(plan for plan, value in zip(plans, uneven, strict=True) if value <= accepted)
+
+
+def imbalance(layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int) -> float:
+    """The most that a rank has over the mean, of cells held or of columns read."""
+    copies = replicated(shards)
+    size = {table.name: table.rows * table.columns for table in layout.tables}
+    read = dict.fromkeys(size, 0.0)
+    for feature in layout.features:
+        read[feature.table] += feature.columns * feature.mean_length
+    cells, columns = [0.0] * ranks, [0.0] * ranks
+    for shard in shards:
+        own = shard.rows * shard.columns
+        cells[shard.rank] += own
+        columns[shard.rank] += read[shard.table] * (1 / ranks if shard.table in copies else own / size[shard.table])
+    return max(max(load) * ranks / sum(load) for load in (cells, columns))
+
+
+def lay_out(layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int) -> tuple[Shard, ...]:
+    """Give the pieces of every table to ranks."""
+    costs = table_costs(layout)
+    load = [0.0] * ranks
+    everywhere = {table.name for table in layout.tables if plans[table.name].kind in ("row", "replicated")}
+    shards: dict[str, list[Shard]] = {}
+    for table in sorted(layout.tables, key=lambda table: (table.name not in everywhere, -costs[table.name])):
+        plan = plans[table.name]
+        if plan.kind == "row":
+            rows = even_ranges(table.rows, ranks)
+            shards[table.name] = [Shard(table.name, r, *rows[r], 0, table.columns) for r in range(ranks)]
+        elif plan.kind == "replicated":
+            shards[table.name] = [Shard(table.name, r, 0, table.rows, 0, table.columns) for r in range(ranks)]
+        else:
+            columns = _even_columns(table, plan.parts)
+            lightest = sorted(range(ranks), key=load.__getitem__)  # wider slices come first: to the lighter ranks
+            shards[table.name] = [
+                Shard(table.name, rank, 0, table.rows, *own) for rank, own in zip(lightest, columns, strict=False)
+            ]
+        for shard in shards[table.name]:
+            load[shard.rank] += costs[table.name] * shard.rows * shard.columns / (table.rows * table.columns)
+    return tuple(shard for table in layout.tables for shard in shards[table.name])
+
+
+def split_by_rows(shards: Sequence[Shard]) -> set[str]:
+    """The tables whose rows lie on several ranks."""
+    return {shard.table for shard in shards if shard.row_start > 0}
+
+
+def replicated(shards: Sequence[Shard]) -> set[str]:
+    """The tables of which several ranks hold a copy."""
+    holders: dict[Shard, int] = {}
+    for shard in shards:
+        cells = dataclasses.replace(shard, rank=0)
+        holders[cells] = holders.get(cells, 0) + 1
+    return {shard.table for shard, count in holders.items() if count > 1}
+
+
+def even_ranges(rows: int, parts: int) -> list[tuple[int, int]]:
+    """`rows` cut into `parts` ranges, descending in size by at most one."""
+    sizes = [rows // parts + (part < rows % parts) for part in range(parts)]
+    return list(itertools.pairwise([0, *itertools.accumulate(sizes)]))
+
+
+def _idle_ranks(layout: EmbeddingLayout, kind: str, world_size: int) -> str:
+    if kind == "table":
+        return (
+            f'embedding.placement="table" cannot give {world_size} ranks a table each: {len(layout.tables)} tables '
+            f'< {world_size} ranks; set embedding.placement="column" or use at most {len(layout.tables)} ranks'
+        )
+    pieces = sum(min(world_size, column_units(table)) for table in layout.tables)
+    listed = ", ".join(f"{table.name} {table.columns}" for table in layout.tables)
+    return (
+        f'embedding.placement="column" cannot give {world_size} ranks a slice each: the tables have {pieces} '
+        f"slices of {COLUMN_UNIT} columns (columns: {listed}); widen model.dim or use at most {pieces} ranks"
+    )
+
+
+def _even_columns(table: Table, parts: int) -> list[tuple[int, int]]:
+    """`parts` ranges of columns in multiples of four; the last takes what does not divide by four."""
+    ranges = even_ranges(column_units(table), parts)
+    return [(COLUMN_UNIT * start, min(COLUMN_UNIT * stop, table.columns)) for start, stop in ranges]

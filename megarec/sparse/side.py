@@ -1,0 +1,249 @@
+"""The sparse side of a model on one rank: ids out, pooled embeddings back, by the flat or the tower exchange.
+
+    flat     one all-to-all over all ranks each way (group.py over the world); tower modules, if any, come last
+    tower    in-host exchange between two small ones over the peers (tower_exchange.py), tower modules in the middle
+
+Both give the same numbers; without tower modules, in float32 and with whole rows or columns, to the last bit.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megarec.config.sections import EmbeddingConfig
+from megarec.data.batch import Batch, Ids
+from megarec.distributed.collectives import FP32, Ledger, WireDtypes, build_channel
+from megarec.distributed.topology import Topology
+from megarec.errors import UserError
+from megarec.sparse.exchange.group import Distributed, TableGroup
+from megarec.sparse.exchange.tower_exchange import TowerExchange, canonical_assembly, tower_order_assembly
+from megarec.sparse.layout import EmbeddingLayout, Feature
+from megarec.sparse.placement import Shard
+from megarec.sparse.run_placement import at_most_ten, layouts_by_host, on_host, place_shards
+from megarec.sparse.tables.base import State
+from megarec.sparse.towers.replicas import TowerOptimizer, TowerReplicas
+from megarec.sparse.towers.sizes import NO_TOWERS, ResolvedTowers
+
+
+class SparseSide:
+    """Tables, tower modules and exchange of one rank.
+
+    Args:
+        seed: of the initial weights.
+        ledger: counts the bytes sent.
+        exchange: "tower" needs towers.
+        towers: features by tower, and the sizes of their modules.
+        tower_optimizer: of the modules; None when there are none.
+        messages: in which types embeddings and their gradients travel.
+        ids: the topology with groups of its own for ids (`separate_groups`), so that `distribute` may run in a thread
+            while other messages travel; None: ids share the groups.
+        shards: where the tables lie, all of them (`place_run`); None: as the config places them, no table in copies by
+            "auto", which judges them by the batch.
+
+    Raises:
+        UserError: the tables cannot be placed on so many ranks, or not held by the backend that the config names; or
+            the hosts cannot share the towers equally.
+    """
+
+    def __init__(
+        self,
+        layout: EmbeddingLayout,
+        config: EmbeddingConfig,
+        topology: Topology,
+        *,
+        seed: int,
+        device: torch.device,
+        ledger: Ledger,
+        exchange: Literal["flat", "tower"] = "flat",
+        towers: ResolvedTowers = NO_TOWERS,
+        tower_optimizer: TowerOptimizer | None = None,
+        messages: WireDtypes = FP32,
+        ids: Topology | None = None,
+        shards: tuple[Shard, ...] | None = None,
+    ) -> None:
+        self._layout, self._topology, self._l2, self._rate = layout, topology, config.l2, config.learning_rate
+        self._exchange: TowerExchange | None = None
+        world, tower, peer = (build_channel(topology, name, ledger, ids) for name in ("world", "tower", "peer"))
+        parts = layouts_by_host(layout, topology, exchange, towers)
+        self.shards = place_shards(parts, config, topology, exchange) if shards is None else shards
+        if exchange == "flat":
+            self._group = TableGroup(parts[0], self.shards, config, world, blocks=1, messages=messages, device=device)
+        else:
+            outputs = [part.width for part in parts]
+            assembly = canonical_assembly(layout, parts)
+            if towers.towers is not None and towers.modules is not None:
+                of_host = [towers.towers.of_host(host, topology.hosts) for host in range(topology.hosts)]
+                outputs = [towers.modules.output_columns(held) for held in of_host]
+                assembly = tower_order_assembly(outputs)
+            self._exchange = TowerExchange(
+                parts, on_host(self.shards, topology), config, tower=tower, peer=peer, outputs=outputs,
+                assembly=assembly, messages=messages, device=device,
+            )  # fmt: skip
+            self._group = self._exchange.group
+        self._group.tables.fill(seed, config.initial_std)
+        self._cut: tuple[Tensor, Tensor] | None = None  # what the modules take in, and the leaf in its place
+        self._pending: tuple[Tensor, Tensor] | None = None  # what the tables gave, and its gradient
+        self._distributed: Distributed | None = None  # of the step under way
+        self.modules: TowerReplicas | None = None
+        if towers.towers is not None and towers.modules is not None:
+            assert tower_optimizer is not None
+            host, hosts, replicas = (0, 1, world) if exchange == "flat" else (topology.host, topology.hosts, tower)
+            here = towers.towers.of_host(host, hosts)
+            self.modules = TowerReplicas(towers.modules, here, tower_optimizer, replicas, seed, device)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """What the over-arch sees of this rank's examples, float32: [B, layout.width], or [B, columns that the tower
+        modules emit]; every rank must take part.
+
+        With gradients enabled the result carries the update, and `update` must follow. Without, nothing is recorded.
+        """
+        return self.pool(self.distribute(batch))
+
+    def distribute(self, batch: Batch) -> Distributed:
+        """The first half of `forward`: ids to the owners of the tables; reads no table."""
+        return (self._exchange or self._group).distribute(batch)
+
+    def pool(self, batch: Distributed) -> Tensor:
+        """The second half of `forward`."""
+        if torch.is_grad_enabled():
+            self._distributed = batch
+        if self._exchange is None:
+            return self._change(self._group.pool(batch))
+        return self._exchange.pool(batch, self._change)
+
+    def update(self, embedded: Tensor, gradient: Tensor) -> None:
+        """Send a gradient back through the exchange into tower modules and tables, once an optimizer step; collective.
+
+        Args:
+            embedded: what `forward` returned.
+            gradient: [B, columns], of the mean over the *global* batch: that of the rank's own mean, divided by the
+                number of ranks.
+        """
+        self.backward(embedded, gradient)
+        self.apply()
+
+    def backward(self, embedded: Tensor, gradient: Tensor) -> None:
+        """The first half of `update`: the gradients of tower modules; changes nothing. `apply` or `discard` follows."""
+        if self.modules is None:
+            self._pending = embedded, gradient
+            return
+        embedded.backward(gradient)
+        assert self._cut is not None
+        pooled, leaf = self._cut
+        assert leaf.grad is not None
+        self._pending = pooled, leaf.grad
+
+    def apply(self) -> None:
+        """The second half of `update`: the gradients of tables, and the change of both."""
+        assert self._pending is not None
+        pooled, gradient = self._pending
+        self._pending = self._cut = self._distributed = None
+        pooled.backward(gradient)
+        if self.modules is not None:
+            self.modules.update()
+
+    def discard(self) -> None:
+        """In place of `apply`: forget the gradients."""
+        self._pending = self._cut = self._distributed = None
+        if self.modules is not None:
+            self.modules.discard()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What `backward` has made, by name: the gradients of this rank's tower modules, not yet summed over their
+        replicas, and of the embeddings that the modules take in."""
+        if self.modules is None:
+            return {}
+        assert self._pending is not None
+        return self.modules.gradients() | {"embeddings before the tower modules": self._pending[1]}
+
+    def looked_up(self, batch: Batch, embedded: Tensor) -> tuple[Tensor, tuple[Feature, ...], Mapping[str, Ids]]:
+        """What came out of the tables in the step under way, to tell which of them is at fault.
+
+        Args:
+            batch: of this rank.
+            embedded: what `pool` returned; `apply` or `discard` has not followed.
+
+        Returns:
+            Embeddings [examples, columns], the features whose columns they are, and the ids that were looked up. With
+            tower modules they are those that this rank's modules took in, under the tower exchange for the examples of
+            its peers as well; without, those of this rank's examples.
+        """
+        if self._cut is None or self._distributed is None:
+            return embedded.detach(), self._layout.features, batch.ids
+        return self._cut[1].detach(), self._group.layout.features, self._distributed.ids
+
+    def _change(self, pooled: Tensor) -> Tensor:
+        """What happens to looked-up embeddings before they go on."""
+        pooled = self._with_l2(pooled)
+        if self.modules is None or not torch.is_grad_enabled():
+            return pooled if self.modules is None else self.modules(pooled)
+        # Cut before the modules: their gradients must be there, and found good, before any table changes.
+        leaf = pooled.detach().requires_grad_()
+        self._cut = pooled, leaf
+        return self.modules(leaf)
+
+    def _with_l2(self, pooled: Tensor) -> Tensor:
+        """Adds l2 x mean over the global batch of |e|^2 to the objective, by its gradient 2 l2 e / global batch.
+
+        On the looked-up embeddings, so that it acts on every backend: FBGEMM ignores its own weight decay on CPUs.
+        """
+        if self._l2 and pooled.requires_grad:
+            looked_up = pooled.detach()
+            peers = self._topology.hosts if self._exchange is not None else 1
+            global_batch = pooled.shape[0] // peers * self._topology.world_size
+            pooled.register_hook(lambda gradient: gradient.add(looked_up, alpha=2 * self._l2 / global_batch))
+        return pooled
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Set the rates of tables and tower modules to `factor` x their base rates."""
+        self._group.tables.set_learning_rate(factor * self._rate)
+        if self.modules is not None:
+            self.modules.scale_learning_rate(factor)
+
+    def memory_bytes(self) -> int:
+        """Bytes of this rank's table weights and their optimizer state."""
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.state().values())
+
+    def row_usage(self) -> dict[str, float]:
+        """Share of the rows that training has looked up so far, for every table of this rank."""
+        return self._group.tables.row_usage()
+
+    def state(self) -> State:
+        """The tables as a checkpoint keeps them, by "<table>/<what>", as slices of global tensors; live, no copies.
+
+        <what> is weight [rows, columns], the optimizer's state (square_sum, first_moment and second_moment
+        [rows, columns], rowwise_square_sum [rows, 1], steps [1, 1]) or touched, bool [rows, 1] (see `row_usage`).
+        """
+        return self._group.tables.state()
+
+    def copied(self) -> State:
+        """`state`, of the tables of which every rank holds a copy: of the host under the tower exchange, of all."""
+        return self._group.tables.copied()
+
+    def load_state(self, state: State) -> None:
+        """Copy what `state` returned, from the same placement.
+
+        Raises:
+            UserError: a tensor is missing, unknown, of another shape or type, or another slice than this rank's.
+        """
+        mine = self.state()
+        for name, (shard, _) in mine.items():
+            if name in state and state[name][0] != shard:
+                raise UserError(f"checkpoint: {name} is the slice {state[name][0]}, this rank holds {shard}")
+        self._group.tables.load({name: tensor for name, (_, tensor) in state.items()})
+
+    def describe(self) -> list[str]:
+        """Lines for the log: who holds what, in which backend and why."""
+        lines = []
+        for owner in range(self._topology.world_size):
+            shards = [shard for shard in self.shards if shard.rank == owner]
+            size = sum(shard.rows * shard.columns for shard in shards)
+            lines.append(f"tables: rank {owner} holds {len(shards)} shards, {size:,} weights")
+        reasons: dict[str, list[str]] = {}
+        for table, choice in self._group.choices.items():
+            reasons.setdefault(f"{choice.backend} ({choice.reason})", []).append(table)
+        return at_most_ten(lines) + [
+            f"tables: {', '.join(at_most_ten(tables))} in {reason}" for reason, tables in reasons.items()
+        ]

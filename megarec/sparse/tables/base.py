@@ -1,0 +1,84 @@
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megarec.data.batch import Ids
+from megarec.sparse.layout import Feature
+from megarec.sparse.lookups import Lookup
+from megarec.sparse.placement import Shard
+
+
+@dataclass(frozen=True)
+class LocalIds:
+    """What this rank looks up: its slots, each over the same E examples, in the order of the global batch.
+
+    Attributes:
+        values: int [sum(counts)], slot after slot, example after example.
+        offsets: int [slots x E + 1]: bag (slot s, example e) is values[offsets[s E + e] : offsets[s E + e + 1]].
+        counts: values per slot.
+        examples: E.
+        weights: float32, one a value, 1 where a feature is not weighted; None: no slot is.
+    """
+
+    values: Tensor
+    offsets: Tensor
+    counts: tuple[int, ...]
+    examples: int
+    weights: Tensor | None = None
+
+    def part(self, start: int, stop: int) -> "LocalIds":
+        """The ids of the slots start .. stop."""
+        if (start, stop) == (0, len(self.counts)):
+            return self
+        first = sum(self.counts[:start])
+        counts = self.counts[start:stop]
+        offsets = self.offsets[start * self.examples : stop * self.examples + 1]
+        own = slice(first, first + sum(counts))
+        weights = None if self.weights is None else self.weights[own]
+        return LocalIds(self.values[own], offsets - first, counts, self.examples, weights)
+
+    def of_slot(self, slot: int, feature: Feature) -> Ids:
+        """The ids of one slot, which has this feature, as those of a batch of E examples."""
+        first, bags = sum(self.counts[:slot]), slot * self.examples
+        own = slice(first, first + self.counts[slot])
+        lengths = self.offsets[bags : bags + self.examples + 1].diff() if feature.multi_valued else None
+        return Ids(
+            self.values[own], lengths, self.weights[own] if feature.weighted and self.weights is not None else None
+        )
+
+
+State = dict[str, tuple[Shard, Tensor]]
+"""By "<table>/<what>": the slice of the global tensor, and the tensor on this rank itself (not a copy)."""
+
+
+class Tables(Protocol):
+    """Shards of one rank in one backend. A backward pass through `forward` updates them, once."""
+
+    def forward(self, ids: LocalIds) -> Tensor:
+        """Summed rows float32 [examples, columns of all slots]; with gradients enabled it carries the update."""
+
+    def set_learning_rate(self, rate: float) -> None: ...
+
+    def state(self) -> State:
+        """Weights and optimizer state, live; one number a row is a [rows, 1] tensor, one a table [1, 1]."""
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """A shard of this rank and the slots that look it up; they are neighbours, and so are their columns."""
+
+    shard: Shard
+    slots: tuple[Lookup, ...]
+
+    @property
+    def jagged(self) -> bool:
+        """Whether a bag may hold any number of ids; else exactly one."""
+        return any(slot.source.multi_valued for slot in self.slots)
+
+
+def group_lookups(slots: Sequence[Lookup]) -> tuple[LocalShard, ...]:
+    """Shards in slot order, each with its slots."""
+    shards = dict.fromkeys(slot.shard for slot in slots)
+    return tuple(LocalShard(shard, tuple(slot for slot in slots if slot.shard == shard)) for shard in shards)

@@ -1,0 +1,209 @@
+"""Tables in plain torch: any optimizer, any width, row-wise Adagrad over column slices.
+
+Copies of tables on every rank of a group, in plain torch: one identical update of all of them.
+
+Sums over the ranks that hold columns of the same table.
+
+Row-wise Adagrad adds the mean of g^2 over the whole row to its state, but the owner of a column slice sees only its
+part of the row. All owners of a table look up the same ids in the same order, hence the same unique rows: they
+exchange their partial sums, and each adds all of them in the same order, so that every copy of the state stays equal
+to the last bit.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarec.config.sections import EmbeddingConfig
+from megarec.distributed.collectives import Channel, all_reduce_sum, all_to_all
+from megarec.sparse.placement import Shard
+from megarec.sparse.tables.base import LocalIds, LocalShard, State
+from megarec.sparse.tables.optimizers import ROW_OPTIMIZERS, Hyperparameters, RowGradient
+from megarec.sparse.tables.stacked import StackedTable
+
+SumSquares = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Per table of this rank: sums of squares of its touched rows over this rank's columns -> over all columns."""
+
+
+class TorchTables:
+    """Shards of this rank, neighbours of equal width stacked.
+
+    Args:
+        table_columns: columns of each shard's whole table.
+        sum_squares: sums partial squares over the owners of a table (co_owners.py); None: every shard has whole rows.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[LocalShard],
+        table_columns: Sequence[int],
+        config: EmbeddingConfig,
+        device: torch.device,
+        sum_squares: SumSquares | None,
+    ) -> None:
+        self._table_columns = table_columns
+        self._device = device
+        self._sum_squares = sum_squares
+        self._optimizer = ROW_OPTIMIZERS[config.optimizer]
+        self._hyperparameters = Hyperparameters(config.learning_rate, config.eps)
+        dtype = torch.float16 if config.weights == "fp16" else torch.float32
+        self._stacks = [
+            StackedTable(list(alike), self._optimizer, dtype, device)
+            for _, alike in itertools.groupby(shards, key=lambda local: local.shard.columns)
+        ]
+        self._anchor = torch.empty(0, requires_grad=True)  # what makes autograd call the update
+
+    def forward(self, ids: LocalIds) -> Tensor:
+        pooled: Tensor = _LookupThenUpdate.apply(self._anchor, self, ids)
+        return pooled
+
+    def set_learning_rate(self, rate: float) -> None:
+        self._hyperparameters.learning_rate = rate
+
+    def state(self) -> State:
+        named: State = {}
+        for stack in self._stacks:
+            named |= stack.state()
+        return named
+
+    def look_up(self, ids: LocalIds) -> Tensor:
+        """Summed rows of every bag, float32 [examples, columns of all slots]."""
+        outputs = [stack.look_up(part) for stack, part in zip(self._stacks, self._parts(ids), strict=True)]
+        if not outputs:
+            return torch.empty(ids.examples, 0, device=ids.values.device)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def update(self, ids: LocalIds, grad: Tensor) -> None:
+        """One optimizer step, given the gradient [examples, columns of all slots] of `look_up`."""
+        columns = grad.split([stack.slots * stack.columns for stack in self._stacks], dim=1)
+        gradients = [s.gradients(p, c) for s, p, c in zip(self._stacks, self._parts(ids), columns, strict=True)]
+        if self._optimizer.rowwise and self._sum_squares is not None:
+            held = [list(chunks) for chunks in gradients]
+            self._set_shared_mean_squares(held, self._sum_squares)
+            gradients = [iter(chunks) for chunks in held]
+        for stack, chunks in zip(self._stacks, gradients, strict=True):
+            stack.count_step()
+            for gradient in chunks:
+                if self._optimizer.rowwise and gradient.mean_square is None:
+                    gradient.mean_square = gradient.values.square().mean(dim=1, keepdim=True)
+                stack.apply(gradient, self._hyperparameters)
+
+    def _set_shared_mean_squares(self, held: Sequence[list[RowGradient]], sum_squares: SumSquares) -> None:
+        """Means of g^2 over the rows of the global tables, of which this rank has some of the columns."""
+        partial: list[Tensor] = []
+        for stack, chunks in zip(self._stacks, held, strict=True):
+            if chunks:
+                squares = torch.cat([gradient.values.square().sum(dim=1) for gradient in chunks])
+                partial += stack.split_by_shard(torch.cat([gradient.rows for gradient in chunks]), squares)
+            else:
+                partial += [torch.empty(0, device=self._device)] * len(stack.shards)
+        whole = [square / columns for square, columns in zip(sum_squares(partial), self._table_columns, strict=True)]
+        for stack, chunks in zip(self._stacks, held, strict=True):
+            means = torch.cat(whole[: len(stack.shards)]).unsqueeze(1)
+            whole = whole[len(stack.shards) :]
+            for gradient, mean in zip(chunks, means.split([g.rows.numel() for g in chunks]), strict=True):
+                gradient.mean_square = mean
+
+    def _parts(self, ids: LocalIds) -> list[LocalIds]:
+        """The ids of each stack."""
+        stops = itertools.accumulate(stack.slots for stack in self._stacks)
+        return [ids.part(stop - stack.slots, stop) for stack, stop in zip(self._stacks, stops, strict=True)]
+
+
+class _LookupThenUpdate(torch.autograd.Function):
+    """Forward looks up; the backward pass is the optimizer step."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tables: TorchTables, ids: LocalIds) -> Tensor:
+        ctx.tables, ctx.ids = tables, ids
+        return tables.look_up(ids)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ctx.tables.update(ctx.ids, grads[0])
+        return None, None, None
+
+
+class ReplicatedTorchTables(TorchTables):
+    """Every rank looks up its own examples; the update first sums all ranks' gradients.
+
+    They are few rows, so that the sum is one all-reduce of [rows, columns + 1] over all tables, in float32 whatever
+    the message types; its last column counts the ranks that touched a row. Its result is the same to the last bit on
+    all ranks, hence so are the copies.
+
+    Args:
+        mark: is told the touched rows of an update, counted over all shards in their order.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[LocalShard],
+        table_columns: Sequence[int],
+        config: EmbeddingConfig,
+        device: torch.device,
+        channel: Channel,
+        mark: Callable[[Tensor], None],
+    ) -> None:
+        super().__init__(shards, table_columns, config, device, sum_squares=None)
+        self._channel, self._mark = channel, mark
+
+    def update(self, ids: LocalIds, grad: Tensor) -> None:
+        stacks = self._stacks
+        columns = grad.split([stack.slots * stack.columns for stack in stacks], dim=1)
+        sizes = [stack.rows * (stack.columns + 1) for stack in stacks]
+        buffer = torch.zeros(sum(sizes), device=self._device)
+        own = [part.view(s.rows, s.columns + 1) for part, s in zip(buffer.split(sizes), stacks, strict=True)]
+        for stack, part, of_stack, sums in zip(stacks, self._parts(ids), columns, own, strict=True):
+            for gradient in stack.gradients(part, of_stack):
+                sums[gradient.rows, :-1] = gradient.values
+                sums[gradient.rows, -1] = 1
+        total = all_reduce_sum(buffer, self._channel, "gradients", "backward")
+        first = 0
+        for stack, flat in zip(stacks, total.split(sizes), strict=True):
+            sums = flat.view(stack.rows, stack.columns + 1)
+            rows = sums[:, -1].nonzero().squeeze(1)
+            self._mark(rows + first)
+            first += stack.rows
+            gradient = RowGradient(rows, sums[rows, :-1].contiguous())
+            if self._optimizer.rowwise:
+                gradient.mean_square = gradient.values.square().mean(dim=1, keepdim=True)
+            stack.count_step()
+            stack.apply(gradient, self._hyperparameters)
+
+
+class ColumnShardSum:
+    """Which ranks hold columns of each table of this rank; every rank of the channel must take part in `sum`."""
+
+    def __init__(self, mine: Sequence[Shard], shards: Sequence[Shard], channel: Channel, device: torch.device) -> None:
+        self._channel = channel
+        self._device = device
+        order = {table: position for position, table in enumerate(dict.fromkeys(shard.table for shard in shards))}
+        self._in_table_order = sorted(range(len(mine)), key=lambda t: order[mine[t].table])
+        self._owners = [
+            [
+                s.rank
+                for s in sorted(shards, key=lambda s: s.column_start)
+                if (s.table, s.row_start) == (shard.table, shard.row_start)
+            ]
+            for shard in mine
+        ]
+
+    def sum(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Sum partial vectors over the owners of each table, in column order.
+
+        Args:
+            parts: float32 [U_t] for each table t of this rank, in the order of `mine`.
+        """
+        rank, ranks = self._channel.rank, range(self._channel.size)
+        shared = [[t for t in self._in_table_order if r != rank and r in self._owners[t]] for r in ranks]
+        sizes = [sum(parts[t].numel() for t in tables) for tables in shared]
+        message = torch.cat([parts[t] for tables in shared for t in tables] or [torch.empty(0, device=self._device)])
+        received = all_to_all(message, sizes, sizes, self._channel, "squares", "backward")
+        from_rank = {(rank, t): part for t, part in enumerate(parts)}
+        order = [(r, t) for r in ranks for t in shared[r]]
+        pieces = received.split([parts[t].numel() for _, t in order])
+        from_rank.update(zip(order, pieces, strict=True))
+        return [torch.stack([from_rank[r, t] for r in owners]).sum(dim=0) for t, owners in enumerate(self._owners)]

@@ -1,0 +1,147 @@
+"""One policy for faulty steps: what is skipped, and when the run goes back or stops. No tensors, no collectives.
+
+Every rank sees the same ballots and decides alike.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megarec.config.sections import FaultsConfig
+from megarec.run.state import TrainState
+
+
+@dataclass(frozen=True)
+class RankHealth:
+    """What one rank says of a step.
+
+    Attributes:
+        loss: mean over its examples.
+        embeddings, dense, towers: sums of its gradients: of the embeddings, of the over-arch's parameters, and of the
+            tower modules' parameters and inputs.
+        signum: the signal it was sent; 0: none.
+    """
+
+    loss: float
+    embeddings: float
+    dense: float
+    towers: float
+    signum: float
+
+    @property
+    def finite_loss(self) -> bool:
+        return math.isfinite(self.loss)
+
+    @property
+    def finite_gradients(self) -> bool:
+        return all(map(math.isfinite, (self.embeddings, self.dense, self.towers)))
+
+    @property
+    def fault(self) -> int:
+        """0: the loss, 1: gradients of the over-arch, 2: those of tower modules, 3: none. Tower modules get theirs
+        from other ranks as well, and a loss spoils all: what comes first is the cause, what comes after may follow."""
+        return next(
+            (order for order, number in enumerate((self.loss, self.embeddings + self.dense, self.towers))
+             if not math.isfinite(number)), 3,
+        )  # fmt: skip
+
+
+def faulty_ranks(ballots: Sequence[RankHealth]) -> list[int]:
+    """The ranks that a fault comes from; none when all is finite."""
+    first = min(ballot.fault for ballot in ballots)
+    return [rank for rank, ballot in enumerate(ballots) if ballot.fault == first < 3]
+
+
+Action = Literal["go on", "rollback", "stop"]
+
+CAUSES = {
+    "loss": "a loss that is not finite",
+    "gradient": "a gradient that is not finite",
+    "spike": "a loss far above those before it",
+    "overflow": "an overflow of fp16: the loss scale shrinks",
+    "left_out": "a batch that was faulty before a rollback",
+}
+
+
+def cause_of(ballots: Sequence[RankHealth], scale_can_shrink: bool) -> str | None:
+    """Why a step must not be applied, or None.
+
+    Args:
+        scale_can_shrink: of fp16; gradients that are not finite, of a finite loss, are overflows then, and no fault.
+    """
+    if not all(ballot.finite_loss for ballot in ballots):
+        return "loss"
+    if not all(ballot.finite_gradients for ballot in ballots):
+        return "overflow" if scale_can_shrink else "gradient"
+    return None
+
+
+class FaultPolicy:
+    """Counts faulty steps and looks out for spikes.
+
+    Args:
+        position: of the run; what a resumed run must know is kept there.
+
+    Attributes:
+        in_a_row: faulty steps since the last one that was applied.
+    """
+
+    def __init__(self, config: FaultsConfig, position: TrainState) -> None:
+        self._config, self._position = config, position
+        self.in_a_row = 0
+        self._faulty: list[int] = []
+        self._returned_to: int | None = None
+
+    def spikes(self, loss: float) -> bool:
+        """Whether a mean loss is far above those of the last applied steps."""
+        config, losses = self._config, self._position.losses
+        if config.spike == "off" or len(losses) < config.spike_window:
+            return False
+        return loss > self.spike_bound()
+
+    def spike_bound(self) -> float:
+        """Median + K x max(median absolute deviation, 1 % of the median) of the last applied steps' losses."""
+        median = statistics.median(self._position.losses)
+        deviation = statistics.median(abs(loss - median) for loss in self._position.losses)
+        return median + self._config.spike_deviations * max(deviation, 0.01 * median)
+
+    def applied(self, loss: float) -> None:
+        """A step was applied."""
+        self.in_a_row = 0
+        if self._config.spike != "off":
+            self._position.losses = [*self._position.losses, loss][-self._config.spike_window :]
+
+    def skipped(self, cause: str) -> Action:
+        """The step at the run's position was not applied; what now. Overflows of fp16 are no faults."""
+        self.count(cause)
+        if cause == "overflow":
+            return "go on"
+        self.in_a_row += 1
+        self._faulty.append(self._position.step)
+        wish: Action = "go on"
+        if cause == "spike" and self._config.spike in ("rollback", "stop"):
+            wish = "rollback" if self._config.spike == "rollback" else "stop"
+        elif self.in_a_row >= self._config.max_in_a_row:
+            wish = self._config.then
+        return "stop" if wish == "rollback" and self._position.rollbacks >= self._config.max_rollbacks else wish
+
+    def count(self, cause: str) -> None:
+        """Count a step that was not applied."""
+        self._position.skipped_steps += 1
+        self._position.skipped[cause] = self._position.skipped.get(cause, 0) + 1
+
+    def rolled_back(self, to: TrainState) -> None:
+        """Take over the position of a checkpoint, but for the batches that were faulty since, the present one included.
+
+        A fault that comes again after a rollback to the same checkpoint does not come from its batch alone: then all
+        batches since the checkpoint are left out.
+        """
+        now = self._position
+        again = self._returned_to == to.step
+        left_out = range(to.step, now.step + 1) if again else (step for step in self._faulty if step >= to.step)
+        to.left_out = sorted({*to.left_out, *now.left_out, *left_out})
+        to.rollbacks = now.rollbacks + 1
+        now.__dict__.update(vars(to))
+        self.in_a_row, self._faulty, self._returned_to = 0, [], to.step

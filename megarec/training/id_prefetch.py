@@ -1,0 +1,135 @@
+"""The ids of the next batch travel while this one computes.
+
+Exact: distributing ids reads no table, so that the lookup still sees every update of the step before. A thread does it
+over process groups of its own, copies to the device included; on a GPU, in a stream of its own.
+"""
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from torch.profiler import record_function
+
+from megarec.data.batch import Batch
+from megarec.sparse.exchange.group import Distributed
+from megarec.sparse.side import SparseSide
+from megarec.training.profiling import StepTimer
+
+
+class ReadyBatch(NamedTuple):
+    """A batch on the device, and its ids where the tables are."""
+
+    batch: Batch
+    ids: Distributed
+
+
+BatchFuture = Callable[[], ReadyBatch]
+"""A batch on its way: the call waits for it."""
+
+
+class IdPrefetcher:
+    """Starts batches on their way.
+
+    Args:
+        sparse: its ids must have groups of their own where `overlap` is set.
+        overlap: in the background; else a batch is sent when it is asked for.
+    """
+
+    def __init__(self, sparse: SparseSide, device: torch.device, overlap: bool) -> None:
+        self._sparse, self._device = sparse, device
+        self._orders: queue.Queue[tuple[Batch, Future[ReadyBatch]] | None] | None = None
+        self._last: Future[ReadyBatch] | None = None
+        if overlap:
+            self._orders = queue.Queue()
+            self._stream = None if device.type == "cpu" else get_accelerator().Stream()
+            # A daemon: a job whose other ranks are gone must not wait for it.
+            threading.Thread(target=self._serve, name="ids", daemon=True).start()
+
+    def start(self, batch: Batch) -> BatchFuture:
+        """Send a batch on its way; ranks must start the same batches in the same order."""
+        if self._orders is None:
+            return lambda: self._send(batch)
+        future: Future[ReadyBatch] = Future()
+        self._last = future
+        self._orders.put((batch, future))
+        return lambda: self._wait(future)
+
+    def settle(self) -> None:
+        """Wait for what is on its way, before anything else sends ids."""
+        if self._last is not None:
+            self._last.result()
+
+    def close(self) -> None:
+        """Wait for what is on its way and end the thread, before the groups go."""
+        self.settle()
+        if self._orders is not None:
+            self._orders.put(None)
+
+    def steps(self, batches: Iterator[Batch], clock: StepTimer) -> Iterator[tuple[BatchFuture, Callable[[], None]]]:
+        """For each batch: it on its way, and a function that starts the next one (else it starts when asked for)."""
+        upcoming: list[BatchFuture] = []
+
+        def start_next() -> None:
+            if not upcoming:
+                with clock.part("data"):
+                    found = _first(batches)
+                upcoming.extend(self.start(batch) for batch in found)
+
+        start_next()
+        while upcoming:
+            yield upcoming.pop(), start_next
+            start_next()
+
+    def _serve(self) -> None:
+        assert self._orders is not None
+        while order := self._orders.get():
+            batch, future = order
+            try:
+                if self._stream is None:
+                    future.set_result(self._send(batch))
+                else:
+                    with get_accelerator().stream(self._stream):
+                        arrived = self._send(batch)
+                    self._stream.synchronize()
+                    future.set_result(arrived)
+            except BaseException as error:  # raised where the batch is asked for
+                future.set_exception(error)
+
+    def _send(self, batch: Batch) -> ReadyBatch:
+        with record_function("distribute ids"):
+            batch = batch.to(self._device)
+            return ReadyBatch(batch, self._sparse.distribute(batch))
+
+    def _wait(self, future: "Future[ReadyBatch]") -> ReadyBatch:
+        with record_function("wait for ids"):
+            arrived = future.result()
+        if self._device.type != "cpu":
+            _keep_for(get_accelerator().current_stream(), arrived)
+        return arrived
+
+
+def _first(batches: Iterator[Batch]) -> list[Batch]:
+    """The next batch, if there is one."""
+    batch = next(batches, None)
+    return [] if batch is None else [batch]
+
+
+def _keep_for(stream: Any, value: Any) -> None:
+    """Tell the allocator that a stream uses these tensors, which were made in another."""
+    if isinstance(value, Tensor):
+        value.record_stream(stream)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _keep_for(stream, getattr(value, field.name))
+    elif isinstance(value, dict):
+        for item in value.values():
+            _keep_for(stream, item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            _keep_for(stream, item)

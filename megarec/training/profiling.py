@@ -1,0 +1,108 @@
+"""Where the time of a step goes: data, exchange, dense, optimizer.
+
+The GEMM peak of a rank, measured where it runs: the reference of the MFU.
+
+A timeline of some steps, of every thread and device, as TensorBoard's profiler page and ui.perfetto.dev open it.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
+
+from megarec.models.cpu_gemm import fast_cpu_gemm
+
+
+def measure_gemm_tflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
+    """TFLOP/s of the best square GEMM found in about `seconds`; all ranks should measure at the same time."""
+    best = 0.0
+    end = time.perf_counter() + seconds
+    size = 128
+    while time.perf_counter() < end:
+        a = torch.randn(size, size, device=device).to(dtype)
+        with fast_cpu_gemm(device, dtype):  # as the model multiplies
+            torch.matmul(a, a)
+            _synchronize(device)
+            start = time.perf_counter()
+            torch.matmul(a, a)
+            _synchronize(device)
+            elapsed = time.perf_counter() - start
+        best = max(best, 2 * size**3 / elapsed / 1e12)
+        # grow only while a GEMM of twice the size (8 times the work) still fits the time that is left
+        if size < 8192 and 2 * 8 * elapsed < end - time.perf_counter():
+            size *= 2
+    return best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        get_accelerator().synchronize()
+
+
+class StepTimer:
+    """Adds up wall-clock seconds by part.
+
+    On an accelerator work is queued, so a part is only known after a synchronisation: `sampled` steps pay for it,
+    the others are left out of the parts. On the CPU every step counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sampled = True
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.steps = 0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        if not self.sampled:
+            yield
+            return
+        start = self._now()
+        yield
+        self.seconds[name] += self._now() - start
+
+    def next_step(self, sampled: bool) -> None:
+        self.steps += self.sampled
+        self.sampled = sampled or self.device.type == "cpu"
+
+    def milliseconds(self) -> dict[str, float]:
+        """Mean milliseconds a step by part since the last call."""
+        steps = max(1, self.steps)
+        result = {name: 1e3 * total / steps for name, total in self.seconds.items()}
+        self.seconds.clear()
+        self.steps = 0
+        return result
+
+    def _now(self) -> float:
+        if self.device.type != "cpu":
+            get_accelerator().synchronize()
+        return time.perf_counter()
+
+
+@contextmanager
+def tracing(steps: tuple[int, int] | None, directory: Path, rank: int, done: int = 0) -> Iterator[Callable[[], None]]:
+    """Trace the steps first .. last, counted from 1; yields what must be called after every step.
+
+    Args:
+        steps: None: nothing is traced.
+        directory: for one file a rank, rank<r>.<time>.pt.trace.json.
+        done: steps that lie before this process's first.
+    """
+    if steps is None or steps[1] <= done:
+        yield lambda: None
+        return
+    first, last = max(steps[0], done + 1), steps[1]
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(
+        activities=activities,
+        schedule=schedule(wait=first - done - 1, warmup=0, active=last - first + 1, repeat=1),
+        on_trace_ready=tensorboard_trace_handler(str(directory), worker_name=f"rank{rank}"),
+        experimental_config=_ExperimentalConfig(profile_all_threads=True),  # the thread that sends ids as well
+    ) as profiler:
+        yield profiler.step

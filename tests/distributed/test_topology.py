@@ -1,0 +1,40 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megarec.distributed.topology import build_topology, check_divides, group_ranks
+from megarec.errors import UserError
+
+
+def test_one_process_without_a_launcher() -> None:
+    topology = build_topology(ranks_per_host=None, tensor=1)
+    assert (topology.rank, topology.world_size, topology.hosts, topology.data_size) == (0, 1, 1, 1)
+    assert topology.world is topology.tower is topology.peer is topology.data is None
+
+
+def test_groups_of_two_hosts_with_four_ranks_and_two_tensor_ways() -> None:
+    groups = group_ranks(world_size=8, ranks_per_host=4, tensor=2)
+    assert groups["tower"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert groups["peer"] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert groups["tensor"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert groups["data"] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+@given(hosts=st.integers(1, 5), columns=st.integers(1, 4), tensor=st.integers(1, 4))
+def test_every_kind_of_group_partitions_the_ranks(hosts: int, columns: int, tensor: int) -> None:
+    per_host = columns * tensor
+    groups = group_ranks(hosts * per_host, per_host, tensor)
+    for members in groups.values():
+        assert sorted(rank for group in members for rank in group) == list(range(hosts * per_host))
+    # a tower and a peer group meet in exactly one rank, and so do a tensor and a data group
+    for one, other in (("tower", "peer"), ("tensor", "data")):
+        assert all(len(set(a) & set(b)) == 1 for a in groups[one] for b in groups[other])
+
+
+def test_failed_arithmetic_is_printed() -> None:
+    with pytest.raises(UserError, match=r"parallel\.ranks_per_host=3 does not divide the 4 ranks of the job"):
+        check_divides(4, 3, 1)
+    with pytest.raises(
+        UserError, match=r"parallel\.tensor=3 does not divide the 4 ranks of a host \(parallel\.ranks_per_host=4\)"
+    ):
+        check_divides(8, 4, 3)

@@ -1,0 +1,85 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megarec.errors import UserError
+from megarec.launching.exit_report import Outcome, heard, outcome_of
+
+ROOT = Path(__file__).parents[2]
+JOB = "0123abcd"
+# As torch 2.13 words them on two hosts.
+RESET = (
+    "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.77.0.2]:32393: Connection "
+    "reset by peer. This is typically caused by a remote worker hanging or bugs in the application."
+)
+CLOSED = "[../third_party/gloo/gloo/transport/tcp/pair.cc:552] Connection closed by peer [10.77.0.2]:4711"
+TIMEOUT = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation"
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (RESET, "lost the connection to 10.77.0.2 (Connection reset by peer) in "),
+        (CLOSED, "lost the connection to 10.77.0.2 (closed by peer) in "),
+        (TIMEOUT, "no answer from other ranks for 5 s (parallel.timeout_seconds) in "),
+        (
+            "wait timeout after 5000ms, keys: /default_pg/0//cpu//0/0",
+            "no answer from other ranks for 5 s (parallel.timeout_seconds) in ",
+        ),
+        ("NCCL error: remote process exited or there was a network error", "lost the connection to another rank in "),
+    ],
+)
+def test_what_others_caused_is_told_apart(text: str, cause: str) -> None:
+    outcome = outcome_of(RuntimeError(text))
+    assert outcome.lost and outcome.code == 1
+    assert outcome.cause.startswith(cause)
+
+
+def test_a_fault_of_its_own_names_where_it_happened() -> None:
+    from megarec.launching.hosts import read_hostfile
+
+    with pytest.raises(AttributeError) as raised:
+        read_hostfile(None)  # type: ignore[arg-type]
+    outcome = outcome_of(raised.value)
+    assert not outcome.lost
+    assert outcome.cause.startswith("AttributeError: ") and " in launching/hosts.py:" in outcome.cause
+
+
+def fail(error: str, job: str | None) -> "subprocess.CompletedProcess[str]":
+    code = f"""
+from megarec.errors import UserError
+from megarec.launching.exit_report import reported
+with reported():
+    raise {error}
+"""
+    environment = {"PYTHONPATH": str(ROOT), "RANK": "3", **({"MEGAREC_JOB": job} if job else {})}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_one_line_first_and_the_traceback_only_of_the_culprit() -> None:
+    own = fail("ZeroDivisionError('by zero')", None)
+    assert own.returncode == 1
+    first, second, *_ = own.stderr.splitlines()
+    assert first.startswith("error: rank 3 on ") and ": ZeroDivisionError: by zero in " in first
+    assert second == "Traceback (most recent call last):"
+    lost = fail(f"RuntimeError({CLOSED!r})", None)
+    assert lost.returncode == 1 and len(lost.stderr.splitlines()) == 1
+
+
+def test_a_supervised_rank_tells_its_supervisor() -> None:
+    done = fail("UserError('data.path=x: not there')", JOB)
+    assert done.returncode == 2
+    outcome = heard(f"host2: {done.stderr}", JOB)
+    assert outcome is not None
+    assert (outcome.rank, outcome.code, outcome.cause) == (3, 2, "data.path=x: not there")
+    assert heard(done.stderr, "another") is None
+
+
+def test_a_mistake_passes_through_where_nobody_supervises() -> None:
+    assert UserError.__name__ in fail("UserError('x')", None).stderr
+    assert heard("step 1/5  loss 0.7", JOB) is None
+    assert heard('@megarec 0123abcd {"rank": 1, "host": "h", "code": 0, "cause": "", "lost": false}\n', JOB) == Outcome(
+        1, "h", 0
+    )

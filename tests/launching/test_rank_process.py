@@ -1,0 +1,120 @@
+"""The watcher of a rank, as a launcher starts it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megarec.launching.exit_report import heard
+from megarec.launching.rank_process import Assignment
+
+ROOT = Path(__file__).parents[2]
+JOB = "0123abcd"
+SLEEP = "import time; print('up', flush=True); time.sleep(100)"
+
+
+def start(code: str, directory: Path, **environment: str) -> "subprocess.Popen[str]":
+    word = Assignment(JOB, str(directory), ["-c", code], {"GREETING": "it's $me"}, ["lo", "eth7"]).encode()
+    command = [sys.executable, str(ROOT / "launch/rank.py"), word]
+    variables = {**os.environ, "RANK": "5", "CROSS_RANK": "1", **environment}
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def rank_of(watcher: "subprocess.Popen[str]") -> psutil.Process:
+    assert watcher.stdout is not None and watcher.stdout.readline() == "up\n"
+    (rank,) = psutil.Process(watcher.pid).children()
+    return rank
+
+
+def assert_ends(process: psutil.Process) -> None:
+    deadline = time.monotonic() + 10
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("code", "exit_code", "cause"), [("pass", 0, ""), ("raise SystemExit(7)", 7, "exit code 7")])
+def test_the_true_exit_code(tmp_path: Path, code: str, exit_code: int, cause: str) -> None:
+    with start(code, tmp_path) as watcher:
+        _, errors = watcher.communicate()
+    outcome = heard(errors, JOB)
+    assert outcome is not None
+    assert (watcher.returncode, outcome.rank, outcome.code, outcome.cause) == (exit_code, 5, exit_code, cause)
+
+
+def test_directory_variables_and_the_interface_of_the_node(tmp_path: Path) -> None:
+    directory = tmp_path / "it's $(here)"
+    directory.mkdir()
+    code = "import os; print(os.getcwd(), os.environ['GREETING'], os.environ['GLOO_SOCKET_IFNAME'], sep='\\n')"
+    with start(code, directory) as watcher:
+        output, _ = watcher.communicate()
+    assert output.splitlines() == [str(directory), "it's $me", "eth7"]
+
+
+def test_a_killed_rank_is_named(tmp_path: Path) -> None:
+    with start(SLEEP, tmp_path) as watcher:
+        rank_of(watcher).kill()
+        _, errors = watcher.communicate()
+    outcome = heard(errors, JOB)
+    assert outcome is not None
+    assert watcher.returncode == outcome.code == 137
+    assert outcome.cause.startswith("killed by signal 9 (SIGKILL)")
+
+
+def test_a_rank_that_is_told_to_end_has_nothing_to_tell(tmp_path: Path) -> None:
+    with start(SLEEP, tmp_path) as watcher:
+        rank = rank_of(watcher)
+        watcher.send_signal(signal.SIGTERM)
+        _, errors = watcher.communicate()
+    assert (watcher.returncode, errors) == (143, "")
+    assert_ends(rank)
+
+
+def test_a_rank_ends_with_its_watcher(tmp_path: Path) -> None:
+    with start(SLEEP, tmp_path) as watcher:
+        rank = rank_of(watcher)
+        watcher.kill()
+    assert_ends(rank)
+
+
+def test_a_rank_ends_when_nobody_reads_its_output_any_more(tmp_path: Path) -> None:
+    watcher = start(SLEEP, tmp_path)
+    rank = rank_of(watcher)
+    assert watcher.stdout is not None and watcher.stderr is not None
+    watcher.stdout.close()
+    assert_ends(rank)
+    assert watcher.wait(timeout=10) == 143
+    watcher.stderr.close()
+
+
+SAVE = """
+import signal, sys, time
+def save(signum, frame):
+    time.sleep(3.5)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGUSR1, save)
+print('up', flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_rank_that_is_asked_to_end_has_time_to_save(tmp_path: Path, signum: signal.Signals) -> None:
+    with start(SAVE, tmp_path) as watcher:
+        rank = rank_of(watcher)
+        watcher.send_signal(signum)
+        _, errors = watcher.communicate()
+    outcome = heard(errors, JOB)
+    assert outcome is not None
+    assert (watcher.returncode, outcome.code, outcome.cause) == (
+        75,
+        75,
+        "asked to end by a signal, and saved (exit code 75)",
+    )
+    assert_ends(rank)

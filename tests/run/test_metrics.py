@@ -1,0 +1,66 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megarec.distributed.rank_pool import RankPool
+from megarec.run.metrics import Predictions, Quality, quality
+
+
+def plain_auc(scores: list[float], labels: list[int]) -> float:
+    """Chance that a positive outranks a negative, ties counting half: every pair, one by one."""
+    pairs = [
+        (p, n) for p, y in zip(scores, labels, strict=True) if y for n, z in zip(scores, labels, strict=True) if not z
+    ]
+    return sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs) / len(pairs)
+
+
+@given(st.lists(st.tuples(st.integers(-40, 40), st.integers(0, 1)), min_size=1, max_size=30))
+def test_against_the_definitions(rows: list[tuple[int, int]]) -> None:
+    scores, labels = [score / 2 for score, _ in rows], [label for _, label in rows]
+    found = quality(torch.tensor(scores), torch.tensor(labels))
+    p = [1 / (1 + math.exp(-score)) for score in scores]
+    # log(1 - p) written so that it does not cancel for large scores
+    losses = [math.log1p(math.exp(-s)) if y else math.log1p(math.exp(s)) for s, y in zip(scores, labels, strict=True)]
+    assert found.examples == len(rows)
+    assert found.logloss == pytest.approx(sum(losses) / len(losses))
+    rate = sum(labels) / len(labels)
+    if 0 < rate < 1:
+        assert found.auc == pytest.approx(plain_auc(scores, labels))
+        entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
+        assert found.ne == pytest.approx(found.logloss / entropy)
+        assert found.calibration == pytest.approx(sum(p) / sum(labels))
+    else:
+        assert math.isnan(found.auc) and math.isnan(found.ne)
+
+
+def test_logits_that_a_float32_sigmoid_would_tie_keep_their_order() -> None:
+    assert quality(torch.tensor([30.0, 40.0]), torch.tensor([0.0, 1.0])).auc == 1.0
+
+
+def test_padding_does_not_count() -> None:
+    predictions = Predictions()
+    predictions.add(torch.tensor([1.0, -1.0, 9.0]), torch.tensor([1.0, 0.0, 0.0]), valid=2)
+    found = predictions.gather(None)
+    assert (found.examples, found.auc) == (2, 1.0)
+    assert predictions.gather(None).examples == 0
+
+
+def a_share(logits: torch.Tensor, labels: torch.Tensor) -> Quality:
+    predictions = Predictions()
+    share = slice(dist.get_rank() * 50, dist.get_rank() * 50 + 50)
+    predictions.add(logits[share], labels[share], valid=49)
+    assert dist.group.WORLD is not None
+    return predictions.gather(dist.group.WORLD)
+
+
+def test_every_rank_is_told_the_metrics_of_all(rank_pool: Callable[[int], RankPool]) -> None:
+    logits, labels = torch.randn(150), torch.randint(2, (150,)).float()
+    counted = torch.arange(150) % 50 != 49
+    expected = quality(logits[counted], labels[counted])
+    assert rank_pool(3).run(a_share, logits, labels) == [expected] * 3
+    assert expected.examples == 147

@@ -1,0 +1,110 @@
+"""Which backend holds which table, and that both backends do the same."""
+
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megarec.config.sections import EmbeddingConfig
+from megarec.errors import UserError
+from megarec.sparse.layout import EmbeddingLayout, Feature, Table
+from megarec.sparse.placement import place
+from megarec.sparse.tables import local
+from megarec.sparse.tables.local import choose_backends, requested_backend
+from tests.sparse.plain import LAYOUT, train_plain
+from tests.sparse.ranks import together, train
+
+CPU = torch.device("cpu")
+
+
+def choices(ranks: int = 1, layout: EmbeddingLayout = LAYOUT, **embedding: object) -> dict[str, local.Choice]:
+    config = EmbeddingConfig(**embedding)  # type: ignore[arg-type]
+    return choose_backends(layout, place(layout, config.placement, ranks), config, CPU)
+
+
+def test_auto_takes_fbgemm_where_it_can_and_says_why_not() -> None:
+    assert {choice.backend for choice in choices(optimizer="sgd").values()} == {"fbgemm"}
+    assert {choice.backend for choice in choices(optimizer="sgd", backend="torch").values()} == {"torch"}
+    assert choices(optimizer="rowwise_adagrad")["user"].backend == "fbgemm"
+    assert "Adam" in choices(optimizer="adam")["user"].reason
+    odd = EmbeddingLayout(6, (Table("t", 5, 6),), (Feature("t", "t", "sum", False, 0, 6),), 1, 0)
+    assert "multiples of 4 columns, not 6" in choices(layout=odd, optimizer="sgd")["t"].reason
+
+
+def test_auto_by_placement() -> None:
+    def wished(optimizer: str, placement: str, table: str) -> local.Choice:
+        config = EmbeddingConfig(optimizer=optimizer, placement=placement)  # type: ignore[arg-type]
+        shards = [shard for shard in place(LAYOUT, config.placement, 2) if shard.table == table]
+        return requested_backend(shards, config)
+
+    assert wished("rowwise_adagrad", "table", "user").backend == "fbgemm"
+    assert wished("adagrad", "column", "user").backend == "fbgemm"
+    assert "whole row" in wished("rowwise_adagrad", "column", "user").reason
+    assert wished("rowwise_adagrad", "column", "small").backend == "fbgemm"  # four columns: one slice
+
+
+def test_fbgemm_by_name_wherever_it_can() -> None:
+    for optimizer in ("rowwise_adagrad", "adagrad", "sgd"):
+        assert {c.backend for c in choices(backend="fbgemm", optimizer=optimizer).values()} == {"fbgemm"}
+    with pytest.raises(UserError, match=r"""backend="fbgemm" cannot hold table 'item': Adam.*; use "auto\""""):
+        choices(backend="fbgemm", optimizer="adam")
+
+
+def test_without_fbgemm_everything_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megarec.sparse.tables.fbgemm_backend", None)  # importing it raises ImportError
+    local._fbgemm_problem.cache_clear()
+    try:
+        choice = choices(optimizer="sgd")["user"]
+        assert (choice.backend, "cannot be imported" in choice.reason) == ("torch", True)
+        with pytest.raises(UserError, match="cannot be imported"):
+            choices(backend="fbgemm")
+        config = EmbeddingConfig(optimizer="sgd", learning_rate=0.1)  # its slots are in the order for FBGEMM
+        found, plain = together(LAYOUT, [train(LAYOUT, config, 6)]), train_plain(LAYOUT, config, 6)
+        torch.testing.assert_close(found.state["wide/weight"], plain.state["wide/weight"], rtol=1e-5, atol=1e-6)
+    finally:
+        local._fbgemm_problem.cache_clear()
+
+
+def test_a_cpu_build_is_not_used_on_cuda() -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("this installation has CUDA kernels")
+    config = EmbeddingConfig(optimizer="sgd")
+    choice = choose_backends(LAYOUT, place(LAYOUT, "table", 1), config, torch.device("cuda"))["user"]
+    assert (choice.backend, "without CUDA" in choice.reason) == ("torch", True)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> EmbeddingLayout:
+    """Tables of any size, shared or not, features of any kind in any order."""
+    sizes = draw(st.lists(st.tuples(st.integers(1, 12), st.sampled_from([4, 8, 12])), min_size=1, max_size=4))
+    made = [Table(f"t{index}", rows, columns) for index, (rows, columns) in enumerate(sizes)]
+    users = draw(st.permutations(made + draw(st.lists(st.sampled_from(made), max_size=3))))
+    features, start = [], 0
+    for index, table in enumerate(users):
+        pooling, multi = draw(st.sampled_from([("sum", False), ("sum", True), ("mean", True)]))
+        features.append(Feature(f"f{index}", table.name, pooling, multi, start, table.columns))
+        start += table.columns
+    return EmbeddingLayout(4, tuple(made), tuple(features), 0, start)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    layout=layouts(),
+    optimizer=st.sampled_from(["rowwise_adagrad", "adagrad", "sgd"]),
+    examples=st.integers(1, 9),
+)
+def test_both_backends_train_as_plain_torch(layout: EmbeddingLayout, optimizer: str, examples: int) -> None:
+    trained = {}
+    for backend in ("torch", "fbgemm"):
+        # a large eps: g / (|g| + eps) turns the rounding of a gradient that cancels to nothing into a step
+        config = EmbeddingConfig(optimizer=optimizer, backend=backend, learning_rate=0.1, eps=0.1)  # type: ignore[arg-type]
+        trained[backend] = together(layout, [train(layout, config, examples, steps=2)])
+    plain = train_plain(layout, config, examples, steps=2)
+    # gradients that nearly cancel keep the rounding of their large parts; a wrong update is off by far more than 1e-4
+    for found in trained.values():
+        for mine, its in zip(found.embedded, plain.embedded, strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+        for name, tensor in plain.state.items():
+            torch.testing.assert_close(found.state[name], tensor, rtol=1e-4, atol=1e-5)

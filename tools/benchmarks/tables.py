@@ -1,0 +1,87 @@
+"""The sparse side on one process beside bare FBGEMM: ids in, pooled embeddings out, gradient in, tables updated.
+
+    python tools/bench.py tables
+
+26 tables x 200,000 rows x 64 columns, batch 4,096, row-wise Adagrad in float32. Ours runs in the backend that "auto"
+chooses, FBGEMM, which shows what the sparse side adds to it, and again in torch. All get the same ids: FBGEMM as one
+ready tensor, ours as a batch of features.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megarec.config.sections import EmbeddingConfig
+from megarec.data.batch import Batch
+from megarec.distributed.collectives import Ledger
+from megarec.distributed.topology import ONE_RANK
+from megarec.sparse.layout import EmbeddingLayout
+from megarec.sparse.side import SparseSide
+from tools.benchmarks.interleave import interleave, median_ms
+from tools.benchmarks.workload import equal_tables, random_batch
+
+TABLES, ROWS, COLUMNS, BATCH = 26, 200_000, 64, 4_096
+REPETITIONS = 30
+RATE, EPS = 0.05, 1e-8
+
+
+def run() -> dict[str, Any]:
+    """Milliseconds a step, and our time over bare FBGEMM's: over_fbgemm by default, torch_over_fbgemm in torch."""
+    layout = equal_tables(TABLES, ROWS, COLUMNS)
+    batches = [random_batch(layout, BATCH, seed) for seed in range(4)]
+    gradient = torch.randn(BATCH, layout.width, generator=torch.Generator().manual_seed(0)) / BATCH
+    bare = _bare_fbgemm(batches)
+    contestants = {
+        "sparse side": _steps(_sparse_side(layout, batches, "auto"), gradient),
+        "sparse side in torch": _steps(_sparse_side(layout, batches, "torch"), gradient),
+        "bare fbgemm": _steps(bare, gradient),
+    }
+    medians = {name: median_ms(seconds) for name, seconds in interleave(contestants, REPETITIONS).items()}
+    return {
+        "name": "tables",
+        "rows": [{"name": name, "step_ms": ms, "threads": torch.get_num_threads()} for name, ms in medians.items()],
+        "ratios": {
+            "over_fbgemm": medians["sparse side"] / medians["bare fbgemm"],
+            "torch_over_fbgemm": medians["sparse side in torch"] / medians["bare fbgemm"],
+        },
+    }
+
+
+def _steps(look_up: Callable[[int], Tensor], gradient: Tensor) -> Callable[[], None]:
+    """A training step on the next of four batches, over and over."""
+    numbers = itertools.cycle(range(4))
+    return lambda: look_up(next(numbers)).backward(gradient)
+
+
+def _sparse_side(
+    layout: EmbeddingLayout, batches: list[Batch], backend: Literal["auto", "torch"]
+) -> Callable[[int], Tensor]:
+    config = EmbeddingConfig(optimizer="rowwise_adagrad", learning_rate=RATE, eps=EPS, backend=backend)
+    sparse = SparseSide(layout, config, ONE_RANK, seed=0, device=torch.device("cpu"), ledger=Ledger())
+    return lambda number: sparse.forward(batches[number])
+
+
+def _bare_fbgemm(batches: list[Batch]) -> Callable[[int], Tensor]:
+    """FBGEMM's module as its own documentation uses it, without bounds checks; takes a batch's number."""
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    module: Any = SplitTableBatchedEmbeddingBagsCodegen(
+        [(ROWS, COLUMNS, EmbeddingLocation.HOST, ComputeDevice.CPU)] * TABLES,
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=RATE,
+        eps=EPS,
+        bounds_check_mode=BoundsCheckMode.NONE,
+        device="cpu",
+    )
+    module.init_embedding_weights_uniform(-(ROWS**-0.5), ROWS**-0.5)
+    indices = [torch.cat([ids.values for ids in batch.ids.values()]) for batch in batches]
+    offsets = torch.arange(TABLES * BATCH + 1)
+    return lambda number: module(indices[number], offsets)
