@@ -11,15 +11,12 @@ from megarec.checkpoint import compatibility, sparse
 from megarec.checkpoint.format import DTYPES, Index
 from megarec.checkpoint.reading import Reader
 from megarec.checkpoint.sparse import TABLES
-from megarec.config.deepspeed import zero_stage
-from megarec.dense import masters
 from megarec.dense.masters import DENSE as DENSE
-from megarec.dense.masters import _loss_scale, _scaler
 from megarec.errors import UserError
 from megarec.run.build import Run
 from megarec.run.metrics import Predictions
 from megarec.run.state import TrainState
-from megarec.slices import Ints, ParameterShard, TensorSlice
+from megarec.slices import Ints, TensorSlice
 
 WINDOW = "metrics/window"
 RANDOM = "random/"
@@ -28,7 +25,7 @@ RANDOM = "random/"
 def written(run: Run, window: Predictions | None) -> list[TensorSlice]:
     """What this rank writes; over all ranks every element of every tensor once."""
     layout, topology = run.layout, run.topology
-    pieces = masters.written(run.engine, topology) + sparse.tables_written(run.sparse, layout, topology)
+    pieces = run.dense.written() + sparse.tables_written(run.sparse, layout, topology)
     if run.sparse.modules is not None:
         pieces += sparse.towers_written(run.sparse.modules, topology, run.config.parallel.exchange)
     pieces += [_row_of_rank(run, RANDOM + name, state) for name, state in _random_states(run.device).items()]
@@ -51,16 +48,16 @@ def about(run: Run, position: TrainState) -> dict[str, Any]:
             "ranks": topology.world_size,
             "ranks_per_host": topology.ranks_per_host,
             "tensor": topology.tensor_size,
-            "zero": zero_stage(run.engine.config),
+            "zero": run.dense.zero_stage,
             "exchange": config.parallel.exchange,
             "placement": config.embedding.placement,
         },
         "config": config.model_dump(mode="json"),
         "schema": run.schema.model_dump(mode="json"),
         "towers": compatibility.towers_of(run),
-        "optimizer": type(masters.optimizer_of(run.engine)).__name__,
+        "optimizer": run.dense.optimizer_name,
         "tower_optimizer": None if run.sparse.modules is None else run.sparse.modules.settings.optimizer,
-        "loss_scale": _loss_scale(run.engine),
+        "loss_scale": run.dense.loss_scale(),
     }
 
 
@@ -69,9 +66,9 @@ def check(run: Run, directory: Path, index: Index, position: TrainState) -> None
     _check_best(run, directory, position)
     config = run.config.model_dump(mode="json")
     compatibility.check_schema(directory, index, run.schema.model_dump(mode="json"))
-    compatibility.check_optimizer(directory, index, type(masters.optimizer_of(run.engine)).__name__)
+    compatibility.check_optimizer(directory, index, run.dense.optimizer_name)
     compatibility.check_tower_modules(run, directory, index)
-    parameters = {DENSE + name: shape for name, shape in _dense_shapes(run.engine)}
+    parameters = {DENSE + name: shape for name, shape in run.dense.shapes()}
     states = {
         name: index.tensors[weight].shape if entry.shape else ()
         for name, entry in index.tensors.items()
@@ -106,8 +103,8 @@ def _check_best(run: Run, directory: Path, position: TrainState) -> None:
 def fill(run: Run, reader: Reader, window: Predictions | None) -> None:
     """Copy this rank's slices out of a checkpoint that `check` has found to fit."""
     index = reader.index
-    masters.make_room(run.engine, run.topology, _dense_states(reader))
-    for piece in masters.held(run.engine, run.topology) + sparse.tables_held(run.sparse, run.layout):
+    run.dense.allocate_states(_dense_states(reader))
+    for piece in run.dense.held() + sparse.tables_held(run.sparse, run.layout):
         reader.fill(piece)
     compatibility.fill_tower_modules(run, reader)
     for name, state in _random_states(run.device).items():
@@ -122,15 +119,7 @@ def fill(run: Run, reader: Reader, window: Predictions | None) -> None:
 
 def finish(run: Run, index: Index, step: int, skipped: int) -> None:
     """What follows from the weights and numbers that `fill` has copied; collective."""
-    engine = run.engine
-    masters.spread_masters(engine)
-    engine.global_steps, engine.skipped_steps = step, skipped
-    engine.global_samples = step * run.config.data.batch_size
-    if index.loss_scale and engine.fp16_enabled():
-        scaler = _scaler(engine)
-        for name in _loss_scale(engine) or ():  # no other name of a file that anyone may have written
-            if name in index.loss_scale:
-                setattr(scaler, name, index.loss_scale[name])
+    run.dense.resume(step, skipped, step * run.config.data.batch_size, index.loss_scale)
 
 
 def remarks(run: Run, index: Index) -> Iterator[str]:
@@ -144,12 +133,6 @@ def remarks(run: Run, index: Index) -> Iterator[str]:
         )
     else:
         yield "train.reset_towers=true has nothing to do: the checkpoint's tower modules fit, and are kept"
-
-
-def _dense_shapes(engine: Any) -> Iterator[tuple[str, Ints]]:
-    for name, parameter in engine.module.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        yield name, getattr(parameter, "shard", ParameterShard(shape, ())).shape
 
 
 def _dense_states(reader: Reader) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,6 @@ from megarec.checkpoint.pointers import BEST, LATEST, name_of, pointed
 from megarec.checkpoint.publish import Plan, SaveFailed
 from megarec.checkpoint.reading import Reader, verify
 from megarec.checkpoint.writing import Snapshot, lower_priority
-from megarec.dense.masters import check_supported
 from megarec.distributed.collectives import from_rank_0, raise_together
 from megarec.errors import DamagedCheckpoint, UserError
 from megarec.run.build import Run
@@ -30,7 +29,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, run: Run, say: Callable[[str], None], *, fresh: bool) -> None:
-        check_supported(run.engine)
+        run.dense.check_supported()
         self.directory, self._run, self._say = directory, run, say
         self._snapshot = Snapshot()
         self._writing: threading.Thread | None = None

@@ -1,17 +1,18 @@
-"""The dense side: process start-up and the DeepSpeed engine around the over-arch.
+"""The DeepSpeed engine around a dense model: what it is built from, and where version 0.19.8 needs help."""
 
-Forget the dense gradients of a step instead of taking it.
-"""
-
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import deepspeed.ops
+import deepspeed.runtime.zero.utils as zero_utils
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import nn
@@ -23,6 +24,9 @@ from megarec.dense.groups import ModelParallelUnit
 from megarec.dense.tensor_parallel import is_sharded
 from megarec.distributed.topology import Topology
 from megarec.errors import UserError
+
+ZeroSettings = DeepSpeedZeroConfig
+"""DeepSpeed's zero_optimization section with its defaults."""
 
 
 def loss_scale_can_shrink(engine: Any) -> bool:
@@ -162,6 +166,27 @@ def _mark_gradients_of_shards(engine: Any) -> None:
             parameter.register_post_accumulate_grad_hook(mark)
 
 
+@contextmanager
+def agreement_by(from_rank_0: Callable[[list[int]], list[int]]) -> Iterator[None]:
+    """ZeRO-3 checks that rank 0 has the same integers; inside `with` this function takes the place of the check.
+
+    For a process that stands for one rank of a larger job (planning.fake_job).
+    """
+    with (
+        patch.object(zero_utils, "assert_lst_len_same_as_other_ranks", lambda ints: from_rank_0([len(ints)])),
+        patch.object(zero_utils, "get_lst_from_rank0", from_rank_0),
+    ):
+        yield
+
+
+def prepare_deepspeed() -> None:
+    """Let DeepSpeed take over the process groups that are there; before anything else of it."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its C++ build takes a minute, and every rank of every run would leave 66 MiB in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
 def compute_dtype(engine: Any) -> torch.dtype:
     """The type in which the over-arch computes."""
     if engine.bfloat16_enabled():
@@ -177,11 +202,6 @@ def base_learning_rate(engine: Any, config: RunConfig) -> float:
     if "optimizer" in config.deepspeed:
         return float(engine.optimizer.param_groups[0]["lr"])
     return config.dense.learning_rate
-
-
-def set_learning_rate(engine: Any, rate: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
 
 
 def gradient_norm(engine: Any) -> float | None:

@@ -30,12 +30,19 @@ def _scaler(engine: Any) -> Any:
     return getattr(engine.optimizer, "loss_scale_config", None) or engine.optimizer.loss_scaler
 
 
-def _loss_scale(engine: Any) -> dict[str, int | float] | None:
+def loss_scale(engine: Any) -> dict[str, int | float] | None:
     """The numbers of fp16's dynamic loss scale, under DeepSpeed's names."""
     if not engine.fp16_enabled():
         return None
     kept = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
     return {name: getattr(_scaler(engine), name) for name in kept if hasattr(_scaler(engine), name)}
+
+
+def set_loss_scale(engine: Any, numbers: Mapping[str, int | float]) -> None:
+    """Take over what `loss_scale` returned; other names of a file that anyone may have written are passed over."""
+    for name in loss_scale(engine) or ():
+        if name in numbers:
+            setattr(_scaler(engine), name, numbers[name])
 
 
 DENSE = "dense/"
@@ -187,7 +194,7 @@ def _numbers(master: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     return {**numbers, "step": group["step"]} if "step" in group else numbers
 
 
-def make_room(engine: Any, topology: Topology, states: Mapping[str, Mapping[str, Any]]) -> None:
+def allocate_states(engine: Any, topology: Topology, states: Mapping[str, Mapping[str, Any]]) -> None:
     """Give the optimizer exactly the states that a checkpoint has, so that `held` shows them.
 
     Before its first step an optimizer has none.
@@ -233,7 +240,7 @@ def _as_kept(optimizer: torch.optim.Optimizer, master: Tensor, number: float) ->
 
 
 @torch.no_grad()
-def spread_masters(engine: Any) -> None:
+def sync_from_masters(engine: Any) -> None:
     """Set the weights that the model computes with from the master weights; collective."""
     wrapper = engine.optimizer
     if zero_stage(engine.config) == 3:

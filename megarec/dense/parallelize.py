@@ -1,10 +1,9 @@
 """From a dense model and a topology to what trains: one ordered recipe.
 
-Memory and first weights for a model that was built on the meta device.
-
-At ZeRO-3 one parameter at a time, partitioned before the next is made, and in the type in which the model computes:
-no rank ever holds more than its partitions and one whole parameter. The numbers are those of the usual way, which
-rounds the first weights to that type before it makes the partitions and, from these, the master weights.
+The model comes from the meta device. At ZeRO-3 it gets memory and first weights one parameter at a time, partitioned
+before the next is made, and in the type in which the model computes: no rank ever holds more than its partitions and
+one whole parameter. The numbers are those of the usual way, which rounds the first weights to that type before it
+makes the partitions and, from these, the master weights.
 """
 
 from typing import Any
@@ -15,9 +14,16 @@ from torch import nn
 
 from megarec.config.deepspeed import zero_stage
 from megarec.config.sections import RunConfig
-from megarec.dense.engine import build_engine, check_precision, refusals_of_deepspeed
+from megarec.dense.engine import (
+    base_learning_rate,
+    build_engine,
+    check_precision,
+    prepare_deepspeed,
+    refusals_of_deepspeed,
+)
 from megarec.dense.groups import ModelParallelUnit, model_parallel_unit, set_deepspeed_groups
 from megarec.dense.layers import compile_layers, recompute_layers
+from megarec.dense.side import DenseSide
 from megarec.dense.tensor_parallel import average_replicated_gradients, shard_mlps
 from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
@@ -65,7 +71,7 @@ def computing_type(section: dict[str, Any]) -> torch.dtype:
 
 def parallelize(
     model: nn.Module, config: RunConfig, topology: Topology, device: torch.device, ledger: Ledger
-) -> tuple[Any, str]:
+) -> DenseSide:
     """Shard, fill and wrap a dense model; collective.
 
     Args:
@@ -73,13 +79,11 @@ def parallelize(
         device: where the parameters go.
         ledger: counts the bytes that tensor parallelism sends.
 
-    Returns:
-        The DeepSpeed engine, and a sentence that says which optimizer was taken and why.
-
     Raises:
         UserError: widths or batch do not divide, or DeepSpeed refuses its section.
     """
     tensor = Channel("tensor", topology.tensor, topology.rank % topology.tensor_size, topology.tensor_size, ledger)
+    prepare_deepspeed()
     shard_mlps(model, tensor)
     compile_layers(model, config.dense, config.deepspeed, device)
     recompute_layers(model, config.dense.recompute)
@@ -89,4 +93,5 @@ def parallelize(
     with refusals_of_deepspeed():
         materialize_and_fill(model, config.train.seed, device, config.deepspeed, mpu)
     average_replicated_gradients(model, tensor)
-    return build_engine(model, config, topology, mpu)
+    engine, reason = build_engine(model, config, topology, mpu)
+    return DenseSide(engine, topology, base_learning_rate(engine, config), reason)

@@ -1,23 +1,18 @@
-"""How many CPU threads a rank computes with.
+"""A process becomes a rank: device, CPU threads, memory, the job's process group.
 
-Freed memory stays with the process.
-
-glibc maps every large block anew and gives it back when it is freed. A training step on a CPU frees and allocates the
-same gigabytes over and over, and each time the kernel clears the pages again, one fault per 4 KiB: on a virtual machine
-that cost a fifth of a dense step. With these two settings of mallopt(3) the next step finds the pages of the last one.
+Freed memory stays with the process: glibc maps every large block anew and gives it back when it is freed. A training
+step on a CPU frees and allocates the same gigabytes over and over, and each time the kernel clears the pages again,
+one fault per 4 KiB: on a virtual machine that cost a fifth of a dense step. With these two settings of mallopt(3) the
+next step finds the pages of the last one.
 """
 
 import ctypes
-import logging
 import os
 import warnings
 from datetime import timedelta
 
-import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
 from megarec.config.sections import RunConfig
@@ -82,44 +77,46 @@ def give_back_freed_memory() -> None:
 LONGEST_START = timedelta(minutes=5)
 
 
+def rank_device() -> torch.device:
+    """Where this rank computes: the accelerator that torch finds, unless DS_ACCELERATOR says cpu."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
 def start_process(config: RunConfig) -> torch.device:
     """Join the job that the launcher started (or be a job of one rank); returns this rank's device."""
     quiet_libraries()
-    # Its C++ build takes a minute, and every rank of every run would leave 66 MiB in /dev/shm.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ and not dist.is_initialized():
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
+    if rank_device().type == "cpu":
         local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
         torch.set_num_threads(config.train.threads or threads_of_rank(local_ranks))
         keep_freed_memory()
     else:
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    device = rank_device()
     if not dist.is_initialized():
         timeout = timedelta(seconds=config.parallel.timeout_seconds)
-        # Hosts need not start at the same moment: the meeting may take longer than a collective.
-        meeting = max(timeout, LONGEST_START)
+        # Hosts need not start at the same moment: the rendezvous may take longer than a collective.
+        longest = max(timeout, LONGEST_START)
+        backend = dist.get_default_backend_for_device(device)
         keep_to_loopback(os.environ)
-        if (store := store_of_launcher(os.environ, meeting)) is not None:
+        if (store := store_of_launcher(os.environ, longest)) is not None:
             rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            dist.init_process_group(_backend(), store=store, rank=rank, world_size=ranks, timeout=meeting)
-        deepspeed.init_distributed(dist_backend=_backend(), timeout=meeting, verbose=False)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=longest)
+        else:
+            dist.init_process_group(backend, timeout=longest)
         distributed_c10d._set_pg_timeout(timeout)
         # What groups take that are made without one: those of the topology, and DeepSpeed's own.
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    return torch.device(accelerator.current_device_name())
-
-
-def _backend() -> str:
-    """gloo on CPU (DeepSpeed would look for oneCCL), the accelerator's own elsewhere."""
-    accelerator = get_accelerator()
-    return "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
+    return device
 
 
 def quiet_libraries() -> None:
     """Start-up chatter of the libraries must not drown the run's own lines; their errors still show."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\.")
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated")

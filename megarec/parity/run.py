@@ -12,7 +12,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.config.load import load_config
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
-from megarec.dense.engine import set_learning_rate
 from megarec.distributed.process import start_process
 from megarec.distributed.rank_pool import RankPool
 from megarec.parity.cases import Case
@@ -87,13 +86,13 @@ def case_losses(path: Path, overrides: list[str], steps: int) -> list[float]:
     config = load_config(path, overrides)
     device = start_process(config)
     run = build_run(config, device)
-    set_learning_rate(run.engine, config.dense.learning_rate)
+    run.dense.set_learning_rate(config.dense.learning_rate)
     clock = StepTimer(device)
     losses = []
     for step in range(steps):
         epoch, position = divmod(step, run.train.steps_per_epoch)
         batch = next(iter(run.train.batches(epoch, start=position))).to(device)
-        result = train_step(run.engine, run.sparse, batch, world_size=run.topology.world_size, clock=clock)
+        result = train_step(run.dense, run.sparse, batch, timer=clock)
         loss = binary_cross_entropy_with_logits(result.logits.double(), batch.labels.double())
         dist.all_reduce(loss)
         losses.append(float(loss) / run.topology.world_size)

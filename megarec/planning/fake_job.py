@@ -8,15 +8,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
-import deepspeed.runtime.zero.utils as zero_utils
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megarec.dense.engine import agreement_by
+from megarec.distributed.process import rank_device
 from megarec.planning.recorder import process_group
 
 
@@ -31,8 +30,7 @@ def fake_job(rank: int, world_size: int) -> Iterator[None]:
     try:
         with (
             _CopiesOfThisRank(),
-            patch.object(zero_utils, "assert_lst_len_same_as_other_ranks", lambda ints: _from_rank_0([len(ints)])),
-            patch.object(zero_utils, "get_lst_from_rank0", _from_rank_0),
+            agreement_by(_from_rank_0),
         ):
             yield
     finally:
@@ -71,5 +69,5 @@ def _repeat(source: torch.Tensor, target: torch.Tensor) -> None:
 
 def _from_rank_0(ints: list[int]) -> list[int]:
     """DeepSpeed's checks that rank 0 has the same integers send the same messages, but here no rank 0 can object."""
-    dist.broadcast(torch.tensor(ints, device=get_accelerator().current_device_name()), src=0)
+    dist.broadcast(torch.tensor(ints, device=rank_device()), src=0)
     return ints

@@ -25,8 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from megarec.config.sections import RunConfig
 from megarec.data.batch import Batch, Ids
 from megarec.data.schema import Schema
-from megarec.dense.engine import compute_dtype
-from megarec.dense.memory import Parts, dense_bytes, saved_activations
+from megarec.dense.masters import optimizer_of
+from megarec.dense.memory import Parts, saved_activations
+from megarec.dense.side import DenseSide
 from megarec.distributed.process import give_back_freed_memory, start_process
 from megarec.distributed.topology import Topology, build_topology, check_divides
 from megarec.errors import UserError
@@ -141,7 +142,7 @@ def rehearse(config: RunConfig, schema: Schema, hosts: int, ranks_per_host: int,
         model = build_model(fitted.config, fitted.schema, topology, device, fitted.shards)
         peak, flop, collectives = run_steps(fitted, model, topology, device)
     peak |= {"model_states": sum(peak[part] for part in MODEL_STATES)}
-    examples = fitted.micro_batch * model.engine.gradient_accumulation_steps()
+    examples = fitted.micro_batch * model.dense.accumulation
     return Rehearsal(
         topology=topology,
         fit=fitted,
@@ -177,52 +178,46 @@ def run_steps(
 ) -> tuple[Parts, int, list[dict[str, Any]]]:
     """Run STEPS steps; the parts at their peaks, and of the last step the FLOPs and the collectives."""
     peak: Parts = {"tables": model.sparse.memory_bytes(), "towers": 0}
-    engine = model.engine
-    recorder = CollectiveRecorder(GroupNames(topology), lambda messages: _raise(peak, engine, messages))
-    size = fitted.micro_batch * engine.gradient_accumulation_steps()
+    dense = model.dense
+    recorder = CollectiveRecorder(GroupNames(topology), lambda messages: _raise(peak, dense, messages))
+    size = fitted.micro_batch * dense.accumulation
     # ZeRO-3 has a backward pass of its own for linear layers, outside of the model's own products.
-    measured = _measured(peak, engine), _towers_measured(peak, model.sparse.modules)
-    with recorder, fast_cpu_gemm(device, compute_dtype(engine)), measured[0], measured[1]:
+    measured = _measured(peak, dense), _towers_measured(peak, model.sparse.modules)
+    with recorder, fast_cpu_gemm(device, dense.dtype), measured[0], measured[1]:
         for step in range(STEPS):
             batch = make_batch(fitted.schema, size, seed=step).to(device)
             with FlopCounterMode(display=False) as counter:
-                train_step(
-                    engine,
-                    model.sparse,
-                    batch,
-                    world_size=topology.world_size,
-                    clock=StepTimer(device),
-                )
+                train_step(dense, model.sparse, batch, timer=StepTimer(device))
             collectives = recorder.take()
     return peak, counter.get_total_flops(), collectives
 
 
-def _raise(peak: Parts, engine: Any, messages: list[Tensor]) -> None:
+def _raise(peak: Parts, dense: DenseSide, messages: list[Tensor]) -> None:
     """At a collective or a step of the optimizer: what rises and falls within a step."""
-    now = dense_bytes(engine, messages)
+    now = dense.memory_bytes(messages)
     for part in ("communication", "step"):
         peak[part] = max(peak.get(part, 0), now[part])
 
 
 @contextmanager
-def _measured(peak: Parts, engine: Any) -> Iterator[None]:
+def _measured(peak: Parts, dense: DenseSide) -> Iterator[None]:
     """Measure activations at the end of every forward pass, model states at the end of every backward pass."""
+    engine = dense.engine
     forward, step = engine.forward, engine.step
 
     def measured_forward(*inputs: Any) -> Any:
         kept: dict[str, int] = {}
-        with saved_activations(kept, engine.module):
+        with saved_activations(kept, dense.module):
             out = forward(*inputs)
         peak["activations"] = max(peak.get("activations", 0), kept["bytes"])
         return out
 
     def measured_step() -> None:
-        now = dense_bytes(engine)
+        now = dense.memory_bytes()
         peak.update({part: now[part] for part in MODEL_STATES})
         step()
 
-    stepped = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    hook = stepped.register_step_pre_hook(lambda *_: _raise(peak, engine, []))
+    hook = optimizer_of(engine).register_step_pre_hook(lambda *_: _raise(peak, dense, []))
     with patch.object(engine, "forward", measured_forward), patch.object(engine, "step", measured_step):
         yield
     hook.remove()

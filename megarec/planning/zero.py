@@ -20,10 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
 from megarec.config.sections import RunConfig
-from megarec.dense.engine import refusals_of_deepspeed
+from megarec.dense.engine import ZeroSettings, refusals_of_deepspeed
 from megarec.dense.memory import Parts
 from megarec.dense.parallelize import computing_type
 from megarec.distributed.topology import Topology
@@ -46,7 +44,7 @@ class Zero:
         accumulation: micro-batches of one step.
     """
 
-    settings: DeepSpeedZeroConfig
+    settings: ZeroSettings
     ranks: int
     rank: int
     width: int
@@ -72,7 +70,7 @@ def zero_of(config: RunConfig, topology: Topology) -> Zero:
     """
     section = config.deepspeed
     with refusals_of_deepspeed():
-        settings = DeepSpeedZeroConfig(**section.get("zero_optimization", {}))
+        settings = ZeroSettings(**section.get("zero_optimization", {}))
     return Zero(
         settings=settings,
         ranks=topology.data_size,

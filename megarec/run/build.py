@@ -14,8 +14,8 @@ from megarec.data.loader import EvalLoader, TrainLoader
 from megarec.data.schema import Schema, load_schema, select_features
 from megarec.data.store import open_split
 from megarec.dense.apex import layer_norm_factory
-from megarec.dense.engine import base_learning_rate
 from megarec.dense.parallelize import parallelize
+from megarec.dense.side import DenseSide
 from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes
 from megarec.distributed.process import threads_that_pay
 from megarec.distributed.topology import Topology, build_topology, separate_groups
@@ -43,8 +43,7 @@ class Run:
     valid: EvalLoader
     test: EvalLoader
     sparse: SparseSide
-    engine: Any
-    dense_learning_rate: float
+    dense: DenseSide
     schedule: Schedule
     cost: Cost
     ledger: Ledger
@@ -106,8 +105,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         valid=valid,
         test=test,
         sparse=model.sparse,
-        engine=model.engine,
-        dense_learning_rate=base_learning_rate(model.engine, config),
+        dense=model.dense,
         schedule=schedule,
         cost=model.cost,
         ledger=model.ledger,
@@ -133,7 +131,7 @@ class Model:
 
     sizes: OverArchConfig
     sparse: SparseSide
-    engine: Any
+    dense: DenseSide
     cost: Cost
     ledger: Ledger
     choices: tuple[str, ...]
@@ -178,7 +176,7 @@ def build_model(
     with torch.device("meta"):
         columns, over_arch = over_arch_input(layout, towers.modules), over_arch_config(sizes, towers.modules)
         model = Recommender(columns, len(schema.numeric), over_arch, config.embedding.dropout, norm)
-    engine, optimizer_reason = parallelize(model, config.model_copy(update={"model": sizes}), topology, device, ledger)
+    dense = parallelize(model, config.model_copy(update={"model": sizes}), topology, device, ledger)
 
     cost = count(sizes, layout, len(schema.numeric), towers.modules)
     choices = (
@@ -186,8 +184,8 @@ def build_model(
         f"{cost.flop / 1e9:.4f} training GFLOP/example",
         *scale_reasons,
         *towers.reasons,
-        f"dense: ZeRO {zero_stage(config.deepspeed)}, optimizer {optimizer_reason}; {norm_reason}",
+        f"dense: ZeRO {zero_stage(config.deepspeed)}, optimizer {dense.optimizer_reason}; {norm_reason}",
         *(explain(config, layout, topology).lines() if shards is None else ()),
         *sparse.describe(),
     )
-    return Model(sizes, sparse, engine, cost, ledger, choices)
+    return Model(sizes, sparse, dense, cost, ledger, choices)

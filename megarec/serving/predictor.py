@@ -51,7 +51,7 @@ class Predictor:
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
         """Logits float32 [B]; their sigmoid is the predicted probability of the label."""
-        logits: Tensor = self._model(batch.numeric, self._sparse.forward(batch), batch.keys)
+        logits: Tensor = self._model(batch.numeric, self._sparse.look_up(batch).values, batch.keys)
         return logits
 
 

@@ -27,6 +27,82 @@ from megarec.sparse.towers.replicas import TowerOptimizer, TowerReplicas
 from megarec.sparse.towers.sizes import NO_TOWERS, ResolvedTowers
 
 
+class StepLookup:
+    """What one step looked up, and the way back of its gradient: `backward`, then `apply` or `skip`.
+
+    Args:
+        values: float32 [B, columns], what the dense model sees of this rank's examples: [B, layout.width], or the
+            columns that the tower modules emit.
+        pooled: what came out of the tables; `values` itself where there are no tower modules.
+        leaf: what the tower modules took in, in the place of `pooled`; None: there are none, or no gradients.
+        ids: what was looked up.
+        features: whose columns those of `leaf`, else of `values`, are.
+        modules: the tower modules of this rank.
+    """
+
+    def __init__(
+        self,
+        values: Tensor,
+        pooled: Tensor,
+        leaf: Tensor | None,
+        ids: Distributed,
+        features: tuple[Feature, ...],
+        modules: TowerReplicas | None,
+    ) -> None:
+        self.values = values
+        self._pooled, self._leaf, self._ids, self._features, self._modules = pooled, leaf, ids, features, modules
+        self._gradient: Tensor | None = None  # of `pooled`
+
+    def backward(self, gradient: Tensor) -> None:
+        """The gradients of tower modules; changes nothing; collective.
+
+        Args:
+            gradient: [B, columns], of the mean over the *global* batch: that of the rank's own mean, divided by the
+                number of ranks.
+        """
+        if self._leaf is None:
+            self._gradient = gradient
+            return
+        self.values.backward(gradient)
+        assert self._leaf.grad is not None
+        self._gradient = self._leaf.grad
+
+    def apply(self) -> None:
+        """The gradients of tables, and the change of tables and tower modules; collective."""
+        assert self._gradient is not None, "backward comes first"
+        self._pooled.backward(self._gradient)
+        if self._modules is not None:
+            self._modules.update()
+
+    def skip(self) -> None:
+        """In place of `apply`: forget the gradients."""
+        if self._modules is not None:
+            self._modules.skip()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What `backward` has made, by name: the gradients of this rank's tower modules, not yet summed over their
+        replicas, and of the embeddings that the modules take in."""
+        if self._modules is None:
+            return {}
+        assert self._gradient is not None, "backward comes first"
+        return self._modules.gradients() | {"embeddings before the tower modules": self._gradient}
+
+    def looked_up(self, batch: Batch) -> tuple[Tensor, tuple[Feature, ...], Mapping[str, Ids]]:
+        """What came out of the tables, to tell which of them is at fault.
+
+        Args:
+            batch: of this rank.
+
+        Returns:
+            Embeddings [examples, columns], the features whose columns they are, and the ids that were looked up. With
+            tower modules they are those that this rank's modules took in, under the tower exchange for the examples of
+            its peers as well; without, those of this rank's examples.
+        """
+        if self._leaf is None:
+            return self.values.detach(), self._features, batch.ids
+        return self._leaf.detach(), self._features, self._ids.ids
+
+
 class SparseSide:
     """Tables, tower modules and exchange of one rank.
 
@@ -83,9 +159,6 @@ class SparseSide:
             )  # fmt: skip
             self._group = self._exchange.group
         self._group.tables.fill(seed, config.initial_std)
-        self._cut: tuple[Tensor, Tensor] | None = None  # what the modules take in, and the leaf in its place
-        self._pending: tuple[Tensor, Tensor] | None = None  # what the tables gave, and its gradient
-        self._distributed: Distributed | None = None  # of the step under way
         self.modules: TowerReplicas | None = None
         if towers.towers is not None and towers.modules is not None:
             assert tower_optimizer is not None
@@ -93,96 +166,36 @@ class SparseSide:
             here = towers.towers.of_host(host, hosts)
             self.modules = TowerReplicas(towers.modules, here, tower_optimizer, replicas, seed, device)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """What the over-arch sees of this rank's examples, float32: [B, layout.width], or [B, columns that the tower
-        modules emit]; every rank must take part.
-
-        With gradients enabled the result carries the update, and `update` must follow. Without, nothing is recorded.
-        """
-        return self.pool(self.distribute(batch))
-
     def distribute(self, batch: Batch) -> Distributed:
-        """The first half of `forward`: ids to the owners of the tables; reads no table."""
+        """Send the ids of a batch to the owners of the tables (TorchRec's input_dist); reads no table; collective."""
         return (self._exchange or self._group).distribute(batch)
 
-    def pool(self, batch: Distributed) -> Tensor:
-        """The second half of `forward`."""
-        if torch.is_grad_enabled():
-            self._distributed = batch
-        if self._exchange is None:
-            return self._change(self._group.pool(batch))
-        return self._exchange.pool(batch, self._change)
+    def forward(self, ids: Distributed) -> StepLookup:
+        """Look up, pool and send back (TorchRec's lookup and output_dist); collective.
 
-    def update(self, embedded: Tensor, gradient: Tensor) -> None:
-        """Send a gradient back through the exchange into tower modules and tables, once an optimizer step; collective.
-
-        Args:
-            embedded: what `forward` returned.
-            gradient: [B, columns], of the mean over the *global* batch: that of the rank's own mean, divided by the
-                number of ranks.
+        With gradients enabled the lookup carries the update: its `backward`, then its `apply` or `skip` must follow.
+        Without, nothing is recorded.
         """
-        self.backward(embedded, gradient)
-        self.apply()
+        cut: list[tuple[Tensor, Tensor]] = []
 
-    def backward(self, embedded: Tensor, gradient: Tensor) -> None:
-        """The first half of `update`: the gradients of tower modules; changes nothing. `apply` or `discard` follows."""
-        if self.modules is None:
-            self._pending = embedded, gradient
-            return
-        embedded.backward(gradient)
-        assert self._cut is not None
-        pooled, leaf = self._cut
-        assert leaf.grad is not None
-        self._pending = pooled, leaf.grad
+        def change(pooled: Tensor) -> Tensor:
+            """What happens to looked-up embeddings before they go on."""
+            pooled = self._with_l2(pooled)
+            if self.modules is None or not torch.is_grad_enabled():
+                return pooled if self.modules is None else self.modules(pooled)
+            # Cut before the modules: their gradients must be there, and found good, before any table changes.
+            leaf = pooled.detach().requires_grad_()
+            cut.append((pooled, leaf))
+            return self.modules(leaf)
 
-    def apply(self) -> None:
-        """The second half of `update`: the gradients of tables, and the change of both."""
-        assert self._pending is not None
-        pooled, gradient = self._pending
-        self._pending = self._cut = self._distributed = None
-        pooled.backward(gradient)
-        if self.modules is not None:
-            self.modules.update()
+        values = change(self._group.pool(ids)) if self._exchange is None else self._exchange.pool(ids, change)
+        pooled, leaf = cut[0] if cut else (values, None)
+        features = (self._layout if leaf is None else self._group.layout).features
+        return StepLookup(values, pooled, leaf, ids, features, self.modules)
 
-    def discard(self) -> None:
-        """In place of `apply`: forget the gradients."""
-        self._pending = self._cut = self._distributed = None
-        if self.modules is not None:
-            self.modules.discard()
-
-    def gradients(self) -> dict[str, Tensor]:
-        """What `backward` has made, by name: the gradients of this rank's tower modules, not yet summed over their
-        replicas, and of the embeddings that the modules take in."""
-        if self.modules is None:
-            return {}
-        assert self._pending is not None
-        return self.modules.gradients() | {"embeddings before the tower modules": self._pending[1]}
-
-    def looked_up(self, batch: Batch, embedded: Tensor) -> tuple[Tensor, tuple[Feature, ...], Mapping[str, Ids]]:
-        """What came out of the tables in the step under way, to tell which of them is at fault.
-
-        Args:
-            batch: of this rank.
-            embedded: what `pool` returned; `apply` or `discard` has not followed.
-
-        Returns:
-            Embeddings [examples, columns], the features whose columns they are, and the ids that were looked up. With
-            tower modules they are those that this rank's modules took in, under the tower exchange for the examples of
-            its peers as well; without, those of this rank's examples.
-        """
-        if self._cut is None or self._distributed is None:
-            return embedded.detach(), self._layout.features, batch.ids
-        return self._cut[1].detach(), self._group.layout.features, self._distributed.ids
-
-    def _change(self, pooled: Tensor) -> Tensor:
-        """What happens to looked-up embeddings before they go on."""
-        pooled = self._with_l2(pooled)
-        if self.modules is None or not torch.is_grad_enabled():
-            return pooled if self.modules is None else self.modules(pooled)
-        # Cut before the modules: their gradients must be there, and found good, before any table changes.
-        leaf = pooled.detach().requires_grad_()
-        self._cut = pooled, leaf
-        return self.modules(leaf)
+    def look_up(self, batch: Batch) -> StepLookup:
+        """`distribute` and `forward`."""
+        return self.forward(self.distribute(batch))
 
     def _with_l2(self, pooled: Tensor) -> Tensor:
         """Adds l2 x mean over the global batch of |e|^2 to the objective, by its gradient 2 l2 e / global batch.

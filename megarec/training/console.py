@@ -114,16 +114,3 @@ class Console:
             self.progress.stop()
         if self.writer is not None:
             self.writer.flush()
-
-
-def writer_of(engine: Any) -> SafeSummaryWriter | None:
-    """The SummaryWriter that DeepSpeed opened on rank 0, or None when deepspeed.tensorboard is off.
-
-    DeepSpeed writes through the same `Board` from now on.
-    """
-    opened = getattr(engine.monitor, "tb_monitor", None)
-    if opened is None or not opened.enabled or opened.summary_writer is None:
-        return None
-    if not isinstance(opened.summary_writer, SafeSummaryWriter):
-        opened.summary_writer = SafeSummaryWriter(opened.summary_writer)
-    return opened.summary_writer

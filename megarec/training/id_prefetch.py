@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -47,7 +46,7 @@ class IdPrefetcher:
         self._last: Future[ReadyBatch] | None = None
         if overlap:
             self._orders = queue.Queue()
-            self._stream = None if device.type == "cpu" else get_accelerator().Stream()
+            self._stream = None if device.type == "cpu" else torch.Stream(device=device)
             # A daemon: a job whose other ranks are gone must not wait for it.
             threading.Thread(target=self._serve, name="ids", daemon=True).start()
 
@@ -60,14 +59,14 @@ class IdPrefetcher:
         self._orders.put((batch, future))
         return lambda: self._wait(future)
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Wait for what is on its way, before anything else sends ids."""
         if self._last is not None:
             self._last.result()
 
     def close(self) -> None:
         """Wait for what is on its way and end the thread, before the groups go."""
-        self.settle()
+        self.drain()
         if self._orders is not None:
             self._orders.put(None)
 
@@ -94,7 +93,7 @@ class IdPrefetcher:
                 if self._stream is None:
                     future.set_result(self._send(batch))
                 else:
-                    with get_accelerator().stream(self._stream):
+                    with self._stream:
                         arrived = self._send(batch)
                     self._stream.synchronize()
                     future.set_result(arrived)
@@ -110,7 +109,7 @@ class IdPrefetcher:
         with record_function("wait for ids"):
             arrived = future.result()
         if self._device.type != "cpu":
-            _keep_for(get_accelerator().current_stream(), arrived)
+            _keep_for(torch.accelerator.current_stream(), arrived)
         return arrived
 
 

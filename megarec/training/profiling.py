@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
@@ -42,7 +41,7 @@ def measure_gemm_tflops(dtype: torch.dtype, device: torch.device, seconds: float
 
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
-        get_accelerator().synchronize()
+        torch.accelerator.synchronize()
 
 
 class StepTimer:
@@ -81,7 +80,7 @@ class StepTimer:
 
     def _now(self) -> float:
         if self.device.type != "cpu":
-            get_accelerator().synchronize()
+            torch.accelerator.synchronize()
         return time.perf_counter()
 
 

@@ -4,8 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megarec.dense.engine import compute_dtype
-from megarec.dense.memory import dense_bytes
 from megarec.run.build import Run
 from megarec.run.metrics import Predictions, described
 from megarec.run.state import TrainState
@@ -33,7 +31,7 @@ class StepLog:
         self._window_steps = 0
         self._train_seconds = 0.0
         self._trained_steps = 0
-        peak = run.config.train.peak_tflops or measure_gemm_tflops(compute_dtype(run.engine), run.device)
+        peak = run.config.train.peak_tflops or measure_gemm_tflops(run.dense.dtype, run.device)
         self._peak = peak * run.topology.world_size
 
     def first_step_done(self) -> None:
@@ -77,7 +75,7 @@ class StepLog:
             f"NE {seen.ne:.4f}  AUC {seen.auc:.4f}  {rate:,.0f} examples/s"
         )
         self.monitor.step(position.step, f"{rate:,.0f} examples/s  loss {seen.logloss:.4f}  NE {seen.ne:.4f}")
-        held = dense_bytes(run.engine)
+        held = run.dense.memory_bytes()
         steps = max(1, self._window_steps)
         sent = {f"bytes_per_step/{group}": total / steps for group, total in run.ledger.take().items()}
         quality = described(seen)
@@ -88,7 +86,7 @@ class StepLog:
                 "train/ne": quality["ne"],
                 "train/auc": quality["auc"],
                 "train/calibration": quality["calibration"],
-                "optim/dense_learning_rate": factor * run.dense_learning_rate,
+                "optim/dense_learning_rate": factor * run.dense.learning_rate,
                 "optim/table_learning_rate": factor * run.config.embedding.learning_rate,
                 "optim/gradient_norm": result.gradient_norm,
                 **self.skips(),

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 from megarec.checkpoint.store import Checkpoints
 from megarec.config.sections import RunConfig
 from megarec.data.loader import EvalLoader
-from megarec.dense.engine import set_learning_rate
 from megarec.dense.memory import saved_activations
 from megarec.distributed.collectives import gather_texts
 from megarec.distributed.process import start_process
@@ -20,7 +19,7 @@ from megarec.run.metrics import Predictions, Quality, described
 from megarec.run.schedule import Patience
 from megarec.run.state import TrainState
 from megarec.signals import Interruption
-from megarec.training.console import Console, writer_of
+from megarec.training.console import Console, SafeSummaryWriter
 from megarec.training.faults.policy import Action, FaultPolicy
 from megarec.training.faults.replicas import differing_replicas
 from megarec.training.faults.step_check import StepCheck
@@ -54,7 +53,7 @@ def _train(config: RunConfig, resume: bool, started: float, interruption: Interr
     run = build_run(config, device)
     config = run.config
     output = Path(config.train.output_dir)
-    monitor = Console(run.topology.rank, writer_of(run.engine), run.schedule.total_steps)
+    monitor = Console(run.topology.rank, run.dense.summary_writer(SafeSummaryWriter), run.schedule.total_steps)
     checkpoints = Checkpoints(output / "checkpoints", run, monitor.say, fresh=not resume)
     window = Predictions()
     position, name = checkpoints.resume(window) or (TrainState(), None)
@@ -118,7 +117,7 @@ def evaluate(run: Run, loader: EvalLoader) -> Quality:
     predictions = Predictions()
     for batch in loader.batches():
         batch = batch.to(run.device)
-        predictions.add(predict(run.engine, run.sparse, batch), batch.labels, batch.valid)
+        predictions.add(predict(run.dense, run.sparse, batch), batch.labels, batch.valid)
     return predictions.gather(run.topology.world)
 
 
@@ -158,7 +157,7 @@ class Trainer:
         due = (position.step + 1) % run.config.train.log_every == 0 or position.step + 1 == run.schedule.total_steps
         progress.clock.next_step(sampled=due)
         factor = run.schedule.factor(position.step)
-        set_learning_rate(run.engine, factor * run.dense_learning_rate)
+        run.dense.scale_learning_rate(factor)
         run.sparse.scale_learning_rate(factor)
         with progress.clock.part("ids"):
             batch, ids = pending()
@@ -167,19 +166,18 @@ class Trainer:
 
         def step() -> StepResult:
             return train_step(
-                run.engine,
+                run.dense,
                 run.sparse,
                 batch,
-                world_size=run.topology.world_size,
-                clock=progress.clock,
+                timer=progress.clock,
                 ids=ids,
-                meanwhile=start_next,
+                after_lookup=start_next,
                 want_norm=due,
-                judge=self.judge,
+                check=self.judge,
             )
 
         if progress.first_step_seconds is None:
-            with saved_activations(progress.activations, run.engine.module):
+            with saved_activations(progress.activations, run.dense.module):
                 result = step()
             progress.first_step_done()
         else:
@@ -231,7 +229,7 @@ class Trainer:
         """Whether it is the best so far."""
         run, config, position = self.run, self.run.config, self.position
         with self.progress.off_the_clock():
-            self.ahead.settle()
+            self.ahead.drain()
             found = evaluate(run, run.valid)
         improved = self.patience.update(found.logloss if config.train.best_by == "logloss" else -found.auc)
         if config.schedule.plateau_patience and self.patience.since_drop >= config.schedule.plateau_patience:
@@ -281,7 +279,7 @@ class Trainer:
         """Go back to the latest checkpoint, and go on without the faulty batches."""
         run, position, window, failed_at = self.run, self.position, self.progress.window, self.position.step + 1
         with self.progress.off_the_clock():
-            self.ahead.settle()
+            self.ahead.drain()
             self.checkpoints.wait()
             window.clear()
             found = self.checkpoints.resume(window)

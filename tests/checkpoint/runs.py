@@ -10,7 +10,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.checkpoint.store import Checkpoints
 from megarec.config.load import load_config
-from megarec.dense.engine import set_learning_rate
 from megarec.distributed.process import start_process
 from megarec.run.build import Run, build_run
 from megarec.run.state import TrainState
@@ -55,13 +54,13 @@ def store(run: Run, said: list[str] | None = None) -> Checkpoints:
 def train_steps(run: Run, start: int, stop: int) -> list[float]:
     """Mean losses of global batches [start, stop), dropout included."""
     clock, losses = StepTimer(run.device), []
-    set_learning_rate(run.engine, run.dense_learning_rate)
+    run.dense.set_learning_rate(run.dense.learning_rate)
     run.sparse.scale_learning_rate(1.0)
     for step in range(start, stop):
         epoch, position = divmod(step, run.train.steps_per_epoch)
         batch = next(iter(run.train.batches(epoch, start=position)))
         clock.next_step(sampled=False)
-        result = train_step(run.engine, run.sparse, batch, world_size=run.topology.world_size, clock=clock)
+        result = train_step(run.dense, run.sparse, batch, timer=clock)
         loss = binary_cross_entropy_with_logits(result.logits, batch.labels) / run.topology.world_size
         if run.topology.world is not None:
             dist.all_reduce(loss)
@@ -91,5 +90,5 @@ def leg(
     if save:
         checkpoints.save(TrainState(step=stop, best=0.5))
         checkpoints.wait()
-    seen = [predict(run.engine, run.sparse, batch).tolist() for batch in run.test.batches()] if logits else []
+    seen = [predict(run.dense, run.sparse, batch).tolist() for batch in run.test.batches()] if logits else []
     return Leg(losses, said, seen)

@@ -72,7 +72,7 @@ def partitions(path: Path, overrides: list[str]) -> tuple[dict[str, torch.Tensor
         patch("megarec.dense.parallelize.materialize_and_fill", partition),
     ):
         run = build_run(config, device)
-    found = {name: p.ds_tensor.clone() for name, p in run.engine.module.named_parameters()}
+    found = {name: p.ds_tensor.clone() for name, p in run.dense.module.named_parameters()}
     return found, max(made), sum(made)
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from megarec.config.load import load_config
 from megarec.dense import tensor_parallel
-from megarec.dense.engine import set_learning_rate
 from megarec.dense.groups import secondary_partitions
 from megarec.distributed.process import start_process
 from megarec.distributed.rank_pool import RankPool
@@ -39,15 +38,14 @@ def norms(path: Path, overrides: list[str]) -> list[float]:
     config = load_config(path, overrides)
     device = start_process(config)
     run = build_run(config, device)
-    set_learning_rate(run.engine, config.dense.learning_rate)
+    run.dense.set_learning_rate(config.dense.learning_rate)
     found = []
     for batch in list(run.train.batches(epoch=0))[:STEPS]:
         result = train_step(
-            run.engine,
+            run.dense,
             run.sparse,
             batch,
-            world_size=run.topology.world_size,
-            clock=StepTimer(device),
+            timer=StepTimer(device),
             want_norm=True,
         )
         assert result.gradient_norm is not None

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.config.load import load_config
-from megarec.dense.engine import set_learning_rate
 from megarec.distributed.process import start_process
 from megarec.distributed.rank_pool import RankPool
 from megarec.parity.cases import DENSE_SGD, FP32_TOLERANCE, FULL_WIDTH, TOWER_MODULES, UNEVEN_TWO, Case, cases
@@ -46,10 +45,10 @@ def losses_with_wrong_gradient_scale(path: Path, overrides: list[str], steps: in
     config = load_config(path, overrides)
     device = start_process(config)
     run = build_run(config, device)
-    set_learning_rate(run.engine, config.dense.learning_rate)
+    run.dense.set_learning_rate(config.dense.learning_rate)
     losses = []
     for batch in list(run.train.batches(epoch=0))[:steps]:
-        result = train_step(run.engine, run.sparse, batch, world_size=1, clock=StepTimer(device))
+        result = train_step(run.dense, run.sparse, batch, timer=StepTimer(device))
         loss = binary_cross_entropy_with_logits(result.logits.double(), batch.labels.double())
         dist.all_reduce(loss)
         losses.append(float(loss) / run.topology.world_size)
@@ -70,14 +69,14 @@ def losses_with_a_mean_over_the_host(path: Path, overrides: list[str], steps: in
     config = load_config(path, overrides)
     device = start_process(config)
     run = build_run(config, device)
-    set_learning_rate(run.engine, config.dense.learning_rate)
+    run.dense.set_learning_rate(config.dense.learning_rate)
     assert run.sparse.modules is not None
     if planted:
         for parameter in run.sparse.modules.bank.parameters():
             parameter.register_hook(lambda gradient: gradient * run.topology.hosts)
     losses = []
     for batch in list(run.train.batches(epoch=0))[:steps]:
-        result = train_step(run.engine, run.sparse, batch, world_size=run.topology.world_size, clock=StepTimer(device))
+        result = train_step(run.dense, run.sparse, batch, timer=StepTimer(device))
         loss = binary_cross_entropy_with_logits(result.logits.double(), batch.labels.double())
         dist.all_reduce(loss)
         losses.append(float(loss) / run.topology.world_size)

@@ -55,7 +55,7 @@ def real_collectives(path: Path, overrides: list[str]) -> list[dict[str, Any]]:
     with recorder:
         for step in range(STEPS):
             batch = make_batch(schema, config.data.batch_size // topology.world_size, seed=step)
-            train_step(model.engine, model.sparse, batch, world_size=topology.world_size, clock=StepTimer(device))
+            train_step(model.dense, model.sparse, batch, timer=StepTimer(device))
             found = recorder.take()
     return found
 

@@ -52,7 +52,7 @@ def measured(config: RunConfig) -> Parts:
     topology = build_topology(config.parallel.ranks_per_host, config.parallel.tensor)
     with torch.device("meta"):
         model = Wukong(EMBEDDINGS, WUKONG)
-    engine, _ = parallelize(model, config, topology, device, Ledger())
+    engine = parallelize(model, config, topology, device, Ledger()).engine
     peak = {"step": 0, "communication": 0}
 
     def observe(messages: Any = ()) -> None:

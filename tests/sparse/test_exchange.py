@@ -147,7 +147,7 @@ def test_without_gradients_nothing_is_recorded_and_nothing_changes() -> None:
         sparse = sparse_side(LAYOUT, EmbeddingConfig(backend=backend))  # type: ignore[arg-type]
         before = copied(sparse)
         with torch.no_grad():
-            embedded = sparse.forward(global_batch(LAYOUT, 8, step=0))
+            embedded = sparse.look_up(global_batch(LAYOUT, 8, step=0)).values
         assert not embedded.requires_grad
         assert_same(copied(sparse), before)
         assert set(sparse.row_usage().values()) == {0.0}
@@ -161,7 +161,7 @@ def test_learning_rate_acts_on_the_next_update() -> None:
             sparse = sparse_side(LAYOUT, config)
             sparse.scale_learning_rate(rate / config.learning_rate)
             before = sparse.state()["user/weight"][1].clone()
-            embedded = sparse.forward(global_batch(LAYOUT, 8, step=0))
+            embedded = sparse.look_up(global_batch(LAYOUT, 8, step=0)).values
             embedded.backward(torch.ones_like(embedded))
             changes.append(sparse.state()["user/weight"][1] - before)
         torch.testing.assert_close(changes[1], 3 * changes[0], rtol=1e-5, atol=1e-6)
@@ -175,7 +175,7 @@ def test_l2_shrinks_what_was_looked_up(backend: str) -> None:
     sparse = sparse_side(SINGLE_LAYOUT, config)
     batch = global_batch(SINGLE_LAYOUT, 16, step=0)
     before = sparse.state()["user/weight"][1].clone()
-    embedded = sparse.forward(batch)
+    embedded = sparse.look_up(batch).values
     embedded.backward(torch.zeros_like(embedded))
     counts = torch.bincount(batch.ids["user"].values, minlength=300).unsqueeze(1)
     expected = before * (1 - 0.5 * counts * 2 * 0.3 / 16)
@@ -192,7 +192,7 @@ def test_order_within_a_list_does_not_matter(backend: str) -> None:
     results = []
     for ids in (batch.ids, backward):
         sparse = sparse_side(WEIGHTED_LAYOUT, config)
-        embedded = sparse.forward(dataclasses.replace(batch, ids=ids))
+        embedded = sparse.look_up(dataclasses.replace(batch, ids=ids)).values
         embedded.backward(torch.ones_like(embedded))
         results.append((embedded.detach(), sparse.state()["item/weight"][1]))
     assert any(not torch.equal(batch.ids[name].values, f.values) for name, f in backward.items())

@@ -87,11 +87,12 @@ def train(
     seen = []
     for step in range(STEPS):
         batch = slice_of(global_batch(layout, EXAMPLES, step), topology.rank, topology.world_size)
-        embedded = sparse.forward(batch)
-        leaf = embedded.detach().requires_grad_()
+        lookup = sparse.look_up(batch)
+        leaf = lookup.values.detach().requires_grad_()
         loss(leaf, batch.keys).backward()
         assert leaf.grad is not None
-        sparse.update(embedded, leaf.grad / topology.world_size)
+        lookup.backward(leaf.grad / topology.world_size)
+        lookup.apply()
         seen.append(leaf.detach())
     return Outcome(seen, sparse.state(), ledger.rows())
 

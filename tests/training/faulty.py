@@ -15,7 +15,6 @@ from torch import Tensor
 from megarec.checkpoint import sparse
 from megarec.data.batch import Batch
 from megarec.dense import masters
-from megarec.dense.engine import set_learning_rate
 from megarec.run.build import Run
 from megarec.run.state import TrainState
 from megarec.signals import Interruption
@@ -31,12 +30,12 @@ from tests.checkpoint.runs import build
 def everything(run: Run) -> dict[str, Tensor]:
     """Copies of what this rank holds: dense weights and states, tables and theirs, tower modules and theirs."""
     layout = build_layout(run.schema, run.config.embedding, run.config.model.dim)
-    pieces = masters.held(run.engine, run.topology) + masters.written(
-        run.engine, run.topology
+    pieces = masters.held(run.dense.engine, run.topology) + masters.written(
+        run.dense.engine, run.topology
     )  # the latter: Adam's steps
     pieces += sparse.tables_held(run.sparse, layout)
     found = {f"{piece.name} {piece.start}": piece.tensor for piece in pieces}
-    found |= {f"model {name}": parameter for name, parameter in run.engine.module.named_parameters()}
+    found |= {f"model {name}": parameter for name, parameter in run.dense.module.named_parameters()}
     if run.sparse.modules is not None:
         found |= run.sparse.modules.state_dict()
     return {name: torch.as_tensor(tensor).detach().clone() for name, tensor in found.items()}
@@ -87,9 +86,9 @@ class Plants:
         """Hooks that wait; before the judge's, so that it sees what DeepSpeed sees."""
         if self.run.topology.rank != self.bad_rank:
             return
-        *_, parameter = self.run.engine.module.parameters()
+        *_, parameter = self.run.dense.module.parameters()
         parameter.register_hook(lambda gradient: gradient * torch.nan if self.active == "gradient" else gradient)
-        self.run.engine.module.register_forward_pre_hook(self._in_embeddings)
+        self.run.dense.module.register_forward_pre_hook(self._in_embeddings)
         if self.run.sparse.modules is not None:
             first = next(self.run.sparse.modules.bank.parameters())
             first.register_hook(lambda gradient: gradient * torch.nan if self.active == "tower" else gradient)
@@ -132,10 +131,10 @@ class Seen:
 
 
 def step_of(run: Run, judge: StepCheck, batch: Batch) -> str | None:
-    set_learning_rate(run.engine, run.dense_learning_rate)
+    run.dense.set_learning_rate(run.dense.learning_rate)
     clock = StepTimer(run.device)
     clock.next_step(sampled=False)
-    return train_step(run.engine, run.sparse, batch, world_size=run.topology.world_size, clock=clock, judge=judge).cause
+    return train_step(run.dense, run.sparse, batch, timer=clock, check=judge).cause
 
 
 def judged(run: Run) -> StepCheck:
@@ -196,11 +195,11 @@ def fp16_steps(path: Path, kinds: list[str]) -> list[tuple[str | None, float, in
         seen = []
         for kind, batch in zip(kinds, batches[1:], strict=True):
             plants.active = kind
-            before, scale = everything(run), float(run.engine.optimizer.loss_scale)
+            before, scale = everything(run), float(run.dense.engine.optimizer.loss_scale)
             cause = step_of(run, judge, plants.into(batch))
             plants.remove()
             differing = changed(before, everything(run))
-            ratio = scale / float(run.engine.optimizer.loss_scale)
-            seen.append((cause, ratio, len(differing), run.engine.skipped_steps))
+            ratio = scale / float(run.dense.engine.optimizer.loss_scale)
+            seen.append((cause, ratio, len(differing), run.dense.engine.skipped_steps))
         assert step_of(run, judge, batches[0]) is None
         return seen

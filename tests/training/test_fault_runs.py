@@ -132,11 +132,11 @@ def _plant(patch: pytest.MonkeyPatch, plan: Plan) -> None:
 @torch.no_grad()
 def _flip_a_bit(run: Run, where: str) -> None:
     if where == "dense":
-        *_, tensor = run.engine.module.parameters()
+        *_, tensor = run.dense.module.parameters()
     elif where == "sharded":
-        tensor = next(parameter for parameter in run.engine.module.parameters() if is_sharded(parameter))
+        tensor = next(parameter for parameter in run.dense.module.parameters() if is_sharded(parameter))
     elif where in ("exp_avg", "master"):
-        held = {(name, state): values for name, state, values in unsharded_states(run.engine, run.topology)}
+        held = {(name, state): values for name, state, values in unsharded_states(run.dense.engine, run.topology)}
         tensor = next(values for (_, state), values in held.items() if state == where)
     elif where == "tower":
         assert run.sparse.modules is not None

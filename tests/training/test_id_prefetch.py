@@ -9,7 +9,6 @@ import torch
 
 from megarec.config.load import load_config
 from megarec.data.batch import Batch
-from megarec.dense.engine import set_learning_rate
 from megarec.distributed.process import start_process
 from megarec.distributed.rank_pool import RankPool
 from megarec.parity.run import write_base
@@ -27,21 +26,20 @@ def train(path: Path, overrides: list[str], traces: Path | None = None) -> list[
     config = load_config(path, overrides)
     device = start_process(config)
     run = build_run(config, device)
-    set_learning_rate(run.engine, config.dense.learning_rate)
+    run.dense.set_learning_rate(config.dense.learning_rate)
     ahead = IdPrefetcher(run.sparse, device, run.overlap)
     seen: list[torch.Tensor] = []
     with tracing((3, 4) if traces else None, traces or path, run.topology.rank) as step_done:
         for pending, start_next in ahead.steps(run.train.batches(epoch=0), StepTimer(device)):
             batch, ids = pending()
-            result = train_step(
-                run.engine, run.sparse, batch, world_size=run.topology.world_size, clock=StepTimer(device), ids=ids,
-                meanwhile=start_next,
+            result = train_step(run.dense, run.sparse, batch, timer=StepTimer(device), ids=ids,
+                after_lookup=start_next,
             )  # fmt: skip
             seen.append(result.logits)
             step_done()
             if len(seen) == STEPS // 2:
                 ahead.settle()
-                seen.append(predict(run.engine, run.sparse, batch))
+                seen.append(predict(run.dense, run.sparse, batch))
             if len(seen) > STEPS:
                 break
     ahead.close()

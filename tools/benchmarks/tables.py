@@ -61,7 +61,7 @@ def _sparse_side(
 ) -> Callable[[int], Tensor]:
     config = EmbeddingConfig(optimizer="rowwise_adagrad", learning_rate=RATE, eps=EPS, backend=backend)
     sparse = SparseSide(layout, config, ONE_RANK, seed=0, device=torch.device("cpu"), ledger=Ledger())
-    return lambda number: sparse.forward(batches[number])
+    return lambda number: sparse.look_up(batches[number]).values
 
 
 def _bare_fbgemm(batches: list[Batch]) -> Callable[[int], Tensor]:

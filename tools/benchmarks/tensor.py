@@ -15,7 +15,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.config.models import WukongConfig
 from megarec.config.sections import RunConfig
-from megarec.dense.engine import compute_dtype, set_learning_rate
 from megarec.dense.parallelize import parallelize
 from megarec.distributed.collectives import Ledger
 from megarec.distributed.process import start_process
@@ -84,9 +83,9 @@ def _training_step(
     with torch.device("meta"):
         over_arch = Wukong(embeddings, model)
     topology = build_topology(dist.get_world_size(), ways)
-    engine, _ = parallelize(over_arch, config, topology, device, ledger)
-    set_learning_rate(engine, 1e-4)
-    dtype = compute_dtype(engine)
+    dense = parallelize(over_arch, config, topology, device, ledger)
+    dense.set_learning_rate(1e-4)
+    dtype, engine = dense.dtype, dense.engine
     generator = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(batch, embeddings, model.dim, generator=generator).to(device, dtype).requires_grad_()
     labels = torch.randint(0, 2, (batch,), generator=generator).float().to(device)

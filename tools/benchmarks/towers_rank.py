@@ -24,7 +24,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from megarec.config.sections import RunConfig
 from megarec.data.batch import Batch, Ids
 from megarec.data.schema import CategoricalFeature, Schema
-from megarec.dense.engine import set_learning_rate
 from megarec.distributed.process import start_process
 from megarec.distributed.topology import build_topology
 from megarec.run.build import build_model
@@ -99,7 +98,7 @@ def exposed_ids(overlap: bool, steps: int) -> dict[str, Any]:
     config = _config("dlrm", "tower, overlap" if overlap else "tower, no overlap")
     topology, device = build_topology(None, tensor=1), torch.device("cpu")
     built = build_model(config, _schema(lists=True), topology, device)
-    set_learning_rate(built.engine, 1e-3)
+    built.dense.set_learning_rate(1e-3)
     ahead, clock = IdPrefetcher(built.sparse, device, overlap), StepTimer(device)
     batches = [_batch(topology.rank * 100 + step, lists=True) for step in range(steps + 2)]
     seconds = []
@@ -108,9 +107,8 @@ def exposed_ids(overlap: bool, steps: int) -> dict[str, Any]:
             for pending, start_next in ahead.steps(iter(batches), clock):
                 start = time.perf_counter()
                 batch, ids = pending()
-                train_step(
-                    built.engine, built.sparse, batch, world_size=topology.world_size, clock=clock, ids=ids,
-                    meanwhile=start_next,
+                train_step(built.dense, built.sparse, batch, timer=clock, ids=ids,
+                    after_lookup=start_next,
                 )  # fmt: skip
                 seconds.append(time.perf_counter() - start)
                 step_done()
@@ -172,16 +170,18 @@ def _megarec(model: str, variant: str) -> Contestant:
     device = torch.device("cpu")
     topology = build_topology(None, tensor=1)
     built = build_model(config, schema, topology, device)
-    set_learning_rate(built.engine, 1e-3)
+    built.dense.set_learning_rate(1e-3)
     batch, clock = _batch(topology.rank), StepTimer(device)
     with torch.no_grad():
-        gradient = torch.randn_like(built.sparse.forward(batch)) / (BATCH * topology.world_size)
+        gradient = torch.randn_like(built.sparse.look_up(batch).values) / (BATCH * topology.world_size)
 
     def step() -> None:
-        train_step(built.engine, built.sparse, batch, world_size=topology.world_size, clock=clock)
+        train_step(built.dense, built.sparse, batch, timer=clock)
 
     def exchange() -> None:
-        built.sparse.update(built.sparse.forward(batch), gradient)
+        lookup = built.sparse.look_up(batch)
+        lookup.backward(gradient)
+        lookup.apply()
 
     def sent() -> int:
         return sum(row["cross_host_bytes"] for row in built.ledger.rows())

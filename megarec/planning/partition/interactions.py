@@ -23,7 +23,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.schema import load_schema
-from megarec.dense.engine import set_learning_rate
 from megarec.distributed.process import start_process
 from megarec.errors import UserError
 from megarec.planning.partition.limits import measure_lengths
@@ -142,7 +141,7 @@ def probe(config: RunConfig, steps: int, say: Callable[[str], None]) -> Probe:
     mean = InteractionMean(build_layout(run.schema, config.embedding, config.model.dim))
     with torch.no_grad():
         for batch in islice(run.train.batches(epoch=0), math.ceil(EXAMPLES / config.data.batch_size)):
-            mean.add(run.sparse.forward(batch.to(run.device)))
+            mean.add(run.sparse.look_up(batch.to(run.device)).values)
     reason = (
         f"probe: {run.schedule.total_steps} steps of {config.data.batch_size} training examples, loss of the last "
         f"{loss:.4f}; interactions over {mean.examples:,} training examples"
@@ -172,9 +171,9 @@ def _train(run: Run, say: Callable[[str], None]) -> float:
         batch = batch.to(run.device)
         clock.next_step(sampled=False)
         factor = run.schedule.factor(step)
-        set_learning_rate(run.engine, factor * run.dense_learning_rate)
+        run.dense.scale_learning_rate(factor)
         run.sparse.scale_learning_rate(factor)
-        result = train_step(run.engine, run.sparse, batch, world_size=1, clock=clock)
+        result = train_step(run.dense, run.sparse, batch, timer=clock)
         if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
             loss = binary_cross_entropy_with_logits(result.logits.float(), batch.labels)
             say(f"probe: step {step + 1}/{steps}, loss {loss:.4f}")

@@ -100,7 +100,7 @@ class TowerReplicas:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def discard(self) -> None:
+    def skip(self) -> None:
         """In place of `update`: forget the gradients."""
         self._optimizer.zero_grad()
 

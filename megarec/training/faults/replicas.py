@@ -13,10 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megarec.dense import masters
-from megarec.dense.tensor_parallel import is_sharded
 from megarec.distributed.collectives import Channel, all_gather_rows, build_channel, gather_texts
-from megarec.distributed.topology import Topology, group_ranks
+from megarec.distributed.topology import group_ranks
 from megarec.run.build import Run
 from megarec.training.faults.report import shortened
 
@@ -66,8 +64,8 @@ def replicated_tensors(run: Run) -> Iterator[Replicated]:
     data = Channel("data", topology.data, members["data"].index(topology.rank), topology.data_size, run.ledger)
     replicated: dict[str, Tensor] = {}
     sharded: dict[str, Tensor] = {}
-    for name, parameter, tensor in _dense_copies(run.engine, topology):
-        (sharded if is_sharded(parameter) else replicated)[name] = tensor
+    for name, is_shard, tensor in run.dense.replicated():
+        (sharded if is_shard else replicated)[name] = tensor
     of_host: Literal["tower", "world"] = "tower" if run.config.parallel.exchange == "tower" else "world"
     held: list[tuple[Channel, str, dict[str, Tensor]]] = [(world, "world", replicated), (data, "data", sharded)]
     if run.sparse.modules is not None:
@@ -77,16 +75,6 @@ def replicated_tensors(run: Run) -> Iterator[Replicated]:
     for channel, kind, tensors in held:
         if channel.size > 1 and tensors:
             yield channel, members[kind], tensors
-
-
-def _dense_copies(engine: Any, topology: Topology) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, parameter, what of it this rank holds whole): weights (at ZeRO-3 the small), and what ZeRO 0 steps."""
-    parameters = dict(engine.module.named_parameters())
-    for name, parameter in parameters.items():
-        if getattr(parameter, "ds_persist", True):
-            yield name, parameter, parameter
-    for name, suffix, tensor in masters.unsharded_states(engine, topology):
-        yield f"{name}/{suffix}", parameters[name], tensor
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:

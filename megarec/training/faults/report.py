@@ -7,7 +7,6 @@ from torch import Tensor
 
 from megarec.data.batch import Ids
 from megarec.sparse.layout import Feature
-from megarec.sparse.side import SparseSide
 from megarec.training.faults.policy import RankHealth
 from megarec.training.step import StepTensors
 
@@ -16,43 +15,42 @@ EXTREME = 1e3  # times the median feature's largest element
 
 
 def diagnose(
-    ballot: RankHealth,
-    evidence: StepTensors,
+    health: RankHealth,
+    tensors: StepTensors,
     dense: list[tuple[str, Tensor]],
-    sparse: SparseSide,
     numeric: tuple[str, ...],
     shown: bool,
 ) -> str:
     """Which numbers of this rank are not finite, and how its batch looks; "" where all is well.
 
     Args:
-        ballot: of this rank.
+        health: of this rank.
         dense: sums of the gradients of dense parameters, by name.
         numeric: names of the numeric features.
         shown: whether this rank's own numbers are to be shown; else only what it has to say of tables.
     """
-    found = list(_nonfinite_tensors(ballot, evidence, dense, sparse)) if shown else []
-    embeddings = list(embedding_faults(*sparse.looked_up(evidence.batch, evidence.embedded)))
-    batch = numeric_statistics(evidence.batch.numeric, numeric) if shown else ()
+    found = list(_nonfinite_tensors(health, tensors, dense)) if shown else []
+    embeddings = list(embedding_faults(*tensors.lookup.looked_up(tensors.batch)))
+    batch = numeric_statistics(tensors.batch.numeric, numeric) if shown else ()
     return "; ".join([*found, *embeddings, *batch])
 
 
-def _nonfinite_tensors(
-    ballot: RankHealth, evidence: StepTensors, dense: list[tuple[str, Tensor]], sparse: SparseSide
-) -> Iterator[str]:
+def _nonfinite_tensors(health: RankHealth, tensors: StepTensors, dense: list[tuple[str, Tensor]]) -> Iterator[str]:
     """The first cause alone: what is downstream of it is not finite either."""
-    if not ballot.finite_loss:
-        rows = _bad_rows(evidence.logits.unsqueeze(1))
-        where = f", logits of {len(rows)} of {evidence.batch.size} examples, first {rows[0]}" if rows else ""
-        yield f"loss is {ballot.loss}{where}"
-    elif not math.isfinite(ballot.embeddings):
-        rows = _bad_rows(evidence.gradient)
-        yield f"gradient of the embeddings is not finite in {len(rows)} of {evidence.batch.size} examples"
-    elif not math.isfinite(ballot.dense):
+    if not health.finite_loss:
+        rows = _bad_rows(tensors.made.logits.unsqueeze(1))
+        where = f", logits of {len(rows)} of {tensors.batch.size} examples, first {rows[0]}" if rows else ""
+        yield f"loss is {health.loss}{where}"
+    elif not math.isfinite(health.embeddings):
+        rows = _bad_rows(tensors.made.gradient)
+        yield f"gradient of the embeddings is not finite in {len(rows)} of {tensors.batch.size} examples"
+    elif not math.isfinite(health.dense):
         names = dict.fromkeys(name for name, total in dense if not total.isfinite())
         yield f"gradient of {shortened(list(names))} is not finite"
-    elif not math.isfinite(ballot.towers):
-        names = dict.fromkeys(name for name, gradient in sparse.gradients().items() if not gradient.sum().isfinite())
+    elif not math.isfinite(health.towers):
+        names = dict.fromkeys(
+            name for name, gradient in tensors.lookup.gradients().items() if not gradient.sum().isfinite()
+        )
         yield f"gradient of {shortened(list(names))} (tower modules) is not finite"
 
 

@@ -11,17 +11,14 @@ import math
 import statistics
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megarec.dense.engine import loss_scale_can_shrink
 from megarec.distributed.collectives import Channel, all_gather_rows, build_channel, gather_texts
 from megarec.run.build import Run
 from megarec.run.state import TrainState
 from megarec.signals import Interruption
-from megarec.sparse.side import SparseSide
 from megarec.training.console import Console
 from megarec.training.faults.policy import CAUSES, FaultPolicy, RankHealth, cause_of, faulty_ranks
 from megarec.training.faults.report import diagnose
@@ -32,7 +29,7 @@ class HealthGather:
     """Collects a rank's sums and gathers everybody's.
 
     Args:
-        engine: its parameters' gradients are summed as the backward passes make them.
+        dense: the dense model; its parameters' gradients are summed as the backward passes make them.
         world: all ranks.
         signum: of this process (launching.interruption).
 
@@ -40,28 +37,28 @@ class HealthGather:
         dense: (parameter, sum) of the backward passes since the last vote, one for each micro-batch.
     """
 
-    def __init__(self, engine: Any, sparse: SparseSide, world: Channel, signum: Callable[[], int]) -> None:
-        self._sparse, self._world, self._signum = sparse, world, signum
+    def __init__(self, dense: nn.Module, world: Channel, signum: Callable[[], int]) -> None:
+        self._world, self._signum = world, signum
         self.dense: list[tuple[str, Tensor]] = []
-        for name, parameter in engine.module.named_parameters():
+        for name, parameter in dense.named_parameters():
             parameter.register_hook(partial(self._note, name))
 
     def _note(self, name: str, gradient: Tensor) -> None:
         self.dense.append((name, gradient.sum(dtype=torch.float32)))
 
-    def __call__(self, evidence: StepTensors) -> list[RankHealth]:
-        """The ballots by rank, the same on every rank; collective, one all-gather of five numbers."""
-        device = evidence.gradient.device
+    def __call__(self, tensors: StepTensors) -> list[RankHealth]:
+        """The healths by rank, the same on every rank; collective, one all-gather of five numbers."""
+        device = tensors.made.gradient.device
         mine = torch.stack(
             [
-                torch.stack(evidence.losses).mean(dtype=torch.float32),
-                evidence.gradient.sum(),
+                torch.stack(tensors.made.losses).mean(dtype=torch.float32),
+                tensors.made.gradient.sum(),
                 _total([total for _, total in self.dense], device),
-                _total([gradient.sum() for gradient in self._sparse.gradients().values()], device),
+                _total([gradient.sum() for gradient in tensors.lookup.gradients().values()], device),
                 torch.tensor(float(self._signum()), device=device),
             ]
         )
-        gathered, work = all_gather_rows(mine.unsqueeze(0), self._world, "votes")
+        gathered, work = all_gather_rows(mine.unsqueeze(0), self._world, "health")
         if work is not None:
             work.wait()
         return [RankHealth(*row) for row in gathered.tolist()]
@@ -76,7 +73,7 @@ def _total(sums: list[Tensor], device: torch.device) -> Tensor:
 
 
 class StepCheck:
-    """A `megarec.training.step.Judge`.
+    """A `megarec.training.step.Check`.
 
     Attributes:
         loss: mean over the global batch of the last step.
@@ -89,33 +86,33 @@ class StepCheck:
     ) -> None:
         self._run, self._monitor, self._policy, self._position = run, monitor, policy, position
         world = build_channel(run.topology, "world", run.ledger)
-        self._vote = HealthGather(run.engine, run.sparse, world, lambda: interruption.signum or 0)
+        self._gather = HealthGather(run.dense.module, world, lambda: interruption.signum or 0)
         self.loss, self.signum, self.said = math.nan, 0, ""
 
-    def __call__(self, evidence: StepTensors) -> str | None:
-        ballots = self._vote(evidence)
-        self.signum = max(int(ballot.signum) for ballot in ballots)
-        self.loss = statistics.fmean(ballot.loss for ballot in ballots)
-        cause = cause_of(ballots, loss_scale_can_shrink(self._run.engine))
+    def __call__(self, tensors: StepTensors) -> str | None:
+        healths = self._gather(tensors)
+        self.signum = max(int(health.signum) for health in healths)
+        self.loss = statistics.fmean(health.loss for health in healths)
+        cause = cause_of(healths, self._run.dense.loss_scale_can_shrink())
         if cause is None and self._policy.spikes(self.loss):
             cause = "spike"
         if cause is not None and cause != "overflow":
-            self._report(cause, ballots, evidence)
-        self._vote.clear()
+            self._report(cause, healths, tensors)
+        self._gather.clear()
         return cause
 
-    def _report(self, cause: str, ballots: list[RankHealth], evidence: StepTensors) -> None:
-        run, faulty = self._run, faulty_ranks(ballots)
+    def _report(self, cause: str, healths: list[RankHealth], tensors: StepTensors) -> None:
+        run, faulty = self._run, faulty_ranks(healths)
         shown = run.topology.rank in faulty or cause == "spike"
-        mine = diagnose(ballots[run.topology.rank], evidence, self._vote.dense, run.sparse, run.schema.numeric, shown)
+        mine = diagnose(healths[run.topology.rank], tensors, self._gather.dense, run.schema.numeric, shown)
         found = gather_texts(mine, run.topology, run.device)
         parts = [f"rank {rank}: {text}" for rank, text in found.items()]
         if cause == "spike":
-            highest = max(range(len(ballots)), key=lambda rank: ballots[rank].loss)
+            highest = max(range(len(healths)), key=lambda rank: healths[rank].loss)
             parts.insert(
                 0,
                 f"mean loss {self.loss:.4g}, the bound is {self._policy.spike_bound():.4g}; highest on rank {highest}: "
-                f"{ballots[highest].loss:.4g}",
+                f"{healths[highest].loss:.4g}",
             )
         elif not found.keys() >= set(faulty):
             parts.append(f"all faulty ranks: {', '.join(map(str, faulty))}")

@@ -1,0 +1,213 @@
+"""The dense side of a run: a dense model under the DeepSpeed engine, with the verbs of a step.
+
+    made = dense.forward_backward(batch, values)     logits, losses, the gradient of the embeddings; nothing changes
+    dense.apply() | dense.skip(cause)                the optimizer step, or what DeepSpeed does in its place
+
+Nothing outside of this folder knows DeepSpeed. Everything else that a run asks of its engine is asked here.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from megarec.config.deepspeed import zero_stage
+from megarec.data.batch import Batch
+from megarec.dense import masters
+from megarec.dense.engine import compute_dtype, gradient_norm, loss_scale_can_shrink, skip_step
+from megarec.dense.memory import Parts, dense_bytes
+from megarec.dense.tensor_parallel import is_sharded
+from megarec.distributed.topology import Topology
+from megarec.slices import Ints, ParameterShard, TensorSlice
+
+
+@dataclass(frozen=True)
+class DenseResult:
+    """What a forward and a backward pass of the dense model made on this rank.
+
+    Attributes:
+        logits: [B].
+        losses: mean loss of each micro-batch.
+        gradient: [B, columns], of the embeddings: that of the mean over the *global* batch.
+    """
+
+    logits: Tensor
+    losses: list[Tensor]
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class DenseUpdate:
+    """What became of a step.
+
+    Attributes:
+        cause: why nothing was changed, the same on all ranks: the caller's, or "overflow" (fp16) or "gradient" when
+            DeepSpeed refused the step; None: the step was applied.
+        gradient_norm: before clipping, over all ranks; None when it was not asked for or is not kept.
+    """
+
+    cause: str | None
+    gradient_norm: float | None = None
+
+
+class DenseSide:
+    """The dense model of one rank.
+
+    Args:
+        engine: DeepSpeed's, around the model.
+        learning_rate: the base rate that the schedule scales.
+        optimizer_reason: which optimizer was taken and why, for the log.
+    """
+
+    def __init__(self, engine: Any, topology: Topology, learning_rate: float, optimizer_reason: str) -> None:
+        self.engine, self.learning_rate, self.optimizer_reason = engine, learning_rate, optimizer_reason
+        self._topology = topology
+
+    @property
+    def module(self) -> nn.Module:
+        """The dense model on this rank; at ZeRO-3 its parameters are partitioned."""
+        module: nn.Module = self.engine.module
+        return module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the model computes."""
+        return compute_dtype(self.engine)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one step."""
+        return int(self.engine.gradient_accumulation_steps())
+
+    def forward_backward(self, batch: Batch, values: Tensor) -> DenseResult:
+        """Forward and backward of all micro-batches; collective. `apply` or `skip` must follow.
+
+        Args:
+            batch: B examples of this rank; B x the number of ranks is the global batch.
+            values: [B, columns], their embeddings; cut off here, so that accumulation divides only the dense work.
+        """
+        engine, accumulation = self.engine, self.accumulation
+        engine.train()
+        leaf = values.detach().requires_grad_()
+        size = batch.size // accumulation
+        loss_scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+        logits, losses = [], []
+        for micro in range(accumulation):
+            if micro:
+                engine.step()  # not at the boundary: it only counts
+            rows = slice(micro * size, (micro + 1) * size)
+            out = engine(batch.numeric[rows], leaf if accumulation == 1 else leaf[rows], batch.keys[rows])
+            loss = binary_cross_entropy_with_logits(out, batch.labels[rows])
+            engine.backward(loss)
+            logits.append(out.detach())
+            losses.append(loss.detach())
+        assert leaf.grad is not None
+        # A rank's gradient is that of its own mean loss; the objective is the mean over the global batch.
+        return DenseResult(torch.cat(logits), losses, leaf.grad.div_(loss_scale * self._topology.world_size))
+
+    def apply(self, want_norm: bool = False) -> DenseUpdate:
+        """One optimizer step; collective.
+
+        Args:
+            want_norm: return the norm of the gradient; at ZeRO 0 in fp32 it costs a pass over the gradients.
+        """
+        norm = gradient_norm(self.engine) if want_norm else None
+        overflow = self.loss_scale_can_shrink()
+        self.engine.step()
+        if not self.engine.was_step_applied():
+            return DenseUpdate("overflow" if overflow else "gradient", norm)
+        if want_norm and norm is None:
+            norm = self.engine.get_global_grad_norm()
+        return DenseUpdate(None, None if norm is None else float(norm))
+
+    def skip(self, cause: str) -> DenseUpdate:
+        """In place of `apply`: forget the gradients; after an "overflow" the loss scale of fp16 shrinks."""
+        skip_step(self.engine, overflow=cause == "overflow")
+        return DenseUpdate(cause)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, values: Tensor) -> Tensor:
+        """Logits [B], in evaluation mode."""
+        self.engine.eval()
+        logits: Tensor = self.engine(batch.numeric, values, batch.keys)
+        return logits
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Set the rate to `factor` x the base rate."""
+        self.set_learning_rate(factor * self.learning_rate)
+
+    def loss_scale_can_shrink(self) -> bool:
+        """Whether gradients that are not finite may be an overflow of fp16, which DeepSpeed has a remedy for."""
+        return loss_scale_can_shrink(self.engine)
+
+    def memory_bytes(self, messages: Iterable[Tensor] = ()) -> Parts:
+        """Bytes that this rank holds now, by part (dense/memory.py)."""
+        return dense_bytes(self.engine, messages)
+
+    def summary_writer(self, wrap: Callable[[Any], Any]) -> Any:
+        """The SummaryWriter that DeepSpeed opened on rank 0 inside `wrap`, through which DeepSpeed writes as well from
+        now on; None when deepspeed.tensorboard is off."""
+        opened = getattr(self.engine.monitor, "tb_monitor", None)
+        if opened is None or not opened.enabled or opened.summary_writer is None:
+            return None
+        opened.summary_writer = wrap(opened.summary_writer)
+        return opened.summary_writer
+
+    # What a checkpoint keeps.
+
+    @property
+    def zero_stage(self) -> int:
+        return zero_stage(self.engine.config)
+
+    @property
+    def optimizer_name(self) -> str:
+        return type(masters.optimizer_of(self.engine)).__name__
+
+    def shapes(self) -> Iterator[tuple[str, Ints]]:
+        """(parameter, shape of the whole tensor, whatever ZeRO and tensor parallelism leave of it here)."""
+        for name, parameter in self.module.named_parameters():
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            yield name, getattr(parameter, "shard", ParameterShard(shape, ())).shape
+
+    def check_supported(self) -> None:
+        """Raise a UserError for what no checkpoint can hold: before the training, not at its first save."""
+        masters.check_supported(self.engine)
+
+    def held(self) -> list[TensorSlice]:
+        """Master weights and optimizer states on this rank, as slices of whole tensors; live, no copies."""
+        return masters.held(self.engine, self._topology)
+
+    def written(self) -> list[TensorSlice]:
+        """Those that this rank writes: equal holders write equal parts, so that no two write the same."""
+        return masters.written(self.engine, self._topology)
+
+    def allocate_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give the optimizer exactly the states that a checkpoint has (`masters.allocate_states`)."""
+        masters.allocate_states(self.engine, self._topology, states)
+
+    def loss_scale(self) -> dict[str, int | float] | None:
+        """The numbers of fp16's dynamic loss scale, under DeepSpeed's names; None: there is none."""
+        return masters.loss_scale(self.engine)
+
+    def resume(self, step: int, skipped: int, examples: int, loss_scale: Mapping[str, int | float] | None) -> None:
+        """Take over master weights that were filled in, and where the run stands; collective."""
+        masters.sync_from_masters(self.engine)
+        self.engine.global_steps, self.engine.skipped_steps, self.engine.global_samples = step, skipped, examples
+        masters.set_loss_scale(self.engine, loss_scale or {})
+
+    def replicated(self) -> Iterator[tuple[str, bool, Tensor]]:
+        """(name, whether tensor parallelism shards it, what of it this rank holds whole): weights (at ZeRO-3 the
+        small ones), and at ZeRO 0 the fp32 masters and optimizer states."""
+        parameters = dict(self.module.named_parameters())
+        for name, parameter in parameters.items():
+            if getattr(parameter, "ds_persist", True):
+                yield name, is_sharded(parameter), parameter
+        for name, suffix, tensor in masters.unsharded_states(self.engine, self._topology):
+            yield f"{name}/{suffix}", is_sharded(parameters[name]), tensor

@@ -1,0 +1,139 @@
+"""The floors of the house: a folder imports only from floors below it, and only dense/ knows DeepSpeed."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "megarec"
+
+FLOORS = [  # from the ground up; rooms of one floor do not know each other
+    ["errors", "files", "slices", "signals"],
+    ["config"],
+    ["data", "models", "distributed"],
+    ["sparse", "dense"],
+    ["run"],
+    ["checkpoint"],
+    ["training"],
+    ["serving", "launching", "planning", "parity"],
+    ["scaling"],
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+GROUND = 0  # its files are single modules, which may use each other
+
+
+def imports(source: str) -> Iterator[tuple[int, str]]:
+    """(line, module or module.name) of every import of a file, nested ones and those for types included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide where a name lives"
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+
+
+def violations(room: str, where: str, source: str) -> list[str]:
+    """Imports of a file in `room` that do not go down."""
+    found = []
+    for line, name in imports(source):
+        top, _, rest = name.partition(".")
+        other = rest.split(".")[0]
+        if top != "megarec" or other == room or not other:
+            continue
+        if FLOOR_OF[room] == FLOOR_OF.get(other) == GROUND:
+            continue
+        if other not in FLOOR_OF or FLOOR_OF[other] >= FLOOR_OF[room]:
+            found.append(f"{where}:{line}: {room} imports {name}, which stands no lower")
+    return found
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def files() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or room_of(path) in FLOOR_OF)
+
+
+def test_every_room_stands_on_a_floor() -> None:
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert rooms <= set(FLOOR_OF), f"give {sorted(rooms - set(FLOOR_OF))} a floor in FLOORS"
+
+
+def test_imports_go_down() -> None:
+    found = [
+        line
+        for path in files()
+        for line in violations(room_of(path), str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from megarec.training.step import train_step",
+        "from megarec import training",
+        "import megarec.dense.side",
+        "def f():\n    from megarec.dense.side import DenseSide",
+    ],
+)
+def test_an_import_that_goes_up_or_sideways_is_seen(source: str) -> None:
+    (found,) = violations("sparse", "megarec/sparse/side.py", source)
+    assert found.startswith("megarec/sparse/side.py:")
+
+
+def test_only_dense_imports_deepspeed() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: imports {name}"
+        for folder in ("megarec", "tools", "launch")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, name in imports(path.read_text(encoding="utf-8"))
+        if name.split(".")[0] == "deepspeed" and PACKAGE / "dense" not in path.parents
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_tables_do_not_know_the_exchange() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: imports {name}"
+        for path in sorted((PACKAGE / "sparse/tables").rglob("*.py"))
+        for line, name in imports(path.read_text(encoding="utf-8"))
+        if name.startswith("megarec.sparse.exchange")
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("module", ["dense.engine", "dense.masters", "training.trainer", "planning.zero"])
+def test_the_accelerator_is_decided_before_deepspeed_is_imported(module: str) -> None:
+    """Whichever module comes first. DeepSpeed reads DS_ACCELERATOR once, at its first import."""
+    code = (
+        "import builtins, os, sys; import torch; real = builtins.__import__; seen = []\n"
+        "def watch(name, *rest, **named):\n"
+        "    if name.partition('.')[0] == 'deepspeed' and not seen: seen.append(os.environ.get('DS_ACCELERATOR'))\n"
+        "    return real(name, *rest, **named)\n"
+        "builtins.__import__ = watch\n"
+        f"import megarec.{module}\n"
+        "print(torch.accelerator.is_available(), seen[0])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    available, decided = ran.stdout.split()[-2:]
+    assert available == "True" or decided == "cpu"
+
+
+def test_no_file_is_too_long() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    long = {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length > 450}
+    assert not long, long
+    assert sum(0 < length < 60 for path, length in lengths.items() if path.name != "__init__.py") < 20
