@@ -111,7 +111,7 @@ def test_tables_do_not_know_the_exchange() -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("module", ["dense.engine", "dense.masters", "training.trainer", "planning.zero"])
+@pytest.mark.parametrize("module", ["dense.engine", "dense.groups", "training.trainer", "planning.zero"])
 def test_the_accelerator_is_decided_before_deepspeed_is_imported(module: str) -> None:
     """Whichever module comes first. DeepSpeed reads DS_ACCELERATOR once, at its first import."""
     code = (
