@@ -1,0 +1,116 @@
+"""What an earlier version wrote is read, resumed and exported with the numbers that it gave (README.txt beside it).
+
+MEGAREC_EXACT=1 asks for the same floats: on the machine that wrote them. Elsewhere the last bits may differ.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import megarec
+from megarec.data.batch import Batch, Ids
+from megarec.distributed.rendezvous import free_port
+
+WRITTEN = Path(__file__).parent / "written_by_b9b1d12"
+ROOT = Path(megarec.__file__).resolve().parent.parent
+BEST, LATEST = "step-000000003", "step-000000006"
+TOLERANCE = 0.0 if os.environ.get("MEGAREC_EXACT") == "1" else 1e-5
+
+
+def said(name: str) -> Any:
+    return json.loads((WRITTEN / "predictions.json").read_text())[name]
+
+
+def batch() -> Batch:
+    rows = json.loads((WRITTEN / "batch.json").read_text())
+    ids = {
+        name: Ids(torch.tensor(f["values"]), None if f["lengths"] is None else torch.tensor(f["lengths"]))
+        for name, f in rows["ids"].items()
+    }
+    numeric = torch.tensor([[float.fromhex(x) for x in row] for row in rows["numeric"]], dtype=torch.float32)
+    size = len(rows["labels"])
+    return Batch(numeric, ids, torch.tensor(rows["labels"]).float(), torch.arange(size), size)
+
+
+def check_logits(export: Path, name: str) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        logits = megarec.load_model(export).predict(batch())
+    finally:
+        torch.set_num_threads(before)
+    expected = torch.tensor([float.fromhex(x) for x in said(name)], dtype=torch.float32)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+def check_metrics(work: Path, tolerance: float = TOLERANCE) -> None:
+    found = json.loads((work / "run/metrics.json").read_text())
+    for split, expected in said("metrics").items():
+        for key, value in expected.items():
+            number = float.fromhex(value) if isinstance(value, str) else value
+            assert found[split][key] == pytest.approx(number, rel=0, abs=tolerance), (split, key)
+
+
+def command(work: Path, *words: str) -> str:
+    """Run a command of this checkout in `work`; what it says on both streams."""
+    programs = Path(sys.executable).parent
+    environment = {
+        **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"
+    }  # fmt: skip
+    done = subprocess.run(words, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def train(work: Path, *more: str) -> str:
+    return command(
+        work, "deepspeed", "--log_level", "error", "--num_gpus", "2", "--master_port", str(free_port()),
+        str(ROOT / "launch/train.py"), "--config", "run.json", "--resume", *more,
+    )  # fmt: skip
+
+
+def checkpoint(work: Path, *words: str) -> str:
+    return command(work, sys.executable, str(ROOT / "tools/checkpoint.py"), *words)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A copy to work in: a run writes beside its checkpoints."""
+    return Path(shutil.copytree(WRITTEN, tmp_path / "work"))
+
+
+def test_its_export_predicts_the_same() -> None:
+    check_logits(WRITTEN / "export", "export")
+
+
+def test_its_checkpoints_are_whole_and_export_the_same(work: Path) -> None:
+    for name in (BEST, LATEST):
+        assert json.loads(checkpoint(work, "verify", f"run/checkpoints/{name}", "--json"))["good"]
+    checkpoint(work, "export", "run/checkpoints/best", "again")
+    assert (work / "again/model.safetensors").read_bytes() == (work / "export/model.safetensors").read_bytes()
+    check_logits(work / "again", "export")
+    checkpoint(work, "export", "run", "newest")
+    check_logits(work / "newest", "latest")
+
+
+def test_it_is_resumed_and_goes_on(work: Path) -> None:
+    text = train(work, "--set", "train.max_steps=9")
+    assert f"resumed from run/checkpoints/{LATEST}" in text
+    checkpoint(work, "export", "run/checkpoints/step-000000009", "longer")
+    check_logits(work / "longer", "resumed 3 steps")
+    check_metrics(work)
+
+
+def test_one_rank_resumes_it(work: Path) -> None:
+    sets = ("--set", "parallel.exchange=flat", "--set", "parallel.ranks_per_host=null")
+    config = ("--config", "run.json", "--resume", *sets)
+    text = command(work, sys.executable, str(ROOT / "launch/train.py"), *config)
+    assert f"resumed from run/checkpoints/{LATEST}" in text
+    check_metrics(work, 1e-5)  # sums in another order
