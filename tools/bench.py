@@ -37,7 +37,7 @@ def main() -> None:
         raise UserError(f"no benchmark is called {arguments.name!r}; {hint}")
     if arguments.plot and arguments.name != "towers":
         raise UserError(f"--plot {arguments.plot}: there is a picture of the benchmark 'towers' only")
-    result = importlib.import_module(f"megarec.benchmarks.{arguments.name}").run()
+    result = importlib.import_module(f"tools.benchmarks.{arguments.name}").run()
     if arguments.plot:
         from tools.benchmarks.towers_plot import plot  # matplotlib takes a second to import
 
