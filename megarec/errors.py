@@ -1,4 +1,4 @@
-"""Errors for people: what a user can mend is a `UserError`, shown as one line, exit code 2.
+"""Errors for people: what a user can fix is a `UserError`, shown as one line, exit code 2.
 
 How a training process says why it ended; launchers and restart scripts go by these numbers.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 DONE = 0
 USER_MISTAKE = 2
-"""Something its user must mend: a config, data, a checkpoint that does not fit."""
+"""Something its user must fix: a config, data, a checkpoint that does not fit."""
 STOPPED = 70
 """Stopped by the fault policy or because replicas differed: a restart would meet the same fault."""
 PREEMPTED = 75
@@ -18,7 +18,7 @@ PREEMPTED = 75
 
 
 class UserError(ValueError):
-    """A mistake in a config, data, hostfile, checkpoint or command that its user can mend.
+    """A mistake in a config, data, hostfile, checkpoint or command that its user can fix.
 
     The message is one line: the file, key, row or rank, the value seen, what was expected, the remedy.
     """

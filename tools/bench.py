@@ -2,7 +2,7 @@
 
 python tools/bench.py tables          # the sparse side over bare FBGEMM
 python tools/bench.py flat --json     # the flat exchange over TorchRec's (bash tools/bench_env.sh first)
-python tools/bench.py dense           # the over-arch against the machine's GEMM peak
+python tools/bench.py dense           # the dense model against the machine's GEMM peak
 python tools/bench.py tensor          # tensor parallelism against data parallelism on two ranks
 python tools/bench.py recompute       # what activation checkpointing saves and costs
 python tools/bench.py towers           # flat and tower exchange over shaped links, and TorchRec's (as root)

@@ -126,8 +126,8 @@ def check_tower_modules(run: Run, directory: Path, index: Index) -> None:
     if there != here or (here and index.towers != towers):
         raise UserError(
             f"{directory}: tower modules were trained for towers {_briefly(index.towers if there else None)}, this "
-            f"run has {_briefly(towers if here else None)}; train.reset_towers=true keeps tables and over-arch and "
-            "starts the modules afresh"
+            f"run has {_briefly(towers if here else None)}; train.reset_towers=true keeps tables and dense model and "
+            "starts the modules from scratch"
         )
     if run.sparse.modules is None:
         return
@@ -148,7 +148,7 @@ def check_tower_modules(run: Run, directory: Path, index: Index) -> None:
 
 
 def fill_tower_modules(run: Run, reader: Reader) -> None:
-    """Set the modules on this rank from a checkpoint that `check` has found to fit, or afresh."""
+    """Set the modules on this rank from a checkpoint that `check` has found to fit, or from scratch."""
     modules = run.sparse.modules
     if modules is None:
         return

@@ -95,7 +95,7 @@ def _check_best(run: Run, directory: Path, position: TrainState) -> None:
     if position.best_by not in (None, wish):
         raise UserError(
             f"{directory}: its best model was chosen by train.best_by={position.best_by}, this run asks for {wish}; "
-            f"resume with train.best_by={position.best_by}, or start afresh without --resume"
+            f"resume with train.best_by={position.best_by}, or start from scratch without --resume"
         )
 
 
@@ -128,8 +128,8 @@ def remarks(run: Run, index: Index) -> Iterator[str]:
         return
     if compatibility.resets_towers(run, index):
         yield (
-            "train.reset_towers=true: tables and over-arch are the checkpoint's, tower modules start afresh, and so "
-            "does the search for the best model"
+            "train.reset_towers=true: tables and dense model are the checkpoint's, tower modules start from scratch, "
+            "and so does the search for the best model"
         )
     else:
         yield "train.reset_towers=true has nothing to do: the checkpoint's tower modules fit, and are kept"

@@ -266,7 +266,7 @@ def clean(checkpoints: Path) -> list[str]:
 def set_aside(checkpoints: Path) -> Path | None:
     """Rename the checkpoints of an earlier run to `<directory>.previous`, or `.previous-2` and so on if that is taken.
 
-    A run that starts afresh must neither mix with them nor delete the only copy of a night's work. What was set aside
+    A new run must neither mix with them nor delete the only copy of a night's work. What was set aside
     before stays, for the same reason. Without a published checkpoint there is nothing to set aside.
 
     Returns:

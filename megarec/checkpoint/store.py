@@ -39,7 +39,7 @@ class Checkpoints:
             for line in publish.clean(directory):
                 say(line)
             if fresh and (previous := publish.set_aside(directory)) is not None:
-                say(f"the checkpoints of an earlier run are in {previous} now: this one starts afresh")
+                say(f"the checkpoints of an earlier run are in {previous} now: this one starts from scratch")
             directory.mkdir(parents=True, exist_ok=True)
         # Other jobs and earlier ones never have this token: what their last threads write meets no directory of ours.
         self._token = from_rank_0(secrets.randbits(62), run.topology, run.device)

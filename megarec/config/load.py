@@ -224,7 +224,7 @@ def _check_towers(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -> 
         fail("tower_module.c=0 and tower_module.p=0: nothing would leave the towers; raise one of them")
     if "optimizer" in config.deepspeed and (module.optimizer is None or module.learning_rate is None):
         fail(
-            "deepspeed.optimizer is the over-arch's alone: state tower_module.optimizer and "
+            "deepspeed.optimizer is the dense model's alone: state tower_module.optimizer and "
             "tower_module.learning_rate for the tower modules"
         )
 

@@ -80,7 +80,7 @@ class EmbeddingConfig(Section):
 
 
 class DenseConfig(Section):
-    """The over-arch's optimizer; `deepspeed.optimizer` may take its place."""
+    """The dense model's optimizer; `deepspeed.optimizer` may take its place."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Rate = 1e-3
@@ -187,7 +187,7 @@ class TrainConfig(Section):
         False, description="--resume takes the checkpoint before a damaged one; false: it stops and says why"
     )
     reset_towers: bool = Field(
-        False, description="--resume starts tower modules afresh, for other towers than the checkpoint's"
+        False, description="--resume starts tower modules from scratch, for other towers than the checkpoint's"
     )
     faults: FaultsConfig = Field(FaultsConfig(), description="what to do about faulty steps")
     verify_replicas_every: Annotated[int, Field(ge=0)] = Field(

@@ -139,7 +139,7 @@ def _good_rows(
         if bad_rows == "error":
             row = start + int(defect.rows.argmax())
             raise UserError(
-                f"{shard}: row {row} (from 0): {defect.column}={defect.value!r}, expected {defect.expected}; mend "
+                f"{shard}: row {row} (from 0): {defect.column}={defect.value!r}, expected {defect.expected}; fix "
                 "the row and prepare again, or set data.bad_rows='skip' to leave such rows out"
             )
         skipped[defect.reason] += int((defect.rows & good).sum())

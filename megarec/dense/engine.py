@@ -87,7 +87,7 @@ def refusals_of_deepspeed() -> Iterator[None]:
 def build_engine(
     model: nn.Module, config: RunConfig, topology: Topology, mpu: ModelParallelUnit | None
 ) -> tuple[Any, str]:
-    """Wrap the over-arch in a DeepSpeed engine; after `check_precision` and `set_deepspeed_groups`.
+    """Wrap the dense model in a DeepSpeed engine; after `check_precision` and `set_deepspeed_groups`.
 
     Args:
         mpu: the tensor and data groups; None when there is no tensor parallelism.
@@ -188,7 +188,7 @@ def prepare_deepspeed() -> None:
 
 
 def compute_dtype(engine: Any) -> torch.dtype:
-    """The type in which the over-arch computes."""
+    """The type in which the dense model computes."""
     if engine.bfloat16_enabled():
         return torch.bfloat16
     return torch.float16 if engine.fp16_enabled() else torch.float32

@@ -271,7 +271,7 @@ def _address_of_first(job: Job, report: Report) -> str | None:
     seen = {host: report.facts[host]["addresses"][first] for host in asked}
     for host, address in seen.items():
         if address is None:
-            remedy = "mend /etc/hosts or DNS there, or give --master-addr"
+            remedy = "fix /etc/hosts or DNS there, or give --master-addr"
             report.failures.append(Failure(host, "address", f"cannot resolve {first}", "an address", remedy))
     return next((address for address in seen.values() if address is not None), None)
 

@@ -11,7 +11,7 @@ from megarec.signals import Interruption
 
 NEVER_AGAIN = {
     DONE: "",
-    USER_MISTAKE: "its user has to mend this",
+    USER_MISTAKE: "its user has to fix this",
     STOPPED: "the fault policy stopped it, and would again",
 }
 
@@ -56,7 +56,7 @@ def run_with_restarts(
 
 def _where_from(latest: tuple[str, int] | None, before: tuple[str, int] | None, resume: bool) -> str:
     if latest is None or not resume:
-        return "starting afresh, as nothing was saved"
+        return "starting from scratch, as nothing was saved"
     stuck = ", the same as the last time: nothing newer was saved" if latest == before else ""
     return f"resuming from {latest[0]}{stuck}"
 

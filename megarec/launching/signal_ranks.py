@@ -1,4 +1,4 @@
-"""Signals that ask a whole job to end: the ranks save, and whoever watches them waits that long.
+"""Signals that ask a whole job to end: the ranks save, and the process that watches them waits that long.
 
 SIGTERM and SIGUSR1 are what schedulers and clouds send before they take a machine away (pre-emption).
 """

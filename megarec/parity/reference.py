@@ -105,7 +105,7 @@ class PlainTowers:
         self.optimizer = plain_optimizer(self.bank.parameters(), settings)
 
     def forward(self, embedded: Tensor) -> Tensor:
-        """Pooled embeddings [B, layout.width] -> what the over-arch sees."""
+        """Pooled embeddings [B, layout.width] -> what the dense model sees."""
         if self.bank is None:
             return embedded
         emitted: Tensor = self.bank(embedded[:, self.order])

@@ -58,10 +58,10 @@ class Run:
 
 
 def build_run(config: RunConfig, device: torch.device) -> Run:
-    """Build data, topology, sparse side, over-arch and engine of a run, in this order; collective.
+    """Build data, topology, sparse side, dense model and engine of a run, in this order; collective.
 
     Raises:
-        UserError: whatever the user can mend, before anything is trained or written.
+        UserError: whatever the user can fix, before anything is trained or written.
     """
     topology = build_topology(config.parallel.ranks_per_host, config.parallel.tensor)
     examples = micro_batch_size(config, topology.world_size)  # fails on the arithmetic before any data is read
@@ -144,7 +144,7 @@ def build_model(
     device: torch.device,
     shards: tuple[Shard, ...] | None = None,
 ) -> Model:
-    """Build sparse side, over-arch and engine; no data are read; collective.
+    """Build sparse side, dense model and engine; no data are read; collective.
 
     Args:
         shards: the placement of all tables; None: as the config asks.

@@ -1,6 +1,6 @@
 """What a sweep will cost, planned before it starts, and which models a budget leaves out.
 
-How fast trials run: as stated, as earlier trials ran, or as a few steps of the cheapest and the dearest run.
+How fast trials run: as stated, as earlier trials ran, or as a few steps of the cheapest and the most expensive run.
 """
 
 import json
@@ -197,7 +197,7 @@ def _probe(trial: Trial, folder: Path, slot: Slot) -> dict[str, float]:
     if code:
         raise UserError(
             f"{trial.model}: {PROBE_STEPS} steps, to see its pace, failed with exit code {code}: {folder / 'log.txt'}; "
-            "mend it, take it out of the study, or state a pace (--gflop-per-second)"
+            "fix it, take it out of the study, or state a pace (--gflop-per-second)"
         )
     train: dict[str, float] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["train"]
     if not train["examples_per_second"]:

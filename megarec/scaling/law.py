@@ -1,4 +1,4 @@
-"""Is a family's curve a law? Its exponent with an interval, and what it foretells; or why it is not called one.
+"""Is a family's curve a law? Its exponent with an interval, and what it predicts; or why it is not called one.
 
 How far a fitted curve could be another one: refits to resampled points.
 
@@ -100,11 +100,11 @@ STEP = 4.0  # the paper states its law for each 4x of compute
 
 
 class HeldOut(NamedTuple):
-    """The largest sizes foretold by a fit to the smaller ones, which choose their form by themselves.
+    """The largest sizes predicted by a fit to the smaller ones, which choose their form by themselves.
 
     Attributes:
         form: what they chose; with fewer than six of them power.
-        costs, percents: what was held out, and the error of each: foretold over measured, less 1.
+        costs, percents: what was held out, and the error of each: predicted over measured, less 1.
     """
 
     form: Form

@@ -111,7 +111,7 @@ def _law(result: Study, law: Law) -> list[str]:
         )
         beside = "within" if max(map(abs, held.percents)) <= SIGNIFICANT_PERCENT else "above"
         lines.append(
-            f"held out and foretold by the smaller sizes ({held.form}): {errors} {unit}"
+            f"held out and predicted by the smaller sizes ({held.form}): {errors} {unit}"
             f"{f', {beside} {SIGNIFICANT_PERCENT} %' if reference else ''}"
         )
     if law.extrapolation_error is None:

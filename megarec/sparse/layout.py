@@ -1,4 +1,4 @@
-"""Which tables there are and how their pooled rows lie side by side in front of the over-arch.
+"""Which tables there are and how their pooled rows lie side by side in front of the dense model.
 
 The sparse side hands on one matrix [B, width]: per feature its pooled embedding, features in canonical order
 (schema order), those of full width d first, those of smaller width (spec: grouped small embeddings) after them.
@@ -46,7 +46,7 @@ class EmbeddingLayout:
     """All tables and features of a model; identical on every rank and topology.
 
     Attributes:
-        dim: d, the width of one embedding of the over-arch.
+        dim: d, the width of one embedding of the dense model.
         full_embeddings: how many embeddings of width d lead the matrix (a feature may have several).
         small_columns: columns of the grouped small embeddings that follow them.
     """

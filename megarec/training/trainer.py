@@ -35,7 +35,7 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
     A run that its fault policy stops writes one too, with the reason as "stopped" and no "test".
 
     Args:
-        resume: continue from the latest checkpoint under train.output_dir, or start afresh if there is none.
+        resume: continue from the latest checkpoint under train.output_dir, or start from scratch if there is none.
         started: time.time() of the process start, for the time to the first step.
 
     Returns:
@@ -64,7 +64,7 @@ def _train(config: RunConfig, resume: bool, started: float, interruption: Interr
     monitor.start(config.model_dump(mode="json"), run.choices)
     for split, reasons in run.skipped_rows.items():
         monitor.say(f"data.bad_rows=skip: left out of {split}: {reasons}")
-    monitor.say(f"resumed from {checkpoints.directory / name}" if name else "starting afresh")
+    monitor.say(f"resumed from {checkpoints.directory / name}" if name else "starting from scratch")
 
     progress = StepLog(run, monitor, position, window, started)
     loop = Trainer(run, progress, checkpoints, interruption)
@@ -107,7 +107,7 @@ def _write_metrics(run: Run, metrics: dict[str, Any]) -> None:
             path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be written ({error.strerror}); mend that and run again with --resume: the checkpoint "
+                f"{path}: cannot be written ({error.strerror}); fix that and run again with --resume: the checkpoint "
                 "holds everything"
             ) from None
 
@@ -266,7 +266,7 @@ class Trainer:
         """Save and end, as a signal asked some rank to.
 
         Args:
-            validate: a validation is due; it can take longer than whoever sent the signal waits.
+            validate: a validation is due; it can take longer than the sender of the signal waits.
         """
         self.position.validation_due = validate
         self._save(best=False)

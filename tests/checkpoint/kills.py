@@ -173,11 +173,11 @@ def latest_step(path: Path) -> int:
 
 
 def resumed_step(path: Path, attempt: int) -> int | None:
-    """The step that an attempt said it resumed from; 0: it started afresh; None: it did not come so far."""
+    """The step that an attempt said it resumed from; 0: it started from scratch; None: it did not come so far."""
     for line in (path.parent / f"attempt-{attempt}.rank-0.log").read_text().splitlines():
         if line.startswith("resumed from"):
             return int(line.rpartition("step-")[2])
-        if line == "starting afresh":
+        if line == "starting from scratch":
             return 0
     return None
 

@@ -1,4 +1,4 @@
-"""Tower modules of a checkpoint: loaded where they fit, refused where they do not, set afresh where that is asked."""
+"""Tower modules of a checkpoint: loaded where they fit, refused where they do not, set anew where that is asked."""
 
 import json
 import math
@@ -42,16 +42,16 @@ def same(run: Run, state: dict[str, Tensor]) -> bool:
 
 
 def afresh_once(path: Path, overrides: list[str]) -> tuple[dict[str, bool], list[str]]:
-    """A run that has set its modules afresh meets the checkpoint of the old ones again, then its own."""
+    """A run that has set its modules from scratch meets the checkpoint of the old ones again, then its own."""
     run, said, found = build(path, overrides), list[str](), dict[str, bool]()
     checkpoints, first = store(run, said), copies(run)
     position = checkpoints.load(1)
-    found["first load: afresh"] = same(run, first)
+    found["first load: from scratch"] = same(run, first)
     found["first load: no best yet"] = math.isinf(position.best) and position.best_by is None
     train_steps(run, 1, 2)
     found["a step changes them"] = not same(run, first)
     checkpoints.load(1)
-    found["rolled back to the old modules: afresh"] = same(run, first)
+    found["rolled back to the old modules: from scratch"] = same(run, first)
 
     train_steps(run, 1, 2)
     kept = copies(run)
@@ -85,8 +85,8 @@ def test_modules_start_afresh_only_where_the_checkpoint_has_none_that_fit(
     found = rank_pool(2).run(afresh_once, path, [*RESET, *exchange])
     for rank, (facts, _) in enumerate(found):
         assert all(facts.values()), (rank, facts)
-    afresh, again, *later = found[0][1]
-    assert afresh == again and "tower modules start afresh" in afresh
+    from_scratch, again, *later = found[0][1]
+    assert from_scratch == again and "tower modules start from scratch" in from_scratch
     assert len(later) == 2 and all("nothing to do" in line for line in later)
 
 

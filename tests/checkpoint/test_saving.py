@@ -321,7 +321,7 @@ def test_other_towers_are_refused_unless_their_modules_may_start_afresh(
         assert "tower modules were trained for towers [['single_0'" in message and "reset_towers" in message
     found = rank_pool(2).run(tables_and_towers, path, ["train.reset_towers=true"])[0]
     assert found["tables"] and found["fresh"]
-    assert any("tower modules start afresh" in line for line in found["said"])
+    assert any("tower modules start from scratch" in line for line in found["said"])
 
 
 def load_error(path: Path, overrides: list[str]) -> str:

@@ -220,7 +220,7 @@ def test_tower_modules_do_not_follow_deepspeeds_optimizer(tmp_path: Path) -> Non
     run = {**RUN, "parallel": {"towers": 2}, "tower_module": {"name": "dcn", "compression": 4}}
     path = write(tmp_path, {**run, "deepspeed": {"optimizer": {"type": "AdamW"}}})
     with pytest.raises(
-        UserError, match=r"deepspeed\.optimizer is the over-arch's alone: state tower_module\.optimizer"
+        UserError, match=r"deepspeed\.optimizer is the dense model's alone: state tower_module\.optimizer"
     ):
         load_config(path)
     own = load_config(path, ["tower_module.optimizer=sgd", "tower_module.learning_rate=0.1"])

@@ -46,7 +46,7 @@ def test_a_bad_row_is_named_or_skipped(
     write_shard(tmp_path / "train" / "001.parquet", rows[8:], TYPES | types)
     bad_id = next((v for v in value if v not in range(9)), None) if isinstance(value, list) else value
     told = rf"train/001\.parquet: row 5 \(from 0\): {column}={re.escape(repr(bad_id))}, expected {re.escape(expected)}"
-    with pytest.raises(UserError, match=told + r"; mend .*data\.bad_rows='skip'"):
+    with pytest.raises(UserError, match=told + r"; fix .*data\.bad_rows='skip'"):
         build(tmp_path)
     cache = build(tmp_path, "skip")
     assert json.loads((cache / SKIPPED_FILE).read_text()) == {f"{column} is not {expected}": 1}

@@ -54,7 +54,7 @@ def test_crashes_and_pre_emptions_are_followed_by_a_start_from_the_latest_checkp
     assert job.run(restarts=5) == 0
     assert job.resumed == [False, False, True, True]
     assert capfd.readouterr().err.splitlines() == [
-        f"RESTART 1 OF 5: {KILLED.cause}; starting afresh, as nothing was saved",
+        f"RESTART 1 OF 5: {KILLED.cause}; starting from scratch, as nothing was saved",
         f"RESTART 2 OF 5: {KILLED.cause}; resuming from step-000000040",
         f"RESTART 3 OF 5: {saved.cause}; resuming from step-000000040, the same as the last time: "
         "nothing newer was saved",
@@ -65,7 +65,7 @@ def test_crashes_and_pre_emptions_are_followed_by_a_start_from_the_latest_checkp
     ("code", "said"),
     [
         (0, ""),
-        (2, "NOT RESTARTED: exit code 2: its user has to mend this\n"),
+        (2, "NOT RESTARTED: exit code 2: its user has to fix this\n"),
         (70, "NOT RESTARTED: exit code 70: the fault policy stopped it, and would again\n"),
     ],
 )

@@ -41,7 +41,7 @@ def test_biases_in_the_bottom_mlps_last_layers_are_not_in_the_published_counts()
 
 
 def test_tower_modules_and_a_narrower_over_arch_behind_them() -> None:
-    """Compression 4: two towers of 13 features, each with one map 128 -> 32; the over-arch sees 27 vectors of 32."""
+    """Compression 4: two towers of 13 features, each with one map 128 -> 32; the dense model sees 27 vectors of 32."""
     cost = counted("parallel.towers=2", 'tower_module={"name": "dlrm", "compression": 4}')
     bottom, top = 13 * 512 + 512 * 256 + 256 * 32, (32 + 27 * 26 // 2) * 512 + 512 * 512 + 512
     assert cost.sparse_parameters == ROWS * 128

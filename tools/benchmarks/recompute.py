@@ -1,6 +1,6 @@
 """Activation checkpointing: what each policy keeps for the backward pass and what it costs, in one process.
 
-The over-arch of the 1.25-GFLOP ladder row in fp32; forward and backward down to X_0, the policies in turns.
+The dense model of the 1.25-GFLOP ladder row in fp32; forward and backward down to X_0, the policies in turns.
 """
 
 import ctypes

@@ -1,6 +1,6 @@
 """Tensor parallelism against data parallelism: the same dense step on the same two ranks, at equal global batch.
 
-The over-arch of the 1.25-GFLOP ladder row under DeepSpeed ZeRO-2, fp32 and bf16: forward, backward down to X_0,
+The dense model of the 1.25-GFLOP ladder row under DeepSpeed ZeRO-2, fp32 and bf16: forward, backward down to X_0,
 gradient reduction, AdamW step, communication included. Both run in the same rank processes in turns; a step takes as
 long as its slower rank. Their losses are compared on the way: they train the same model on the same examples.
 """

@@ -114,7 +114,7 @@ def partition(config: RunConfig, wish: Wish, say: Callable[[str], None] = lambda
     """Assign every categorical feature of a run to a tower; only a probe reads more than list lengths of the data.
 
     Raises:
-        UserError: whatever the user can mend, before anything long is done where that can be known.
+        UserError: whatever the user can fix, before anything long is done where that can be known.
     """
     check_wish(wish)
     schema = schema_of(config.data)

@@ -2,7 +2,7 @@
 
 F features of width N enter T towers, F_t of them tower t (a feature with several embeddings counts once for each);
 n_t embeddings of width D leave it. The compression is F N / (sum n_t D): by as much the message between hosts shrinks.
-D is one number over all towers, since the over-arch sees sum n_t embeddings of width D.
+D is one number over all towers, since the dense model sees sum n_t embeddings of width D.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class ResolvedTowers(NamedTuple):
 
     Attributes:
         towers: None: the config has none.
-        modules: None: none, or the identity; the over-arch then sees the layout as it is.
+        modules: None: none, or the identity; the dense model then sees the layout as it is.
         reasons: what was chosen and why, for the log.
     """
 
@@ -196,12 +196,12 @@ def apportion(total: int, weights: Sequence[int], least: int) -> list[int]:
 
 
 def over_arch_input(layout: EmbeddingLayout, modules: TowerSizes | None) -> OverArchInput:
-    """What lies in front of the over-arch: the layout, or what the tower modules emit, tower after tower."""
+    """What lies in front of the dense model: the layout, or what the tower modules emit, tower after tower."""
     if modules is None:
         return OverArchInput(layout.dim, layout.full_embeddings, layout.small_columns)
     return OverArchInput(modules.dim, sum(modules.outputs), small_columns=0)
 
 
 def over_arch_config(model: Model, modules: TowerSizes | None) -> Model:
-    """The over-arch's sizes: `model.dim` is the width of tables; behind tower modules the over-arch's is D."""
+    """The dense model's sizes: `model.dim` is the width of tables; behind tower modules the dense model's is D."""
     return model if modules is None else model.model_copy(update={"dim": modules.dim})

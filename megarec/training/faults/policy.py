@@ -19,7 +19,7 @@ class RankHealth:
 
     Attributes:
         loss: mean over its examples.
-        embeddings, dense, towers: sums of its gradients: of the embeddings, of the over-arch's parameters, and of the
+        embeddings, dense, towers: sums of its gradients: of the embeddings, of the dense model's parameters, and of the
             tower modules' parameters and inputs.
         signum: the signal it was sent; 0: none.
     """
@@ -40,7 +40,7 @@ class RankHealth:
 
     @property
     def fault(self) -> int:
-        """0: the loss, 1: gradients of the over-arch, 2: those of tower modules, 3: none. Tower modules get theirs
+        """0: the loss, 1: gradients of the dense model, 2: those of tower modules, 3: none. Tower modules get theirs
         from other ranks as well, and a loss spoils all: what comes first is the cause, what comes after may follow."""
         return next(
             (order for order, number in enumerate((self.loss, self.embeddings + self.dense, self.towers))
