@@ -4,36 +4,12 @@ python launch/preflight.py --hostfile hostfile --config ds_configs/movielens-100
 python launch/preflight.py --hostfile hostfile --config ds_configs/movielens-100k.json --set train.epochs=1 --json
 """
 
-import argparse
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megarec.errors import USER_MISTAKE, exits_cleanly
-from megarec.launching.arguments import add_host_arguments, add_run_arguments, job_of
-from megarec.launching.preflight import check_hosts, table
-
-
-@exits_cleanly
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Check the hosts of a hostfile before a run.")
-    add_host_arguments(parser)
-    add_run_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    arguments = parser.parse_args()
-    job, _ = job_of(arguments)
-    report = check_hosts(job)
-    if arguments.json:
-        print(json.dumps({"ok": not report.failures, "failures": [asdict(f) for f in report.failures]}))
-    elif not report.failures:
-        print(*table(job, report), sep="\n")
-    for failure in report.failures:
-        print(f"error: {failure}", file=sys.stderr)
-    sys.exit(USER_MISTAKE if report.failures else 0)
-
+from megarec.commands.preflight import main
 
 if __name__ == "__main__":
     main()

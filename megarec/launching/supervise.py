@@ -7,17 +7,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 import psutil
 
 from megarec.errors import PREEMPTED
+from megarec.launching import send_signal
 from megarec.launching.exit_report import Outcome, heard
+from megarec.launching.hosts import OPTIONS, on_ssh_host
 from megarec.launching.process_tree import ended_with_this_process, kill_tree
-from megarec.launching.signal_ranks import signal_ranks
 from megarec.signals import Interruption
 
 GRACE_SECONDS = 3.0  # from the first failure until the others have said theirs, or are ended
@@ -213,3 +215,12 @@ def _note_ends(commands: list[Command], processes: list["subprocess.Popen[str]"]
             if command.host is not None:
                 record.host_codes.setdefault(command.host, code)
             record.launcher_code = record.launcher_code or code
+
+
+def signal_ranks(job: str, signum: int, hosts: Sequence[str] | None) -> list["subprocess.Popen[bytes]"]:
+    """Start what sends a signal to a job's ranks: on this machine, or on hosts over ssh."""
+    if hosts is None:
+        return [subprocess.Popen([sys.executable, send_signal.__file__, job, str(signum)])]
+    source = Path(send_signal.__file__).read_text(encoding="utf-8")
+    remote = [sys.executable, "-c", source, job, str(signum)]
+    return [subprocess.Popen(on_ssh_host(host, remote, OPTIONS), stdin=subprocess.DEVNULL) for host in hosts]

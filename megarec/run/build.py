@@ -13,7 +13,7 @@ from megarec.config.towers import IdentityTowerConfig
 from megarec.data.loader import EvalLoader, TrainLoader
 from megarec.data.schema import Schema, load_schema, select_features
 from megarec.data.store import open_split
-from megarec.dense.apex import layer_norm_factory
+from megarec.dense.engine import layer_norm_factory
 from megarec.dense.parallelize import parallelize
 from megarec.dense.side import DenseSide
 from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes

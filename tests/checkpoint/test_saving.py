@@ -164,7 +164,7 @@ def run_training(path: Path, overrides: list[str], resume: bool, interrupt: int 
         save(loop, best)
         if loop.position.step == interrupt:
             loop.checkpoints.wait()
-            loop.ahead.settle()
+            loop.ahead.drain()
             raise Interrupted
 
     Console.say, Trainer._save = (lambda monitor, text: said.append(text)), interrupting  # type: ignore[method-assign]

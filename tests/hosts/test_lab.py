@@ -66,8 +66,8 @@ def test_links_are_shaped_counted_and_can_be_cut(lab: NetnsHosts) -> None:
 
 def test_a_lab_leaves_nothing_even_when_its_maker_is_killed(lab: NetnsHosts, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from tools.benchmarks.testbed import Lab\n"
-        "with Lab(Path(sys.argv[1]), hosts=1) as lab:\n"
+        "import sys, time; from pathlib import Path; from tools.benchmarks.testbed import NetnsHosts\n"
+        "with NetnsHosts(Path(sys.argv[1]), hosts=1) as lab:\n"
         "    lab.start('host1', ['sleep', sys.argv[2]]); print('up', flush=True); time.sleep(1000)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -10,6 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from megarec.config.load import load_config
 from megarec.distributed.process import start_process
 from megarec.distributed.rank_pool import RankPool
+from megarec.distributed.topology import ONE_RANK
 from megarec.parity.cases import DENSE_SGD, FP32_TOLERANCE, FULL_WIDTH, TOWER_MODULES, UNEVEN_TWO, Case, cases
 from megarec.parity.reference import reference_losses
 from megarec.parity.run import STEPS, compare, write_base
@@ -46,6 +47,7 @@ def losses_with_wrong_gradient_scale(path: Path, overrides: list[str], steps: in
     device = start_process(config)
     run = build_run(config, device)
     run.dense.set_learning_rate(config.dense.learning_rate)
+    run.dense._topology = ONE_RANK  # by whose size the dense side divides
     losses = []
     for batch in list(run.train.batches(epoch=0))[:steps]:
         result = train_step(run.dense, run.sparse, batch, timer=StepTimer(device))

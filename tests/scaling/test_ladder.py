@@ -15,7 +15,7 @@ from megarec.scaling.ladder import LADDER as PUBLISHED
 from megarec.scaling.stand_in import as_json, ladder_schema
 
 ROOT = Path(__file__).parents[2]
-DOCS = (ROOT / "docs/ladder.md").read_text(encoding="utf-8")
+DOCS = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("ladder.md", "results/ladder.md"))
 # published GFLOP/example -> our count, dense parameters, l, n_F = n_L, k, width of the MLP's three layers
 ROWS = {
     "0.53": (0.496, 74_300_577, 2, 8, 24, 2048),

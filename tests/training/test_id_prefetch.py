@@ -38,7 +38,7 @@ def train(path: Path, overrides: list[str], traces: Path | None = None) -> list[
             seen.append(result.logits)
             step_done()
             if len(seen) == STEPS // 2:
-                ahead.settle()
+                ahead.drain()
                 seen.append(predict(run.dense, run.sparse, batch))
             if len(seen) > STEPS:
                 break

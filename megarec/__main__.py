@@ -1,0 +1,5 @@
+"""`python -m megarec`: the `megarec` command."""
+
+from megarec.cli import main
+
+main()

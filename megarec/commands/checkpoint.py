@@ -1,0 +1,79 @@
+"""Look at a checkpoint, prove it, rewrite it for another number of ranks, hand its model on.
+
+python tools/checkpoint.py inspect runs/movielens-100k                  # a run, its checkpoints, or one of them
+python tools/checkpoint.py verify runs/movielens-100k/checkpoints/step-000000100
+python tools/checkpoint.py reshape runs/movielens-100k reshaped --ranks 64
+python tools/checkpoint.py export runs/movielens-100k/checkpoints/best exported
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megarec.checkpoint import offline, reading
+from megarec.checkpoint.format import read_index
+from megarec.errors import UserError, exits_cleanly
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Inspect, verify, reshape and export checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("inspect", "what is inside; only the index is read"),
+        ("verify", "recompute every checksum"),
+        ("reshape", "rewrite it for another number of ranks"),
+        ("export", "the weights as one safetensors file, for megarec.load_model"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument(
+            "checkpoint", type=Path, help="a checkpoint, a run's directory, or a pointer (latest, best)"
+        )
+        if name in ("reshape", "export"):
+            command.add_argument("target", type=Path, help="a directory that does not exist")
+        if name == "reshape":
+            command.add_argument("--ranks", type=int, required=True, help="how many files")
+        command.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    arguments = parser.parse_args()
+    directory = offline.locate(arguments.checkpoint)
+    if arguments.command == "inspect":
+        inspect(directory, arguments.json)
+        return
+    if arguments.command == "verify":
+        index = read_index(directory)
+        reading.verify(directory, index)
+        found: dict[str, object] = {"step": index.step, "bytes": index.bytes, "files": len(index.files), "good": True}
+    elif arguments.command == "reshape":
+        if arguments.ranks < 1:
+            raise UserError(f"--ranks {arguments.ranks}: expected at least 1")
+        index = offline.reshape(directory, arguments.target, arguments.ranks)
+        found = {"step": index.step, "bytes": index.bytes, "files": len(index.files), "path": str(arguments.target)}
+    else:
+        found = {"bytes": offline.export(directory, arguments.target), "path": str(arguments.target)}
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print(f"{directory}: " + ", ".join(f"{key} {value}" for key, value in found.items()))
+
+
+def inspect(directory: Path, in_json: bool) -> None:
+    found = offline.inspect(directory)
+    if in_json:
+        print(json.dumps(found))
+        return
+    topology = ", ".join(f"{key} {value}" for key, value in found["topology"].items())
+    print(
+        f"{directory}: step {found['step']}, {found['bytes']:,} bytes in {found['files']} files, {found['optimizer']}"
+    )
+    print(f"written on {topology}")
+    table = Table("tensor", "shape", "type")
+    for name, tensor in found["tensors"].items():
+        table.add_row(name, " x ".join(map(str, tensor["shape"])), tensor["dtype"])
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Parameters and training FLOPs per example of a run's model, by part and by layer; nothing is built.
+
+python tools/flops.py --config ds_configs/dlrm-criteo-terabyte.json
+python tools/flops.py --config ds_configs/dlrm-criteo-terabyte.json --set "model.head=[1024, 1024, 512, 256]" --json
+python tools/flops.py --ladder        # every ladder config beside the published figure
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from megarec.commands import example_configs
+from megarec.config.load import load_config
+from megarec.errors import UserError, exits_cleanly
+from megarec.run.cost import Parts, total
+from megarec.run.scale import as_json, count_run
+from megarec.scaling.ladder import published
+
+LADDER = example_configs() / "ladder"
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Count a run's parameters and training FLOPs per example.")
+    parser.add_argument("--config", type=Path, metavar="C.json", help="the JSON of a run")
+    parser.add_argument("--ladder", action="store_true", help="count the configs of ds_configs/ladder instead")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override the config")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    arguments = parser.parse_args()
+    if arguments.ladder == (arguments.config is not None):
+        raise UserError("give one of --config C.json and --ladder")
+    if arguments.ladder and arguments.set:
+        raise UserError("--set goes with --config: the published figures are those of the ladder as it is")
+    if arguments.ladder:
+        count_ladder(arguments.json)
+    else:
+        count_one(arguments.config, arguments.set, arguments.json)
+
+
+def count_one(path: Path, overrides: list[str], in_json: bool) -> None:
+    cost, _, reasons = count_run(load_config(path, overrides))
+    known = None if overrides else published(path)  # an override may make it another model
+    if in_json:
+        print(json.dumps({**as_json(cost), "published": known and known._asdict(), "choices": reasons}))
+        return
+    print(*reasons, sep="\n", end="\n" if reasons else "")
+    console = Console()
+    console.print(cost_table("part", cost.parts))
+    console.print(cost_table("layer", {name: total(parts) for name, parts in cost.layers.items()}))
+    print(f"{cost.sparse_parameters:,} sparse + {cost.dense_parameters:,} dense parameters")
+    print(f"{cost.mac:,} multiply-accumulates forward, {cost.flop:,} training FLOP/example")
+    if known:
+        print(f"published ({known.source}): {known.flop:,.0f} FLOP/example; ours {cost.flop / known.flop - 1:+.2%}")
+    if known and known.parameters:
+        print(f"published: {known.parameters:,} parameters; ours {cost.parameters - known.parameters:+,}")
+
+
+def cost_table(title: str, parts: Parts) -> Table:
+    whole = total(parts)
+    table = Table(show_footer=True)
+    table.add_column(title, "total")
+    table.add_column("parameters", f"{whole.parameters:,}", justify="right")
+    table.add_column("training MFLOP/example", f"{whole.flop / 1e6:,.3f}", justify="right")
+    table.add_column("share", justify="right")
+    for name, part in parts.items():
+        table.add_row(name, f"{part.parameters:,}", f"{part.flop / 1e6:,.3f}", f"{part.flop / whole.flop:.1%}")
+    return table
+
+
+def count_ladder(in_json: bool) -> None:
+    figures = {path: published(path) for path in LADDER.glob("*.json")}
+    known = sorted(((figure.flop, path) for path, figure in figures.items() if figure), key=lambda row: row[0])
+    counted = [(path.stem, count_run(load_config(path)).cost, flop) for flop, path in known]
+    if in_json:
+        print(json.dumps({name: {**as_json(cost), "published_flop_per_example": flop} for name, cost, flop in counted}))
+        return
+    table = Table(Column("config", no_wrap=True), "dense parameters", "GFLOP/example", "published", "difference")
+    for name, cost, flop in counted:
+        gflop, dense = f"{cost.flop / 1e9:.3f}", f"{cost.dense_parameters:,}"
+        table.add_row(name, dense, gflop, f"{flop / 1e9:g}", f"{cost.flop / flop - 1:+.1%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The package as others see it: its public names, the `megarec` command, its metadata."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import megarec
+from megarec.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(*words: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True)
+
+
+def pins(file: str) -> set[str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return {line for line in lines if line and not line.startswith("#")}
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(megarec, name) is not None for name in megarec.__all__)
+    assert set(megarec.__all__) <= set(dir(megarec))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = megarec.nothing
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    ran = python(
+        "-c", "import megarec, megarec.cli, sys; print(sorted({'torch', 'pydantic', 'pyarrow'} & set(sys.modules)))"
+    )
+    assert ran.stdout == "[]\n", ran.stderr
+
+
+def test_help_names_every_command() -> None:
+    ran = python("-m", "megarec", "--help")
+    assert ran.returncode == 0 and all(f"  {name} " in ran.stdout for name in COMMANDS)
+
+
+def test_an_unknown_command_is_one_line_and_exit_2() -> None:
+    ran = python("-m", "megarec", "flop")
+    assert (ran.returncode, ran.stderr) == (2, "error: megarec flop: no such command; did you mean 'flops'?\n")
+
+
+def test_a_command_is_the_code_of_its_tool() -> None:
+    arguments = ["--config", "ds_configs/dlrm-criteo-terabyte.json", "--json"]
+    command, tool = python("-m", "megarec", "flops", *arguments), python("tools/flops.py", *arguments)
+    assert command.returncode == 0 and command.stdout == tool.stdout
+    for name, (module, _) in COMMANDS.items():
+        folder = "launch" if name in ("train", "preflight") else "tools"
+        script = ROOT / folder / f"{module.rpartition('.')[2]}.py"
+        assert f"from {module} import main\n" in script.read_text(encoding="utf-8")
+
+
+def test_the_metadata_agrees_with_the_pins_of_the_scripts() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert pins("requirements.txt") == {*project["dependencies"], *extras["cpu"]}
+    assert pins("requirements-gpu.txt") == {*project["dependencies"], *extras["cuda"]}
+    assert pins("requirements-dev.txt") == set(extras["dev"])
