@@ -2,11 +2,12 @@
 
 python docs/examples/predict.py runs/shop data/shop runs/shop/predictions.csv
 
-The weights are exported first (runs/shop/model): that directory is all that another machine needs to predict.
+`export` writes the best model's weights alone; that directory is all that another machine needs to predict.
 """
 
 import csv
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,12 +21,12 @@ from megarec.data.store import open_split
 
 
 def main(run: Path, data: Path, output: Path) -> None:
-    exported = run / "model"
-    if not exported.exists():
-        export(locate(run / "checkpoints/best"), exported)
-    model = megarec.load_model(exported)
+    with tempfile.TemporaryDirectory() as directory:
+        export(locate(run / "checkpoints/best"), Path(directory) / "model")
+        model = megarec.load_model(Path(directory) / "model")
     store = open_split(data, "test", model.schema, bad_rows="error")
-    rows = EvalLoader(store, model.schema, batch_size=1024, rank=0, world_size=1, seed=1)
+    one_rank = {"rank": 0, "world_size": 1, "seed": 1, "prefetch": 4, "pin_memory": False}
+    rows = EvalLoader(store, model.schema, batch_size=1024, **one_rank)
     with output.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["probability", "label"])
