@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +71,14 @@ def copy_checkout(target: Path) -> None:
     (target / ".venv").symlink_to(sys.prefix)
 
 
+@contextmanager
+def alone(shared: Path) -> Iterator[None]:
+    """One test process at a time: launchers as a reader calls them all take port 29500."""
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def after_the_quickstart(shared: Path, target: Path) -> None:
     """A copy of the checkout in which the quickstart has run; it runs once, whatever the number of test processes.
 
@@ -76,8 +86,7 @@ def after_the_quickstart(shared: Path, target: Path) -> None:
         shared: a directory that the processes of one test run share.
     """
     ready = shared / "ready"
-    with (shared / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(shared):
         if not ready.exists():
             shutil.rmtree(shared / "checkout", ignore_errors=True)
             copy_checkout(shared / "checkout")
@@ -92,7 +101,7 @@ def run_block(text: str, directory: Path) -> None:
     Raises:
         AssertionError: it failed; with the block and the end of its output.
     """
-    command = ["nice", "bash", "-euo", "pipefail", "-c", f"source .venv/bin/activate\n{text}"]
+    command = ["bash", "-euo", "pipefail", "-c", f"source .venv/bin/activate\n{text}"]
     done = subprocess.run(
         command, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -1,13 +1,14 @@
 """What README.md and docs/ tell a reader to type works, and what they point at is there."""
 
 import re
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
-from tests.docs.blocks import MARKS, QUICKSTART, ROOT, Block, after_the_quickstart, blocks_of, pages, run_block
+from tests.docs.blocks import MARKS, QUICKSTART, ROOT, Block, after_the_quickstart, alone, blocks_of, pages, run_block
 
 PAGES = {page.relative_to(ROOT).as_posix(): blocks_of(page) for page in pages()}
 ALL = [block for blocks in PAGES.values() for block in blocks]
@@ -26,8 +27,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 class Reader:
     """Someone who types the blocks of pages, in order, after the quickstart; each page in the same checkout."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, shared: Path) -> None:
+        self.directory, self.shared = directory, shared
         self._typed: set[Block] = set()
 
     def up_to(self, block: Block) -> None:
@@ -35,17 +36,23 @@ class Reader:
         for before in PAGES[block.page]:
             if before.mark is None and before not in self._typed:
                 self._typed.add(before)
-                if before.text.split("#")[0].strip() != QUICKSTART:  # the quickstart has run
-                    run_block(before.text, self.directory)
+                self._type(before.text)
             if before == block:
                 return
+
+    def _type(self, text: str) -> None:
+        if text.split("#")[0].strip() == QUICKSTART:
+            return  # it has run
+        launches = re.search(r"\b(deepspeed|torchrun) ", text)
+        with alone(self.shared) if launches else nullcontext():
+            run_block(text, self.directory)
 
 
 @pytest.fixture(scope="session")
 def reader(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
     directory = tmp_path_factory.mktemp("docs") / "checkout"
     after_the_quickstart(shared, directory)
-    return Reader(directory)
+    return Reader(directory, shared)
 
 
 @pytest.mark.network
