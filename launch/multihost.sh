@@ -14,4 +14,4 @@ if [ ! -x "$python" ]; then
   echo "error: no $python: run 'bash launch/environment.sh' on every host, or set MEGAREC_VENV" >&2
   exit 2
 fi
-PYTHONPATH=$root exec "$python" -m megarec.launching.multihost "$@"
+PYTHONPATH=$root exec "$python" -m megarec launch multihost "$@"

@@ -1,14 +1,10 @@
-"""One rank of a many-host job, as launch/multihost.sh has it started on every host; not a command for people.
+"""One rank of a watched job: megarec/launching/rank.py under its earlier path.
 
 python launch/rank.py ASSIGNMENT    (megarec.launching.rank_process, as one word)
 """
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from megarec.launching.rank_process import Assignment, watch
-
 if __name__ == "__main__":
-    sys.exit(watch(Assignment.decode(sys.argv[-1])))
+    runpy.run_path(str(Path(__file__).resolve().parent.parent / "megarec/launching/rank.py"), run_name="__main__")

@@ -12,4 +12,4 @@ if [ ! -x "$python" ]; then
   echo "error: no $python: run 'bash launch/environment.sh', or set MEGAREC_VENV" >&2
   exit 2
 fi
-PYTHONPATH=$root exec "$python" -m megarec.launching.onehost "$@"
+PYTHONPATH=$root exec "$python" -m megarec launch one-host "$@"

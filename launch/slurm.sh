@@ -42,7 +42,7 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 --label bash -c '
   shift
   exec "$0" "$torchrun" --nnodes "$SLURM_NNODES" --node_rank "$SLURM_NODEID" \
     --nproc_per_node "$RANKS_PER_NODE" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
-' "$python" "$root/megarec/launching/torchrun.py" "$root/launch/train.py" "$@" || code=$?
+' "$python" "$root/megarec/launching/torchrun.py" "$root/megarec/train.py" "$@" || code=$?
 case $code in
   0) exit ;;
   2 | 70) echo "NOT RESTARTED: exit code $code: a restart would end the same way" >&2 && exit "$code" ;;

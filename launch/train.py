@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megarec.train import main
+from megarec.commands.train import main
 
 if __name__ == "__main__":
     main()

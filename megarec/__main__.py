@@ -1,5 +1,5 @@
 """`python -m megarec`: the `megarec` command."""
 
-from megarec.cli import main
+from megarec.commands.cli import main
 
 main()

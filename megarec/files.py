@@ -1,3 +1,5 @@
+"""Files that are there whole or not at all."""
+
 import json
 import os
 from pathlib import Path
@@ -5,25 +7,25 @@ from typing import Any
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """By a rename: a reader finds all of it or what was there before, also after a power cut."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """By a rename: a reader finds all of it or what was there before, also after a power cut.
+
+    A write that fails raises its OSError and leaves nothing behind.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_directory(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a small file so that it is there whole or not at all, and stays there after a power cut."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
+    """`write_whole`, of one JSON value; NaN and infinity are a ValueError."""
+    write_whole(path, (json.dumps(value, allow_nan=False) + "\n").encode())
 
 
 def sync_directory(directory: Path) -> None:

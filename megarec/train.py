@@ -1,79 +1,16 @@
-"""One run, started by the deepspeed launcher, by torchrun, or as it is on one rank.
-
-From a checkout, launch/train.py; from an installed package, this module:
+"""What a launcher starts on every rank: the same as `megarec train`. Nothing imports this module.
 
 deepspeed --num_gpus 2 --module megarec.train --config run.json
-torchrun --nproc_per_node 2 -m megarec.train --config run.json --set train.epochs=1
-megarec train --config run.json --resume
-megarec train --config run.json --print-config
+torchrun --nproc_per_node 2 -m megarec.train --config run.json
+python megarec/train.py --config run.json    (by path: our own launchers, which cannot rely on an installed package)
 """
 
-import argparse
-import os
 import sys
-import time
 from pathlib import Path
 
-STARTED = time.time()  # before the imports that take seconds
-
-from megarec.config.load import load_config  # noqa: E402
-from megarec.config.models import SCALED_SIZES, WukongConfig  # noqa: E402
-from megarec.config.sections import RunConfig  # noqa: E402
-from megarec.errors import UserError, exits_cleanly  # noqa: E402
-from megarec.launching.exit_report import reported  # noqa: E402
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train one model from one JSON.")
-    parser.add_argument("--config", type=Path, required=True, help="the run's JSON")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
-    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint, if there is one")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved run and stop")
-    parser.add_argument("--local_rank", type=int, default=0, help="passed by the deepspeed launcher; not used")
-    return parser.parse_args()
-
-
-@exits_cleanly
-def main() -> None:
-    arguments = parse_arguments()
-    try:
-        with reported():
-            config = load_config(arguments.config, arguments.set)
-            if arguments.print_config:
-                print_resolved(config)
-                return
-            from megarec.training.trainer import train  # seconds of imports that --print-config and a mistake can save
-
-            train(config, resume=arguments.resume, started=STARTED)
-    except UserError:
-        leave_the_word_to_rank_0()
-        raise
-
-
-def print_resolved(config: RunConfig) -> None:
-    """The run as it will train, on standard output; why model.scale gives these sizes, on standard error."""
-    unknown = {}
-    if isinstance(config.model, WukongConfig) and config.model.scale is not None:
-        from megarec.data.schema import schema_of
-        from megarec.run.scale import count_run
-
-        try:
-            schema_of(config.data)
-        except UserError as error:
-            unknown = {"model": set(SCALED_SIZES)}
-            reasons: tuple[str, ...] = (f"sizes that model.scale derives are left out: {error}",)
-        else:
-            _, model, reasons = count_run(config)
-            config = config.model_copy(update={"model": model})
-        print(*reasons, sep="\n", file=sys.stderr)
-    print(config.model_dump_json(indent=2, exclude=unknown))
-
-
-def leave_the_word_to_rank_0() -> None:
-    """Most mistakes are seen by every rank: give the launcher time to end the others after rank 0's line."""
-    if int(os.environ.get("RANK", "0")) > 0:
-        time.sleep(3)
-
-
 if __name__ == "__main__":
+    if not __package__:  # run by path: Python looked for modules in this directory
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from megarec.commands.train import main
+
     main()

@@ -46,6 +46,7 @@ def run(installed: Path, work: Path, *words: object) -> str:
 
 
 def test_data_and_examples_are_inside(installed: Path) -> None:
+    assert "wukong-108gflop" in json.loads(run(installed, installed, "megarec", "flops", "--ladder", "--json"))
     for file in ("py.typed", "scaling/published_ladder.csv", "ds_configs/movielens-100k.json"):
         assert (installed / "megarec" / file).exists(), file
     assert not (installed / "megarec/benchmarks").exists() and not (installed / "tools").exists()
@@ -65,6 +66,10 @@ def test_from_raw_data_to_a_prediction(installed: Path, tmp_path: Path) -> None:
         installed, tmp_path, "deepspeed", "--log_level", "error", "--num_gpus", 2, "--master_port", free_port(),
         "--module", "megarec.train", "--config", "run.json",
     )  # fmt: skip
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    more = ["--resume", "--set", "train.epochs=2"]
+    run(installed, tmp_path, "megarec", "launch", "one-host", "--num_gpus", 2, "--config", "run.json", *more)
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["train"]["steps"] == 2 * metrics["train"]["steps"]
     assert 0 < json.loads((tmp_path / "run/metrics.json").read_text())["test"]["auc"] < 1
     run(installed, tmp_path, "megarec", "checkpoint", "export", "run/checkpoints/best", "exported")
     predicted = json.loads(run(installed, tmp_path, PROGRAMS / "python", "-c", PREDICT, installed))

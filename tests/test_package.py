@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import megarec
-from megarec.cli import COMMANDS
+from megarec.commands.cli import COMMANDS, LAUNCH
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +31,8 @@ def test_every_public_name_is_there() -> None:
 
 def test_importing_it_loads_nothing_heavy() -> None:
     ran = python(
-        "-c", "import megarec, megarec.cli, sys; print(sorted({'torch', 'pydantic', 'pyarrow'} & set(sys.modules)))"
+        "-c",
+        "import megarec, megarec.commands.cli, sys; print(sorted({'torch', 'pydantic', 'pyarrow'} & set(sys.modules)))",
     )
     assert ran.stdout == "[]\n", ran.stderr
 
@@ -43,17 +44,31 @@ def test_help_names_every_command() -> None:
 
 def test_an_unknown_command_is_one_line_and_exit_2() -> None:
     ran = python("-m", "megarec", "flop")
-    assert (ran.returncode, ran.stderr) == (2, "error: megarec flop: no such command; did you mean 'flops'?\n")
+    assert (ran.returncode, ran.stderr) == (2, "error: megarec: no command is called 'flop'; did you mean 'flops'?\n")
 
 
 def test_a_command_is_the_code_of_its_tool() -> None:
     arguments = ["--config", "ds_configs/dlrm-criteo-terabyte.json", "--json"]
     command, tool = python("-m", "megarec", "flops", *arguments), python("tools/flops.py", *arguments)
     assert command.returncode == 0 and command.stdout == tool.stdout
-    for name, (module, _) in COMMANDS.items():
-        folder = "launch" if name in ("train", "preflight") else "tools"
-        script = ROOT / folder / f"{module.rpartition('.')[2]}.py"
+    modules = [command.module for command in (*COMMANDS.values(), LAUNCH["preflight"]) if command.module]
+    assert len(modules) == len(COMMANDS) - 1  # launch and bench have none
+    for module in modules:
+        name = module.rpartition(".")[2]
+        script = ROOT / ("launch" if name in ("train", "preflight") else "tools") / f"{name}.py"
         assert f"from {module} import main\n" in script.read_text(encoding="utf-8")
+
+
+def test_launch_has_commands_of_its_own() -> None:
+    ran = python("-m", "megarec", "launch", "--help")
+    assert ran.returncode == 0 and all(f"  {name} " in ran.stdout for name in LAUNCH)
+    for name in LAUNCH:
+        assert f"usage: megarec launch {name}" in python("-m", "megarec", "launch", name, "--help").stdout
+
+
+def test_the_public_function_is_not_hidden_by_the_module_of_its_name() -> None:
+    ran = python("-c", "import megarec, megarec.commands.train; print(callable(megarec.train))")
+    assert ran.stdout == "True\n", ran.stderr
 
 
 def test_the_metadata_agrees_with_the_pins_of_the_scripts() -> None:

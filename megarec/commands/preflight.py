@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 
 from megarec.errors import USER_MISTAKE, exits_cleanly
-from megarec.launching.arguments import add_host_arguments, add_run_arguments, job_of
+from megarec.launching.cli import add_host_arguments, add_run_arguments, job_of
 from megarec.launching.preflight import check_hosts, table
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from megarec.errors import UserError
 from megarec.launching import torchrun
 from megarec.launching.hosts import OPTIONS, Host, accelerator, keep_alive, on_ssh_host
-from megarec.launching.preflight import ROOT
 from megarec.launching.rank_process import Assignment
 from megarec.launching.supervise import Command
 
-RANK_SCRIPT = ROOT / "launch/rank.py"
+PACKAGE = Path(__file__).resolve().parents[1]
+TRAIN_SCRIPT = PACKAGE / "train.py"
+RANK_SCRIPT = PACKAGE / "launching/rank.py"
 _SAFE = re.compile(r"[\w@+=:,./-]*")
 # Quiet and single-threaded where the user says nothing: what launch/quickstart.sh does for one host.
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUNBUFFERED": "1"}
@@ -34,7 +35,7 @@ def assignment_of(
         environment: the user's variables for the ranks.
         interfaces: by host.
     """
-    command = [str(ROOT / "launch/train.py"), "--config", str(arguments.config)]
+    command = [str(TRAIN_SCRIPT), "--config", str(arguments.config)]
     for override in arguments.set:
         command += ["--set", override]
     about_the_run = {key: os.environ[key] for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR") if key in os.environ}
@@ -77,7 +78,7 @@ def deepspeed_command(
 
 
 def _launcher_environment(timeout: float) -> dict[str, str]:
-    # PYTHONPATH and the like would be exported; launch/rank.py finds its package by itself.
+    # PYTHONPATH and the like would be exported; rank.py finds its package by itself.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     for key, value in environment.items():
         if key.startswith(_EXPORTED) and _SAFE.fullmatch(value) is None:

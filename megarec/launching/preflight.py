@@ -7,6 +7,7 @@ import json
 import re
 import time
 from dataclasses import dataclass, field, replace
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def check_interface(host: str, route: dict[str, Any], master: str, wished: str |
     return []
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # a checkout, or what the package is installed in
 CLOCK_READINGS = 3
 
 
@@ -212,7 +213,7 @@ def check_hosts(job: Job) -> Report:
     here = probe.facts(**arguments)
     missing = [path for path, digest in here["files"].items() if digest is None]
     if missing:
-        remedy = "tools/prepare_data.py writes data" if missing[0].endswith("schema.json") else "see the run's config"
+        remedy = "megarec prepare writes data" if missing[0].endswith("schema.json") else "see the run's config"
         raise UserError(f"{missing[0]}: cannot be read; {remedy}")
     with Sessions(names) as sessions:
         report.facts = sessions.ask("facts", lambda host: arguments)
@@ -307,9 +308,14 @@ def _unreachable(host: str, why: str) -> Failure:
 
 
 def required_packages() -> list[str]:
-    """Names of the pinned requirements, whichever FBGEMM is installed."""
-    lines = [*(ROOT / "requirements.txt").read_text().splitlines(), "fbgemm-gpu"]
-    return [re.split(r"[=<>\[ ]", line)[0] for line in lines if line and not line.startswith("#")]
+    """Names of the requirements, those of the checkout or else of the installed package, with either FBGEMM."""
+    pinned = ROOT / "requirements.txt"
+    if pinned.is_file():
+        lines = [*pinned.read_text().splitlines(), "fbgemm-gpu"]
+    else:
+        lines = [line for line in requires("megarec") or [] if "extra" not in line]
+        lines += ["fbgemm-gpu-cpu", "fbgemm-gpu"]
+    return [re.split(r"[=<>~\[ ]", line)[0] for line in lines if line and not line.startswith("#")]
 
 
 def table(job: Job, report: Report) -> list[str]:

@@ -80,12 +80,11 @@ def connect(targets: list[tuple[str, int]]) -> dict[str, Any]:
 
 
 def hash_of_code(root: str) -> str | None:
-    """Of every Python file of megarec/ and launch/, names included; None where there is none."""
+    """Of every Python file of megarec/, names included; None where there is none."""
     digest, found = hashlib.sha256(), False
-    for top in ("launch", "megarec"):
-        for path in sorted(Path(root, top).rglob("*.py")):
-            digest.update(f"{path.relative_to(root)}\0{hash_of_file(str(path))}\n".encode())
-            found = True
+    for path in sorted(Path(root, "megarec").rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0{hash_of_file(str(path))}\n".encode())
+        found = True
     return digest.hexdigest() if found else None
 
 

@@ -9,7 +9,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this directory, whose modules are no top-level ones
+if __name__ == "__main__":  # by path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this directory, whose modules are no top-level ones
 
 
 def main() -> None:

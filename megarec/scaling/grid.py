@@ -49,7 +49,7 @@ class Trial:
     Attributes:
         rate: place in the study's learning rates.
         tuning: whether it takes part in the choice of the learning rate.
-        base, overrides: `launch/train.py --config base --set ...`.
+        base, overrides: `megarec train --config base --set ...`.
         config_hash: of the resolved config and the data's schema, without where and on how many threads it runs.
         examples: it trains on, if it does not stop early.
     """

@@ -4,13 +4,13 @@ A study's files: the figure twice, the page, and an image for TensorBoard.
 """
 
 import math
-import os
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from megarec.errors import UserError
+from megarec.files import write_whole
 from megarec.scaling.law import SIGNIFICANT_PERCENT, Law, NoLaw, size_means
 from megarec.scaling.plot import LABEL, as_png, as_svg, draw, pixels
 from megarec.scaling.points import UNIT
@@ -190,7 +190,7 @@ def write_report(result: Study, directory: Path) -> list[Path]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            _write_output(directory / name, content)
+            write_whole(directory / name, content)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from error
     return [directory / name for name in contents]
@@ -209,12 +209,3 @@ def log_image(result: Study, directory: Path) -> None:
             writer.add_image(f"scaling_law/{result.family}", pixels(draw(result)), dataformats="HWC")
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from error
-
-
-def _write_output(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megarec.errors import STOPPED, UserError
+from megarec.launching.commands import TRAIN_SCRIPT
 from megarec.launching.hosts import OPTIONS, Host, accelerator, keep_alive, on_ssh_host
 from megarec.scaling.grid import Trial
 from megarec.scaling.results import Row, Rows, log_trial, row_of
-from megarec.scaling.trial_process import ROOT, attended
+from megarec.scaling.trial_process import attended
 
-TRAIN = ROOT / "launch/train.py"
+TRAIN = TRAIN_SCRIPT
 SSH_FAILED = 255  # ssh's own exit code; a trial has none so high
 _POLL_SECONDS = 0.2
 HERE = "localhost"

@@ -20,7 +20,7 @@ from megarec.training.trainer import train
 from tools.benchmarks.testbed import NetnsHosts
 
 ROOT = Path(__file__).parents[2]
-TRAIN = ROOT / "launch/train.py"
+TRAIN = ROOT / "megarec/train.py"
 TIMEOUT = 10  # seconds; ranks that share two busy cores may drift apart by some while they build
 ODD = 'it\'s $(touch pwned) "100%n"; `touch pwned`'  # what must never reach a shell as it is
 

@@ -60,7 +60,7 @@ def ranks_of_host2() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         with suppress(psutil.NoSuchProcess):
-            if str(ROOT / "launch/train.py") in (process.info["cmdline"] or []):
+            if str(ROOT / "megarec/train.py") in (process.info["cmdline"] or []):
                 found += [process] * (process.environ().get("RANK") in ("2", "3"))
     assert len(found) == 2
     return found

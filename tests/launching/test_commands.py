@@ -55,7 +55,7 @@ def test_the_deepspeed_launcher_hands_pdsh_a_command_with_nothing_unquoted(
     hostfile.write_text("host1 slots=1\nhost2 slots=1\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", "/with space/$(touch pwned)")
-    script = Path("/a checkout/it's $(touch pwned) 100%n/launch/rank.py")
+    script = Path("/a checkout/it's $(touch pwned) 100%n/megarec/launching/rank.py")
     command = deepspeed_command(hostfile, WORD, "10.0.0.1", 29500, 600, script)
     done = subprocess.run(command.argv, env=command.environment, cwd="/", capture_output=True, text=True, check=True)
     exports, directory, launch = done.stdout.strip().split("; ", 2)
@@ -87,7 +87,7 @@ def test_config_and_overrides_reach_the_ranks_word_for_word(tmp_path: Path, monk
     arguments = argparse.Namespace(config=config, set=[override], grace=60.0)
     assignment = assignment_of("job", arguments, {"A": "$(touch pwned)"}, ["lo"], resume=True)
     script, *words = assignment.command
-    assert script.endswith("launch/train.py") and words == ["--config", config, "--set", override, "--resume"]
+    assert script.endswith("megarec/train.py") and words == ["--config", config, "--set", override, "--resume"]
     word = replace(assignment, command=[str(directory / "show.py"), *words]).encode()
     command = local_command(1, word, free_port())
     done = subprocess.run(command.argv, env=command.environment, cwd="/", capture_output=True, text=True, check=True)

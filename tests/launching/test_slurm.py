@@ -54,7 +54,7 @@ def test_one_torchrun_a_node_with_the_words_as_they_were_given(tmp_path: Path) -
     assert "option --kill-on-bad-exit=1" in options
     expected = [str(ROOT / "megarec/launching/torchrun.py"), "--nnodes", "2", "--node_rank", "0"]
     expected += ["--nproc_per_node", "8", "--master_addr", "node-7", "--master_port", "24567"]
-    expected += [str(ROOT / "launch/train.py"), *WORDS]
+    expected += [str(ROOT / "megarec/train.py"), *WORDS]
     assert first == "".join(f"<{word}>" for word in expected)
     assert second == first.replace("<--node_rank><0>", "<--node_rank><1>")
     assert not list(tmp_path.rglob("pwned"))

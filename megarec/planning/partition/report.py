@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from megarec.errors import UserError
+from megarec.files import write_whole
 from megarec.planning.partition.partition import Partition, Picture
 
 MOST_NAMES = 60  # beyond them names hide what they name
@@ -132,21 +133,8 @@ def write_partition(partition: Partition, output: Path, tensorboard: Path) -> li
             files[output.with_name(f"{output.stem}-interactions.npy")] = buffer.getvalue()
     files[output] = (partition.file().model_dump_json(indent=2) + "\n").encode()
     for path, content in files.items():
-        _write_picture_whole(path, content)
+        try:
+            write_whole(path, content)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     return list(files)
-
-
-def _write_picture_whole(path: Path, content: bytes) -> None:
-    """Write a file by way of another, so that readers find the old one or the new one.
-
-    Raises:
-        UserError: it cannot be written; nothing is left of it.
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)

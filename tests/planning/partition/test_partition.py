@@ -20,7 +20,7 @@ from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
 from megarec.planning.partition.interactions import probe_config
 from megarec.planning.partition.partition import Wish, check_wish, inside_and_across, partition
-from megarec.planning.partition.report import _write_picture_whole, check_partition_output, write_partition
+from megarec.planning.partition.report import check_partition_output, write_partition
 from megarec.run.cost import count
 from megarec.sparse.towers.sizes import resolve_towers
 from megarec.training.trainer import train
@@ -216,7 +216,7 @@ def test_outputs_are_whole_or_not_there(config: RunConfig, tmp_path: Path, monke
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(UserError, match="cannot be written"):
-        _write_picture_whole(output, b"half")
+        write_partition(found, output, tmp_path / "board")
     assert output.read_text() == before and [path.name for path in output.parent.iterdir()] == ["towers.json"]
 
 
