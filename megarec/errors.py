@@ -1,6 +1,6 @@
 """Errors for people: what a user can fix is a `UserError`, shown as one line, exit code 2.
 
-How a training process says why it ended; launchers and restart scripts go by these numbers.
+By its exit code a training process says why it ended; launchers and restart scripts go by these numbers.
 """
 
 import difflib

@@ -1,3 +1,5 @@
+"""SIGTERM and SIGUSR1, which schedulers and clouds send before they take a machine away, noted for the next step."""
+
 import signal
 from types import FrameType, TracebackType
 

@@ -1,6 +1,4 @@
-"""Whether a checkpoint fits a run; the first difference is named.
-
-Tower modules of a checkpoint and those of a run: whether they fit, and the way back.
+"""Whether a checkpoint fits a run; the first difference is named. Tower modules may be reset where they do not fit.
 
 Every rank asks about the modules of all towers, on the meta device, so that all ranks come to the same answer.
 """

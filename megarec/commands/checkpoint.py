@@ -1,10 +1,4 @@
-"""Look at a checkpoint, prove it, rewrite it for another number of ranks, hand its model on.
-
-python tools/checkpoint.py inspect runs/movielens-100k                  # a run, its checkpoints, or one of them
-python tools/checkpoint.py verify runs/movielens-100k/checkpoints/step-000000100
-python tools/checkpoint.py reshape runs/movielens-100k reshaped --ranks 64
-python tools/checkpoint.py export runs/movielens-100k/checkpoints/best exported
-"""
+"""Look at a checkpoint, prove it, rewrite it for another number of ranks, hand its model on."""
 
 import argparse
 import json

@@ -1,7 +1,4 @@
-"""The JSON schema of a run's file, for editors that complete and check as you type.
-
-python tools/config_schema.py > ds_configs/schema.json
-"""
+"""The JSON schema of a run's file, for editors that complete and check as you type."""
 
 import json
 

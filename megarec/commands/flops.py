@@ -1,9 +1,4 @@
-"""Parameters and training FLOPs per example of a run's model, by part and by layer; nothing is built.
-
-python tools/flops.py --config ds_configs/dlrm-criteo-terabyte.json
-python tools/flops.py --config ds_configs/dlrm-criteo-terabyte.json --set "model.head=[1024, 1024, 512, 256]" --json
-python tools/flops.py --ladder        # every ladder config beside the published figure
-"""
+"""Parameters and training FLOPs per example of a run's model, by part and by layer; nothing is built."""
 
 import argparse
 import json

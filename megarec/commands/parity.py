@@ -1,8 +1,4 @@
-"""One model, any topology, the same numbers: train the same steps under many topologies, compare with one process.
-
-python tools/parity.py
-python tools/parity.py --matrix full --json
-"""
+"""One model, any topology, the same numbers: train the same steps under many topologies, compare with one process."""
 
 import argparse
 import json

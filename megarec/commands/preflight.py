@@ -1,8 +1,4 @@
-"""Checks every host of a hostfile before a run is started on them: one line a failure, with its remedy.
-
-python launch/preflight.py --hostfile hostfile --config ds_configs/movielens-100k.json
-python launch/preflight.py --hostfile hostfile --config ds_configs/movielens-100k.json --set train.epochs=1 --json
-"""
+"""Checks every host of a hostfile before a run is started on them: one line a failure, with its remedy."""
 
 import argparse
 import json

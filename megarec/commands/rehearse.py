@@ -1,8 +1,4 @@
-"""One process becomes one true rank of a larger job: its memory, its FLOPs, every collective.
-
-python tools/rehearse.py --config ds_configs/ladder/wukong-108gflop.json --hosts 32 --ranks-per-host 8
-python tools/rehearse.py --config ds_configs/movielens-100k.json --hosts 2 --ranks-per-host 2 --rank 3 --json
-"""
+"""One process becomes one true rank of a larger job: its memory, its FLOPs, every collective."""
 
 import argparse
 import json

@@ -1,11 +1,4 @@
-"""Is quality a power of compute? A sweep over sizes and seeds, the law with its intervals, and the figure.
-
-python tools/scaling_law.py sweep --study ds_configs/studies/planted.json --jobs 2 --hours 8
-python tools/scaling_law.py table --points runs/planted/runs.parquet
-python tools/scaling_law.py fit                                   # the published ladder
-python tools/scaling_law.py fit --points runs.parquet --against parameters --family wukong --json
-python tools/scaling_law.py plot --points runs.csv --output figures --tensorboard runs/tensorboard
-"""
+"""Is quality a power of compute? A sweep over sizes and seeds, the law with its intervals, and the figure."""
 
 import argparse
 import json

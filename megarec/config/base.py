@@ -1,7 +1,4 @@
-"""What every section of a run's JSON is made of.
-
-What the section of every dense model has.
-"""
+"""What every section of a run's JSON is made of, and what the section of every dense model has."""
 
 from typing import Annotated, Any
 

@@ -1,6 +1,6 @@
 """Read the JSON of a run: sections that live in other files, `--set` overrides, validation with did-you-mean.
 
-What pydantic found wrong with a config, as one line for people.
+What pydantic finds wrong with a config becomes one line for people.
 """
 
 import difflib

@@ -1,7 +1,4 @@
-"""One batch of examples on one rank.
-
-Arithmetic of jagged arrays: lists of different lengths, stored one after another.
-"""
+"""One batch of examples on one rank; lists of different lengths are jagged, stored one after another."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

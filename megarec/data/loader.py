@@ -1,11 +1,8 @@
 """Batches of one rank: the same global batches on any topology, each cut into equal slices in rank order.
 
-Seeded order and keys of examples: pure functions of (seed, epoch, row), alike on every machine and topology.
-
-Neither depends on a random generator's state, so a run resumes at any position at once and a permutation of
-billions of rows takes no memory.
-
-Prepare items in a background thread, a bounded number ahead.
+The order and the keys of examples are pure functions of (seed, epoch, row), alike on every machine and topology. They
+depend on no generator's state, so a run resumes at any position at once, and a permutation of billions of rows takes
+no memory. A background thread prepares a bounded number of batches ahead.
 """
 
 import math

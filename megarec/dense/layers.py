@@ -1,4 +1,6 @@
-"""Activation checkpointing: what an interaction layer keeps for its backward pass, and what it computes again.
+"""Interaction layers recomputed (activation checkpointing) and compiled.
+
+What a layer keeps for its backward pass, and what it computes again:
 
     none       every activation is kept
     selective  results of matrix products are kept; LayerNorm, ReLU, copies and collectives run again
@@ -6,10 +8,9 @@
 
 The numbers do not change: dropout masks are functions of the examples' keys, not of a random state.
 
-torch.compile for interaction layers: LayerNorm, ReLU, dropout, copies and conversions between products fused.
-
-The products themselves stay with their libraries. The projection has blocks and a backward pass of its own, and
-tensor-parallel MLPs wait for messages in theirs: both stay as they are, and what lies between them is compiled.
+torch.compile fuses LayerNorm, ReLU, dropout, copies and conversions. The products themselves stay with their
+libraries. The projection has blocks and a backward pass of its own, and tensor-parallel MLPs wait for messages in
+theirs: both stay as they are, and what lies between them is compiled.
 """
 
 import functools
@@ -30,6 +31,16 @@ from megarec.errors import UserError
 from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.models.projection import Projection
 from megarec.models.wukong import InteractionLayer
+
+Recompute = Literal["none", "selective", "full"]
+_PRODUCTS = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten.baddbmm.default,
+    }
+)
 
 
 def compile_layers(model: nn.Module, dense: DenseConfig, section: dict[str, Any], device: torch.device) -> None:
@@ -78,18 +89,6 @@ def has_compiler(device: torch.device) -> bool:
 
 def _cpu_compiler() -> str:
     return os.environ.get("CXX", "g++")
-
-
-Recompute = Literal["none", "selective", "full"]
-
-_PRODUCTS = frozenset(
-    {
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        torch.ops.aten.bmm.default,
-        torch.ops.aten.baddbmm.default,
-    }
-)
 
 
 def recompute_layers(model: nn.Module, policy: Recompute) -> None:

@@ -25,6 +25,8 @@ from megarec.distributed.topology import Topology
 from megarec.errors import DamagedCheckpoint, UserError
 from megarec.slices import Ints, ParameterShard, TensorSlice, rectangles, share_of_range
 
+DENSE = "dense/"
+
 
 def _scaler(engine: Any) -> Any:
     return getattr(engine.optimizer, "loss_scale_config", None) or engine.optimizer.loss_scaler
@@ -43,9 +45,6 @@ def set_loss_scale(engine: Any, numbers: Mapping[str, int | float]) -> None:
     for name in loss_scale(engine) or ():
         if name in numbers:
             setattr(_scaler(engine), name, numbers[name])
-
-
-DENSE = "dense/"
 
 
 @dataclass(frozen=True)

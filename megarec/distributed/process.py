@@ -19,6 +19,10 @@ from megarec.config.sections import RunConfig
 from megarec.distributed.rendezvous import free_port, keep_to_loopback, store_of_launcher
 
 FLOP_FOR_THREADS = 2e9  # of a step, from which on more threads pay: 1.2 x on two cores at 1.3e9, 1.8 x at 1.0e10
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_NEVER = -1
+_TRIM_THRESHOLD, _MMAP_MAX = 128 * 1024, 65536  # glibc's own
+LONGEST_START = timedelta(minutes=5)
 
 
 def threads_of_rank(local_ranks: int) -> int:
@@ -50,11 +54,6 @@ def _bound(cores: set[int]) -> bool:
         return False
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-_NEVER = -1
-_TRIM_THRESHOLD, _MMAP_MAX = 128 * 1024, 65536  # glibc's own
-
-
 def keep_freed_memory() -> tuple[bool, str]:
     """Set it for this process, whose resident memory then stays at its peak; whether it worked, and why (not)."""
     try:
@@ -72,9 +71,6 @@ def give_back_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, _MMAP_MAX)
         mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
-
-
-LONGEST_START = timedelta(minutes=5)
 
 
 def rank_device() -> torch.device:

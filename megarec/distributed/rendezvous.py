@@ -1,8 +1,6 @@
 """Where the ranks of a job meet: a store that listens at the master's address alone.
 
-torch.distributed's own listens on every interface of the first host, without a password.
-
-A port for a job on one machine.
+torch.distributed's own store listens on every interface of the first host, without a password.
 """
 
 import errno
@@ -19,6 +17,7 @@ import torch.distributed as dist
 from megarec.errors import UserError
 
 BACKLOG = 4096  # every rank of a large job connects at once
+PORTS = range(20_000, 32_000)  # below those of outgoing connections, which might take it before rank 0 does
 
 
 def store_at(address: str, port: int, ranks: int, master: bool, timeout: timedelta) -> dist.TCPStore:
@@ -74,9 +73,6 @@ def _listen(address: str, port: int) -> socket.socket | None:
         return None
     server.listen(BACKLOG)
     return server
-
-
-PORTS = range(20_000, 32_000)  # below those of outgoing connections, which might take it before rank 0 does
 
 
 def free_port() -> int:

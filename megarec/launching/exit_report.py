@@ -1,6 +1,6 @@
 """How ranks tell the launcher how they ended: a marked line on standard error that `supervise` takes out of the log.
 
-Why a rank failed, in one line; where others failed first, without the traceback that would bury their cause.
+The line says why the rank failed; where others failed first, no traceback buries their cause.
 """
 
 import json
@@ -20,6 +20,21 @@ JOB_VARIABLE = "MEGAREC_JOB"  # set in ranks that a supervisor listens to
 _MARK = "@megarec"
 _MARKED = re.compile(rf".*{_MARK} (?P<job>\w+) (?P<outcome>{{.*}})\s*")
 _LONGEST = 2_000  # characters of a cause: a line is written whole, between those of other ranks, below 4 KiB
+FAILURE_EXIT = 1
+_PACKAGE = Path(__file__).parents[1]
+_ADDRESS = r"\[?(?P<address>[0-9a-fA-F.:]+?)\]?:\d+"
+# How gloo, NCCL and the store of torch.distributed say that a peer is gone; what the connection's end looked like.
+_GONE = re.compile(
+    rf"(?:(?:Read|Write|writev?|readv?|SO_ERROR) ?(?:error)?|Connection closed by peer) \[?{_ADDRESS}"
+    r"(?::? (?P<how>Connection \w+ by peer|Broken pipe|Connection timed out|No route to host))?",
+)
+_SILENT = re.compile(
+    r"(?:Timed out waiting|wait timeout after) (?P<milliseconds>\d+) ?ms|Watchdog caught collective operation timeout"
+)
+_OTHER_LOSS = re.compile(
+    r"Connection (?:reset|closed) by peer|Broken pipe|gloo/transport|DistNetworkError|remote process exited|"
+    r"[Ff]ailed to recv, got 0 bytes|NCCL.*(?:remote|peer)"
+)
 
 
 @dataclass(frozen=True)
@@ -58,23 +73,6 @@ def heard(line: str, job: str) -> Outcome | None:
     if match is None or match["job"] != job:
         return None
     return Outcome(**json.loads(match["outcome"]))
-
-
-FAILURE_EXIT = 1
-_PACKAGE = Path(__file__).parents[1]
-_ADDRESS = r"\[?(?P<address>[0-9a-fA-F.:]+?)\]?:\d+"
-# How gloo, NCCL and the store of torch.distributed say that a peer is gone; what the connection's end looked like.
-_GONE = re.compile(
-    rf"(?:(?:Read|Write|writev?|readv?|SO_ERROR) ?(?:error)?|Connection closed by peer) \[?{_ADDRESS}"
-    r"(?::? (?P<how>Connection \w+ by peer|Broken pipe|Connection timed out|No route to host))?",
-)
-_SILENT = re.compile(
-    r"(?:Timed out waiting|wait timeout after) (?P<milliseconds>\d+) ?ms|Watchdog caught collective operation timeout"
-)
-_OTHER_LOSS = re.compile(
-    r"Connection (?:reset|closed) by peer|Broken pipe|gloo/transport|DistNetworkError|remote process exited|"
-    r"[Ff]ailed to recv, got 0 bytes|NCCL.*(?:remote|peer)"
-)
 
 
 @contextmanager

@@ -1,10 +1,8 @@
-"""The hostfile of the deepspeed launcher: a line a host, `NAME slots=N`; # starts a comment.
+"""The hosts of a job: what names them, how they are reached, what their ranks get.
 
-Commands on other hosts over ssh, quoted for the shell that sshd starts.
-
-`.deepspeed_env`: variables for every rank of a job, a line each, KEY=VALUE and nothing else.
-
-What this machine computes on.
+hostfile         of the deepspeed launcher: a line a host, `NAME slots=N`; # starts a comment
+.deepspeed_env   variables for every rank of a job, a line each, KEY=VALUE and nothing else
+ssh              commands on other hosts, quoted for the shell that sshd starts
 """
 
 import re
@@ -17,6 +15,11 @@ from megarec.errors import UserError
 
 CONNECT_SECONDS = 5
 OPTIONS = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
+FILE_NAME = ".deepspeed_env"
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# pdsh expands brackets, commas and more in names, ssh takes a leading dash for an option, and a shell sees them all.
+_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+_LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)")
 
 
 def on_ssh_host(host: str, command: Sequence[str], options: Sequence[str] = OPTIONS) -> list[str]:
@@ -31,10 +34,6 @@ def on_ssh_host(host: str, command: Sequence[str], options: Sequence[str] = OPTI
 def keep_alive(seconds: float) -> tuple[str, ...]:
     """Options that end an ssh whose connection has been dead for about so long, instead of never."""
     return ("-o", "ServerAliveInterval=15", "-o", f"ServerAliveCountMax={max(2, round(seconds / 15))}")
-
-
-FILE_NAME = ".deepspeed_env"
-_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def read_environment(directories: list[Path]) -> dict[str, str]:
@@ -61,11 +60,6 @@ def read_environment(directories: list[Path]) -> dict[str, str]:
 def accelerator() -> str:
     """What DeepSpeed would find out by itself, with a warning."""
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-
-
-# pdsh expands brackets, commas and more in names, ssh takes a leading dash for an option, and a shell sees them all.
-_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
-_LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)")
 
 
 @dataclass(frozen=True)

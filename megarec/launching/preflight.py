@@ -1,6 +1,6 @@
 """Checks of every host before a job starts, over ssh and in parallel: each failure is one line with its remedy.
 
-What the hosts of a job must have in common, and what each must have: plain comparisons of what probes found.
+What the hosts must have in common, and what each must have, are plain comparisons of what the probes found.
 """
 
 import json
@@ -25,6 +25,8 @@ LARGEST_SKEW_SECONDS = 1.0
 LEAST_FREE_BYTES = 1 << 30
 SAME_ENVIRONMENT = "run 'bash launch/environment.sh' there, with the same checkout and path as here"
 SAME_FILES = "share one file system, or copy it there (rsync -a)"
+ROOT = Path(__file__).resolve().parents[2]  # a checkout, or what the package is installed in
+CLOCK_READINGS = 3
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,6 @@ def check_interface(host: str, route: dict[str, Any], master: str, wished: str |
         seen = f"no route to {master} ({route.get('error', 'from no known interface')})"
         return [Failure(host, "interface", seen, "a network that reaches the first host", "see 'ip route' there")]
     return []
-
-
-ROOT = Path(__file__).resolve().parents[2]  # a checkout, or what the package is installed in
-CLOCK_READINGS = 3
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """End processes with all their descendants, also when this process itself is killed.
 
-Run as a program by `ended_with_this_process`: python trees.py PID... ends them when its standard input is closed.
+Run as a program by `ended_with_this_process`: `python process_tree.py PID...` ends them when its standard
+input is closed.
 """
 
 import subprocess

@@ -6,10 +6,9 @@ on in vain on a host that nobody watches. SIGTERM and SIGUSR1 go on to the rank,
 
 Plain standard library: a rank of every job carries this process.
 
-What a job tells each of its ranks, as one word that no shell and no launcher can change.
-
-Launchers build remote command lines by joining words (DeepSpeed's pdsh runner leaves `$`, quotes and semicolons as they
-are), so what users may write, paths and overrides, travels in URL-safe base64.
+What a job tells each of its ranks is an `Assignment`, one word that no shell and no launcher can change: launchers
+build remote command lines by joining words (DeepSpeed's pdsh runner leaves `$`, quotes and semicolons as they are), so
+what users may write, paths and overrides, travels in URL-safe base64.
 """
 
 import base64
@@ -29,6 +28,15 @@ from types import FrameType
 from megarec.errors import PREEMPTED, STOPPED
 from megarec.launching.exit_report import JOB_VARIABLE, tell, this_rank
 from megarec.signals import SIGNALS
+
+GRACE_SECONDS = 3.0
+_CAUSES = {
+    PREEMPTED: f"asked to end by a signal, and saved (exit code {PREEMPTED})",
+    STOPPED: f"stopped by the fault policy (exit code {STOPPED})",
+}
+_PR_SET_PDEATHSIG = 1
+_NODE_VARIABLES = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")  # DeepSpeed, torchrun, Slurm
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @dataclass(frozen=True)
@@ -55,16 +63,6 @@ class Assignment:
     @staticmethod
     def decode(word: str) -> "Assignment":
         return Assignment(**json.loads(base64.urlsafe_b64decode(word)))
-
-
-GRACE_SECONDS = 3.0
-_CAUSES = {
-    PREEMPTED: f"asked to end by a signal, and saved (exit code {PREEMPTED})",
-    STOPPED: f"stopped by the fault policy (exit code {STOPPED})",
-}
-_PR_SET_PDEATHSIG = 1
-_NODE_VARIABLES = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")  # DeepSpeed, torchrun, Slurm
-_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def watch(assignment: Assignment) -> int:

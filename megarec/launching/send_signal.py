@@ -1,4 +1,4 @@
-"""Send a signal to the ranks of a job on this host: python signalling.py JOB SIGNUM.
+"""Send a signal to the ranks of a job on this host: python send_signal.py JOB SIGNUM.
 
 Over ssh it goes as source: standard library only. A rank is told from the processes that it started itself, which have
 its variables as well, by its parent, the watcher, which has them not.

@@ -1,6 +1,6 @@
 """The whole dense model: input layer and over-arch, from looked-up embeddings to the logit.
 
-Which over-arch a config asks for: modules `forward(x_BND, keys) -> logits [B]` that know no process group.
+`build_over_arch` makes what a config asks for: modules `forward(x_BND, keys) -> logits [B]` that know no process group.
 """
 
 from torch import Tensor, nn

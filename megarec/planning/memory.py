@@ -41,7 +41,7 @@ def predict(
     """Predicted bytes of a rank, by part; see `with_totals`.
 
     Args:
-        config: every size explicit (scaling/dial.py).
+        config: every size explicit (run/scale.py).
         topology: the job and the rank; its groups are not looked at.
         micro_batch: examples of the rank in one micro-batch.
         shards: where all tables lie; None: as the config places them.

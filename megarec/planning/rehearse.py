@@ -1,12 +1,10 @@
 """Rehearsal: this process becomes one true rank of a larger job, and runs a few of its steps.
 
-The other ranks are torch's fake process group (fake.py). Everything of this rank is real: its shards of the dense
+The other ranks are torch's fake process group (fake_job.py). Everything of this rank is real: its shards of the dense
 layers under tensor parallelism and ZeRO, its tables, the engine, the exchange. What arrives from other ranks is made
 up, and so are the examples: a rehearsal measures memory, operations and collectives. Losses would mean nothing.
 
-Made-up examples for any schema; they tell nothing but shapes.
-
-Memory of this machine and this process (Linux).
+Memory is that of this process and machine (Linux).
 """
 
 import resource
@@ -42,6 +40,11 @@ from megarec.training.profiling import StepTimer
 from megarec.training.step import train_step
 
 LONGEST_LIST = 5  # a list holds 0 .. 5 ids, as the synthetic data do
+_CGROUPS = (  # limit and use, versions 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+STEPS = 3  # ZeRO-3 learns the order of the modules in the first step and checks it in the second
 
 
 def make_batch(schema: Schema, size: int, seed: int) -> Batch:
@@ -67,12 +70,6 @@ def make_batch(schema: Schema, size: int, seed: int) -> Batch:
     )
 
 
-_CGROUPS = (  # limit and use, versions 2 and 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-
-
 def available_bytes() -> int:
     """What this process can still take: the machine's available memory, or less where a cgroup sets a limit."""
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -94,9 +91,6 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-STEPS = 3  # ZeRO-3 learns the order of the modules in the first step and checks it in the second
-
-
 @dataclass(frozen=True)
 class Rehearsal:
     """What one rank did in its last step, beside what was predicted.
@@ -106,8 +100,8 @@ class Rehearsal:
         peak: measured bytes by part, as planning/memory.py names them; `process` is the interpreter with its
             libraries, `total` the process's peak of resident memory.
         predicted: the same, predicted for what was rehearsed; `predicted_real`: for the run's own batch and tables.
-        executed_flop, counted_flop: of this rank, by torch's counter and by models/cost.py.
-        collectives: of this rank; see planning/collectives.py.
+        executed_flop, counted_flop: of this rank, by torch's counter and by run/cost.py.
+        collectives: of this rank; see planning/recorder.py.
         choices: what was chosen and why, for what was rehearsed.
     """
 

@@ -97,7 +97,7 @@ def _moments(config: RunConfig) -> int:
 
 
 def dense_parts(sizes: Sequence[int], zero: Zero) -> Parts:
-    """Predicted bytes of training/memory.py's parts.
+    """Predicted bytes of dense/memory.py's parts.
 
     `gradients` are those that the optimizer steps with, when the last backward pass of a step has ended;
     `communication` is its largest over a step, without the messages of tensor parallelism.

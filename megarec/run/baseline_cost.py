@@ -1,4 +1,4 @@
-"""Parameters and training FLOPs per example of the baselines' over-archs; counted as models/cost.py does."""
+"""Parameters and training FLOPs per example of the baselines' over-archs; counted as cost.py does."""
 
 from collections.abc import Sequence
 

@@ -7,7 +7,7 @@ At d = 160 that gives MLP 3 x 2048 for k = 24, 4096 for 48, 8192 for 96 and 1638
 rows lie on this path (two others widen n_F before k, one doubles the MLP alone). n_F, n_L and k stay multiples of 8
 and the MLP's widths of 8, from 1024 on of 64, so that tensor parallelism up to 8 ways splits them into aligned GEMMs.
 
-What a run costs, from its config alone: nothing is built, and its data need not be here.
+`count_run` says what a run costs from its config alone: nothing is built, and its data need not be here.
 """
 
 import math

@@ -1,6 +1,6 @@
 """What a sweep will cost, planned before it starts, and which models a budget leaves out.
 
-How fast trials run: as stated, as earlier trials ran, or as a few steps of the cheapest and the most expensive run.
+The pace of trials is as stated, as earlier trials ran, or as a few steps of the cheapest and the most expensive run.
 """
 
 import json
@@ -18,6 +18,7 @@ from megarec.scaling.results import Rows
 from megarec.scaling.sweep import Slot, command_of, start_on
 
 _FORWARD_SHARE = 1 / 3  # of a training step's FLOPs: what predicting an example costs
+PROBE_STEPS = 30
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,6 @@ def _line(model: str, trials: list[Trial], pace: Pace) -> Line:
     runs = sum(trial.tuning for trial in trials) + sum(not t.tuning for t in trials if t.rate == trials[0].rate)
     one = trials[0]
     return Line(model, runs, one.cost.flop / 1e9, runs * one.gflop, runs * pace.seconds(one), None)
-
-
-PROBE_STEPS = 30
 
 
 def find_pace(trials: list[Trial], rows: Rows, stated: float | None, slot: Slot) -> Pace:

@@ -1,6 +1,6 @@
 """Is a family's curve a law? Its exponent with an interval, and what it predicts; or why it is not called one.
 
-How far a fitted curve could be another one: refits to resampled points.
+The interval is that of refits to resampled points:
 
 seeds       at each size the runs' deviations from their mean, drawn with replacement
 residuals   the sizes' deviations from the curve, drawn with replacement over all sizes
@@ -24,6 +24,10 @@ Resampled = Literal["seeds", "residuals"]
 CONFIDENCE = 0.95
 MIDDLE = (1 + CONFIDENCE) / 2  # the quantile at the interval's upper end
 REPLICATES = 400
+FEWEST_SIZES = 4
+LEAST_SPAN = 10.0  # largest cost over smallest
+SIGNIFICANT_PERCENT = 0.02  # the LogLoss difference that counts, arXiv 2403.02545
+STEP = 4.0  # the paper states its law for each 4x of compute
 
 
 class Bootstrap(NamedTuple):
@@ -91,12 +95,6 @@ def _seeds(cost: Floats, loss: Floats, replicates: int, draws: np.random.Generat
 
 def _refits(resampled: Resampled, sizes: Floats, losses: Floats, fit: Fit) -> Bootstrap:
     return Bootstrap(resampled, tuple(refit(fit.curve, sizes, loss, fit.scatter) for loss in losses))
-
-
-FEWEST_SIZES = 4
-LEAST_SPAN = 10.0  # largest cost over smallest
-SIGNIFICANT_PERCENT = 0.02  # the LogLoss difference that counts, arXiv 2403.02545
-STEP = 4.0  # the paper states its law for each 4x of compute
 
 
 class HeldOut(NamedTuple):

@@ -1,6 +1,6 @@
 """A scaling study in words, and as one HTML page that needs no other file.
 
-A study's files: the figure twice, the page, and an image for TensorBoard.
+`write_report` writes the figure twice and the page; `log_image` shows it in TensorBoard.
 """
 
 import math

@@ -3,7 +3,7 @@
 A row's file appears by a rename and is never touched again; the parquet is made anew from all of them. So a sweep may
 be killed at any moment.
 
-A trial in TensorBoard's HParams, beside the scalars that the run itself wrote.
+`log_trial` shows a trial in TensorBoard's HParams, beside the scalars that the run itself wrote.
 """
 
 import json
@@ -18,6 +18,9 @@ from megarec.files import write_whole
 from megarec.scaling.grid import Trial, of_models
 
 _HPARAM_METRICS = ("logloss", "ne", "auc", "valid_logloss", "examples_per_second")
+Row = dict[str, Any]
+TABLE = "runs.parquet"
+_METRICS = ("auc", "logloss", "ne", "calibration")
 
 
 def log_trial(directory: Path, trial: Trial, row: dict[str, Any]) -> None:
@@ -50,11 +53,6 @@ def _flat(key: str, value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
         return {name: leaf for part, inner in value.items() for name, leaf in _flat(f"{key}.{part}", inner).items()}
     return {key: value if isinstance(value, bool | int | float | str) else json.dumps(value)}
-
-
-Row = dict[str, Any]
-TABLE = "runs.parquet"
-_METRICS = ("auc", "logloss", "ne", "calibration")
 
 
 class Rows:

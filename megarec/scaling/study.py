@@ -1,6 +1,6 @@
 """All families of a table of runs: their laws, their large ends, and what equal quality costs them.
 
-Families beside each other: does one still improve at its large end, and what does equal quality cost?
+Does a family still improve at its large end?
 """
 
 import math

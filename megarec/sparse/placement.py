@@ -1,9 +1,7 @@
 """Which rank holds which slice of which table.
 
-A shard is a rectangle of a global table, so that checkpoints and reshaping are set arithmetic. Plans (plans.py) say
-how each table is cut; here the pieces are given to ranks.
-
-How every table is laid out over the ranks of its group, and why.
+A shard is a rectangle of a global table, so that checkpoints and reshaping are set arithmetic. A `TablePlan` says how
+a table is cut, and why; then the pieces are given to ranks.
 
 table       whole, on one rank
 column      columns split over some ranks, in multiples of four
@@ -29,6 +27,7 @@ COLUMN_UNIT = 4  # FBGEMM wants widths in multiples of four
 WIDE = 16  # columns of a slice: a cache line of float32
 LARGE = 1.5  # of a rank's fair share of the cost
 COPY_CELLS = 2**18  # a copy of at most 1 MiB in float32
+EVEN = 1.25  # 26 equal tables on 8 ranks stay whole: 4 over 3.25
 
 
 @dataclass(frozen=True)
@@ -148,9 +147,6 @@ def _automatic(table: Table, shares: float, grain: int, ranks: int) -> TablePlan
     if slices > 1:
         return TablePlan("column", slices, f"{why}, slices of at least {WIDE} columns")
     return TablePlan("table", 1, why)
-
-
-EVEN = 1.25  # 26 equal tables on 8 ranks stay whole: 4 over 3.25
 
 
 @dataclass(frozen=True, order=True)

@@ -1,8 +1,8 @@
-"""Where the time of a step goes: data, exchange, dense, optimizer.
+"""Where the time of a step goes.
 
-The GEMM peak of a rank, measured where it runs: the reference of the MFU.
-
-A timeline of some steps, of every thread and device, as TensorBoard's profiler page and ui.perfetto.dev open it.
+StepTimer              milliseconds by part: data, exchange, dense, optimizer
+measure_gemm_tflops    the GEMM peak of a rank where it runs: the reference of the MFU
+tracing                a timeline of some steps, for TensorBoard's profiler page and ui.perfetto.dev
 """
 
 import time

@@ -130,7 +130,7 @@ class Trainer:
         self.patience = _patience(self.position)
         self.ahead = IdPrefetcher(run.sparse, run.device, run.overlap)
         self.policy = FaultPolicy(run.config.train.faults, self.position)
-        self.judge = StepCheck(run, self.monitor, self.policy, self.position, interruption)
+        self.step_check = StepCheck(run, self.monitor, self.policy, self.position, interruption)
         self.save_due = False
 
     def run_to_the_end(self, step_done: Callable[[], None]) -> None:
@@ -173,7 +173,7 @@ class Trainer:
                 ids=ids,
                 after_lookup=start_next,
                 want_norm=due,
-                check=self.judge,
+                check=self.step_check,
             )
 
         if progress.first_step_seconds is None:
@@ -184,7 +184,7 @@ class Trainer:
             result = step()
         action: Action = "go on"
         if result.cause is None:
-            self.policy.applied(self.judge.loss)
+            self.policy.applied(self.step_check.loss)
             progress.window.add(result.logits, batch.labels)
         else:
             action = self.policy.skipped(result.cause)
@@ -215,8 +215,8 @@ class Trainer:
         evaluate_every = config.evaluate_every or self.run.train.steps_per_epoch
         last = position.step == self.run.schedule.total_steps
         validate = position.step % evaluate_every == 0 or last
-        if self.judge.signum:
-            self._obey(self.judge.signum, validate)
+        if self.step_check.signum:
+            self._obey(self.step_check.signum, validate)
         save = position.step % (config.checkpoint_every or evaluate_every) == 0 or last
         self._validate_and_save(validate, save or (self.save_due and not self.policy.in_a_row))
 
@@ -300,7 +300,7 @@ class Trainer:
         return (
             f"stopped by the fault policy at step {position.step + 1}: {self.policy.in_a_row} faulty steps in a row "
             f"(train.faults.max_in_a_row={faults.max_in_a_row}) after {position.rollbacks} rollbacks; the last one: "
-            f"{self.judge.said}"
+            f"{self.step_check.said}"
         )
 
     def _end(self, code: int, reason: str) -> NoReturn:

@@ -1,6 +1,6 @@
 """MovieLens-100K and -1M as prepared data sets: features, label and splits.
 
-What a user did before: features of the past, strictly earlier than the row they describe.
+A user's history is strictly earlier than the row that it describes.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """People's own CSV, TSV or parquet files -> a prepared data set: one pass to count, one to write.
 
-From raw values to rows of a table: a vocabulary counted on the training split, or a hash.
+A raw value becomes a row of a table by a vocabulary counted on the training split, or by a hash.
 """
 
 import hashlib

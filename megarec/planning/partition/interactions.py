@@ -4,7 +4,7 @@ Embeddings of different widths (several embeddings of one feature, flattened, or
 columns that both have: the narrower one is filled up with zeros. Two random vectors of widths m and n have a mean
 |cosine| near sqrt(2 / (pi max(m, n))), so a narrow pair looks closer than a wide one by chance alone.
 
-A short training of the flat model, to see which of its features interact.
+They are taken from a short training of the flat model (`probe`), or from a file.
 """
 
 import math
@@ -34,6 +34,13 @@ from megarec.training.step import train_step
 Matrix = NDArray[np.float64]
 
 CHUNK_COSINES = 1 << 24  # cosines held at a time: 64 MiB
+EXAMPLES = 8_192  # whose embeddings are compared; the mean |cosine| is then known to about 0.003
+REPORT_EVERY = 50  # steps
+# DeepSpeed sections that report about a run, and batch sizes stated for the run's number of ranks.
+NOT_OF_A_PROBE = (
+    "tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler", "wall_clock_breakdown",
+    "train_batch_size", "train_micro_batch_size_per_gpu",
+)  # fmt: skip
 
 
 class InteractionMean:
@@ -95,16 +102,6 @@ def read_interactions(path: Path, features: int) -> Matrix:
     if not (np.isfinite(matrix).all() and matrix.min() >= 0 and matrix.max() <= 1 and np.allclose(matrix, matrix.T)):
         raise UserError(f"--interactions {path}: expected a symmetric matrix of values in [0, 1], the mean |cosine|")
     return matrix
-
-
-EXAMPLES = 8_192  # whose embeddings are compared; the mean |cosine| is then known to about 0.003
-REPORT_EVERY = 50  # steps
-
-# DeepSpeed sections that report about a run, and batch sizes stated for the run's number of ranks.
-NOT_OF_A_PROBE = (
-    "tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler", "wall_clock_breakdown",
-    "train_batch_size", "train_micro_batch_size_per_gpu",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ the lookups, five features for four towers), 1.1 x what that one reaches.
 
 All loads and limits are in multiples of a tower's mean, in the order bytes, lookups, embeddings.
 
-What features cost a tower, by table: features that share a table move together.
+Costs are by table, as features that share a table move together:
 
 bytes       of the table with its optimizer state
 lookups     rows read an example: the mean list length of each feature that uses the table
-flop        training FLOPs an example of the tower's module (models/cost.py); 0 without modules. A module's cost is no
+flop        training FLOPs an example of the tower's module (run/cost.py); 0 without modules. A module's cost is no
             sum over features, so that what is balanced is the embeddings that enter it (see limits.py)
 """
 
@@ -35,6 +35,8 @@ from megarec.sparse.towers.sizes import module_sizes
 
 KINDS = ("bytes", "lookups", "flop")
 SAMPLED_ROWS = 8_192  # of the training data, for list lengths
+SLACK = 1.1
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,6 @@ def tower_flop(config: RunConfig, layout: EmbeddingLayout, embeddings: Sequence[
         return [0.0] * len(embeddings)
     sizes, _ = module_sizes(module, layout.dim, embeddings, config.model.bias)
     return [float(part.flop) for part in count_towers(sizes).values()]
-
-
-SLACK = 1.1
-GIB = 2**30
 
 
 @dataclass(frozen=True)

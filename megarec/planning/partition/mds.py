@@ -4,9 +4,8 @@ Stress is reduced by majorization (de Leeuw 1977; Borg and Groenen, Modern Multi
 unit weights each step is the Guttman transform X <- B(X) X / F, and no step raises the stress. The first start is
 classical scaling, the others are random; the lowest stress wins.
 
-How far apart two features shall lie in the plane, by how strongly they interact.
-
-With I the interaction and low, high its extremes over all pairs, s = (I - low) / (high - low):
+How far apart two features shall lie follows from how strongly they interact. With I the interaction and low, high its
+extremes over all pairs, s = (I - low) / (high - low):
 
     coherent   d = 1 - s    features that interact strongly come together
     diverse    d = s        they are parted

@@ -1,6 +1,6 @@
 """What a partition leaves: towers.json, its pictures beside it and in TensorBoard; each file whole or not at all.
 
-Pictures of a partition: the plane coloured by tower, and the interactions sorted by tower.
+The pictures are the plane coloured by tower, and the interactions sorted by tower.
 """
 
 import io

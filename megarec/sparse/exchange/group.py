@@ -7,10 +7,6 @@
 The group is the world under the flat exchange and the ranks of a host under the tower exchange. An owner's rows are
 the global batch in order, so that the gradient of a row is summed in the same order on every topology. The backward
 pass mirrors the exchange and updates the tables.
-
-Tables that every rank of a group holds whole: no ids and no embeddings travel.
-
-Tables of which every row or column lies on one rank of a group: ids to the owners, lookup, embeddings back.
 """
 
 from collections.abc import Mapping
@@ -32,7 +28,7 @@ from megarec.sparse.tables.local import AllTables, Choice, LocalTables, choose_b
 
 
 class ReplicatedTables:
-    """This rank's copies.
+    """Tables that every rank of a group holds whole: no ids and no embeddings travel.
 
     Args:
         shards: this rank's.

@@ -1,10 +1,8 @@
 """The local shuffle: blocks of embeddings from every sender -> one matrix in layout order, and back.
 
-Tables split by rows: ids to the owners of their rows, and the sum of what the owners found.
-
-The sender sorts the ids of a feature into the row ranges; what an owner receives is a list of any length per example,
-also of a feature with exactly one id. Every owner sums the rows it has, and the sums of all owners are added up on
-the way back.
+Tables split by rows add a sum of what the owners found (`sum_over_owners`). The sender sorts the ids of a feature into
+the row ranges; what an owner receives is a list of any length per example, also of a feature with exactly one id.
+Every owner sums the rows it has, and the sums of all owners are added up on the way back.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -1,7 +1,4 @@
-"""Tables of one rank: up to two backends side by side, and the record of touched rows.
-
-The tables of one rank: what both backends share, and which backend holds which table.
-"""
+"""Tables of one rank: which backend holds which table and why, and the record of touched rows."""
 
 import functools
 from collections.abc import Sequence

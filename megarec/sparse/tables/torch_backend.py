@@ -1,13 +1,11 @@
 """Tables in plain torch: any optimizer, any width, row-wise Adagrad over column slices.
 
-Copies of tables on every rank of a group, in plain torch: one identical update of all of them.
+Replicated tables get one identical update on every rank of a group (`ReplicatedTorchTables`).
 
-Sums over the ranks that hold columns of the same table.
-
-Row-wise Adagrad adds the mean of g^2 over the whole row to its state, but the owner of a column slice sees only its
-part of the row. All owners of a table look up the same ids in the same order, hence the same unique rows: they
-exchange their partial sums, and each adds all of them in the same order, so that every copy of the state stays equal
-to the last bit.
+Row-wise Adagrad over column slices needs a sum over ranks (`ColumnShardSum`): it adds the mean of g^2 over the whole
+row to its state, but the owner of a column slice sees only its part of the row. All owners of a table look up the same
+ids in the same order, hence the same unique rows: they exchange their partial sums, and each adds all of them in the
+same order, so that every copy of the state stays equal to the last bit.
 """
 
 import itertools

@@ -3,7 +3,7 @@
 Expert-parallel-like: a tower is an expert, its replicas are the ranks of its host (tower exchange) or all ranks (flat
 exchange, where every rank runs all modules on its own examples).
 
-The optimizer of tower modules: outside the DeepSpeed engine, by default with the dense model's hyper-parameters.
+Their optimizer stands outside the DeepSpeed engine, by default with the dense model's hyper-parameters.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,6 +1,6 @@
 """One policy for faulty steps: what is skipped, and when the run goes back or stops. No tensors, no collectives.
 
-Every rank sees the same healths and decides alike.
+Every rank sees the health of all ranks and decides alike.
 """
 
 import math
@@ -48,10 +48,10 @@ class RankHealth:
         )  # fmt: skip
 
 
-def faulty_ranks(healths: Sequence[RankHealth]) -> list[int]:
+def faulty_ranks(ranks: Sequence[RankHealth]) -> list[int]:
     """The ranks that a fault comes from; none when all is finite."""
-    first = min(health.fault for health in healths)
-    return [rank for rank, health in enumerate(healths) if health.fault == first < 3]
+    first = min(health.fault for health in ranks)
+    return [rank for rank, health in enumerate(ranks) if health.fault == first < 3]
 
 
 Action = Literal["go on", "rollback", "stop"]
@@ -65,15 +65,15 @@ CAUSES = {
 }
 
 
-def cause_of(healths: Sequence[RankHealth], scale_can_shrink: bool) -> str | None:
+def cause_of(ranks: Sequence[RankHealth], scale_can_shrink: bool) -> str | None:
     """Why a step must not be applied, or None.
 
     Args:
         scale_can_shrink: of fp16; gradients that are not finite, of a finite loss, are overflows then, and no fault.
     """
-    if not all(health.finite_loss for health in healths):
+    if not all(health.finite_loss for health in ranks):
         return "loss"
-    if not all(health.finite_gradients for health in healths):
+    if not all(health.finite_gradients for health in ranks):
         return "overflow" if scale_can_shrink else "gradient"
     return None
 

@@ -4,7 +4,8 @@ A sum is finite only if every element is, so each rank sends a few sums and all 
 summed is this rank's own, before gradients are reduced over ranks, which would spread one rank's NaN to all. (Under
 tensor parallelism the ranks of a tensor group share what they compute: a fault in a gradient shows on all of them.)
 
-Asked once a step, before anything changes: the vote, the cause, and the line that says what was wrong and where.
+`StepCheck` is asked once a step, before anything changes: it gathers the health of all ranks, names the cause, and logs
+what was wrong and where.
 """
 
 import math
@@ -47,7 +48,7 @@ class HealthGather:
         self.dense.append((name, gradient.sum(dtype=torch.float32)))
 
     def __call__(self, tensors: StepTensors) -> list[RankHealth]:
-        """The healths by rank, the same on every rank; collective, one all-gather of five numbers."""
+        """The health of every rank, the same on all of them; collective, one all-gather of five numbers."""
         device = tensors.made.gradient.device
         mine = torch.stack(
             [
@@ -90,29 +91,29 @@ class StepCheck:
         self.loss, self.signum, self.said = math.nan, 0, ""
 
     def __call__(self, tensors: StepTensors) -> str | None:
-        healths = self._gather(tensors)
-        self.signum = max(int(health.signum) for health in healths)
-        self.loss = statistics.fmean(health.loss for health in healths)
-        cause = cause_of(healths, self._run.dense.loss_scale_can_shrink())
+        ranks = self._gather(tensors)
+        self.signum = max(int(health.signum) for health in ranks)
+        self.loss = statistics.fmean(health.loss for health in ranks)
+        cause = cause_of(ranks, self._run.dense.loss_scale_can_shrink())
         if cause is None and self._policy.spikes(self.loss):
             cause = "spike"
         if cause is not None and cause != "overflow":
-            self._report(cause, healths, tensors)
+            self._report(cause, ranks, tensors)
         self._gather.clear()
         return cause
 
-    def _report(self, cause: str, healths: list[RankHealth], tensors: StepTensors) -> None:
-        run, faulty = self._run, faulty_ranks(healths)
+    def _report(self, cause: str, ranks: list[RankHealth], tensors: StepTensors) -> None:
+        run, faulty = self._run, faulty_ranks(ranks)
         shown = run.topology.rank in faulty or cause == "spike"
-        mine = diagnose(healths[run.topology.rank], tensors, self._gather.dense, run.schema.numeric, shown)
+        mine = diagnose(ranks[run.topology.rank], tensors, self._gather.dense, run.schema.numeric, shown)
         found = gather_texts(mine, run.topology, run.device)
         parts = [f"rank {rank}: {text}" for rank, text in found.items()]
         if cause == "spike":
-            highest = max(range(len(healths)), key=lambda rank: healths[rank].loss)
+            highest = max(range(len(ranks)), key=lambda rank: ranks[rank].loss)
             parts.insert(
                 0,
                 f"mean loss {self.loss:.4g}, the bound is {self._policy.spike_bound():.4g}; highest on rank {highest}: "
-                f"{healths[highest].loss:.4g}",
+                f"{ranks[highest].loss:.4g}",
             )
         elif not found.keys() >= set(faulty):
             parts.append(f"all faulty ranks: {', '.join(map(str, faulty))}")
