@@ -139,3 +139,9 @@ def test_no_file_is_too_long() -> None:
     long = {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length > 450}
     assert not long, long
     assert sum(0 < length < 60 for path, length in lengths.items() if path.name != "__init__.py") < 20
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their base names."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -128,8 +128,10 @@ def test_a_killed_rank_ends_the_job_on_all_hosts_and_is_named_first(lab: NetnsHo
     print(f"{seconds:.1f} s from kill -9 to the end of the job")
     assert job.returncode == 128 + 9
     lines = errors.splitlines()
-    assert lines[0] == "error: rank 3 on host2: killed by signal 9 (SIGKILL)"
-    assert all(line.startswith("  then: ") and "lost the connection to host2 (ranks 2-3)" in line for line in lines[1:])
+    assert lines[0] == "error: rank 3 on host2: killed by signal 9 (SIGKILL)", errors
+    # A rank that ends because of rank 3 is lost to those that had not noticed before: on a busy machine some name it.
+    assert all(line.startswith("  then: ") and "lost the connection to host" in line for line in lines[1:]), errors
+    assert any("lost the connection to host2 (ranks 2-3)" in line for line in lines[1:]), errors
     assert seconds < 10
     assert_nobody_is_left(lab)
 
