@@ -15,5 +15,4 @@ echo "training: deepspeed --num_gpus 2 launch/train.py --config ds_configs/movie
 deepspeed --log_level error --num_gpus 2 \
   launch/train.py --config ds_configs/movielens-100k.json "$@"
 echo
-echo "metrics:     runs/movielens-100k/metrics.json"
 echo "TensorBoard: ${venv#"$root"/}/bin/tensorboard --logdir runs/movielens-100k --host localhost"

@@ -74,8 +74,11 @@ def test_two_ranks_through_the_deepspeed_launcher(config: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (config.parent / "out/metrics.json").is_file()
     lines = done.stdout.splitlines()
-    assert any(line.startswith("topology: 2 ranks") for line in lines)
-    assert not [line for line in lines + done.stderr.splitlines() if "WARNING" in line or "INFO" in line]
+    assert any("[INFO] [rank 0] topology: 2 ranks" in line for line in lines)
+    ours = [line for line in lines if "] [rank 0] " in line]
+    assert ours == (config.parent / "out/log.txt").read_text().splitlines()
+    others = [line for line in lines if line not in ours] + done.stderr.splitlines()
+    assert not [line for line in others if "WARNING" in line or "INFO" in line]
 
 
 def test_a_mistake_ends_with_exit_2_and_one_line(config: Path) -> None:

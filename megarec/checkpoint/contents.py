@@ -57,7 +57,7 @@ def about(run: Run, position: TrainState) -> dict[str, Any]:
         "towers": compatibility.towers_of(run),
         "optimizer": run.dense.optimizer_name,
         "tower_optimizer": None if run.sparse.modules is None else run.sparse.modules.settings.optimizer,
-        "loss_scale": run.dense.loss_scale(),
+        "loss_scale": run.dense.loss_scaler_state(),
     }
 
 

@@ -9,6 +9,7 @@ next start gives it back its own.) The file system must be shared by all hosts, 
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ POLL_SECONDS = 0.01, 0.2  # between looks for the other ranks' marks: at first, 
 GRACE_SECONDS = 10.0  # after a failure, for ranks that have not begun: they may have had no room for a mark
 OLD, GONE = ".tmp-old", ".tmp-gone"  # a whole checkpoint that another one replaces; one that is being removed
 SPARE = "spare"  # an empty file for a rank that finds no room for one of its own
+
+_log = logging.getLogger(__name__)
 
 
 class SaveFailed(Exception):
@@ -115,14 +118,11 @@ def _tell(plan: Plan, rank: int, error: BaseException) -> None:
         told.replace(plan.temporary / f"rank-{rank:05d}.failed-{number}")
 
 
-def publish(plan: Plan, failure: SaveFailed | None = None) -> str | None:
-    """What rank 0 does after its own part.
+def publish(plan: Plan, failure: SaveFailed | None = None) -> None:
+    """What rank 0 does after its own part. A warning is logged where an older checkpoint could not be removed.
 
     Args:
         failure: of rank 0's own part; then the others are only waited for.
-
-    Returns:
-        A line for the log when the checkpoint is there but an older one could not be removed.
 
     Raises:
         SaveFailed: a rank failed, or did not answer; nothing is left behind.
@@ -145,8 +145,7 @@ def publish(plan: Plan, failure: SaveFailed | None = None) -> str | None:
     try:
         _forget_old(plan)
     except OSError as error:
-        return f"WARNING: an older checkpoint could not be removed ({error}); the next save or start tries again"
-    return None
+        _log.warning("an older checkpoint could not be removed (%s); the next save or start tries again", error)
 
 
 def _all_marks(plan: Plan, failure: SaveFailed | None) -> list[dict[str, Any]]:
@@ -242,25 +241,22 @@ def published(checkpoints: Path) -> list[str]:
     return sorted(names, key=lambda name: int(name.removeprefix("step-")), reverse=True)
 
 
-def clean(checkpoints: Path) -> list[str]:
+def clean(checkpoints: Path) -> None:
     """Remove what saves that never ended have left, and give a checkpoint its name back that one of them had moved.
 
-    Returns:
-        Lines that say so, or what could not be removed: that must not keep a run from starting.
+    What could not be removed is a warning: it must not keep a run from starting.
     """
-    lines = []
     for path in sorted(checkpoints.glob("*.tmp-*")):
         target = path.with_name(path.name.removesuffix(OLD))
         try:
             if NAME.fullmatch(target.name) and not target.exists():
                 path.rename(target)
-                lines.append(f"{target} has its name again, which a save that never ended had taken")
+                _log.info("%s has its name again, which a save that never ended had taken", target)
             else:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-                lines.append(f"removed {path}, which a save that never ended had left")
+                _log.info("removed %s, which a save that never ended had left", path)
         except OSError as error:
-            lines.append(f"WARNING: {path}, which a save that never ended had left, could not be removed ({error})")
-    return lines
+            _log.warning("%s, which a save that never ended had left, could not be removed (%s)", path, error)
 
 
 def set_aside(checkpoints: Path) -> Path | None:

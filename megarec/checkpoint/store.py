@@ -1,5 +1,6 @@
 """Saves, loads and resumes a run; collective but for the writing itself, which a thread does."""
 
+import logging
 import secrets
 import threading
 from collections.abc import Callable
@@ -18,28 +19,28 @@ from megarec.run.build import Run
 from megarec.run.metrics import Predictions
 from megarec.run.state import TrainState
 
+_log = logging.getLogger(__name__)
+
 
 class Checkpoints:
     """The checkpoints of one run, under one directory that all hosts share.
 
     Args:
         directory: of all checkpoints of the run.
-        say: shows a line; called on rank 0, also from the thread that writes.
         fresh: set aside what an earlier run left instead of continuing it.
     """
 
-    def __init__(self, directory: Path, run: Run, say: Callable[[str], None], *, fresh: bool) -> None:
+    def __init__(self, directory: Path, run: Run, *, fresh: bool) -> None:
         run.dense.check_supported()
-        self.directory, self._run, self._say = directory, run, say
+        self.directory, self._run = directory, run
         self._snapshot = Snapshot()
         self._writing: threading.Thread | None = None
         self._problem: BaseException | None = None
         self._saves = 0
         if run.topology.rank == 0:
-            for line in publish.clean(directory):
-                say(line)
+            publish.clean(directory)
             if fresh and (previous := publish.set_aside(directory)) is not None:
-                say(f"the checkpoints of an earlier run are in {previous} now: this one starts from scratch")
+                _log.info("the checkpoints of an earlier run are in %s now: this one starts from scratch", previous)
             directory.mkdir(parents=True, exist_ok=True)
         # Other jobs and earlier ones never have this token: what their last threads write meets no directory of ours.
         self._token = from_rank_0(secrets.randbits(62), run.topology, run.device)
@@ -84,13 +85,15 @@ class Checkpoints:
                 publish.write_part(plan, rank, self._snapshot)
             except SaveFailed as error:
                 failure = error  # of another rank the mark tells rank 0, which says so
-            if rank == 0 and (line := publish.publish(plan, failure)) is not None:
-                self._say(line)
+            if rank == 0:
+                publish.publish(plan, failure)
         except SaveFailed as error:
             kept = pointed(self.directory, LATEST)
-            self._say(
-                f"WARNING: CHECKPOINT OF STEP {plan.step} WAS NOT SAVED ({error}); training goes on, the latest "
-                f"checkpoint is {self.directory / kept if kept else 'none'}"
+            _log.warning(
+                "CHECKPOINT OF STEP %d WAS NOT SAVED (%s); training goes on, the latest checkpoint is %s",
+                plan.step,
+                error,
+                self.directory / kept if kept else "none",
             )
         except BaseException as error:  # shown where the next save or the end of the run waits
             self._problem = error
@@ -128,7 +131,7 @@ class Checkpoints:
                 if older is None:
                     raise
                 if self._run.topology.rank == 0:
-                    self._say(f"WARNING: {error}; FALLING BACK TO {name_of(older)} (train.fall_back=true)")
+                    _log.warning("%s; FALLING BACK TO %s (train.fall_back=true)", error, name_of(older))
                 step = older
         return None
 
@@ -137,8 +140,12 @@ class Checkpoints:
         self.wait()
         return self._agreed_step(LATEST)
 
-    def load_best(self) -> bool:
-        """Load the best checkpoint by validation; False, with a line, when it is not there or damaged. Collective."""
+    def load_best(self) -> int | None:
+        """Load the best checkpoint by validation; collective.
+
+        Returns:
+            Its step; None, with a warning, when it is not there or damaged: the weights stay then.
+        """
         self.wait()
         step = self._agreed_step(BEST)
         problem = "none was saved" if step is None else None
@@ -148,8 +155,8 @@ class Checkpoints:
         except DamagedCheckpoint as error:
             problem = str(error)
         if problem and self._run.topology.rank == 0:
-            self._say(f"WARNING: NO BEST CHECKPOINT ({problem}): the last weights stay")
-        return problem is None
+            _log.warning("NO BEST CHECKPOINT (%s): the last weights stay", problem)
+        return step if problem is None else None
 
     def load(self, step: int, window: Predictions | None = None) -> TrainState:
         """Fill the run from the checkpoint of a step, whatever topology wrote it; collective.
@@ -168,7 +175,7 @@ class Checkpoints:
         self._together(lambda: contents.fill(run, reader, window))
         contents.finish(run, index, position.step, position.skipped_steps)
         for line in contents.remarks(run, index) if run.topology.rank == 0 else []:
-            self._say(line)
+            _log.info(line)
         return position
 
     def _opened(self, directory: Path) -> Index:

@@ -83,9 +83,14 @@ def micro_batch_size(config: RunConfig, world_size: int) -> int:
     return micro
 
 
-def tensorboard_section(section: dict[str, Any], output_dir: Path) -> dict[str, Any]:
-    """DeepSpeed's tensorboard section with the run's own directory where the user named none."""
-    board = section.get("tensorboard")
-    if not isinstance(board, dict) or "output_path" in board:
-        return section
-    return {**section, "tensorboard": {"job_name": "tensorboard", **board, "output_path": str(output_dir)}}
+def monitor_sections(section: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """The deepspeed section of a run that is to be watched: TensorBoard is on unless switched off, files lie in the
+    run's own directory where the user named none, and comet gets every point (it counts steps here, not examples)."""
+    defaults: dict[str, dict[str, Any]] = {
+        "tensorboard": {"enabled": True, "output_path": str(output_dir), "job_name": "tensorboard"},
+        "csv_monitor": {"output_path": str(output_dir), "job_name": "csv"},
+        "comet": {"samples_log_interval": 1},
+    }
+    asked = {"tensorboard": {}, **section}
+    filled = {key: {**default, **asked[key]} for key, default in defaults.items() if isinstance(asked.get(key), dict)}
+    return {**asked, **filled}

@@ -6,7 +6,7 @@
 Nothing outside of this folder knows DeepSpeed. Everything else that a run asks of its engine is asked here.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from megarec.data.batch import Batch
 from megarec.dense import masters
 from megarec.dense.engine import compute_dtype, gradient_norm, loss_scale_can_shrink, skip_step
 from megarec.dense.memory import Parts, dense_bytes
+from megarec.dense.monitor import Monitor
 from megarec.dense.tensor_parallel import is_sharded
 from megarec.distributed.topology import Topology
 from megarec.slices import Ints, ParameterShard, TensorSlice
@@ -60,11 +61,15 @@ class DenseSide:
         engine: DeepSpeed's, around the model.
         learning_rate: the base rate that the schedule scales.
         optimizer_reason: which optimizer was taken and why, for the log.
+
+    Attributes:
+        monitor: TensorBoard and the like, as the deepspeed section says.
     """
 
     def __init__(self, engine: Any, topology: Topology, learning_rate: float, optimizer_reason: str) -> None:
         self.engine, self.learning_rate, self.optimizer_reason = engine, learning_rate, optimizer_reason
         self._topology = topology
+        self.monitor = Monitor(engine.monitor)
 
     @property
     def module(self) -> nn.Module:
@@ -93,7 +98,7 @@ class DenseSide:
         engine.train()
         leaf = values.detach().requires_grad_()
         size = batch.size // accumulation
-        loss_scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+        loss_scale = self.loss_scale() or 1.0
         logits, losses = [], []
         for micro in range(accumulation):
             if micro:
@@ -151,14 +156,9 @@ class DenseSide:
         """Bytes that this rank holds now, by part (dense/memory.py)."""
         return dense_bytes(self.engine, messages)
 
-    def summary_writer(self, wrap: Callable[[Any], Any]) -> Any:
-        """The SummaryWriter that DeepSpeed opened on rank 0 inside `wrap`, through which DeepSpeed writes as well from
-        now on; None when deepspeed.tensorboard is off."""
-        opened = getattr(self.engine.monitor, "tb_monitor", None)
-        if opened is None or not opened.enabled or opened.summary_writer is None:
-            return None
-        opened.summary_writer = wrap(opened.summary_writer)
-        return opened.summary_writer
+    def loss_scale(self) -> float | None:
+        """What fp16 scales the loss by; None in other precisions."""
+        return float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else None
 
     # What a checkpoint keeps.
 
@@ -192,7 +192,7 @@ class DenseSide:
         """Give the optimizer exactly the states that a checkpoint has (`masters.allocate_states`)."""
         masters.allocate_states(self.engine, self._topology, states)
 
-    def loss_scale(self) -> dict[str, int | float] | None:
+    def loss_scaler_state(self) -> dict[str, int | float] | None:
         """The numbers of fp16's dynamic loss scale, under DeepSpeed's names; None: there is none."""
         return masters.loss_scale(self.engine)
 

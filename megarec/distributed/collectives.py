@@ -288,6 +288,17 @@ def from_rank_0(number: int, topology: Topology, device: torch.device) -> int:
     return int(shared)
 
 
+def gather_numbers(numbers: Sequence[float], topology: Topology, device: torch.device) -> list[list[float]]:
+    """The numbers of all ranks, by rank, on every rank; each rank has equally many. Collective."""
+    if topology.world is None:
+        return [list(numbers)]
+    mine = torch.tensor(numbers, dtype=torch.float32, device=device)
+    gathered = mine.new_empty(topology.world_size * len(numbers))
+    dist.all_gather_single(gathered, mine, group=topology.world)
+    rows: list[list[float]] = gathered.view(topology.world_size, -1).tolist()
+    return rows
+
+
 def gather_texts(text: str, topology: Topology, device: torch.device, most: int = 8) -> dict[int, str]:
     """The texts of all ranks that have one, by rank, on every rank; only the first `most` of them; collective."""
     letters = text.encode()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megarec.config.deepspeed import micro_batch_size, tensorboard_section, zero_stage
+from megarec.config.deepspeed import micro_batch_size, monitor_sections, zero_stage
 from megarec.config.models import OverArchConfig
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
@@ -80,7 +80,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     train = TrainLoader(stores["train"], schema, **loading)
     valid, test = (EvalLoader(stores[split], schema, **loading) for split in ("valid", "test"))
 
-    section = tensorboard_section(config.deepspeed, Path(config.train.output_dir))
+    section = monitor_sections(config.deepspeed, Path(config.train.output_dir))
     model = build_model(config.model_copy(update={"deepspeed": section}), schema, topology, device)
     config = config.model_copy(update={"model": model.sizes})  # from here on every size is explicit
     if device.type == "cpu" and config.train.threads is None:

@@ -18,6 +18,7 @@ class Quality:
         logloss: mean binary cross-entropy in nats.
         ne: normalized entropy, logloss over the entropy of the set's own positive rate (He et al. 2014); NaN likewise.
         calibration: sum of predicted probabilities over the number of positives; NaN without positives.
+        prediction_mean: of the predicted probabilities; NaN without predictions.
         examples: how many predictions.
     """
 
@@ -25,6 +26,7 @@ class Quality:
     logloss: float
     ne: float
     calibration: float
+    prediction_mean: float
     examples: int
 
 
@@ -33,18 +35,24 @@ def described(found: Quality) -> dict[str, float | None]:
     return {key: None if math.isnan(value) else value for key, value in asdict(found).items()}
 
 
+def in_words(found: Quality) -> str:
+    """As a log line shows it."""
+    return f"AUC {found.auc:.4f}  LogLoss {found.logloss:.4f}  NE {found.ne:.4f}  calibration {found.calibration:.3f}"
+
+
 def quality(logits: Tensor, labels: Tensor) -> Quality:
     """Metrics of logits [N] against labels [N] in {0, 1}, computed in float64."""
     examples = labels.numel()
     if examples == 0:
-        return Quality(math.nan, math.nan, math.nan, math.nan, 0)
+        return Quality(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
     logits, labels = logits.double(), labels.double()
     positives = float(labels.sum())
     logloss = float(binary_cross_entropy_with_logits(logits, labels))
-    calibration = float(logits.sigmoid().sum()) / positives if positives else math.nan
+    predicted = float(logits.sigmoid().sum())
+    calibration, mean = predicted / positives if positives else math.nan, predicted / examples
     rate = positives / examples
     if not 0 < rate < 1:
-        return Quality(math.nan, logloss, math.nan, calibration, examples)
+        return Quality(math.nan, logloss, math.nan, calibration, mean, examples)
     entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
     from torchmetrics.functional.classification import binary_auroc  # seconds to load, on the rank that needs it
 
@@ -52,7 +60,7 @@ def quality(logits: Tensor, labels: Tensor) -> Quality:
     # values outside [0, 1] through a sigmoid, so hand it ranks in [0, 1] instead: the AUC depends on order alone.
     _, order = torch.unique(logits, return_inverse=True)
     auc = float(binary_auroc(order.double() / max(1, int(order.max())), labels.long()))
-    return Quality(auc, logloss, logloss / entropy, calibration, examples)
+    return Quality(auc, logloss, logloss / entropy, calibration, mean, examples)
 
 
 @dataclass
@@ -89,8 +97,8 @@ class Predictions:
         if everyone is not None:
             found.copy_(torch.tensor(astuple(_quality_of(everyone)), dtype=torch.float64))
         dist.broadcast(found, group=world, group_src=0)
-        auc, logloss, ne, calibration, examples = found.tolist()
-        return Quality(auc, logloss, ne, calibration, int(examples))
+        auc, logloss, ne, calibration, mean, examples = found.tolist()
+        return Quality(auc, logloss, ne, calibration, mean, int(examples))
 
 
 def _quality_of(ranks: list[Tensor]) -> Quality:

@@ -194,8 +194,8 @@ def _probe(trial: Trial, folder: Path, slot: Slot) -> dict[str, float]:
         code = process.wait()
     if code:
         raise UserError(
-            f"{trial.model}: {PROBE_STEPS} steps, to see its pace, failed with exit code {code}: {folder / 'log.txt'}; "
-            "fix it, take it out of the study, or state a pace (--gflop-per-second)"
+            f"{trial.model}: {PROBE_STEPS} steps, to see its pace, failed with exit code {code}: "
+            f"{folder / 'output.txt'}; fix it, take it out of the study, or state a pace (--gflop-per-second)"
         )
     train: dict[str, float] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["train"]
     if not train["examples_per_second"]:

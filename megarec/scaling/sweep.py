@@ -16,7 +16,7 @@ from megarec.errors import STOPPED, UserError
 from megarec.launching.commands import TRAIN_SCRIPT
 from megarec.launching.hosts import OPTIONS, Host, accelerator, keep_alive, on_ssh_host
 from megarec.scaling.grid import Trial
-from megarec.scaling.results import Row, Rows, log_trial, row_of
+from megarec.scaling.results import Rows, row_of
 from megarec.scaling.trial_process import attended
 
 TRAIN = TRAIN_SCRIPT
@@ -90,7 +90,7 @@ def run_sweep(trials: list[Trial], rows: Rows, slots: list[Slot], say: Callable[
     policy stopped has lost; any other that failed keeps its model's other seeds waiting, for the same command again.
 
     Returns:
-        The names of trials that failed; `log.txt` in their directory says why.
+        The names of trials that failed; `output.txt` in their directory says why.
 
     Raises:
         UserError: no host can be reached any more.
@@ -180,13 +180,8 @@ def _collect(trials: list[Trial], rows: Rows) -> None:
     for trial in trials:
         folder = folder_of(rows.output, trial)
         if trial.name not in rows.of and (metrics := _metrics(folder)):
-            _keep(trial, row_of(trial, metrics, None, None), rows)
+            rows.add(trial, row_of(trial, metrics, None, None))
     rows.write_table()
-
-
-def _keep(trial: Trial, row: Row, rows: Rows) -> None:
-    log_trial(folder_of(rows.output, trial) / "tensorboard", trial, row)
-    rows.add(trial, row)
 
 
 def start_on(slot: Slot, trial: Trial, folder: Path, command: list[str]) -> "subprocess.Popen[bytes]":
@@ -211,10 +206,10 @@ def _finish(
     metrics = _metrics(folder) if code == 0 else None
     if metrics is None:
         failed[trial.name] = code
-        say(f"FAILED {trial.name}: exit code {code}; {folder / 'log.txt'}")
+        say(f"FAILED {trial.name}: exit code {code}; {folder / 'output.txt'}")
         return
     row = row_of(trial, metrics, time.time() - run.started, slot.host or HERE)
-    _keep(trial, row, rows)
+    rows.add(trial, row)
     say(
         f"{len(rows.of)} done  {trial.model} seed {trial.seed} rate {trial.rate}: "
         f"valid LogLoss {row['valid_logloss']:.4f}, test LogLoss {row['logloss']:.4f}, {row['seconds']:.0f} s"

@@ -27,7 +27,7 @@ def attended(folder: Path, environment: dict[str, str], command: list[str]) -> l
     """The command that runs another one, attended, in this working directory.
 
     Args:
-        folder: for its `lock` and its output, `log.txt`.
+        folder: for its `lock` and its output, `output.txt`.
         environment: variables to set.
     """
     variables = [f"{key}={value}" for key, value in environment.items()]
@@ -42,7 +42,7 @@ def main() -> int:
     os.chdir(directory)
     Path(folder).mkdir(parents=True, exist_ok=True)
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
-    with (Path(folder) / "lock").open("a") as lock, (Path(folder) / "log.txt").open("a") as log:
+    with (Path(folder) / "lock").open("a") as lock, (Path(folder) / "output.txt").open("a") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)
         child = subprocess.Popen(
             rest[split + 1 :],

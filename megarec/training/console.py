@@ -1,116 +1,116 @@
-"""What a run shows: lines on the console, a progress bar on a terminal, TensorBoard. Only rank 0 speaks."""
+"""Log lines of a run, on the console and in log.txt, and its progress bar.
 
-import json
+Every module logs to its own `logging.getLogger(__name__)`; the handlers are here. Rank 0 speaks for all: the others
+show errors alone.
+"""
+
+import logging
 import sys
-from collections.abc import Iterable
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
 
+from rich.console import Console as RichConsole
+from rich.highlighter import NullHighlighter
+from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-LAYOUT = {
-    "Quality": {
-        "LogLoss": ["Multiline", ["train/loss", "valid/logloss"]],
-        "Normalized entropy": ["Multiline", ["train/ne", "valid/ne"]],
-        "AUC": ["Multiline", ["train/auc", "valid/auc"]],
-        "Calibration": ["Multiline", ["train/calibration", "valid/calibration"]],
-    },
-    "Optimization": {
-        "Learning rates": ["Multiline", ["optim/dense_learning_rate", "optim/table_learning_rate"]],
-        "Dense gradient norm": ["Multiline", ["optim/gradient_norm"]],
-        "Skipped steps": ["Multiline", ["optim/skipped_steps"]],
-    },
-    "Speed": {
-        "Examples per second": ["Multiline", ["speed/examples_per_second"]],
-        "TFLOP/s": ["Multiline", ["speed/tflops"]],
-        "MFU": ["Multiline", ["speed/mfu"]],
-        "Milliseconds by part": ["Multiline", [r"time_ms/.*"]],
-    },
-    "Memory and traffic": {
-        "Bytes of memory": ["Multiline", [r"memory/.*"]],
-        "Bytes sent per step": ["Multiline", [r"bytes_per_step/.*"]],
-        "Rows of tables used": ["Multiline", [r"rows_used/.*"]],
-    },
-}
+from megarec.errors import UserError
+
+LOG_FILE = "log.txt"
+_NEVER = logging.CRITICAL + 1
+_TIME = "%Y-%m-%d %H:%M:%S"
+_PACKAGE = logging.getLogger("megarec")
+_log = logging.getLogger(__name__)
 
 
-class SafeSummaryWriter:
-    """A SummaryWriter whose failing disk ends TensorBoard, loudly, and not the run.
+class _LogFile(logging.FileHandler):
+    """A log file whose failing disk ends it, with a warning, and not the run."""
 
-    Its thread dies at the first write that fails, and from then on every call raises, also when there is room again.
-    """
-
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def add_scalar(self, *args: Any, **options: Any) -> None:
-        self._write("add_scalar", *args, **options)
-
-    def add_text(self, *args: Any) -> None:
-        self._write("add_text", *args)
-
-    def add_custom_scalars(self, *args: Any) -> None:
-        self._write("add_custom_scalars", *args)
-
-    def flush(self) -> None:
-        self._write("flush")
-
-    def _write(self, what: str, *args: Any, **options: Any) -> None:
-        if self._writer is None:
-            return
-        try:
-            getattr(self._writer, what)(*args, **options)
-        except OSError as error:
-            self._writer = None
-            print(f"WARNING: TENSORBOARD ENDS HERE, THE RUN GOES ON: {error.strerror or error}", file=sys.stderr)
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        self.setLevel(_NEVER)
+        if self.stream is not None:
+            with suppress(OSError):  # what it still holds cannot be written either
+                self.stream.close()
+            self.stream = None
+        _log.warning("%s ENDS HERE, THE RUN GOES ON: %s", self.baseFilename, getattr(error, "strerror", None) or error)
 
 
 class Console:
-    """Console and TensorBoard of rank 0; on the other ranks every method does nothing.
+    """The log and the progress bar of a run, for a `with` block; what ends the block early is log.txt's last line.
 
     Args:
-        writer: DeepSpeed's own SummaryWriter (deepspeed.tensorboard) as a `Board`, or None.
+        output: the directory of log.txt, made if it is missing; lines are appended. Rank 0 alone touches it.
+        total_steps: of the progress bar, which only a terminal shows.
+
+    Raises:
+        UserError: log.txt cannot be written.
     """
 
-    def __init__(self, rank: int, writer: SafeSummaryWriter | None, total_steps: int) -> None:
-        self.rank = rank
-        self.writer = writer if rank == 0 else None
-        self.progress = None
-        if rank == 0 and sys.stdout.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.progress = Progress(*columns)
-            self.task = self.progress.add_task("training", total=total_steps)
-            self.progress.start()
-
-    def say(self, text: str) -> None:
-        if self.rank != 0:
-            return
-        if self.progress:
-            self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+    def __init__(self, rank: int, output: Path, total_steps: int, stream: TextIO | None = None) -> None:
+        self._progress: Progress | None = None
+        self._handlers: list[logging.Handler] = []
+        stream = stream or sys.stdout
+        line = logging.Formatter(f"[%(asctime)s] [%(levelname)s] [rank {rank}] %(message)s", _TIME)
+        shown: logging.Handler = logging.StreamHandler(stream)
+        shown.setFormatter(line)
+        if rank == 0:
+            file = _open_log(output / LOG_FILE)
+            file.setFormatter(line)
+            self._handlers.append(file)
+            if stream.isatty():
+                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                self._progress = Progress(*columns, console=RichConsole(file=stream))
+                self._task = self._progress.add_task("training", total=total_steps)
+                shown = RichHandler(
+                    console=self._progress.console,
+                    show_path=False,
+                    omit_repeated_times=False,
+                    log_time_format=f"[{_TIME}]",
+                    highlighter=NullHighlighter(),
+                )
+                shown.setFormatter(logging.Formatter("[rank 0] %(message)s"))
         else:
-            print(text, flush=True)
+            shown.setLevel(logging.ERROR)
+        self._handlers.append(shown)
 
-    def step(self, step: int, description: str | None = None) -> None:
-        if self.progress:
-            self.progress.update(self.task, completed=step, description=description)
+    def __enter__(self) -> Self:
+        for handler in self._handlers:
+            _PACKAGE.addHandler(handler)
+        self._before = _PACKAGE.level, _PACKAGE.propagate
+        _PACKAGE.setLevel(logging.INFO)
+        _PACKAGE.propagate = False  # a handler of the root logger would show every line again
+        if self._progress:
+            self._progress.start()
+        return self
 
-    def scalars(self, step: int, values: dict[str, float | None]) -> None:
-        if self.writer is not None:
-            for tag, value in values.items():
-                if value is not None:
-                    self.writer.add_scalar(tag, value, step)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._progress:
+            self._progress.stop()
+        for handler in self._handlers:
+            # The console has it from whoever catches it.
+            if error is not None and isinstance(handler, _LogFile) and handler.level < _NEVER:
+                text = str(error) or type(error).__name__
+                handler.handle(logging.LogRecord(_log.name, logging.ERROR, __file__, 0, text, None, None))
+            _PACKAGE.removeHandler(handler)
+            handler.close()
+        level, _PACKAGE.propagate = self._before
+        _PACKAGE.setLevel(level)
 
-    def start(self, config: dict[str, Any], lines: Iterable[str]) -> None:
-        """The resolved config and the choices made, as text, and the custom layout."""
-        lines = list(lines)
-        for line in lines:
-            self.say(line)
-        if self.writer is not None:
-            self.writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```", 0)
-            self.writer.add_text("choices", "\n\n".join(lines), 0)
-            self.writer.add_custom_scalars(LAYOUT)
+    def progress(self, step: int, description: str | None = None) -> None:
+        """Move the bar to a step."""
+        if self._progress:
+            self._progress.update(self._task, completed=step, description=description)
 
-    def close(self) -> None:
-        if self.progress:
-            self.progress.stop()
-        if self.writer is not None:
-            self.writer.flush()
+
+def _open_log(path: Path) -> _LogFile:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"train.output_dir={str(path.parent)!r}: {path.name} cannot be written there ({error.strerror}); "
+            "expected a directory that this user may write"
+        ) from None

@@ -70,13 +70,13 @@ class IdPrefetcher:
         if self._orders is not None:
             self._orders.put(None)
 
-    def steps(self, batches: Iterator[Batch], clock: StepTimer) -> Iterator[tuple[BatchFuture, Callable[[], None]]]:
+    def steps(self, batches: Iterator[Batch], timer: StepTimer) -> Iterator[tuple[BatchFuture, Callable[[], None]]]:
         """For each batch: it on its way, and a function that starts the next one (else it starts when asked for)."""
         upcoming: list[BatchFuture] = []
 
         def start_next() -> None:
             if not upcoming:
-                with clock.part("data"):
+                with timer.part("data"):
                     found = _first(batches)
                 upcoming.extend(self.start(batch) for batch in found)
 

@@ -1,6 +1,7 @@
 """Where the time of a step goes.
 
 StepTimer              milliseconds by part: data, exchange, dense, optimizer
+time_forward           the forward passes of a module as a part of their own
 measure_gemm_tflops    the GEMM peak of a rank where it runs: the reference of the MFU
 tracing                a timeline of some steps, for TensorBoard's profiler page and ui.perfetto.dev
 """
@@ -8,10 +9,11 @@ tracing                a timeline of some steps, for TensorBoard's profiler page
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
@@ -82,6 +84,19 @@ class StepTimer:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
         return time.perf_counter()
+
+
+def time_forward(module: nn.Module, timer: StepTimer) -> None:
+    """Add up the module's forward passes in training as the part "forward": of the dense part, what a rank computes
+    before it meets the others (ZeRO 0 to 2, no tensor parallelism)."""
+    running = ExitStack()
+
+    def begin(module: nn.Module, _: object) -> None:
+        if module.training:
+            running.enter_context(timer.part("forward"))
+
+    module.register_forward_pre_hook(begin)
+    module.register_forward_hook(lambda *_: running.close())
 
 
 @contextmanager

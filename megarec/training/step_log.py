@@ -1,46 +1,58 @@
 """What a run says of its steps: lines, TensorBoard, and the "train" part of metrics.json."""
 
+import logging
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
+import torch
+
+from megarec.distributed.collectives import gather_numbers
 from megarec.run.build import Run
-from megarec.run.metrics import Predictions, described
+from megarec.run.metrics import Predictions, Quality, described
 from megarec.run.state import TrainState
+from megarec.training.charts import layout
 from megarec.training.console import Console
-from megarec.training.profiling import StepTimer, measure_gemm_tflops
+from megarec.training.profiling import StepTimer, measure_gemm_tflops, time_forward
 from megarec.training.step import StepResult
+
+MIB = 2**20
+_log = logging.getLogger(__name__)
 
 
 class StepLog:
     """Adds up steps between log lines.
 
     Args:
-        position: of the run.
+        state: of the run.
         window: predictions that the log has not shown yet.
         started: time.time() of the process start.
     """
 
-    def __init__(self, run: Run, monitor: Console, position: TrainState, window: Predictions, started: float) -> None:
-        self.run, self.monitor, self.position, self.window = run, monitor, position, window
+    def __init__(self, run: Run, console: Console, state: TrainState, window: Predictions, started: float) -> None:
+        self.run, self.console, self.state, self.window = run, console, state, window
         self.started = started
-        self.clock = StepTimer(run.device)
+        self.timer = StepTimer(run.device)
+        time_forward(run.dense.module, self.timer)
         self.activations: dict[str, int] = {}
         self.first_step_seconds: float | None = None
         self._window_start = time.perf_counter()
         self._window_steps = 0
         self._train_seconds = 0.0
         self._trained_steps = 0
+        self._laid_out = False
         peak = run.config.train.peak_tflops or measure_gemm_tflops(run.dense.dtype, run.device)
         self._peak = peak * run.topology.world_size
 
     def first_step_done(self) -> None:
         self.first_step_seconds = time.time() - self.started
-        self.monitor.say(f"first step {self.first_step_seconds:.1f} s after the start")
+        _log.info("first step %.1f s after the start", self.first_step_seconds)
 
     def step_done(self) -> None:
         self._window_steps += 1
-        self.monitor.step(self.position.step)
+        self.console.progress(self.state.step)
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
@@ -51,9 +63,13 @@ class StepLog:
 
     def skips(self) -> dict[str, float | None]:
         """TensorBoard's counts of steps that were not applied."""
-        position = self.position
-        by_cause = {f"optim/skipped_steps/{cause}": float(count) for cause, count in position.skipped.items()}
-        return {"optim/skipped_steps": position.skipped_steps, "optim/rollbacks": position.rollbacks, **by_cause}
+        state = self.state
+        by_cause = {f"train/skipped_steps/{cause}": float(count) for cause, count in state.skipped.items()}
+        return {"train/skipped_steps": state.skipped_steps, "train/rollbacks": state.rollbacks, **by_cause}
+
+    def points(self, split: str, found: Quality) -> dict[str, float | None]:
+        """TensorBoard's points of a split's quality."""
+        return {f"{split}/{name}": value for name, value in described(found).items() if name != "examples"}
 
     def log(self, result: StepResult, factor: float) -> None:
         """A line and TensorBoard's points; collective.
@@ -62,52 +78,69 @@ class StepLog:
             result: of the last step.
             factor: of the learning rates.
         """
-        run, position = self.run, self.position
+        run, state = self.run, self.state
         seen = self.window.gather(run.topology.world)
         seconds = time.perf_counter() - self._window_start
         rate = self._window_steps * run.config.data.batch_size / seconds  # `seen` has more right after a resume
         self._train_seconds += seconds
         self._trained_steps += self._window_steps
         tflops = rate * run.cost.flop / 1e12
-        epoch = position.step / run.train.steps_per_epoch
-        self.monitor.say(
-            f"step {position.step}/{run.schedule.total_steps}  epoch {epoch:.2f}  loss {seen.logloss:.4f}  "
+        epoch = state.step / run.train.steps_per_epoch
+        _log.info(
+            f"step {state.step}/{run.schedule.total_steps}  epoch {epoch:.2f}  loss {seen.logloss:.4f}  "
             f"NE {seen.ne:.4f}  AUC {seen.auc:.4f}  {rate:,.0f} examples/s"
         )
-        self.monitor.step(position.step, f"{rate:,.0f} examples/s  loss {seen.logloss:.4f}  NE {seen.ne:.4f}")
-        held = run.dense.memory_bytes()
-        steps = max(1, self._window_steps)
-        sent = {f"bytes_per_step/{group}": total / steps for group, total in run.ledger.take().items()}
-        quality = described(seen)
-        self.monitor.scalars(
-            position.step,
-            {
-                "train/loss": quality["logloss"],
-                "train/ne": quality["ne"],
-                "train/auc": quality["auc"],
-                "train/calibration": quality["calibration"],
-                "optim/dense_learning_rate": factor * run.dense.learning_rate,
-                "optim/table_learning_rate": factor * run.config.embedding.learning_rate,
-                "optim/gradient_norm": result.gradient_norm,
-                **self.skips(),
-                "speed/examples_per_second": rate,
-                "speed/gflop_per_example": run.cost.flop / 1e9,
-                "speed/tflops": tflops,
-                "speed/mfu": tflops / self._peak,
-                **{f"time_ms/{part}": value for part, value in self.clock.milliseconds().items()},
-                "memory/tables": run.sparse.memory_bytes(),
-                "memory/dense": held["parameters"] + held["optimizer"],
-                "memory/activations": self.activations.get("bytes"),
-                **sent,
-                **{f"rows_used/{table}": share for table, share in run.sparse.row_usage().items()},
-            },
-        )
+        self.console.progress(state.step, f"{rate:,.0f} examples/s  loss {seen.logloss:.4f}  NE {seen.ne:.4f}")
+        values = {
+            **self.points("train", seen),
+            "train/dense_learning_rate": factor * run.dense.learning_rate,
+            "train/table_learning_rate": factor * run.config.embedding.learning_rate,
+            "train/gradient_norm": result.gradient_norm,
+            "train/loss_scale": run.dense.loss_scale(),
+            **self.skips(),
+            "workload/examples_per_second": rate,
+            "workload/tflops": tflops,
+            "workload/mfu": tflops / self._peak,
+            **self._of_all_ranks(self.timer.milliseconds()),
+        }
+        if not self._laid_out:
+            run.dense.monitor.layout(layout([tag for tag, value in values.items() if value is not None]))
+            self._laid_out = True
+        run.dense.monitor.scalars(state.step, values)
         self._window_steps = 0
         self._window_start = time.perf_counter()
 
+    def _of_all_ranks(self, parts: dict[str, float]) -> dict[str, float | None]:
+        """Times, memory, traffic and use of the tables: rank 0's, and how the ranks compare; collective."""
+        run = self.run
+        usage = list(run.sparse.row_usage().values())
+        busy = parts.get("data", 0.0) + parts.get("forward", 0.0)
+        process = psutil.Process().memory_info().rss / MIB
+        device = torch.cuda.max_memory_allocated(run.device) / MIB if run.device.type == "cuda" else 0.0
+        mine = [busy, process, device, sum(usage), len(usage), min(usage, default=1.0)]
+        ranks = gather_numbers(mine, run.topology, run.device)
+        all_busy, processes, devices, used, tables, least = zip(*ranks, strict=True)
+        held, steps = run.dense.memory_bytes(), max(1, self._window_steps)
+        activations = self.activations.get("bytes")
+        run.dense.monitor.histogram(self.state.step, "workload/rows_used/tables_of_rank_0", usage)
+        return {
+            **{f"workload/time_ms/{part}": value for part, value in parts.items()},
+            "workload/slowest_rank": float(all_busy.index(max(all_busy))),
+            "workload/slowest_rank_ms": max(all_busy),
+            "workload/median_rank_ms": statistics.median(all_busy),
+            "workload/memory_mib/tables": run.sparse.memory_bytes() / MIB,
+            "workload/memory_mib/dense": (held["parameters"] + held["optimizer"]) / MIB,
+            "workload/memory_mib/activations": None if activations is None else activations / MIB,
+            "workload/memory_mib/process": max(processes),
+            "workload/memory_mib/device": max(devices) or None,
+            **{f"workload/traffic_mib_per_step/{group}": n / steps / MIB for group, n in run.ledger.take().items()},
+            "workload/rows_used/mean": sum(used) / sum(tables) if sum(tables) else None,
+            "workload/rows_used/least": min(least) if sum(tables) else None,
+        }
+
     def summary(self) -> dict[str, float | dict[str, int] | None]:
         """The "train" part of metrics.json: rates over the logged steps, validation and saving left out."""
-        flop, position = self.run.cost.flop, self.position
+        flop, state = self.run.cost.flop, self.state
         examples = self._trained_steps * self.run.config.data.batch_size
         rate = examples / self._train_seconds if self._train_seconds else None
         tflops = rate * flop / 1e12 if rate else None
@@ -117,9 +150,9 @@ class StepLog:
             "tflops": tflops,
             "mfu": tflops / self._peak if tflops else None,
             "peak_tflops": self._peak,
-            "steps": position.step,
-            "skipped_steps": position.skipped_steps,
-            "skipped_by_cause": position.skipped,
-            "rollbacks": position.rollbacks,
+            "steps": state.step,
+            "skipped_steps": state.skipped_steps,
+            "skipped_by_cause": state.skipped,
+            "rollbacks": state.rollbacks,
             "first_step_seconds": self.first_step_seconds,
         }

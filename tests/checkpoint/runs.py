@@ -15,6 +15,7 @@ from megarec.run.build import Run, build_run
 from megarec.run.state import TrainState
 from megarec.training.profiling import StepTimer
 from megarec.training.step import predict, train_step
+from tests.logged import logged_lines
 
 MODEL = {"layers": 1, "num_fm": 2, "num_lcb": 2, "rank": 4, "mlp": [16], "dim": 8, "head": [8], "dropout": 0.1}
 TOWERS = [["single_0", "single_2", "multi_0"], ["single_1", "single_3", "multi_1"]]
@@ -46,9 +47,9 @@ def build(path: Path, overrides: list[str]) -> Run:
     return build_run(config, start_process(config))
 
 
-def store(run: Run, said: list[str] | None = None) -> Checkpoints:
+def store(run: Run) -> Checkpoints:
     directory = Path(run.config.train.output_dir) / "checkpoints"
-    return Checkpoints(directory, run, (said if said is not None else []).append, fresh=False)
+    return Checkpoints(directory, run, fresh=False)
 
 
 def train_steps(run: Run, start: int, stop: int) -> list[float]:
@@ -81,8 +82,8 @@ def leg(
     path: Path, overrides: list[str], start: int, stop: int, *, load: bool, save: bool, logits: bool = False
 ) -> Leg:
     """Build a run, load the checkpoint of step `start`, train to `stop`, save."""
-    run, said = build(path, overrides), list[str]()
-    checkpoints = store(run, said)
+    run, said = build(path, overrides), logged_lines()
+    checkpoints = store(run)
     if load:
         position = checkpoints.load(start)
         assert position.step == start

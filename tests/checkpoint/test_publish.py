@@ -41,9 +41,9 @@ def part(plan: Plan, rank: int = 0, value: float = 1.0) -> SaveFailed | None:
     return None
 
 
-def save(checkpoints: Path, step: int, value: float = 1.0, token: str = "t") -> str | None:
+def save(checkpoints: Path, step: int, value: float = 1.0, token: str = "t") -> None:
     plan = plan_of(checkpoints, step, token)
-    return publish(plan, part(plan, value=value))
+    publish(plan, part(plan, value=value))
 
 
 def value_of(checkpoint: Path) -> float:
@@ -191,7 +191,11 @@ def test_after_a_failure_only_ranks_at_work_are_waited_for(tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_removed_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_removed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "megarec")
+
     def busy(path: Path, ignore_errors: bool = False) -> None:
         if not ignore_errors:
             raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
@@ -199,11 +203,17 @@ def test_what_cannot_be_removed_is_a_warning(tmp_path: Path, monkeypatch: pytest
     save(tmp_path, 1)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", busy)
-        line = save(tmp_path, 2)
-        assert line is not None and line.startswith("WARNING: ") and "Directory not empty" in line
+        save(tmp_path, 2)
+        (warning,) = caplog.records
+        assert warning.levelname == "WARNING" and "Directory not empty" in warning.getMessage()
         assert published(tmp_path) == [name_of(2)] and pointed(tmp_path, "latest") == name_of(2)
-        (warning,) = clean(tmp_path)
-        assert warning.startswith(f"WARNING: {tmp_path / name_of(1)}.tmp-gone") and "Directory not empty" in warning
-    (removed,) = clean(tmp_path)
+        caplog.clear()
+        clean(tmp_path)
+        (warning,) = caplog.records
+        assert warning.levelname == "WARNING" and "Directory not empty" in warning.getMessage()
+        assert warning.getMessage().startswith(f"{tmp_path / name_of(1)}.tmp-gone")
+    caplog.clear()
+    clean(tmp_path)
+    (removed,) = caplog.messages
     assert removed.startswith("removed ")
     assert {path.name for path in tmp_path.iterdir()} == {name_of(2), "latest"}

@@ -21,9 +21,9 @@ from megarec.config.load import load_config
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
 from megarec.run.state import TrainState
-from megarec.training.console import Console
 from megarec.training.trainer import Trainer, train
 from tests.checkpoint.runs import MODEL, TOWER_MODULE, TOWERS, build, leg, store, train_steps, write_run
+from tests.logged import logged_lines
 
 Pools = Callable[[int], RankPool]
 
@@ -46,8 +46,8 @@ def test_background_and_foreground_write_the_same_bytes(rank_pool: Pools, data: 
 
 def full_on_rank_1(path: Path) -> tuple[list[str], list[str], list[float]]:
     """Save, save on a disk that is full for rank 1, train on, save again."""
-    run, said = build(path, []), list[str]()
-    checkpoints, write = store(run, said), publish.write_file
+    run, said = build(path, []), logged_lines()
+    checkpoints, write = store(run), publish.write_file
     train_steps(run, 0, 1)
     checkpoints.save(TrainState(step=1))
     checkpoints.wait()
@@ -97,8 +97,8 @@ def test_a_disk_that_is_truly_full(rank_pool: Pools, data: Path, tmp_path: Path)
 
 def no_directory(path: Path) -> tuple[list[str], float, list[float]]:
     """Save where no rank can make a directory, train on, save again where all can."""
-    run, said = build(path, []), list[str]()
-    checkpoints, mkdir = store(run, said), Path.mkdir
+    run, said = build(path, []), logged_lines()
+    checkpoints, mkdir = store(run), Path.mkdir
 
     def full(target: Path, *arguments: Any, **options: Any) -> None:
         if ".tmp-" in target.name:
@@ -158,16 +158,16 @@ class Ended(NamedTuple):
 
 def run_training(path: Path, overrides: list[str], resume: bool, interrupt: int | None = None) -> Ended:
     """A whole run, or one that is interrupted right after the save of a step."""
-    said, say, save = list[str](), Console.say, Trainer._save
+    said, save = logged_lines(), Trainer._save
 
-    def interrupting(loop: Trainer, best: bool) -> None:
-        save(loop, best)
-        if loop.position.step == interrupt:
-            loop.checkpoints.wait()
-            loop.ahead.drain()
+    def interrupting(trainer: Trainer, best: bool) -> None:
+        save(trainer, best)
+        if trainer.state.step == interrupt:
+            trainer.checkpoints.wait()
+            trainer.prefetcher.drain()
             raise Interrupted
 
-    Console.say, Trainer._save = (lambda monitor, text: said.append(text)), interrupting  # type: ignore[method-assign]
+    Trainer._save = interrupting  # type: ignore[method-assign]
     try:
         train(load_config(path, overrides), resume=resume, started=time.time())
     except UserError as error:
@@ -175,7 +175,7 @@ def run_training(path: Path, overrides: list[str], resume: bool, interrupt: int 
     except Interrupted:
         return Ended("interrupted", said)
     finally:
-        Console.say, Trainer._save = say, save  # type: ignore[method-assign]
+        Trainer._save = save  # type: ignore[method-assign]
     return Ended("", said)
 
 
@@ -227,7 +227,7 @@ def test_the_log_goes_on_in_the_middle_of_its_window(
     assert rank_pool(2).run(run_training, path, [], False, 10)[0].error == "interrupted"
     (tmp_path / "out/tensorboard").rename(tmp_path / "out/first")
     assert rank_pool(2).run(run_training, path, [], True)[0].error == ""
-    for tag in ("train/loss", "train/auc"):
+    for tag in ("train/logloss", "train/auc"):
         assert scalars(tmp_path, tag) == {step: scalars(finished, tag)[step] for step in (12, 16)}
 
 
@@ -334,7 +334,7 @@ def load_error(path: Path, overrides: list[str]) -> str:
 
 def tables_and_towers(path: Path, overrides: list[str]) -> dict[str, Any]:
     """After a load: did the tables change, and are the modules as they were?"""
-    run, said = build(path, overrides), list[str]()
+    run, said = build(path, overrides), logged_lines()
     assert run.sparse.modules is not None
 
     def copies(state: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -342,7 +342,7 @@ def tables_and_towers(path: Path, overrides: list[str]) -> dict[str, Any]:
 
     tables = copies({name: tensor for name, (_, tensor) in run.sparse.state().items() if name.endswith("weight")})
     modules = copies(run.sparse.modules.state_dict())
-    store(run, said).load(2)
+    store(run).load(2)
     after = {name: tensor for name, (_, tensor) in run.sparse.state().items()}
     same = [torch.equal(tensor, run.sparse.modules.state_dict()[name]) for name, tensor in modules.items()]
     changed = [not torch.equal(tensor, after[name]) for name, tensor in tables.items()]

@@ -89,7 +89,7 @@ def wait_for_step(job: "subprocess.Popen[str]", step: int) -> list[str]:
 def losses(output: Path) -> list[float]:
     events = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return [event.value for event in events.Scalars("train/loss")]
+    return [event.value for event in events.Scalars("train/logloss")]
 
 
 def train_here(directory: str, output: str) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def losses(output: Path) -> dict[int, float]:
     """By step, as logged last."""
     events = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return {event.step: event.value for event in events.Scalars("train/loss")}
+    return {event.step: event.value for event in events.Scalars("train/logloss")}
 
 
 def resume_here(directory: str, output: str) -> None:

@@ -32,13 +32,13 @@ TOOL = ROOT / "tools/scaling_law.py"
 FAKE = Path(__file__).with_name("fake_train.py")
 RATES = [{"dense.learning_rate": 0.01}, {"dense.learning_rate": 0.001}]
 QUALITY = ["model", "seed", "rate", "config_hash", "steps", "logloss", "auc", "valid_logloss", "chosen"]
-# The tool with another trainer, and without TensorBoard, whose import takes longer than these sweeps.
+# The tool with another trainer.
 FAKED = f"""
 import runpy, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from megarec.scaling import sweep
-sweep.TRAIN, sweep._POLL_SECONDS, sweep.log_trial = Path({str(FAKE)!r}), 0.02, lambda *_: None
+sweep.TRAIN, sweep._POLL_SECONDS = Path({str(FAKE)!r}), 0.02
 sys.argv[0] = {str(TOOL)!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -60,7 +60,6 @@ def run_here(path: Path, output: Path, *options: str) -> None:
         patch.setattr(sys, "argv", argv)
         patch.setattr("megarec.scaling.sweep.TRAIN", FAKE)
         patch.setattr("megarec.scaling.sweep._POLL_SECONDS", 0.02)
-        patch.setattr("megarec.scaling.sweep.log_trial", lambda *_: None)
         runpy.run_path(str(TOOL), run_name="__main__")
 
 
@@ -184,8 +183,8 @@ def test_a_real_sweep_feeds_fit_plot_and_table(
     points = read_points(tmp_path / "out/runs.parquet")
     assert points.optimum == optimum and isinstance(study(points).laws["wukong"], NoLaw)
     tags = logged(tmp_path / "out/runs" / trial.name / "tensorboard")
-    assert {"train/loss", "valid/logloss", "sweep/logloss"} <= tags["scalars"]
-    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= tags["hparams"]
+    assert {"train/logloss", "valid/logloss", "test/logloss"} <= tags["scalars"]
+    assert {"_hparams_/session_start_info", "_hparams_/session_end_info"} <= tags["hparams"]
     for command in ("fit", "table"):
         argv = [str(TOOL), command, "--points", str(tmp_path / "out/runs.parquet")]
         monkeypatch.setattr(sys, "argv", argv)

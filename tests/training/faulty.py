@@ -19,7 +19,6 @@ from megarec.run.build import Run
 from megarec.run.state import TrainState
 from megarec.signals import Interruption
 from megarec.sparse.layout import build_layout
-from megarec.training.console import Console
 from megarec.training.faults.policy import FaultPolicy
 from megarec.training.faults.step_check import StepCheck
 from megarec.training.profiling import StepTimer
@@ -140,7 +139,7 @@ def step_of(run: Run, judge: StepCheck, batch: Batch) -> str | None:
 def judged(run: Run) -> StepCheck:
     position = TrainState()
     policy = FaultPolicy(run.config.train.faults, position)
-    return StepCheck(run, Console(1, None, 1), policy, position, Interruption())
+    return StepCheck(run, policy, position, Interruption())
 
 
 def plant_all(path: Path, overrides: list[str], kinds: list[str]) -> tuple[dict[str, Seen], list[str]]:

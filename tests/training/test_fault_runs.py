@@ -24,9 +24,9 @@ from megarec.distributed.rank_pool import RankPool
 from megarec.errors import DONE, PREEMPTED, STOPPED, RunEnded
 from megarec.run.build import Run
 from megarec.training import trainer
-from megarec.training.console import Console
 from megarec.training.faults.replicas import differing_ranks, hash_of
 from tests.checkpoint.runs import TOWER_MODULE, TOWERS, write_run
+from tests.logged import logged_lines
 
 STEPS = 16
 
@@ -67,9 +67,8 @@ class End:
 
 
 def run_it(path: Path, overrides: list[str], plan: Plan, resume: bool = False) -> End:
-    said: list[str] = []
+    said = logged_lines()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Console, "say", lambda monitor, text: said.append(text))
         _plant(patch, plan)
         try:
             trainer.train(load_config(path, overrides), resume=resume, started=time.time())
@@ -103,7 +102,7 @@ def _plant(patch: pytest.MonkeyPatch, plan: Plan) -> None:
         return evaluate(run, loader)
 
     def saving(loop: trainer.Trainer, best: bool) -> None:
-        if loop.position.step == plan.poison:
+        if loop.state.step == plan.poison:
             plan.poison = 0
             for name, (_, tensor) in loop.run.sparse.state().items():
                 if name == "single_1/weight":
@@ -187,9 +186,9 @@ def test_skipped_steps_are_counted_and_the_state_is_good(skipping: Path) -> None
     summary = json.loads((skipping / "out/metrics.json").read_text())
     assert summary["train"]["skipped_steps"] == 2 and summary["train"]["skipped_by_cause"] == {"loss": 2}
     found = scalars(skipping)
-    assert [found["optim/skipped_steps"][step] for step in (5, 6, 7, 16)] == [0, 1, 2, 2]
-    assert found["optim/skipped_steps/loss"][16] == 2
-    assert set(range(1, STEPS + 1)) - set(found["train/loss"]) == {6, 7}
+    assert [found["train/skipped_steps"][step] for step in (5, 6, 7, 16)] == [0, 1, 2, 2]
+    assert found["train/skipped_steps/loss"][16] == 2
+    assert set(range(1, STEPS + 1)) - set(found["train/logloss"]) == {6, 7}
     assert summary["test"]["logloss"] < 1
 
 
@@ -199,7 +198,7 @@ def test_after_n_in_a_row_the_run_stops(run: Runner, data: Path, tmp_path: Path)
         assert end.code == STOPPED
         assert end.reason.startswith("stopped by the fault policy at step 10: 3 faulty steps in a row")
         assert "rank 1: loss is nan" in end.reason
-    assert scalars(tmp_path)["optim/skipped_steps"][10] == 4
+    assert scalars(tmp_path)["train/skipped_steps"][10] == 4
     summary = json.loads((tmp_path / "out/metrics.json").read_text())
     assert summary["train"]["skipped_by_cause"] == {"loss": 4} and summary["stopped"] == end.reason
     assert "test" not in summary, "nothing was tested"
@@ -212,7 +211,11 @@ def test_a_rollback_goes_on_without_the_faulty_batches(run: Runner, data: Path, 
     assert [end.code for end in ends] == [DONE, DONE]
     assert any("ROLLED BACK FROM STEP 7 TO step-000000004" in text for text in ends[0].said)
     mine, skipped = scalars(tmp_path), scalars(skipping)
-    for tag in ("train/loss", "optim/gradient_norm", "valid/logloss"):  # a good state had come back, and data with it
+    for tag in (
+        "train/logloss",
+        "train/gradient_norm",
+        "valid/logloss",
+    ):  # a good state had come back, and data with it
         assert mine[tag] == skipped[tag]
     summary = json.loads((tmp_path / "out/metrics.json").read_text())["train"]
     assert summary["rollbacks"] == 1 and summary["skipped_by_cause"] == {"left_out": 2}
@@ -247,7 +250,7 @@ def test_a_spike_is_skipped_or_stops(then: str, code: int, run: Runner, data: Pa
     ends = run(path, Plan(flipped=[12]))
     assert [end.code for end in ends] == [code, code]
     assert any("FAULTY STEP 13" in text and "a loss far above those before it" in text for text in ends[0].said)
-    assert scalars(tmp_path)["optim/skipped_steps/spike"][13] >= 1
+    assert scalars(tmp_path)["train/skipped_steps/spike"][13] >= 1
 
 
 def test_a_spike_rolls_back_and_its_batch_is_left_out(run: Runner, data: Path, tmp_path: Path) -> None:
@@ -275,7 +278,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(
         assert end.reason.startswith(f"pre-empted by SIGUSR1 at step {first}, saved at step {first}: resumable")
     assert [end.code for end in run(path, Plan(bad=[5, 6]), resume=True)] == [DONE, DONE]
     mine, whole = scalars(tmp_path), scalars(skipping)
-    for tag in ("train/loss", "optim/gradient_norm", "valid/logloss", "optim/skipped_steps"):
+    for tag in ("train/logloss", "train/gradient_norm", "valid/logloss", "train/skipped_steps"):
         assert mine[tag] == whole[tag]
 
 

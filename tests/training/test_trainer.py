@@ -1,6 +1,7 @@
 """Whole runs on two gloo ranks, on synthetic data."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_a_run_with_the_dial_states_the_sizes_it_derived(pool: RankPool, data: P
     assert resolved.model.layers > 2 and resolved.model.rank == 24 and len(resolved.model.mlp) == 3
     counted = count_run(resolved).cost.flop / 1e9
     assert metrics[0]["train"]["gflop_per_example"] == counted == pytest.approx(0.002, rel=0.15)
-    assert set(scalars(tmp_path)["train/loss"]) == {1, 2}
+    assert set(scalars(tmp_path)["train/logloss"]) == {1, 2}
 
 
 def test_a_run_learns_and_leaves_what_design_promises(pool: RankPool, data: Path, tmp_path: Path) -> None:
@@ -79,15 +80,39 @@ def test_a_run_learns_and_leaves_what_design_promises(pool: RankPool, data: Path
     assert json.loads((tmp_path / "out/config.json").read_text())["model"]["dim"] == 8
 
     found = scalars(tmp_path)
-    assert set(found["train/loss"]) == set(range(1, 33))
+    assert set(found["train/logloss"]) == set(range(1, 33))
     assert set(found["valid/auc"]) == {8, 16, 24, 32}
-    losses = [found["train/loss"][step] for step in range(1, 33)]
+    losses = [found["train/logloss"][step] for step in range(1, 33)]
     assert sum(losses[-8:]) < 0.97 * sum(losses[:8])
-    assert found["optim/gradient_norm"][5] > 0
-    assert found["bytes_per_step/world"][5] > 0
-    assert found["memory/activations"][5] > 0
-    assert {"speed/mfu", "time_ms/data", "time_ms/exchange", "time_ms/dense", "time_ms/optimizer"} <= set(found)
-    assert any(tag.startswith("rows_used/") for tag in found)
+    assert found["train/gradient_norm"][5] > 0
+    assert found["workload/traffic_mib_per_step/world"][5] > 0
+    assert found["workload/memory_mib/activations"][5] > 0
+    assert found["workload/memory_mib/process"][5] > 100  # torch alone takes more
+    assert {
+        "workload/mfu",
+        "workload/time_ms/data",
+        "workload/time_ms/exchange",
+        "workload/time_ms/dense",
+        "workload/time_ms/optimizer",
+    } <= set(found)
+    assert all(
+        0 < found["workload/time_ms/forward"][step] < found["workload/time_ms/dense"][step] for step in range(1, 33)
+    )
+    assert all(found["workload/slowest_rank"][step] in (0, 1) for step in range(1, 33))
+    assert all(
+        found["workload/median_rank_ms"][step] <= found["workload/slowest_rank_ms"][step] for step in range(1, 33)
+    )
+    assert 0 < found["workload/rows_used/least"][32] <= found["workload/rows_used/mean"][32] <= 1
+    assert found["test/auc"] == {32: pytest.approx(written["test"]["auc"])}
+    assert not [tag for tag in found if tag.startswith("Train/Samples")], "points on an axis of examples"
+    best = min(found["valid/logloss"], key=found["valid/logloss"].__getitem__)
+    assert written["step"] == best and written["valid"]["logloss"] == pytest.approx(found["valid/logloss"][best])
+
+    lines = (tmp_path / "out/log.txt").read_text().splitlines()
+    line = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] \[INFO\] \[rank 0\] "
+    assert all(re.match(line, text) for text in lines), lines
+    assert re.fullmatch(line + f"test  at step {best}, the best by logloss: AUC .* calibration .*", lines[-2])
+    assert re.fullmatch(line + re.escape(f"wrote {tmp_path / 'out/metrics.json'}"), lines[-1])
     leaked = {path.name for path in Path("/dev/shm").iterdir()} - before
     assert not {name for name in leaked if "deepspeed" in name}
 
@@ -105,8 +130,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     pool.run(train_on_a_rank, path, half, False)
     pool.run(train_on_a_rank, path, topology, True)
     expected, found = scalars(whole), scalars(halves)
-    assert len(expected["train/loss"]) == 16
-    for tag in ("train/loss", "optim/gradient_norm", "optim/dense_learning_rate"):
+    assert len(expected["train/logloss"]) == 16
+    for tag in ("train/logloss", "train/gradient_norm", "train/dense_learning_rate"):
         assert found[tag] == expected[tag]
     assert found["valid/logloss"][16] == expected["valid/logloss"][16]
 
@@ -136,7 +161,7 @@ def test_early_stopping_ends_the_run(pool: RankPool, data: Path, tmp_path: Path)
     overrides = ["dense.learning_rate=0.5", "schedule.plateau_patience=1"]
     metrics = pool.run(train_on_a_rank, path, overrides, False)
     assert metrics[0]["train"]["steps"] < 160
-    rates = scalars(tmp_path)["optim/dense_learning_rate"]
+    rates = scalars(tmp_path)["train/dense_learning_rate"]
     assert min(rates.values()) == pytest.approx(0.15)  # one drop by plateau_factor 0.3 before it stopped
 
 
@@ -148,7 +173,7 @@ def test_deepspeeds_own_optimizer_keeps_its_learning_rate(pool: RankPool, data: 
     run["deepspeed"]["optimizer"] = {"type": "AdamW", "params": {"lr": 0.02, "torch_adam": True}}
     path.write_text(json.dumps(run))
     pool.run(train_on_a_rank, path, [], False)
-    assert scalars(tmp_path)["optim/dense_learning_rate"] == {1: pytest.approx(0.02), 2: pytest.approx(0.01)}
+    assert scalars(tmp_path)["train/dense_learning_rate"] == {1: pytest.approx(0.02), 2: pytest.approx(0.01)}
 
 
 def error_on_a_rank(path: Path, overrides: list[str], resume: bool) -> str:

@@ -154,23 +154,24 @@ def probe_config(config: RunConfig, steps: int) -> RunConfig:
             "parallel": config.parallel.model_copy(update=one_rank),
             "tower_module": IdentityTowerConfig(),
             "train": config.train.model_copy(update={"epochs": 1, "max_steps": steps}),
-            "deepspeed": {key: value for key, value in config.deepspeed.items() if key not in NOT_OF_A_PROBE},
+            "deepspeed": {key: value for key, value in config.deepspeed.items() if key not in NOT_OF_A_PROBE}
+            | {"tensorboard": {"enabled": False}},
         }
     )
 
 
 def _train(run: Run, say: Callable[[str], None]) -> float:
     """As the trainer's loop steps; returns the loss of the last batch."""
-    clock = StepTimer(run.device)
+    timer = StepTimer(run.device)
     steps = run.schedule.total_steps
     loss = torch.tensor(float("nan"))
     for step, batch in enumerate(islice(run.train.batches(epoch=0), steps)):
         batch = batch.to(run.device)
-        clock.next_step(sampled=False)
+        timer.next_step(sampled=False)
         factor = run.schedule.factor(step)
         run.dense.scale_learning_rate(factor)
         run.sparse.scale_learning_rate(factor)
-        result = train_step(run.dense, run.sparse, batch, timer=clock)
+        result = train_step(run.dense, run.sparse, batch, timer=timer)
         if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
             loss = binary_cross_entropy_with_logits(result.logits.float(), batch.labels)
             say(f"probe: step {step + 1}/{steps}, loss {loss:.4f}")

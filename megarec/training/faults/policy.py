@@ -82,63 +82,65 @@ class FaultPolicy:
     """Counts faulty steps and looks out for spikes.
 
     Args:
-        position: of the run; what a resumed run must know is kept there.
+        state: of the run; what a resumed run must know is kept there.
 
     Attributes:
         in_a_row: faulty steps since the last one that was applied.
     """
 
-    def __init__(self, config: FaultsConfig, position: TrainState) -> None:
-        self._config, self._position = config, position
+    def __init__(self, config: FaultsConfig, state: TrainState) -> None:
+        self._config, self._state = config, state
         self.in_a_row = 0
         self._faulty: list[int] = []
         self._returned_to: int | None = None
 
     def spikes(self, loss: float) -> bool:
         """Whether a mean loss is far above those of the last applied steps."""
-        config, losses = self._config, self._position.losses
+        config, losses = self._config, self._state.losses
         if config.spike == "off" or len(losses) < config.spike_window:
             return False
         return loss > self.spike_bound()
 
     def spike_bound(self) -> float:
         """Median + K x max(median absolute deviation, 1 % of the median) of the last applied steps' losses."""
-        median = statistics.median(self._position.losses)
-        deviation = statistics.median(abs(loss - median) for loss in self._position.losses)
+        median = statistics.median(self._state.losses)
+        deviation = statistics.median(abs(loss - median) for loss in self._state.losses)
         return median + self._config.spike_deviations * max(deviation, 0.01 * median)
 
     def applied(self, loss: float) -> None:
         """A step was applied."""
         self.in_a_row = 0
         if self._config.spike != "off":
-            self._position.losses = [*self._position.losses, loss][-self._config.spike_window :]
+            self._state.losses = [*self._state.losses, loss][-self._config.spike_window :]
 
     def skipped(self, cause: str) -> Action:
-        """The step at the run's position was not applied; what now. Overflows of fp16 are no faults."""
+        """The step where the run stands was not applied; what now. Overflows of fp16 are no faults."""
         self.count(cause)
         if cause == "overflow":
             return "go on"
         self.in_a_row += 1
-        self._faulty.append(self._position.step)
-        wish: Action = "go on"
+        self._faulty.append(self._state.step)
+        action: Action = "go on"
         if cause == "spike" and self._config.spike in ("rollback", "stop"):
-            wish = "rollback" if self._config.spike == "rollback" else "stop"
+            action = "rollback" if self._config.spike == "rollback" else "stop"
         elif self.in_a_row >= self._config.max_in_a_row:
-            wish = self._config.then
-        return "stop" if wish == "rollback" and self._position.rollbacks >= self._config.max_rollbacks else wish
+            action = self._config.then
+        if action == "rollback" and self._state.rollbacks >= self._config.max_rollbacks:
+            return "stop"
+        return action
 
     def count(self, cause: str) -> None:
         """Count a step that was not applied."""
-        self._position.skipped_steps += 1
-        self._position.skipped[cause] = self._position.skipped.get(cause, 0) + 1
+        self._state.skipped_steps += 1
+        self._state.skipped[cause] = self._state.skipped.get(cause, 0) + 1
 
     def rolled_back(self, to: TrainState) -> None:
-        """Take over the position of a checkpoint, but for the batches that were faulty since, the present one included.
+        """Take over the state of a checkpoint, but for the batches that were faulty since, the present one included.
 
         A fault that comes again after a rollback to the same checkpoint does not come from its batch alone: then all
         batches since the checkpoint are left out.
         """
-        now = self._position
+        now = self._state
         again = self._returned_to == to.step
         left_out = range(to.step, now.step + 1) if again else (step for step in self._faulty if step >= to.step)
         to.left_out = sorted({*to.left_out, *now.left_out, *left_out})

@@ -8,6 +8,7 @@ tensor parallelism the ranks of a tensor group share what they compute: a fault 
 what was wrong and where.
 """
 
+import logging
 import math
 import statistics
 from collections.abc import Callable
@@ -20,10 +21,11 @@ from megarec.distributed.collectives import Channel, all_gather_rows, build_chan
 from megarec.run.build import Run
 from megarec.run.state import TrainState
 from megarec.signals import Interruption
-from megarec.training.console import Console
 from megarec.training.faults.policy import CAUSES, FaultPolicy, RankHealth, cause_of, faulty_ranks
 from megarec.training.faults.report import diagnose
 from megarec.training.step import StepTensors
+
+_log = logging.getLogger(__name__)
 
 
 class HealthGather:
@@ -82,10 +84,8 @@ class StepCheck:
         said: what the log has of the last faulty step.
     """
 
-    def __init__(
-        self, run: Run, monitor: Console, policy: FaultPolicy, position: TrainState, interruption: Interruption
-    ) -> None:
-        self._run, self._monitor, self._policy, self._position = run, monitor, policy, position
+    def __init__(self, run: Run, policy: FaultPolicy, state: TrainState, interruption: Interruption) -> None:
+        self._run, self._policy, self._state = run, policy, state
         world = build_channel(run.topology, "world", run.ledger)
         self._gather = HealthGather(run.dense.module, world, lambda: interruption.signum or 0)
         self.loss, self.signum, self.said = math.nan, 0, ""
@@ -118,4 +118,4 @@ class StepCheck:
         elif not found.keys() >= set(faulty):
             parts.append(f"all faulty ranks: {', '.join(map(str, faulty))}")
         self.said = f"{CAUSES[cause]}: {'; '.join(parts)}"
-        self._monitor.say(f"WARNING: FAULTY STEP {self._position.step + 1}, NOTHING WAS CHANGED: {self.said}")
+        _log.warning("FAULTY STEP %d, NOTHING WAS CHANGED: %s", self._state.step + 1, self.said)
