@@ -2,25 +2,35 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """By a rename: a reader finds all of it or what was there before, also after a power cut.
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into that becomes `path` by a rename when the block ends without an error.
 
-    A write that fails raises its OSError and leaves nothing behind.
+    A reader finds all of it or what was there before, also after a power cut. An error leaves nothing behind; an
+    OSError of the file itself is raised as it is.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
         sync_directory(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """`whole_file`, of bytes that are in memory."""
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -77,3 +77,4 @@ def test_the_metadata_agrees_with_the_pins_of_the_scripts() -> None:
     assert pins("requirements.txt") == {*project["dependencies"], *extras["cpu"]}
     assert pins("requirements-gpu.txt") == {*project["dependencies"], *extras["cuda"]}
     assert pins("requirements-dev.txt") == set(extras["dev"])
+    assert pins("requirements-docs.txt") == set(extras["docs"])

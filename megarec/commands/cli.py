@@ -38,6 +38,7 @@ COMMANDS = {
     "flops": Command("megarec.commands.flops", "count a run's parameters and training FLOPs per example"),
     "placement": Command("megarec.commands.placement", "show where a run's tables lie, and why"),
     "partition-towers": Command("megarec.commands.partition_towers", "assign the categorical features to towers"),
+    "evaluate": Command("megarec.commands.evaluate", "score a trained model on a prepared split"),
     "rehearse": Command("megarec.commands.rehearse", "rehearse one true rank of a larger job in one process"),
     "parity": Command("megarec.commands.parity", "compare loss curves under many topologies with one process"),
     "checkpoint": Command("megarec.commands.checkpoint", "inspect, verify, reshape and export checkpoints"),

@@ -5,6 +5,8 @@ logits = model.predict(batch)                # what the run's own evaluation com
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from megarec.checkpoint.format import FileEntry, checked_size, read_header
-from megarec.checkpoint.offline import MODEL_CONFIG, MODEL_FILE, MODEL_FORMAT
+from megarec.checkpoint.format import INDEX, FileEntry, checked_size, read_header, read_index
+from megarec.checkpoint.offline import MODEL_CONFIG, MODEL_FILE, MODEL_FORMAT, is_weight
+from megarec.checkpoint.reading import Reader, verify
 from megarec.checkpoint.sparse import TABLES, TOWERS
 from megarec.checkpoint.writing import verify_file
 from megarec.config.sections import RunConfig
@@ -29,6 +32,7 @@ from megarec.distributed.topology import ONE_RANK
 from megarec.errors import DamagedCheckpoint, UserError
 from megarec.models.initial import materialize
 from megarec.models.recommender import Recommender
+from megarec.slices import TensorSlice
 from megarec.sparse.layout import build_layout
 from megarec.sparse.side import SparseSide
 from megarec.sparse.towers.modules import TowerModules
@@ -61,10 +65,56 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Predicto
     Raises:
         UserError: a file is missing, damaged, or its tensors are not those of its config; nothing was allocated.
     """
-    directory, device = Path(path), torch.device(device)
+    directory = Path(path)
     config, schema, entry = _read_about(directory)
     file = checked_size(directory, MODEL_FILE, entry)
     verify_file(file, entry)
+    shapes = {name: tensor.shape for name, tensor in read_header(file).items()}
+    with safe_open(file, "pt") as tensors:
+        weights = _Weights(shapes, lambda name, into: into.copy_(tensors.get_tensor(name)), file, MODEL_CONFIG)
+        return _predictor(config, schema, weights, torch.device(device))
+
+
+def load_checkpoint(directory: Path, device: str | torch.device = "cpu") -> Predictor:
+    """Read the model out of a checkpoint, whatever topology wrote it; nothing is written.
+
+    Raises:
+        UserError: a file is missing, damaged, or its tensors are not those of its config; nothing was allocated.
+    """
+    index = read_index(directory)
+    try:
+        config, schema = RunConfig.model_validate(index.config), Schema.model_validate(index.data_schema)
+    except ValidationError as error:
+        raise _invalid(directory / INDEX, error) from error
+    verify(directory, index)
+    reader = Reader(directory, index)
+    shapes = {name: entry.shape for name, entry in index.tensors.items() if is_weight(name)}
+
+    def fill(name: str, into: Tensor) -> None:
+        reader.fill(TensorSlice(name, shapes[name], (0,) * into.dim(), into))
+
+    return _predictor(config, schema, _Weights(shapes, fill, directory, INDEX), torch.device(device))
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Where the weights of a model come from.
+
+    Attributes:
+        shapes: by name, as export and checkpoint call them.
+        fill: copies the weights of a name into a tensor of its shape.
+        path: what holds them, for messages.
+        about: the file that says which they should be, for messages.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    fill: Callable[[str, Tensor], object]
+    path: Path
+    about: str
+
+
+def _predictor(config: RunConfig, schema: Schema, weights: _Weights, device: torch.device) -> Predictor:
+    """Check that the weights are those of the model, then build and fill it."""
     layout = build_layout(schema, config.embedding, config.model.dim)
     towers = resolve_towers(config, layout)
     with torch.device("meta"):
@@ -73,7 +123,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Predicto
     expected = {DENSE + name: tuple(p.shape) for name, p in model.named_parameters()}
     expected |= {f"{TABLES}{table.name}/weight": (table.rows, table.columns) for table in layout.tables}
     expected |= _tower_shapes(towers)
-    _check(file, expected)
+    _check(weights, expected)
 
     module = config.tower_module
     sparse = SparseSide(
@@ -88,14 +138,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Predicto
     )
     materialize(model, device)
     model.to(computing_type(config.deepspeed)).eval()
-    with safe_open(file, "pt") as tensors, torch.no_grad():
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors.get_tensor(DENSE + name))
+            weights.fill(DENSE + name, parameter)
         for name, (_, tensor) in sparse.state().items():
             if name.endswith("/weight"):
-                tensor.copy_(tensors.get_tensor(TABLES + name))
+                weights.fill(TABLES + name, tensor)
         for name, parameter in sparse.modules.bank.named_parameters() if sparse.modules else ():
-            parameter.copy_(tensors.get_tensor(TOWERS + name))
+            weights.fill(TOWERS + name, parameter)
     return Predictor(config, schema, sparse, model)
 
 
@@ -110,10 +160,14 @@ def _read_about(directory: Path) -> tuple[RunConfig, Schema, FileEntry]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); tools/checkpoint.py export writes it") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise _invalid(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the config of an exported model ({' '.join(str(error).split())})") from error
+
+
+def _invalid(path: Path, error: ValidationError) -> UserError:
+    first = error.errors()[0]
+    return UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
 
 
 def _tower_shapes(towers: ResolvedTowers) -> dict[str, tuple[int, ...]]:
@@ -124,13 +178,13 @@ def _tower_shapes(towers: ResolvedTowers) -> dict[str, tuple[int, ...]]:
     return {TOWERS + name: tuple(parameter.shape) for name, parameter in bank.named_parameters()}
 
 
-def _check(file: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Before anything is allocated: the file has these tensors, and so at least their size."""
-    there = read_header(file)
+def _check(weights: _Weights, expected: dict[str, tuple[int, ...]]) -> None:
+    """Before anything is allocated: these tensors are there, and so at least their size."""
+    there, path = weights.shapes, weights.path
     for name, shape in expected.items():
-        if name not in there or there[name].shape != shape:
-            found = f"{list(there[name].shape)}" if name in there else "missing"
-            raise DamagedCheckpoint(f"{file}: {name} is {found}, {MODEL_CONFIG} says {list(shape)}")
+        if there.get(name) != shape:
+            found = f"{list(there[name])}" if name in there else "missing"
+            raise DamagedCheckpoint(f"{path}: {name} is {found}, {weights.about} says {list(shape)}")
     if unknown := sorted(set(there) - set(expected)):
-        raise DamagedCheckpoint(f"{file}: {unknown[0]} is there, but not in the model of {MODEL_CONFIG}")
-    assert sum(prod(tensor.shape) for tensor in there.values()) == sum(map(prod, expected.values()))
+        raise DamagedCheckpoint(f"{path}: {unknown[0]} is there, but not in the model of {weights.about}")
+    assert sum(map(prod, there.values())) == sum(map(prod, expected.values()))

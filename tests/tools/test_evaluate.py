@@ -1,0 +1,235 @@
+"""tools/evaluate.py: what a run said of its own test split, for a run, a checkpoint and an export; errors."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+
+from megarec.checkpoint.offline import export
+from megarec.commands import evaluate
+from megarec.config.load import load_config
+from megarec.data.sources.synthetic import Shape, prepare_synthetic
+from megarec.distributed.rank_pool import RankPool
+from megarec.training.trainer import train
+
+TOOL = Path(__file__).parents[2] / "tools/evaluate.py"
+TOWERS = [["single_0", "single_2", "multi_0"], ["single_1", "single_3", "multi_1"]]
+RUN = {
+    "model": {"layers": 1, "num_fm": 2, "num_lcb": 2, "rank": 4, "mlp": [16], "dim": 8, "head": [8], "dropout": 0.1},
+    "embedding": {"learning_rate": 0.1},
+    "dense": {"learning_rate": 0.01},
+    "parallel": {"exchange": "tower", "towers": TOWERS, "ranks_per_host": 1},
+    "tower_module": {"name": "wukong", "num_fm": 1, "num_lcb": 1, "rank": 4, "mlp": [8]},
+    "deepspeed": {"zero_optimization": {"stage": 2}},
+}
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("evaluate") / "data"
+    prepare_synthetic(Shape(examples=2_000, seed=2), path)  # 1,600 train, 200 valid, 200 test
+    return path
+
+
+def train_on_a_rank(path: Path) -> dict[str, Any]:
+    return train(load_config(path), resume=False, started=time.time())
+
+
+@pytest.fixture(scope="module")
+def run(rank_pool: Callable[[int], RankPool], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of two ranks on two hosts, with tower modules; its batches do not divide the splits."""
+    directory = tmp_path_factory.mktemp("run")
+    sections = {"data": {"path": str(data), "batch_size": 96}, "train": {"epochs": 3, "output_dir": f"{directory}/out"}}
+    (directory / "run.json").write_text(json.dumps(RUN | sections))
+    rank_pool(2).run(train_on_a_rank, directory / "run.json")
+    return directory / "out"
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Exit code, standard output and standard error of the command."""
+
+    def called(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+        code = 0
+        try:
+            evaluate.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    monkeypatch.setattr(evaluate.signal, "signal", lambda *_: None)
+    return called
+
+
+def copied_data(data: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The data set with another schema.json."""
+    shutil.copytree(data, target, ignore=shutil.ignore_patterns(".arrow"))
+    schema = json.loads((target / "schema.json").read_text())
+    change(schema)
+    (target / "schema.json").write_text(json.dumps(schema))
+    return target
+
+
+@pytest.mark.parametrize("split", ["test", "valid"])
+def test_a_run_scores_as_it_said_itself(call: Call, run: Path, data: Path, split: str) -> None:
+    code, out, err = call("--run", run, "--data", data, "--split", split, "--json")
+    assert code == 0, err
+    found, said = json.loads(out), json.loads((run / "metrics.json").read_text())[split]
+    assert set(found) == {"auc", "logloss", "ne", "calibration", "examples"}
+    assert found == pytest.approx(said, rel=0, abs=1e-6)
+
+
+def test_checkpoints_pointers_and_exports_are_the_same_model(call: Call, run: Path, data: Path, tmp_path: Path) -> None:
+    best = run / "checkpoints" / (run / "checkpoints/best").read_text().strip()
+    export(best, tmp_path / "exported")
+    expected = call("--run", run, "--data", data, "--json")[1]
+    for model in (best, run / "checkpoints", run / "checkpoints/best", tmp_path / "exported"):
+        assert call("--run", model, "--data", data, "--json")[1] == expected, model
+    shutil.copytree(run, tmp_path / "no best")
+    (tmp_path / "no best/checkpoints/best").unlink()
+    latest = (run / "checkpoints/latest").read_text().strip()
+    assert f"no best/checkpoints/{latest} on {data}" in call("--run", tmp_path / "no best", "--data", data)[1]
+
+
+def test_predictions_are_the_rows_of_the_split_in_order(
+    call: Call, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "ROWS_PER_GROUP", 150)
+    file = tmp_path / "predictions.parquet"
+    file.write_text("an earlier one")
+    found = json.loads(call("--run", run, "--data", data, "--json", "--predictions", file)[1])
+    table = pq.read_table(file)
+    assert table.column_names == ["label", "logit", "prediction"] and list(tmp_path.iterdir()) == [file]
+    assert pq.ParquetFile(file).metadata.num_row_groups == 2  # 96 + 96, and the last 8
+    labels, logits, predictions = (column.to_numpy() for column in table)
+    rows = [pq.read_table(shard, columns=["label"]) for shard in sorted((data / "test").glob("*.parquet"))]
+    assert labels.tolist() == [label for shard in rows for label in shard["label"].to_pylist()]
+    np.testing.assert_allclose(predictions, 1 / (1 + np.exp(-logits.astype(np.float64))), rtol=1e-12)
+    for scores in (logits, predictions):
+        assert found["auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
+    assert found["logloss"] == pytest.approx(log_loss(labels, predictions), abs=1e-9)
+
+
+def with_a_bad_row(data: Path, target: Path) -> Path:
+    other = copied_data(data, target, lambda schema: None)
+    table = pq.read_table(other / "test/000.parquet")
+    column = table.schema.get_field_index("single_0")
+    ids = [100, *table["single_0"].to_pylist()[1:]]
+    pq.write_table(table.set_column(column, table.schema.field(column), [ids]), other / "test/000.parquet")
+    return other
+
+
+def test_a_bad_row_is_an_error_or_is_left_out_as_the_run_does(
+    call: Call, run: Path, data: Path, tmp_path: Path
+) -> None:
+    other = with_a_bad_row(data, tmp_path / "data")
+    code, _, err = call("--run", run, "--data", other)
+    assert code == 2 and f"{other}/test/000.parquet: row 0 (from 0): single_0=100, expected an id in [0, 100)" in err
+    name = (run / "checkpoints/best").read_text().strip()
+    shutil.copytree(run / "checkpoints" / name, tmp_path / "copy")
+    index = json.loads((tmp_path / "copy/index.json").read_text())
+    index["config"]["data"]["bad_rows"] = "skip"
+    (tmp_path / "copy/index.json").write_text(json.dumps(index))
+    code, out, err = call("--run", tmp_path / "copy", "--data", other, "--json")
+    assert code == 0 and json.loads(out)["examples"] == 199
+    assert err == "data.bad_rows=skip: left out of test: {'single_0 is not an id in [0, 100)': 1}\n"
+
+
+def rename(schema: dict[str, Any]) -> None:
+    schema["categorical"][1]["name"] = "single_x"
+
+
+def more_rows(schema: dict[str, Any]) -> None:
+    for feature in schema["categorical"]:
+        feature["rows"] = 101
+
+
+def multi_valued(schema: dict[str, Any]) -> None:
+    schema["categorical"][2]["multi_valued"] = True
+
+
+def no_number(schema: dict[str, Any]) -> None:
+    schema["numeric"].remove("numeric_1")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (rename, "single_1 is missing (did you mean 'single_x'?), the model has it as a categorical feature"),
+        (more_rows, "single_0.rows=101, the model's table has 100 rows, so expected at most that many"),
+        (multi_valued, "single_2.multi_valued=true, the model was trained with false"),
+        (no_number, "numeric_1 is missing (did you mean 'numeric_2'?), the model has it as a numeric feature"),
+    ],
+)
+def test_data_that_do_not_fit_the_model_are_one_line(
+    call: Call, run: Path, data: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], expected: str
+) -> None:
+    other = copied_data(data, tmp_path / "data", change)
+    code, out, err = call("--run", run, "--data", other, "--predictions", tmp_path / "p.parquet")
+    assert (code, out) == (2, "") and err.startswith(f"error: {other / 'schema.json'}: {expected}; ")
+    assert err.count("\n") == 1 and list(tmp_path.iterdir()) == [other]
+
+
+def test_fewer_rows_and_more_features_fit(call: Call, run: Path, data: Path, tmp_path: Path) -> None:
+    def change(schema: dict[str, Any]) -> None:
+        schema["numeric"].append("weight")
+        del schema["rows"]["test"]
+
+    other = copied_data(data, tmp_path / "data", change)
+    assert (
+        call("--run", run, "--data", other)[1].splitlines()[1:]
+        == call("--run", run, "--data", data)[1].splitlines()[1:]
+    )
+
+
+def test_where_no_model_is(call: Call, data: Path, tmp_path: Path) -> None:
+    for path, what in ((tmp_path, "holds no checkpoint and no export"), (tmp_path / "typo", "is no directory")):
+        code, out, err = call("--run", path, "--data", data)
+        assert (code, out) == (2, "") and err.startswith(f"error: --run {path}: {what}; expected a run's")
+        assert err.count("\n") == 1
+
+
+def test_a_damaged_checkpoint_is_refused(call: Call, run: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "checkpoints" / (run / "checkpoints/latest").read_text().strip(), tmp_path / "copy")
+    file = tmp_path / "copy/rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    code, out, err = call("--run", tmp_path / "copy", "--data", data)
+    assert (code, out) == (2, "") and err.startswith(f"error: {file}: checksum") and err.count("\n") == 1
+
+
+def test_predictions_that_cannot_be_written_are_one_line(
+    call: Call, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path, what in ((tmp_path, "is a directory"), (tmp_path / "no/p.parquet", f"{tmp_path / 'no'} is no directory")):
+        code, out, err = call("--run", run, "--data", data, "--predictions", path)
+        assert (code, out) == (2, "") and err.startswith(f"error: --predictions {path}: {what}")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, out, err = call("--run", run, "--data", data, "--predictions", tmp_path / "p.parquet")
+    assert (code, out) == (2, "") and "cannot be written (No space left on device)" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tool_prints_json_alone(run: Path, data: Path) -> None:
+    command = [sys.executable, str(TOOL), "--run", str(run), "--data", str(data), "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["examples"] == 200 and ran.stdout.count("\n") == 1
