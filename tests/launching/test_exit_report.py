@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megarec.errors import UserError
-from megarec.launching.exit_report import Outcome, parse, outcome_of
+from megarec.launching.exit_report import Outcome, outcome_of, parse
 
 ROOT = Path(__file__).parents[2]
 JOB = "0123abcd"
