@@ -12,7 +12,7 @@ from megarec.config.load import load_config
 from megarec.distributed.rendezvous import free_port
 from megarec.errors import UserError, exits_cleanly
 from megarec.launching.commands import assignment_of, deepspeed_command, local_command, torchrun_commands
-from megarec.launching.failure_report import verdict
+from megarec.launching.failure_report import failure_report
 from megarec.launching.hosts import Host, read_environment, write_hostfile
 from megarec.launching.preflight import Job, Report, check_hosts, plan_job, table, without
 from megarec.launching.restarts import End, run_with_restarts, say
@@ -52,7 +52,7 @@ def run_here(
     assignment = assignment_of(secrets.token_hex(8), arguments, environment, [LOOPBACK], resume)
     command = local_command(arguments.num_gpus, assignment.encode(), free_port())
     record = supervise(assignment.job, [command], Watch(interruption, None, arguments.grace))
-    return _shown(*verdict(record, [Host(socket.gethostname(), arguments.num_gpus, 0)], {}))
+    return _shown(*failure_report(record, [Host(socket.gethostname(), arguments.num_gpus, 0)], {}))
 
 
 @exits_cleanly
@@ -120,7 +120,7 @@ def run_on_hosts(
         else:
             commands = torchrun_commands(job.hosts, *where)
         record = supervise(assignment.job, commands, Watch(interruption, names, arguments.grace))
-    return _shown(*verdict(record, job.hosts, report.addresses))
+    return _shown(*failure_report(record, job.hosts, report.addresses))
 
 
 def _shown(code: int, lines: list[str]) -> End:

@@ -60,14 +60,14 @@ def this_rank(code: int, cause: str, lost: bool = False) -> Outcome:
     )
 
 
-def tell(outcome: Outcome) -> None:
+def report(outcome: Outcome) -> None:
     """Write the line, in one piece."""
     line = f"{_MARK} {os.environ[JOB_VARIABLE]} {json.dumps(asdict(outcome))}\n"
     sys.stderr.flush()
     os.write(2, line.encode())
 
 
-def heard(line: str, job: str) -> Outcome | None:
+def parse(line: str, job: str) -> Outcome | None:
     """The outcome that a line of the job's output carries, or None."""
     match = _MARKED.fullmatch(line)
     if match is None or match["job"] != job:
@@ -133,7 +133,7 @@ def _place(error: Exception) -> str:
 
 def _end(outcome: Outcome) -> None:
     if JOB_VARIABLE in os.environ:
-        tell(outcome)
+        report(outcome)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(outcome.code)

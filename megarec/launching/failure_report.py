@@ -8,7 +8,7 @@ from megarec.launching.hosts import Host
 from megarec.launching.supervise import Record
 
 
-def verdict(record: Record, hosts: list[Host], addresses: dict[str, str]) -> tuple[int, list[str]]:
+def failure_report(record: Record, hosts: list[Host], addresses: dict[str, str]) -> tuple[int, list[str]]:
     """The job's exit code and what to say on standard error: the cause first, then what followed from it.
 
     Args:

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 
 from megarec.errors import PREEMPTED, STOPPED
-from megarec.launching.exit_report import JOB_VARIABLE, tell, this_rank
+from megarec.launching.exit_report import JOB_VARIABLE, report, this_rank
 from megarec.signals import SIGNALS
 
 GRACE_SECONDS = 3.0
@@ -106,9 +106,9 @@ def watch(assignment: Assignment) -> int:
         hint = (
             "; the kernel's out-of-memory killer struck on this host" if _out_of_memory_kills() > out_of_memory else ""
         )
-        tell(this_rank(128 - code, f"killed by signal {-code} ({name}){hint}"))
+        report(this_rank(128 - code, f"killed by signal {-code} ({name}){hint}"))
         return 128 - code
-    tell(this_rank(code, _CAUSES.get(code, f"exit code {code}") if code else ""))
+    report(this_rank(code, _CAUSES.get(code, f"exit code {code}") if code else ""))
     return code
 
 

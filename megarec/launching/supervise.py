@@ -17,7 +17,7 @@ import psutil
 
 from megarec.errors import PREEMPTED
 from megarec.launching import send_signal
-from megarec.launching.exit_report import Outcome, heard
+from megarec.launching.exit_report import Outcome, parse
 from megarec.launching.hosts import OPTIONS, on_ssh_host
 from megarec.launching.process_tree import ended_with_this_process, kill_tree
 from megarec.signals import Interruption
@@ -64,7 +64,7 @@ class Record:
 
     def take(self, line: str, job: str) -> bool:
         """Whether a line of output is a word to the supervisor; if so, it is noted."""
-        outcome = heard(line, job)
+        outcome = parse(line, job)
         if outcome is not None:
             self.outcomes.setdefault(outcome.rank, outcome)
             return True

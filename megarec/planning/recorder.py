@@ -60,38 +60,30 @@ class CollectiveCount:
     bytes: int = 0
 
 
-@dataclass(frozen=True)
-class GroupNames:
-    """Names a process group as the topology does; DeepSpeed's copies of a group are told by their ranks."""
-
-    topology: Topology
-
-    def __call__(self, group: dist.ProcessGroup) -> str:
-        kinds = ("world", "tower", "peer", "tensor", "data")
-        own = {kind: getattr(self.topology, kind) for kind in kinds}
-        for kind, known in own.items():
-            if known is not None and known.group_name == group.group_name:
-                return kind
-        ranks = dist.get_process_group_ranks(group)
-        for kind, known in own.items():
-            if known is not None and dist.get_process_group_ranks(known) == ranks:
-                return kind
-        return f"{len(ranks)} ranks"
+def group_name(topology: Topology, group: dist.ProcessGroup) -> str:
+    """The topology's name of a process group; DeepSpeed's copies of a group are recognized by their ranks."""
+    own = {name: getattr(topology, name) for name in ("world", "tower", "peer", "tensor", "data")}
+    for name, known in own.items():
+        if known is not None and known.group_name == group.group_name:
+            return name
+    ranks = dist.get_process_group_ranks(group)
+    for name, known in own.items():
+        if known is not None and dist.get_process_group_ranks(known) == ranks:
+            return name
+    return f"{len(ranks)} ranks"
 
 
 class CollectiveRecorder(TorchDispatchMode):
     """Counts the collectives that run inside `with`; groups of one rank move nothing and are left out.
 
     Args:
-        name: of a process group.
+        topology: whose groups are named.
         observe: called before every collective with its tensors.
     """
 
-    def __init__(
-        self, name: Callable[[dist.ProcessGroup], str], observe: Callable[[list[Tensor]], None] = lambda messages: None
-    ) -> None:
+    def __init__(self, topology: Topology, observe: Callable[[list[Tensor]], None] = lambda messages: None) -> None:
         super().__init__()
-        self._name = name
+        self._topology = topology
         self._observe = observe
         self._counts: dict[CollectiveKey, CollectiveCount] = {}
 
@@ -110,7 +102,7 @@ class CollectiveRecorder(TorchDispatchMode):
         messages = [[]] if op == "barrier" else [tensors_of(argument) for argument in args[:2]]
         self._observe([tensor for tensors in messages for tensor in tensors])
         dtype = str(messages[0][0].dtype).removeprefix("torch.") if messages[0] else ""
-        count = self._counts.setdefault(CollectiveKey(self._name(group), op, dtype), CollectiveCount())
+        count = self._counts.setdefault(CollectiveKey(group_name(self._topology, group), op, dtype), CollectiveCount())
         count.calls += 1
         count.bytes += max(sum(tensor.nbytes for tensor in tensors) for tensors in messages)
 

@@ -32,7 +32,7 @@ from megarec.errors import UserError
 from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.planning.fake_job import fake_job
 from megarec.planning.memory import MODEL_STATES, with_totals
-from megarec.planning.recorder import CollectiveRecorder, GroupNames
+from megarec.planning.recorder import CollectiveRecorder
 from megarec.planning.shrink import Fit, fit
 from megarec.run.build import Model, build_model
 from megarec.sparse.towers.replicas import TowerReplicas
@@ -173,7 +173,7 @@ def run_steps(
     """Run STEPS steps; the parts at their peaks, and of the last step the FLOPs and the collectives."""
     peak: Parts = {"tables": model.sparse.memory_bytes(), "towers": 0}
     dense = model.dense
-    recorder = CollectiveRecorder(GroupNames(topology), lambda messages: _raise(peak, dense, messages))
+    recorder = CollectiveRecorder(topology, lambda messages: _raise(peak, dense, messages))
     size = fitted.micro_batch * dense.accumulation
     # ZeRO-3 has a backward pass of its own for linear layers, outside of the model's own products.
     measured = _measured(peak, dense), _towers_measured(peak, model.sparse.modules)

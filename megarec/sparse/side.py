@@ -16,7 +16,6 @@ from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch, Ids
 from megarec.distributed.collectives import FP32, Ledger, WireDtypes, build_channel
 from megarec.distributed.topology import Topology
-from megarec.errors import UserError
 from megarec.sparse.exchange.group import Distributed, TableGroup
 from megarec.sparse.exchange.tower_exchange import TowerExchange, canonical_assembly, tower_order_assembly
 from megarec.sparse.layout import EmbeddingLayout, Feature
@@ -158,7 +157,8 @@ class SparseSide:
                 assembly=assembly, messages=messages, device=device,
             )  # fmt: skip
             self._group = self._exchange.group
-        self._group.tables.fill(seed, config.initial_std)
+        for tables in self._group.tables:
+            tables.fill(seed, config.initial_std)
         self.modules: TowerReplicas | None = None
         if towers.towers is not None and towers.modules is not None:
             assert tower_optimizer is not None
@@ -211,7 +211,8 @@ class SparseSide:
 
     def scale_learning_rate(self, factor: float) -> None:
         """Set the rates of tables and tower modules to `factor` x their base rates."""
-        self._group.tables.set_learning_rate(factor * self._rate)
+        for tables in self._group.tables:
+            tables.set_learning_rate(factor * self._rate)
         if self.modules is not None:
             self.modules.scale_learning_rate(factor)
 
@@ -221,7 +222,7 @@ class SparseSide:
 
     def row_usage(self) -> dict[str, float]:
         """Share of the rows that training has looked up so far, for every table of this rank."""
-        return self._group.tables.row_usage()
+        return {name: share for tables in self._group.tables for name, share in tables.row_usage().items()}
 
     def state(self) -> State:
         """The tables as a checkpoint keeps them, by "<table>/<what>", as slices of global tensors; live, no copies.
@@ -229,23 +230,11 @@ class SparseSide:
         <what> is weight [rows, columns], the optimizer's state (square_sum, first_moment and second_moment
         [rows, columns], rowwise_square_sum [rows, 1], steps [1, 1]) or touched, bool [rows, 1] (see `row_usage`).
         """
-        return self._group.tables.state()
+        return {name: entry for tables in self._group.tables for name, entry in tables.state().items()}
 
-    def copied(self) -> State:
-        """`state`, of the tables of which every rank holds a copy: of the host under the tower exchange, of all."""
-        return self._group.tables.copied()
-
-    def load_state(self, state: State) -> None:
-        """Copy what `state` returned, from the same placement.
-
-        Raises:
-            UserError: a tensor is missing, unknown, of another shape or type, or another slice than this rank's.
-        """
-        mine = self.state()
-        for name, (shard, _) in mine.items():
-            if name in state and state[name][0] != shard:
-                raise UserError(f"checkpoint: {name} is the slice {state[name][0]}, this rank holds {shard}")
-        self._group.tables.load({name: tensor for name, (_, tensor) in state.items()})
+    def replicated(self) -> State:
+        """`state` of the replicated tables: every rank holds them whole; of the host, under the tower exchange."""
+        return {name: entry for tables in self._group.tables if tables.copies for name, entry in tables.state().items()}
 
     def describe(self) -> list[str]:
         """Lines for the log: who holds what, in which backend and why."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megarec.errors import UserError
-from megarec.launching.exit_report import Outcome, heard, outcome_of
+from megarec.launching.exit_report import Outcome, outcome_of, parse
 
 ROOT = Path(__file__).parents[2]
 JOB = "0123abcd"
@@ -71,15 +71,15 @@ def test_one_line_first_and_the_traceback_only_of_the_culprit() -> None:
 def test_a_supervised_rank_tells_its_supervisor() -> None:
     done = fail("UserError('data.path=x: not there')", JOB)
     assert done.returncode == 2
-    outcome = heard(f"host2: {done.stderr}", JOB)
+    outcome = parse(f"host2: {done.stderr}", JOB)
     assert outcome is not None
     assert (outcome.rank, outcome.code, outcome.cause) == (3, 2, "data.path=x: not there")
-    assert heard(done.stderr, "another") is None
+    assert parse(done.stderr, "another") is None
 
 
 def test_a_mistake_passes_through_where_nobody_supervises() -> None:
     assert UserError.__name__ in fail("UserError('x')", None).stderr
-    assert heard("step 1/5  loss 0.7", JOB) is None
-    assert heard('@megarec 0123abcd {"rank": 1, "host": "h", "code": 0, "cause": "", "lost": false}\n', JOB) == Outcome(
+    assert parse("step 1/5  loss 0.7", JOB) is None
+    assert parse('@megarec 0123abcd {"rank": 1, "host": "h", "code": 0, "cause": "", "lost": false}\n', JOB) == Outcome(
         1, "h", 0
     )

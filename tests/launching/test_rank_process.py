@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megarec.launching.exit_report import heard
+from megarec.launching.exit_report import parse
 from megarec.launching.rank_process import Assignment
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def assert_ends(process: psutil.Process) -> None:
 def test_the_true_exit_code(tmp_path: Path, code: str, exit_code: int, cause: str) -> None:
     with start(code, tmp_path) as watcher:
         _, errors = watcher.communicate()
-    outcome = heard(errors, JOB)
+    outcome = parse(errors, JOB)
     assert outcome is not None
     assert (watcher.returncode, outcome.rank, outcome.code, outcome.cause) == (exit_code, 5, exit_code, cause)
 
@@ -60,7 +60,7 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     with start(SLEEP, tmp_path) as watcher:
         rank_of(watcher).kill()
         _, errors = watcher.communicate()
-    outcome = heard(errors, JOB)
+    outcome = parse(errors, JOB)
     assert outcome is not None
     assert watcher.returncode == outcome.code == 137
     assert outcome.cause.startswith("killed by signal 9 (SIGKILL)")
@@ -110,7 +110,7 @@ def test_a_rank_that_is_asked_to_end_has_time_to_save(tmp_path: Path, signum: si
         rank = rank_of(watcher)
         watcher.send_signal(signum)
         _, errors = watcher.communicate()
-    outcome = heard(errors, JOB)
+    outcome = parse(errors, JOB)
     assert outcome is not None
     assert (watcher.returncode, outcome.code, outcome.cause) == (
         75,

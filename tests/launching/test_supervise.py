@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from megarec.launching.exit_report import Outcome
-from megarec.launching.failure_report import verdict
+from megarec.launching.failure_report import failure_report
 from megarec.launching.hosts import Host
 from megarec.launching.supervise import Command, Record, Watch, supervise
 from megarec.signals import Interruption
@@ -28,11 +28,11 @@ def record(*outcomes: Outcome, launcher: int = 0, **hosts: int) -> Record:
 
 
 def test_success_is_every_rank_saying_so() -> None:
-    assert verdict(record(*DONE), HOSTS, ADDRESSES) == (0, [])
+    assert failure_report(record(*DONE), HOSTS, ADDRESSES) == (0, [])
 
 
 def test_a_launcher_that_says_0_is_not_believed_when_a_rank_is_missing() -> None:
-    code, lines = verdict(record(*DONE[:2]), HOSTS, ADDRESSES)
+    code, lines = failure_report(record(*DONE[:2]), HOSTS, ADDRESSES)
     assert code == 1
     assert lines == ["error: ranks 2-3 on host2: no word; its link may be down, or its ranks hang"]
 
@@ -45,7 +45,7 @@ def test_the_cause_comes_first_whatever_came_in_first() -> None:
         launcher=137,
         host1=1,
     )
-    code, lines = verdict(found, HOSTS, ADDRESSES)
+    code, lines = failure_report(found, HOSTS, ADDRESSES)
     assert code == 137
     assert lines == [
         "error: rank 3 on host2: killed by signal 9 (SIGKILL)",
@@ -55,18 +55,18 @@ def test_the_cause_comes_first_whatever_came_in_first() -> None:
 
 def test_a_mistake_of_the_user_is_one_line_and_exit_2() -> None:
     found = record(*(Outcome(o.rank, o.host, 2, "data.path=x: not there") for o in DONE), launcher=2)
-    assert verdict(found, HOSTS, ADDRESSES) == (2, ["error: every rank: data.path=x: not there"])
+    assert failure_report(found, HOSTS, ADDRESSES) == (2, ["error: every rank: data.path=x: not there"])
 
 
 def test_a_pre_emption_that_all_saved_for_is_told_from_a_failure() -> None:
     saved = [Outcome(o.rank, o.host, 75, "asked to end, and saved") for o in DONE]
-    assert verdict(record(*saved, launcher=75), HOSTS, ADDRESSES) == (
+    assert failure_report(record(*saved, launcher=75), HOSTS, ADDRESSES) == (
         75,
         ["pre-empted: every rank: asked to end, and saved"],
     )
     others = [Outcome(3, "host2", 1, LOST, lost=True), *saved[:3]]
-    assert verdict(record(*others), HOSTS, ADDRESSES)[0] == 75
-    code, lines = verdict(
+    assert failure_report(record(*others), HOSTS, ADDRESSES)[0] == 75
+    code, lines = failure_report(
         record(Outcome(2, "host2", 137, "killed by signal 9 (SIGKILL)"), *saved[:2]), HOSTS, ADDRESSES
     )
     assert code == 137 and lines[0].startswith("error: rank 2 on host2: killed")
@@ -74,7 +74,7 @@ def test_a_pre_emption_that_all_saved_for_is_told_from_a_failure() -> None:
 
 def test_a_fault_that_stopped_one_rank_stops_the_job() -> None:
     found = record(Outcome(0, "host1", 1, "RuntimeError: x"), Outcome(3, "host2", 70, "replicas differ"))
-    assert verdict(found, HOSTS, ADDRESSES)[0] == 70
+    assert failure_report(found, HOSTS, ADDRESSES)[0] == 70
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_fault_that_stopped_one_rank_stops_the_job() -> None:
 )
 def test_a_host_that_ended_without_a_word_goes_before_what_followed(code: int, meaning: str) -> None:
     found = record(Outcome(0, "host1", 1, LOST, lost=True), launcher=code, host2=code)
-    exit_code, lines = verdict(found, HOSTS, ADDRESSES)
+    exit_code, lines = failure_report(found, HOSTS, ADDRESSES)
     assert exit_code == 1
     assert lines[0] == f"error: ranks 2-3 on host2: no word; {meaning}"
     assert lines[1].startswith("  then: rank 0 on host1: lost the connection to host2")
@@ -95,7 +95,7 @@ def test_a_host_that_ended_without_a_word_goes_before_what_followed(code: int, m
 
 def test_addresses_are_told_apart_from_longer_ones() -> None:
     cause = "lost the connection to 10.77.0.12 (closed by peer)"
-    _, lines = verdict(record(Outcome(0, "host1", 1, cause, lost=True), *DONE[1:]), HOSTS, ADDRESSES)
+    _, lines = failure_report(record(Outcome(0, "host1", 1, cause, lost=True), *DONE[1:]), HOSTS, ADDRESSES)
     assert lines == [f"error: rank 0 on host1: {cause}"]
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megarec.distributed.rank_pool import RankPool
 from megarec.distributed.topology import build_topology
-from megarec.planning.recorder import CollectiveRecorder, GroupNames
+from megarec.planning.recorder import CollectiveRecorder
 
 RANKS = 4
 
@@ -19,7 +19,7 @@ def some_of_each() -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     clone, alone = dist.new_group([0, 1, 2, 3]), [dist.new_group([rank]) for rank in range(RANKS)]
     odd = dist.new_group([0, 1, 2])
     seen: list[list[torch.Tensor]] = []
-    recorder = CollectiveRecorder(GroupNames(topology), seen.append)
+    recorder = CollectiveRecorder(topology, seen.append)
     x = torch.ones(12)
     with recorder:
         dist.all_reduce(x)

@@ -17,7 +17,7 @@ from megarec.distributed.rank_pool import RankPool
 from megarec.distributed.topology import build_topology
 from megarec.errors import UserError
 from megarec.parity.run import write_base
-from megarec.planning.recorder import CollectiveRecorder, GroupNames
+from megarec.planning.recorder import CollectiveRecorder
 from megarec.planning.rehearse import STEPS, check_ranks, make_batch
 from megarec.run.build import build_model
 from megarec.training.profiling import StepTimer
@@ -50,7 +50,7 @@ def real_collectives(path: Path, overrides: list[str]) -> list[dict[str, Any]]:
     topology = build_topology(config.parallel.ranks_per_host, config.parallel.tensor)
     schema = schema_of(config.data)
     model = build_model(config, schema, topology, device)
-    recorder = CollectiveRecorder(GroupNames(topology))
+    recorder = CollectiveRecorder(topology)
     found: list[dict[str, Any]] = []
     with recorder:
         for step in range(STEPS):

@@ -18,7 +18,7 @@ from megarec.distributed.topology import Topology, build_topology
 from megarec.errors import UserError
 from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.models.wukong import Wukong
-from megarec.planning.recorder import CollectiveRecorder, GroupNames
+from megarec.planning.recorder import CollectiveRecorder
 from megarec.planning.zero import dense_parts, zero_of
 
 EMBEDDINGS, DIM, MICRO = 40, 32, 4
@@ -63,7 +63,7 @@ def measured(config: RunConfig) -> Parts:
     stepped.register_step_pre_hook(lambda *_: observe())
     dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
     x = torch.randn(MICRO, EMBEDDINGS, DIM, dtype=dtype)
-    with CollectiveRecorder(GroupNames(topology), observe), fast_cpu_gemm(device, dtype):
+    with CollectiveRecorder(topology, observe), fast_cpu_gemm(device, dtype):
         for _ in range(2 * engine.gradient_accumulation_steps()):
             engine.backward(engine(x).float().square().mean())
             parts = dense_bytes(engine)

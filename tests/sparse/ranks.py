@@ -49,7 +49,8 @@ def train(
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sparse = sparse_side(layout, config, ledger, examples // ranks)
     if state is not None:
-        sparse.load_state(state)
+        for name, (_, tensor) in sparse.state().items():
+            tensor.copy_(state[name][1])
     seen = []
     for step in range(first_step, steps):
         batch = slice_of(global_batch(layout, examples, step), rank, ranks)

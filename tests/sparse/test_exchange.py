@@ -10,7 +10,6 @@ import torch
 from megarec.config.sections import EmbeddingConfig, TableConfig
 from megarec.data.batch import Ids
 from megarec.distributed.rank_pool import RankPool
-from megarec.errors import UserError
 from megarec.sparse.layout import EmbeddingLayout, Feature, Table
 from megarec.sparse.side import SparseSide
 from megarec.sparse.tables import stacked
@@ -226,21 +225,6 @@ def test_resumed_from_state_trains_on_bit_for_bit(optimizer: str) -> None:
 def test_resumed_column_slices(rank_pool: Callable[[int], RankPool]) -> None:
     for straight, resumed in rank_pool(2).run(resume_halfway, EmbeddingConfig(placement="column")):
         assert_same({name: t for name, (_, t) in resumed.items()}, {name: t for name, (_, t) in straight.items()})
-
-
-def test_state_that_does_not_fit_is_refused() -> None:
-    sparse = sparse_side(LAYOUT, EmbeddingConfig())
-    good = sparse.state()
-    shard, weight = good["user/weight"]
-    square_sum = good["user/rowwise_square_sum"]
-    with pytest.raises(UserError, match="user/weight is missing"):
-        sparse.load_state({name: value for name, value in good.items() if name != "user/weight"})
-    with pytest.raises(UserError, match="user/square_sum does not fit"):
-        sparse.load_state(good | {"user/square_sum": square_sum})
-    with pytest.raises(UserError, match=r"user/weight is torch.float16 \(300, 8\), this rank's is torch.float32"):
-        sparse.load_state(good | {"user/weight": (shard, weight.half())})
-    with pytest.raises(UserError, match=r"user/weight is the slice .*rank=5"):
-        sparse.load_state(good | {"user/weight": (dataclasses.replace(shard, rank=5), weight)})
 
 
 def test_memory_and_description() -> None:

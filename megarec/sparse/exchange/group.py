@@ -24,7 +24,7 @@ from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.lookups import Lookup, plan_lookups
 from megarec.sparse.placement import Shard, replicated
 from megarec.sparse.tables.base import LocalIds
-from megarec.sparse.tables.local import AllTables, Choice, LocalTables, choose_backends, requested_backend
+from megarec.sparse.tables.local import Choice, LocalTables, choose_backends, requested_backend
 
 
 class ReplicatedTables:
@@ -167,6 +167,7 @@ class TableGroup:
 
     Attributes:
         layout: of the group's features.
+        tables: this rank's, those that are spread over the group before its copies.
     """
 
     def __init__(
@@ -193,7 +194,7 @@ class TableGroup:
         if copies:
             self._copied = ReplicatedTables(layout, copies, self.choices, config, channel, device)
         parts = [part for part in (self._sharded, self._copied) if part is not None]
-        self.tables = AllTables([part.tables for part in parts])
+        self.tables: tuple[LocalTables, ...] = tuple(part.tables for part in parts)
         self._assembly = Regroup(
             [block for part in parts for block in part.pieces],
             [f.name for f in layout.features if f.multi_valued and f.pooling == "mean"],

@@ -70,7 +70,7 @@ def replicated_tensors(run: Run) -> Iterator[Replicated]:
     held: list[tuple[Channel, str, dict[str, Tensor]]] = [(world, "world", replicated), (data, "data", sharded)]
     if run.sparse.modules is not None:
         held.append((run.sparse.modules.replicas, of_host, _tensors(run.sparse.modules.state_dict())))
-    tables = {f"table {name}": tensor for name, (_, tensor) in run.sparse.copied().items()}
+    tables = {f"table {name}": tensor for name, (_, tensor) in run.sparse.replicated().items()}
     held.append((build_channel(topology, of_host, run.ledger), of_host, tables))
     for channel, kind, tensors in held:
         if channel.size > 1 and tensors:
