@@ -141,6 +141,16 @@ def test_no_file_is_too_long() -> None:
     assert sum(0 < length < 60 for path, length in lengths.items() if path.name != "__init__.py") < 20
 
 
+def test_no_function_is_longer_than_80_lines() -> None:
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {lines} lines"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and (lines := (node.end_lineno or 0) - node.lineno + 1) > 80
+    ]
+    assert not long, "\n".join(long)
+
+
 def test_no_two_test_files_have_one_name() -> None:
     """pytest imports them by their base names."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
