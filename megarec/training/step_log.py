@@ -68,7 +68,7 @@ class StepLog:
         rate = self._window_steps * run.config.data.batch_size / seconds  # `seen` has more right after a resume
         self._train_seconds += seconds
         self._trained_steps += self._window_steps
-        tflops = rate * run.cost.flop / 1e12
+        tflops = rate * run.spec.cost.flop / 1e12
         epoch = position.step / run.train.steps_per_epoch
         self.monitor.say(
             f"step {position.step}/{run.schedule.total_steps}  epoch {epoch:.2f}  loss {seen.logloss:.4f}  "
@@ -91,7 +91,7 @@ class StepLog:
                 "optim/gradient_norm": result.gradient_norm,
                 **self.skips(),
                 "speed/examples_per_second": rate,
-                "speed/gflop_per_example": run.cost.flop / 1e9,
+                "speed/gflop_per_example": run.spec.cost.flop / 1e9,
                 "speed/tflops": tflops,
                 "speed/mfu": tflops / self._peak,
                 **{f"time_ms/{part}": value for part, value in self.clock.milliseconds().items()},
@@ -107,7 +107,7 @@ class StepLog:
 
     def summary(self) -> dict[str, float | dict[str, int] | None]:
         """The "train" part of metrics.json: rates over the logged steps, validation and saving left out."""
-        flop, position = self.run.cost.flop, self.position
+        flop, position = self.run.spec.cost.flop, self.position
         examples = self._trained_steps * self.run.config.data.batch_size
         rate = examples / self._train_seconds if self._train_seconds else None
         tflops = rate * flop / 1e12 if rate else None
