@@ -18,7 +18,6 @@ from megarec.run.build import Run
 from megarec.slices import Ints, TensorSlice
 from megarec.sparse.towers.modules import TowerModules
 from megarec.sparse.towers.replicas import states_of
-from megarec.sparse.towers.sizes import resolve_towers
 
 
 def described(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def _short(value: Any) -> str:
 
 def towers_of(run: Run) -> list[list[str]] | None:
     """Names of features by tower; None: the run has no towers."""
-    towers = resolve_towers(run.config, run.layout).towers
+    towers = run.spec.towers.towers
     return None if towers is None else [list(features) for features in towers.features]
 
 
@@ -166,7 +165,7 @@ def fill_tower_modules(run: Run, reader: Reader) -> None:
 
 def _expected_towers(run: Run) -> dict[str, Tensor]:
     """Parameters of all towers' modules and the states of an optimizer that has stepped, on the meta device."""
-    sizes = resolve_towers(run.config, run.layout).modules
+    sizes = run.spec.towers.modules
     if sizes is None or run.sparse.modules is None:
         return {}
     with torch.device("meta"):

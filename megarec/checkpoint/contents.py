@@ -24,7 +24,7 @@ RANDOM = "random/"
 
 def written(run: Run, window: Predictions | None) -> list[TensorSlice]:
     """What this rank writes; over all ranks every element of every tensor once."""
-    layout, topology = run.layout, run.topology
+    layout, topology = run.spec.layout, run.topology
     pieces = run.dense.written() + sparse.tables_written(run.sparse, layout, topology)
     if run.sparse.modules is not None:
         pieces += sparse.towers_written(run.sparse.modules, topology, run.config.parallel.exchange)
@@ -75,7 +75,7 @@ def check(run: Run, directory: Path, index: Index, position: TrainState) -> None
         if (weight := name.rpartition("/")[0]) in parameters
     }
     compatibility.check_tensors(directory, index, parameters | states, (DENSE,), config)
-    layout = run.layout
+    layout = run.spec.layout
     mine = {piece.name: piece for piece in sparse.tables_held(run.sparse, layout)}
     tables: dict[str, Ints] = {f"{TABLES}{table.name}/weight": (table.rows, table.columns) for table in layout.tables}
     tables |= {name: piece.shape for name, piece in mine.items()}
@@ -104,7 +104,7 @@ def fill(run: Run, reader: Reader, window: Predictions | None) -> None:
     """Copy this rank's slices out of a checkpoint that `check` has found to fit."""
     index = reader.index
     run.dense.allocate_states(_dense_states(reader))
-    for piece in run.dense.held() + sparse.tables_held(run.sparse, run.layout):
+    for piece in run.dense.held() + sparse.tables_held(run.sparse, run.spec.layout):
         reader.fill(piece)
     compatibility.fill_tower_modules(run, reader)
     for name, state in _random_states(run.device).items():

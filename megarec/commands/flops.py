@@ -9,9 +9,10 @@ from rich.table import Column, Table
 
 from megarec.commands import example_configs
 from megarec.config.load import load_config
+from megarec.data.schema import schema_of
 from megarec.errors import UserError, exits_cleanly
-from megarec.run.cost import Parts, total
-from megarec.run.scale import as_json, count_run
+from megarec.run.cost import Parts, as_json, total
+from megarec.run.spec import ModelSpec, resolve
 from megarec.scaling.ladder import published
 
 LADDER = example_configs() / "ladder"
@@ -36,7 +37,8 @@ def main() -> None:
 
 
 def count_one(path: Path, overrides: list[str], in_json: bool) -> None:
-    cost, _, reasons = count_run(load_config(path, overrides))
+    spec = resolved(path, overrides)
+    cost, reasons = spec.cost, spec.reasons
     known = None if overrides else published(path)  # an override may make it another model
     if in_json:
         print(json.dumps({**as_json(cost), "published": known and known._asdict(), "choices": reasons}))
@@ -51,6 +53,12 @@ def count_one(path: Path, overrides: list[str], in_json: bool) -> None:
         print(f"published ({known.source}): {known.flop:,.0f} FLOP/example; ours {cost.flop / known.flop - 1:+.2%}")
     if known and known.parameters:
         print(f"published: {known.parameters:,} parameters; ours {cost.parameters - known.parameters:+,}")
+
+
+def resolved(path: Path, overrides: list[str] | None = None) -> ModelSpec:
+    """The model of a config; its data need not be here where it names a schema."""
+    config = load_config(path, overrides)
+    return resolve(config, schema_of(config.data))
 
 
 def cost_table(title: str, parts: Parts) -> Table:
@@ -68,7 +76,7 @@ def cost_table(title: str, parts: Parts) -> Table:
 def count_ladder(in_json: bool) -> None:
     figures = {path: published(path) for path in LADDER.glob("*.json")}
     known = sorted(((figure.flop, path) for path, figure in figures.items() if figure), key=lambda row: row[0])
-    counted = [(path.stem, count_run(load_config(path)).cost, flop) for flop, path in known]
+    counted = [(path.stem, resolved(path).cost, flop) for flop, path in known]
     if in_json:
         print(json.dumps({name: {**as_json(cost), "published_flop_per_example": flop} for name, cost, flop in counted}))
         return

@@ -12,7 +12,7 @@ from megarec.config.load import load_config
 from megarec.data.schema import schema_of
 from megarec.distributed.topology import Topology, check_divides
 from megarec.errors import UserError, exits_cleanly
-from megarec.sparse.layout import build_layout
+from megarec.run.spec import resolve
 from megarec.sparse.run_placement import Explanation, explain
 
 
@@ -32,8 +32,8 @@ def main() -> None:
     world_size = arguments.hosts * arguments.ranks_per_host
     check_divides(world_size, arguments.ranks_per_host, config.parallel.tensor)
     topology = Topology(0, world_size, arguments.ranks_per_host, config.parallel.tensor)
-    layout = build_layout(schema_of(config.data), config.embedding, config.model.dim)
-    found = explain(config, layout, topology)
+    spec = resolve(config, schema_of(config.data))
+    found = explain(config, spec.layout, spec.towers, topology)
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(found), "imbalance": found.imbalance}))
     else:

@@ -55,16 +55,16 @@ def print_resolved(config: RunConfig) -> None:
     unknown = {}
     if isinstance(config.model, WukongConfig) and config.model.scale is not None:
         from megarec.data.schema import schema_of
-        from megarec.run.scale import count_run
+        from megarec.run.spec import resolve
 
         try:
-            schema_of(config.data)
+            schema = schema_of(config.data)
         except UserError as error:
             unknown = {"model": set(SCALED_SIZES)}
             reasons: tuple[str, ...] = (f"sizes that model.scale derives are left out: {error}",)
         else:
-            _, model, reasons = count_run(config)
-            config = config.model_copy(update={"model": model})
+            spec = resolve(config, schema)
+            config, reasons = config.model_copy(update={"model": spec.sizes}), spec.reasons
         print(*reasons, sep="\n", file=sys.stderr)
     print(config.model_dump_json(indent=2, exclude=unknown))
 

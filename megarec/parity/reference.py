@@ -1,7 +1,7 @@
 """The reference of every parity claim: one process, whole tables, all towers, plain torch; no exchange, no engine.
 
-Shares with the system under test only the model's modules (proven against the equations on their own), the loader and
-the initial values of the tables.
+Shares with the system under test only the model's modules (proven against the equations on their own) and sizes, the
+loader and the initial values.
 """
 
 from collections.abc import Iterable
@@ -18,14 +18,14 @@ from megarec.data.batch import Batch, Ids
 from megarec.data.loader import TrainLoader
 from megarec.data.schema import load_schema
 from megarec.data.store import open_split
-from megarec.models.initial import initialize
-from megarec.models.recommender import Recommender
-from megarec.sparse.layout import EmbeddingLayout, build_layout
+from megarec.models.initial import initialize, materialize
+from megarec.run.spec import resolve
+from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.tables.initial import initial_rows
 from megarec.sparse.towers.assignment import tower_columns
 from megarec.sparse.towers.modules import TowerModules
 from megarec.sparse.towers.replicas import TowerOptimizer, resolve_optimizer
-from megarec.sparse.towers.sizes import ResolvedTowers, over_arch_config, over_arch_input, resolve_towers
+from megarec.sparse.towers.sizes import ResolvedTowers
 
 
 class ReferenceStep(NamedTuple):
@@ -54,15 +54,13 @@ def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
         prefetch=1,
         pin_memory=False,
     )
-    layout = build_layout(schema, config.embedding, config.model.dim)
-    resolved = resolve_towers(config, layout)
-    towers = PlainTowers(config, layout, resolved)
-    sizes = over_arch_config(config.model, resolved.modules)
-    columns = over_arch_input(layout, resolved.modules)
-    model = Recommender(columns, len(schema.numeric), sizes, config.embedding.dropout)
+    spec = resolve(config, schema)
+    towers = PlainTowers(config, spec.layout, spec.towers)
+    model = spec.meta_model()
+    materialize(model, torch.device("cpu"))
     initialize(model, config.train.seed)
     optimizer = plain_optimizer(model.parameters(), config.dense)
-    tables = PlainTables(layout, config.embedding, config.train.seed)
+    tables = PlainTables(spec.layout, config.embedding, config.train.seed)
     done = []
     for step in range(steps):
         epoch, position = divmod(step, loader.steps_per_epoch)

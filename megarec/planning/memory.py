@@ -11,29 +11,28 @@ from collections.abc import Sequence
 import torch
 
 from megarec.config.sections import RunConfig
-from megarec.data.schema import Schema
 from megarec.dense.layers import recompute_layers
 from megarec.dense.memory import Parts, saved_activations
 from megarec.dense.parallelize import computing_type
 from megarec.dense.tensor_parallel import shard_mlps
 from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
-from megarec.models.recommender import Recommender
 from megarec.planning.zero import dense_parts, zero_of
-from megarec.sparse.layout import EmbeddingLayout, build_layout
+from megarec.run.spec import ModelSpec
+from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.placement import Shard, replicated
 from megarec.sparse.run_placement import place_run
 from megarec.sparse.tables.optimizers import table_bytes
 from megarec.sparse.towers.modules import TowerModules
 from megarec.sparse.towers.replicas import resolve_optimizer
-from megarec.sparse.towers.sizes import over_arch_config, over_arch_input, resolve_towers
+from megarec.sparse.towers.sizes import ResolvedTowers
 
 MODEL_STATES = ("parameters", "gradients", "optimizer")
 
 
 def predict(
     config: RunConfig,
-    schema: Schema,
+    spec: ModelSpec,
     topology: Topology,
     micro_batch: int,
     shards: Sequence[Shard] | None = None,
@@ -41,24 +40,23 @@ def predict(
     """Predicted bytes of a rank, by part; see `with_totals`.
 
     Args:
-        config: every size explicit (run/scale.py).
+        spec: the model that `config` asks for.
         topology: the job and the rank; its groups are not looked at.
         micro_batch: examples of the rank in one micro-batch.
         shards: where all tables lie; None: as the config places them.
 
     Raises:
-        UserError: sizes, ranks and tables do not fit together.
+        UserError: ranks and tables do not fit together.
     """
-    layout = build_layout(schema, config.embedding, config.model.dim)
     if shards is None:
-        shards = place_run(config, layout, topology)
+        shards = place_run(config, spec.layout, spec.towers, topology)
     own = [shard for shard in shards if shard.rank == topology.rank]
     zero = zero_of(config, topology)
-    parts = dense_parts(parameter_sizes(config, layout, len(schema.numeric), topology), zero)
-    parts["communication"] += exchange_bytes(layout, shards, micro_batch * zero.accumulation, topology)
-    parts["activations"] = activation_bytes(config, layout, len(schema.numeric), micro_batch)
+    parts = dense_parts(parameter_sizes(spec, topology), zero)
+    parts["communication"] += exchange_bytes(spec.layout, shards, micro_batch * zero.accumulation, topology)
+    parts["activations"] = activation_bytes(config, spec, micro_batch)
     parts["tables"] = table_bytes(own, config.embedding)
-    parts["towers"] = tower_bytes(config, layout, micro_batch * zero.accumulation, topology)
+    parts["towers"] = tower_bytes(config, spec.towers, micro_batch * zero.accumulation, topology)
     return parts
 
 
@@ -73,43 +71,36 @@ def with_totals(parts: Parts) -> Parts:
     return {**parts, "model_states": states, "total": states + sparse + moment + parts.get("process", 0)}
 
 
-def meta_model(config: RunConfig, layout: EmbeddingLayout, numeric: int) -> Recommender:
-    modules = resolve_towers(config, layout).modules
-    columns, model = over_arch_input(layout, modules), over_arch_config(config.model, modules)
-    with torch.device("meta"):
-        return Recommender(columns, numeric, model, config.embedding.dropout)
-
-
-def parameter_sizes(config: RunConfig, layout: EmbeddingLayout, numeric: int, topology: Topology) -> list[int]:
+def parameter_sizes(spec: ModelSpec, topology: Topology) -> list[int]:
     """Elements of every dense parameter of the rank, as tensor parallelism shards it, in the model's order."""
-    model = meta_model(config, layout, numeric)
+    model = spec.meta_model()
     place_in_group = topology.rank % topology.tensor_size
     shard_mlps(model, Channel("tensor", None, place_in_group, topology.tensor_size, Ledger()))
     return [parameter.numel() for parameter in model.parameters()]
 
 
-def activation_bytes(config: RunConfig, layout: EmbeddingLayout, numeric: int, micro_batch: int) -> int:
+def activation_bytes(config: RunConfig, spec: ModelSpec, micro_batch: int) -> int:
     """What the dense model saves for the backward pass of a micro-batch: its forward pass, run on the meta device.
 
     Tensor parallelism holds no activation twice, so the whole model on the rank's own examples saves as much.
     """
-    model = meta_model(config, layout, numeric).to(computing_type(config.deepspeed))
+    model = spec.meta_model().to(computing_type(config.deepspeed))
     recompute_layers(model, config.dense.recompute)
     kept: dict[str, int] = {}
     with torch.device("meta"), saved_activations(kept, model):
         embedded = torch.empty(micro_batch, model.inputs.width, requires_grad=True)
         keys = torch.empty(micro_batch, dtype=torch.int64)
-        model(torch.empty(micro_batch, numeric), embedded, keys)
+        model(torch.empty(micro_batch, spec.numeric), embedded, keys)
     return kept["bytes"]
 
 
-def tower_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int, topology: Topology) -> int:
+def tower_bytes(config: RunConfig, resolved: ResolvedTowers, examples: int, topology: Topology) -> int:
     """Parameters, gradients, optimizer state and saved activations of the modules that a rank runs, all float32.
 
     Args:
         examples: of this rank in one step; under the tower exchange its modules see those of its peers as well.
     """
-    towers, modules, _ = resolve_towers(config, layout)
+    towers, modules, _ = resolved
     if towers is None or modules is None:
         return 0
     host, hosts = (topology.host, topology.hosts) if config.parallel.exchange == "tower" else (0, 1)

@@ -133,7 +133,7 @@ def rehearse(config: RunConfig, schema: Schema, hosts: int, ranks_per_host: int,
         give_back_freed_memory()  # what a run keeps for speed would count as in use here
         topology = build_topology(ranks_per_host, config.parallel.tensor)
         process = resident_bytes()
-        model = build_model(fitted.config, fitted.schema, topology, device, fitted.shards)
+        model = build_model(fitted.config, fitted.spec, topology, device, fitted.shards)
         peak, flop, collectives = run_steps(fitted, model, topology, device)
     peak |= {"model_states": sum(peak[part] for part in MODEL_STATES)}
     examples = fitted.micro_batch * model.dense.accumulation

@@ -9,13 +9,11 @@ from megarec.dense.memory import Parts
 from megarec.distributed.topology import Topology
 from megarec.errors import UserError
 from megarec.planning.memory import predict, with_totals
-from megarec.run.cost import Cost, count
-from megarec.run.scale import resolve_scale
-from megarec.sparse.layout import build_layout
+from megarec.run.cost import Cost
+from megarec.run.spec import ModelSpec, resolve
 from megarec.sparse.placement import Shard, even_ranges, split_by_rows
 from megarec.sparse.run_placement import place_run
 from megarec.sparse.tables.optimizers import table_bytes
-from megarec.sparse.towers.sizes import resolve_towers
 
 STEP_FLOP = 250e9  # a step of some seconds on a CPU that does 50 GFLOP/s: a rank has as many examples as that allows
 CUT_TABLES = 2**30  # bytes that the tables of a rank are cut to where they do not fit
@@ -29,7 +27,7 @@ class Fit:
 
     Attributes:
         cost: of the run itself.
-        config, schema, shards: those of the run, with fewer examples and shorter tables where that is needed.
+        config, schema, spec, shards: those of the run, with fewer examples and shorter tables where that is needed.
         micro_batch: examples of the rank in a micro-batch; `real_micro_batch` is the run's own.
         table_rows: rows at which every table is cut off; None: all are whole.
         predicted: bytes by part of what is rehearsed; `predicted_real`: of the run's own batch and tables.
@@ -38,6 +36,7 @@ class Fit:
     cost: Cost
     config: RunConfig
     schema: Schema
+    spec: ModelSpec
     shards: tuple[Shard, ...]
     micro_batch: int
     real_micro_batch: int
@@ -57,27 +56,25 @@ def fit(config: RunConfig, schema: Schema, topology: Topology, available: int) -
     Raises:
         UserError: batch, ranks and tables do not fit together, or the rank does not fit even with cut tables.
     """
-    layout = build_layout(schema, config.embedding, config.model.dim)
-    modules = resolve_towers(config, layout).modules
-    sizes, _ = resolve_scale(config.model, layout, len(schema.numeric), modules)
-    config = config.model_copy(update={"model": sizes})
+    spec = resolve(config, schema)
+    cost, config = spec.cost, config.model_copy(update={"model": spec.sizes})
     real = micro_batch_size(config, topology.world_size)
     accumulation = config.deepspeed.get("gradient_accumulation_steps", 1)
-    cost = count(sizes, layout, len(schema.numeric), modules)
     affordable = int(STEP_FLOP // (cost.flop * accumulation))
     micro = max(1, min(real, affordable))
     small = _with_batch(config, micro * accumulation * topology.world_size)
 
-    shards = place_run(config, layout, topology)
-    predicted_real = predict(config, schema, topology, real, shards)
-    predicted = predict(small, schema, topology, micro, shards)
+    shards = place_run(config, spec.layout, spec.towers, topology)
+    predicted_real = predict(config, spec, topology, real, shards)
+    predicted = predict(small, spec, topology, micro, shards)
     rows = None
     if with_totals(predicted)["total"] > available:
         rows = longest(shards, topology.rank, small, CUT_TABLES)
         schema, shards = cut_schema(schema, rows), cut_shards(shards, rows)
-        predicted = predict(small, schema, topology, micro, shards)
+        spec = resolve(small, schema)
+        predicted = predict(small, spec, topology, micro, shards)
         _check_fits(predicted, available, topology)
-    return Fit(cost, small, schema, shards, micro, real, rows, predicted, predicted_real)
+    return Fit(cost, small, schema, spec, shards, micro, real, rows, predicted, predicted_real)
 
 
 def longest(shards: tuple[Shard, ...], rank: int, config: RunConfig, budget: int) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from megarec.config.deepspeed import micro_batch_size, monitor_sections, zero_stage
-from megarec.config.models import OverArchConfig
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.loader import EvalLoader, TrainLoader
@@ -19,16 +18,12 @@ from megarec.dense.side import DenseSide
 from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes
 from megarec.distributed.process import threads_that_pay
 from megarec.distributed.topology import Topology, build_topology, separate_groups
-from megarec.models.recommender import Recommender
-from megarec.run.cost import Cost, count
-from megarec.run.scale import resolve_scale
 from megarec.run.schedule import Schedule
-from megarec.sparse.layout import EmbeddingLayout, build_layout
+from megarec.run.spec import ModelSpec, resolve
 from megarec.sparse.placement import Shard
 from megarec.sparse.run_placement import explain, place_run
 from megarec.sparse.side import SparseSide
 from megarec.sparse.towers.replicas import resolve_optimizer
-from megarec.sparse.towers.sizes import over_arch_config, over_arch_input, resolve_towers
 
 
 @dataclass(frozen=True)
@@ -39,22 +34,17 @@ class Run:
     device: torch.device
     topology: Topology
     schema: Schema
+    spec: ModelSpec
     train: TrainLoader
     valid: EvalLoader
     test: EvalLoader
     sparse: SparseSide
     dense: DenseSide
     schedule: Schedule
-    cost: Cost
     ledger: Ledger
     overlap: bool
     choices: tuple[str, ...]
     skipped_rows: dict[str, dict[str, int]]
-
-    @property
-    def layout(self) -> EmbeddingLayout:
-        """Of the features in use, their tables and columns."""
-        return build_layout(self.schema, self.config.embedding, self.config.model.dim)
 
 
 def build_run(config: RunConfig, device: torch.device) -> Run:
@@ -80,11 +70,12 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     train = TrainLoader(stores["train"], schema, **loading)
     valid, test = (EvalLoader(stores[split], schema, **loading) for split in ("valid", "test"))
 
+    spec = resolve(config, schema)
+    config = config.model_copy(update={"model": spec.sizes})  # from here on every size is explicit
     section = monitor_sections(config.deepspeed, Path(config.train.output_dir))
-    model = build_model(config.model_copy(update={"deepspeed": section}), schema, topology, device)
-    config = config.model_copy(update={"model": model.sizes})  # from here on every size is explicit
+    model = build_model(config.model_copy(update={"deepspeed": section}), spec, topology, device)
     if device.type == "cpu" and config.train.threads is None:
-        torch.set_num_threads(threads_that_pay(torch.get_num_threads(), examples * model.cost.flop))
+        torch.set_num_threads(threads_that_pay(torch.get_num_threads(), examples * spec.cost.flop))
 
     total_steps = config.train.epochs * train.steps_per_epoch
     if config.train.max_steps is not None:
@@ -101,13 +92,13 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         device=device,
         topology=topology,
         schema=schema,
+        spec=spec,
         train=train,
         valid=valid,
         test=test,
         sparse=model.sparse,
         dense=model.dense,
         schedule=schedule,
-        cost=model.cost,
         ledger=model.ledger,
         overlap=overlaps(config, topology),
         choices=choices,
@@ -125,21 +116,18 @@ class Model:
     """Both sides of a model on one rank.
 
     Attributes:
-        sizes: the config's model section, every size explicit.
         choices: what was chosen and why, for the log.
     """
 
-    sizes: OverArchConfig
     sparse: SparseSide
     dense: DenseSide
-    cost: Cost
     ledger: Ledger
     choices: tuple[str, ...]
 
 
 def build_model(
     config: RunConfig,
-    schema: Schema,
+    spec: ModelSpec,
     topology: Topology,
     device: torch.device,
     shards: tuple[Shard, ...] | None = None,
@@ -147,14 +135,13 @@ def build_model(
     """Build sparse side, dense model and engine; no data are read; collective.
 
     Args:
+        spec: the model that `config` asks for.
         shards: the placement of all tables; None: as the config asks.
 
     Raises:
-        UserError: sizes, ranks, tables or the DeepSpeed section do not fit together.
+        UserError: ranks, tables or the DeepSpeed section do not fit together.
     """
-    layout = build_layout(schema, config.embedding, config.model.dim)
-    towers = resolve_towers(config, layout)
-    sizes, scale_reasons = resolve_scale(config.model, layout, len(schema.numeric), towers.modules)
+    layout, towers, cost = spec.layout, spec.towers, spec.cost
     ledger = Ledger()
     module = config.tower_module
     sparse = SparseSide(
@@ -169,23 +156,18 @@ def build_model(
         tower_optimizer=None if isinstance(module, IdentityTowerConfig) else resolve_optimizer(module, config.dense),
         messages=WireDtypes(*(MESSAGE_TYPES[name] for name in config.parallel.messages)),
         ids=separate_groups(topology) if overlaps(config, topology) else None,
-        shards=place_run(config, layout, topology) if shards is None else shards,
+        shards=place_run(config, layout, towers, topology) if shards is None else shards,
     )
 
-    norm, norm_reason = layer_norm_factory(config.train.fused_kernels == "auto" and config.model.bias)
-    with torch.device("meta"):
-        columns, over_arch = over_arch_input(layout, towers.modules), over_arch_config(sizes, towers.modules)
-        model = Recommender(columns, len(schema.numeric), over_arch, config.embedding.dropout, norm)
-    dense = parallelize(model, config.model_copy(update={"model": sizes}), topology, device, ledger)
+    norm, norm_reason = layer_norm_factory(config.train.fused_kernels == "auto" and spec.sizes.bias)
+    dense = parallelize(spec.meta_model(norm), config, topology, device, ledger)
 
-    cost = count(sizes, layout, len(schema.numeric), towers.modules)
     choices = (
-        f"model: {sizes.name}, {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters, "
+        f"model: {spec.sizes.name}, {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters, "
         f"{cost.flop / 1e9:.4f} training GFLOP/example",
-        *scale_reasons,
-        *towers.reasons,
+        *spec.reasons,
         f"dense: ZeRO {zero_stage(config.deepspeed)}, optimizer {dense.optimizer_reason}; {norm_reason}",
-        *(explain(config, layout, topology).lines() if shards is None else ()),
+        *(explain(config, layout, towers, topology).lines() if shards is None else ()),
         *sparse.describe(),
     )
-    return Model(sizes, sparse, dense, cost, ledger, choices)
+    return Model(sparse, dense, ledger, choices)

@@ -8,6 +8,7 @@ element and lookups count as 0 FLOPs: above 5 GFLOP/example more than 97 % is pl
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from megarec.config.base import ModelConfig
 from megarec.config.models import DcnConfig, DlrmConfig, OverArchConfig, WukongConfig
@@ -17,8 +18,8 @@ from megarec.models.inputs import EmbeddedColumns, input_embeddings
 from megarec.models.wukong import LayerSizes, layer_sizes
 from megarec.run.baseline_cost import count_baseline
 from megarec.run.cost_parts import Part, Parts, count_mlp, total
-from megarec.sparse.layout import EmbeddingLayout
-from megarec.sparse.towers.sizes import TowerSizes, over_arch_config, over_arch_input
+from megarec.sparse.layout import Table
+from megarec.sparse.towers.sizes import TowerSizes
 
 
 @dataclass(frozen=True)
@@ -69,20 +70,27 @@ def _by_part(layers: Iterable[Parts]) -> Parts:
     return parts
 
 
-def count(config: OverArchConfig, layout: EmbeddingLayout, numeric: int, modules: TowerSizes | None = None) -> Cost:
+def count(
+    config: OverArchConfig,
+    columns: EmbeddedColumns,
+    numeric: int,
+    tables: Iterable[Table],
+    modules: TowerSizes | None = None,
+) -> Cost:
     """Parameters and training FLOPs per example of tables, tower modules, input layer and over-arch.
 
     Args:
-        config: the model section; behind tower modules the over-arch is counted at their width.
+        config: the dense model's sizes; behind tower modules its `dim` is the width that they emit.
+        columns: what the dense model reads.
+        numeric: how many numeric features there are.
         modules: the tower modules (sparse/towers/sizes.py), if there are any.
 
     Raises:
         UserError: sizes that do not fit together, or data without features.
     """
-    layers = {"sparse": {"tables": Part(sum(table.rows * table.columns for table in layout.tables))}}
+    layers = {"sparse": {"tables": Part(sum(table.rows * table.columns for table in tables))}}
     if modules is not None:
         layers["towers"] = count_towers(modules)
-    config, columns = over_arch_config(config, modules), over_arch_input(layout, modules)
     layers["inputs"] = _count_inputs(config, columns, numeric)
     n = input_embeddings(columns, numeric, config)
     return Cost(layers | _count_over_arch(n, config.numeric_embeddings if numeric else 0, config))
@@ -172,3 +180,22 @@ def _count_wukong_layer(layer: LayerSizes, config: WukongConfig) -> Parts:
 def _count_cross_layer(width: int, rank: int | None, bias: bool) -> Parts:
     product = count_mlp(width, [] if rank is None else [rank], width, bias=False)
     return {"cross": product.plus(Part(width if bias else 0))}
+
+
+def as_json(cost: Cost) -> dict[str, Any]:
+    """A cost as `tools/flops.py --json` prints it."""
+    return {
+        "parameters": {
+            "sparse": cost.sparse_parameters,
+            "dense": cost.dense_parameters,
+            "total": cost.parameters,
+        },
+        "training_flop_per_example": cost.flop,
+        "forward_mac_per_example": cost.mac,
+        "parts": {name: _part(part) for name, part in cost.parts.items()},
+        "layers": {name: {key: _part(part) for key, part in layer.items()} for name, layer in cost.layers.items()},
+    }
+
+
+def _part(part: Part) -> dict[str, int]:
+    return {"parameters": part.parameters, "forward_mac": part.mac, "training_flop": part.flop}

@@ -6,23 +6,18 @@
 At d = 160 that gives MLP 3 x 2048 for k = 24, 4096 for 48, 8192 for 96 and 16384 for 192: four of the paper's seven
 rows lie on this path (two others widen n_F before k, one doubles the MLP alone). n_F, n_L and k stay multiples of 8
 and the MLP's widths of 8, from 1024 on of 64, so that tensor parallelism up to 8 ways splits them into aligned GEMMs.
-
-`count_run` says what a run costs from its config alone: nothing is built, and its data need not be here.
 """
 
 import math
 from collections.abc import Iterator
 from itertools import count as count_up
-from typing import Any, NamedTuple
+from typing import Any
 
 from megarec.config.models import OverArchConfig, WukongConfig
-from megarec.config.sections import RunConfig
-from megarec.data.schema import schema_of
 from megarec.errors import UserError
-from megarec.models.inputs import input_embeddings
-from megarec.run.cost import Cost, Part, count
-from megarec.sparse.layout import EmbeddingLayout, build_layout
-from megarec.sparse.towers.sizes import TowerSizes, over_arch_config, over_arch_input, resolve_towers
+from megarec.models.inputs import EmbeddedColumns, input_embeddings
+from megarec.run.cost import count
+from megarec.sparse.towers.sizes import TowerSizes
 
 FEWEST_LAYERS, MOST_LAYERS = 2, 8
 NARROWEST, SMALLEST_RANK = 8, 24
@@ -30,9 +25,9 @@ STEP = 8
 
 
 def resolve_scale(
-    config: OverArchConfig, layout: EmbeddingLayout, numeric: int, modules: TowerSizes | None = None
+    config: OverArchConfig, columns: EmbeddedColumns, numeric: int, modules: TowerSizes | None = None
 ) -> tuple[OverArchConfig, tuple[str, ...]]:
-    """A model section whose sizes are all explicit, and the reasons for them; as it is where `scale` is not given.
+    """The dense model's sizes, all explicit, and the reasons for them; `config` itself where `scale` is not given.
 
     The sizes are those on the recipe's path whose training GFLOP/example, tower modules, input layer and head
     included, lies nearest to `scale`: over 8 or more embeddings of d >= 16 within 15 % of it, but 20 % between
@@ -40,32 +35,32 @@ def resolve_scale(
 
     Args:
         config: `scale` is the target; dim, head and everything else that the recipe leaves alone stay as they are.
-        layout: tables and features; they fix n.
+            Behind tower modules dim is the width that they emit.
+        columns: what the dense model reads; it fixes n.
         numeric: how many numeric features there are.
-        modules: the tower modules, if there are any; behind them n and d are what they emit.
+        modules: the tower modules, if there are any; their cost counts.
 
     Raises:
         UserError: `scale` lies below the smallest model of the recipe.
     """
     if not isinstance(config, WukongConfig) or config.scale is None:
         return config, ()
-    scale, n = config.scale, input_embeddings(over_arch_input(layout, modules), numeric, config)
-    over_arch = over_arch_config(config, modules)
-    candidates = _candidates(over_arch, scale, layout, numeric, modules)
+    scale, n = config.scale, input_embeddings(columns, numeric, config)
+    candidates = _candidates(config, scale, columns, numeric, modules)
     smallest, least = candidates[0]
     if scale < least:
         raise UserError(
             f"model.scale={scale:g}: the smallest model of the recipe ({_sizes(smallest)}) takes "
-            f"{_rounded_up(least)} GFLOP/example over these n={n} embeddings of d={over_arch.dim}; "
+            f"{_rounded_up(least)} GFLOP/example over these n={n} embeddings of d={config.dim}; "
             "ask for at least that, lower model.dim, or state the sizes yourself"
         )
     best, gflop = min(candidates, key=lambda candidate: abs(candidate[1] - scale))
     deepest = max(cost for model, cost in candidates if model.num_lcb == NARROWEST)
-    return best.model_copy(update={"dim": config.dim}), _reasons(scale, best, gflop, n, deepest)
+    return best, _reasons(scale, best, gflop, n, deepest)
 
 
 def _candidates(
-    config: WukongConfig, scale: float, layout: EmbeddingLayout, numeric: int, modules: TowerSizes | None
+    config: WukongConfig, scale: float, columns: EmbeddedColumns, numeric: int, modules: TowerSizes | None
 ) -> list[tuple[WukongConfig, float]]:
     """Models on the path and their GFLOP/example, rising, to the first beyond twice the scale.
 
@@ -74,7 +69,7 @@ def _candidates(
     """
     candidates: list[tuple[WukongConfig, float]] = []
     for model in _path(config):
-        gflop = count(model, layout, numeric, modules).flop / 1e9
+        gflop = count(model, columns, numeric, (), modules).flop / 1e9
         if not candidates or gflop > candidates[-1][1]:
             candidates.append((model, gflop))
         if gflop > 2 * scale:
@@ -135,48 +130,3 @@ def _reasons(scale: float, config: WukongConfig, gflop: float, n: int, deepest: 
             "num_fm, num_lcb, rank and mlp (8/15 x rank x dim) widen together: num_lcb alone plateaus"
         )
     return chosen, why
-
-
-class RunCost(NamedTuple):
-    """The cost of a run's model.
-
-    Attributes:
-        model: its section, every size explicit.
-        reasons: why `model.scale` and `tower_module`, where they are given, chose these sizes.
-    """
-
-    cost: Cost
-    model: OverArchConfig
-    reasons: tuple[str, ...]
-
-
-def count_run(config: RunConfig) -> RunCost:
-    """Parameters and training FLOPs per example of a run's model.
-
-    Raises:
-        UserError: no schema is here, or sizes and features do not fit together.
-    """
-    schema = schema_of(config.data)
-    layout = build_layout(schema, config.embedding, config.model.dim)
-    _, modules, tower_reasons = resolve_towers(config, layout)
-    model, reasons = resolve_scale(config.model, layout, len(schema.numeric), modules)
-    return RunCost(count(model, layout, len(schema.numeric), modules), model, (*tower_reasons, *reasons))
-
-
-def as_json(cost: Cost) -> dict[str, Any]:
-    """A cost as `tools/flops.py --json` prints it."""
-    return {
-        "parameters": {
-            "sparse": cost.sparse_parameters,
-            "dense": cost.dense_parameters,
-            "total": cost.parameters,
-        },
-        "training_flop_per_example": cost.flop,
-        "forward_mac_per_example": cost.mac,
-        "parts": {name: _part(part) for name, part in cost.parts.items()},
-        "layers": {name: {key: _part(part) for key, part in layer.items()} for name, layer in cost.layers.items()},
-    }
-
-
-def _part(part: Part) -> dict[str, int]:
-    return {"parameters": part.parameters, "forward_mac": part.mac, "training_flop": part.flop}

@@ -16,7 +16,7 @@ from megarec.config.sections import RunConfig
 from megarec.data.schema import Schema, schema_of
 from megarec.errors import UserError
 from megarec.run.cost import Cost
-from megarec.run.scale import count_run
+from megarec.run.spec import resolve
 
 
 class StudyFile(Section):
@@ -116,7 +116,7 @@ def _trial(model: str, rate: int, seed: int, tuning: bool, base: Path, overrides
         tuple(overrides),
         config,
         schema,
-        count_run(config).cost,
+        resolve(config, schema).cost,
         digest[:12],
         min(steps, config.train.max_steps or steps) * config.data.batch_size,
     )

@@ -32,12 +32,12 @@ from megarec.distributed.topology import ONE_RANK
 from megarec.errors import DamagedCheckpoint, UserError
 from megarec.models.initial import materialize
 from megarec.models.recommender import Recommender
+from megarec.run.spec import resolve
 from megarec.slices import TensorSlice
-from megarec.sparse.layout import build_layout
 from megarec.sparse.side import SparseSide
 from megarec.sparse.towers.modules import TowerModules
 from megarec.sparse.towers.replicas import resolve_optimizer
-from megarec.sparse.towers.sizes import ResolvedTowers, over_arch_config, over_arch_input, resolve_towers
+from megarec.sparse.towers.sizes import ResolvedTowers
 
 
 class Predictor:
@@ -115,25 +115,22 @@ class _Weights:
 
 def _predictor(config: RunConfig, schema: Schema, weights: _Weights, device: torch.device) -> Predictor:
     """Check that the weights are those of the model, then build and fill it."""
-    layout = build_layout(schema, config.embedding, config.model.dim)
-    towers = resolve_towers(config, layout)
-    with torch.device("meta"):
-        columns, over_arch = over_arch_input(layout, towers.modules), over_arch_config(config.model, towers.modules)
-        model = Recommender(columns, len(schema.numeric), over_arch)
+    spec = resolve(config, schema)
+    model = spec.meta_model()
     expected = {DENSE + name: tuple(p.shape) for name, p in model.named_parameters()}
-    expected |= {f"{TABLES}{table.name}/weight": (table.rows, table.columns) for table in layout.tables}
-    expected |= _tower_shapes(towers)
+    expected |= {f"{TABLES}{table.name}/weight": (table.rows, table.columns) for table in spec.layout.tables}
+    expected |= _tower_shapes(spec.towers)
     _check(weights, expected)
 
     module = config.tower_module
     sparse = SparseSide(
-        layout,
+        spec.layout,
         config.embedding.model_copy(update={"optimizer": "sgd"}),  # it keeps no state
         ONE_RANK,
         seed=config.train.seed,
         device=device,
         ledger=Ledger(),
-        towers=towers,
+        towers=spec.towers,
         tower_optimizer=None if isinstance(module, IdentityTowerConfig) else resolve_optimizer(module, config.dense),
     )
     materialize(model, device)

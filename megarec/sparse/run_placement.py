@@ -11,7 +11,7 @@ from megarec.sparse.exchange.tower_exchange import host_layouts
 from megarec.sparse.layout import EmbeddingLayout, Table
 from megarec.sparse.placement import Kind, Shard, check_table_names, choose_plans, place, place_on_hosts, replicated
 from megarec.sparse.towers.assignment import check_towers
-from megarec.sparse.towers.sizes import ResolvedTowers, resolve_towers
+from megarec.sparse.towers.sizes import ResolvedTowers
 
 
 def layouts_by_host(
@@ -50,10 +50,12 @@ def place_shards(
     return place_on_hosts(parts, config.placement, topology.ranks_per_host, tables=tables, examples=of_peers)
 
 
-def place_run(config: RunConfig, layout: EmbeddingLayout, topology: Topology) -> tuple[Shard, ...]:
+def place_run(
+    config: RunConfig, layout: EmbeddingLayout, towers: ResolvedTowers, topology: Topology
+) -> tuple[Shard, ...]:
     """Where all tables of a run lie; the topology's groups are not looked at."""
     exchange = config.parallel.exchange
-    parts = layouts_by_host(layout, topology, exchange, resolve_towers(config, layout))
+    parts = layouts_by_host(layout, topology, exchange, towers)
     return place_shards(parts, config.embedding, topology, exchange, config.data.batch_size // topology.world_size)
 
 
@@ -129,17 +131,17 @@ class Explanation:
         return [f"placement: {held}; largest rank over the mean: {uneven}", *at_most_ten(split)]
 
 
-def explain(config: RunConfig, layout: EmbeddingLayout, topology: Topology) -> Explanation:
+def explain(config: RunConfig, layout: EmbeddingLayout, towers: ResolvedTowers, topology: Topology) -> Explanation:
     """The placement of a run; the topology's groups are not looked at.
 
     Raises:
         UserError: tables, towers and ranks do not fit together.
     """
     exchange, settings = config.parallel.exchange, config.embedding
-    parts = layouts_by_host(layout, topology, exchange, resolve_towers(config, layout))
+    parts = layouts_by_host(layout, topology, exchange, towers)
     flat = exchange == "flat"
     group = topology.world_size if flat else topology.ranks_per_host
-    shards = place_run(config, layout, topology)
+    shards = place_run(config, layout, towers, topology)
     examples = config.data.batch_size // topology.world_size * (1 if flat else topology.hosts)
     tables = []
     for host, part in enumerate(parts):

@@ -53,9 +53,9 @@ def hyper_parameters(run: Run) -> dict[str, bool | int | float | str]:
         "deepspeed.zero_stage": zero_stage(run.config.deepspeed),
         "ranks": run.topology.world_size,
         "hosts": run.topology.hosts,
-        "gflop_per_example": run.cost.flop / 1e9,
-        "dense_parameters": run.cost.dense_parameters,
-        "sparse_parameters": run.cost.sparse_parameters,
+        "gflop_per_example": run.spec.cost.flop / 1e9,
+        "dense_parameters": run.spec.cost.dense_parameters,
+        "sparse_parameters": run.spec.cost.sparse_parameters,
     }
     for section in _SECTIONS:
         found.update(_flat(section, config[section]))

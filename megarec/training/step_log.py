@@ -84,7 +84,7 @@ class StepLog:
         rate = self._window_steps * run.config.data.batch_size / seconds  # `seen` has more right after a resume
         self._train_seconds += seconds
         self._trained_steps += self._window_steps
-        tflops = rate * run.cost.flop / 1e12
+        tflops = rate * run.spec.cost.flop / 1e12
         epoch = state.step / run.train.steps_per_epoch
         _log.info(
             f"step {state.step}/{run.schedule.total_steps}  epoch {epoch:.2f}  loss {seen.logloss:.4f}  "
@@ -140,7 +140,7 @@ class StepLog:
 
     def summary(self) -> dict[str, float | dict[str, int] | None]:
         """The "train" part of metrics.json: rates over the logged steps, validation and saving left out."""
-        flop, state = self.run.cost.flop, self.state
+        flop, state = self.run.spec.cost.flop, self.state
         examples = self._trained_steps * self.run.config.data.batch_size
         rate = examples / self._train_seconds if self._train_seconds else None
         tflops = rate * flop / 1e12 if rate else None

@@ -18,6 +18,7 @@ from megarec.distributed.topology import ONE_RANK, Topology
 from megarec.models.initial import initialize
 from megarec.models.recommender import Recommender
 from megarec.planning.memory import activation_bytes, parameter_sizes, predict, with_totals
+from megarec.run.spec import resolve
 from megarec.sparse.layout import build_layout
 from megarec.sparse.placement import Shard
 from megarec.sparse.side import SparseSide
@@ -60,8 +61,9 @@ def test_activations_are_those_of_a_forward_pass(model: dict[str, Any], recomput
     with saved_activations(kept, real):
         logits = real(torch.randn(8, 2), embedded, torch.arange(8))
     assert logits.requires_grad
-    assert activation_bytes(config, layout, 2, 8) == kept["bytes"]
-    assert activation_bytes(config, layout, 2, 80) == pytest.approx(10 * kept["bytes"], rel=0.1)
+    spec = resolve(config, SCHEMA)
+    assert activation_bytes(config, spec, 8) == kept["bytes"]
+    assert activation_bytes(config, spec, 80) == pytest.approx(10 * kept["bytes"], rel=0.1)
 
 
 def test_views_of_parameters_are_no_activations() -> None:
@@ -94,9 +96,9 @@ def test_table_arithmetic(rows: int, columns: int) -> None:
 
 def test_tensor_parallelism_divides_the_mlps() -> None:
     config = config_of(MODELS[0], parallel={"tensor": 4})
-    layout = build_layout(SCHEMA, config.embedding, 16)
-    whole = parameter_sizes(config, layout, 2, Topology(0, 4, 4, 1))
-    shards = [parameter_sizes(config, layout, 2, Topology(rank, 4, 4, 4)) for rank in range(4)]
+    spec = resolve(config, SCHEMA)
+    whole = parameter_sizes(spec, Topology(0, 4, 4, 1))
+    shards = [parameter_sizes(spec, Topology(rank, 4, 4, 4)) for rank in range(4)]
     for size, *parts in zip(whole, *shards, strict=True):
         assert sum(parts) in (size, 4 * size)  # sharded, or replicated
     assert sum(sum(parts) for parts in shards) < 1.5 * sum(whole)
@@ -107,7 +109,7 @@ def test_the_largest_ladder_row_by_hand() -> None:
     from megarec.data.schema import schema_of
 
     config = load_config(Path(__file__).parents[2] / "ds_configs/ladder/wukong-108gflop.json")
-    parts = predict(config, schema_of(config.data), Topology(0, 256, 8, 8), micro_batch=4)
+    parts = predict(config, resolve(config, schema_of(config.data)), Topology(0, 256, 8, 8), micro_batch=4)
     mlp = 138_816 * 16_384 + 7 * 73_728 * 16_384 + 8 * (2 * 16_384**2 + 16_384 * 30_720)
     partition = mlp // 8 // 32
     assert parts["gradients"] == pytest.approx(2 * partition, rel=0.05)

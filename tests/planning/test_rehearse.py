@@ -20,6 +20,7 @@ from megarec.parity.run import write_base
 from megarec.planning.recorder import CollectiveRecorder
 from megarec.planning.rehearse import STEPS, check_ranks, make_batch
 from megarec.run.build import build_model
+from megarec.run.spec import resolve
 from megarec.training.profiling import StepTimer
 from megarec.training.step import train_step
 
@@ -49,7 +50,7 @@ def real_collectives(path: Path, overrides: list[str]) -> list[dict[str, Any]]:
     device = start_process(config)
     topology = build_topology(config.parallel.ranks_per_host, config.parallel.tensor)
     schema = schema_of(config.data)
-    model = build_model(config, schema, topology, device)
+    model = build_model(config, resolve(config, schema), topology, device)
     recorder = CollectiveRecorder(topology)
     found: list[dict[str, Any]] = []
     with recorder:

@@ -41,7 +41,7 @@ def test_counts_what_the_model_has_and_does(
     assume(config.name != "dlrm" or full not in ([], [1]) or small or numeric)  # a lone embedding has no pair
     config = config.model_copy(update={"numeric_embeddings": numeric_embeddings})
     places = layout(config.dim, full, small)
-    cost = count(config, places, numeric)
+    cost = count(config, places, numeric, places.tables)
     assert cost.sparse_parameters == sum(table.rows * table.columns for table in places.tables)
 
     with torch.device(device), FlopCounterMode(display=False) as counter:
@@ -60,11 +60,12 @@ def test_counts_tower_modules_and_the_over_arch_behind_them(
     assume(config.name != "dlrm" or sum(modules.outputs) > 1 or numeric)
     config = config.model_copy(update={"dim": modules.width})
     places = layout(modules.width, list(modules.inputs), [])
-    cost = count(config, places, numeric, modules)
+    sizes, columns = over_arch_config(config, modules), over_arch_input(places, modules)
+    cost = count(sizes, columns, numeric, places.tables, modules)
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         bank = TowerModules(modules, range(len(modules.inputs)))
-        model = Recommender(over_arch_input(places, modules), numeric, over_arch_config(config, modules))
+        model = Recommender(columns, numeric, sizes)
         pooled = torch.randn(BATCH, places.width, requires_grad=True)
         model(torch.randn(BATCH, numeric), bank(pooled)).sum().backward()
     assert list(cost.layers)[:3] == ["sparse", "towers", "inputs"]
@@ -78,7 +79,8 @@ def test_counts_tower_modules_and_the_over_arch_behind_them(
 @given(config=models)
 @settings(max_examples=20, deadline=None)
 def test_layers_parts_and_totals_agree(config: OverArchConfig) -> None:
-    cost = count(config, layout(config.dim, [1, 1], [2]), 2)
+    places = layout(config.dim, [1, 1], [2])
+    cost = count(config, places, 2, places.tables)
     assert list(cost.layers)[:2] == ["sparse", "inputs"] and list(cost.layers)[-1] == "head"
     for parts in (cost.parts, {name: total(layer) for name, layer in cost.layers.items()}):
         assert sum(part.parameters for part in parts.values()) == cost.parameters
@@ -90,7 +92,7 @@ def test_parts_and_layers_are_those_of_the_modules() -> None:
     sizes = {"layers": 3, "dim": 8, "num_fm": 4, "num_lcb": [3, 3, 4], "rank": 5, "mlp": [16, 12], "head": [9]}
     config = WukongConfig.model_validate(sizes | {"projection": "attentive"})
     places = layout(8, [1, 2, 1], [3, 4])
-    cost = count(config, places, 6)
+    cost = count(config, places, 6, places.tables)
     owners = {
         "projection.fm": "fm",
         "fmb.mlp": "fm_mlp",

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megarec.config.load import load_config
+from megarec.data.schema import schema_of
 from megarec.run.cost import Cost
-from megarec.run.scale import count_run
+from megarec.run.spec import resolve
 from megarec.scaling.ladder import DLRM_CRITEO, published
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +21,8 @@ DCN = {"name": "dcn", "dim": 128, "numeric_mlp": [512, 256]}
 
 
 def counted(*overrides: str) -> Cost:
-    return count_run(load_config(CRITEO, list(overrides))).cost
+    config = load_config(CRITEO, list(overrides))
+    return resolve(config, schema_of(config.data)).cost
 
 
 def test_dlrm_on_criteo_terabyte() -> None:

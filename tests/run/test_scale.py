@@ -9,7 +9,7 @@ from megarec.config.towers import WukongTowerConfig
 from megarec.errors import UserError
 from megarec.run.cost import count
 from megarec.run.scale import resolve_scale
-from megarec.sparse.towers.sizes import module_sizes
+from megarec.sparse.towers.sizes import module_sizes, over_arch_input
 from tests.models.layouts import layout
 
 
@@ -18,7 +18,7 @@ def derived(config: WukongConfig, n: int, numeric: int = 0) -> tuple[WukongConfi
     places = layout(config.dim, [1] * n, [])
     model, reasons = resolve_scale(config, places, numeric)
     assert isinstance(model, WukongConfig) and model.scale is None and len(reasons) == 2
-    return model, count(model, places, numeric).flop / 1e9
+    return model, count(model, places, numeric, places.tables).flop / 1e9
 
 
 def widths(model: WukongConfig) -> list[int]:
@@ -81,17 +81,17 @@ def test_what_the_recipe_leaves_alone_stays() -> None:
 
 
 def test_behind_tower_modules_the_over_arch_is_scaled_at_their_width() -> None:
-    """The dial aims at all of the cost; `dim` stays the width of tables."""
+    """The dial aims at all of the cost."""
     module = WukongTowerConfig(name="wukong", compression=4)
     modules, _ = module_sizes(module, 64, [13, 13], bias=True)
-    places = layout(64, [1] * 26, [])
-    model, reasons = resolve_scale(WukongConfig(dim=64, scale=0.5), places, 3, modules)
-    assert isinstance(model, WukongConfig) and model.scale is None and model.dim == 64
+    columns = over_arch_input(layout(64, [1] * 26, []), modules)
+    model, reasons = resolve_scale(WukongConfig(dim=modules.dim, scale=0.5), columns, 3, modules)
+    assert isinstance(model, WukongConfig) and model.scale is None and model.dim == modules.dim
     assert model.mlp[0] == pytest.approx(8 / 15 * max(model.num_fm, 24) * modules.dim, rel=0.05)
-    assert count(model, places, 3, modules).flop / 1e9 == pytest.approx(0.5, rel=0.15)
+    assert count(model, columns, 3, (), modules).flop / 1e9 == pytest.approx(0.5, rel=0.15)
     assert f"over n={sum(modules.outputs) + 1}, d=32" in reasons[0]
     with pytest.raises(UserError, match=r"over these n=14 embeddings of d=32"):
-        resolve_scale(WukongConfig(dim=64, scale=1e-9), places, 3, modules)
+        resolve_scale(WukongConfig(dim=modules.dim, scale=1e-9), columns, 3, modules)
 
 
 def test_nothing_to_derive() -> None:

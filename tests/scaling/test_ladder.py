@@ -8,9 +8,9 @@ import pytest
 from megarec.config.deepspeed import micro_batch_size
 from megarec.config.load import load_config
 from megarec.config.models import WukongConfig
-from megarec.data.schema import read_schema
+from megarec.data.schema import read_schema, schema_of
 from megarec.models.wukong import layer_sizes
-from megarec.run.scale import count_run
+from megarec.run.spec import resolve
 from megarec.scaling.ladder import LADDER as PUBLISHED
 from megarec.scaling.stand_in import as_json, ladder_schema
 
@@ -46,7 +46,7 @@ def test_a_row_counts_what_the_docs_say(name: str) -> None:
     config = load_config(path)
     assert config.train.output_dir == f"runs/{path.stem}"
     gflop, dense, *sizes = ROWS[name]
-    cost = count_run(config).cost
+    cost = resolve(config, schema_of(config.data)).cost
     numeric = 6 * 2048 * 32 * 160 + 4 * 64 * 2048  # nothing needs the gradient of the numeric features
     assert cost.flop == 6 * by_hand(723, *sizes) + numeric
     assert cost.flop / 1e9 == pytest.approx(gflop, abs=5e-4)
@@ -78,8 +78,9 @@ def test_a_small_row_counts_what_the_docs_say(name: str) -> None:
     path = ROOT / f"ds_configs/ladder/small/movielens-1m-{name}gflop.json"
     config = load_config(path)
     assert config.train.output_dir == f"runs/{path.stem}"
-    cost, model, _ = count_run(config)
-    assert cost.flop / 1e9 == pytest.approx(SMALL[name], rel=5e-4)
+    spec = resolve(config, schema_of(config.data))
+    model = spec.sizes
+    assert spec.cost.flop / 1e9 == pytest.approx(SMALL[name], rel=5e-4)
     assert isinstance(model, WukongConfig)
     sizes = f"{model.layers} | {model.num_fm} | {model.rank} | 3 x {model.mlp[0]}"
     assert model.num_fm == model.num_lcb and f"| {name} | {sizes} | {SMALL[name]:.4f} | " in DOCS

@@ -29,6 +29,7 @@ from megarec.sparse.placement import (
     replicated,
 )
 from megarec.sparse.run_placement import explain
+from megarec.sparse.towers.sizes import resolve_towers
 
 ROOT = Path(__file__).parents[2]
 WISHES = ("auto", "table", "column", "row", "replicated")
@@ -167,7 +168,8 @@ def config_of(**sections: Any) -> RunConfig:
 
 def test_explanation() -> None:
     config = config_of(embedding={"placement": "auto", "tables": {"item": {"placement": "row"}}})
-    found = explain(config, build_layout(SCHEMA, config.embedding, 16), Topology(0, 4, 2, 1))
+    layout = build_layout(SCHEMA, config.embedding, 16)
+    found = explain(config, layout, resolve_towers(config, layout), Topology(0, 4, 2, 1))
     by_name = {table.table: table for table in found.tables}
     assert {name: table.kind for name, table in by_name.items()} == {"user": "row", "item": "row", "sex": "replicated"}
     assert by_name["sex"].bytes == 4 * 4 * 3 * 16
@@ -182,7 +184,8 @@ def test_explanation() -> None:
 def test_explanation_of_towers() -> None:
     towers = {"exchange": "tower", "towers": [["user"], ["item", "history", "sex"]]}
     config = config_of(parallel=towers, embedding={"placement": "row"})
-    found = explain(config, build_layout(SCHEMA, config.embedding, 16), Topology(0, 4, 2, 1))
+    layout = build_layout(SCHEMA, config.embedding, 16)
+    found = explain(config, layout, resolve_towers(config, layout), Topology(0, 4, 2, 1))
     assert [(t.table, t.host, t.ranks) for t in found.tables] == [
         ("user", 0, (0, 1)), ("item", 1, (2, 3)), ("sex", 1, (2, 3)),
     ]  # fmt: skip

@@ -18,7 +18,6 @@ from megarec.dense import masters
 from megarec.run.build import Run
 from megarec.run.state import TrainState
 from megarec.signals import Interruption
-from megarec.sparse.layout import build_layout
 from megarec.training.faults.policy import FaultPolicy
 from megarec.training.faults.step_check import StepCheck
 from megarec.training.profiling import StepTimer
@@ -28,11 +27,10 @@ from tests.checkpoint.runs import build
 
 def everything(run: Run) -> dict[str, Tensor]:
     """Copies of what this rank holds: dense weights and states, tables and theirs, tower modules and theirs."""
-    layout = build_layout(run.schema, run.config.embedding, run.config.model.dim)
     pieces = masters.held(run.dense.engine, run.topology) + masters.written(
         run.dense.engine, run.topology
     )  # the latter: Adam's steps
-    pieces += sparse.tables_held(run.sparse, layout)
+    pieces += sparse.tables_held(run.sparse, run.spec.layout)
     found = {f"{piece.name} {piece.start}": piece.tensor for piece in pieces}
     found |= {f"model {name}": parameter for name, parameter in run.dense.module.named_parameters()}
     if run.sparse.modules is not None:

@@ -12,10 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megarec.config.load import load_config
 from megarec.config.models import WukongConfig
+from megarec.data.schema import load_schema
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
-from megarec.run.scale import count_run
+from megarec.run.spec import resolve
 from megarec.training.trainer import train
 
 MODEL = {"layers": 1, "num_fm": 2, "num_lcb": 2, "rank": 4, "mlp": [16], "dim": 8, "head": [8], "dropout": 0.1}
@@ -63,7 +64,7 @@ def test_a_run_with_the_dial_states_the_sizes_it_derived(pool: RankPool, data: P
     resolved = load_config(tmp_path / "out/config.json")
     assert isinstance(resolved.model, WukongConfig) and resolved.model.scale is None
     assert resolved.model.layers > 2 and resolved.model.rank == 24 and len(resolved.model.mlp) == 3
-    counted = count_run(resolved).cost.flop / 1e9
+    counted = resolve(resolved, load_schema(data)).cost.flop / 1e9
     assert metrics[0]["train"]["gflop_per_example"] == counted == pytest.approx(0.002, rel=0.15)
     assert set(scalars(tmp_path)["train/logloss"]) == {1, 2}
 

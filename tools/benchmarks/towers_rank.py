@@ -27,6 +27,7 @@ from megarec.data.schema import CategoricalFeature, Schema
 from megarec.distributed.process import start_process
 from megarec.distributed.topology import build_topology
 from megarec.run.build import build_model
+from megarec.run.spec import resolve
 from megarec.training.id_prefetch import IdPrefetcher
 from megarec.training.profiling import StepTimer, tracing
 from megarec.training.step import train_step
@@ -97,7 +98,7 @@ def exposed_ids(overlap: bool, steps: int) -> dict[str, Any]:
         _start()
     config = _config("dlrm", "tower, overlap" if overlap else "tower, no overlap")
     topology, device = build_topology(None, tensor=1), torch.device("cpu")
-    built = build_model(config, _schema(lists=True), topology, device)
+    built = build_model(config, resolve(config, _schema(lists=True)), topology, device)
     built.dense.set_learning_rate(1e-3)
     ahead, clock = IdPrefetcher(built.sparse, device, overlap), StepTimer(device)
     batches = [_batch(topology.rank * 100 + step, lists=True) for step in range(steps + 2)]
@@ -166,10 +167,11 @@ def _start() -> None:
 def _megarec(model: str, variant: str) -> Contestant:
     if not dist.is_initialized():
         _start()
-    config, schema = _config(model, variant), _schema()
+    config = _config(model, variant)
+    spec = resolve(config, _schema())
     device = torch.device("cpu")
     topology = build_topology(None, tensor=1)
-    built = build_model(config, schema, topology, device)
+    built = build_model(config, spec, topology, device)
     built.dense.set_learning_rate(1e-3)
     batch, clock = _batch(topology.rank), StepTimer(device)
     with torch.no_grad():
@@ -186,7 +188,7 @@ def _megarec(model: str, variant: str) -> Contestant:
     def sent() -> int:
         return sum(row["cross_host_bytes"] for row in built.ledger.rows())
 
-    return Contestant(step, exchange, sent, built.cost.flop * BATCH)
+    return Contestant(step, exchange, sent, spec.cost.flop * BATCH)
 
 
 def _batch(seed: int, lists: bool = False) -> Batch:

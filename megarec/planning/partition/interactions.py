@@ -27,7 +27,7 @@ from megarec.distributed.process import start_process
 from megarec.errors import UserError
 from megarec.planning.partition.limits import measure_lengths
 from megarec.run.build import Run, build_run
-from megarec.sparse.layout import EmbeddingLayout, build_layout
+from megarec.sparse.layout import EmbeddingLayout
 from megarec.training.profiling import StepTimer
 from megarec.training.step import train_step
 
@@ -135,7 +135,7 @@ def probe(config: RunConfig, steps: int, say: Callable[[str], None]) -> Probe:
     config = probe_config(config, steps)
     run = build_run(config, start_process(config))
     loss = _train(run, say)
-    mean = InteractionMean(build_layout(run.schema, config.embedding, config.model.dim))
+    mean = InteractionMean(run.spec.layout)
     with torch.no_grad():
         for batch in islice(run.train.batches(epoch=0), math.ceil(EXAMPLES / config.data.batch_size)):
             mean.add(run.sparse.look_up(batch.to(run.device)).values)

@@ -40,9 +40,9 @@ from megarec.planning.partition.limits import (
     units_of,
 )
 from megarec.planning.partition.mds import Kind, place_in_plane, wanted_distances
-from megarec.sparse.layout import EmbeddingLayout, build_layout
+from megarec.run.spec import resolve
+from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.towers.assignment import Towers, assign_towers
-from megarec.sparse.towers.sizes import resolve_towers
 
 LEARNED = get_args(Kind)
 STRATEGIES = (*LEARNED, "strided", "greedy", "random")
@@ -118,11 +118,10 @@ def partition(config: RunConfig, wish: Wish, say: Callable[[str], None] = lambda
     """
     check_wish(wish)
     schema = schema_of(config.data)
-    layout = build_layout(schema, config.embedding, config.model.dim)
-    strided = assign_towers(layout, wish.towers)  # refuses more towers than tables
-    resolve_towers(
-        config.model_copy(update={"parallel": config.parallel.model_copy(update={"towers": wish.towers})}), layout
-    )
+    parallel = config.parallel.model_copy(update={"towers": wish.towers})
+    spec = resolve(config.model_copy(update={"parallel": parallel}), schema)  # refuses more towers than tables
+    layout, strided = spec.layout, spec.towers.towers
+    assert strided is not None
     clock = _Stopwatch()
 
     interactions, lengths, reasons = _look(config, wish, schema, layout, say)

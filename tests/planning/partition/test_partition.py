@@ -21,7 +21,7 @@ from megarec.errors import UserError
 from megarec.planning.partition.interactions import probe_config
 from megarec.planning.partition.partition import Wish, check_wish, inside_and_across, partition
 from megarec.planning.partition.report import check_partition_output, write_partition
-from megarec.run.cost import count
+from megarec.run.cost import count_towers
 from megarec.sparse.towers.sizes import resolve_towers
 from megarec.training.trainer import train
 
@@ -95,7 +95,8 @@ def test_costs_are_counted_by_tower(config: RunConfig, tmp_path: Path) -> None:
     assert found.cost["lookups"] == [len(names) for names in found.towers.features]
     lists = config.parallel.model_copy(update={"towers": [list(names) for names in found.towers.features]})
     modules = resolve_towers(config.model_copy(update={"parallel": lists}), found.layout).modules
-    counted = count(config.model, found.layout, 0, modules).layers["towers"]
+    assert modules is not None
+    counted = count_towers(modules)
     assert found.cost["flop"] == [counted[f"towers.{t}"].flop for t in range(3)]
 
 
