@@ -17,6 +17,7 @@ import torch
 import megarec
 from megarec.data.batch import Batch, Ids
 from megarec.distributed.rendezvous import free_port
+from tests.processes import python
 
 WRITTEN = Path(__file__).parent / "written_by_b9b1d12"
 ROOT = Path(megarec.__file__).resolve().parent.parent
@@ -76,8 +77,14 @@ def train(work: Path, *more: str) -> str:
     )  # fmt: skip
 
 
+def script(work: Path, *words: object) -> str:
+    done = python(*words, cwd=work, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 def checkpoint(work: Path, *words: str) -> str:
-    return command(work, sys.executable, str(ROOT / "tools/checkpoint.py"), *words)
+    return script(work, ROOT / "tools/checkpoint.py", *words)
 
 
 @pytest.fixture
@@ -111,6 +118,6 @@ def test_it_is_resumed_and_goes_on(work: Path) -> None:
 def test_one_rank_resumes_it(work: Path) -> None:
     sets = ("--set", "parallel.exchange=flat", "--set", "parallel.ranks_per_host=null")
     config = ("--config", "run.json", "--resume", *sets)
-    text = command(work, sys.executable, str(ROOT / "launch/train.py"), *config)
+    text = script(work, ROOT / "launch/train.py", *config)
     assert f"resumed from run/checkpoints/{LATEST}" in text
     check_metrics(work, 1e-5)  # sums in another order
