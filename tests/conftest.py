@@ -1,16 +1,61 @@
-"""Fixtures for every test: pools of gloo ranks."""
+"""For every test: pools of gloo ranks, and which test process runs it when."""
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
-from megarec.distributed.rank_pool import RankPool
+from megarec.distributed.rank_pool import PRELOADED, RankPool
+from tests.processes import warm_environment
 
 # No deadline: a busy machine is not a defect. The same examples every time where a failure must be one's own doing.
 settings.register_profile("megarec", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("megarec")
+
+# Test processes and their ranks share a few cores. Threads that spin while they wait for each other take them all: a
+# small model trained here on two threads took thirty times the CPU time of one. Those of child processes must sleep.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+PRELOADED.append("tests.preloaded")  # of this process's pools and scripts
+
+# A file stays in one test process, with its fixtures, the longest files first: what a process would do twice and what
+# it would wait for at the end both cost time. The cases of the parity matrix share little, so they fill up the end.
+LONGEST = [
+    "tests/docs/test_shell_blocks.py",
+    "tests/training/test_fault_runs.py",
+    "tests/planning/test_zero.py",
+    "tests/dense/test_tensor_parallel.py",
+    "tests/checkpoint/test_modules.py",
+    "tests/checkpoint/test_reshape_chain.py",
+    "tests/docs/test_examples.py",
+    "tests/hosts/test_multihost.py",
+    "tests/test_installed.py",
+]
+ONE_BY_ONE = "tests/parity/test_parity.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {file: place - len(LONGEST) for place, file in enumerate(LONGEST)} | {ONE_BY_ONE: 1}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], 0))
+
+
+@pytest.hookimpl(optionalhook=True)  # without xdist there is nothing to schedule
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file == ONE_BY_ONE else file
+
+    if config.getvalue("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +72,10 @@ def rank_pool() -> Iterator[Callable[[int], RankPool]]:
     yield pool
     while pools:
         pools.pop().close()
+
+
+@pytest.fixture(scope="session")
+def warm_venv(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An environment whose Python programs have everything imported (tests/processes.py)."""
+    with warm_environment(tmp_path_factory.mktemp("warm")) as venv:
+        yield venv

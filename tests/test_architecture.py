@@ -113,25 +113,29 @@ def test_tables_do_not_know_the_exchange() -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("module", ["dense.engine", "dense.groups", "training.trainer", "planning.zero"])
-def test_the_accelerator_is_decided_before_deepspeed_is_imported(module: str) -> None:
-    """Whichever module comes first. DeepSpeed reads DS_ACCELERATOR once, at its first import."""
+def test_the_accelerator_is_decided_before_deepspeed_is_imported() -> None:
+    """Whichever module comes first. DeepSpeed reads DS_ACCELERATOR once, at its first import: a fork for each."""
     code = (
-        "import builtins, os, sys; import torch; real = builtins.__import__; seen = []\n"
+        "import builtins, importlib, os, sys; import torch; real = builtins.__import__; seen = []\n"
         "def watch(name, *rest, **named):\n"
         "    if name.partition('.')[0] == 'deepspeed' and not seen: seen.append(os.environ.get('DS_ACCELERATOR'))\n"
         "    return real(name, *rest, **named)\n"
         "builtins.__import__ = watch\n"
-        f"import megarec.{module}\n"
-        "print(torch.accelerator.is_available(), seen[0])"
+        "for module in sys.argv[1:]:\n"
+        "    if not os.fork():\n"
+        "        importlib.import_module('megarec.' + module)\n"
+        "        print('first:', module, torch.accelerator.is_available(), seen[0], flush=True)\n"
+        "        os._exit(0)\n"
+        "    assert os.wait()[1] == 0\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    modules = ["dense.engine", "dense.groups", "training.trainer", "planning.zero"]
+    command = [sys.executable, "-W", "ignore", "-c", code, *modules]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    available, decided = ran.stdout.split()[-2:]
-    assert available == "True" or decided == "cpu"
+    told = [line.split()[1:] for line in ran.stdout.splitlines() if line.startswith("first: ")]
+    assert [module for module, _, _ in told] == modules
+    assert all(available == "True" or decided == "cpu" for _, available, decided in told), told
 
 
 def test_no_file_is_too_long() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.distributed.rendezvous import free_port
+from tests.processes import python
 
 ROOT = Path(__file__).parents[1]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
@@ -34,37 +35,33 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def launch(*arguments: str) -> list[str]:
+def launch(*arguments: str, deepspeed: Path = DEEPSPEED) -> list[str]:
     job = ["--log_level", "error", "--num_gpus", "2", "--master_port", str(free_port())]
-    return [str(DEEPSPEED), *job, str(ROOT / "launch/train.py"), *arguments]
+    return [str(deepspeed), *job, str(ROOT / "launch/train.py"), *arguments]
 
 
 def test_print_config_shows_the_resolved_run(config: Path) -> None:
-    command = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(config), "--print-config"]
-    done = subprocess.run([*command, "--set", "train.epochs=7"], capture_output=True, text=True, check=True)
+    done = python(ROOT / "launch/train.py", "--config", config, "--print-config", "--set", "train.epochs=7", real=True)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["train"]["epochs"] == 7
 
 
 def test_print_config_derives_the_sizes_of_a_scale(config: Path, tmp_path: Path) -> None:
     run = json.loads(config.read_text()) | {"model": {"dim": 8, "scale": 0.01}}
     (tmp_path / "scaled.json").write_text(json.dumps(run))
-    command = [
-        sys.executable,
-        str(ROOT / "launch/train.py"),
-        "--config",
-        str(tmp_path / "scaled.json"),
-        "--print-config",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [ROOT / "launch/train.py", "--config", tmp_path / "scaled.json", "--print-config"]
+    done = python(*command)
+    assert done.returncode == 0, done.stderr
     model = json.loads(done.stdout)["model"]
     assert model["scale"] is None and model["layers"] == 8 and len(model["mlp"]) == 3
     assert f"scale: layers=8, num_fm={model['num_fm']}, " in done.stderr and "asked for 0.01" in done.stderr
 
-    done = subprocess.run([*command, "--set", "data.path=none"], capture_output=True, text=True, check=True)
+    done = python(*command, "--set", "data.path=none")
+    assert done.returncode == 0, done.stderr
     model = json.loads(done.stdout)["model"]
     assert model["scale"] == 0.01 and "layers" not in model and "left out: data.path='none'" in done.stderr
 
-    done = subprocess.run([*command, "--set", "model.scale=1e-6"], capture_output=True, text=True)
+    done = python(*command, "--set", "model.scale=1e-6")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: model.scale=1e-06: the smallest model of the recipe")
 
@@ -81,10 +78,9 @@ def test_two_ranks_through_the_deepspeed_launcher(config: Path) -> None:
     assert not [line for line in others if "WARNING" in line or "INFO" in line]
 
 
-def test_a_mistake_ends_with_exit_2_and_one_line(config: Path) -> None:
-    done = subprocess.run(
-        launch("--config", str(config), "--set", "model.layrs=3"), capture_output=True, text=True, env=ENVIRONMENT
-    )
+def test_a_mistake_ends_with_exit_2_and_one_line(config: Path, warm_venv: Path) -> None:
+    command = launch("--config", str(config), "--set", "model.layrs=3", deepspeed=warm_venv / "bin/deepspeed")
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert errors == [f"error: {config}: unknown key 'model.layrs'; did you mean 'layers'?"]

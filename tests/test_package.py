@@ -1,7 +1,6 @@
 """The package as others see it: its public names, the `megarec` command, its metadata."""
 
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -9,12 +8,13 @@ import pytest
 
 import megarec
 from megarec.commands.cli import COMMANDS, LAUNCH
+from tests import processes
 
 ROOT = Path(__file__).parents[1]
 
 
-def python(*words: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True)
+def python(*words: str, real: bool = True) -> "subprocess.CompletedProcess[str]":
+    return processes.python(*words, cwd=ROOT, real=real)
 
 
 def pins(file: str) -> set[str]:
@@ -49,7 +49,7 @@ def test_an_unknown_command_is_one_line_and_exit_2() -> None:
 
 def test_a_command_is_the_code_of_its_tool() -> None:
     arguments = ["--config", "ds_configs/dlrm-criteo-terabyte.json", "--json"]
-    command, tool = python("-m", "megarec", "flops", *arguments), python("tools/flops.py", *arguments)
+    command, tool = python("-m", "megarec", "flops", *arguments), python("tools/flops.py", *arguments, real=False)
     assert command.returncode == 0 and command.stdout == tool.stdout
     modules = [command.module for command in (*COMMANDS.values(), LAUNCH["preflight"]) if command.module]
     assert len(modules) == len(COMMANDS) - 1  # launch and bench have none
@@ -63,7 +63,7 @@ def test_launch_has_commands_of_its_own() -> None:
     ran = python("-m", "megarec", "launch", "--help")
     assert ran.returncode == 0 and all(f"  {name} " in ran.stdout for name in LAUNCH)
     for name in LAUNCH:
-        assert f"usage: megarec launch {name}" in python("-m", "megarec", "launch", name, "--help").stdout
+        assert f"usage: megarec launch {name}" in python("-m", "megarec", "launch", name, "--help", real=False).stdout
 
 
 def test_the_public_function_is_not_hidden_by_the_module_of_its_name() -> None:

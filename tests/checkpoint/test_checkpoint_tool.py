@@ -3,7 +3,6 @@
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ from megarec.errors import UserError
 from megarec.slices import TensorSlice
 from tests.checkpoint.runs import TOWER_MODULE, TOWERS, Leg, leg, write_run
 from tests.checkpoint.test_checkpoint_files import save
+from tests.processes import python
 
 Pools = Callable[[int], RankPool]
 TOOL = Path(__file__).parents[2] / "tools/checkpoint.py"
@@ -160,8 +160,9 @@ finally:
 
 def peak_kilobytes(*arguments: object) -> int:
     """The most that the tool ever held, mapped pages included. (ru_maxrss counts the forking process too.)"""
-    command = [sys.executable, "-c", PEAK, str(TOOL), *map(str, arguments)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    done = python("-c", PEAK, TOOL, *arguments)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read where Linux tells it")

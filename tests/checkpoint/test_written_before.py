@@ -6,8 +6,8 @@ MEGAREC_EXACT=1 asks for the same floats: on the machine that wrote them. Elsewh
 import json
 import os
 import shutil
-import subprocess
-import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,12 @@ import pytest
 import torch
 
 import megarec
+from megarec.config.load import load_config
 from megarec.data.batch import Batch, Ids
-from megarec.distributed.rendezvous import free_port
+from megarec.distributed.rank_pool import RankPool
+from megarec.training import trainer
+from megarec.training.console import Console
+from tests.processes import python
 
 WRITTEN = Path(__file__).parent / "written_by_b9b1d12"
 ROOT = Path(megarec.__file__).resolve().parent.parent
@@ -58,26 +62,25 @@ def check_metrics(work: Path, tolerance: float = TOLERANCE) -> None:
             assert found[split][key] == pytest.approx(number, rel=0, abs=tolerance), (split, key)
 
 
-def command(work: Path, *words: str) -> str:
-    """Run a command of this checkout in `work`; what it says on both streams."""
-    programs = Path(sys.executable).parent
-    environment = {
-        **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"
-    }  # fmt: skip
-    done = subprocess.run(words, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
+def train(work: Path, overrides: list[str]) -> list[str]:
+    """Runs on every rank; what it says."""
+    said: list[str] = []
+    os.chdir(work)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Console, "say", lambda monitor, text: said.append(text))
+        trainer.train(load_config(Path("run.json"), overrides), resume=True, started=time.time())
+    return said
+
+
+def script(work: Path, *words: object) -> str:
+    """Run a script of this checkout in `work`; what it says on both streams."""
+    done = python(*words, cwd=work, env={**os.environ, "DS_ACCELERATOR": "cpu"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def train(work: Path, *more: str) -> str:
-    return command(
-        work, "deepspeed", "--log_level", "error", "--num_gpus", "2", "--master_port", str(free_port()),
-        str(ROOT / "launch/train.py"), "--config", "run.json", "--resume", *more,
-    )  # fmt: skip
-
-
 def checkpoint(work: Path, *words: str) -> str:
-    return command(work, sys.executable, str(ROOT / "tools/checkpoint.py"), *words)
+    return script(work, ROOT / "tools/checkpoint.py", *words)
 
 
 @pytest.fixture
@@ -100,9 +103,9 @@ def test_its_checkpoints_are_whole_and_export_the_same(work: Path) -> None:
     check_logits(work / "newest", "latest")
 
 
-def test_it_is_resumed_and_goes_on(work: Path) -> None:
-    text = train(work, "--set", "train.max_steps=9")
-    assert f"resumed from run/checkpoints/{LATEST}" in text
+def test_it_is_resumed_and_goes_on(work: Path, rank_pool: Callable[[int], RankPool]) -> None:
+    said = rank_pool(2).run(train, work, ["train.max_steps=9"])[0]
+    assert any(f"resumed from run/checkpoints/{LATEST}" in text for text in said)
     checkpoint(work, "export", "run/checkpoints/step-000000009", "longer")
     check_logits(work / "longer", "resumed 3 steps")
     check_metrics(work)
@@ -111,6 +114,6 @@ def test_it_is_resumed_and_goes_on(work: Path) -> None:
 def test_one_rank_resumes_it(work: Path) -> None:
     sets = ("--set", "parallel.exchange=flat", "--set", "parallel.ranks_per_host=null")
     config = ("--config", "run.json", "--resume", *sets)
-    text = command(work, sys.executable, str(ROOT / "launch/train.py"), *config)
+    text = script(work, ROOT / "launch/train.py", *config)
     assert f"resumed from run/checkpoints/{LATEST}" in text
     check_metrics(work, 1e-5)  # sums in another order

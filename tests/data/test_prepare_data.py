@@ -8,16 +8,17 @@ import time
 from pathlib import Path
 
 from megarec.data.schema import load_schema
+from tests.processes import python
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=60)
+def run(*arguments: str, real: bool = False) -> "subprocess.CompletedProcess[str]":
+    return python(TOOL, *arguments, real=real)
 
 
 def test_success(tmp_path: Path) -> None:
-    done = run("synthetic", "--output", str(tmp_path / "out"), "--examples", "100", "--numeric", "0")
+    done = run("synthetic", "--output", str(tmp_path / "out"), "--examples", "100", "--numeric", "0", real=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "80 train, 10 valid, 10 test examples; 6 categorical and 0 numeric features" in done.stdout
     assert load_schema(tmp_path / "out").rows["train"] == 80

@@ -1,7 +1,6 @@
 """Freed memory stays: a large tensor that is made again faults no page in. In a process of its own."""
 
-import subprocess
-import sys
+from tests.processes import python
 
 PROGRAM = """
 import resource, sys
@@ -30,8 +29,9 @@ print(faults() - before)
 
 
 def faults(mode: str) -> int:
-    run = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True)
-    return int(run.stdout)
+    done = python("-c", PROGRAM, mode)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
 
 
 def test_freed_memory_is_found_again() -> None:

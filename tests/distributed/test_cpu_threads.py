@@ -1,12 +1,11 @@
 """A rank that a launcher bound computes on all of its cores; others share the machine's."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from megarec.distributed.process import FLOP_FOR_THREADS, threads_that_pay
+from tests.processes import python
 
 CORES = sorted(os.sched_getaffinity(0))
 pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
@@ -16,7 +15,9 @@ def threads_of_a_child(before: str, local_ranks: int) -> int:
     """What a process finds that runs `before` first."""
     lines = ("import os", "from megarec.distributed.process import threads_of_rank", before)
     code = "\n".join((*lines, f"print(threads_of_rank({local_ranks}))"))
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
 
 
 def test_a_share_of_the_machine() -> None:

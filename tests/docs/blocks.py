@@ -95,13 +95,17 @@ def after_the_quickstart(shared: Path, target: Path) -> None:
     shutil.copytree(shared / "checkout", target, symlinks=True)
 
 
-def run_block(text: str, directory: Path) -> None:
+def run_block(text: str, directory: Path, venv: Path | None = None) -> None:
     """Run a block as bash would read it from a file, but end at the first command that fails.
+
+    Args:
+        venv: has the programs to take, unless the block activates .venv itself.
 
     Raises:
         AssertionError: it failed; with the block and the end of its output.
     """
-    command = ["bash", "-euo", "pipefail", "-c", f"source .venv/bin/activate\n{text}"]
+    first = f"export PATH={venv}/bin:$PATH\n" if venv else ""
+    command = ["bash", "-euo", "pipefail", "-c", f"source .venv/bin/activate\n{first}{text}"]
     done = subprocess.run(
         command, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

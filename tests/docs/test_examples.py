@@ -21,9 +21,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(checkout: Path, *command: str) -> str:
+def run(checkout: Path, *command: str, venv: Path = Path(sys.prefix)) -> str:
     # DeepSpeed asks for an accelerator at every start; MEGAREC_VENV keeps a script from making an environment.
-    environment = {**os.environ, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "MEGAREC_VENV": sys.prefix}
+    environment = {**os.environ, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "MEGAREC_VENV": str(venv)}
     done = subprocess.run(
         command, cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -31,8 +31,8 @@ def run(checkout: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_own_csv_becomes_a_prediction(checkout: Path) -> None:
-    run(checkout, "bash", "docs/examples/own_csv.sh")
+def test_own_csv_becomes_a_prediction(checkout: Path, warm_venv: Path) -> None:
+    run(checkout, "bash", "docs/examples/own_csv.sh", venv=warm_venv)
     with (checkout / "runs/shop/predictions.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     labels = [line.rsplit(",", 1)[1] for line in (ROOT / "docs/examples/shop/test.csv").read_text().split()[1:]]
@@ -40,10 +40,10 @@ def test_own_csv_becomes_a_prediction(checkout: Path) -> None:
     assert all(0 < float(row["probability"]) < 1 for row in rows)
 
 
-def test_a_dense_model_is_added_from_outside(checkout: Path) -> None:
+def test_a_dense_model_is_added_from_outside(checkout: Path, warm_venv: Path) -> None:
     prepare_synthetic(Shape(examples=2_000), checkout / "data/synthetic")
     small = ["data.path=data/synthetic", "data.batch_size=100", "train.threads=1", "train.peak_tflops=1.0"]
-    output = run(checkout, sys.executable, "docs/examples/add_a_model.py", *small)
+    output = run(checkout, str(warm_venv / "bin/python"), "docs/examples/add_a_model.py", *small)
     assert "model: gdcn" in output and "step 40/40" in output and "test  AUC" in output
 
 

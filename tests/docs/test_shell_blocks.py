@@ -25,10 +25,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 
 class Reader:
-    """Someone who types the blocks of pages, in order, after the quickstart; each page in the same checkout."""
+    """Someone who types the blocks of pages, in order, after the quickstart; each page in the same checkout.
 
-    def __init__(self, directory: Path, shared: Path) -> None:
-        self.directory, self.shared = directory, shared
+    The quickstart and the blocks that activate .venv, which show every way to launch, take its programs. The others
+    take those of `venv`, which have everything imported.
+    """
+
+    def __init__(self, directory: Path, shared: Path, venv: Path) -> None:
+        self.directory, self.shared, self.venv = directory, shared, venv
         self._typed: set[Block] = set()
 
     def up_to(self, block: Block) -> None:
@@ -45,14 +49,14 @@ class Reader:
             return  # it has run
         launches = re.search(r"\b(deepspeed|torchrun) ", text)
         with alone(self.shared) if launches else nullcontext():
-            run_block(text, self.directory)
+            run_block(text, self.directory, self.venv)
 
 
 @pytest.fixture(scope="session")
-def reader(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
+def reader(shared: Path, warm_venv: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
     directory = tmp_path_factory.mktemp("docs") / "checkout"
     after_the_quickstart(shared, directory)
-    return Reader(directory, shared)
+    return Reader(directory, shared, warm_venv)
 
 
 @pytest.mark.network

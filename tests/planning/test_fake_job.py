@@ -1,13 +1,11 @@
 """A fake job: what arrives from other ranks is what this rank sends to itself."""
 
-import subprocess
-import sys
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megarec.planning.fake_job import _repeat
+from tests.processes import python
 
 PROGRAM = """
 import torch
@@ -33,7 +31,7 @@ assert not dist.is_initialized()
 
 
 def test_a_rank_of_four() -> None:
-    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, timeout=120)
+    run = python("-c", PROGRAM)
     assert run.returncode == 0, run.stderr
 
 

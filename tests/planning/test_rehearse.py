@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from megarec.run.build import build_model
 from megarec.run.spec import resolve
 from megarec.training.profiling import StepTimer
 from megarec.training.step import train_step
+from tests.processes import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,9 +32,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("rehearse"))
 
 
-def rehearse(base: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/rehearse.py"), "--config", str(base), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+def rehearse(base: Path, *arguments: str, real: bool = False) -> "subprocess.CompletedProcess[str]":
+    return python(ROOT / "tools/rehearse.py", "--config", base, *arguments, real=real)
 
 
 def sets(overrides: list[str]) -> list[str]:
@@ -141,6 +140,6 @@ def test_ranks_that_make_no_job(base: Path, overrides: list[str], job: tuple[int
 
 
 def test_one_rank_alone(base: Path) -> None:
-    run = rehearse(base, "--hosts", "1", "--ranks-per-host", "1")
+    run = rehearse(base, "--hosts", "1", "--ranks-per-host", "1", real=True)
     assert run.returncode == 0, run.stderr
     assert "rank 0 of 1 ranks" in run.stdout and "executed in one step" in run.stdout

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from megarec.data.schema import schema_of
 from megarec.run.cost import Cost
 from megarec.run.spec import resolve
 from megarec.scaling.ladder import DLRM_CRITEO, published
+from tests.processes import python
 
 ROOT = Path(__file__).parents[2]
 CRITEO = ROOT / "ds_configs/dlrm-criteo-terabyte.json"
@@ -76,13 +76,12 @@ def test_what_is_published_of_a_config() -> None:
     assert published(ROOT / "ds_configs/movielens-100k.json") is None
 
 
-def flops(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/flops.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+def flops(*arguments: str, real: bool = False) -> "subprocess.CompletedProcess[str]":
+    return python(ROOT / "tools/flops.py", *arguments, cwd=ROOT, real=real)
 
 
 def test_one_json_object_alone() -> None:
-    done = flops("--config", str(CRITEO), "--json")
+    done = flops("--config", str(CRITEO), "--json", real=True)
     result = json.loads(done.stdout)
     cost = counted()
     assert result["parameters"] == {

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from megarec.planning.partition.report import check_partition_output, write_part
 from megarec.run.cost import count_towers
 from megarec.sparse.towers.sizes import resolve_towers
 from megarec.training.trainer import train
+from tests.processes import python
 
 ROOT = Path(__file__).parents[3]
 MODEL = {"layers": 1, "num_fm": 2, "num_lcb": 2, "rank": 4, "mlp": [16], "dim": 8, "head": [8]}
@@ -225,9 +225,8 @@ def train_briefly(path: Path, overrides: list[str]) -> dict[str, Any]:
     return train(load_config(path, overrides), resume=False, started=time.time())
 
 
-def tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/partition_towers.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def tool(*arguments: str | Path, real: bool = False) -> "subprocess.CompletedProcess[str]":
+    return python(ROOT / "tools/partition_towers.py", *arguments, real=real)
 
 
 def test_the_tool_from_training_data_to_a_run(tmp_path: Path, rank_pool: Callable[[int], RankPool]) -> None:
@@ -260,7 +259,7 @@ def test_the_tool_from_training_data_to_a_run(tmp_path: Path, rank_pool: Callabl
 
 def test_mistakes_exit_with_one_line(tmp_path: Path) -> None:
     run = write_config(tmp_path, tmp_path / "nowhere")
-    done = tool("--config", run, "--towers", "2", "--output", tmp_path / "towers.json", "--json")
+    done = tool("--config", run, "--towers", "2", "--output", tmp_path / "towers.json", "--json", real=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
     assert not (tmp_path / "towers.json").exists()
