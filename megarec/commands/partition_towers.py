@@ -17,7 +17,7 @@ from rich.table import Table
 
 from megarec.config.load import load_config
 from megarec.errors import exits_cleanly
-from megarec.planning.partition.partition import Partition, Wish, check_wish, inside_and_across, partition
+from megarec.planning.partition.partition import Partition, Requested, check_requested, inside_and_across, partition
 from megarec.planning.partition.report import check_partition_output, write_partition
 
 MOST_NAMES = 40  # features of a tower that are listed
@@ -62,7 +62,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Partition, list[Path]]:
     """Check, partition, write."""
-    wish = Wish(
+    requested = Requested(
         towers=arguments.towers,
         strategy=arguments.strategy,
         balance=arguments.balance,
@@ -70,11 +70,11 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Part
         probe_steps=arguments.probe_steps,
         interactions=arguments.interactions,
     )
-    check_wish(wish)
+    check_requested(requested)
     # Ours comes first: a parallel.towers of the config may be the file that is about to be written.
-    config = load_config(arguments.config, [f"parallel.towers={wish.towers}", *arguments.set])
+    config = load_config(arguments.config, [f"parallel.towers={requested.towers}", *arguments.set])
     check_partition_output(arguments.output)
-    found = partition(config, wish, say)
+    found = partition(config, requested, say)
     return found, write_partition(found, arguments.output, Path(config.train.output_dir) / "tensorboard")
 
 

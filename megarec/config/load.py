@@ -19,7 +19,7 @@ from megarec.config.sections import RunConfig, Section
 from megarec.config.towers import TOWER_MODULES, DlrmTowerConfig, IdentityTowerConfig, TowersFile
 from megarec.errors import UserError
 
-TAGGED: dict[str, Mapping[str, type[Section]]] = {"model": MODELS, "tower_module": TOWER_MODULES}  # told by their name
+TAGGED: dict[str, Mapping[str, type[Section]]] = {"model": MODELS, "tower_module": TOWER_MODULES}  # by their name
 
 
 def describe(error: ValidationError, root: type[Section]) -> str:

@@ -307,12 +307,12 @@ def gather_texts(text: str, topology: Topology, device: torch.device, most: int 
     if topology.world is None:
         return {0: text} if text else {}
     dist.all_gather_single(sizes, mine, group=topology.world)
-    told: dict[int, str] = {}
+    texts: dict[int, str] = {}
     for rank, size in enumerate(sizes.tolist()):
-        if size and len(told) < most:
+        if size and len(texts) < most:
             shared = torch.zeros(size, dtype=torch.uint8, device=device)
             if rank == topology.rank:
                 shared.copy_(torch.frombuffer(bytearray(letters), dtype=torch.uint8))
             dist.broadcast(shared, rank, group=topology.world)
-            told[rank] = bytes(shared.tolist()).decode()
-    return told
+            texts[rank] = bytes(shared.tolist()).decode()
+    return texts

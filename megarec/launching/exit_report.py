@@ -1,4 +1,4 @@
-"""How ranks tell the launcher how they ended: a marked line on standard error that `supervise` takes out of the log.
+"""How ranks report their end to the launcher: a marked line on standard error that `supervise` takes out of the log.
 
 The line says why the rank failed; where others failed first, no traceback buries their cause.
 """

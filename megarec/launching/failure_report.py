@@ -1,4 +1,4 @@
-"""What ended a job, out of what its ranks and hosts told: the true cause first."""
+"""What ended a job, from what its ranks and hosts reported: the true cause first."""
 
 import re
 
@@ -66,13 +66,13 @@ def _named(cause: str, hosts: list[Host], addresses: dict[str, str]) -> str:
 
 
 def _of_hosts(record: Record, hosts: list[Host]) -> list[str]:
-    """Hosts whose launcher or connection ended before any of their ranks told a thing."""
+    """Hosts whose launcher or connection ended before any of their ranks reported."""
     ended = [host for host in hosts if host.name in record.host_codes and not _has_word(record, host)]
     return [f"{host.ranks} on {host.name}: no word; {_meaning(record.host_codes[host.name])}" for host in ended]
 
 
 def _silent(record: Record, hosts: list[Host]) -> list[str]:
-    """Hosts that were still there for the launcher, but whose ranks told nothing."""
+    """Hosts that were still there for the launcher, but whose ranks reported nothing."""
     silent = [host for host in hosts if host.name not in record.host_codes and not _has_word(record, host)]
     return [f"{host.ranks} on {host.name}: no word; its link may be down, or its ranks hang" for host in silent]
 

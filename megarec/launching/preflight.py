@@ -95,10 +95,12 @@ def check_clock(host: str, readings: list[tuple[float, float, float]]) -> list[F
     return [Failure(host, "clock", seen, expected, "set it: 'chronyc makestep' or 'timedatectl set-ntp true'")]
 
 
-def check_interface(host: str, route: dict[str, Any], master: str, wished: str | None, found: Facts) -> list[Failure]:
-    """Whether a host reaches the master, over the interface that GLOO_SOCKET_IFNAME wishes for, if it does."""
-    if wished is not None and wished not in found["interfaces"]:
-        seen = f"GLOO_SOCKET_IFNAME={wished}, but there are {', '.join(sorted(found['interfaces']))}"
+def check_interface(
+    host: str, route: dict[str, Any], master: str, requested: str | None, found: Facts
+) -> list[Failure]:
+    """Whether a host reaches the master, over the interface that GLOO_SOCKET_IFNAME names, if it is set."""
+    if requested is not None and requested not in found["interfaces"]:
+        seen = f"GLOO_SOCKET_IFNAME={requested}, but there are {', '.join(sorted(found['interfaces']))}"
         return [Failure(host, "interface", seen, "one that exists", "leave it out: the one to the master is taken")]
     if route.get("interface") is None:
         seen = f"no route to {master} ({route.get('error', 'from no known interface')})"
@@ -113,7 +115,7 @@ class Job:
     Attributes:
         directory: the working directory, the same on every host.
         master: address of the first host; None: as the other hosts resolve its name.
-        interface: the user's wish for all hosts (GLOO_SOCKET_IFNAME), if any.
+        interface: requested for all hosts (GLOO_SOCKET_IFNAME), if any.
     """
 
     hosts: list[Host]

@@ -100,7 +100,7 @@ def watch(assignment: Assignment) -> int:
     threading.Thread(target=_when_unread, args=(end,), daemon=True).start()
     code = rank.wait()
     if unwatched.is_set() or (asked.is_set() and code < 0):
-        os._exit(128 + signal.SIGTERM)  # not its own end: it has nothing to tell, and perhaps nobody listens
+        os._exit(128 + signal.SIGTERM)  # not its own end: it has nothing to report, and perhaps nobody listens
     if code < 0:
         name = signal.Signals(-code).name
         hint = (

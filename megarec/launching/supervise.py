@@ -47,7 +47,7 @@ class Record:
     """What is known of a job's end.
 
     Attributes:
-        outcomes: by rank, the first it told.
+        outcomes: by rank, the first that it reported.
         host_codes: by host, the exit code of what ran there, where it is not 0.
     """
 

@@ -127,7 +127,7 @@ class Plan:
 
 
 def plan_sweep(trials: list[Trial], pace: Pace, at_once: int, budget: Budget) -> Plan:
-    """Keep the cheapest models that the budget holds with all their runs; the dearer ones are left out whole."""
+    """Keep the cheapest models that the budget holds with all their runs; more expensive ones are left out whole."""
     lines: list[Line] = []
     gflop = hours = 0.0  # of what is kept so far
     for line in sorted((_line(model, own, pace) for model, own in of_models(trials)), key=lambda line: line.gflop):

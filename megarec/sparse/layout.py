@@ -82,15 +82,15 @@ def build_layout(schema: Schema, config: EmbeddingConfig, dim: int) -> Embedding
     default = FeatureEmbedding()
     full, small = [], []
     for feature in schema.categorical:
-        wish = config.features.get(feature.name, default)
-        if wish.width is None or wish.width == dim:
-            full.append((feature, wish.embeddings * dim))
-        elif wish.width > dim:
-            raise UserError(f"embedding.features.{feature.name}.width={wish.width} exceeds model.dim={dim}")
-        elif wish.embeddings > 1:
+        requested = config.features.get(feature.name, default)
+        if requested.width is None or requested.width == dim:
+            full.append((feature, requested.embeddings * dim))
+        elif requested.width > dim:
+            raise UserError(f"embedding.features.{feature.name}.width={requested.width} exceeds model.dim={dim}")
+        elif requested.embeddings > 1:
             raise UserError(f"embedding.features.{feature.name}: several embeddings need width model.dim={dim}")
         else:
-            small.append((feature, wish.width))
+            small.append((feature, requested.width))
 
     tables: dict[str, Table] = {}
     features = []

@@ -46,7 +46,7 @@ class TablePlan:
 
 def plan_tables(
     layout: EmbeddingLayout,
-    wish: Requested,
+    requested: Requested,
     ranks: int,
     tables: Mapping[str, Requested],
     examples: int | None,
@@ -55,27 +55,27 @@ def plan_tables(
     """The plan of every table, in table order; the same on every rank.
 
     Args:
-        wish: for the tables that `tables` does not name.
+        requested: for the tables that `tables` does not name.
         ranks: of the group that holds these tables.
         examples: of one rank of the group in a step, by which "auto" judges copies; None: it makes none.
         grain: "auto" leaves a table whole up to 1 / grain of a rank's fair share of the cost of all that are no copies.
     """
-    wishes: dict[str, Requested] = {table.name: tables.get(table.name, wish) for table in layout.tables}
+    by_table: dict[str, Requested] = {table.name: tables.get(table.name, requested) for table in layout.tables}
     copied = {
-        t.name for t in layout.tables if wishes[t.name] == "auto" and ranks > 1 and _copy_pays(layout, t, examples)
+        t.name for t in layout.tables if by_table[t.name] == "auto" and ranks > 1 and _copy_pays(layout, t, examples)
     }
-    copies = copied | {name for name, wished in wishes.items() if wished == "replicated"}
+    copies = copied | {name for name, own in by_table.items() if own == "replicated"}
     costs = table_costs(layout)
     share = sum(cost for name, cost in costs.items() if name not in copies) / ranks
     plans = {}
     for table in layout.tables:
-        wished, why = wishes[table.name], f'embedding.placement="{wish}"'
+        own, why = by_table[table.name], f'embedding.placement="{requested}"'
         if table.name in tables:
-            why = f'embedding.tables.{table.name}.placement="{wished}"'
+            why = f'embedding.tables.{table.name}.placement="{own}"'
         if ranks == 1:
             plans[table.name] = TablePlan("table", 1, "one rank")
-        elif wished != "auto":
-            plans[table.name] = _as_requested(table, wished, ranks, why)
+        elif own != "auto":
+            plans[table.name] = _as_requested(table, own, ranks, why)
         elif table.name in copied:
             rows = (examples or 0) * _features(layout, table)
             plans[table.name] = TablePlan("replicated", ranks, f"{table.rows:,} rows, {rows:,} looked up by a rank")
@@ -121,14 +121,14 @@ def _features(layout: EmbeddingLayout, table: Table) -> int:
     return sum(feature.table == table.name for feature in layout.features)
 
 
-def _as_requested(table: Table, wish: Kind, ranks: int, why: str) -> TablePlan:
-    if wish == "replicated":
+def _as_requested(table: Table, requested: Kind, ranks: int, why: str) -> TablePlan:
+    if requested == "replicated":
         return TablePlan("replicated", ranks, why)
-    if wish == "row" and table.rows < ranks:
+    if requested == "row" and table.rows < ranks:
         return TablePlan("table", 1, f"{why}, but {table.rows} rows < {ranks} ranks")
-    if wish == "row":
+    if requested == "row":
         return TablePlan("row", ranks, why)
-    parts = min(ranks, column_units(table)) if wish == "column" else 1
+    parts = min(ranks, column_units(table)) if requested == "column" else 1
     return TablePlan("table" if parts == 1 else "column", parts, why)
 
 

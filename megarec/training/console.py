@@ -90,7 +90,7 @@ class Console:
         if self._progress:
             self._progress.stop()
         for handler in self._handlers:
-            # The console has it from whoever catches it.
+            # Whatever catches the error shows it on the console.
             if error is not None and isinstance(handler, _LogFile) and handler.level < _NEVER:
                 text = str(error) or type(error).__name__
                 handler.handle(logging.LogRecord(_log.name, logging.ERROR, __file__, 0, text, None, None))

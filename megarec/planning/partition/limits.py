@@ -152,8 +152,8 @@ def find_limits(
     reached = loads_of(even, units.shares(towers), towers).max(0)
     flop = _ModuleBalance(config, layout, int(units.embeddings.sum()), towers)
     if balance is None:
-        wished = [SLACK, SLACK, flop.most_embeddings(SLACK)]
-        loads = np.array([wish if wish >= r else SLACK * r for wish, r in zip(wished, reached, strict=True)])
+        aims = [SLACK, SLACK, flop.most_embeddings(SLACK)]
+        loads = np.array([aim if aim >= r else SLACK * r for aim, r in zip(aims, reached, strict=True)])
         return Limits(np.minimum(loads, memory), even, _explain(loads, reached, units))
 
     _check_single_units(layout, units, towers, balance)

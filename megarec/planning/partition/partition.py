@@ -9,7 +9,8 @@ The last three look at no interactions and keep no balance; they are what the fi
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -50,7 +51,7 @@ PROBE_STEPS = 300
 
 
 @dataclass(frozen=True)
-class Wish:
+class Requested:
     """What the command line asks for; None: see limits.py and PROBE_STEPS.
 
     Attributes:
@@ -110,82 +111,101 @@ class Partition:
         return TowersFile(towers=lists, strategy=self.strategy, seed=self.seed, cost=self.cost)
 
 
-def partition(config: RunConfig, wish: Wish, say: Callable[[str], None] = lambda line: None) -> Partition:
+def partition(config: RunConfig, requested: Requested, say: Callable[[str], None] = lambda line: None) -> Partition:
     """Assign every categorical feature of a run to a tower; only a probe reads more than list lengths of the data.
 
     Raises:
         UserError: whatever the user can fix, before anything long is done where that can be known.
     """
-    check_wish(wish)
+    check_requested(requested)
     schema = schema_of(config.data)
-    parallel = config.parallel.model_copy(update={"towers": wish.towers})
+    parallel = config.parallel.model_copy(update={"towers": requested.towers})
     spec = resolve(config.model_copy(update={"parallel": parallel}), schema)  # refuses more towers than tables
     layout, strided = spec.layout, spec.towers.towers
     assert strided is not None
-    clock = _Stopwatch()
-
-    interactions, lengths, reasons = _look(config, wish, schema, layout, say)
-    clock.lap("probe")
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "probe"):
+        interactions, lengths, reasons = _look(config, requested, schema, layout, say)
     units = units_of(config, layout, lengths)
-    memory = None if wish.host_memory_gib is None else wish.host_memory_gib * GIB
-    picture = None
-    if interactions is not None:
-        kind: Kind = "diverse" if wish.strategy == "diverse" else "coherent"
-        points, stress = place_in_plane(wanted_distances(interactions, kind), config.train.seed)
-        picture = Picture(interactions, points, stress, wish.interactions is None)
-        reasons.append(f"plane: distances of {kind}, stress {stress:.3f}")
-    clock.lap("plane")
-    if wish.strategy in LEARNED:
-        assert picture is not None
-        limits = find_limits(config, layout, units, wish.towers, balance=wish.balance, host_memory=memory)
-        reasons.append(limits.reason)
-        assignment = constrained_kmeans(
-            _unit_points(units, picture.points), np.array([float(len(f)) for f in units.features]),
-            units.shares(wish.towers), limits.loads, limits.even, wish.towers, config.train.seed,
-        )  # fmt: skip
-    else:
-        assignment = _baseline(wish, units, layout, strided, config.train.seed)
-        check_memory(units, assignment, wish.towers, memory)
-    clock.lap("assignment")
+    with _timed(seconds, "plane"):
+        picture = _picture(requested, interactions, config.train.seed, reasons)
+    with _timed(seconds, "assignment"):
+        assignment = _assign(config, requested, layout, units, picture, strided, reasons)
     towers = assign_towers(layout, _lists(layout, units, assignment))
     cost = tower_costs(config, layout, units, towers)
-    return Partition(towers, wish.strategy, config.train.seed, layout, cost, picture, tuple(reasons), clock.seconds)
+    return Partition(towers, requested.strategy, config.train.seed, layout, cost, picture, tuple(reasons), seconds)
 
 
-def check_wish(wish: Wish) -> None:
+def _picture(requested: Requested, interactions: Matrix | None, seed: int, reasons: list[str]) -> Picture | None:
+    """Features in the plane, where interactions are known."""
+    if interactions is None:
+        return None
+    kind: Kind = "diverse" if requested.strategy == "diverse" else "coherent"
+    points, stress = place_in_plane(wanted_distances(interactions, kind), seed)
+    reasons.append(f"plane: distances of {kind}, stress {stress:.3f}")
+    return Picture(interactions, points, stress, requested.interactions is None)
+
+
+def _assign(
+    config: RunConfig,
+    requested: Requested,
+    layout: EmbeddingLayout,
+    units: Units,
+    picture: Picture | None,
+    strided: Towers,
+    reasons: list[str],
+) -> Assignment:
+    """Units to towers, by the strategy."""
+    memory = None if requested.host_memory_gib is None else requested.host_memory_gib * GIB
+    if requested.strategy not in LEARNED:
+        assignment = _baseline(requested, units, layout, strided, config.train.seed)
+        check_memory(units, assignment, requested.towers, memory)
+        return assignment
+    assert picture is not None
+    limits = find_limits(config, layout, units, requested.towers, balance=requested.balance, host_memory=memory)
+    reasons.append(limits.reason)
+    return constrained_kmeans(
+        _unit_points(units, picture.points), np.array([float(len(f)) for f in units.features]),
+        units.shares(requested.towers), limits.loads, limits.even, requested.towers, config.train.seed,
+    )  # fmt: skip
+
+
+def check_requested(options: Requested) -> None:
     """Raise a UserError for what the command line cannot mean."""
-    if wish.strategy not in STRATEGIES:
-        raise UserError(f"--strategy {wish.strategy}: no such strategy; {did_you_mean(wish.strategy, STRATEGIES)}")
-    for option, value, least in (
-        ("towers", wish.towers, 1), ("balance", wish.balance, 1), ("probe-steps", wish.probe_steps, 1),
+    if options.strategy not in STRATEGIES:
+        raise UserError(
+            f"--strategy {options.strategy}: no such strategy; {did_you_mean(options.strategy, STRATEGIES)}"
+        )
+    for name, value, least in (
+        ("towers", options.towers, 1), ("balance", options.balance, 1), ("probe-steps", options.probe_steps, 1),
     ):  # fmt: skip
         if value is not None and not value >= least:
-            raise UserError(f"--{option} {value}: expected at least {least}")
-    if wish.host_memory_gib is not None and not wish.host_memory_gib > 0:
-        raise UserError(f"--host-memory-gib {wish.host_memory_gib}: expected more than 0")
-    if wish.strategy not in LEARNED and wish.balance is not None:
-        raise UserError(f"--balance goes with {' and '.join(LEARNED)}: --strategy {wish.strategy} keeps no balance")
-    if wish.probe_steps is not None and (wish.interactions is not None or wish.strategy not in LEARNED):
-        other = "--interactions" if wish.interactions is not None else f"--strategy {wish.strategy}"
+            raise UserError(f"--{name} {value}: expected at least {least}")
+    if options.host_memory_gib is not None and not options.host_memory_gib > 0:
+        raise UserError(f"--host-memory-gib {options.host_memory_gib}: expected more than 0")
+    if options.strategy not in LEARNED and options.balance is not None:
+        raise UserError(f"--balance goes with {' and '.join(LEARNED)}: --strategy {options.strategy} keeps no balance")
+    if options.probe_steps is not None and (options.interactions is not None or options.strategy not in LEARNED):
+        other = "--interactions" if options.interactions is not None else f"--strategy {options.strategy}"
         raise UserError(f"--probe-steps: there is no probe with {other}; leave one of them out")
 
 
 def _look(
-    config: RunConfig, wish: Wish, schema: Schema, layout: EmbeddingLayout, say: Callable[[str], None]
+    config: RunConfig, requested: Requested, schema: Schema, layout: EmbeddingLayout, say: Callable[[str], None]
 ) -> tuple[Matrix | None, dict[str, float], list[str]]:
     """Interactions [F, F], ids an example of multi-valued features, and how they were found."""
-    if wish.interactions is None and wish.strategy in LEARNED:
+    if requested.interactions is None and requested.strategy in LEARNED:
         from megarec.planning.partition.interactions import (
             probe,  # seconds of imports that everything else does without
         )
 
-        found = probe(config, wish.probe_steps or PROBE_STEPS, say)
+        found = probe(config, requested.probe_steps or PROBE_STEPS, say)
         return found.interactions, found.mean_lengths, [found.reason]
     interactions = None
     reasons = []
-    if wish.interactions is not None:
-        interactions = read_interactions(wish.interactions, len(layout.features))
-        reasons.append(f"interactions: of {wish.interactions}")
+    if requested.interactions is not None:
+        interactions = read_interactions(requested.interactions, len(layout.features))
+        reasons.append(f"interactions: of {requested.interactions}")
     path = Path(config.data.path)
     if not any(feature.multi_valued for feature in schema.categorical):
         return interactions, {}, reasons
@@ -202,11 +222,11 @@ def _unit_points(units: Units, points: Floats) -> Floats:
     return np.stack([points[list(features)].mean(0) for features in units.features])
 
 
-def _baseline(wish: Wish, units: Units, layout: EmbeddingLayout, strided: Towers, seed: int) -> Assignment:
-    if wish.strategy == "greedy":
-        return largest_first(units.shares(wish.towers).sum(1), wish.towers)
-    if wish.strategy == "random":
-        return dealt_round_robin(len(units), wish.towers, np.random.default_rng([seed, 5]))
+def _baseline(requested: Requested, units: Units, layout: EmbeddingLayout, strided: Towers, seed: int) -> Assignment:
+    if requested.strategy == "greedy":
+        return largest_first(units.shares(requested.towers).sum(1), requested.towers)
+    if requested.strategy == "random":
+        return dealt_round_robin(len(units), requested.towers, np.random.default_rng([seed, 5]))
     tower_of = {name: tower for tower, names in enumerate(strided.features) for name in names}
     return np.array([tower_of[layout.features[features[0]].name] for features in units.features], dtype=np.int64)
 
@@ -247,14 +267,8 @@ def inside_and_across(interactions: Matrix, tower_of: Assignment, tower: int | N
     return (float(inside.mean()) if inside.size else np.nan, float(across.mean()) if across.size else np.nan)
 
 
-class _Stopwatch:
-    """Seconds by part."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = now - self._since
-        self._since = now
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - started

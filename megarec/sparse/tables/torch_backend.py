@@ -133,7 +133,7 @@ class ReplicatedTorchTables(TorchTables):
     all ranks, hence so are the copies.
 
     Args:
-        mark: is told the touched rows of an update, counted over all shards in their order.
+        mark: takes the touched rows of an update, counted over all shards in their order.
     """
 
     def __init__(

@@ -26,24 +26,24 @@ class Towers:
         return range(host * per_host, (host + 1) * per_host)
 
 
-def assign_towers(layout: EmbeddingLayout, wish: int | Sequence[Sequence[str]]) -> Towers:
+def assign_towers(layout: EmbeddingLayout, requested: int | Sequence[Sequence[str]]) -> Towers:
     """The towers that `parallel.towers` asks for.
 
     Args:
-        wish: by tower, its features in any order; or a number T: feature i goes to tower i mod T. Features that share
-            a table count once then and stay together.
+        requested: by tower, its features in any order; or a number T: feature i goes to tower i mod T. Features that
+            share a table count once then and stay together.
 
     Raises:
         UserError: a feature is missing, repeated or unknown, a tower is empty, or features of one table lie in
             different towers.
     """
-    if isinstance(wish, int):
-        return _strided(layout, wish)
-    if not wish:
+    if isinstance(requested, int):
+        return _strided(layout, requested)
+    if not requested:
         raise UserError("parallel.towers lists no tower: give each tower's features, a number of towers, or null")
     tower_of: dict[str, int] = {}
     known = [feature.name for feature in layout.features]
-    for tower, names in enumerate(wish):
+    for tower, names in enumerate(requested):
         if not names:
             raise UserError(f"parallel.towers[{tower}] is empty: give it a feature, or leave the tower out")
         for name in names:
@@ -61,7 +61,7 @@ def assign_towers(layout: EmbeddingLayout, wish: int | Sequence[Sequence[str]]) 
     if missing:
         raise UserError(f"parallel.towers misses {', '.join(missing)}: put every categorical feature in a tower")
     _check_tables(layout, tower_of)
-    return _in_order(layout, tower_of, len(wish))
+    return _in_order(layout, tower_of, len(requested))
 
 
 def check_towers(towers: Towers, hosts: int) -> None:

@@ -32,25 +32,30 @@ class TowerOptimizer(NamedTuple):
 
 def resolve_optimizer(module: TowerModule, dense: DenseConfig) -> TowerOptimizer:
     """What the module's section leaves open is as in `dense`."""
-    wished = {name: getattr(module, name) for name in TowerOptimizer._fields}
-    return TowerOptimizer(**{name: getattr(dense, name) if wish is None else wish for name, wish in wished.items()})
+    own = {name: getattr(module, name) for name in TowerOptimizer._fields}
+    return TowerOptimizer(**{name: getattr(dense, name) if value is None else value for name, value in own.items()})
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], wish: TowerOptimizer) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: TowerOptimizer) -> torch.optim.Optimizer:
     """torch's own SGD or fused AdamW, at the base learning rate (the schedule scales it before each step)."""
-    if wish.optimizer == "sgd":
-        return torch.optim.SGD(parameters, wish.learning_rate, weight_decay=wish.weight_decay)
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(
-        parameters, wish.learning_rate, betas=wish.betas, eps=wish.eps, weight_decay=wish.weight_decay, fused=True
+        parameters,
+        settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
 
 
-def states_of(wish: TowerOptimizer) -> dict[str, Tensor]:
+def states_of(settings: TowerOptimizer) -> dict[str, Tensor]:
     """What such an optimizer keeps, once it has stepped, of a parameter of shape [1]; a number of no dimension is one
     for the whole parameter."""
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
-    optimizer = build_optimizer([parameter], wish)
+    optimizer = build_optimizer([parameter], settings)
     optimizer.step()
     return dict(optimizer.state[parameter])
 

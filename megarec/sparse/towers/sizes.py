@@ -20,7 +20,7 @@ from megarec.sparse.towers.assignment import Towers, assign_towers
 
 Model = TypeVar("Model", bound=ModelConfig)
 
-NEAR = 0.02  # a compression this near to the wished one is taken for it
+NEAR = 0.02  # a compression this near to the requested one is taken for it
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ def resolve_towers(config: RunConfig, layout: EmbeddingLayout) -> ResolvedTowers
         UserError: the assignment does not fit the features, a feature of a smaller width meets a tower module, or no
             sizes come near the compression.
     """
-    wish, module = config.parallel.towers, config.tower_module
-    if wish is None:
+    requested, module = config.parallel.towers, config.tower_module
+    if requested is None:
         return NO_TOWERS
-    towers = assign_towers(layout, wish)
+    towers = assign_towers(layout, requested)
     held = f"towers: {len(towers)}, of {', '.join(str(len(names)) for names in towers.features)} features"
     if isinstance(module, IdentityTowerConfig):
         return ResolvedTowers(towers, None, (f"{held}; no tower modules",))
@@ -115,18 +115,18 @@ def module_sizes(module: TowerModule, width: int, inputs: Sequence[int], bias: b
     Raises:
         UserError: the compression asks for less than one number an embedding.
     """
-    wish = module.compression
-    if wish is None:
+    requested = module.compression
+    if requested is None:
         dim, outputs = _given(module, width, inputs)
     elif isinstance(module, DlrmTowerConfig):
-        module = _dlrm_preset(module, wish, width, inputs)
+        module = _dlrm_preset(module, requested, width, inputs)
         dim, outputs = _given(module, width, inputs)
     else:
-        dim, outputs = _proportional_preset(module, wish, width, inputs)
+        dim, outputs = _proportional_preset(module, requested, width, inputs)
     sizes = TowerSizes(module, bias, width, dim, tuple(inputs), tuple(outputs))
     flow = f"{sum(inputs)} embeddings of {width} -> {sum(outputs)} of {dim} ({', '.join(map(str, outputs))} by tower)"
     chosen = f", c={module.c}, p={module.p}" if isinstance(module, DlrmTowerConfig) else ""
-    asked = "sizes as given" if wish is None else f"asked for {wish:g}"
+    asked = "sizes as given" if requested is None else f"asked for {requested:g}"
     return sizes, f"tower modules: {module.name}{chosen}: {flow}, compression {sizes.compression:.3g} ({asked})"
 
 

@@ -25,8 +25,8 @@ Replicated = tuple[Channel, Sequence[int], dict[str, Tensor]]
 
 def differing_replicas(run: Run) -> str | None:
     """Which ranks hold other copies of which tensors than the rest, the same on all ranks; None: none. Collective."""
-    told = gather_texts("; ".join(_differences(run)), run.topology, run.device)
-    found = dict.fromkeys(line for text in told.values() for line in text.split("; "))
+    texts = gather_texts("; ".join(_differences(run)), run.topology, run.device)
+    found = dict.fromkeys(line for text in texts.values() for line in text.split("; "))
     return "; ".join(found) or None
 
 

@@ -18,7 +18,7 @@ from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
 from megarec.planning.partition.interactions import probe_config
-from megarec.planning.partition.partition import Wish, check_wish, inside_and_across, partition
+from megarec.planning.partition.partition import Requested, check_requested, inside_and_across, partition
 from megarec.planning.partition.report import check_partition_output, write_partition
 from megarec.run.cost import count_towers
 from megarec.sparse.towers.sizes import resolve_towers
@@ -70,7 +70,7 @@ def with_modules(config: RunConfig, tmp_path: Path) -> RunConfig:
 
 
 def test_coherent_finds_the_groups_and_keeps_shared_tables_together(config: RunConfig, tmp_path: Path) -> None:
-    found = partition(config, Wish(2, interactions=planted(tmp_path)))
+    found = partition(config, Requested(2, interactions=planted(tmp_path)))
     even, odd = found.towers.features
     assert "f2" in even and "f7" in even  # f7 would belong to the others
     assert set(even) == {"f0", "f2", "f4", "f6", "f7", "f8", "f10"} and "f11" in odd
@@ -80,14 +80,14 @@ def test_coherent_finds_the_groups_and_keeps_shared_tables_together(config: RunC
 
 
 def test_diverse_mixes_the_groups(config: RunConfig, tmp_path: Path) -> None:
-    found = partition(config, Wish(2, strategy="diverse", interactions=planted(tmp_path)))
+    found = partition(config, Requested(2, strategy="diverse", interactions=planted(tmp_path)))
     odd = [sum(int(name[1:]) % 2 for name in names) for names in found.towers.features]
     assert min(odd) >= 2
 
 
 def test_costs_are_counted_by_tower(config: RunConfig, tmp_path: Path) -> None:
     config = with_modules(config, tmp_path)
-    found = partition(config, Wish(3, strategy="strided"))
+    found = partition(config, Requested(3, strategy="strided"))
     rows = {f"f{i}": 500 if i == 11 else 50 for i in range(12) if i != 7}
     per_row = 8 * 4 + 4 + 1  # weights, row-wise Adagrad, the flag of touched rows
     expected = [sum(rows.get(name, 0) for name in names) * per_row for names in found.towers.features]
@@ -103,7 +103,7 @@ def test_costs_are_counted_by_tower(config: RunConfig, tmp_path: Path) -> None:
 def test_balance_holds_for_every_kind_of_cost(config: RunConfig, tmp_path: Path) -> None:
     config = with_modules(config, tmp_path)
     for towers, balance in ((2, 1.3), (3, 2.0), (4, 2.3)):
-        cost = partition(config, Wish(towers, balance=balance, interactions=planted(tmp_path))).cost
+        cost = partition(config, Requested(towers, balance=balance, interactions=planted(tmp_path))).cost
         for costs in cost.values():
             assert max(costs) <= balance * sum(costs) / towers * (1 + 1e-9)
 
@@ -111,18 +111,18 @@ def test_balance_holds_for_every_kind_of_cost(config: RunConfig, tmp_path: Path)
 def test_too_tight_a_balance_names_the_feature_and_a_balance_that_works(config: RunConfig, tmp_path: Path) -> None:
     path = planted(tmp_path)
     with pytest.raises(UserError) as caught:
-        partition(config, Wish(4, balance=1.1, interactions=path))
+        partition(config, Requested(4, balance=1.1, interactions=path))
     assert "f11 alone has 18,500 of 37,000 bytes, 2 x the mean of 4 towers (37,000 / 4 = 9,250)" in str(caught.value)
     assert "give --balance 2 or more" in str(caught.value)
     with pytest.raises(UserError, match="no assignment of 11 tables to 2 towers was found") as caught:
-        partition(config, Wish(2, balance=1.0001, interactions=path))
+        partition(config, Requested(2, balance=1.0001, interactions=path))
     balance = float(str(caught.value).split("give --balance ")[1].split(" or more")[0])
-    costs = partition(config, Wish(2, balance=balance, interactions=path)).cost
+    costs = partition(config, Requested(2, balance=balance, interactions=path)).cost
     assert all(max(of) <= balance * sum(of) / 2 * (1 + 1e-9) for of in costs.values())
 
 
 def test_without_a_balance_coarse_features_get_the_room_they_need(config: RunConfig, tmp_path: Path) -> None:
-    found = partition(config, Wish(4, interactions=planted(tmp_path)))
+    found = partition(config, Requested(4, interactions=planted(tmp_path)))
     reason = next(line for line in found.reasons if line.startswith("balance"))
     assert "bytes 2.42 (the most even assignment reaches 2.2), lookups 1.1" in reason
     assert max(found.cost["bytes"]) <= 2.42 * 37_000 / 4 + 1
@@ -142,52 +142,52 @@ def test_without_a_balance_coarse_features_get_the_room_they_need(config: RunCon
 def test_tables_must_fit_into_a_host(
     config: RunConfig, tmp_path: Path, towers: int, strategy: str, room: float, expected: str
 ) -> None:
-    wish = Wish(towers, strategy, host_memory_gib=room / 2**30, interactions=planted(tmp_path))
+    requested = Requested(towers, strategy, host_memory_gib=room / 2**30, interactions=planted(tmp_path))
     with pytest.raises(UserError, match="--host-memory-gib") as caught:
-        partition(config, wish)
+        partition(config, requested)
     assert expected in str(caught.value)
 
 
 def test_memory_limits_the_towers(config: RunConfig, tmp_path: Path) -> None:
-    found = partition(config, Wish(2, host_memory_gib=18_600 / 2**30, interactions=planted(tmp_path)))
+    found = partition(config, Requested(2, host_memory_gib=18_600 / 2**30, interactions=planted(tmp_path)))
     assert max(found.cost["bytes"]) <= 18_600
 
 
 @pytest.mark.parametrize("strategy", ["strided", "greedy", "random"])
 def test_baselines_need_neither_probe_nor_data(config: RunConfig, strategy: str) -> None:
-    found = partition(config, Wish(3, strategy))
+    found = partition(config, Requested(3, strategy))
     assert sorted(name for names in found.towers.features for name in names) == sorted(f"f{i}" for i in range(12))
     assert next("f7" in names for names in found.towers.features if "f2" in names)
     assert found.picture is None and len(found.towers) == 3
-    again = partition(config, Wish(3, strategy))
+    again = partition(config, Requested(3, strategy))
     assert again.towers == found.towers
 
 
 @pytest.mark.parametrize(
-    ("wish", "expected"),
+    ("requested", "expected"),
     [
-        (Wish(2, "coherant"), "--strategy coherant: no such strategy; did you mean 'coherent'?"),
-        (Wish(0), "--towers 0: expected at least 1"),
-        (Wish(2, balance=0.9), "--balance 0.9: expected at least 1"),
-        (Wish(2, balance=float("nan")), "--balance nan: expected at least 1"),
-        (Wish(2, "greedy", balance=1.1), "--balance goes with coherent and diverse"),
-        (Wish(2, host_memory_gib=0), "--host-memory-gib 0: expected more than 0"),
-        (Wish(2, probe_steps=0), "--probe-steps 0: expected at least 1"),
-        (Wish(2, probe_steps=5, interactions=Path("x.npy")), "there is no probe with --interactions"),
-        (Wish(2, "random", probe_steps=5), "there is no probe with --strategy random"),
+        (Requested(2, "coherant"), "--strategy coherant: no such strategy; did you mean 'coherent'?"),
+        (Requested(0), "--towers 0: expected at least 1"),
+        (Requested(2, balance=0.9), "--balance 0.9: expected at least 1"),
+        (Requested(2, balance=float("nan")), "--balance nan: expected at least 1"),
+        (Requested(2, "greedy", balance=1.1), "--balance goes with coherent and diverse"),
+        (Requested(2, host_memory_gib=0), "--host-memory-gib 0: expected more than 0"),
+        (Requested(2, probe_steps=0), "--probe-steps 0: expected at least 1"),
+        (Requested(2, probe_steps=5, interactions=Path("x.npy")), "there is no probe with --interactions"),
+        (Requested(2, "random", probe_steps=5), "there is no probe with --strategy random"),
     ],
 )
-def test_wishes_that_mean_nothing(wish: Wish, expected: str) -> None:
+def test_wishes_that_mean_nothing(requested: Requested, expected: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_wish(wish)
+        check_requested(requested)
     assert expected in str(caught.value)
 
 
 def test_more_towers_than_tables_and_missing_data(config: RunConfig) -> None:
     with pytest.raises(UserError, match="12 categorical features with 11 tables fill at most 11 towers"):
-        partition(config, Wish(12, "greedy"))
+        partition(config, Requested(12, "greedy"))
     with pytest.raises(UserError, match=r"no-data.*does not exist: prepare the data first"):
-        partition(config, Wish(2))
+        partition(config, Requested(2))
 
 
 def test_a_probe_is_of_the_flat_model_on_one_rank(config: RunConfig, tmp_path: Path) -> None:
@@ -198,7 +198,8 @@ def test_a_probe_is_of_the_flat_model_on_one_rank(config: RunConfig, tmp_path: P
     assert (found.parallel.tensor, found.parallel.exchange, found.parallel.towers) == (1, "flat", None)
     assert found.tower_module.name == "identity"
     assert (found.train.epochs, found.train.max_steps) == (1, 7)
-    assert set(found.deepspeed) == {"zero_optimization"}
+    assert set(found.deepspeed) == {"zero_optimization", "tensorboard"}
+    assert found.deepspeed["tensorboard"] == {"enabled": False}
 
 
 def test_outputs_are_whole_or_not_there(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +209,7 @@ def test_outputs_are_whole_or_not_there(config: RunConfig, tmp_path: Path, monke
             check_partition_output(tmp_path / name)
     output = tmp_path / "new" / "towers.json"
     check_partition_output(output)
-    found = partition(config, Wish(2, "greedy"))
+    found = partition(config, Requested(2, "greedy"))
     assert write_partition(found, output, tmp_path / "board") == [output]
     before = output.read_text()
 
