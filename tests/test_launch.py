@@ -98,7 +98,7 @@ def test_a_killed_rank_ends_the_job(config: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT) as job:
         assert job.stdout is not None
         for line in job.stdout:
-            if line.startswith("step "):
+            if "[rank 0] step " in line:
                 break
         ranks = [p for p in psutil.Process(job.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
         ranks[0].send_signal(signal.SIGKILL)

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megarec.distributed import rank_pool
 from megarec.distributed.rank_pool import RankError, RankPool
 
 
@@ -73,7 +74,11 @@ def test_the_end_of_with_ends_the_ranks() -> None:
         (sleep_on_rank_one, r"no answer from rank (0, )?1 of 2 within 2 s"),
     ],
 )
-def test_a_failure_names_its_rank_and_ends_the_pool_at_once(function, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_failure_names_its_rank_and_ends_the_pool_at_once(  # type: ignore[no-untyped-def]
+    function, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if function is die_slowly_on_rank_one:  # how slowly, that depends on what else the machine does
+        monkeypatch.setattr(rank_pool, "SECONDS_TO_DIE", 15.0)
     pool = RankPool(2, timeout=30)
     processes = list(pool._processes)
     pool.timeout = 2 if function is sleep_on_rank_one else 30

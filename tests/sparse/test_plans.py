@@ -30,6 +30,7 @@ from megarec.sparse.placement import (
 )
 from megarec.sparse.run_placement import explain
 from megarec.sparse.towers.sizes import resolve_towers
+from tests.processes import python
 
 ROOT = Path(__file__).parents[2]
 WISHES = ("auto", "table", "column", "row", "replicated")
@@ -208,9 +209,8 @@ def test_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("largest rank over the mean: bytes ")
 
 
-def test_tool_with_too_many_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        tool(monkeypatch, "--hosts", "4", "--ranks-per-host", "8")
-    printed = capsys.readouterr()
-    assert (stopped.value.code, printed.out) == (2, "")
-    assert "26 tables < 32 ranks" in printed.err and len(printed.err.strip().splitlines()) == 1
+def test_tool_with_too_many_ranks() -> None:
+    job = ["--config", ROOT / "ds_configs/dlrm-criteo-terabyte.json", "--hosts", 4, "--ranks-per-host", 8]
+    done = python(ROOT / "tools/placement.py", *job, real=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "26 tables < 32 ranks" in done.stderr and len(done.stderr.strip().splitlines()) == 1
