@@ -19,7 +19,7 @@ from megarec.config.load import load_config
 from megarec.data.batch import Batch, Ids
 from megarec.distributed.rank_pool import RankPool
 from megarec.training import trainer
-from megarec.training.console import Console
+from tests.logged import logged_lines
 from tests.processes import python
 
 WRITTEN = Path(__file__).parent / "written_by_b9b1d12"
@@ -64,12 +64,10 @@ def check_metrics(work: Path, tolerance: float = TOLERANCE) -> None:
 
 def train(work: Path, overrides: list[str]) -> list[str]:
     """Runs on every rank; what it says."""
-    said: list[str] = []
+    lines = logged_lines()
     os.chdir(work)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Console, "say", lambda monitor, text: said.append(text))
-        trainer.train(load_config(Path("run.json"), overrides), resume=True, started=time.time())
-    return said
+    trainer.train(load_config(Path("run.json"), overrides), resume=True, started=time.time())
+    return lines
 
 
 def script(work: Path, *words: object, real: bool = False) -> str:
