@@ -125,9 +125,9 @@ def exchange_bytes(layout: EmbeddingLayout, shards: Sequence[Shard], examples: i
         shards: of all ranks.
         examples: of this rank in one step.
     """
-    copies = replicated(shards)
+    names = replicated(shards)
     mine = [shard for shard in shards if shard.rank == topology.rank]
-    lookups = sum(s.columns * sum(f.table == s.table for f in layout.features) for s in mine if s.table not in copies)
-    gradients = sum(shard.rows * (shard.columns + 1) for shard in mine if shard.table in copies)
+    lookups = sum(s.columns * sum(f.table == s.table for f in layout.features) for s in mine if s.table not in names)
+    gradients = sum(shard.rows * (shard.columns + 1) for shard in mine if shard.table in names)
     own, owned = examples * layout.width, examples * topology.world_size * lookups
     return 4 * (2 * own + own + 2 * owned + 2 * gradients) if topology.world_size > 1 else 4 * 2 * own

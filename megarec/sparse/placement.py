@@ -26,7 +26,7 @@ Requested = Placement
 COLUMN_UNIT = 4  # FBGEMM wants widths in multiples of four
 WIDE = 16  # columns of a slice: a cache line of float32
 LARGE = 1.5  # of a rank's fair share of the cost
-COPY_CELLS = 2**18  # a copy of at most 1 MiB in float32
+REPLICATED_CELLS = 2**18  # at most 1 MiB in float32
 EVEN = 1.25  # 26 equal tables on 8 ranks stay whole: 4 over 3.25
 
 
@@ -50,23 +50,26 @@ def plan_tables(
     ranks: int,
     tables: Mapping[str, Requested],
     examples: int | None,
-    grain: int = 1,
+    split_threshold: int = 1,
 ) -> dict[str, TablePlan]:
     """The plan of every table, in table order; the same on every rank.
 
     Args:
         requested: for the tables that `tables` does not name.
         ranks: of the group that holds these tables.
-        examples: of one rank of the group in a step, by which "auto" judges copies; None: it makes none.
-        grain: "auto" leaves a table whole up to 1 / grain of a rank's fair share of the cost of all that are no copies.
+        examples: of one rank of the group in a step, by which "auto" replicates tables; None: it replicates none.
+        split_threshold: "auto" leaves a table whole up to 1 / split_threshold of a rank's fair share of the cost of all
+            tables that are not replicated.
     """
     by_table: dict[str, Requested] = {table.name: tables.get(table.name, requested) for table in layout.tables}
-    copied = {
-        t.name for t in layout.tables if by_table[t.name] == "auto" and ranks > 1 and _copy_pays(layout, t, examples)
+    chosen = {
+        t.name
+        for t in layout.tables
+        if by_table[t.name] == "auto" and ranks > 1 and _replication_pays(layout, t, examples)
     }
-    copies = copied | {name for name, own in by_table.items() if own == "replicated"}
+    whole_everywhere = chosen | {name for name, own in by_table.items() if own == "replicated"}
     costs = table_costs(layout)
-    share = sum(cost for name, cost in costs.items() if name not in copies) / ranks
+    share = sum(cost for name, cost in costs.items() if name not in whole_everywhere) / ranks
     plans = {}
     for table in layout.tables:
         own, why = by_table[table.name], f'embedding.placement="{requested}"'
@@ -76,11 +79,11 @@ def plan_tables(
             plans[table.name] = TablePlan("table", 1, "one rank")
         elif own != "auto":
             plans[table.name] = _as_requested(table, own, ranks, why)
-        elif table.name in copied:
+        elif table.name in chosen:
             rows = (examples or 0) * _features(layout, table)
             plans[table.name] = TablePlan("replicated", ranks, f"{table.rows:,} rows, {rows:,} looked up by a rank")
         else:
-            plans[table.name] = _automatic(table, costs[table.name] / share, grain, ranks)
+            plans[table.name] = _automatic(table, costs[table.name] / share, split_threshold, ranks)
     return plans
 
 
@@ -106,13 +109,13 @@ def column_units(table: Table) -> int:
     return math.ceil(table.columns / COLUMN_UNIT)
 
 
-def _copy_pays(layout: EmbeddingLayout, table: Table, examples: int | None) -> bool:
+def _replication_pays(layout: EmbeddingLayout, table: Table, examples: int | None) -> bool:
     """Whether a copy on every rank at most halves what the table sends.
 
     In a group of G a copy sends 2 (G-1)/G rows x columns for the gradients (an all-reduce); on one rank the table sends
     2 (G-1)/G examples x features x columns for embeddings and their gradients, and the ids.
     """
-    if examples is None or table.rows * table.columns > COPY_CELLS:
+    if examples is None or table.rows * table.columns > REPLICATED_CELLS:
         return False
     return 2 * table.rows <= examples * _features(layout, table)
 
@@ -132,14 +135,14 @@ def _as_requested(table: Table, requested: Kind, ranks: int, why: str) -> TableP
     return TablePlan("table" if parts == 1 else "column", parts, why)
 
 
-def _automatic(table: Table, shares: float, grain: int, ranks: int) -> TablePlan:
+def _automatic(table: Table, shares: float, split_threshold: int, ranks: int) -> TablePlan:
     """Whole where it fits; else in columns, which send no more than a whole table; rows, of which every rank sends as
     much as a whole table, only where the widest useful split leaves slices of more than `LARGE` fair shares.
 
     Args:
         shares: cost of the table in fair shares of a rank.
     """
-    parts = min(ranks, math.ceil(shares * grain - 1e-9))
+    parts = min(ranks, math.ceil(shares * split_threshold - 1e-9))
     slices = min(parts, max(1, table.columns // WIDE))
     why = f"{shares:.2f} of a fair share"
     if shares / slices > LARGE and table.rows >= ranks:
@@ -233,9 +236,9 @@ def place_on_hosts(
 def choose_plans(
     layout: EmbeddingLayout, kind: Requested, ranks: int, tables: Mapping[str, Requested], examples: int | None
 ) -> dict[str, TablePlan]:
-    """`plan_tables` with as few tables split as balance allows: the first grain of 1, 2 and 4 with which the fullest
-    rank has at most `EVEN` times the mean, or a tenth more than with the most even one."""
-    plans = [plan_tables(layout, kind, ranks, tables, examples, grain) for grain in (1, 2, 4)]
+    """`plan_tables` with as few tables split as balance allows: the first threshold of 1, 2 and 4 with which the
+    fullest rank has at most `EVEN` times the mean, or a tenth more than with the most even one."""
+    plans = [plan_tables(layout, kind, ranks, tables, examples, split_threshold) for split_threshold in (1, 2, 4)]
     if plans[0] == plans[-1]:
         return plans[0]
     uneven = [imbalance(layout, lay_out(layout, plan, ranks), ranks) for plan in plans]
@@ -245,7 +248,7 @@ def choose_plans(
 
 def imbalance(layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int) -> float:
     """The most that a rank has over the mean, of cells held or of columns read."""
-    copies = replicated(shards)
+    names = replicated(shards)
     size = {table.name: table.rows * table.columns for table in layout.tables}
     read = dict.fromkeys(size, 0.0)
     for feature in layout.features:
@@ -254,7 +257,7 @@ def imbalance(layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int) -> f
     for shard in shards:
         own = shard.rows * shard.columns
         cells[shard.rank] += own
-        columns[shard.rank] += read[shard.table] * (1 / ranks if shard.table in copies else own / size[shard.table])
+        columns[shard.rank] += read[shard.table] * (1 / ranks if shard.table in names else own / size[shard.table])
     return max(max(load) * ranks / sum(load) for load in (cells, columns))
 
 

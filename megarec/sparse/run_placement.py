@@ -40,7 +40,7 @@ def place_shards(
     """Where all tables lie, given `layouts_by_host`; ranks are those of the whole job.
 
     Args:
-        examples: of a rank in a step, by which "auto" judges copies; None: it makes none.
+        examples: of a rank in a step, by which "auto" replicates tables; None: it replicates none.
     """
     check_table_names(parts, config.tables)
     tables = config.table_placements
@@ -78,7 +78,7 @@ class TablePlacement:
     Attributes:
         host: that holds it; None: all of them.
         ranks: of the whole job, in the order of their slices.
-        bytes: of its weights, all copies together.
+        bytes: of its weights on all ranks together.
     """
 
     table: str
@@ -120,7 +120,7 @@ class Explanation:
     def lines(self) -> list[str]:
         """For the log: the imbalance, and the tables that are not whole."""
         counts = {kind: sum(t.kind == kind for t in self.tables) for kind in ("table", "column", "row", "replicated")}
-        words = {"table": "whole", "column": "by columns", "row": "by rows", "replicated": "in copies"}
+        words = {"table": "whole", "column": "by columns", "row": "by rows", "replicated": "replicated"}
         held = ", ".join(f"{count} {words[kind]}" for kind, count in counts.items() if count)
         uneven = ", ".join(f"{name} {value:.2f}" for name, value in self.imbalance.items())
         split = [
@@ -161,12 +161,12 @@ def explain(config: RunConfig, layout: EmbeddingLayout, towers: ResolvedTowers, 
                 )
             )
     loads = []
-    copies = replicated(shards)
+    names = replicated(shards)
     by_name = {table.name: table for table in layout.tables}
     per_example = _lookups(layout)
     for rank in range(topology.world_size):
         own = [shard for shard in shards if shard.rank == rank]
-        share = {s: 1 / group if s.table in copies else _share_of_rows(s, by_name[s.table]) for s in own}
+        share = {s: 1 / group if s.table in names else _share_of_rows(s, by_name[s.table]) for s in own}
         lookups = config.data.batch_size * sum(per_example[s.table] * share[s] for s in own)
         loads.append(RankLoad(rank, len(own), _bytes(own, config), lookups))
     return Explanation(tuple(tables), tuple(loads))

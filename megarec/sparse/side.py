@@ -114,7 +114,7 @@ class SparseSide:
         messages: in which types embeddings and their gradients travel.
         ids: the topology with groups of its own for ids (`separate_groups`), so that `distribute` may run in a thread
             while other messages travel; None: ids share the groups.
-        shards: where the tables lie, all of them (`place_run`); None: as the config places them, no table in copies by
+        shards: where the tables lie, all of them (`place_run`); None: as the config places them, no table replicated by
             "auto", which judges them by the batch.
 
     Raises:
@@ -234,7 +234,9 @@ class SparseSide:
 
     def replicated(self) -> State:
         """`state` of the replicated tables: every rank holds them whole; of the host, under the tower exchange."""
-        return {name: entry for tables in self._group.tables if tables.copies for name, entry in tables.state().items()}
+        return {
+            name: entry for tables in self._group.tables if tables.replicated for name, entry in tables.state().items()
+        }
 
     def describe(self) -> list[str]:
         """Lines for the log: who holds what, in which backend and why."""

@@ -240,7 +240,7 @@ class Trainer:
             with self.timer.part("replicas"):
                 problem = differing_replicas(self.run)
             if problem is not None:
-                self._end(STOPPED, f"stopped at step {state.step}, as copies differ: {problem}")
+                self._end(STOPPED, f"stopped at step {state.step}, as replicas differ: {problem}")
         evaluate_every = config.evaluate_every or self.run.train.steps_per_epoch
         last = state.step == self.run.schedule.total_steps
         validate = state.step % evaluate_every == 0 or last

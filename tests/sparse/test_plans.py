@@ -178,7 +178,7 @@ def test_explanation() -> None:
     assert sum(load.lookups for load in found.ranks) == pytest.approx(512 * 4)
     assert found.imbalance == {"bytes": 1.0, "lookups": pytest.approx(1.0)}
     first, *others = found.lines()
-    assert first == "placement: 2 by rows, 1 in copies; largest rank over the mean: bytes 1.00, lookups 1.00"
+    assert first == "placement: 2 by rows, 1 replicated; largest rank over the mean: bytes 1.00, lookups 1.00"
     assert others[1] == 'placement: item by rows on 4 ranks (embedding.tables.item.placement="row")'
 
 

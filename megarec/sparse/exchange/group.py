@@ -2,7 +2,7 @@
 
     whole rows, columns    ids --all-to-all--> owner: lookup --all-to-all--> the rank whose examples they are
     rows split             ids --all-to-all--> owners of their rows: partial sums --reduce-scatter--> that rank
-    copies                 lookup on the spot; the gradients are summed over the group before one update of all copies
+    replicated tables      lookup on the spot; the gradients are summed over the group before every rank's same update
 
 The group is the world under the flat exchange and the ranks of a host under the tower exchange. An owner's rows are
 the global batch in order, so that the gradient of a row is summed in the same order on every topology. The backward
@@ -32,7 +32,7 @@ class ReplicatedTables:
 
     Args:
         shards: this rank's.
-        channel: whose ranks hold the other copies.
+        channel: whose ranks hold the same tables.
 
     Attributes:
         pieces: what lies where in the block that `pool` returns.
@@ -50,11 +50,11 @@ class ReplicatedTables:
         slots = plan_lookups(layout, shards, channel.size, fused=()).slots[channel.rank]
         alone = Channel(channel.name, None, 0, 1, Ledger())
         self._ids = IdExchange([[slot.feature for slot in slots]], alone, torch.int64, device)
-        self.tables = LocalTables(slots, layout, shards, choices, config, channel, device, copies=True)
+        self.tables = LocalTables(slots, layout, shards, choices, config, channel, device, replicated=True)
         self.pieces = [[ColumnBlock(slot.feature.name, slot.start, slot.offset, slot.columns) for slot in slots]]
 
     def distribute(self, ids: Mapping[str, Ids], size: int) -> LocalIds:
-        """Ids of `size` examples by feature -> what is looked up in the copies."""
+        """Ids of `size` examples by feature -> what is looked up in them."""
         return self._ids(ids, size)
 
     def pool(self, local: LocalIds) -> Tensor:
@@ -147,13 +147,13 @@ class Distributed:
         ids: of this rank's own examples.
         size: B, how many examples those are.
         local: what this rank looks up in tables that are spread over the group; None: there are none.
-        copied: what it looks up in its copies; None: there are none.
+        replicated: what it looks up in replicated tables; None: there are none.
     """
 
     ids: Mapping[str, Ids]
     size: int
     local: LocalIds | None
-    copied: LocalIds | None
+    replicated: LocalIds | None
 
 
 class TableGroup:
@@ -167,7 +167,7 @@ class TableGroup:
 
     Attributes:
         layout: of the group's features.
-        tables: this rank's, those that are spread over the group before its copies.
+        tables: this rank's, those that are spread over the group before the replicated ones.
     """
 
     def __init__(
@@ -183,17 +183,17 @@ class TableGroup:
     ) -> None:
         self.layout = layout
         self.choices = choose_backends(layout, shards, config, device)
-        copied = replicated(shards)
-        spread = tuple(shard for shard in shards if shard.table not in copied)
-        copies = tuple(s for s in shards if s.table in copied and s.rank == channel.rank)
-        self._sharded = self._copied = None
+        names = replicated(shards)
+        spread = tuple(shard for shard in shards if shard.table not in names)
+        own = tuple(s for s in shards if s.table in names and s.rank == channel.rank)
+        self._sharded = self._replicated = None
         if spread:
             self._sharded = ShardedTables(
                 layout, spread, self.choices, config, channel, blocks=blocks, messages=messages, device=device
             )
-        if copies:
-            self._copied = ReplicatedTables(layout, copies, self.choices, config, channel, device)
-        parts = [part for part in (self._sharded, self._copied) if part is not None]
+        if own:
+            self._replicated = ReplicatedTables(layout, own, self.choices, config, channel, device)
+        parts = [part for part in (self._sharded, self._replicated) if part is not None]
         self.tables: tuple[LocalTables, ...] = tuple(part.tables for part in parts)
         self._assembly = Regroup(
             [block for part in parts for block in part.pieces],
@@ -207,8 +207,8 @@ class TableGroup:
     def distribute_ids(self, ids: Mapping[str, Ids], size: int) -> Distributed:
         """`distribute`, of B examples given by feature."""
         local = None if self._sharded is None else self._sharded.distribute(ids, size)
-        copied = None if self._copied is None else self._copied.distribute(ids, size)
-        return Distributed(ids, size, local, copied)
+        same = None if self._replicated is None else self._replicated.distribute(ids, size)
+        return Distributed(ids, size, local, same)
 
     def pool(self, batch: Distributed) -> Tensor:
         """Pooled embeddings of this rank's examples, float32 [B, width of the group's features] in layout order."""
@@ -216,8 +216,8 @@ class TableGroup:
         if self._sharded is not None:
             assert batch.local is not None
             blocks += self._sharded.pool(batch.local, batch.size)
-        if self._copied is not None:
-            assert batch.copied is not None
-            blocks.append(self._copied.pool(batch.copied))
+        if self._replicated is not None:
+            assert batch.replicated is not None
+            blocks.append(self._replicated.pool(batch.replicated))
         flat = blocks[0] if len(blocks) == 1 else torch.cat([block.reshape(-1) for block in blocks])
         return self._assembly(flat.reshape(-1), batch.ids, batch.size)

@@ -81,7 +81,7 @@ class LocalTables:
     Args:
         slots: of this rank.
         shards: of all ranks.
-        copies: whether every rank of the channel holds a copy of these tables.
+        replicated: whether every rank of the channel holds these tables whole.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class LocalTables:
         channel: Channel,
         device: torch.device,
         *,
-        copies: bool = False,
+        replicated: bool = False,
     ) -> None:
-        self._layout, self.copies = layout, copies
+        self._layout, self.replicated = layout, replicated
         local = group_lookups(slots)
         fused = [part for part in local if choices[part.shard.table].backend == "fbgemm"]
         plain = [part for part in local if choices[part.shard.table].backend == "torch"]
@@ -107,7 +107,7 @@ class LocalTables:
             self._groups.append((sum(len(part.slots) for part in fused), FbgemmTables(fused, config, device)))
         # Row-wise Adagrad over column slices needs every rank in its exchange, one without such slices as well.
         split = config.optimizer == "rowwise_adagrad" and any(shard.column_start > 0 for shard in shards)
-        if copies:
+        if replicated:
             assert not fused and not split
             columns = [part.shard.columns for part in plain]
             self._groups.append(
@@ -139,7 +139,7 @@ class LocalTables:
             outputs.append(tables.forward(ids.part(first, first + slots)))
             first += slots
         pooled = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        if torch.is_grad_enabled() and not self.copies:  # copies: in the update, which knows all ranks' rows
+        if torch.is_grad_enabled() and not self.replicated:  # else in the update, which knows all ranks' rows
             pooled.register_hook(lambda _: self._touch(ids))  # with the update: a step that is skipped touches nothing
         return pooled
 
