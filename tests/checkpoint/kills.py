@@ -175,9 +175,9 @@ def latest_step(path: Path) -> int:
 def resumed_step(path: Path, attempt: int) -> int | None:
     """The step that an attempt said it resumed from; 0: it started from scratch; None: it did not come so far."""
     for line in (path.parent / f"attempt-{attempt}.rank-0.log").read_text().splitlines():
-        if line.startswith("resumed from"):
+        if "[rank 0] resumed from" in line:
             return int(line.rpartition("step-")[2])
-        if line == "starting from scratch":
+        if line.endswith("[rank 0] starting from scratch"):
             return 0
     return None
 
