@@ -18,8 +18,8 @@ ensure_environment() {
     echo "environment: $venv (ready)"
     return
   fi
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    { echo "error: $("$python" --version) is too old: megarec needs Python 3.11 or newer (set PYTHON=...)" >&2; exit 2; }
+  "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' ||
+    { echo "error: $("$python" --version): megarec needs Python 3.11, 3.12 or 3.13 (set PYTHON=...)" >&2; exit 2; }
   if [ ! -x "$venv/bin/python" ]; then
     echo "environment: creating $venv with $("$python" --version)"
     "$python" -m venv "$venv" ||

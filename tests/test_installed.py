@@ -10,8 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 from typing import NoReturn
 
 import pyarrow.parquet as pq
@@ -34,7 +35,7 @@ rows = open_split(Path("data/movielens-100k"), "test", model.schema, "error")
 loader = EvalLoader(rows, model.schema, batch_size=100, rank=0, world_size=1, seed=1, prefetch=1, pin_memory=False)
 print(json.dumps(model.predict(next(iter(loader.batches()))).tolist()))
 """
-pytestmark = [pytest.mark.network, pytest.mark.timeout(1800)]  # installing takes a minute, several on a busy machine
+pytestmark = [pytest.mark.network, pytest.mark.timeout(1800)]  # minutes on a busy machine
 
 
 def execute(bin_directory: Path, work: Path, *words: object) -> "subprocess.CompletedProcess[str]":
@@ -55,8 +56,22 @@ def failed(ran: "subprocess.CompletedProcess[str]") -> NoReturn:
     pytest.fail(f"exit code {ran.returncode} of {ran.args}\n{said}", pytrace=False)
 
 
+@pytest.fixture(scope="session")
+def removed_meanwhile() -> Iterator[Callable[[Path], None]]:
+    """Remove a directory while other tests run: 1.5 GB take a minute where the file system discards at once."""
+    threads: list[Thread] = []
+
+    def remove(directory: Path) -> None:
+        threads.append(Thread(target=shutil.rmtree, args=[directory]))
+        threads[-1].start()
+
+    yield remove
+    for thread in threads:
+        thread.join()
+
+
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def programs(tmp_path_factory: pytest.TempPathFactory, removed_meanwhile: Callable[[Path], None]) -> Iterator[Path]:
     """The programs of a new virtual environment in which the wheel and its requirements are installed."""
     directory = tmp_path_factory.mktemp("installed")
     own, new = Path(sys.executable).parent, directory / "venv/bin"
@@ -75,7 +90,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if ran.returncode != 0:
         failed(ran)
     yield new
-    shutil.rmtree(directory)  # 1.5 GB
+    removed_meanwhile(directory)
 
 
 def run(programs: Path, work: Path, *words: object) -> str:

@@ -78,3 +78,12 @@ def test_the_metadata_agrees_with_the_pins_of_the_scripts() -> None:
     assert pins("requirements-gpu.txt") == {*project["dependencies"], *extras["cuda"]}
     assert pins("requirements-dev.txt") == set(extras["dev"])
     assert pins("requirements-docs.txt") == set(extras["docs"])
+
+
+def test_the_scripts_take_the_python_versions_of_the_metadata() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [line.rpartition("3.")[2] for line in project["classifiers"] if ":: Python :: 3." in line]
+    first, last = int(named[0]), int(named[-1])
+    assert project["requires-python"] == f">=3.{first},<3.{last + 1}" and named == [*map(str, range(first, last + 1))]
+    script = (ROOT / "launch/environment.sh").read_text(encoding="utf-8")
+    assert f"(3, {first}) <= sys.version_info[:2] <= (3, {last})" in script
