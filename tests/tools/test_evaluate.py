@@ -88,7 +88,7 @@ def test_a_run_scores_as_it_said_itself(call: Call, run: Path, data: Path, split
     code, out, err = call("--run", run, "--data", data, "--split", split, "--json")
     assert code == 0, err
     found, said = json.loads(out), json.loads((run / "metrics.json").read_text())[split]
-    assert set(found) == {"auc", "logloss", "ne", "calibration", "examples"}
+    assert set(found) == {"auc", "logloss", "ne", "calibration", "prediction_mean", "examples"}
     assert found == pytest.approx(said, rel=0, abs=1e-6)
 
 
