@@ -74,7 +74,7 @@ def rank_pool() -> Iterator[Callable[[int], RankPool]]:
         pools.pop().close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def warm_venv(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An environment whose Python programs have everything imported (tests/processes.py)."""
     with warm_environment(tmp_path_factory.mktemp("warm")) as venv:

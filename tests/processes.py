@@ -120,6 +120,7 @@ def warm_environment(directory: Path) -> Iterator[Path]:
         server = _forked(_serve, listener, str(venv / "bin/python"))
     try:
         yield venv
+        assert server.exitcode is None, f"the process that forks for {venv} ended, with exit code {server.exitcode}"
     finally:
         server.terminate()
         server.join()

@@ -52,7 +52,7 @@ class Reader:
             run_block(text, self.directory, self.venv)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reader(shared: Path, warm_venv: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
     directory = tmp_path_factory.mktemp("docs") / "checkout"
     after_the_quickstart(shared, directory)
