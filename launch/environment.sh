@@ -22,13 +22,13 @@ ensure_environment() {
     { echo "error: $("$python" --version): megarec needs Python 3.11, 3.12 or 3.13 (set PYTHON=...)" >&2; exit 2; }
   if [ ! -x "$venv/bin/python" ]; then
     echo "environment: creating $venv with $("$python" --version)"
-    "$python" -m venv "$venv" ||
+    "$python" -P -m venv "$venv" ||
       { echo "error: '$python -m venv' failed: on Debian install python3-venv" >&2; exit 2; }
   fi
   echo "environment: installing ${files[*]##*/} (a few minutes the first time)"
   local arguments=()
   for file in "${files[@]}"; do arguments+=(-r "$file"); done
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
+  "$venv/bin/python" -P -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
   touch "$stamp"
 }
 

@@ -14,4 +14,5 @@ if [ ! -x "$python" ]; then
   echo "error: no $python: run 'bash launch/environment.sh' on every host, or set MEGAREC_VENV" >&2
   exit 2
 fi
-PYTHONPATH=$root exec "$python" -m megarec launch multihost "$@"
+# -P: -m alone would look for modules in the working directory first.
+PYTHONPATH=$root exec "$python" -P -m megarec launch multihost "$@"

@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -257,23 +256,6 @@ def clean(checkpoints: Path) -> None:
                 _log.info("removed %s, which a save that never ended had left", path)
         except OSError as error:
             _log.warning("%s, which a save that never ended had left, could not be removed (%s)", path, error)
-
-
-def set_aside(checkpoints: Path) -> Path | None:
-    """Rename the checkpoints of an earlier run to `<directory>.previous`, or `.previous-2` and so on if that is taken.
-
-    A new run must neither mix with them nor delete the only copy of a night's work. What was set aside
-    before stays, for the same reason. Without a published checkpoint there is nothing to set aside.
-
-    Returns:
-        Where they are now.
-    """
-    if not published(checkpoints):
-        return None
-    names = (f"{checkpoints.name}.previous" + (f"-{number}" if number > 1 else "") for number in count(1))
-    previous = next(path for path in map(checkpoints.with_name, names) if not path.exists())
-    checkpoints.rename(previous)
-    return previous
 
 
 def _forget_old(plan: Plan) -> None:

@@ -27,10 +27,9 @@ class Checkpoints:
 
     Args:
         directory: of all checkpoints of the run.
-        fresh: set aside what an earlier run left instead of continuing it.
     """
 
-    def __init__(self, directory: Path, run: Run, *, fresh: bool) -> None:
+    def __init__(self, directory: Path, run: Run) -> None:
         run.dense.check_supported()
         self.directory, self._run = directory, run
         self._snapshot = Snapshot()
@@ -39,8 +38,6 @@ class Checkpoints:
         self._saves = 0
         if run.topology.rank == 0:
             publish.clean(directory)
-            if fresh and (previous := publish.set_aside(directory)) is not None:
-                _log.info("the checkpoints of an earlier run are in %s now: this one starts from scratch", previous)
             directory.mkdir(parents=True, exist_ok=True)
         # Other jobs and earlier ones never have this token: what their last threads write meets no directory of ours.
         self._token = from_rank_0(secrets.randbits(62), run.topology, run.device)

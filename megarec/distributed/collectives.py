@@ -3,7 +3,8 @@
 A `Channel` is a process group under the name it has in the ledger; it is passed explicitly to every collective. With
 one rank (`group` None) a collective is the identity and nothing is recorded.
 
-Ranks agree on an error, or on a number, without pickling anything.
+Ranks agree on an error, or on a number, without pickling anything: to unpickle what another process sent would run
+what it likes. A text travels as bytes, at most TEXT_BYTES of them.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from torch import Tensor
 from megarec.distributed.topology import Topology, group_ranks
 from megarec.errors import DamagedCheckpoint, UserError
 
+TEXT_BYTES = 64 * 1024  # of an error or a remark: more is not for people
 Direction = Literal["forward", "backward"]
 
 
@@ -265,18 +267,14 @@ def raise_together(error: UserError | None, topology: Topology, device: torch.de
         if error is not None:
             raise error
         return
-    text = str(error).encode() if error is not None else b""
+    text = b"" if error is None else _bytes_of(str(error))
     kind = 0 if error is None else 1 if isinstance(error, DamagedCheckpoint) else 2
     mine = torch.tensor([kind, len(text)], device=device)
     kinds = torch.empty(topology.world_size * 2, dtype=mine.dtype, device=device)
     dist.all_gather_single(kinds, mine, group=topology.world)
     for rank, (kind, size) in enumerate(kinds.view(-1, 2).tolist()):
         if kind:
-            letters = torch.zeros(size, dtype=torch.uint8, device=device)
-            if rank == topology.rank:
-                letters.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-            dist.broadcast(letters, rank, group=topology.world)
-            message = bytes(letters.tolist()).decode()
+            message = _text_of(rank, size, text, topology, device)
             raise DamagedCheckpoint(message) if kind == 1 else UserError(message)
 
 
@@ -301,18 +299,29 @@ def gather_numbers(numbers: Sequence[float], topology: Topology, device: torch.d
 
 def gather_texts(text: str, topology: Topology, device: torch.device, most: int = 8) -> dict[int, str]:
     """The texts of all ranks that have one, by rank, on every rank; only the first `most` of them; collective."""
-    letters = text.encode()
-    mine = torch.tensor([len(letters)], device=device)
-    sizes = mine.new_empty(topology.world_size)
     if topology.world is None:
         return {0: text} if text else {}
+    letters = _bytes_of(text)
+    mine = torch.tensor([len(letters)], device=device)
+    sizes = mine.new_empty(topology.world_size)
     dist.all_gather_single(sizes, mine, group=topology.world)
     texts: dict[int, str] = {}
     for rank, size in enumerate(sizes.tolist()):
         if size and len(texts) < most:
-            shared = torch.zeros(size, dtype=torch.uint8, device=device)
-            if rank == topology.rank:
-                shared.copy_(torch.frombuffer(bytearray(letters), dtype=torch.uint8))
-            dist.broadcast(shared, rank, group=topology.world)
-            texts[rank] = bytes(shared.tolist()).decode()
+            texts[rank] = _text_of(rank, size, letters, topology, device)
     return texts
+
+
+def _bytes_of(text: str) -> bytes:
+    return text.encode(errors="replace")[:TEXT_BYTES]
+
+
+def _text_of(rank: int, size: int, mine: bytes, topology: Topology, device: torch.device) -> str:
+    """The text of a rank, which announced its size, on every rank; `mine` is this rank's. Collective."""
+    if not 0 <= size <= TEXT_BYTES:
+        raise RuntimeError(f"rank {rank} announced a text of {size} bytes; expected at most {TEXT_BYTES}")
+    letters = torch.zeros(size, dtype=torch.uint8, device=device)
+    if rank == topology.rank and size:
+        letters.copy_(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+    dist.broadcast(letters, rank, group=topology.world)
+    return bytes(letters.tolist()).decode(errors="replace")

@@ -13,11 +13,14 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
+from megarec.distributed.process import rank_device
 from megarec.errors import UserError
 
 Group = dist.ProcessGroup
+NAME_BYTES = 255  # of a host: POSIX has no longer ones
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,7 @@ def separate_groups(topology: Topology) -> Topology:
 
 
 def _ranks_of_a_machine(world_size: int) -> int:
-    names: list[str] = [""] * world_size
-    dist.all_gather_object(names, socket.gethostname())
+    names = _gathered_names(world_size)
     counts = {name: names.count(name) for name in names}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
@@ -134,6 +136,16 @@ def _ranks_of_a_machine(world_size: int) -> int:
     if any(len(set(names[i : i + per_host])) > 1 for i in range(0, world_size, per_host)):
         raise UserError(f"ranks of one machine are not consecutive ({', '.join(names)}): list each host once")
     return per_host
+
+
+def _gathered_names(world_size: int) -> list[str]:
+    """The names of all ranks' machines, by rank: bytes of one length, never a pickle, which could run anything."""
+    device = torch.device("cpu") if dist.get_backend() == "gloo" else rank_device()
+    name = socket.gethostname().encode(errors="replace")[:NAME_BYTES].ljust(NAME_BYTES, b"\0")
+    mine = torch.frombuffer(bytearray(name), dtype=torch.uint8)
+    rows = torch.empty(world_size * NAME_BYTES, dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(rows, mine.to(device))
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows.view(world_size, NAME_BYTES).tolist()]
 
 
 def _my_group(rank: int, world_size: int, members: Iterable[list[int]]) -> Group | None:

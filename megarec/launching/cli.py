@@ -17,6 +17,7 @@ from megarec.launching.hosts import Host, read_environment, write_hostfile
 from megarec.launching.preflight import Job, Report, check_hosts, plan_job, table, without
 from megarec.launching.restarts import End, run_with_restarts, say
 from megarec.launching.supervise import Watch, supervise
+from megarec.launching.variables import variables_on
 from megarec.signals import Interruption
 
 LOOPBACK = "lo"
@@ -49,9 +50,10 @@ def run_here(
     arguments: argparse.Namespace, environment: dict[str, str], resume: bool, interruption: Interruption
 ) -> End:
     """Start the ranks and stay until the last has ended."""
-    assignment = assignment_of(secrets.token_hex(8), arguments, environment, [LOOPBACK], resume)
+    assignment = assignment_of(secrets.token_hex(8), arguments, [LOOPBACK], resume)
     command = local_command(arguments.num_gpus, assignment.encode(), free_port())
-    record = supervise(assignment.job, [command], Watch(interruption, None, arguments.grace))
+    with variables_on(None, assignment.job, environment):
+        record = supervise(assignment.job, [command], Watch(interruption, None, arguments.grace))
     return _shown(*failure_report(record, [Host(socket.gethostname(), arguments.num_gpus, 0)], {}))
 
 
@@ -110,9 +112,12 @@ def run_on_hosts(
     """Start the ranks and stay until the last has ended."""
     names = [host.name for host in job.hosts]
     interfaces = [report.interfaces[name] for name in names]
-    assignment = assignment_of(secrets.token_hex(8), arguments, environment, interfaces, resume)
+    assignment = assignment_of(secrets.token_hex(8), arguments, interfaces, resume)
     where = (assignment.encode(), report.master, job.port, job.config.parallel.timeout_seconds)
-    with tempfile.TemporaryDirectory(prefix="megarec-") as directory:
+    with (
+        tempfile.TemporaryDirectory(prefix="megarec-") as directory,
+        variables_on(names, assignment.job, environment),
+    ):
         if arguments.launcher == "deepspeed":
             hostfile = Path(directory) / "hostfile"
             write_hostfile(hostfile, job.hosts)

@@ -26,27 +26,33 @@ _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUNBUFFERED": "1"}
 _EXPORTED = ("MLFLOW", "MV2", "UCX", "NCCL", "LD_LIBRARY", "PATH")  # what DeepSpeed's launcher exports by itself
 
 
-def assignment_of(
-    job: str, arguments: argparse.Namespace, environment: dict[str, str], interfaces: list[str], resume: bool
-) -> Assignment:
-    """What every rank of a start is to do, out of the command line.
+def assignment_of(job: str, arguments: argparse.Namespace, interfaces: list[str], resume: bool) -> Assignment:
+    """What every rank of a start is to do, out of the command line; every user of its host can read it.
 
     Args:
-        environment: the user's variables for the ranks.
         interfaces: by host.
     """
     command = [str(TRAIN_SCRIPT), "--config", str(arguments.config)]
     for override in arguments.set:
         command += ["--set", override]
     about_the_run = {key: os.environ[key] for key in ("OMP_NUM_THREADS", "DS_ACCELERATOR") if key in os.environ}
-    variables = _QUIET | {"DS_ACCELERATOR": accelerator()} | about_the_run | environment
+    variables = _QUIET | {"DS_ACCELERATOR": accelerator()} | about_the_run
     command += ["--resume"] if resume else []
     return Assignment(job, str(Path.cwd()), command, variables, interfaces, arguments.grace)
 
 
 def local_command(ranks: int, word: str, port: int) -> Command:
     """`deepspeed --num_gpus ...` on this machine, whatever hostfile lies where DeepSpeed looks for one."""
-    argv = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "/dev/null/none", "--log_level", "error"]
+    argv = [
+        sys.executable,
+        "-P",
+        "-m",
+        "deepspeed.launcher.runner",
+        "--hostfile",
+        "/dev/null/none",
+        "--log_level",
+        "error",
+    ]
     argv += ["--num_gpus", str(ranks), "--master_port", str(port), "--no_local_rank", str(RANK_SCRIPT), word]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment.setdefault("DS_ACCELERATOR", accelerator())
@@ -70,7 +76,7 @@ def deepspeed_command(
             "characters that mean something there; put the environment elsewhere "
             "(MEGAREC_VENV), or use --launcher torchrun"
         )
-    argv = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile.resolve())]
+    argv = [sys.executable, "-P", "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile.resolve())]
     argv += ["--log_level", "error", "--force_multi", "--no_ssh_check", "--no_local_rank"]
     argv += ["--master_addr", master, "--master_port", str(port)]
     argv += [shlex.quote(str(script)).replace("%", "%%"), word]  # pdsh reads %h, %n and %u in commands

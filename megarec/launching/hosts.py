@@ -1,7 +1,7 @@
 """The hosts of a job: what names them, how they are reached, what their ranks get.
 
 hostfile         of the deepspeed launcher: a line a host, `NAME slots=N`; # starts a comment
-.deepspeed_env   variables for every rank of a job, a line each, KEY=VALUE and nothing else
+.deepspeed_env   variables for every rank of a job, a line each, KEY=VALUE and nothing else (variables.py)
 ssh              commands on other hosts, quoted for the shell that sshd starts
 """
 

@@ -28,7 +28,7 @@ class Session:
     def __init__(self, host: str) -> None:
         self._host = host
         self._process = subprocess.Popen(
-            on_ssh_host(host, [sys.executable, "-c", _BOOT]),
+            on_ssh_host(host, [sys.executable, "-P", "-c", _BOOT]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

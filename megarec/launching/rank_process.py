@@ -27,6 +27,7 @@ from types import FrameType
 
 from megarec.errors import PREEMPTED, STOPPED
 from megarec.launching.exit_report import JOB_VARIABLE, report, this_rank
+from megarec.launching.variables import read_variables
 from megarec.signals import SIGNALS
 
 GRACE_SECONDS = 3.0
@@ -45,7 +46,7 @@ class Assignment:
     job: an id of this start of the job.
     directory: the working directory on every host.
     command: what the Python interpreter of the rank runs: a script and its arguments.
-    environment: variables of every rank.
+    environment: variables of every rank, for all to see; those of .deepspeed_env travel apart (variables.py).
     interfaces: by node, the network interface that reaches the others.
     grace: seconds that a rank which is asked to end has for its save.
     """
@@ -120,7 +121,7 @@ def die_with_parent(signum: int) -> None:
 def _environment(assignment: Assignment) -> dict[str, str]:
     node = int(next(os.environ[name] for name in _NODE_VARIABLES if name in os.environ))
     interfaces = dict.fromkeys(_INTERFACE_VARIABLES, assignment.interfaces[node])
-    return {**os.environ, **interfaces, **assignment.environment}
+    return {**os.environ, **interfaces, **assignment.environment, **read_variables(assignment.job)}
 
 
 def _when_unread(end: Callable[[], None]) -> None:

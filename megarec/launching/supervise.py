@@ -222,5 +222,5 @@ def signal_ranks(job: str, signum: int, hosts: Sequence[str] | None) -> list["su
     if hosts is None:
         return [subprocess.Popen([sys.executable, send_signal.__file__, job, str(signum)])]
     source = Path(send_signal.__file__).read_text(encoding="utf-8")
-    remote = [sys.executable, "-c", source, job, str(signum)]
+    remote = [sys.executable, "-P", "-c", source, job, str(signum)]
     return [subprocess.Popen(on_ssh_host(host, remote, OPTIONS), stdin=subprocess.DEVNULL) for host in hosts]

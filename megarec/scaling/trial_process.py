@@ -31,7 +31,7 @@ def attended(folder: Path, environment: dict[str, str], command: list[str]) -> l
         environment: variables to set.
     """
     variables = [f"{key}={value}" for key, value in environment.items()]
-    return [sys.executable, "-c", _BOOT, str(ROOT), str(Path.cwd()), str(folder), *variables, "--", *command]
+    return [sys.executable, "-P", "-c", _BOOT, str(ROOT), str(Path.cwd()), str(folder), *variables, "--", *command]
 
 
 def main() -> int:

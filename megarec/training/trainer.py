@@ -27,6 +27,7 @@ from megarec.training.faults.replicas import differing_replicas
 from megarec.training.faults.step_check import StepCheck
 from megarec.training.id_prefetch import BatchFuture, IdPrefetcher
 from megarec.training.profiling import tracing
+from megarec.training.run_directory import only_run_in, set_aside
 from megarec.training.step import StepResult, predict, train_step
 from megarec.training.step_log import StepLog
 
@@ -55,30 +56,42 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
 
 def _train(config: RunConfig, resume: bool, started: float, interruption: Interruption) -> dict[str, Any]:
     device = start_process(config)
-    run = build_run(config, device)
-    with _open_console(run) as console:
-        return _train_and_test(run, console, resume, started, interruption)
+    with only_run_in(Path(config.train.output_dir), device) as remark:
+        run = build_run(config, device)
+        previous, console = _begin(run, resume)
+        with console:
+            if remark is not None:
+                _log.warning("%s", remark)
+            if previous is not None:
+                _log.info("an earlier run is in %s now: this one starts from scratch", previous)
+            return _train_and_test(run, console, resume, started, interruption)
 
 
-def _open_console(run: Run) -> Console:
-    """Collective: a directory that rank 0 cannot write ends every rank."""
-    output, error = Path(run.config.train.output_dir), None
+def _begin(run: Run, resume: bool) -> tuple[Path | None, Console]:
+    """Move an earlier run aside, unless this one continues it, and open the log; returns where the earlier one is.
+
+    Collective: a directory that rank 0 cannot write ends every rank.
+    """
+    rank, output = run.topology.rank, Path(run.config.train.output_dir)
+    previous, error = None, None
     try:
-        console = Console(run.topology.rank, output, run.schedule.total_steps)
+        previous = set_aside(output) if rank == 0 and not resume else None
+        console = Console(rank, output, run.schedule.total_steps)
     except UserError as problem:
         error = problem
     raise_together(error, run.topology, run.device)
-    return console
+    return previous, console
 
 
 def _train_and_test(
     run: Run, console: Console, resume: bool, started: float, interruption: Interruption
 ) -> dict[str, Any]:
     config, output, monitor = run.config, Path(run.config.train.output_dir), run.dense.monitor
-    checkpoints = Checkpoints(output / "checkpoints", run, fresh=not resume)
+    checkpoints = Checkpoints(output / "checkpoints", run)
     window = Predictions()
     state, name = checkpoints.resume(window) or (TrainState(), None)
     run.schedule.plateau_drops = state.plateau_drops
+    monitor.start(state.step)
     if run.topology.rank == 0:
         (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     console.progress(state.step)
@@ -309,6 +322,7 @@ class Trainer:
         if found is None:
             self._end(STOPPED, f"{self._why_stopped()}; there is no checkpoint to go back to")
         self.policy.rolled_back(found[0])
+        run.dense.monitor.start(state.step)
         self.patience = _patience(state)
         run.schedule.plateau_drops = state.plateau_drops
         self.save_due = False

@@ -49,7 +49,7 @@ def build(path: Path, overrides: list[str]) -> Run:
 
 def store(run: Run) -> Checkpoints:
     directory = Path(run.config.train.output_dir) / "checkpoints"
-    return Checkpoints(directory, run, fresh=False)
+    return Checkpoints(directory, run)
 
 
 def train_steps(run: Run, start: int, stop: int) -> list[float]:

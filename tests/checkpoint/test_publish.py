@@ -1,4 +1,4 @@
-"""Publishing without a run: kills between any two operations, disks without room, leftovers, and what is set aside."""
+"""Publishing without a run: kills between any two operations, disks without room, and leftovers."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ import torch
 from megarec.checkpoint import publish as module
 from megarec.checkpoint.format import read_index
 from megarec.checkpoint.pointers import name_of, pointed
-from megarec.checkpoint.publish import Plan, SaveFailed, clean, publish, published, set_aside, write_part
+from megarec.checkpoint.publish import Plan, SaveFailed, clean, publish, published, write_part
 from megarec.checkpoint.reading import Reader, verify
 from megarec.checkpoint.writing import Snapshot
 from megarec.slices import TensorSlice
@@ -113,21 +113,6 @@ def test_a_rename_that_fails_gives_the_old_one_its_name_back(tmp_path: Path, mon
         save(tmp_path, 100, value=2.0, token="u")
     assert value_of(tmp_path / name_of(100)) == 1.0
     assert {path.name for path in tmp_path.iterdir()} == {name_of(100), "latest"}
-
-
-def test_what_is_set_aside_is_never_deleted(tmp_path: Path) -> None:
-    """--resume forgotten three times, once by a run that was killed within its first save."""
-    checkpoints = tmp_path / "checkpoints"
-    save(checkpoints, 100)
-    assert set_aside(checkpoints) == tmp_path / "checkpoints.previous"
-    (checkpoints / "step-000000002.tmp-abc").mkdir(parents=True)
-    clean(checkpoints)
-    assert set_aside(checkpoints) is None
-    for number in (2, 3):
-        save(checkpoints, number)
-        assert set_aside(checkpoints) == tmp_path / f"checkpoints.previous-{number}"
-        assert published(tmp_path / f"checkpoints.previous-{number}") == [name_of(number)]
-    assert published(tmp_path / "checkpoints.previous") == [name_of(100)]
 
 
 def seconds_of_failure(plan: Plan, failure: SaveFailed | None, expected: str) -> float:

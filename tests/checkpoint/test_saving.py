@@ -129,20 +129,27 @@ def test_a_failure_before_the_first_byte_ends_the_save_at_once(rank_pool: Pools,
     assert publish.published(tmp_path / "out/checkpoints") == ["step-000000002"]
 
 
-def test_a_run_that_starts_afresh_sets_checkpoints_aside_and_says_where(
+def test_a_run_that_starts_afresh_sets_the_earlier_one_aside_and_says_where(
     rank_pool: Pools, data: Path, copied: Path
 ) -> None:
     """Twice, and a third time after a run that was killed within its first save."""
-    checkpoints = copied.parent / "out/checkpoints"
+    output = copied.parent / "out"
+    (output / "metrics.json").write_text("of the first run")
+    (output / "config.json").touch()
     said = [rank_pool(2).run(run_training, copied, [], False, 2)[0].said for _ in range(2)]
-    shutil.rmtree(checkpoints)
-    (checkpoints / "step-000000002.tmp-1234").mkdir(parents=True)
+    shutil.rmtree(output / "checkpoints")
+    (output / "checkpoints/step-000000002.tmp-1234").mkdir(parents=True)
     said.append(rank_pool(2).run(run_training, copied, [], False, 2)[0].said)
-    told = [[line for line in lines if "of an earlier run are in" in line] for lines in said]
-    first, second = (checkpoints.with_name(f"checkpoints.previous{end}") for end in ("", "-2"))
-    assert [len(lines) for lines in told] == [1, 1, 0] and str(first) in told[0][0] and str(second) in told[1][0]
-    assert "step-000000016" in publish.published(first) and publish.published(second) == ["step-000000002"]
-    assert {path.name for path in checkpoints.parent.glob("checkpoints*")} == {"checkpoints", first.name, second.name}
+    told = [[line for line in lines if "an earlier run is in" in line] for lines in said]
+    previous = [output / f"previous{end}" for end in ("", "-2", "-3")]
+    assert [len(lines) for lines in told] == [1, 1, 1]
+    assert all(f"{path} now" in lines[0] for path, lines in zip(previous, told, strict=True))
+    assert "step-000000016" in publish.published(previous[0] / "checkpoints")
+    assert (previous[0] / "metrics.json").read_text() == "of the first run" and not (output / "metrics.json").exists()
+    assert publish.published(previous[1] / "checkpoints") == ["step-000000002"]
+    assert not (previous[2] / "checkpoints").exists() and (previous[2] / "config.json").is_file()
+    assert (output / "log.txt").read_text().count("starts from scratch") == 1
+    assert (previous[1] / "tensorboard").is_dir()
 
 
 class Interrupted(Exception):

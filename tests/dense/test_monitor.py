@@ -95,6 +95,43 @@ def test_tensorboard_is_on_unless_switched_off(tmp_path: Path, monkeypatch: pyte
         assert not (tmp_path / "off").exists()
 
 
+def points(directory: Path) -> list[tuple[int, float]]:
+    return [(point.step, round(point.value, 3)) for point in events(directory / "tensorboard").Scalars("train/auc")]
+
+
+def rows(path: Path) -> list[list[str]]:
+    return list(csv.reader(path.open()))
+
+
+def test_a_curve_has_one_point_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run, a resume from an earlier step with a rollback in it, and a run from scratch in the same place."""
+    section = {"csv_monitor": {"enabled": True}}
+    monitor = Monitor(opened(monkeypatch, tmp_path, section))
+    assert not list(tmp_path.rglob("events*")), "nothing lies there before the run knows where it starts"
+    monitor.start(0)
+    for step in (10, 20, 30):
+        monitor.scalars(step, {"train/auc": 0.5})
+    monitor.flush()
+    assert points(tmp_path) == [(10, 0.5), (20, 0.5), (30, 0.5)]
+
+    resumed = Monitor(opened(monkeypatch, tmp_path, section))
+    resumed.start(10)
+    for step in (20, 30):
+        resumed.scalars(step, {"train/auc": 0.6})
+    resumed.start(20)
+    resumed.scalars(30, {"train/auc": 0.7})
+    resumed.flush()
+    assert points(tmp_path) == [(10, 0.5), (20, 0.6), (30, 0.7)]
+    assert rows(tmp_path / "csv/train_auc.csv") == [["step", "auc"], ["10", "0.5"], ["20", "0.6"], ["30", "0.7"]]
+
+    fresh = Monitor(opened(monkeypatch, tmp_path, section))
+    fresh.start(0)
+    fresh.scalars(10, {"train/auc": 0.8})
+    fresh.flush()
+    assert points(tmp_path) == [(10, 0.8)]
+    assert rows(tmp_path / "csv/train_auc.csv") == [["step", "auc"], ["10", "0.8"]]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """64 KiB."""

@@ -85,7 +85,7 @@ def test_config_and_overrides_reach_the_ranks_word_for_word(tmp_path: Path, monk
     (directory / "show.py").write_text("import sys; print(repr(sys.argv[1:]))")
     config, override = "my $(touch pwned) `run`.json", "train.output_dir=a \"b\" 'c' ; touch pwned"
     arguments = argparse.Namespace(config=config, set=[override], grace=60.0)
-    assignment = assignment_of("job", arguments, {"A": "$(touch pwned)"}, ["lo"], resume=True)
+    assignment = assignment_of("job", arguments, ["lo"], resume=True)
     script, *words = assignment.command
     assert script.endswith("megarec/train.py") and words == ["--config", config, "--set", override, "--resume"]
     word = replace(assignment, command=[str(directory / "show.py"), *words]).encode()

