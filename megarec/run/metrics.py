@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, astuple, dataclass, field, fields
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ class Quality:
         calibration: sum of predicted probabilities over the number of positives; NaN without positives.
         prediction_mean: of the predicted probabilities; NaN without predictions.
         examples: how many predictions.
+        not_finite: how many logits are NaN or infinite. A single one leaves every metric undefined: it has no place in
+            an order, and a mean without it would be of another model.
     """
 
     auc: float
@@ -28,6 +31,7 @@ class Quality:
     calibration: float
     prediction_mean: float
     examples: int
+    not_finite: int = 0
 
 
 def described(found: Quality) -> dict[str, float | None]:
@@ -37,14 +41,28 @@ def described(found: Quality) -> dict[str, float | None]:
 
 def in_words(found: Quality) -> str:
     """As a log line shows it."""
+    if found.not_finite:
+        return f"no metrics: {found.not_finite:,} of {found.examples:,} logits are NaN or infinite"
     return f"AUC {found.auc:.4f}  LogLoss {found.logloss:.4f}  NE {found.ne:.4f}  calibration {found.calibration:.3f}"
+
+
+def why_undefined(found: Quality, metric: Literal["logloss", "auc"]) -> str | None:
+    """Why a set of predictions has no such metric; None: it has one."""
+    if math.isfinite(getattr(found, metric)):
+        return None
+    if not found.examples:
+        return "it has no examples"
+    if found.not_finite:
+        return f"{found.not_finite:,} of {found.examples:,} logits are NaN or infinite"
+    return f"all {found.examples:,} examples have one label, so there is no {metric.upper()}"
 
 
 def quality(logits: Tensor, labels: Tensor) -> Quality:
     """Metrics of logits [N] against labels [N] in {0, 1}, computed in float64."""
     examples = labels.numel()
-    if examples == 0:
-        return Quality(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
+    not_finite = examples - int(logits.isfinite().sum())
+    if examples == 0 or not_finite:
+        return Quality(math.nan, math.nan, math.nan, math.nan, math.nan, examples, not_finite)
     logits, labels = logits.double(), labels.double()
     positives = float(labels.sum())
     logloss = float(binary_cross_entropy_with_logits(logits, labels))
@@ -97,8 +115,8 @@ class Predictions:
         if everyone is not None:
             found.copy_(torch.tensor(astuple(_quality_of(everyone)), dtype=torch.float64))
         dist.broadcast(found, group=world, group_src=0)
-        auc, logloss, ne, calibration, mean, examples = found.tolist()
-        return Quality(auc, logloss, ne, calibration, mean, int(examples))
+        auc, logloss, ne, calibration, mean, examples, not_finite = found.tolist()
+        return Quality(auc, logloss, ne, calibration, mean, int(examples), int(not_finite))
 
 
 def _quality_of(ranks: list[Tensor]) -> Quality:

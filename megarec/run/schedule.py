@@ -40,7 +40,7 @@ class Schedule:
 
 @dataclass
 class Patience:
-    """Counts validations since the best one.
+    """Counts validations since the best one. One without a score (NaN or infinite) is never the best.
 
     Attributes:
         best: lowest score so far: validation LogLoss, or minus the AUC (train.best_by).
@@ -54,7 +54,7 @@ class Patience:
 
     def update(self, score: float) -> bool:
         """Take in a validation's score; True when it is the best so far."""
-        if score < self.best:
+        if math.isfinite(score) and score < self.best:
             self.best, self.since_best, self.since_drop = score, 0, 0
             return True
         self.since_best += 1

@@ -69,7 +69,11 @@ class StepLog:
 
     def points(self, split: str, found: Quality) -> dict[str, float | None]:
         """TensorBoard's points of a split's quality."""
-        return {f"{split}/{name}": value for name, value in described(found).items() if name != "examples"}
+        return {
+            f"{split}/{name}": value
+            for name, value in described(found).items()
+            if name not in ("examples", "not_finite")
+        }
 
     def log(self, result: StepResult, factor: float) -> None:
         """A line and TensorBoard's points; collective.

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pyarrow.compute as pc
+
 from megarec.checkpoint.store import Checkpoints
 from megarec.config.sections import RunConfig
 from megarec.data.loader import EvalLoader
@@ -16,7 +18,7 @@ from megarec.distributed.collectives import gather_texts, raise_together
 from megarec.distributed.process import start_process
 from megarec.errors import PREEMPTED, STOPPED, RunEnded, UserError
 from megarec.run.build import Run, build_run
-from megarec.run.metrics import Predictions, Quality, described, in_words
+from megarec.run.metrics import Predictions, Quality, described, in_words, why_undefined
 from megarec.run.schedule import Patience
 from megarec.run.state import TrainState
 from megarec.signals import Interruption
@@ -87,6 +89,7 @@ def _train_and_test(
     run: Run, console: Console, resume: bool, started: float, interruption: Interruption
 ) -> dict[str, Any]:
     config, output, monitor = run.config, Path(run.config.train.output_dir), run.dense.monitor
+    _check_validation(run)
     checkpoints = Checkpoints(output / "checkpoints", run)
     window = Predictions()
     state, name = checkpoints.resume(window) or (TrainState(), None)
@@ -123,6 +126,9 @@ def _train_and_test(
     checkpoints.wait()
     best = None if math.isinf(state.best) else checkpoints.load_best()
     valid, test = evaluate(run, run.valid), evaluate(run, run.test)
+    problem = _why_not_finished(run, state, valid, test)
+    if problem is not None:
+        _log.warning("%s", problem)
     at = f"step {state.step}, the last" if best is None else f"step {best}, the best by {config.train.best_by}"
     _log.info("valid at %s: %s", at, in_words(valid))
     _log.info("test  at %s: %s", at, in_words(test))
@@ -132,12 +138,46 @@ def _train_and_test(
         "test": described(test),
         "valid": described(valid),
         "step": state.step if best is None else best,
+        "best_by": None if best is None else config.train.best_by,
         "train": step_log.summary(),
         "skipped_rows": run.skipped_rows,
     }
+    if problem is not None:
+        metrics["stopped"] = problem
     _write_metrics(run, metrics)
     _log.info("wrote %s", output / METRICS_FILE)
+    if problem is not None:
+        gather_texts("", run.topology, run.device)  # a launcher ends all ranks with the first that ends
+        raise RunEnded(STOPPED, problem)
     return metrics
+
+
+def _check_validation(run: Run) -> None:
+    """Raise a UserError where no validation could ever choose a best model."""
+    found = pc.min_max(run.valid.store.dataset.data.column("label")).as_py()
+    if run.config.train.best_by == "auc" and found["min"] is not None and found["min"] == found["max"]:
+        raise UserError(
+            f"train.best_by='auc': all {len(run.valid.store):,} labels of the split valid of {run.config.data.path} "
+            f"are {found['min']:g}, and one class has no AUC; use train.best_by='logloss', or prepare a split valid with "
+            "both labels"
+        )
+
+
+def _why_not_finished(run: Run, state: TrainState, valid: Quality, test: Quality) -> str | None:
+    """Why what a run was asked for, the metrics of its best model, cannot be had; None: they can."""
+    wish = run.config.train.best_by
+    reason = why_undefined(valid, wish)
+    if math.isinf(state.best) and valid.examples and reason is not None:
+        return (
+            f"no best model was chosen, as no validation had a finite {wish} (the last: {reason}); what is tested is "
+            f"step {state.step}, the last. Correct or leave out such rows of the split valid, or lower learning rates"
+        )
+    if test.not_finite:
+        return (
+            f"the tested model has no metrics: {test.not_finite:,} of {test.examples:,} logits of the split test are "
+            "NaN or infinite; correct or leave out such rows of it"
+        )
+    return None
 
 
 def _write_metrics(run: Run, metrics: dict[str, Any]) -> None:
@@ -274,6 +314,13 @@ class Trainer:
             self.prefetcher.drain()
             found = evaluate(run, run.valid)
         improved = self.patience.update(found.logloss if config.train.best_by == "logloss" else -found.auc)
+        if (reason := why_undefined(found, config.train.best_by)) is not None:
+            _log.warning(
+                "VALIDATION AT STEP %d HAS NO %s, SO IT CANNOT BE THE BEST: %s",
+                state.step,
+                config.train.best_by.upper(),
+                reason,
+            )
         if config.schedule.plateau_patience and self.patience.since_drop >= config.schedule.plateau_patience:
             run.schedule.plateau_drops += 1
             self.patience.since_drop = 0

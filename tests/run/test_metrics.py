@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarec.distributed.rank_pool import RankPool
-from megarec.run.metrics import Predictions, Quality, quality
+from megarec.run.metrics import Predictions, Quality, described, in_words, quality, why_undefined
 
 
 def plain_auc(scores: list[float], labels: list[int]) -> float:
@@ -40,6 +40,25 @@ def test_against_the_definitions(rows: list[tuple[int, int]]) -> None:
 
 def test_logits_that_a_float32_sigmoid_would_tie_keep_their_order() -> None:
     assert quality(torch.tensor([30.0, 40.0]), torch.tensor([0.0, 1.0])).auc == 1.0
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("every", [1, 7])
+def test_a_logit_that_is_not_finite_leaves_no_metric(wrong: float, every: int) -> None:
+    """Six NaN had an AUC of 1, and one infinity a LogLoss of NaN beside a finite AUC."""
+    logits, labels = torch.randn(7), torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    logits[::every] = wrong
+    found = quality(logits, labels)
+    assert [math.isnan(value) for value in (found.auc, found.logloss, found.ne, found.calibration)] == [True] * 4
+    assert (found.examples, found.not_finite) == (7, len(logits[::every]))
+    assert described(found)["auc"] is None and f"{found.not_finite} of 7 logits are NaN or infinite" in in_words(found)
+    assert why_undefined(found, "auc") == f"{found.not_finite} of 7 logits are NaN or infinite"
+
+
+def test_one_class_has_a_logloss_and_no_auc() -> None:
+    found = quality(torch.randn(5), torch.ones(5))
+    assert why_undefined(found, "logloss") is None
+    assert why_undefined(found, "auc") == "all 5 examples have one label, so there is no AUC"
 
 
 def test_padding_does_not_count() -> None:

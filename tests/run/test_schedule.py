@@ -37,3 +37,9 @@ def test_patience_counts_from_the_best() -> None:
     patience = Patience()
     assert [patience.update(loss) for loss in (0.7, 0.6, 0.6, 0.65, 0.5)] == [True, True, False, False, True]
     assert (patience.best, patience.since_best) == (0.5, 0)
+
+
+def test_no_score_is_never_the_best() -> None:
+    patience = Patience()
+    assert [patience.update(score) for score in (math.nan, math.inf, -math.inf, 0.6)] == [False, False, False, True]
+    assert (patience.best, patience.since_best) == (0.6, 0)
