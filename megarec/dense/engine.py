@@ -13,6 +13,7 @@ import deepspeed.runtime.zero.utils as zero_utils
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
@@ -39,6 +40,20 @@ def loss_scale_can_shrink(engine: Any) -> bool:
         return bool(config.dynamic_loss_scale and config.cur_scale > config.min_loss_scale)
     scaler = engine.optimizer.loss_scaler
     return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
+
+
+def loss_scale(engine: Any) -> float | None:
+    """What fp16 scales the loss by; None in other precisions."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+
+
+def backward(engine: Any, loss: torch.Tensor) -> None:
+    """The backward pass of a micro-batch: every gradient is that of `loss_scale(engine)` x the loss, at every stage.
+
+    The optimizer divides by that scale at every stage; but at ZeRO 0 DeepSpeed 0.19.8 multiplies the loss by nothing.
+    """
+    scale = loss_scale(engine)
+    engine.backward(loss if scale is None or isinstance(engine.optimizer, ZeROOptimizer) else loss * scale)
 
 
 def skip_step(engine: Any, *, overflow: bool) -> None:
@@ -117,6 +132,8 @@ def build_engine(
     if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
         _forget_warm_up_step(engine)
         _mark_gradients_of_shards(engine)
+    if engine.fp16_enabled() and not isinstance(engine.optimizer, ZeROOptimizer):
+        _grow_scale_after_step(engine.optimizer)
     return engine, reason
 
 
@@ -153,6 +170,26 @@ def _forget_warm_up_step(engine: Any) -> None:
     """At stage 0 in bf16 DeepSpeed 0.19.8 takes an optimizer step with zero gradients to allocate state, so that
     Adam's bias correction starts at t = 2 and the first updates come out 26 % too small."""
     engine.optimizer.optimizer.state.clear()
+
+
+def _grow_scale_after_step(optimizer: Any) -> None:
+    """At stage 0 in fp16 DeepSpeed 0.19.8 raises the loss scale before it divides the gradients by it: a step whose
+    scale grows would come out half as large. Its unfused optimizer leaves the norm scaled, besides."""
+    update, unscale = optimizer._update_scale, optimizer.unscale_and_clip_grads
+    norm_is_scaled = type(optimizer).__name__ == "FP16_UnfusedOptimizer"
+
+    def unscale_then_update(*arguments: Any, **named: Any) -> Any:
+        divisor = unscale(*arguments, **named)
+        if norm_is_scaled:
+            optimizer._global_grad_norm = optimizer._global_grad_norm / optimizer.loss_scale
+        update(False)
+        return divisor
+
+    def update_after_skip(skip: bool) -> None:
+        if skip:
+            update(True)
+
+    optimizer._update_scale, optimizer.unscale_and_clip_grads = update_after_skip, unscale_then_update
 
 
 def _mark_gradients_of_shards(engine: Any) -> None:

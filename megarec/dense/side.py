@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from megarec.config.deepspeed import zero_stage
 from megarec.data.batch import Batch
 from megarec.dense import masters
-from megarec.dense.engine import compute_dtype, gradient_norm, loss_scale_can_shrink, skip_step
+from megarec.dense.engine import backward, compute_dtype, gradient_norm, loss_scale, loss_scale_can_shrink, skip_step
 from megarec.dense.memory import Parts, dense_bytes
 from megarec.dense.monitor import Monitor
 from megarec.dense.tensor_parallel import is_sharded
@@ -98,7 +98,7 @@ class DenseSide:
         engine.train()
         leaf = values.detach().requires_grad_()
         size = batch.size // accumulation
-        loss_scale = self.loss_scale() or 1.0
+        scale = self.loss_scale() or 1.0
         logits, losses = [], []
         for micro in range(accumulation):
             if micro:
@@ -106,12 +106,12 @@ class DenseSide:
             rows = slice(micro * size, (micro + 1) * size)
             out = engine(batch.numeric[rows], leaf if accumulation == 1 else leaf[rows], batch.keys[rows])
             loss = binary_cross_entropy_with_logits(out, batch.labels[rows])
-            engine.backward(loss)
+            backward(engine, loss)
             logits.append(out.detach())
             losses.append(loss.detach())
         assert leaf.grad is not None
         # A rank's gradient is that of its own mean loss; the objective is the mean over the global batch.
-        return DenseResult(torch.cat(logits), losses, leaf.grad.div_(loss_scale * self._topology.world_size))
+        return DenseResult(torch.cat(logits), losses, leaf.grad.div_(scale * self._topology.world_size))
 
     def apply(self, want_norm: bool = False) -> DenseUpdate:
         """One optimizer step; collective.
@@ -158,7 +158,7 @@ class DenseSide:
 
     def loss_scale(self) -> float | None:
         """What fp16 scales the loss by; None in other precisions."""
-        return float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else None
+        return loss_scale(self.engine)
 
     # What a checkpoint keeps.
 
