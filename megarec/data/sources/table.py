@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from megarec.data.schema import SPLITS, CategoricalFeature, Schema, save_schema
-from megarec.data.sources.table_reader import Part, id_lists, id_values, labels, numbers, read_parts, weights
+from megarec.data.sources.table_reader import Part, read_parts
 from megarec.data.sources.table_spec import Categorical, Numeric, TableSpec, load_table_spec
+from megarec.data.sources.values import id_lists, id_values, labels, numbers, weights
 from megarec.data.writing import SplitWriter, check_output, write_dataset
 
 OUT_OF_VOCABULARY = 0

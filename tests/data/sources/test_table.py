@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megarec.data.schema import load_schema
-from megarec.data.sources import table_reader
+from megarec.data.sources import text_files
 from megarec.data.sources.table import prepare_table
 from megarec.data.store import open_split
 from megarec.errors import UserError
@@ -71,7 +71,7 @@ def write_csv(path: Path, text: str) -> Path:
 
 def write_tsv(path: Path, text: str) -> Path:
     path = path.with_suffix(".tsv")
-    path.write_text(text.replace('"a, b"', "a; b").replace(",", "\t"), encoding="utf-8")
+    path.write_text(text.replace('"a, b"', "a; b").replace('""', "").replace(",", "\t"), encoding="utf-8")
     return path
 
 
@@ -160,7 +160,7 @@ def test_streaming_in_small_blocks_and_several_files_changes_nothing(
     body = body.replace('"a, b"', "b") * 50
     whole = prepare(tmp_path, f"{header}\n{body}")
     (tmp_path / "again").mkdir()
-    monkeypatch.setattr(table_reader, "_CSV_BLOCK_BYTES", 128)
+    monkeypatch.setattr(text_files, "_BLOCK_BYTES", 128)
     lines = body.splitlines()
     files = [
         write_csv(tmp_path / f"part{i}.csv", "\n".join([header, *lines[start : start + 50]]))
@@ -219,15 +219,19 @@ def test_a_bad_row_is_named(tmp_path: Path, split: str, bad: dict[str, str], tol
 @pytest.mark.parametrize(
     ("train", "told"),
     [
-        ("", r"train\.csv: cannot be read: Empty CSV file"),
+        ("", r"train\.csv: is empty; expected a line of names"),
         (TRAIN.split("\n")[0] + "\n", r"train\.csv: no rows; every split needs some"),
         (
             TRAIN.replace("price", "prise", 1),
             r"train\.csv: column 'prise' is not declared; did you mean 'price'\? .*'ignored'",
         ),
-        (TRAIN.replace(",clicked\n", "\n", 1), r"train\.csv: cannot be read: .*Expected 8 columns, got 9"),
+        (TRAIN.replace(",clicked\n", "\n", 1), r"train\.csv: column 'clicked' is missing"),
+        (TRAIN + "1," * 11 + "\n", r"train\.csv: row 3 \(from 0, .*\): 12 values \('1,1,.*'\), expected 9"),
         (TRAIN.replace("note", "user", 1), r"train\.csv: column 'user' appears 2 times"),
-        (TRAIN + "too,short\n", r"train\.csv: cannot be read: .*Expected 9 columns, got 2"),
+        (
+            TRAIN + "too,short\n",
+            r"train\.csv: row 3 \(from 0, header not counted\): 2 values \('too,short'\), expected 9",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit(tmp_path: Path, train: str, told: str) -> None:
@@ -248,7 +252,11 @@ def test_a_missing_column(tmp_path: Path) -> None:
         ("none.csv", None, r"none\.csv: no such file"),
         ("none.parquet", None, r"none\.parquet: no such file"),
         ("train.parquet", b"not parquet", r"train\.parquet: cannot be read: "),
-        ("train.csv", TRAIN.encode("latin-1"), r"train\.csv: cannot be read: .*UTF8"),
+        (
+            "train.csv",
+            TRAIN.encode("latin-1"),
+            r"train\.csv: row 1 \(from 0.*\): site=b'\\xe4pfel', expected UTF-8; convert .*iconv",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
@@ -262,7 +270,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | 
 @pytest.mark.parametrize(
     ("column", "values", "told"),
     [
-        ("user", pa.array([1.5, 2.5]), r"column 'user' is double, which names no category; dtype 'integer'\?"),
+        ("user", pa.array([1.5, 2.5]), r"row 0 \(from 0\): user=1\.5, expected an integer \(no other float"),
         ("tags", pa.array([1, 2]), r"column 'tags' is int64, expected text or a list"),
         ("price", pa.array([[1], [2]]), r"column 'price' is list<.*>, expected a number"),
         ("item", pa.array([1.0, 2.5]), r"row 1 \(from 0\): item=2\.5, expected an integer"),

@@ -1,0 +1,205 @@
+"""One rule for each type of value, over all formats (docs/data.md lists them)."""
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from megarec.data.sources.table_reader import Part
+from megarec.data.sources.table_spec import Categorical, MultiValued, Numeric
+from megarec.data.sources.text_files import first_failing
+from megarec.errors import UserError
+
+Owner = NDArray[np.int64] | None
+_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_EXACT = {16: 2**11, 32: 2**24, 64: 2**53}  # below, a float of so many bits holds every whole number
+
+
+def id_values(part: Part, name: str, column: Categorical) -> pa.Array:
+    """The column's values as string or int64 [n]; a missing value is null."""
+    return _typed(part, name, part.rows.column(name), column.dtype, None)
+
+
+def id_lists(part: Part, name: str, column: MultiValued) -> tuple[pa.Array, NDArray[np.int64]]:
+    """The column's values as string or int64 [sum(lengths)], row after row, and lengths int64 [n]."""
+    values, owner, count = _elements(part, name, column)
+    keep = values.is_valid()
+    owner = owner[keep.to_numpy(zero_copy_only=False)]
+    return values.filter(keep), np.bincount(owner, minlength=count).astype(np.int64)
+
+
+def weights(part: Part, name: str, of: str, column: MultiValued) -> NDArray[np.float32]:
+    """The weights of the values that `id_lists` returns for the column `of`: float32 [sum(lengths)]."""
+    ids, lists = _lists(part, of, column), _lists(part, name, column)
+    wanted, found = _lengths(ids), _lengths(lists)
+    if (wanted != found).any():
+        row = int((wanted != found).argmax())
+        value = part.rows.column(name)[row].as_py()
+        part.fail(row, name, value, f"{wanted[row]} weights, one for each value of {of!r}")
+    values, owner, _ = _elements(part, of, column)
+    keep = values.is_valid()
+    kept, owner = lists.flatten().filter(keep), owner[keep.to_numpy(zero_copy_only=False)]
+    with np.errstate(over="ignore"):
+        result = _as_float64(part, name, kept, "numbers", owner).astype(np.float32)
+    if not np.isfinite(result).all():
+        first = int(np.isfinite(result).argmin())
+        part.fail(int(owner[first]), name, kept[first].as_py(), "finite numbers")
+    return result
+
+
+def numbers(part: Part, name: str, column: Numeric) -> NDArray[np.float32]:
+    """The column as float32 [n], missing ones filled where the column says with what."""
+    values = part.rows.column(name)
+    found = _as_float64(part, name, values, "a number", None)
+    missing = np.isnan(found)
+    if missing.any():
+        if column.missing is None:
+            row = int(missing.argmax())
+            part.fail(row, name, values[row].as_py(), f"a number (or columns.{name}.missing in the spec, to fill in)")
+        found = np.where(missing, column.missing, found)
+    if column.log:
+        found = np.sign(found) * np.log1p(np.abs(found))
+    with np.errstate(over="ignore"):
+        result = found.astype(np.float32)
+    if not np.isfinite(result).all():
+        row = int(np.isfinite(result).argmin())
+        part.fail(row, name, values[row].as_py(), "a finite number")
+    return result
+
+
+def labels(part: Part, name: str) -> NDArray[np.int8]:
+    """The label column as int8 [n], 0 or 1."""
+    values = part.rows.column(name)
+    found = _as_float64(part, name, values, "0 or 1", None)
+    bad = (found != 0) & (found != 1)
+    if bad.any():
+        row = int(bad.argmax())
+        part.fail(row, name, values[row].as_py(), "0 or 1")
+    return found.astype(np.int8)
+
+
+def canonical_text(values: pa.Array) -> pa.Array:
+    """Text as it names a category: 7.0 is 7 and True is true, as other formats write them; empty text is null."""
+
+    def spelled(words: pa.Array) -> pa.Array:
+        words = pc.replace_substring_regex(words, r"^(-?[0-9]+)\.0*$", r"\1")
+        words = pc.replace_substring_regex(words, r"^-(0+)$", r"\1")
+        words = pc.if_else(pc.match_substring_regex(words, r"^(True|TRUE|False|FALSE)$"), pc.utf8_lower(words), words)
+        return pc.if_else(pc.equal(words, ""), None, words)
+
+    return _each_distinct(values.cast(pa.string()), spelled)
+
+
+def _each_distinct(values: pa.Array, change: Callable[[pa.Array], pa.Array]) -> pa.Array:
+    """`change` of all values, made on the distinct ones only."""
+    encoded = values.dictionary_encode()
+    return change(encoded.dictionary).take(encoded.indices)
+
+
+def _elements(part: Part, name: str, column: MultiValued) -> tuple[pa.Array, NDArray[np.int64], int]:
+    """The elements of all lists, missing ones as null; the row of each; the number of rows."""
+    lists = _lists(part, name, column)
+    owner = np.repeat(np.arange(len(lists)), _lengths(lists))
+    return _typed(part, name, lists.flatten(), column.dtype, owner), owner, len(lists)
+
+
+def _lists(part: Part, name: str, column: MultiValued) -> pa.Array:
+    """A column as lists: text is cut at the separator; a column without any value is one of missing lists."""
+    lists = _plain(part.rows.column(name))
+    if not any(fits(lists.type) for fits in _LISTS):
+        if not pa.types.is_string(lists.type):
+            raise UserError(f"{part.path}: column {name!r} is {lists.type}, expected text or a list")
+        return pc.split_pattern(pc.if_else(pc.equal(lists, ""), None, lists), column.separator)
+    return lists.cast(pa.list_(lists.type.value_type)) if pa.types.is_fixed_size_list(lists.type) else lists
+
+
+def _lengths(lists: pa.Array) -> NDArray[np.int64]:
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _plain(values: pa.Array) -> pa.Array:
+    """Without a dictionary; all kinds of text as string; a column without any value as missing text."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_null(values.type) or any(fits(values.type) for fits in _TEXT[1:]):
+        values = values.cast(pa.string())
+    return values
+
+
+def _typed(part: Part, name: str, values: pa.Array, dtype: str, owner: Owner) -> pa.Array:
+    """Ids as string or int64; `owner` is the row of every value, None when value i is row i's."""
+    values = _plain(values)
+    if any(fits(values.type) for fits in _BYTES):
+        values = _cast(part, name, values, pa.string(), "UTF-8 text", owner)
+    if pa.types.is_floating(values.type):
+        values = _whole(part, name, values, owner)
+    elif pa.types.is_decimal(values.type):
+        values = values.cast(pa.string())
+    if dtype == "string":
+        text = values if pa.types.is_string(values.type) else _cast(part, name, values, pa.string(), "text", owner)
+        return canonical_text(text)
+    if not pa.types.is_string(values.type):
+        return _cast(part, name, values, pa.int64(), "an integer", owner)
+    text = _true_is_one(canonical_text(values))
+    odd = pc.invert(pc.match_substring_regex(text, r"^-?[0-9]+$"))
+    if pc.any(odd).as_py():
+        _fail(part, name, values, pc.index(odd, True).as_py(), "an integer", owner)
+    return _cast(part, name, text, pa.int64(), "an integer of 64 bits", owner)
+
+
+def _whole(part: Part, name: str, values: pa.Array, owner: Owner) -> pa.Array:
+    """Floats that name a category, as int64; NaN is missing. pandas writes integers with gaps as floats."""
+    limit = _EXACT[values.type.bit_width]
+    values = pc.if_else(pc.is_nan(values), None, values)
+    found = pc.fill_null(values, pa.scalar(0, values.type)).to_numpy(zero_copy_only=False).astype(np.float64)
+    for bad, expected in (
+        (found != np.trunc(found), "an integer (no other float names a category); store integers or text"),
+        (np.abs(found) >= limit, f"an id below {limit}: a larger {values.type} stands for several; store integers"),
+    ):
+        if bad.any():
+            _fail(part, name, values, int(bad.argmax()), expected, owner)
+    return pc.if_else(values.is_valid(), pa.array(found.astype(np.int64)), None)
+
+
+def _true_is_one(text: pa.Array) -> pa.Array:
+    return _each_distinct(
+        text, lambda words: pc.if_else(pc.equal(words, "true"), "1", pc.if_else(pc.equal(words, "false"), "0", words))
+    )
+
+
+def _as_float64(part: Part, name: str, values: pa.Array, expected: str, owner: Owner) -> NDArray[np.float64]:
+    """Numbers as float64 [n], a missing one as NaN; true is 1."""
+    values = _plain(values)
+    if pa.types.is_integer(values.type):
+        found = values.cast(pa.float64(), safe=False)  # rounded: only safe casts refuse what no float holds exactly
+    else:
+        try:
+            found = values.cast(pa.float64())
+        except pa.ArrowInvalid:
+            text = _true_is_one(canonical_text(values)) if pa.types.is_string(values.type) else values
+            try:
+                found = text.cast(pa.float64())
+            except pa.ArrowInvalid:
+                _fail(part, name, values, first_failing(text, pa.float64()), expected, owner)
+        except pa.ArrowNotImplementedError as error:
+            raise UserError(f"{part.path}: column {name!r} is {values.type}, expected {expected}") from error
+    return found.to_numpy(zero_copy_only=False)
+
+
+def _cast(part: Part, name: str, values: pa.Array, kind: pa.DataType, expected: str, owner: Owner) -> pa.Array:
+    try:
+        return values.cast(kind)
+    except pa.ArrowNotImplementedError as error:
+        raise UserError(f"{part.path}: column {name!r} is {values.type}, expected {expected}") from error
+    except pa.ArrowInvalid:
+        _fail(part, name, values, first_failing(values, kind), expected, owner)
+
+
+def _fail(part: Part, name: str, values: pa.Array, index: int, expected: str, owner: Owner) -> NoReturn:
+    """Name the row of the value at `index`."""
+    part.fail(index if owner is None else int(owner[index]), name, values[index].as_py(), expected)
