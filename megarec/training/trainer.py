@@ -158,18 +158,18 @@ def _check_validation(run: Run) -> None:
     if run.config.train.best_by == "auc" and found["min"] is not None and found["min"] == found["max"]:
         raise UserError(
             f"train.best_by='auc': all {len(run.valid.store):,} labels of the split valid of {run.config.data.path} "
-            f"are {found['min']:g}, and one class has no AUC; use train.best_by='logloss', or prepare a split valid with "
-            "both labels"
+            f"are {found['min']:g}, and one class has no AUC; use train.best_by='logloss', or prepare a split valid "
+            "with both labels"
         )
 
 
 def _why_not_finished(run: Run, state: TrainState, valid: Quality, test: Quality) -> str | None:
     """Why what a run was asked for, the metrics of its best model, cannot be had; None: they can."""
-    wish = run.config.train.best_by
-    reason = why_undefined(valid, wish)
+    metric = run.config.train.best_by
+    reason = why_undefined(valid, metric)
     if math.isinf(state.best) and valid.examples and reason is not None:
         return (
-            f"no best model was chosen, as no validation had a finite {wish} (the last: {reason}); what is tested is "
+            f"no best model was chosen, as no validation had a finite {metric} (the last: {reason}); what is tested is "
             f"step {state.step}, the last. Correct or leave out such rows of the split valid, or lower learning rates"
         )
     if test.not_finite:
