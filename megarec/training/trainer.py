@@ -145,8 +145,8 @@ def _check_validation(run: Run) -> None:
     if run.config.train.best_by == "auc" and found["min"] is not None and found["min"] == found["max"]:
         raise UserError(
             f"train.best_by='auc': all {len(run.valid.store):,} labels of the split valid of {run.config.data.path} "
-            f"are {found['min']:g}, and one class has no AUC; use train.best_by='logloss', or prepare a split valid with "
-            "both labels"
+            f"are {found['min']:g}, and one class has no AUC; use train.best_by='logloss', or prepare a "
+            "split valid with both labels"
         )
 
 
