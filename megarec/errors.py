@@ -20,8 +20,18 @@ PREEMPTED = 75
 class UserError(ValueError):
     """A mistake in a config, data, hostfile, checkpoint or command that its user can fix.
 
-    The message is one line: the file, key, row or rank, the value seen, what was expected, the remedy.
+    The message is one line: the file, key, row or rank, the value seen, what was expected, the remedy. Names in it may
+    be anybody's, so what would break the line or steer a terminal is shown as its escape.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
+
+
+def one_line(text: str, most: int = 4_000) -> str:
+    """A text as one line of printable letters: line breaks, control codes and broken letters as escapes; cut."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    return shown if len(text) <= most else shown + "..."
 
 
 class RunEnded(Exception):

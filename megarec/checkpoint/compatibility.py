@@ -40,7 +40,12 @@ def check_optimizer(directory: Path, index: Index, here: str) -> None:
 
 
 def _family(optimizer: str) -> str:
-    return "adam" if "adam" in optimizer.lower() and "adamax" not in optimizer.lower() else optimizer.lower()
+    return "adam" if is_adam(optimizer) else optimizer.lower()
+
+
+def is_adam(optimizer: str) -> bool:
+    """Whether an optimizer's class keeps two moments under Adam's names."""
+    return "adam" in optimizer.lower() and "adamax" not in optimizer.lower()
 
 
 def check_tensors(

@@ -1,6 +1,6 @@
 """What a checkpoint of a run consists of, and the way back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from megarec.checkpoint import compatibility, sparse
 from megarec.checkpoint.format import DTYPES, Index
 from megarec.checkpoint.reading import Reader
-from megarec.checkpoint.sparse import TABLES
+from megarec.checkpoint.sparse import TABLES, TOWERS
 from megarec.dense.masters import DENSE as DENSE
-from megarec.errors import UserError
+from megarec.errors import DamagedCheckpoint, UserError
 from megarec.run.build import Run
 from megarec.run.metrics import Predictions
 from megarec.run.state import TrainState
@@ -38,11 +38,10 @@ def written(run: Run, window: Predictions | None) -> list[TensorSlice]:
 
 
 def about(run: Run, position: TrainState) -> dict[str, Any]:
-    """index.json but for step, tensors and files."""
+    """index.json but for step, tensors, files and what `sealed` adds."""
     config, topology = run.config, run.topology
     return {
         "format": "megarec checkpoint",
-        "version": 2,
         "position": position.to_json(),
         "topology": {
             "ranks": topology.world_size,
@@ -68,18 +67,15 @@ def check(run: Run, directory: Path, index: Index, position: TrainState) -> None
     compatibility.check_schema(directory, index, run.schema.model_dump(mode="json"))
     compatibility.check_optimizer(directory, index, run.dense.optimizer_name)
     compatibility.check_tower_modules(run, directory, index)
+    _check_names(run, directory, index)
     parameters = {DENSE + name: shape for name, shape in run.dense.shapes()}
-    states = {
-        name: index.tensors[weight].shape if entry.shape else ()
-        for name, entry in index.tensors.items()
-        if (weight := name.rpartition("/")[0]) in parameters
-    }
-    compatibility.check_tensors(directory, index, parameters | states, (DENSE,), config)
+    expected = parameters | _expected_states(index, parameters, position)
+    compatibility.check_tensors(directory, index, expected, (DENSE,), config)
     layout = run.spec.layout
     mine = {piece.name: piece for piece in sparse.tables_held(run.sparse, layout)}
     tables: dict[str, Ints] = {f"{TABLES}{table.name}/weight": (table.rows, table.columns) for table in layout.tables}
     tables |= {name: piece.shape for name, piece in mine.items()}
-    own = tuple(f"{TABLES}{table}/" for table in {name.split("/")[1] for name in mine})
+    own = tuple({name.rpartition("/")[0] + "/" for name in mine})
     compatibility.check_tensors(directory, index, tables, own, config)
     for name, piece in mine.items():
         if DTYPES[index.tensors[name].dtype] != piece.tensor.dtype:
@@ -87,6 +83,38 @@ def check(run: Run, directory: Path, index: Index, position: TrainState) -> None
                 f"{directory}: {name} is {index.tensors[name].dtype} there, {piece.tensor.dtype} in this run; resume "
                 "with the embedding.weights it was written with"
             )
+
+
+def _check_names(run: Run, directory: Path, index: Index) -> None:
+    """Every tensor is of a kind that checkpoints have, and of this run's tables; torch's random state is there."""
+    tables = {TABLES + table.name for table in run.spec.layout.tables}
+    for name in index.tensors:
+        of_table = name.startswith(TABLES)
+        if not (of_table or name == WINDOW or name.startswith((DENSE, TOWERS, RANDOM))):
+            raise DamagedCheckpoint(f"{directory}: {name} is there, which no run has")
+        if of_table and name.rpartition("/")[0] not in tables:
+            raise UserError(f"{directory}: {name} is there, but this run has no such table; resume with its config")
+    if RANDOM + "cpu" not in index.tensors:
+        raise DamagedCheckpoint(f"{directory}: {RANDOM}cpu, the state of torch's generator, is not there")
+
+
+def _expected_states(index: Index, parameters: Mapping[str, Ints], position: TrainState) -> dict[str, Ints]:
+    """Shapes of the dense optimizer's states: what one parameter has, all of them have.
+
+    Before its first step an optimizer has none; after it, Adam has its two moments.
+    """
+    numbers: dict[str, bool] = {}
+    for name, entry in index.tensors.items():
+        parameter, _, what = name.rpartition("/")
+        if parameter in parameters:
+            numbers.setdefault(what, not entry.shape)
+    if compatibility.is_adam(index.optimizer) and position.step > position.skipped_steps:
+        numbers = {"exp_avg": False, "exp_avg_sq": False} | numbers
+    return {
+        f"{name}/{what}": () if number else shape
+        for name, shape in parameters.items()
+        for what, number in numbers.items()
+    }
 
 
 def _check_best(run: Run, directory: Path, position: TrainState) -> None:

@@ -10,17 +10,22 @@ lead nowhere outside its directory, and no size is taken at its word.
 
 import json
 import stat
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from xxhash import xxh3_128
 
 from megarec.errors import DamagedCheckpoint, UserError
 
 INDEX = "index.json"
-MAX_INDEX_BYTES = 1 << 30
+MAX_INDEX_BYTES = 1 << 28  # about a million slices
+MAX_DIMENSIONS = 8
+_SEAL = b'{"seal": "%s", '
+_SEALED = len(_SEAL % (b"0" * 32))
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
 
 DTYPES = {
@@ -38,11 +43,11 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DtypeName = Literal["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors$", max_length=200)]
 Size = Annotated[int, Field(ge=0, lt=1 << 62)]
-Sizes = tuple[Size, ...]
+Sizes = Annotated[tuple[Size, ...], Field(max_length=MAX_DIMENSIONS)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=True, allow_inf_nan=False)
 
 
 class Slice(_Strict):
@@ -73,6 +78,8 @@ class Index(_Strict):
     """index.json.
 
     Attributes:
+        seal: XXH3 (128 bits, hexadecimal) of the text behind it, which is all the rest; null in version 2, which had
+            none.
         position: where the run stands (position.py).
         topology: ranks, ranks_per_host, tensor, zero, exchange, placement it was written on; to be read by people.
         config: the resolved config of the run.
@@ -83,8 +90,9 @@ class Index(_Strict):
         loss_scale: state of the dynamic loss scale; null without one.
     """
 
+    seal: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")] | None = None
     format: Literal["megarec checkpoint"]
-    version: Literal[2]
+    version: Literal[2, 3]
     step: Size
     position: dict[str, bool | int | float | str | list[int | float] | dict[str, int] | None]
     topology: dict[str, int | str]
@@ -110,6 +118,43 @@ class FileTensor(NamedTuple):
     start: int
 
 
+def sealed(index: Mapping[str, Any]) -> bytes:
+    """The text of an index.json of today's version: its first entry is the checksum of all the text behind that."""
+    entries = {**index, "version": 3}
+    entries.pop("seal", None)
+    text = json.dumps(entries, allow_nan=False).encode()[1:] + b"\n"
+    return _SEAL % xxh3_128(text).hexdigest().encode() + text
+
+
+def _check_seal(path: Path, content: bytes) -> None:
+    """Version 2 had none."""
+    if content.startswith(_SEAL[:9]):
+        found = xxh3_128(content[_SEALED:]).hexdigest()
+        if content[:_SEALED] != _SEAL % found.encode():
+            raise DamagedCheckpoint(f"{path}: its checksum is {found}, not the one of its seal: damaged, or edited")
+
+
+def read_json(content: bytes) -> Any:
+    """One JSON value as RFC 8259 has it: a key once in an object, no NaN, no infinity.
+
+    Raises:
+        ValueError: it is not.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice in one object")
+    return found
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
 def read_index(directory: Path) -> Index:
     """The index of a checkpoint; no tensor is read.
 
@@ -121,7 +166,10 @@ def read_index(directory: Path) -> Index:
         _check_plain(path)
         if path.stat().st_size > MAX_INDEX_BYTES:
             raise DamagedCheckpoint(f"{path}: {path.stat().st_size:,} bytes, more than any index has")
-        index = Index.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        content = path.read_bytes()
+        _check_seal(path, content)
+        read_json(content)
+        index = Index.model_validate_json(content)
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{path} is missing: no checkpoint, or not a whole one") from error
     except OSError as error:
@@ -134,9 +182,22 @@ def read_index(directory: Path) -> Index:
         if isinstance(error, UserError):
             raise
         raise DamagedCheckpoint(f"{path}: not JSON ({' '.join(str(error).split())[:200]})") from error
+    if (index.version == 3) != (index.seal is not None) or (index.seal and not content.startswith(_SEAL[:9])):
+        raise DamagedCheckpoint(f"{path}: version {index.version} with{'' if index.seal else 'out'} a seal: edited")
+    _check_keys(path, index)
     for name, entry in index.tensors.items():
         _check_tensor(path, name, entry, index)
     return index
+
+
+def _check_keys(path: Path, index: Index) -> None:
+    """Every slice has numbers of its own: none stands for two."""
+    seen = set()
+    for name, entry in index.tensors.items():
+        for part in entry.slices:
+            if (part.file, part.key) in seen:
+                raise DamagedCheckpoint(f"{path}: {name}: {part.key} of {part.file} is the source of two slices")
+            seen.add((part.file, part.key))
 
 
 def _check_tensor(path: Path, name: str, entry: TensorEntry, index: Index) -> None:
@@ -190,9 +251,11 @@ def read_header(path: Path) -> dict[str, FileTensor]:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-            header = json.loads(file.read(length).decode("utf-8"))
+            header = read_json(file.read(length))
         header.pop("__metadata__", None)
-        return {name: _checked(name, entry, 8 + length, size) for name, entry in header.items()}
+        found = {name: _checked(name, entry, 8 + length, size) for name, entry in header.items()}
+        _check_apart(found)
+        return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DamagedCheckpoint(f"{path}: not a safetensors file ({type(error).__name__}: {reason})") from error
@@ -200,8 +263,20 @@ def read_header(path: Path) -> dict[str, FileTensor]:
 
 def _checked(name: str, entry: dict[str, Any], data: int, size: int) -> FileTensor:
     dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError(f"{name}: sizes that are no natural numbers")
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{name}: {len(shape)} dimensions")
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, begin, end)):
+        raise ValueError(f"{name}: sizes that are no natural numbers below 2^62")
     if end - begin != prod(shape) * dtype.itemsize or data + end > size:
         raise ValueError(f"{name}: {shape} {entry['dtype']} at {begin} to {end} in a file of {size:,} bytes")
     return FileTensor(dtype, tuple(shape), data + begin)
+
+
+def _check_apart(tensors: Mapping[str, FileTensor]) -> None:
+    """No byte of a file belongs to two tensors."""
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
+        if size := prod(tensor.shape) * tensor.dtype.itemsize:
+            if tensor.start < end:
+                raise ValueError(f"{name}: overlaps another tensor of the file")
+            end = tensor.start + size

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megarec.checkpoint.format import DTYPES, INDEX, Index, read_index
+from megarec.checkpoint.format import DTYPES, INDEX, Index, read_index, sealed
 from megarec.checkpoint.pointers import BEST, LATEST, pointed
 from megarec.checkpoint.publish import move_in
 from megarec.checkpoint.reading import Reader, verify
@@ -19,7 +19,7 @@ from megarec.checkpoint.sparse import TABLES, TOWERS
 from megarec.checkpoint.writing import file_header, write_file
 from megarec.dense.masters import DENSE as DENSE
 from megarec.errors import UserError
-from megarec.files import write_json
+from megarec.files import write_json, write_whole
 from megarec.slices import Ints, TensorSlice, rectangles, share_of_range
 
 BLOCK = 1 << 24  # bytes of a new file that are put together at a time
@@ -90,9 +90,9 @@ def reshape(source: Path, target: Path, ranks: int) -> Index:
                 slices = tensors[part.name]["slices"]
                 slices.append({"file": name, "key": part.key, "start": part.start, "stop": stop})
             files[name] = write_file(directory / name, _blocks(parts, reader)).model_dump()
-        about = index.model_dump(exclude={"tensors", "files"}, by_alias=True)
+        about = index.model_dump(exclude={"seal", "tensors", "files"}, by_alias=True)
         about["topology"] = {**index.topology, "ranks": ranks}
-        write_json(directory / INDEX, {**about, "tensors": tensors, "files": files})
+        write_whole(directory / INDEX, sealed({**about, "tensors": tensors, "files": files}))
     return read_index(target)
 
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megarec.checkpoint.format import DTYPE_NAMES, INDEX, FileEntry
+from megarec.checkpoint.format import DTYPE_NAMES, INDEX, FileEntry, sealed
 from megarec.checkpoint.pointers import BEST, LATEST, NAME, name_of, pointed
 from megarec.checkpoint.writing import Snapshot, key_of, write_file
-from megarec.files import sync_directory, write_json
+from megarec.files import sync_directory, write_json, write_whole
 
 POLL_SECONDS = 0.01, 0.2  # between looks for the other ranks' marks: at first, at most
 GRACE_SECONDS = 10.0  # after a failure, for ranks that have not begun: they may have had no room for a mark
@@ -130,7 +130,7 @@ def publish(plan: Plan, failure: SaveFailed | None = None) -> None:
         if failure is not None and not plan.temporary.is_dir():
             raise failure  # there is no place where the other ranks could leave a mark
         marks = _all_marks(plan, failure)
-        write_json(plan.temporary / INDEX, {**plan.about, "step": plan.step, **_merged(plan, marks)})
+        write_whole(plan.temporary / INDEX, sealed({**plan.about, "step": plan.step, **_merged(plan, marks)}))
         for name in (SPARE, *(f"rank-{rank:05d}.json" for rank in range(plan.ranks))):
             (plan.temporary / name).unlink(missing_ok=True)
         sync_directory(plan.temporary)

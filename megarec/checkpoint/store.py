@@ -164,7 +164,7 @@ class Checkpoints:
         """
         run, directory = self._run, self.directory / name_of(step)
         index = self._together(lambda: self._opened(directory))
-        position = self._together(lambda: TrainState.from_json(index.position, directory / INDEX))
+        position = self._together(lambda: _position(directory, index, step))
         if compatibility.resets_towers(run, index):
             position.forget_best()  # `best` is a checkpoint of the old towers, which this run can never load whole
         reader = Reader(directory, index)
@@ -207,3 +207,13 @@ class Checkpoints:
             step = int(named.removeprefix("step-")) if named else -1
         step = from_rank_0(step, self._run.topology, self._run.device)
         return None if step < 0 else step
+
+
+def _position(directory: Path, index: Index, step: int) -> TrainState:
+    position = TrainState.from_json(index.position, directory / INDEX)
+    if not index.step == position.step == step:
+        raise DamagedCheckpoint(
+            f"{directory / INDEX}: step {index.step}, position.step {position.step}; expected {step}, as its directory "
+            "is called"
+        )
+    return position

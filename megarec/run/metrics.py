@@ -35,8 +35,9 @@ class Quality:
 
 
 def described(found: Quality) -> dict[str, float | None]:
-    """As JSON can say it: an undefined metric is null."""
-    return {key: None if math.isnan(value) else value for key, value in asdict(found).items()}
+    """As JSON can say it: an undefined metric is null; `not_finite` is there where it is the reason."""
+    known = {key: None if math.isnan(value) else value for key, value in asdict(found).items()}
+    return known if found.not_finite else {key: value for key, value in known.items() if key != "not_finite"}
 
 
 def in_words(found: Quality) -> str:

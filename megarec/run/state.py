@@ -3,11 +3,13 @@
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from megarec.errors import DamagedCheckpoint
+
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
 @dataclass
@@ -27,16 +29,16 @@ class TrainState:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    step: int = 0
+    step: Count = 0
     best: float = math.inf
     best_by: Literal["logloss", "auc"] | None = None
-    since_best: int = 0
-    since_drop: int = 0
-    plateau_drops: int = 0
-    skipped_steps: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    left_out: list[int] = field(default_factory=list)
-    rollbacks: int = 0
+    since_best: Count = 0
+    since_drop: Count = 0
+    plateau_drops: Count = 0
+    skipped_steps: Count = 0
+    skipped: dict[str, Count] = field(default_factory=dict)
+    left_out: list[Count] = field(default_factory=list)
+    rollbacks: Count = 0
     losses: list[float] = field(default_factory=list)
     validation_due: bool = False
 
@@ -54,6 +56,10 @@ class TrainState:
         Raises:
             DamagedCheckpoint: a name that this version does not know, or a number of the wrong kind.
         """
+        for name, value in values.items():  # what pydantic would turn into a number
+            kind = {"validation_due": bool, "best_by": str}.get(name)
+            if isinstance(value, bool | str) and (kind is None or not isinstance(value, kind)):
+                raise DamagedCheckpoint(f"{file}: position.{name}: {value!r} is not of its type; no run stands there")
         known = {name: math.inf if name == "best" and value is None else value for name, value in values.items()}
         try:
             return _POSITION.validate_python(known)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megarec.checkpoint.format import sealed
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
 from megarec.run.build import Run
@@ -95,7 +96,7 @@ def edited(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = directory / "index.json"
     index = json.loads(path.read_text())
     change(index)
-    path.write_text(json.dumps(index))
+    path.write_bytes(sealed(index))
 
 
 def without_modules(directory: Path) -> None:

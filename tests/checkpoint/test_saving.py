@@ -16,6 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megarec.checkpoint import publish
+from megarec.checkpoint.format import sealed
 from megarec.checkpoint.pointers import name_of, pointed
 from megarec.config.load import load_config
 from megarec.distributed.rank_pool import RankPool
@@ -300,7 +301,7 @@ def test_a_best_of_another_metric_is_refused(rank_pool: Pools, copied: Path) -> 
     for path in (copied.parent / "out/checkpoints").glob("*/index.json"):  # as an earlier version wrote them
         index = json.loads(path.read_text())
         assert index["position"].pop("best_by") == "logloss"
-        path.write_text(json.dumps(index))
+        path.write_bytes(sealed(index))
     assert rank_pool(2).run(run_training, copied, ["train.best_by=auc"], True)[0].error == ""
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
+from megarec.checkpoint.format import sealed
 from megarec.checkpoint.offline import export
 from megarec.commands import evaluate
 from megarec.config.load import load_config
@@ -142,7 +143,7 @@ def test_a_bad_row_is_an_error_or_is_left_out_as_the_run_does(
     shutil.copytree(run / "checkpoints" / name, tmp_path / "copy")
     index = json.loads((tmp_path / "copy/index.json").read_text())
     index["config"]["data"]["bad_rows"] = "skip"
-    (tmp_path / "copy/index.json").write_text(json.dumps(index))
+    (tmp_path / "copy/index.json").write_bytes(sealed(index))
     code, out, err = call("--run", tmp_path / "copy", "--data", other, "--json")
     assert code == 0 and json.loads(out)["examples"] == 199
     assert err == "data.bad_rows=skip: left out of test: {'single_0 is not an id in [0, 100)': 1}\n"
