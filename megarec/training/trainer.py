@@ -60,6 +60,7 @@ def _train(config: RunConfig, resume: bool, started: float, interruption: Interr
         run = build_run(config, device)
         previous, console = _begin(run, resume)
         with console:
+            interruption.take_keyboard()
             if remark is not None:
                 _log.warning("%s", remark)
             if previous is not None:
