@@ -20,7 +20,8 @@ from megarec.config.load import load_config  # noqa: E402
 from megarec.config.models import SCALED_SIZES, WukongConfig  # noqa: E402
 from megarec.config.sections import RunConfig  # noqa: E402
 from megarec.errors import UserError, exits_cleanly  # noqa: E402
-from megarec.launching.exit_report import reported  # noqa: E402
+from megarec.launching.exit_report import end_with_mistake, reported  # noqa: E402
+from megarec.launching.orphans import end_without_launcher  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,11 +43,13 @@ def main() -> None:
             if arguments.print_config:
                 print_resolved(config)
                 return
+            end_without_launcher()
             from megarec.training.trainer import train  # seconds of imports that --print-config and a mistake can save
 
             train(config, resume=arguments.resume, started=STARTED)
-    except UserError:
-        leave_the_word_to_rank_0()
+    except UserError as error:
+        if "RANK" in os.environ:
+            end_with_mistake(error)
         raise
 
 
@@ -67,12 +70,6 @@ def print_resolved(config: RunConfig) -> None:
             config, reasons = config.model_copy(update={"model": spec.sizes}), spec.reasons
         print(*reasons, sep="\n", file=sys.stderr)
     print(config.model_dump_json(indent=2, exclude=unknown))
-
-
-def leave_the_word_to_rank_0() -> None:
-    """Most mistakes are seen by every rank: give the launcher time to end the others after rank 0's line."""
-    if int(os.environ.get("RANK", "0")) > 0:
-        time.sleep(3)
 
 
 if __name__ == "__main__":

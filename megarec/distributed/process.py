@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megarec.config.sections import RunConfig
-from megarec.distributed.rendezvous import free_port, keep_to_loopback, store_of_launcher
+from megarec.distributed.rendezvous import check_variables, free_port, keep_to_loopback, store_of_launcher
 
 FLOP_FOR_THREADS = 2e9  # of a step, from which on more threads pay: 1.2 x on two cores at 1.3e9, 1.8 x at 1.0e10
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -85,6 +85,8 @@ def rank_device() -> torch.device:
 def start_process(config: RunConfig) -> torch.device:
     """Join the job that the launcher started (or be a job of one rank); returns this rank's device."""
     quiet_libraries()
+    if not dist.is_initialized():
+        check_variables(os.environ)
     if "RANK" not in os.environ and not dist.is_initialized():
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

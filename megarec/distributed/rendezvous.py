@@ -17,7 +17,49 @@ import torch.distributed as dist
 from megarec.errors import UserError
 
 BACKLOG = 4096  # every rank of a large job connects at once
+MOST_RANKS = 1_000_000
 PORTS = range(20_000, 32_000)  # below those of outgoing connections, which might take it before rank 0 does
+
+
+def check_variables(environment: Mapping[str, str]) -> None:
+    """Whether what a launcher says of a rank makes sense, before anything waits for other ranks.
+
+    Raises:
+        UserError: a variable is missing, or is not what it should be; names it, its value and the remedy.
+    """
+    if "RANK" not in environment:
+        if environment.get("WORLD_SIZE", "1") != "1":
+            raise _wrong(environment, "WORLD_SIZE", "RANK beside it")
+        return
+    ranks = _number(environment, "WORLD_SIZE", 1, MOST_RANKS)
+    _number(environment, "RANK", 0, ranks - 1)
+    _number(environment, "LOCAL_RANK", 0, ranks - 1)
+    for optional in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        if environment.get(optional):
+            _number(environment, optional, 1, ranks)
+    _number(environment, "MASTER_PORT", 1, 65535)
+    try:
+        socket.getaddrinfo(environment.get("MASTER_ADDR") or None, 1, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError, ValueError):
+        raise _wrong(environment, "MASTER_ADDR", "a name or address that this host can resolve") from None
+    if not environment.get("MASTER_ADDR"):
+        raise _wrong(environment, "MASTER_ADDR", "the address of rank 0's host")
+
+
+def _number(environment: Mapping[str, str], name: str, least: int, most: int) -> int:
+    text = environment.get(name, "")
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
+        raise _wrong(environment, name, f"a whole number from {least} to {most}")
+    return int(text)
+
+
+def _wrong(environment: Mapping[str, str], name: str, expected: str) -> UserError:
+    found = f"={environment[name][:100]!r}" if name in environment else " is not set"
+    given = "RANK is set" if "RANK" in environment else "RANK is not set"
+    return UserError(
+        f"{name}{found}, while {given}: expected {expected}; let deepspeed or torchrun set these variables, or unset "
+        "RANK and WORLD_SIZE for a run of one rank"
+    )
 
 
 def store_at(address: str, port: int, ranks: int, master: bool, timeout: timedelta) -> dist.TCPStore:

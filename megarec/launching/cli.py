@@ -11,7 +11,13 @@ from pathlib import Path
 from megarec.config.load import load_config
 from megarec.distributed.rendezvous import free_port
 from megarec.errors import UserError, exits_cleanly
-from megarec.launching.commands import assignment_of, deepspeed_command, local_command, torchrun_commands
+from megarec.launching.commands import (
+    assignment_of,
+    deepspeed_command,
+    local_command,
+    torchrun_commands,
+    visible_devices,
+)
 from megarec.launching.failure_report import failure_report
 from megarec.launching.hosts import Host, read_environment, write_hostfile
 from megarec.launching.preflight import Job, Report, check_hosts, plan_job, table, without
@@ -36,7 +42,7 @@ def one_host() -> None:
     if arguments.num_gpus < 1:
         raise UserError(f"--num_gpus {arguments.num_gpus}: expected at least 1")
     config = load_config(arguments.config, arguments.set)
-    environment = environment_of_ranks()
+    environment = visible_devices(arguments.num_gpus) | environment_of_ranks()
 
     def start(number: int, resume: bool) -> End:
         return run_here(arguments, environment, resume, interruption)
@@ -143,7 +149,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def add_host_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hostfile", type=Path, required=True, help="a line a host: NAME slots=N")
     parser.add_argument("--master-addr", help="address of the first host (default: as the others resolve its name)")
-    parser.add_argument("--master-port", type=int, default=MASTER_PORT, help="a port of the first host")
+    parser.add_argument("--master-port", type=_port, default=MASTER_PORT, help="a port of the first host")
 
 
 def add_restart_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +181,13 @@ def job_of(arguments: argparse.Namespace) -> tuple[Job, dict[str, str]]:
 def environment_of_ranks() -> dict[str, str]:
     """The variables of .deepspeed_env, at home and in the working directory."""
     return read_environment([Path.home(), Path.cwd()])
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 < number < 65536:
+        raise argparse.ArgumentTypeError(f"{number}: expected a port, 1 to 65535")
+    return number
 
 
 def _natural(text: str) -> int:

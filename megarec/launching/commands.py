@@ -20,6 +20,7 @@ from megarec.launching.supervise import Command
 PACKAGE = Path(__file__).resolve().parents[1]
 TRAIN_SCRIPT = PACKAGE / "train.py"
 RANK_SCRIPT = PACKAGE / "launching/rank.py"
+VISIBLE = ("CUDA_VISIBLE_DEVICES",)
 _SAFE = re.compile(r"[\w@+=:,./-]*")
 # Quiet and single-threaded where the user says nothing: what launch/quickstart.sh does for one host.
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUNBUFFERED": "1"}
@@ -54,9 +55,25 @@ def local_command(ranks: int, word: str, port: int) -> Command:
         "error",
     ]
     argv += ["--num_gpus", str(ranks), "--master_port", str(port), "--no_local_rank", str(RANK_SCRIPT), word]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    hidden = ("PYTHON", *VISIBLE)  # DeepSpeed numbers all devices; the assignment says to ranks which are theirs
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
     environment.setdefault("DS_ACCELERATOR", accelerator())
     return Command(argv, environment)
+
+
+def visible_devices(ranks: int) -> dict[str, str]:
+    """The devices of this machine that its user chose for the ranks, as a variable for them; none: the first ones.
+
+    Raises:
+        UserError: there are fewer than ranks.
+    """
+    chosen = {name: os.environ[name] for name in VISIBLE if name in os.environ}
+    on_devices = os.environ.get("DS_ACCELERATOR", accelerator()) != "cpu"
+    for name, value in chosen.items() if on_devices else ():
+        devices = [device for device in value.split(",") if device.strip()]
+        if len(devices) < ranks:
+            raise UserError(f"--num_gpus {ranks}: {name}={value!r} shows {len(devices)}; give as many as ranks")
+    return chosen
 
 
 def deepspeed_command(

@@ -6,6 +6,7 @@ The line says why the rank failed; where others failed first, no traceback burie
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import traceback
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from megarec.errors import USER_MISTAKE, RunEnded, UserError
 
@@ -21,6 +23,7 @@ _MARK = "@megarec"
 _MARKED = re.compile(rf".*{_MARK} (?P<job>\w+) (?P<outcome>{{.*}})\s*")
 _LONGEST = 2_000  # characters of a cause: a line is written whole, between those of other ranks, below 4 KiB
 FAILURE_EXIT = 1
+_LATER = "import sys, time; time.sleep(3); sys.stderr.write(sys.argv[1]); sys.exit(int(sys.argv[2]))"
 _PACKAGE = Path(__file__).parents[1]
 _ADDRESS = r"\[?(?P<address>[0-9a-fA-F.:]+?)\]?:\d+"
 # How gloo, NCCL and the store of torch.distributed say that a peer is gone; what the connection's end looked like.
@@ -54,10 +57,14 @@ class Outcome:
     lost: bool = False
 
 
+def rank_number() -> int:
+    """As the launcher says; 0 where it says nothing that is a number, which is an error of its own."""
+    text = os.environ.get("RANK", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+
+
 def this_rank(code: int, cause: str, lost: bool = False) -> Outcome:
-    return Outcome(
-        int(os.environ.get("RANK", "0")), socket.gethostname(), code, " ".join(cause.split())[:_LONGEST], lost
-    )
+    return Outcome(rank_number(), socket.gethostname(), code, " ".join(cause.split())[:_LONGEST], lost)
 
 
 def report(outcome: Outcome) -> None:
@@ -92,6 +99,11 @@ def reported() -> Iterator[None]:
         outcome = this_rank(error.code, str(error))
         if JOB_VARIABLE not in os.environ and outcome.rank == 0:
             print(str(error), file=sys.stderr)
+        _end(outcome)
+    except KeyboardInterrupt:
+        outcome = this_rank(128 + signal.SIGINT, "interrupted by Ctrl-C; --resume goes on from the latest checkpoint")
+        if outcome.rank == 0:
+            print(outcome.cause, file=sys.stderr)
         _end(outcome)
     except Exception as error:
         outcome = outcome_of(error)
@@ -129,6 +141,21 @@ def _place(error: Exception) -> str:
         return "no known place"
     path = Path(frame.filename)
     return f"{path.relative_to(_PACKAGE) if ours else path}:{frame.lineno}"
+
+
+def end_with_mistake(error: UserError) -> NoReturn:
+    """One line and exit code 2, at once: an interpreter that shuts down beside threads of torch may abort.
+
+    Most mistakes are seen by every rank, and rank 0 says them. The others give the launcher time to end them first, as
+    a program without threads: those of gloo would abort when rank 0 goes, and the launcher might take that exit code.
+    """
+    line = f"error: {error}\n"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if rank_number() > 0:
+        os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", _LATER, line, str(USER_MISTAKE)])
+    os.write(2, line.encode(errors="replace"))
+    os._exit(USER_MISTAKE)
 
 
 def _end(outcome: Outcome) -> None:

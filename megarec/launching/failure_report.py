@@ -7,6 +7,8 @@ from megarec.launching.exit_report import Outcome
 from megarec.launching.hosts import Host
 from megarec.launching.supervise import Record
 
+SSH_LOST = 255
+
 
 def failure_report(record: Record, hosts: list[Host], addresses: dict[str, str]) -> tuple[int, list[str]]:
     """The job's exit code and what to say on standard error: the cause first, then what followed from it.
@@ -19,6 +21,10 @@ def failure_report(record: Record, hosts: list[Host], addresses: dict[str, str])
         return 0, []
     failures = [outcome for outcome in record.outcomes.values() if outcome.code]
     own = [outcome for outcome in failures if not outcome.lost]
+    lost = [host for host in _without_word(record, hosts) if record.host_codes[host.name] == SSH_LOST]
+    if lost and own and all(outcome.code == PREEMPTED for outcome in own):
+        # Ranks whose connection goes are asked to end, and the others with them: a consequence, not a signal's.
+        return SSH_LOST, _lines("error", _of_hosts(record, lost) + _grouped(own, hosts, addresses))
     for code, word in ((USER_MISTAKE, "error"), (PREEMPTED, "pre-empted")):
         if own and all(outcome.code == code for outcome in own):
             return code, [f"{word}: {line}" for line in _grouped(own, hosts, addresses)]
@@ -67,8 +73,14 @@ def _named(cause: str, hosts: list[Host], addresses: dict[str, str]) -> str:
 
 def _of_hosts(record: Record, hosts: list[Host]) -> list[str]:
     """Hosts whose launcher or connection ended before any of their ranks reported."""
-    ended = [host for host in hosts if host.name in record.host_codes and not _has_word(record, host)]
-    return [f"{host.ranks} on {host.name}: no word; {_meaning(record.host_codes[host.name])}" for host in ended]
+    return [
+        f"{host.ranks} on {host.name}: no word; {_meaning(record.host_codes[host.name])}"
+        for host in _without_word(record, hosts)
+    ]
+
+
+def _without_word(record: Record, hosts: list[Host]) -> list[Host]:
+    return [host for host in hosts if host.name in record.host_codes and not _has_word(record, host)]
 
 
 def _silent(record: Record, hosts: list[Host]) -> list[str]:
@@ -82,7 +94,7 @@ def _has_word(record: Record, host: Host) -> bool:
 
 
 def _meaning(code: int) -> str:
-    if code == 255:
+    if code == SSH_LOST:
         return "its ssh connection failed or was lost (exit code 255)"
     number = 256 - code if code > 192 else code - 128  # a launcher that ends with -9 shows as 247
     if 0 < number < 65:

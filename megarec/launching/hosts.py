@@ -14,12 +14,13 @@ from pathlib import Path
 from megarec.errors import UserError
 
 CONNECT_SECONDS = 5
+MOST_BYTES = 1 << 20  # of a hostfile: 30,000 hosts
 OPTIONS = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
 FILE_NAME = ".deepspeed_env"
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # pdsh expands brackets, commas and more in names, ssh takes a leading dash for an option, and a shell sees them all.
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
-_LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>\d+)")
+_LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[0-9]{1,6})")
 
 
 def on_ssh_host(host: str, command: Sequence[str], options: Sequence[str] = OPTIONS) -> list[str]:
@@ -45,11 +46,11 @@ def read_environment(directories: list[Path]) -> dict[str, str]:
     variables: dict[str, str] = {}
     for directory in directories:
         path = directory / FILE_NAME
-        if not path.is_file():
+        if not path.exists():
             continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(_lines_of(path, "it holds lines of KEY=VALUE"), start=1):
             key, separator, value = line.partition("=")
-            if not separator or _KEY.fullmatch(key) is None:
+            if not separator or _KEY.fullmatch(key) is None or "\0" in value:
                 raise UserError(
                     f"{path}:{number}: {line!r}: expected KEY=VALUE; no comments, no blank lines, no 'export'"
                 )
@@ -83,14 +84,7 @@ def read_hostfile(path: Path) -> list[Host]:
     Raises:
         UserError: a line that is none, a host listed twice, no slots or unequal ones; with file and line number.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); --hostfile wants lines of 'NAME slots=N'"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from error
+    lines = _lines_of(path, "--hostfile wants lines of 'NAME slots=N'")
     hosts: list[Host] = []
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -113,6 +107,31 @@ def read_hostfile(path: Path) -> list[Host]:
     if not hosts:
         raise UserError(f"{path}: lists no host; expected lines of 'NAME slots=N'")
     return hosts
+
+
+def _lines_of(path: Path, wanted: str) -> list[str]:
+    """The lines of a small text file; a pipe that the shell made (`<(...)`) is one too.
+
+    Raises:
+        UserError: there is none, or something that is no such file, which could be endless.
+    """
+    try:
+        if not path.is_file() and not (path.is_fifo() and path.parent == Path("/dev/fd")):
+            what = "it is no file" if path.exists() else "No such file"
+            raise UserError(f"{str(path)!r}: cannot be read ({what}); {wanted}")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise UserError(f"{str(path)!r}: longer than {MOST_BYTES:,} bytes; {wanted}")
+        return content.decode().splitlines()
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        if isinstance(error, UnicodeDecodeError):
+            raise UserError(f"{path}: not UTF-8 text at byte {error.start}; {wanted}") from None
+        raise UserError(
+            f"{str(path)!r}: cannot be read ({getattr(error, 'strerror', None) or error}); {wanted}"
+        ) from None
 
 
 def _parse(text: str, where: str, first_rank: int) -> Host:

@@ -62,6 +62,7 @@ def _train(config: RunConfig, resume: bool, started: float, interruption: Interr
         run = build_run(config, device)
         previous, console = _begin(run, resume)
         with console:
+            interruption.take_keyboard()
             if remark is not None:
                 _log.warning("%s", remark)
             if previous is not None:
@@ -233,6 +234,13 @@ class Trainer:
                     break
         if state.step < run.schedule.total_steps:
             _log.info("stopping early: %d validations without improvement", self.patience.since_best)
+        elif self.policy.in_a_row > 1:
+            self._end(
+                STOPPED,
+                f"stopped by the fault policy at step {state.step}: the last {self.policy.in_a_row} steps of the run "
+                "were faulty, and no good one follows; test the best checkpoint with tools/evaluate.py, or train on "
+                f"with a larger train.epochs or train.max_steps; the last one: {self.step_check.said}",
+            )
 
     def _step(self, pending: BatchFuture, start_next: Callable[[], None]) -> Action:
         run, state, step_log, timer = self.run, self.state, self.step_log, self.timer

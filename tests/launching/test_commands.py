@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from megarec.distributed.rendezvous import free_port
 from megarec.errors import UserError
-from megarec.launching.commands import assignment_of, deepspeed_command, local_command, torchrun_commands
+from megarec.launching.commands import (
+    assignment_of,
+    deepspeed_command,
+    local_command,
+    torchrun_commands,
+    visible_devices,
+)
 from megarec.launching.hosts import Host, on_ssh_host
 from megarec.launching.rank_process import Assignment
 
@@ -106,3 +112,20 @@ def test_a_torchrun_a_host() -> None:
         "--nnodes 2 --node_rank 1 --nproc_per_node 2 --master_addr 10.0.0.1 --master_port 29501"
     )
     assert words[-1] == WORD
+
+
+def test_the_devices_that_the_user_chose_are_those_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_devices(8) == {}
+    for chosen in ("2,3", "GPU-8932f937,GPU-46309b04", "2,3,5"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert visible_devices(2) == {"CUDA_VISIBLE_DEVICES": chosen}
+        assert "CUDA_VISIBLE_DEVICES" not in local_command(2, WORD, 29500).environment
+    for chosen, count in (("2", 1), ("", 0), ("2,", 1)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        expected = f"--num_gpus 2: CUDA_VISIBLE_DEVICES='{chosen}' shows {count}; give as many as ranks"
+        with pytest.raises(UserError, match=expected):
+            visible_devices(2)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert visible_devices(2) == {"CUDA_VISIBLE_DEVICES": "2,"}

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,43 @@ def test_a_mistake_passes_through_where_nobody_supervises() -> None:
     assert parse('@megarec 0123abcd {"rank": 1, "host": "h", "code": 0, "cause": "", "lost": false}\n', JOB) == Outcome(
         1, "h", 0
     )
+
+
+MISTAKE = """
+import threading, time
+from megarec.errors import UserError
+from megarec.launching.exit_report import end_with_mistake
+threading.Thread(target=time.sleep, args=(600,)).start()  # an interpreter that shuts down would wait for it
+print('up', flush=True)
+end_with_mistake(UserError("data.batch_size=7 does not divide"))
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1", "x"])
+def test_a_mistake_ends_a_rank_at_once_whatever_threads_it_has(rank: str) -> None:
+    environment = {**os.environ, "RANK": rank, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", MISTAKE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "up\n", "error: data.batch_size=7 does not divide\n")
+
+
+INTERRUPTED = """
+import os, signal
+from megarec.launching.exit_report import reported
+from megarec.signals import Interruption
+with reported(), Interruption() as interruption:
+    interruption.take_keyboard()
+    os.kill(os.getpid(), signal.SIGINT)
+    print(interruption.name, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_ctrl_c_is_noted_and_a_second_one_ends_the_rank() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for name in ("RANK", "MEGAREC_JOB"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "SIGINT\n")
+    assert done.stderr == "interrupted by Ctrl-C; --resume goes on from the latest checkpoint\n"

@@ -193,3 +193,12 @@ def test_ranks_that_do_not_end_in_time_are_killed() -> None:
     assert 1.0 <= time.monotonic() - started < 10
     assert not found.outcomes
     wait_until(lambda: not sleepers(marker))
+
+
+def test_a_lost_ssh_connection_is_no_pre_emption() -> None:
+    """The watchers of that host ask their ranks to end, and so all ranks save and end with 75."""
+    saved = [Outcome(rank, "host1", 75, "asked to end by a signal, and saved") for rank in (0, 1)]
+    code, lines = failure_report(record(*saved, launcher=255, host2=255), HOSTS, ADDRESSES)
+    assert code == 255
+    assert lines[0].startswith("error: ranks 2-3 on host2: no word; its ssh connection failed or was lost")
+    assert lines[1:] == ["  then: ranks 0 and 1 on host1: asked to end by a signal, and saved"]

@@ -86,11 +86,56 @@ def test_sigterm_to_the_launcher_reaches_the_ranks_which_save(data: Path, tmp_pa
     assert json.loads(next((tmp_path / "out/checkpoints").glob("step-*/index.json")).read_text())["step"] >= 10
 
 
+def ends(ranks: list[psutil.Process], seconds: float = 60.0) -> None:
+    _, left = psutil.wait_procs(ranks, timeout=seconds)
+    assert not left, "ranks train on without their launcher"
+
+
+def test_ranks_whose_launcher_is_gone_save_and_end(data: Path, tmp_path: Path) -> None:
+    """SIGTERM, as people and schedulers send it: to the process that they started."""
+    path = write_run(tmp_path, data, train={"epochs": 100_000, "log_every": 5, "output_dir": str(tmp_path / "out")})
+    job = start(path)
+    until(job.stdout, "step 10/")
+    ranks = [rank(job, 0), rank(job, 1)]
+    job.terminate()
+    _, errors = job.communicate(timeout=60)  # the ranks hold the pipe until they have ended
+    ends(ranks)
+    assert "pre-empted by SIGTERM at step" in errors and "Traceback" not in errors
+    assert json.loads(next((tmp_path / "out/checkpoints").glob("step-*/index.json")).read_text())["step"] >= 10
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves(data: Path, tmp_path: Path) -> None:
+    """To all processes of the terminal at once; the traceback that is left is of DeepSpeed's launcher."""
+    path = write_run(tmp_path, data, train={"epochs": 100_000, "log_every": 5, "output_dir": str(tmp_path / "out")})
+    job = start(path)
+    until(job.stdout, "step 10/")
+    ranks = [rank(job, 0), rank(job, 1)]
+    for process in (psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)):
+        process.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=60)
+    ends(ranks)
+    assert "pre-empted by SIGINT at step" in errors and errors.count("Traceback") <= 1, errors
+    assert list((tmp_path / "out/checkpoints").glob("step-*/index.json"))
+
+
+@pytest.mark.slow
+def test_a_mistake_that_is_seen_late_ends_with_2_every_time(data: Path, tmp_path: Path) -> None:
+    path = write_run(tmp_path, data, data={"batch_size": 7}, train={"output_dir": str(tmp_path / "out")})
+    for _ in range(3):
+        job = start(path)
+        _, errors = job.communicate(timeout=300)
+        assert job.returncode == 2 and "terminate called" not in errors, errors
+        assert [line[:30] for line in errors.splitlines() if line.startswith("error:")] == [
+            "error: data.batch_size=7 does "
+        ]
+
+
 @pytest.mark.slow
 def test_the_policy_ends_the_job_with_70(data: Path, tmp_path: Path) -> None:
     faults = {"spike": "stop", "spike_window": 2, "spike_deviations": 1e-9}
     path = write_run(tmp_path, data, train={"epochs": 100, "faults": faults, "output_dir": str(tmp_path / "out")})
     job = start(path)
-    _, errors = job.communicate(timeout=120)
+    _, errors = job.communicate(timeout=300)
     assert job.returncode == STOPPED
     assert errors.splitlines()[0].startswith("stopped by the fault policy at step ")

@@ -205,6 +205,17 @@ def test_after_n_in_a_row_the_run_stops(run: Runner, data: Path, tmp_path: Path)
     assert (tmp_path / "out/checkpoints/latest").read_text().strip() == "step-000000007", "put off from step 6"
 
 
+def test_a_run_whose_last_steps_were_faulty_is_not_done(run: Runner, data: Path, tmp_path: Path) -> None:
+    """Fewer than max_in_a_row, but no step will come that could end the row."""
+    path = config(tmp_path, data, faults={"max_in_a_row": 10}, train={"evaluate_every": STEPS})
+    for end in run(path, Plan(bad=[STEPS - 2, STEPS - 1])):
+        assert end.code == STOPPED
+        assert end.reason.startswith(f"stopped by the fault policy at step {STEPS}: the last 2 steps of the run were")
+    summary = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert summary["stopped"] == end.reason and "test" not in summary
+    assert run(config(tmp_path, data, faults={"max_in_a_row": 10}), Plan(bad=[STEPS - 1]))[0].code == DONE
+
+
 def test_a_rollback_goes_on_without_the_faulty_batches(run: Runner, data: Path, tmp_path: Path, skipping: Path) -> None:
     path = config(tmp_path, data, faults={"max_in_a_row": 2, "then": "rollback"}, parallel={"overlap": True})
     ends = run(path, Plan(bad=[5, 6]))
