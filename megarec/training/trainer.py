@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megarec.checkpoint.store import Checkpoints
+from megarec.config.deepspeed import check_outputs
 from megarec.config.sections import RunConfig
 from megarec.data.loader import EvalLoader
 from megarec.dense.memory import saved_activations
@@ -54,6 +55,7 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
 
 
 def _train(config: RunConfig, resume: bool, started: float, interruption: Interruption) -> dict[str, Any]:
+    check_outputs(config)
     device = start_process(config)
     run = build_run(config, device)
     with _open_console(run) as console:
