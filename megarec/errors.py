@@ -3,10 +3,12 @@
 By its exit code a training process says why it ended; launchers and restart scripts go by these numbers.
 """
 
+import argparse
 import difflib
 import functools
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 DONE = 0
 USER_MISTAKE = 2
@@ -58,6 +60,27 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(USER_MISTAKE)
 
     return wrapped
+
+
+class _Once(argparse._StoreAction):
+    """argparse's own way with an option: but the last of several would win in silence."""
+
+    given = False
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any, **named: Any) -> None:
+        if self.given and self.option_strings:
+            parser.error(f"{self.option_strings[0]} is given twice; the last would win: keep one")
+        self.given = True
+        super().__call__(parser, *rest, **named)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser, for one command line, that refuses an option given twice; lists take `append` or `extend`."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        for name in (None, "store"):
+            self.register("action", name, _Once)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

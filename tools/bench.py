@@ -10,7 +10,6 @@ python tools/bench.py checkpoint       # saving and loading over plain writes an
 python tools/bench.py overlap          # waiting for ids, with and without overlap (as root)
 """
 
-import argparse
 import difflib
 import importlib
 import json
@@ -19,14 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megarec.errors import UserError, exits_cleanly
+from megarec.errors import ArgumentParser, UserError, exits_cleanly
 
 NAMES = ("tables", "flat", "dense", "tensor", "recompute", "towers", "overlap", "checkpoint")
 
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Run one benchmark side by side with its reference.")
+    parser = ArgumentParser(description="Run one benchmark side by side with its reference.")
     parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="towers only: a picture as well, .png or .svg")

@@ -1,6 +1,5 @@
 """Look at a checkpoint, prove it, rewrite it for another number of ranks, hand its model on."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -9,12 +8,12 @@ from rich.table import Table
 
 from megarec.checkpoint import offline, reading
 from megarec.checkpoint.format import read_index
-from megarec.errors import UserError, exits_cleanly
+from megarec.errors import ArgumentParser, UserError, exits_cleanly
 
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Inspect, verify, reshape and export checkpoints.")
+    parser = ArgumentParser(description="Inspect, verify, reshape and export checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("inspect", "what is inside; only the index is read"),

@@ -1,6 +1,5 @@
 """A trained model on a prepared split: AUC, LogLoss, NE and calibration; predictions as a file."""
 
-import argparse
 import contextlib
 import json
 import signal
@@ -22,7 +21,7 @@ from megarec.data.schema import SCHEMA_FILE, SPLITS, Schema, Split, load_schema
 from megarec.data.store import open_split
 from megarec.data.writing import ROWS_PER_GROUP
 from megarec.distributed.process import quiet_libraries, rank_device
-from megarec.errors import UserError, did_you_mean, exits_cleanly
+from megarec.errors import ArgumentParser, UserError, did_you_mean, exits_cleanly
 from megarec.files import whole_file
 from megarec.run.metrics import Predictions, Quality, described, in_words
 from megarec.serving.predictor import Predictor, load_checkpoint, load_model
@@ -34,7 +33,7 @@ COLUMNS = pa.schema([("label", pa.int8()), ("logit", pa.float32()), ("prediction
 @exits_cleanly
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwind: no partial file stays
-    parser = argparse.ArgumentParser(description="Score a trained model on a split of prepared data.")
+    parser = ArgumentParser(description="Score a trained model on a split of prepared data.")
     parser.add_argument(
         "--run", type=Path, required=True, help="a run's directory (its best checkpoint), a checkpoint, or an export"
     )

@@ -1,6 +1,5 @@
 """Parameters and training FLOPs per example of a run's model, by part and by layer; nothing is built."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from rich.table import Column, Table
 from megarec.commands import example_configs
 from megarec.config.load import load_config
 from megarec.data.schema import schema_of
-from megarec.errors import UserError, exits_cleanly
+from megarec.errors import ArgumentParser, UserError, exits_cleanly
 from megarec.run.cost import Parts, as_json, total
 from megarec.run.spec import ModelSpec, resolve
 from megarec.scaling.ladder import published
@@ -20,7 +19,7 @@ LADDER = example_configs() / "ladder"
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Count a run's parameters and training FLOPs per example.")
+    parser = ArgumentParser(description="Count a run's parameters and training FLOPs per example.")
     parser.add_argument("--config", type=Path, metavar="C.json", help="the JSON of a run")
     parser.add_argument("--ladder", action="store_true", help="count the configs of ds_configs/ladder instead")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override the config")

@@ -1,17 +1,16 @@
 """One model, any topology, the same numbers: train the same steps under many topologies, compare with one process."""
 
-import argparse
 import json
 import sys
 
-from megarec.errors import exits_cleanly
+from megarec.errors import ArgumentParser, exits_cleanly
 from megarec.parity.cases import cases
 from megarec.parity.run import Result, run_matrix
 
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare loss curves under many topologies with one process.")
+    parser = ArgumentParser(description="Compare loss curves under many topologies with one process.")
     parser.add_argument("--matrix", choices=("small", "full"), default="small")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     arguments = parser.parse_args()

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megarec.config.load import load_config
-from megarec.errors import exits_cleanly
+from megarec.errors import ArgumentParser, exits_cleanly
 from megarec.planning.partition.partition import Partition, Requested, check_requested, inside_and_across, partition
 from megarec.planning.partition.report import check_partition_output, write_partition
 
@@ -24,7 +24,7 @@ MOST_NAMES = 40  # features of a tower that are listed
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Assign the categorical features of a run to towers.")
+    parser = ArgumentParser(description="Assign the categorical features of a run to towers.")
     parser.add_argument("--config", type=Path, required=True, metavar="C.json", help="the JSON of a run")
     parser.add_argument("--towers", type=int, required=True, metavar="T", help="a multiple of the hosts")
     parser.add_argument("--output", type=Path, required=True, metavar="towers.json", help="for parallel.towers")

@@ -1,6 +1,5 @@
 """Where a run's tables lie and why: kind, ranks and bytes of every table, bytes and lookups of every rank."""
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -11,14 +10,14 @@ from rich.table import Column, Table
 from megarec.config.load import load_config
 from megarec.data.schema import schema_of
 from megarec.distributed.topology import Topology, check_divides
-from megarec.errors import UserError, exits_cleanly
+from megarec.errors import ArgumentParser, UserError, exits_cleanly
 from megarec.run.spec import resolve
 from megarec.sparse.run_placement import Explanation, explain
 
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Show where a run's tables lie, and why; nothing is built.")
+    parser = ArgumentParser(description="Show where a run's tables lie, and why; nothing is built.")
     parser.add_argument("--config", type=Path, required=True, metavar="C.json", help="the JSON of a run")
     parser.add_argument("--hosts", type=int, required=True, metavar="H")
     parser.add_argument("--ranks-per-host", type=int, required=True, metavar="L")

@@ -1,18 +1,17 @@
 """Checks every host of a hostfile before a run is started on them: one line a failure, with its remedy."""
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
 
-from megarec.errors import USER_MISTAKE, exits_cleanly
+from megarec.errors import USER_MISTAKE, ArgumentParser, exits_cleanly
 from megarec.launching.cli import add_host_arguments, add_run_arguments, job_of
 from megarec.launching.preflight import check_hosts, table
 
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Check the hosts of a hostfile before a run.")
+    parser = ArgumentParser(description="Check the hosts of a hostfile before a run.")
     add_host_arguments(parser)
     add_run_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -11,7 +11,7 @@ from megarec.data.sources.movielens import prepare_movielens
 from megarec.data.sources.movielens_wheels import SOURCES, TERMS
 from megarec.data.sources.synthetic import Shape, prepare_like, prepare_synthetic
 from megarec.data.sources.table import prepare_table
-from megarec.errors import UserError, exits_cleanly
+from megarec.errors import ArgumentParser, UserError, exits_cleanly
 
 FEATURES = {
     "single": "single-valued features",
@@ -22,7 +22,7 @@ FEATURES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description="Raw data -> parquet shards + schema.json, whole or not at all.")
+    top = ArgumentParser(description="Raw data -> parquet shards + schema.json, whole or not at all.")
     sources = top.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
     for name, source in SOURCES.items():
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     table = sources.add_parser("table", help="your own CSV, TSV or parquet files")
     table.add_argument("--schema", type=Path, required=True, metavar="FILE", help="JSON: what the columns are")
     for split in ("train", "valid", "test"):
-        table.add_argument(f"--{split}", type=Path, nargs="+", required=True, metavar="FILE")
+        table.add_argument(f"--{split}", type=Path, nargs="+", action="extend", required=True, metavar="FILE")
 
     synthetic = sources.add_parser("synthetic", help="made-up examples with a planted signal, for tests and benchmarks")
     default = Shape()

@@ -1,6 +1,5 @@
 """One process becomes one true rank of a larger job: its memory, its FLOPs, every collective."""
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from megarec.config.load import load_config
 from megarec.data.schema import schema_of
-from megarec.errors import exits_cleanly
+from megarec.errors import ArgumentParser, exits_cleanly
 
 # A step gathers, multiplies and frees gigabytes: in huge pages the kernel hands them out many times faster.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -21,7 +20,7 @@ PARTS = (
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rehearse one true rank of a larger job in this process.")
+    parser = ArgumentParser(description="Rehearse one true rank of a larger job in this process.")
     parser.add_argument("--config", type=Path, required=True, metavar="C.json", help="the JSON of a run")
     parser.add_argument("--hosts", type=int, required=True, metavar="H")
     parser.add_argument("--ranks-per-host", type=int, required=True, metavar="L")

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from megarec.errors import UserError, exits_cleanly
+from megarec.errors import ArgumentParser, UserError, exits_cleanly
 from megarec.scaling.ladder import LADDER
 from megarec.scaling.points import COLUMN, QUALITIES, read_points
 from megarec.scaling.study import Study, as_json, study
@@ -14,7 +14,7 @@ from megarec.scaling.tables import in_words, markdown
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fit and draw quality as a power of compute.")
+    parser = ArgumentParser(description="Fit and draw quality as a power of compute.")
     commands = parser.add_subparsers(dest="command", required=True)
     sweep = commands.add_parser("sweep", help="models x learning rates x seeds; goes on where an earlier sweep ended")
     sweep.add_argument(

@@ -19,13 +19,13 @@ STARTED = time.time()  # before the imports that take seconds
 from megarec.config.load import load_config  # noqa: E402
 from megarec.config.models import SCALED_SIZES, WukongConfig  # noqa: E402
 from megarec.config.sections import RunConfig  # noqa: E402
-from megarec.errors import UserError, exits_cleanly  # noqa: E402
+from megarec.errors import ArgumentParser, UserError, exits_cleanly  # noqa: E402
 from megarec.launching.exit_report import end_with_mistake, reported  # noqa: E402
 from megarec.launching.orphans import end_without_launcher  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train one model from one JSON.")
+    parser = ArgumentParser(description="Train one model from one JSON.")
     parser.add_argument("--config", type=Path, required=True, help="the run's JSON")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint, if there is one")

@@ -4,16 +4,27 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field
 
-Positive = Annotated[int, Field(gt=0)]
-PerLayer = Positive | list[Positive]
+# Every number has a range: what lies outside of it is a slip of the pen or hostile, never a run. Bounds on sizes
+# keep counting a model cheap; whether it fits the machine is another question (run/fits.py).
+Count = Annotated[int, Field(ge=0, le=10**12)]  # of steps, examples, validations
+Positive = Annotated[int, Field(gt=0, le=10**12)]
+Size = Annotated[int, Field(gt=0, le=2**20)]  # a width, or how many embeddings
+Layers = Annotated[int, Field(gt=0, le=1_000)]
+Ranks = Annotated[int, Field(gt=0, le=2**20)]
+Widths = Annotated[list[Size], Field(max_length=1_000)]
+PerLayer = Size | Widths
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, le=1e6)]
+Above0 = Annotated[float, Field(ge=1e-30, le=1e6)]  # float32 knows no smaller ones that it can divide by
+Betas = tuple[Probability, Probability]
 
 
 class Section(BaseModel):
     """A frozen section: strict types, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True, allow_inf_nan=False)
 
 
 def by_name(default: str) -> Discriminator:
@@ -29,16 +40,16 @@ class ModelConfig(Section):
     """What every dense model has: the input layer's MLPs and the head."""
 
     name: str
-    dim: Positive = Field(64, description="d: width of every embedding")
-    head: list[Positive] = Field([256], description="hidden widths of the MLP that ends in the logit")
+    dim: Size = Field(64, description="d: width of every embedding")
+    head: Widths = Field([256], description="hidden widths of the MLP that ends in the logit")
     bias: bool = Field(True, description="false drops every bias of the dense model")
     dropout: Probability = Field(
         0.0, description="after every hidden layer of the MLPs; the mask is the same on every topology"
     )
-    numeric_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over numeric features")
+    numeric_mlp: Widths = Field([64], description="hidden widths of the MLP over numeric features")
     numeric_bias: list[bool] | None = Field(
         None, description="whether each layer of that MLP has a bias, its last one included; null: as bias"
     )
-    numeric_embeddings: Positive = Field(1, description="embeddings of width d that the numeric MLP emits")
-    small_mlp: list[Positive] = Field([64], description="hidden widths of the MLP over the grouped small embeddings")
-    small_embeddings: Positive = Field(1, description="embeddings of width d that the small-embedding MLP emits")
+    numeric_embeddings: Size = Field(1, description="embeddings of width d that the numeric MLP emits")
+    small_mlp: Widths = Field([64], description="hidden widths of the MLP over the grouped small embeddings")
+    small_embeddings: Size = Field(1, description="embeddings of width d that the small-embedding MLP emits")

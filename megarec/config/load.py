@@ -18,6 +18,7 @@ from megarec.config.models import MODELS, SCALED_SIZES, WukongConfig
 from megarec.config.sections import RunConfig, Section
 from megarec.config.towers import TOWER_MODULES, DlrmTowerConfig, IdentityTowerConfig, TowersFile
 from megarec.errors import UserError
+from megarec.files import parse_json, read_object
 
 TAGGED: dict[str, Mapping[str, type[Section]]] = {"model": MODELS, "tower_module": TOWER_MODULES}  # by their name
 
@@ -85,12 +86,13 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
 
     Args:
         path: the run's JSON; a section may be the path of another JSON, relative to this file.
-        overrides: `section.key=value` strings; a value is JSON, or else a plain string.
+        overrides: `section.key=value` strings; a value is JSON (True, False and None are true, false and null), or
+            else a plain string.
 
     Raises:
         UserError: one line that names the file, the key, the value seen and what was expected.
     """
-    raw = _read_object(path)
+    raw = read_object(path, "the JSON of a run")
     for name, value in raw.items():
         raw[name] = _include(value, path, name)
     if not any(override.startswith("parallel.towers=") for override in (overrides or [])[:1]):
@@ -108,28 +110,22 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     return config
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); --config wants the JSON of a run") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
 def _include(value: Any, path: Path, section: str) -> Any:
     """A section that is a string is the path of another JSON, relative to the run's file."""
     if not isinstance(value, str):
         return value
     included = path.parent / value
-    if not included.is_file():
+    if not _exists(included):
         raise UserError(f"{path}: {section}={value!r}: no file {included}; a section is an object or a JSON's path")
-    return _read_object(included)
+    return read_object(included, f"the section {section} of a run")
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something of this name, of whatever kind."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return False
 
 
 def _locate_schema(data: Any, path: Path) -> None:
@@ -144,13 +140,13 @@ def _read_towers(raw: dict[str, Any], directory: Path) -> None:
     if not isinstance(parallel, dict) or not isinstance(parallel.get("towers"), str):
         return
     path = directory / parallel["towers"]
-    if not path.is_file():
+    if not _exists(path):
         raise UserError(
             f"parallel.towers={parallel['towers']!r}: no file {path}; it is a number of towers, lists of feature "
             "names, or the path of a towers.json (python tools/partition_towers.py writes one)"
         )
     try:
-        parallel["towers"] = TowersFile.model_validate(_read_object(path)).towers
+        parallel["towers"] = TowersFile.model_validate(read_object(path, "a towers.json")).towers
     except ValidationError as error:
         raise UserError(f"{path}: {describe(error, TowersFile)}") from error
 
@@ -159,10 +155,7 @@ def _apply_override(raw: dict[str, Any], override: str, path: Path) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"--set {override}: expected section.key=value")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
+    value = _value_of(text, override)
     *parents, last = key.split(".")
     node = raw
     for parent in parents:
@@ -170,6 +163,22 @@ def _apply_override(raw: dict[str, Any], override: str, path: Path) -> None:
         if not isinstance(node, dict):
             raise UserError(f"--set {override}: {parent} is not a section of {path}")
     node[last] = value if parents else _include(value, path, last)
+
+
+WORDS = {"True": True, "False": False, "None": None}  # Python's, which mean JSON's true, false and null
+
+
+def _value_of(text: str, override: str) -> Any:
+    """The value of an override: JSON, a word of Python, or else a plain string."""
+    if text in WORDS:
+        return WORDS[text]
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    except (ValueError, RecursionError):
+        pass  # JSON, of the kind that parse_json refuses
+    return parse_json(text, f"--set {override if len(override) <= 80 else override[:77] + '...'}")
 
 
 def _check_across_fields(config: RunConfig, path: Path) -> None:

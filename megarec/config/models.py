@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from megarec.config.base import ModelConfig, PerLayer, Positive, Section, by_name
+from megarec.config.base import Above0, Layers, ModelConfig, PerLayer, Section, Size, Widths, by_name
 
-NoHead = Annotated[list[Positive], Field(max_length=0)]
+NoHead = Annotated[list[Size], Field(max_length=0)]
 NO_HEAD = "this model has no MLP at its end: stays empty"
 
 
@@ -15,8 +15,8 @@ class LrConfig(ModelConfig):
 
     name: Literal["lr"]
     head: NoHead = Field([], description=NO_HEAD)
-    numeric_mlp: list[Positive] = Field([], description="as for every model; empty: linear in the numbers too")
-    small_mlp: list[Positive] = Field([], description="as for every model; empty: linear in the small embeddings too")
+    numeric_mlp: Widths = Field([], description="as for every model; empty: linear in the numbers too")
+    small_mlp: Widths = Field([], description="as for every model; empty: linear in the small embeddings too")
 
 
 class FmConfig(ModelConfig):
@@ -24,8 +24,8 @@ class FmConfig(ModelConfig):
 
     name: Literal["fm"]
     head: NoHead = Field([], description=NO_HEAD)
-    numeric_mlp: list[Positive] = Field([], description="as for every model; empty: linear in the numbers")
-    small_mlp: list[Positive] = Field([], description="as for every model; empty: linear in the small embeddings")
+    numeric_mlp: Widths = Field([], description="as for every model; empty: linear in the numbers")
+    small_mlp: Widths = Field([], description="as for every model; empty: linear in the small embeddings")
 
 
 class DnnConfig(ModelConfig):
@@ -44,7 +44,7 @@ class XDeepFmConfig(ModelConfig):
     """xDeepFM (arXiv 1803.05170): a compressed interaction network and a linear map beside the MLP `head`."""
 
     name: Literal["xdeepfm"]
-    cin: Annotated[list[Positive], Field(min_length=1)] = Field(
+    cin: Annotated[list[Size], Field(min_length=1, max_length=1_000)] = Field(
         [100, 100], description="H_k: feature maps of each layer of the compressed interaction network"
     )
 
@@ -53,18 +53,18 @@ class AutoIntConfig(ModelConfig):
     """AutoInt+ (arXiv 1810.11921): self-attention over the embeddings beside the MLP `head`."""
 
     name: Literal["autoint"]
-    layers: Positive = Field(3, description="self-attention layers")
-    heads: Positive = Field(2, description="H: attention heads of a layer")
-    attention_dim: Positive = Field(32, description="d': width of a head; a layer emits embeddings of width H d'")
+    layers: Layers = Field(3, description="self-attention layers")
+    heads: Size = Field(2, description="H: attention heads of a layer")
+    attention_dim: Size = Field(32, description="d': width of a head; a layer emits embeddings of width H d'")
 
 
 class MaskNetConfig(ModelConfig):
     """MaskNet (arXiv 2102.07619), parallel: masked blocks side by side, then the MLP `head`."""
 
     name: Literal["masknet"]
-    blocks: Positive = Field(3, description="u: mask blocks")
-    mask: Positive = Field(128, description="t: width of the aggregation layer of an instance-guided mask")
-    width: Positive = Field(64, description="q: columns that a block emits")
+    blocks: Layers = Field(3, description="u: mask blocks")
+    mask: Size = Field(128, description="t: width of the aggregation layer of an instance-guided mask")
+    width: Size = Field(64, description="q: columns that a block emits")
 
 
 class FinalMlpConfig(ModelConfig):
@@ -72,27 +72,29 @@ class FinalMlpConfig(ModelConfig):
 
     name: Literal["finalmlp"]
     head: NoHead = Field([], description=NO_HEAD)
-    mlp1: Annotated[list[Positive], Field(min_length=1)] = Field(
+    mlp1: Annotated[list[Size], Field(min_length=1, max_length=1_000)] = Field(
         [256, 256], description="widths of the first stream's layers, each with a ReLU; its last one is fused"
     )
-    mlp2: Annotated[list[Positive], Field(min_length=1)] = Field([256], description="the same of the second stream")
-    fusion_heads: Positive = Field(1, description="k: sub-spaces of the bilinear fusion; divides both last widths")
+    mlp2: Annotated[list[Size], Field(min_length=1, max_length=1_000)] = Field(
+        [256], description="the same of the second stream"
+    )
+    fusion_heads: Size = Field(1, description="k: sub-spaces of the bilinear fusion; divides both last widths")
     gates: tuple[list[int], list[int]] | None = Field(
         None,
         strict=False,
         description="by stream, the places in X_0 (from 0) of the embeddings that gate its input, such as the user's "
         "and the item's; an empty list: a learned vector; null: no gates",
     )
-    gate_mlp: list[Positive] = Field([64], description="hidden widths of the gates' MLPs")
+    gate_mlp: Widths = Field([64], description="hidden widths of the gates' MLPs")
 
 
 class AfnConfig(ModelConfig):
     """AFN+ (arXiv 1909.03276): a logarithmic transformation layer with its MLP beside the MLP `head`."""
 
     name: Literal["afn"]
-    neurons: Positive = Field(64, description="N: logarithmic neurons, each a learned product of powers")
-    mlp: list[Positive] = Field([256], description="hidden widths of the MLP over the neurons")
-    epsilon: Annotated[float, Field(gt=0)] = Field(
+    neurons: Size = Field(64, description="N: logarithmic neurons, each a learned product of powers")
+    mlp: Widths = Field([256], description="hidden widths of the MLP over the neurons")
+    epsilon: Above0 = Field(
         1e-5, description="|x| is kept above it in ln |x|; the larger, the better conditioned (docs/models.md)"
     )
     embeddings: Literal["shared", "separate"] = Field(
@@ -140,8 +142,8 @@ BaselineSection = (
 class AttentiveConfig(Section):
     """Sizes of the attentive projection Y of Wukong's optimized FM (the paper does not disclose them)."""
 
-    compressed: Positive = Field(16, description="m: embeddings after the linear compression of the input")
-    mlp: list[Positive] = Field([64], description="hidden widths of the MLP that maps m x d to n x k")
+    compressed: Size = Field(16, description="m: embeddings after the linear compression of the input")
+    mlp: Widths = Field([64], description="hidden widths of the MLP that maps m x d to n x k")
 
 
 class WukongConfig(ModelConfig):
@@ -152,11 +154,11 @@ class WukongConfig(ModelConfig):
         None,
         description="target training GFLOP/example: layers, num_fm, num_lcb, rank and mlp follow by the paper's recipe",
     )
-    layers: Positive = Field(2, description="l: interaction layers")
+    layers: Layers = Field(2, description="l: interaction layers")
     num_fm: PerLayer = Field(16, description="n_F: embeddings an FM block emits; a number, or one per layer")
     num_lcb: PerLayer = Field(16, description="n_L: embeddings a linear compression block emits; as num_fm")
     rank: PerLayer = Field(24, description="k: columns of the projection Y of the optimized FM; as num_fm")
-    mlp: list[Positive] | list[list[Positive]] = Field(
+    mlp: Widths | Annotated[list[Widths], Field(max_length=1_000)] = Field(
         [512], description="hidden widths of the FM block's MLP; or a list per layer"
     )
     fm: Literal["optimized", "full"] = Field("optimized", description="X (X^T Y), or the basic X X^T")
@@ -179,8 +181,8 @@ class DcnConfig(ModelConfig):
     """DCNv2 (arXiv 2008.13535), stacked: cross layers over the flattened embeddings, then the head."""
 
     name: Literal["dcn"]
-    layers: Positive = Field(3, description="cross layers")
-    rank: Positive | None = Field(512, description="of the low-rank cross products U V x; null: full products W x")
+    layers: Layers = Field(3, description="cross layers")
+    rank: Size | None = Field(512, description="of the low-rank cross products U V x; null: full products W x")
 
 
 OverArchConfig = WukongConfig | DlrmConfig | DcnConfig | BaselineConfig

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megarec.config.base import Positive, Probability, Rate, Section
+from megarec.config.base import Above0, Betas, Count, Fraction, Positive, Probability, Ranks, Rate, Section, Seed, Size
 from megarec.config.models import ModelSection
 from megarec.config.towers import IdentityTowerConfig, TowerLists, TowerModuleSection
 
@@ -19,9 +19,13 @@ class DataConfig(Section):
         description="the schema.json of data that is not on this machine, relative to this file: what counting, "
         "planning and rehearsal read; a training run reads the one in data.path",
     )
-    batch_size: Positive = Field(1024, description="examples of one optimizer step over all ranks and micro-batches")
+    batch_size: Annotated[int, Field(gt=0, lt=2**31)] = Field(
+        1024, description="examples of one optimizer step over all ranks and micro-batches"
+    )
     features: list[str] | None = Field(None, description="the features to use, categorical and numeric; null: all")
-    prefetch: Positive = Field(4, description="batches a rank prepares ahead in the background")
+    prefetch: Annotated[int, Field(gt=0, le=10_000)] = Field(
+        4, description="batches a rank prepares ahead in the background"
+    )
     bad_rows: Literal["error", "skip"] = Field(
         "error", description="a row with a bad id, number or label: stop, or leave it out, count and log it"
     )
@@ -30,8 +34,8 @@ class DataConfig(Section):
 class FeatureEmbedding(Section):
     """How one feature is embedded, where it differs from one embedding of width model.dim."""
 
-    embeddings: Positive = Field(1, description="several embeddings of width d for an important feature")
-    width: Positive | None = Field(None, description="a smaller width: joins the grouped small embeddings")
+    embeddings: Size = Field(1, description="several embeddings of width d for an important feature")
+    width: Size | None = Field(None, description="a smaller width: joins the grouped small embeddings")
 
 
 Placement = Literal["auto", "table", "column", "row", "replicated"]
@@ -50,7 +54,7 @@ class EmbeddingConfig(Section):
         "rowwise_adagrad", description="applied in the backward pass; adam over touched rows needs the torch backend"
     )
     learning_rate: Rate = 0.05
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Above0 = 1e-8
     backend: Literal["auto", "fbgemm", "torch"] = Field(
         "auto", description="auto: FBGEMM where it can (optimizer, widths), else torch"
     )
@@ -68,9 +72,7 @@ class EmbeddingConfig(Section):
         description="adds l2 x mean over examples of |looked-up embeddings|^2 to what is minimised",
     )
     dropout: Probability = Field(0.0, description="on the looked-up embeddings; the mask is the same on every topology")
-    initial_std: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="normal initialisation; null: uniform in +-1/sqrt(rows)"
-    )
+    initial_std: Above0 | None = Field(None, description="normal initialisation; null: uniform in +-1/sqrt(rows)")
     features: dict[str, FeatureEmbedding] = Field({}, description="by feature name")
 
     @property
@@ -84,8 +86,8 @@ class DenseConfig(Section):
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Rate = 1e-3
-    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    betas: Betas = Field((0.9, 0.999), strict=False)
+    eps: Above0 = 1e-8
     weight_decay: Rate = 0.0
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
@@ -100,8 +102,8 @@ MessageType = Literal["fp32", "fp16", "bf16"]
 class ParallelConfig(Section):
     """How ranks form hosts and groups."""
 
-    tensor: Positive = Field(1, description="ranks of one host that share the dense layers")
-    ranks_per_host: Positive | None = Field(None, description="null: the ranks of one machine")
+    tensor: Ranks = Field(1, description="ranks of one host that share the dense layers")
+    ranks_per_host: Ranks | None = Field(None, description="null: the ranks of one machine")
     exchange: Literal["flat", "tower"] = Field(
         "flat", description="flat: one world-wide all-to-all; tower: SPTT, in the host and then among peers"
     )
@@ -110,7 +112,7 @@ class ParallelConfig(Section):
         description="by tower, its features; or a number of towers, feature i in tower i mod T; or the path of a "
         "towers.json, relative to this file (from --set: to the working directory)",
     )
-    timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+    timeout_seconds: Annotated[float, Field(ge=0.1, le=2_592_000)] = Field(
         600.0, description="a collective that waits longer for other ranks ends the run"
     )
     overlap: bool | None = Field(
@@ -124,14 +126,10 @@ class ParallelConfig(Section):
 class ScheduleConfig(Section):
     """One factor over time for the learning rates of both sides."""
 
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="fraction of all steps with a linear rise from 0"
-    )
+    warmup: Probability = Field(0.0, description="fraction of all steps with a linear rise from 0")
     decay: Literal["constant", "linear", "cosine", "step"] = "constant"
-    final: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="factor at the last step of linear and cosine decay"
-    )
-    step_every: Annotated[float, Field(gt=0)] = Field(1.0, description="step decay: epochs between drops")
+    final: Fraction = Field(0.0, description="factor at the last step of linear and cosine decay")
+    step_every: Above0 = Field(1.0, description="step decay: epochs between drops")
     step_factor: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="step decay: factor of one drop")
     plateau_patience: Positive | None = Field(
         None, description="drop after this many validations without improvement; null: never"
@@ -148,14 +146,14 @@ class FaultsConfig(Section):
     then: Literal["stop", "rollback"] = Field(
         "stop", description="end the run, or go back to the latest checkpoint and leave the faulty batches out"
     )
-    max_rollbacks: Annotated[int, Field(ge=0)] = Field(3, description="rollbacks of a run; the next one stops it")
+    max_rollbacks: Count = Field(3, description="rollbacks of a run; the next one stops it")
     spike: Literal["off", "skip", "rollback", "stop"] = Field(
         "off", description="a step whose mean loss is far above those before it: take it, skip it, go back, or stop"
     )
-    spike_deviations: Annotated[float, Field(gt=0)] = Field(
+    spike_deviations: Above0 = Field(
         20.0, description="far: above the median by so many median absolute deviations (of at least 1 % of the median)"
     )
-    spike_window: Annotated[int, Field(ge=2)] = Field(
+    spike_window: Annotated[int, Field(ge=2, le=10**6)] = Field(
         100,
         description="applied steps over which median and deviation are taken; spikes are looked for once it is full",
     )
@@ -164,10 +162,10 @@ class FaultsConfig(Section):
 class TrainConfig(Section):
     """One run."""
 
-    epochs: Positive = 1
+    epochs: Annotated[int, Field(gt=0, le=10**6)] = 1
     max_steps: Positive | None = Field(None, description="stop after this many optimizer steps; null: after the epochs")
-    seed: Annotated[int, Field(ge=0)] = 1
-    output_dir: str = Field("runs/run", description="relative to the working directory")
+    seed: Seed = 1
+    output_dir: str = Field("runs/run", min_length=1, description="relative to the working directory")
     log_every: Positive = Field(20, description="optimizer steps between log lines and TensorBoard points")
     evaluate_every: Positive | None = Field(None, description="optimizer steps between validations; null: every epoch")
     best_by: Literal["logloss", "auc"] = Field(
@@ -190,7 +188,7 @@ class TrainConfig(Section):
         False, description="--resume starts tower modules from scratch, for other towers than the checkpoint's"
     )
     faults: FaultsConfig = Field(FaultsConfig(), description="what to do about faulty steps")
-    verify_replicas_every: Annotated[int, Field(ge=0)] = Field(
+    verify_replicas_every: Count = Field(
         0, description="steps between comparisons of everything that several ranks hold copies of; 0: never"
     )
     trace: tuple[Positive, Positive] | None = Field(
@@ -198,10 +196,10 @@ class TrainConfig(Section):
         strict=False,
         description="first and last step of a torch profiler trace under output_dir/trace; null: none",
     )
-    threads: Positive | None = Field(
+    threads: Annotated[int, Field(gt=0, le=1_024)] | None = Field(
         None, description="CPU threads a rank; null: its share of cores, 1 for small steps"
     )
-    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
+    peak_tflops: Above0 | None = Field(
         None, description="peak of one rank for the MFU; null: measured at the start with a GEMM"
     )
     fused_kernels: Literal["auto", "torch"] = Field("auto", description="auto: NVIDIA apex where it is truly there")

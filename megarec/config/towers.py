@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from megarec.config.base import Positive, Rate, Section, by_name
+from megarec.config.base import Above0, Betas, Layers, Ranks, Rate, Section, Size, Widths, by_name
 
 
 class IdentityTowerConfig(Section):
@@ -24,18 +24,18 @@ class TowerModuleConfig(Section):
     EMITTED: ClassVar[tuple[str, ...]]
 
     name: str
-    compression: Annotated[float, Field(ge=1)] | None = Field(
+    compression: Annotated[float, Field(ge=1, le=1e6)] | None = Field(
         None,
         description="2, 4, 8, ...: how many times fewer numbers leave the towers than enter; derives the sizes of "
         "what they emit. null: those sizes are given",
     )
-    dim: Positive | None = Field(
+    dim: Size | None = Field(
         None, description="D: width of the embeddings that leave the towers; null: by compression, else model.dim"
     )
     optimizer: Literal["adamw", "sgd"] | None = Field(None, description="null: as dense")
     learning_rate: Rate | None = Field(None, description="null: as dense")
-    betas: tuple[float, float] | None = Field(None, strict=False, description="null: as dense")
-    eps: Annotated[float, Field(gt=0)] | None = Field(None, description="null: as dense")
+    betas: Betas | None = Field(None, strict=False, description="null: as dense")
+    eps: Above0 | None = Field(None, description="null: as dense")
     weight_decay: Rate | None = Field(None, description="null: as dense")
 
 
@@ -45,10 +45,10 @@ class DlrmTowerConfig(TowerModuleConfig):
     EMITTED: ClassVar[tuple[str, ...]] = ("c", "p")
 
     name: Literal["dlrm"]
-    c: Annotated[int, Field(ge=0)] | None = Field(
+    c: Annotated[int, Field(ge=0, le=2**20)] | None = Field(
         None, description="embeddings made of the whole tower; null: by compression"
     )
-    p: Annotated[int, Field(ge=0)] | None = Field(
+    p: Annotated[int, Field(ge=0, le=2**20)] | None = Field(
         None, description="embeddings made of each embedding; null: by compression"
     )
 
@@ -59,9 +59,9 @@ class DcnTowerConfig(TowerModuleConfig):
     EMITTED: ClassVar[tuple[str, ...]] = ("embeddings",)
 
     name: Literal["dcn"]
-    embeddings: Positive | None = Field(None, description="n_t: what each tower emits; null: by compression")
-    layers: Positive = Field(1, description="cross layers")
-    rank: Positive | None = Field(128, description="of the low-rank cross products U V x; null: full products W x")
+    embeddings: Size | None = Field(None, description="n_t: what each tower emits; null: by compression")
+    layers: Layers = Field(1, description="cross layers")
+    rank: Size | None = Field(128, description="of the low-rank cross products U V x; null: full products W x")
 
 
 class WukongTowerConfig(TowerModuleConfig):
@@ -70,14 +70,12 @@ class WukongTowerConfig(TowerModuleConfig):
     EMITTED: ClassVar[tuple[str, ...]] = ("num_fm", "num_lcb")
 
     name: Literal["wukong"]
-    num_fm: Positive | None = Field(
-        None, description="n_F: embeddings each tower's FM block emits; null: by compression"
-    )
-    num_lcb: Positive | None = Field(
+    num_fm: Size | None = Field(None, description="n_F: embeddings each tower's FM block emits; null: by compression")
+    num_lcb: Size | None = Field(
         None, description="n_L: embeddings each tower's linear compression block emits; null: by compression"
     )
-    rank: Positive = Field(24, description="k: columns of the projection Y of the optimized FM")
-    mlp: list[Positive] = Field([256], description="hidden widths of the FM block's MLP")
+    rank: Size = Field(24, description="k: columns of the projection Y of the optimized FM")
+    mlp: Widths = Field([256], description="hidden widths of the FM block's MLP")
 
 
 TowerModule = DlrmTowerConfig | DcnTowerConfig | WukongTowerConfig
@@ -98,7 +96,7 @@ TowerModuleSection = Annotated[
 ]
 
 TowerLists = Annotated[
-    Annotated[Positive, Tag("[number]")] | Annotated[list[list[str]], Tag("[lists]")],
+    Annotated[Ranks, Tag("[number]")] | Annotated[list[list[str]], Tag("[lists]")],
     Discriminator(lambda value: "[lists]" if isinstance(value, list) else "[number]"),
 ]  # brackets: describe.py leaves such a tag out of a key
 

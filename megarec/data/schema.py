@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from megarec.config.sections import DataConfig
 from megarec.errors import UserError, did_you_mean
+from megarec.files import read_object
 
 SCHEMA_FILE = "schema.json"
 SPLITS = ("train", "valid", "test")
@@ -20,12 +21,14 @@ class CategoricalFeature(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    rows: int = Field(gt=0, description="rows of the table; every id lies in [0, rows)")
+    rows: int = Field(gt=0, le=2**40, description="rows of the table; every id lies in [0, rows)")
     multi_valued: bool = Field(False, description="a list of ids per example (may be empty), else exactly one id")
     pooling: Literal["sum", "mean"] = Field("sum", description="how a list's rows become one embedding")
     table: str | None = Field(None, description="the feature whose table this one shares; null: a table of its own")
     weighted: bool = Field(False, description="every id of a list has a weight that its row is multiplied by")
-    mean_length: float = Field(1.0, ge=0, description="ids of an example on average: what the placer counts with")
+    mean_length: float = Field(
+        1.0, ge=0, le=1e9, description="ids of an example on average: what the placer counts with"
+    )
 
     @model_validator(mode="after")
     def _lists_have_weights(self) -> "CategoricalFeature":
@@ -106,12 +109,11 @@ def read_schema(path: Path) -> Schema:
     Raises:
         UserError: the file cannot be read or does not describe a data set; the message names it and the key.
     """
+    value = read_object(path, "the schema.json of a data set")
     try:
-        return Schema.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected the schema.json of a data set") from error
-    except (ValidationError, UnicodeDecodeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        return Schema.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from error
 

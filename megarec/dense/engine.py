@@ -12,23 +12,20 @@ import deepspeed.ops
 import deepspeed.runtime.zero.utils as zero_utils
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import nn
 
-from megarec.config.deepspeed import micro_batch_size, set_defaults, zero_stage
+from megarec.config.deepspeed import micro_batch_size, set_defaults
 from megarec.config.sections import DenseConfig, RunConfig
 from megarec.dense.groups import ModelParallelUnit
+from megarec.dense.settings import refusals_of_deepspeed, settings_of
 from megarec.dense.tensor_parallel import is_sharded
 from megarec.distributed.topology import Topology
-from megarec.errors import UserError
 from megarec.models.wukong import LayerNormFactory, torch_layer_norm
 
-ZeroSettings = DeepSpeedZeroConfig
-"""DeepSpeed's zero_optimization section with its defaults."""
+_log = logging.getLogger(__name__)
 
 
 def loss_scale_can_shrink(engine: Any) -> bool:
@@ -91,15 +88,6 @@ def skip_step(engine: Any, *, overflow: bool) -> None:
     engine.global_samples += engine.train_batch_size()
 
 
-@contextmanager
-def refusals_of_deepspeed() -> Iterator[None]:
-    """What DeepSpeed does not accept in its section becomes a UserError with its reason."""
-    try:
-        yield
-    except (deepspeed.DeepSpeedConfigError, ValueError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"DeepSpeed refused the deepspeed section: {' '.join(str(error).split())}") from error
-
-
 def build_engine(
     model: nn.Module, config: RunConfig, topology: Topology, mpu: ModelParallelUnit | None
 ) -> tuple[Any, str]:
@@ -127,6 +115,8 @@ def build_engine(
     optimizer, reason = None, "DeepSpeed's own (deepspeed.optimizer)"
     if "optimizer" not in section:
         optimizer, reason = _dense_optimizer(model, config)
+    elif _compiles_cpu_adam(section):
+        _log.info("DeepSpeed's CPU Adam: its C++ is compiled at first use, which takes minutes")
     with refusals_of_deepspeed():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section, mpu=mpu)
     if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
@@ -135,6 +125,14 @@ def build_engine(
     if engine.fp16_enabled() and not isinstance(engine.optimizer, ZeROOptimizer):
         _grow_scale_after_step(engine.optimizer)
     return engine, reason
+
+
+def _compiles_cpu_adam(section: dict[str, Any]) -> bool:
+    """Whether DeepSpeed takes DeepSpeedCPUAdam for its `optimizer`."""
+    offload = settings_of(section).zero.offload_optimizer
+    given = section["optimizer"]
+    adam = given["type"].lower() in ("adam", "adamw") and not given.get("params", {}).get("torch_adam")
+    return adam and offload is not None and offload.device != "none"
 
 
 def _dense_optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.Optimizer, str]:
@@ -152,18 +150,6 @@ def _dense_optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.O
 
 def _adam_arguments(dense: DenseConfig) -> dict[str, Any]:
     return {"betas": dense.betas, "eps": dense.eps, "weight_decay": dense.weight_decay}
-
-
-def check_precision(section: dict[str, Any]) -> None:
-    """Raise a UserError for a precision that this device lacks."""
-
-    def enabled(key: str) -> bool:
-        return bool(isinstance(section.get(key), dict) and section[key].get("enabled"))
-
-    if enabled("fp16") and not get_accelerator().is_fp16_supported():
-        raise UserError("deepspeed.fp16.enabled=true: this device has no fp16; use deepspeed.bf16 or fp32")
-    if enabled("bf16") and not get_accelerator().is_bf16_supported():
-        raise UserError("deepspeed.bf16.enabled=true: this device has no bf16; use fp32")
 
 
 def _forget_warm_up_step(engine: Any) -> None:
@@ -248,7 +234,7 @@ def gradient_norm(engine: Any) -> float | None:
     DeepSpeed keeps it from ZeRO 1 on and in low precision, and knows it after the step; at stage 0 in fp32 it keeps
     none, but the averaged gradients are there in full before the step.
     """
-    if zero_stage(engine.config) == 0 and compute_dtype(engine) is torch.float32:
+    if engine.zero_optimization_stage() == 0 and compute_dtype(engine) is torch.float32:
         gradients = [p for p in engine.module.parameters() if p.grad is not None]
         squares = torch.stack([_square(gradients, of_shards) for of_shards in (False, True)])
         if engine.mpu is not None:

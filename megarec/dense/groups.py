@@ -6,6 +6,7 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 
+from megarec.dense.settings import settings_of
 from megarec.distributed.topology import Topology, group_ranks
 from megarec.errors import UserError
 
@@ -66,7 +67,7 @@ def set_deepspeed_groups(topology: Topology, mpu: ModelParallelUnit | None, sect
     """
     deepspeed.utils.groups.mpu = mpu
     deepspeed.utils.groups._WORLD_GROUP = None  # kept from an engine of the same process, whose groups may be gone
-    size = section.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    size = settings_of(section).zero.zero_hpz_partition_size
     data_ranks = topology.ranks_per_host // topology.tensor_size
     if size > 1 and data_ranks % size:
         raise UserError(

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from megarec.config.deepspeed import zero_stage
 from megarec.config.sections import DenseConfig
+from megarec.dense.settings import settings_of
 from megarec.dense.tensor_parallel import TensorParallelMLP
 from megarec.errors import UserError
 from megarec.models.cpu_gemm import fast_cpu_gemm
@@ -70,7 +70,7 @@ def compile_layers(model: nn.Module, dense: DenseConfig, section: dict[str, Any]
 def _check(layers: list[InteractionLayer], dense: DenseConfig, section: dict[str, Any], device: torch.device) -> None:
     if not layers:
         raise UserError("dense.compile=true: only Wukong's interaction layers are compiled, and this model has none")
-    if zero_stage(section) == 3:
+    if settings_of(section).stage == 3:
         raise UserError(
             "dense.compile=true with deepspeed.zero_optimization.stage=3: DeepSpeed gathers parameters in hooks that a "
             "compiled layer would not run; take stage 2 or dense.compile=false"

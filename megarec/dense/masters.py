@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megarec.config.deepspeed import zero_stage
 from megarec.dense.tensor_parallel import is_sharded
 from megarec.distributed.topology import Topology
 from megarec.errors import DamagedCheckpoint, UserError
@@ -119,7 +118,7 @@ def written(engine: Any, topology: Topology) -> list[TensorSlice]:
 def unsharded_states(engine: Any, topology: Topology) -> Iterator[tuple[str, str, Tensor]]:
     """(parameter, state, elements [N]) of fp32 masters and optimizer states of ZeRO 0, of which every data rank holds a
     copy; nothing at other stages."""
-    if zero_stage(engine.config) != 0:
+    if engine.zero_optimization_stage() != 0:
         return
     parameters, state = dict(engine.module.named_parameters()), optimizer_of(engine).state
     for fragment in fragments(engine, topology):
@@ -141,7 +140,7 @@ def check_supported(engine: Any) -> None:
 
 def fragments(engine: Any, topology: Topology) -> Iterator[Fragment]:
     """All fragments of this rank, in the order of the parameters; of an engine that is supported."""
-    wrapper, stage = engine.optimizer, zero_stage(engine.config)
+    wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
     masters = _unsharded_masters(wrapper)
     for name, parameter in engine.module.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -242,7 +241,7 @@ def _as_kept(optimizer: torch.optim.Optimizer, master: Tensor, number: float) ->
 def sync_from_masters(engine: Any) -> None:
     """Set the weights that the model computes with from the master weights; collective."""
     wrapper = engine.optimizer
-    if zero_stage(engine.config) == 3:
+    if engine.zero_optimization_stage() == 3:
         for group in range(len(wrapper.fp32_partitioned_groups_flat)):
             wrapper._reassign_or_swap_out_partitioned_parameters(group)
         wrapper.checkpoint_event_epilogue()

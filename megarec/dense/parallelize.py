@@ -12,17 +12,11 @@ import deepspeed
 import torch
 from torch import nn
 
-from megarec.config.deepspeed import zero_stage
 from megarec.config.sections import RunConfig
-from megarec.dense.engine import (
-    base_learning_rate,
-    build_engine,
-    check_precision,
-    prepare_deepspeed,
-    refusals_of_deepspeed,
-)
+from megarec.dense.engine import base_learning_rate, build_engine, prepare_deepspeed
 from megarec.dense.groups import ModelParallelUnit, model_parallel_unit, set_deepspeed_groups
 from megarec.dense.layers import compile_layers, recompute_layers
+from megarec.dense.settings import check_precision, refusals_of_deepspeed, settings_of
 from megarec.dense.side import DenseSide
 from megarec.dense.tensor_parallel import average_replicated_gradients, shard_mlps
 from megarec.distributed.collectives import Channel, Ledger
@@ -40,7 +34,8 @@ def materialize_and_fill(
         section: the DeepSpeed config.
         mpu: the tensor and data groups; None: all ranks are one data group.
     """
-    if zero_stage(section) != 3:
+    settings = settings_of(section)
+    if settings.stage != 3:
         materialize(model, device)
         initialize(model, seed)
         return
@@ -48,7 +43,7 @@ def materialize_and_fill(
     named = ("zero_optimization", "bf16", "bfloat16", "fp16")
     config = {"train_micro_batch_size_per_gpu": 1, **{key: section[key] for key in named if key in section}}
     for name, parameter in list(model.named_parameters()):
-        whole = with_memory(parameter, device, computing_type(section))
+        whole = with_memory(parameter, device, settings.dtype)
         fill_initial(whole, name, seed)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, whole)
@@ -59,14 +54,6 @@ def materialize_and_fill(
             config_dict_or_path=config,
             mpu=mpu,
         )
-
-
-def computing_type(section: dict[str, Any]) -> torch.dtype:
-    """The type in which a DeepSpeed config lets the model compute."""
-    for key, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
-        if section.get(key, {}).get("enabled"):
-            return dtype
-    return torch.float32
 
 
 def parallelize(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from megarec.config.deepspeed import zero_stage
 from megarec.data.batch import Batch
 from megarec.dense import masters
 from megarec.dense.engine import backward, compute_dtype, gradient_norm, loss_scale, loss_scale_can_shrink, skip_step
@@ -164,7 +163,7 @@ class DenseSide:
 
     @property
     def zero_stage(self) -> int:
-        return zero_stage(self.engine.config)
+        return int(self.engine.zero_optimization_stage())
 
     @property
     def optimizer_name(self) -> str:

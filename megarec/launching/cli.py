@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megarec.config.load import load_config
 from megarec.distributed.rendezvous import free_port
-from megarec.errors import UserError, exits_cleanly
+from megarec.errors import ArgumentParser, UserError, exits_cleanly
 from megarec.launching.commands import (
     assignment_of,
     deepspeed_command,
@@ -34,7 +34,7 @@ GRACE_SECONDS = 60.0
 
 @exits_cleanly
 def one_host() -> None:
-    parser = argparse.ArgumentParser(description="Start one run on this machine, and restart it.")
+    parser = ArgumentParser(description="Start one run on this machine, and restart it.")
     parser.add_argument("--num_gpus", type=int, required=True, help="ranks; without GPUs, processes on the CPU")
     add_run_arguments(parser)
     add_restart_arguments(parser)
@@ -65,7 +65,7 @@ def run_here(
 
 @exits_cleanly
 def multihost() -> None:
-    parser = argparse.ArgumentParser(description="Start one run on the hosts of a hostfile.")
+    parser = ArgumentParser(description="Start one run on the hosts of a hostfile.")
     add_host_arguments(parser)
     add_run_arguments(parser)
     add_restart_arguments(parser)

@@ -13,7 +13,7 @@ import torch
 from megarec.config.sections import RunConfig
 from megarec.dense.layers import recompute_layers
 from megarec.dense.memory import Parts, saved_activations
-from megarec.dense.parallelize import computing_type
+from megarec.dense.settings import settings_of
 from megarec.dense.tensor_parallel import shard_mlps
 from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
@@ -84,7 +84,7 @@ def activation_bytes(config: RunConfig, spec: ModelSpec, micro_batch: int) -> in
 
     Tensor parallelism holds no activation twice, so the whole model on the rank's own examples saves as much.
     """
-    model = spec.meta_model().to(computing_type(config.deepspeed))
+    model = spec.meta_model().to(settings_of(config.deepspeed).dtype)
     recompute_layers(model, config.dense.recompute)
     kept: dict[str, int] = {}
     with torch.device("meta"), saved_activations(kept, model):

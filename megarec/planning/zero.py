@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megarec.config.sections import RunConfig
-from megarec.dense.engine import ZeroSettings, refusals_of_deepspeed
 from megarec.dense.memory import Parts
-from megarec.dense.parallelize import computing_type
+from megarec.dense.settings import DeepSpeedZeroConfig, settings_of
 from megarec.distributed.topology import Topology
 from megarec.errors import UserError
 
@@ -44,7 +43,7 @@ class Zero:
         accumulation: micro-batches of one step.
     """
 
-    settings: ZeroSettings
+    settings: DeepSpeedZeroConfig
     ranks: int
     rank: int
     width: int
@@ -69,13 +68,12 @@ def zero_of(config: RunConfig, topology: Topology) -> Zero:
         UserError: DeepSpeed refuses the section, or the optimizer is unknown here.
     """
     section = config.deepspeed
-    with refusals_of_deepspeed():
-        settings = ZeroSettings(**section.get("zero_optimization", {}))
+    settings = settings_of(section)
     return Zero(
-        settings=settings,
+        settings=settings.zero,
         ranks=topology.data_size,
         rank=topology.rank // topology.tensor_size,
-        width=computing_type(section).itemsize,
+        width=settings.dtype.itemsize,
         moments=_moments(config),
         accumulation=section.get("gradient_accumulation_steps", 1),
     )

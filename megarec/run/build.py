@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megarec.config.deepspeed import micro_batch_size, monitor_sections, zero_stage
+from megarec.config.deepspeed import micro_batch_size, monitor_sections
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.loader import EvalLoader, TrainLoader
@@ -18,6 +18,7 @@ from megarec.dense.side import DenseSide
 from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes
 from megarec.distributed.process import threads_that_pay
 from megarec.distributed.topology import Topology, build_topology, separate_groups
+from megarec.run.fits import check_fits
 from megarec.run.schedule import Schedule
 from megarec.run.spec import ModelSpec, resolve
 from megarec.sparse.placement import Shard
@@ -71,6 +72,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     valid, test = (EvalLoader(stores[split], schema, **loading) for split in ("valid", "test"))
 
     spec = resolve(config, schema)
+    check_fits(config, spec, topology, device)
     config = config.model_copy(update={"model": spec.sizes})  # from here on every size is explicit
     section = monitor_sections(config.deepspeed, Path(config.train.output_dir))
     model = build_model(config.model_copy(update={"deepspeed": section}), spec, topology, device)
@@ -166,7 +168,7 @@ def build_model(
         f"model: {spec.sizes.name}, {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters, "
         f"{cost.flop / 1e9:.4f} training GFLOP/example",
         *spec.reasons,
-        f"dense: ZeRO {zero_stage(config.deepspeed)}, optimizer {dense.optimizer_reason}; {norm_reason}",
+        f"dense: ZeRO {dense.zero_stage}, optimizer {dense.optimizer_reason}; {norm_reason}",
         *(explain(config, layout, towers, topology).lines() if shards is None else ()),
         *sparse.describe(),
     )

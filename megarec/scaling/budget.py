@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megarec.errors import UserError
-from megarec.files import write_whole
+from megarec.files import read_json, write_whole
 from megarec.scaling.grid import Trial, of_models
 from megarec.scaling.results import Rows
 from megarec.scaling.sweep import Slot, command_of, start_on
@@ -197,7 +197,7 @@ def _probe(trial: Trial, folder: Path, slot: Slot) -> dict[str, float]:
             f"{trial.model}: {PROBE_STEPS} steps, to see its pace, failed with exit code {code}: "
             f"{folder / 'output.txt'}; fix it, take it out of the study, or state a pace (--gflop-per-second)"
         )
-    train: dict[str, float] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["train"]
+    train: dict[str, float] = read_json(folder / "metrics.json", "metrics of a run")["train"]
     if not train["examples_per_second"]:
         raise UserError(f"{trial.model}: too few steps to see its pace; state one (--gflop-per-second)")
     return train
@@ -211,7 +211,7 @@ def planned(trials: list[Trial], rows: Rows, slots: list[Slot], budget: Budget) 
     """
     path, at_once = rows.output / "plan.json", len(slots)
     asked = {"trials": [trial.name for trial in trials], "at_once": at_once, "budget": asdict(budget)}
-    if path.is_file() and (before := json.loads(path.read_text(encoding="utf-8")))["asked"] == asked:
+    if path.is_file() and (before := read_json(path, "the plan of a sweep"))["asked"] == asked:
         return Plan.of_json(before["plan"])
     plan = plan_sweep(trials, find_pace(trials, rows, budget.gflop_per_second, slots[0]), at_once, budget)
     write_whole(path, json.dumps({"asked": asked, "plan": plan.as_json()}, indent=2).encode())

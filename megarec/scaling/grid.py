@@ -6,15 +6,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from megarec.config.base import Rate, Section
+from megarec.config.base import Rate, Section, Seed
 from megarec.config.load import describe, load_config
 from megarec.config.sections import RunConfig
 from megarec.data.schema import Schema, schema_of
 from megarec.errors import UserError
+from megarec.files import read_object
 from megarec.run.cost import Cost
 from megarec.run.spec import resolve
 
@@ -31,7 +32,7 @@ class StudyFile(Section):
         min_length=1,
         description="what is tried for every model with the first seed; the best on validation gets all seeds",
     )
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([1], min_length=1, description="of train.seed")
+    seeds: list[Seed] = Field([1], min_length=1, max_length=1_000, description="of train.seed")
 
     @field_validator("models")
     @classmethod
@@ -129,11 +130,8 @@ def of_models(trials: list[Trial]) -> Iterator[tuple[str, list[Trial]]]:
 
 
 def _read_study(path: Path) -> StudyFile:
+    value = read_object(path, "the JSON of a study (sweep --study STUDY.json)")
     try:
-        return StudyFile.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); sweep wants --study STUDY.json") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+        return StudyFile.model_validate(value)
     except ValidationError as error:
         raise UserError(f"{path}: {describe(error, StudyFile)}") from error

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from megarec.errors import UserError
-from megarec.files import write_whole
+from megarec.files import read_json, write_whole
 from megarec.scaling.grid import Trial, of_models
 
 Row = dict[str, Any]
@@ -31,7 +31,7 @@ class Rows:
         self.output, self.trials = output, trials
         (output / "rows").mkdir(parents=True, exist_ok=True)
         self.of: dict[str, Row] = {
-            trial.name: json.loads(path.read_text(encoding="utf-8"))
+            trial.name: read_json(path, "the row of a trial")
             for trial in trials
             if (path := self._path(trial)).is_file()
         }

@@ -26,7 +26,7 @@ from megarec.config.towers import IdentityTowerConfig
 from megarec.data.batch import Batch
 from megarec.data.schema import Schema
 from megarec.dense.masters import DENSE as DENSE
-from megarec.dense.parallelize import computing_type
+from megarec.dense.settings import settings_of
 from megarec.distributed.collectives import Ledger
 from megarec.distributed.topology import ONE_RANK
 from megarec.errors import DamagedCheckpoint, UserError
@@ -134,7 +134,7 @@ def _predictor(config: RunConfig, schema: Schema, weights: _Weights, device: tor
         tower_optimizer=None if isinstance(module, IdentityTowerConfig) else resolve_optimizer(module, config.dense),
     )
     materialize(model, device)
-    model.to(computing_type(config.deepspeed)).eval()
+    model.to(settings_of(config.deepspeed).dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             weights.fill(DENSE + name, parameter)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from megarec.config.deepspeed import zero_stage
 from megarec.run.build import Run
 
 _SECTIONS = ("model", "embedding", "dense", "tower_module", "schedule", "parallel")
@@ -50,7 +49,7 @@ def hyper_parameters(run: Run) -> dict[str, bool | int | float | str]:
         "data.batch_size": run.config.data.batch_size,
         "train.seed": run.config.train.seed,
         "train.epochs": run.config.train.epochs,
-        "deepspeed.zero_stage": zero_stage(run.config.deepspeed),
+        "deepspeed.zero_stage": run.dense.zero_stage,
         "ranks": run.topology.world_size,
         "hosts": run.topology.hosts,
         "gflop_per_example": run.spec.cost.flop / 1e9,

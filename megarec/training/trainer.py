@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import pyarrow.compute as pc
 
 from megarec.checkpoint.store import Checkpoints
+from megarec.config.deepspeed import check_outputs
 from megarec.config.sections import RunConfig
 from megarec.data.loader import EvalLoader
 from megarec.dense.memory import saved_activations
@@ -57,6 +58,7 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
 
 
 def _train(config: RunConfig, resume: bool, started: float, interruption: Interruption) -> dict[str, Any]:
+    check_outputs(config)
     device = start_process(config)
     with only_run_in(Path(config.train.output_dir), device) as remark:
         run = build_run(config, device)

@@ -181,7 +181,7 @@ def test_towers_may_be_a_number_lists_or_a_file(tmp_path: Path, monkeypatch: pyt
     ("content", "expected"),
     [
         ("{", "not JSON"),
-        ([["a"]], "holds a list, expected a JSON object"),
+        ([["a"]], 'holds [["a"]], expected a JSON object'),
         ({}, "towers is missing"),
         ({**TOWERS, "strateggy": "x"}, "unknown key 'strateggy'; did you mean 'strategy'?"),
         ({**TOWERS, "model": 1}, "unknown key 'model'; known keys: cost, seed, strategy, towers"),

@@ -1,5 +1,6 @@
 """The command line: exit codes, one line for a mistake, nothing half-written."""
 
+import json
 import re
 import signal
 import subprocess
@@ -58,7 +59,7 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
         f"--output={tmp_path / 'o'}",
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --schema none.json: cannot be read (No such file or directory)\n"
+    assert done.stderr.startswith("error: none.json: cannot be read (No such file or directory); expected what"), done
     assert list(tmp_path.iterdir()) == []
 
 
@@ -78,3 +79,21 @@ def test_a_stopped_preparation_leaves_nothing(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_split_given_in_pieces_is_all_of_them(tmp_path: Path) -> None:
+    spec = {"name": "x", "columns": {"id": {"type": "categorical"}, "y": {"type": "label"}}}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    for name in "abcd":
+        (tmp_path / f"{name}.csv").write_text(f"id,y\n{name},1\n{name},0\n")
+    files = [
+        f"--{option}={tmp_path / name}.csv" for option, name in zip(("train", "valid", "test"), "abc", strict=True)
+    ]
+    command = ["table", f"--schema={tmp_path / 'spec.json'}", *files, f"--output={tmp_path / 'out'}"]
+    assert run(*command, f"--train={tmp_path / 'd.csv'}").returncode == 0
+    assert load_schema(tmp_path / "out").rows["train"] == 4
+    done = run(*command, f"--output={tmp_path / 'other'}")
+    assert done.returncode == 2 and done.stderr.endswith(
+        "error: --output is given twice; the last would win: keep one\n"
+    )
+    assert not (tmp_path / "other").exists()

@@ -12,7 +12,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from megarec.config.load import load_config
-from megarec.dense import engine
+from megarec.dense import settings
 from megarec.distributed.process import start_process
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
@@ -38,10 +38,10 @@ class NoHalves:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_precision_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    monkeypatch.setattr(engine, "get_accelerator", NoHalves)
+    monkeypatch.setattr(settings, "get_accelerator", NoHalves)
     with pytest.raises(UserError, match=f"deepspeed.{precision}.enabled=true: this device has no {precision}"):
-        engine.check_precision({precision: {"enabled": True}})
-    engine.check_precision({precision: {"enabled": False}})
+        settings.check_precision({precision: {"enabled": True}})
+    settings.check_precision({precision: {"enabled": False}})
 
 
 @contextmanager

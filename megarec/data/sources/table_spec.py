@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megarec.errors import UserError, did_you_mean
+from megarec.files import read_object
 
 
 class _Strict(BaseModel):
@@ -132,10 +133,9 @@ def load_table_spec(path: Path) -> TableSpec:
     Raises:
         UserError: names the file, the key, the value seen and what was expected, or the nearest known key.
     """
+    value = read_object(path, "what the columns of the files are (docs/data.md)")
     try:
-        return TableSpec.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"--schema {path}: cannot be read ({error.strerror})") from error
+        return TableSpec.model_validate(value)
     except ValidationError as error:
         raise UserError(f"{path}: {_describe(error)}") from error
 

@@ -309,7 +309,7 @@ def test_parquet_of_a_wrong_type(tmp_path: Path, column: str, values: pa.Array, 
         (changed("note", type="label"), "expected one column of type 'label', found 2: ['note', 'clicked']"),
         ({"name": "x", "columns": {"y": {"type": "label"}}}, "expected at least one column of type 'categorical'"),
         ({"columns": SPEC["columns"]}, "name is missing"),
-        ([], "Input should be an object"),
+        ([], "holds []"),
     ],
 )
 def test_a_wrong_spec(tmp_path: Path, spec: Any, told: str) -> None:
@@ -322,7 +322,7 @@ def test_a_spec_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"spec\.json: cannot be read \(No such file or directory\)"):
         prepare_table(tmp_path / "spec.json", {}, tmp_path / "out")
     (tmp_path / "spec.json").write_text("{,")
-    with pytest.raises(UserError, match=r"spec\.json: Invalid JSON: .* line 1"):
+    with pytest.raises(UserError, match=r"spec\.json:1:2: not JSON: "):
         prepare_table(tmp_path / "spec.json", {}, tmp_path / "out")
 
 
