@@ -89,7 +89,7 @@ def test_a_run_scores_as_it_said_itself(call: Call, run: Path, data: Path, split
     code, out, err = call("--run", run, "--data", data, "--split", split, "--json")
     assert code == 0, err
     found, said = json.loads(out), json.loads((run / "metrics.json").read_text())[split]
-    assert set(found) == {"auc", "logloss", "ne", "calibration", "examples"}
+    assert set(found) == {"auc", "logloss", "ne", "calibration", "prediction_mean", "examples"}
     assert found == pytest.approx(said, rel=0, abs=1e-6)
 
 
@@ -197,7 +197,7 @@ def test_fewer_rows_and_more_features_fit(call: Call, run: Path, data: Path, tmp
 
 
 def test_where_no_model_is(call: Call, data: Path, tmp_path: Path) -> None:
-    for path, what in ((tmp_path, "holds no checkpoint and no export"), (tmp_path / "typo", "is no directory")):
+    for path, what in ((tmp_path, "holds no checkpoint"), (tmp_path / "typo", "is no directory")):
         code, out, err = call("--run", path, "--data", data)
         assert (code, out) == (2, "") and err.startswith(f"error: --run {path}: {what}; expected a run's")
         assert err.count("\n") == 1
