@@ -2,8 +2,8 @@
 
 python tools/checkpoint.py inspect runs/movielens-100k                  # a run, its checkpoints, or one of them
 python tools/checkpoint.py verify runs/movielens-100k/checkpoints/step-000000100
-python tools/checkpoint.py reshape runs/movielens-100k reshaped --ranks 64
-python tools/checkpoint.py export runs/movielens-100k/checkpoints/best exported
+python tools/checkpoint.py reshape runs/movielens-100k/checkpoints/latest reshaped --ranks 64
+python tools/checkpoint.py export runs/movielens-100k exported                 # its best
 """
 
 import sys

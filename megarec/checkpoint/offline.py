@@ -1,5 +1,6 @@
 """Inspect, reshape and export a checkpoint without a run; memory stays bounded whatever its size."""
 
+import json
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,9 @@ class Part(NamedTuple):
 
 
 def locate(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or what a run's directory, its checkpoints, or a pointer name.
+    """The checkpoint that a path means: itself, what a pointer names, or a run's best one, else its latest.
+
+    A run's metrics are those of its best model, so that is what its name means to every tool.
 
     Raises:
         UserError: there is none.
@@ -47,10 +50,33 @@ def locate(path: Path) -> Path:
         return path
     if path.name in (LATEST, BEST) and (name := pointed(path.parent, path.name)):
         return path.parent / name
-    for directory in (path, path / "checkpoints"):
-        if name := pointed(directory, LATEST):
-            return directory / name
-    raise UserError(f"{path}: no checkpoint (a directory with {INDEX}), and no pointer `{LATEST}` to one, is there")
+    for pointer in (BEST, LATEST):
+        for directory in (path / "checkpoints", path):
+            if name := pointed(directory, pointer):
+                return directory / name
+    raise UserError(
+        f"{path}: holds no checkpoint; expected a run's train.output_dir with checkpoints/{BEST} or "
+        f"checkpoints/{LATEST}, or a checkpoint with {INDEX}"
+    )
+
+
+def said_of(checkpoint: Path, index: Index) -> dict[str, Any]:
+    """Step of a checkpoint, which of its run's it is, and the metrics that are known of it."""
+    about: dict[str, Any] = {"step": index.step}
+    roles = [pointer for pointer in (BEST, LATEST) if pointed(checkpoint.parent, pointer) == checkpoint.name]
+    if roles:
+        about["is"] = " and ".join(roles)
+    if BEST in roles and (metric := index.position.get("best_by")) is not None:
+        score = index.position.get("best")
+        if isinstance(score, int | float):
+            about[f"valid_{metric}"] = abs(score)
+    try:
+        metrics = json.loads((checkpoint.parent.parent / "metrics.json").read_text(encoding="utf-8"))
+        if metrics["step"] == index.step:
+            about |= {f"test_{key}": metrics["test"][key] for key in ("auc", "logloss")}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # a run that has not ended has none
+    return about
 
 
 def inspect(directory: Path) -> dict[str, Any]:
@@ -96,11 +122,11 @@ def reshape(source: Path, target: Path, ranks: int) -> Index:
     return read_index(target)
 
 
-def export(source: Path, target: Path) -> int:
+def export(source: Path, target: Path) -> dict[str, Any]:
     """Write the weights alone as one safetensors file, and config.json beside it; `megarec.load_model` reads both.
 
     Returns:
-        Bytes of the file.
+        Bytes of the file, and what is said of the checkpoint.
 
     Raises:
         UserError: the source is damaged, or the target exists.
@@ -117,7 +143,7 @@ def export(source: Path, target: Path) -> int:
         about = {"format": MODEL_FORMAT, "version": 1, "step": index.step, "config": index.config}
         about |= {"schema": index.data_schema, "towers": index.towers, "file": entry.model_dump()}
         write_json(directory / MODEL_CONFIG, about)
-    return entry.bytes
+    return {"bytes": entry.bytes, **said_of(source, index)}
 
 
 def is_weight(name: str) -> bool:

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -117,11 +118,25 @@ def _tell(plan: Plan, rank: int, error: BaseException) -> None:
         told.replace(plan.temporary / f"rank-{rank:05d}.failed-{number}")
 
 
-def publish(plan: Plan, failure: SaveFailed | None = None) -> None:
+class OtherParts:
+    """What the ranks told each other without files: rank 0 must not wait for marks that cannot come.
+
+    Attributes:
+        ended: every rank has ended its part, so that marks are there, or never will be.
+        failures: by rank, why its part failed.
+    """
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.failures: dict[int, str] = {}
+
+
+def publish(plan: Plan, failure: SaveFailed | None = None, others: OtherParts | None = None) -> None:
     """What rank 0 does after its own part. A warning is logged where an older checkpoint could not be removed.
 
     Args:
         failure: of rank 0's own part; then the others are only waited for.
+        others: filled in as soon as all ranks know that their parts have ended.
 
     Raises:
         SaveFailed: a rank failed, or did not answer; nothing is left behind.
@@ -129,7 +144,7 @@ def publish(plan: Plan, failure: SaveFailed | None = None) -> None:
     try:
         if failure is not None and not plan.temporary.is_dir():
             raise failure  # there is no place where the other ranks could leave a mark
-        marks = _all_marks(plan, failure)
+        marks = _all_marks(plan, failure, others or OtherParts())
         write_whole(plan.temporary / INDEX, sealed({**plan.about, "step": plan.step, **_merged(plan, marks)}))
         for name in (SPARE, *(f"rank-{rank:05d}.json" for rank in range(plan.ranks))):
             (plan.temporary / name).unlink(missing_ok=True)
@@ -147,13 +162,15 @@ def publish(plan: Plan, failure: SaveFailed | None = None) -> None:
         _log.warning("an older checkpoint could not be removed (%s); the next save or start tries again", error)
 
 
-def _all_marks(plan: Plan, failure: SaveFailed | None) -> list[dict[str, Any]]:
+def _all_marks(plan: Plan, failure: SaveFailed | None, others: OtherParts) -> list[dict[str, Any]]:
     """By rank, once all ranks have ended their part; only then may what they wrote be removed."""
     began, pause = time.monotonic(), POLL_SECONDS[0]
     heard = began  # when a rank that is still late was last known to be at work
     marks: dict[int, dict[str, Any]] = {}
     failures = {0: str(failure)} if failure is not None else {}
     while True:
+        if others.ended.is_set():
+            failures |= {rank: f"rank {rank}: {told}" for rank, told in others.failures.items() if rank not in failures}
         failures |= _told_failures(plan)
         late = sorted(set(range(plan.ranks)) - set(marks) - set(failures))
         for rank in late:
@@ -163,10 +180,13 @@ def _all_marks(plan: Plan, failure: SaveFailed | None) -> list[dict[str, Any]]:
         if len(marks) == plan.ranks:
             return [marks[rank] for rank in range(plan.ranks)]
         told = [failures[rank] for rank in sorted(failures)]
+        if not plan.temporary.is_dir():
+            raise SaveFailed("; ".join([*told, f"{plan.temporary} is gone: removed or renamed while it was written"]))
         if len(marks.keys() | failures.keys()) == plan.ranks:
             raise SaveFailed("; ".join(told))
         now = time.monotonic()
-        if not failures or any((plan.temporary / f"rank-{rank:05d}.safetensors").exists() for rank in late):
+        writing = any((plan.temporary / f"rank-{rank:05d}.safetensors").exists() for rank in late)
+        if not others.ended.is_set() and (writing or not failures):
             heard = now
         if now > min(began + plan.timeout, heard + GRACE_SECONDS):
             told.append(f"no sign of rank {', '.join(map(str, late[:8]))} within {now - began:.0f} s")

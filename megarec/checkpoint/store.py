@@ -13,13 +13,21 @@ from megarec.checkpoint.pointers import BEST, LATEST, name_of, pointed
 from megarec.checkpoint.publish import Plan, SaveFailed
 from megarec.checkpoint.reading import Reader, verify
 from megarec.checkpoint.writing import Snapshot, lower_priority
-from megarec.distributed.collectives import from_rank_0, raise_together
+from megarec.distributed.collectives import from_rank_0, gather_texts, raise_together
 from megarec.errors import DamagedCheckpoint, UserError
 from megarec.run.build import Run
 from megarec.run.metrics import Predictions
 from megarec.run.state import TrainState
 
 _log = logging.getLogger(__name__)
+
+
+class _OwnPart:
+    """This rank's part of a save: whether it has ended, and why it failed; "" where it did not."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.failure = ""
 
 
 class Checkpoints:
@@ -34,6 +42,8 @@ class Checkpoints:
         self.directory, self._run = directory, run
         self._snapshot = Snapshot()
         self._writing: threading.Thread | None = None
+        self._part = _OwnPart()
+        self._others = publish.OtherParts()
         self._problem: BaseException | None = None
         self._saves = 0
         if run.topology.rank == 0:
@@ -66,6 +76,7 @@ class Checkpoints:
             keep=config.train.keep_checkpoints,
             timeout=config.parallel.timeout_seconds,
         )
+        self._part, self._others = _OwnPart(), publish.OtherParts()
         # A daemon: a job that ends with an error must not wait for ranks that are gone.
         self._writing = threading.Thread(target=self._write, args=(plan,), name="checkpoint", daemon=True)
         self._writing.start()
@@ -81,9 +92,12 @@ class Checkpoints:
             try:
                 publish.write_part(plan, rank, self._snapshot)
             except SaveFailed as error:
-                failure = error  # of another rank the mark tells rank 0, which says so
+                failure = error  # of another rank the mark tells rank 0, which says so, or `wait`
+                self._part.failure = str(error)
+            finally:
+                self._part.ended.set()
             if rank == 0:
-                publish.publish(plan, failure)
+                publish.publish(plan, failure, self._others)
         except SaveFailed as error:
             kept = pointed(self.directory, LATEST)
             _log.warning(
@@ -96,8 +110,16 @@ class Checkpoints:
             self._problem = error
 
     def wait(self) -> None:
-        """Until this rank's part of the last save is done; on rank 0, until it is published."""
+        """Until all ranks' parts of the last save are done; on rank 0, until it is published. Collective.
+
+        A rank that cannot leave a mark where rank 0 looks for it says here why: rank 0 would wait for it as long as
+        the others wait for rank 0.
+        """
         if self._writing is not None:
+            self._part.ended.wait()
+            run = self._run
+            self._others.failures = gather_texts(self._part.failure, run.topology, run.device)
+            self._others.ended.set()
             self._writing.join()
             self._writing = None
         if self._problem is not None:

@@ -5,10 +5,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megarec.checkpoint import offline, reading
 from megarec.checkpoint.format import read_index
-from megarec.errors import ArgumentParser, UserError, exits_cleanly
+from megarec.errors import ArgumentParser, UserError, exits_cleanly, one_line
+
+MOST_FILES = 16_384
 
 
 @exits_cleanly
@@ -23,7 +26,7 @@ def main() -> None:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument(
-            "checkpoint", type=Path, help="a checkpoint, a run's directory, or a pointer (latest, best)"
+            "checkpoint", type=Path, help="a run (its best checkpoint), a checkpoint, or a pointer (latest, best)"
         )
         if name in ("reshape", "export"):
             command.add_argument("target", type=Path, help="a directory that does not exist")
@@ -40,16 +43,17 @@ def main() -> None:
         reading.verify(directory, index)
         found: dict[str, object] = {"step": index.step, "bytes": index.bytes, "files": len(index.files), "good": True}
     elif arguments.command == "reshape":
-        if arguments.ranks < 1:
-            raise UserError(f"--ranks {arguments.ranks}: expected at least 1")
+        if not 1 <= arguments.ranks <= MOST_FILES:
+            raise UserError(f"--ranks {arguments.ranks}: expected 1 to {MOST_FILES:,} files")
         index = offline.reshape(directory, arguments.target, arguments.ranks)
         found = {"step": index.step, "bytes": index.bytes, "files": len(index.files), "path": str(arguments.target)}
     else:
-        found = {"bytes": offline.export(directory, arguments.target), "path": str(arguments.target)}
+        found = {**offline.export(directory, arguments.target), "path": str(arguments.target)}
     if arguments.json:
         print(json.dumps(found))
     else:
-        print(f"{directory}: " + ", ".join(f"{key} {value}" for key, value in found.items()))
+        shown = (f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items())
+        print(f"{directory}: " + ", ".join(shown))
 
 
 def inspect(directory: Path, in_json: bool) -> None:
@@ -58,13 +62,12 @@ def inspect(directory: Path, in_json: bool) -> None:
         print(json.dumps(found))
         return
     topology = ", ".join(f"{key} {value}" for key, value in found["topology"].items())
-    print(
-        f"{directory}: step {found['step']}, {found['bytes']:,} bytes in {found['files']} files, {found['optimizer']}"
-    )
-    print(f"written on {topology}")
+    said = f"{found['bytes']:,} bytes in {found['files']} files, {found['optimizer']}"
+    print(one_line(f"{directory}: step {found['step']}, {said}"))
+    print(one_line(f"written on {topology}"))
     table = Table("tensor", "shape", "type")
     for name, tensor in found["tensors"].items():
-        table.add_row(name, " x ".join(map(str, tensor["shape"])), tensor["dtype"])
+        table.add_row(Text(one_line(name)), " x ".join(map(str, tensor["shape"])), tensor["dtype"])
     Console().print(table)
 
 

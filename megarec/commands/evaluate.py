@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from megarec.checkpoint.format import INDEX
-from megarec.checkpoint.offline import MODEL_FILE
-from megarec.checkpoint.pointers import BEST, LATEST, pointed
+from megarec.checkpoint.offline import MODEL_FILE, locate
+from megarec.checkpoint.pointers import BEST, LATEST
 from megarec.data.loader import EvalLoader
 from megarec.data.schema import SCHEMA_FILE, SPLITS, Schema, Split, load_schema
 from megarec.data.store import open_split
@@ -105,24 +104,19 @@ def score(model: Predictor, rows: EvalLoader, device: torch.device, table: "Pred
 
 
 def find_model(run: Path) -> Path:
-    """The export or checkpoint that a path means: itself, or of a run's directory the best checkpoint, else the latest.
+    """The export or checkpoint that a path means: an export, or as every tool understands it (`offline.locate`).
 
     Raises:
         UserError: there is none.
     """
-    if (run / MODEL_FILE).is_file() or (run / INDEX).is_file():
+    if (run / MODEL_FILE).is_file():
         return run
-    if run.name in (LATEST, BEST) and (name := pointed(run.parent, run.name)):
-        return run.parent / name
-    for pointer in (BEST, LATEST):
-        for directory in (run / "checkpoints", run):
-            if name := pointed(directory, pointer):
-                return directory / name
-    what = "holds no checkpoint and no export" if run.is_dir() else "is no directory"
-    raise UserError(
-        f"--run {run}: {what}; expected a run's train.output_dir with checkpoints/{BEST} or checkpoints/{LATEST}, "
-        f"a checkpoint with {INDEX}, or an export with {MODEL_FILE}; train first, or correct the path"
-    )
+    if not run.is_dir() and run.name not in (LATEST, BEST):
+        raise UserError(f"--run {run}: is no directory; train first, or correct the path")
+    try:
+        return locate(run)
+    except UserError as error:
+        raise UserError(f"--run {error}, or an export with {MODEL_FILE}; train first, or correct the path") from None
 
 
 def fitting_schema(trained: Schema, found: Schema, path: Path) -> Schema:

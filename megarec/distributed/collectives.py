@@ -63,13 +63,23 @@ class Ledger:
 
     def take(self) -> dict[str, int]:
         """Bytes sent since the last call, by group, and those of all groups that crossed hosts; the totals stay."""
-        totals: dict[str, int] = {"cross_host": 0}
-        for key, entry in self.traffic.copy().items():  # ids are recorded from a thread of their own
-            totals[key.group] = totals.get(key.group, 0) + entry.bytes
-            totals["cross_host"] += entry.cross_host_bytes
+        totals = self.totals()
         new = {group: total - self._taken.get(group, 0) for group, total in totals.items()}
         self._taken = totals
         return new
+
+    def totals(self) -> dict[str, int]:
+        """What `take` counts up to now, for `leave_out`."""
+        found: dict[str, int] = {"cross_host": 0}
+        for key, entry in self.traffic.copy().items():  # ids are recorded from a thread of their own
+            found[key.group] = found.get(key.group, 0) + entry.bytes
+            found["cross_host"] += entry.cross_host_bytes
+        return found
+
+    def leave_out(self, before: dict[str, int]) -> None:
+        """What was sent since `totals` returned `before` is no part of what `take` returns next."""
+        for group, total in self.totals().items():
+            self._taken[group] = self._taken.get(group, 0) + total - before.get(group, 0)
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,10 @@ class StepLog:
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
-        """Validation, saving and the like do not count in the examples per second."""
-        started = time.perf_counter()
+        """Validation, saving and the like count neither in the examples per second nor in the traffic of steps."""
+        started, sent = time.perf_counter(), self.run.ledger.totals()
         yield
+        self.run.ledger.leave_out(sent)
         self._window_start += time.perf_counter() - started
 
     def skips(self) -> dict[str, float | None]:

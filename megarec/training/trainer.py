@@ -110,6 +110,13 @@ def _train_and_test(
         _log.info("data.bad_rows=skip: skipped in %s: %s", split, reasons)
     _log.info("resumed from %s", checkpoints.directory / name) if name else _log.info("starting from scratch")
 
+    if state.step >= run.schedule.total_steps:
+        _log.warning(
+            "NO STEP WILL BE MADE: %s is at step %d, and this run has %d; raise train.epochs or max_steps",
+            name,
+            state.step,
+            run.schedule.total_steps,
+        )
     step_log = StepLog(run, console, state, window, started)
     trainer = Trainer(run, step_log, checkpoints, interruption)
     try:
@@ -190,8 +197,8 @@ def _write_metrics(run: Run, metrics: dict[str, Any]) -> None:
             path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be written ({error.strerror}); fix that and run again with --resume: the checkpoint "
-                "holds everything"
+                f"{path}: cannot be written ({error.strerror}); fix that and run again with --resume, which goes on "
+                "from the latest checkpoint"
             ) from None
 
 
@@ -320,8 +327,8 @@ class Trainer:
     def _validate(self) -> bool:
         """Whether it is the best so far."""
         run, config, state = self.run, self.run.config, self.state
+        self.prefetcher.drain()  # the ids of the next step are its traffic
         with self.step_log.off_the_clock():
-            self.prefetcher.drain()
             found = evaluate(run, run.valid)
         improved = self.patience.update(found.logloss if config.train.best_by == "logloss" else -found.auc)
         if (reason := why_undefined(found, config.train.best_by)) is not None:

@@ -181,3 +181,43 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, command: tuple
 def test_where_no_checkpoint_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = tool(capsys, "inspect", tmp_path)
     assert code == 2 and "no checkpoint" in err and err.count("\n") == 1
+
+
+def test_a_runs_name_means_its_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Export took the latest, whose metrics nobody had printed."""
+    checkpoints = tmp_path / "run/checkpoints"
+    best = save(checkpoints, [[TensorSlice("table/w/weight", (2, 2), (0, 0), torch.ones(2, 2))]])
+    shutil.copytree(best, checkpoints / "step-000000009")
+    (checkpoints / "best").write_text(f"{best.name}\n")
+    (checkpoints / "latest").write_text("step-000000009\n")
+    metrics = {"step": 3, "test": {"auc": 0.72125, "logloss": 0.5}}
+    (tmp_path / "run/metrics.json").write_text(json.dumps(metrics))
+    for words in (["inspect"], ["verify"]):
+        code, out, _ = tool(capsys, *words, tmp_path / "run")
+        assert code == 0 and out.startswith(f"{best}: ")
+    code, out, _ = tool(capsys, "reshape", tmp_path / "run", tmp_path / "reshaped", "--ranks", 2)
+    assert code == 0 and out.startswith(f"{best}: ")
+    code, out, _ = tool(capsys, "export", tmp_path / "run", tmp_path / "m", "--json")
+    found = json.loads(out)
+    assert code == 0 and (found["step"], found["is"], found["test_auc"]) == (3, "best", 0.72125)
+    code, out, _ = tool(capsys, "export", checkpoints / "latest", tmp_path / "m2")
+    assert code == 0 and out.startswith(f"{checkpoints / 'step-000000009'}: ") and "is latest" in out
+    (checkpoints / "best").unlink()
+    assert tool(capsys, "verify", tmp_path / "run")[1].startswith(f"{checkpoints / 'step-000000009'}: ")
+
+
+@pytest.mark.parametrize("ranks", [0, -1, 16_385, 10**9])
+def test_a_number_of_files_that_nobody_wants(tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: int) -> None:
+    checkpoint = save(tmp_path / "c", [[TensorSlice("table/w/weight", (2, 2), (0, 0), torch.ones(2, 2))]])
+    code, _, err = tool(capsys, "reshape", checkpoint, tmp_path / "new", "--ranks", ranks)
+    assert code == 2 and err == f"error: --ranks {ranks}: expected 1 to 16,384 files\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"c"}
+
+
+def test_names_with_markup_and_control_codes_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "table/[/red]\x1b[2J\n/weight"
+    checkpoint = save(tmp_path, [[TensorSlice(name, (2, 2), (0, 0), torch.ones(2, 2))]])
+    code, out, _ = tool(capsys, "inspect", checkpoint)
+    assert code == 0 and r"table/[/red]\x1b[2J\n/weight" in out and "\x1b" not in out

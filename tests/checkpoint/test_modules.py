@@ -144,34 +144,36 @@ def stepped(rank_pool: Pools, data: Path, tmp_path_factory: pytest.TempPathFacto
 Tensors = dict[str, Any]
 
 
-def small_and_large(tensors: Tensors) -> tuple[str, str]:
-    """A small and a large parameter of the modules."""
+def smallest(tensors: Tensors) -> str:
+    """The smallest parameter of the modules."""
     names = [name for name in tensors if name.startswith("tower/") and f"{name}/exp_avg" in tensors]
-    sizes = {name: math.prod(tensors[name]["shape"]) for name in names}
-    return min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    return min(names, key=lambda name: math.prod(tensors[name]["shape"]))
+
+
+def taken(tensors: Tensors) -> Any:
+    """The largest tensor of the dense side, no longer there: two tensors of the same numbers are refused before."""
+    sizes = {name: math.prod(entry["shape"]) for name, entry in tensors.items() if name.startswith("dense/")}
+    return tensors.pop(max(sizes, key=sizes.__getitem__))
 
 
 def another_state(tensors: Tensors) -> None:
-    small, large = small_and_large(tensors)
-    tensors[f"{small}/more"] = tensors[large]
+    tensors[f"{smallest(tensors)}/more"] = taken(tensors)
 
 
 def larger_state(tensors: Tensors) -> None:
-    small, large = small_and_large(tensors)
-    tensors[f"{small}/exp_avg"] = tensors[large]
+    tensors[f"{smallest(tensors)}/exp_avg"] = taken(tensors)
 
 
 def whole_step(tensors: Tensors) -> None:
-    small, large = small_and_large(tensors)
-    tensors[f"{small}/step"] = tensors[large]
+    tensors[f"{smallest(tensors)}/step"] = taken(tensors)
 
 
 def no_step(tensors: Tensors) -> None:
-    del tensors[f"{small_and_large(tensors)[0]}/step"]
+    del tensors[f"{smallest(tensors)}/step"]
 
 
 def another_parameter(tensors: Tensors) -> None:
-    tensors["tower/towers.7.weight"] = tensors[small_and_large(tensors)[1]]
+    tensors["tower/towers.7.weight"] = taken(tensors)
 
 
 @pytest.mark.parametrize(

@@ -202,3 +202,28 @@ def test_what_cannot_be_removed_is_a_warning(
     (removed,) = caplog.messages
     assert removed.startswith("removed ")
     assert {path.name for path in tmp_path.iterdir()} == {name_of(2), "latest"}
+
+
+def test_a_directory_that_is_gone_ends_the_wait_at_once(tmp_path: Path) -> None:
+    """Rank 0 stood still in silence for the timeout of the collectives."""
+    plan = Plan(tmp_path / "checkpoints", 3, "t", 2, {}, ("latest",), keep=2, timeout=600.0)
+    plan.temporary.mkdir(parents=True)
+    plan.checkpoints.rename(tmp_path / "elsewhere")
+    began = time.monotonic()
+    with pytest.raises(SaveFailed, match=r"step-000000003.tmp-t is gone: removed or renamed"):
+        publish(plan)
+    assert time.monotonic() - began < 5
+
+
+def test_a_mark_that_cannot_come_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.2)
+    plan = Plan(tmp_path / "checkpoints", 3, "t", 2, {}, ("latest",), keep=2, timeout=600.0)
+    plan.temporary.mkdir(parents=True)
+    others = module.OtherParts()
+    others.ended.set()
+    with pytest.raises(SaveFailed, match="no sign of rank 0, 1 within"):  # it says nothing, and its file is not there
+        publish(plan, None, others)
+    plan.temporary.mkdir()
+    others.failures = {0: "full", 1: "Read-only file system"}
+    with pytest.raises(SaveFailed, match="rank 0: full; rank 1: Read-only file system"):
+        publish(plan, None, others)

@@ -97,7 +97,10 @@ def test_its_checkpoints_are_whole_and_export_the_same(work: Path) -> None:
     checkpoint(work, "export", "run/checkpoints/best", "again")
     assert (work / "again/model.safetensors").read_bytes() == (work / "export/model.safetensors").read_bytes()
     check_logits(work / "again", "export")
-    checkpoint(work, "export", "run", "newest", real=True)
+    said = checkpoint(work, "export", "run", "its-best", real=True)
+    assert f"checkpoints/{BEST}: bytes" in said and "step 3, is best, valid_logloss 0.672496" in said
+    check_logits(work / "its-best", "export")
+    checkpoint(work, "export", "run/checkpoints/latest", "newest")
     check_logits(work / "newest", "latest")
 
 

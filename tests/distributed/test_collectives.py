@@ -71,4 +71,9 @@ def test_ledger_adds_up_and_hands_out_what_is_new() -> None:
     assert ledger.take() == {"world": 16, "tower": 5, "cross_host": 8}
     ledger.record(world, sent=2, across=2, kept=0)
     assert ledger.take() == {"world": 2, "tower": 0, "cross_host": 2}
-    assert ledger.traffic[world] == Traffic(calls=3, bytes=18, cross_host_bytes=10, self_bytes=2)
+    before = ledger.totals()
+    ledger.record(world, sent=2, across=2, kept=0)
+    ledger.leave_out(before)  # a validation
+    ledger.record(world, sent=2, across=2, kept=0)
+    assert ledger.take() == {"world": 2, "tower": 0, "cross_host": 2}
+    assert ledger.traffic[world] == Traffic(calls=5, bytes=22, cross_host_bytes=14, self_bytes=2)
