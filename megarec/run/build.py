@@ -58,7 +58,8 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
 
     path = Path(config.data.path)
     schema = select_features(load_schema(path), config.data.features)
-    stores = {split: open_split(path, split, schema, config.data.bad_rows) for split in ("train", "valid", "test")}
+    data = config.data
+    stores = {s: open_split(path, s, schema, data.bad_rows, data.cache) for s in ("train", "valid", "test")}
     loading: dict[str, Any] = {
         "batch_size": config.data.batch_size,
         "rank": topology.rank,
