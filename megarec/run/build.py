@@ -18,6 +18,7 @@ from megarec.dense.side import DenseSide
 from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes
 from megarec.distributed.process import threads_that_pay
 from megarec.distributed.topology import Topology, build_topology, separate_groups
+from megarec.errors import UserError
 from megarec.run.schedule import Schedule
 from megarec.run.spec import ModelSpec, resolve
 from megarec.sparse.placement import Shard
@@ -58,6 +59,11 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
 
     path = Path(config.data.path)
     schema = select_features(load_schema(path), config.data.features)
+    if not schema.categorical:
+        raise UserError(
+            f"data.features={config.data.features}: {schema.name} has no categorical feature left, and a model needs "
+            "at least one with a table; name one more"
+        )
     data = config.data
     stores = {s: open_split(path, s, schema, data.bad_rows, data.cache) for s in ("train", "valid", "test")}
     loading: dict[str, Any] = {
