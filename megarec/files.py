@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and the one reader of JSON."""
 
+import hashlib
 import json
 import math
 import os
@@ -234,3 +235,22 @@ def _strings(value: Any) -> Iterator[str]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def file_name(name: str, suffix: str = "") -> str:
+    """The name of a file for a thing of any name: one part of a path, never a way out of its directory.
+
+    Letters, digits and "_- +=,()[]~@" stand for themselves, as does a dot that is not first; everything else is
+    written %XX, byte by byte, so that two names never share a file. A name too long for a file ends in its hash.
+    """
+    plain = "_- +=,()[]~@"
+    escaped = "".join(
+        c
+        if c.isalnum() or c in plain or (c == "." and place > 0)
+        else "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "surrogatepass"))
+        for place, c in enumerate(name)
+    )
+    if len(escaped.encode()) > 200:
+        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        escaped = f"{escaped.encode()[:150].decode(errors='ignore')}%{digest}"
+    return (escaped or "%") + suffix

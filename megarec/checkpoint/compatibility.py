@@ -13,6 +13,7 @@ from torch import Tensor
 from megarec.checkpoint.format import Index
 from megarec.checkpoint.reading import Reader
 from megarec.checkpoint.sparse import TOWERS
+from megarec.data.schema import identity_difference
 from megarec.errors import UserError
 from megarec.run.build import Run
 from megarec.slices import Ints, TensorSlice
@@ -21,14 +22,21 @@ from megarec.sparse.towers.replicas import states_of
 
 
 def described(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a schema decides which numbers mean what; counts of rows and texts for people do not."""
-    return {key: schema.get(key) for key in ("categorical", "numeric", "label")}
+    """What of a schema decides its shapes; counts of rows, mean lengths and texts for people do not."""
+    kept = {key: schema.get(key) for key in ("categorical", "numeric", "label")}
+    features = kept["categorical"]
+    if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
+        return kept
+    return kept | {"categorical": [{key: f[key] for key in f if key != "mean_length"} for f in features]}
 
 
 def check_schema(directory: Path, index: Index, schema: Mapping[str, Any]) -> None:
     """Raise a UserError that names the first feature or key that differs."""
     for key, there, here in differences(described(index.data_schema), described(schema), "schema"):
         raise UserError(f"{directory} was trained on other data: {key} is {_short(there)} there, {_short(here)} here")
+    there = index.data_schema.get("identity")
+    if other := identity_difference(there if isinstance(there, dict) else {}, schema.get("identity", {})):
+        raise UserError(f"{directory} was trained on other data: {other}")
 
 
 def check_optimizer(directory: Path, index: Index, here: str) -> None:

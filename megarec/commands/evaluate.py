@@ -16,7 +16,7 @@ from torch import Tensor
 from megarec.checkpoint.offline import MODEL_FILE, locate
 from megarec.checkpoint.pointers import BEST, LATEST
 from megarec.data.loader import EvalLoader
-from megarec.data.schema import SCHEMA_FILE, SPLITS, Schema, Split, load_schema
+from megarec.data.schema import SCHEMA_FILE, SPLITS, Schema, Split, identity_difference, load_schema
 from megarec.data.store import open_split
 from megarec.data.writing import ROWS_PER_GROUP
 from megarec.distributed.process import quiet_libraries, rank_device
@@ -38,6 +38,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a prepared data set")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="for the cached rows (default: the run's data.cache)")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument(
         "--predictions", type=Path, metavar="F.parquet", help="write label, logit and prediction of every example"
@@ -45,7 +46,9 @@ def main() -> None:
     arguments = parser.parse_args()
     # With --json, whatever a library prints goes to standard error as well.
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
-        model_path, found = evaluate(arguments.run, arguments.data, arguments.split, arguments.predictions)
+        model_path, found = evaluate(
+            arguments.run, arguments.data, arguments.split, arguments.predictions, arguments.cache
+        )
     if arguments.json:
         print(json.dumps(described(found)))
         return
@@ -53,13 +56,16 @@ def main() -> None:
     print(in_words(found))
 
 
-def evaluate(run: Path, data: Path, split: Split, predictions: Path | None) -> tuple[Path, Quality]:
+def evaluate(
+    run: Path, data: Path, split: Split, predictions: Path | None, cache: Path | None = None
+) -> tuple[Path, Quality]:
     """Score the model that `run` means, batch by batch, in this process.
 
     Args:
         run: a run's directory, a checkpoint or pointer of it, or an export.
         data: what tools/prepare_data.py wrote.
         predictions: where the predictions go; None: nowhere.
+        cache: where the cached rows go; None: where the run's data.cache says.
 
     Returns:
         What was scored, and its metrics.
@@ -74,7 +80,7 @@ def evaluate(run: Path, data: Path, split: Split, predictions: Path | None) -> t
     path = find_model(run)
     model = load_model(path, device) if (path / MODEL_FILE).is_file() else load_checkpoint(path, device)
     schema = fitting_schema(model.schema, load_schema(data), data / SCHEMA_FILE)
-    store = open_split(data, split, schema, model.config.data.bad_rows)
+    store = open_split(data, split, schema, model.config.data.bad_rows, cache or model.config.data.cache)
     if store.skipped:
         print(f"data.bad_rows=skip: left out of {split}: {store.skipped}", file=sys.stderr)
     rows = EvalLoader(
@@ -152,6 +158,8 @@ def fitting_schema(trained: Schema, found: Schema, path: Path) -> Schema:
         if name not in found.numeric:
             what = "is categorical" if name in there else f"is missing ({did_you_mean(name, names)})"
             raise UserError(f"{path}: {name} {what}, the model has it as a numeric feature; {remedy}")
+    if difference := identity_difference(trained.identity, found.identity):
+        raise UserError(f"{path}: the model was trained on other data: {difference}")
     return trained.model_copy(update={"name": found.name, "label": found.label, "rows": found.rows})
 
 

@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from megarec.data.schema import Schema, read_schema
+from megarec.data.schema import SPLITS, Schema, read_schema
 from megarec.data.sources import planted
 from megarec.data.sources.movielens import prepare_movielens
 from megarec.data.sources.movielens_wheels import SOURCES, TERMS
@@ -21,6 +21,19 @@ FEATURES = {
 }
 
 
+HIGH = 0.25  # share of unknown values from which a warning names the feature
+
+
+def user_path(text: str) -> Path:
+    """A path of the command line; ~ is the home directory there as in a shell."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no such user") from error
+
+
 def parser() -> argparse.ArgumentParser:
     top = ArgumentParser(description="Raw data -> parquet shards + schema.json, whole or not at all.")
     sources = top.add_subparsers(dest="source", required=True, metavar="SOURCE")
@@ -32,19 +45,27 @@ def parser() -> argparse.ArgumentParser:
         movielens.add_argument(
             "--history", type=int, default=50, metavar="N", help="previous items a row (default: 50)"
         )
-        movielens.add_argument("--wheel", type=Path, metavar="FILE", help="the wheel, if already downloaded")
+        movielens.add_argument("--wheel", type=user_path, metavar="FILE", help="the wheel, if already downloaded")
 
     table = sources.add_parser("table", help="your own CSV, TSV or parquet files")
-    table.add_argument("--schema", type=Path, required=True, metavar="FILE", help="JSON: what the columns are")
+    table.add_argument("--schema", type=user_path, required=True, metavar="FILE", help="JSON: what the columns are")
     for split in ("train", "valid", "test"):
-        table.add_argument(f"--{split}", type=Path, nargs="+", action="extend", required=True, metavar="FILE")
+        table.add_argument(
+            f"--{split}", type=user_path, nargs="+", action="extend", metavar="FILE", help="one file or several"
+        )
+    table.add_argument(
+        "--vocabulary",
+        type=user_path,
+        metavar="DIR",
+        help="a prepared data set whose vocabularies to use: the files then need no --train, or no other split",
+    )
 
     synthetic = sources.add_parser("synthetic", help="made-up examples with a planted signal, for tests and benchmarks")
     default = Shape()
     synthetic.add_argument("--examples", type=int, default=default.examples, help="default: %(default)s")
     synthetic.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
     synthetic.add_argument(
-        "--schema", type=Path, metavar="FILE", help="a schema.json whose features the data shall have"
+        "--schema", type=user_path, metavar="FILE", help="a schema.json whose features the data shall have"
     )
     synthetic.add_argument(
         "--order", type=int, metavar="K", help="plant interactions of orders 1 to K whose Bayes LogLoss is known"
@@ -57,7 +78,9 @@ def parser() -> argparse.ArgumentParser:
         )
 
     for command in sources.choices.values():
-        command.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the data set shall lie")
+        command.add_argument(
+            "--output", type=user_path, required=True, metavar="DIR", help="where the data set shall lie"
+        )
     return top
 
 
@@ -68,7 +91,11 @@ def prepare(args: argparse.Namespace) -> Schema:
             args.source, args.output, split=args.split, seed=args.seed, history=args.history, wheel=args.wheel
         )
     if args.source == "table":
-        return prepare_table(args.schema, {"train": args.train, "valid": args.valid, "test": args.test}, args.output)
+        files = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
+        missing = [f"--{split}" for split in SPLITS if split not in files]
+        if missing and (args.vocabulary is None or not files):
+            raise UserError(f"{missing[0]} is missing; name the files of every split, or --vocabulary DIR and some")
+        return prepare_table(args.schema, files, args.output, args.vocabulary)
     return synthetic_data(args)
 
 
@@ -109,6 +136,28 @@ def main() -> None:
     rows = ", ".join(f"{count:,} {split}" for split, count in schema.rows.items())
     features = f"{len(schema.categorical)} categorical and {len(schema.numeric)} numeric features"
     print(f"{args.output}: {schema.name}: {rows} examples; {features}; label: {schema.label_rule or schema.label}")
+    report_unknown(schema)
+
+
+def report_unknown(schema: Schema) -> None:
+    """Print the share of unknown values by feature and split; warn on standard error where it is high."""
+    names = list(dict.fromkeys(name for shares in schema.unknown.values() for name in shares))
+    if not names:
+        return
+    shown = {name: name if name.isprintable() else repr(name) for name in names}
+    width = max(map(len, [*shown.values(), "feature"]))
+    print("values that the vocabulary does not know (row 0), of those that are not missing:")
+    print("".join([f"  {'feature':{width}}", *(f"{split:>10}" for split in schema.unknown)]))
+    for name in names:
+        print("".join([f"  {shown[name]:{width}}", *(f"{shares[name]:10.2%}" for shares in schema.unknown.values())]))
+    for split, shares in schema.unknown.items():
+        for name, share in shares.items():
+            if share >= HIGH:
+                print(
+                    f"warning: {share:.1%} of the values of {name!r} in {split} are unknown: are they spelled as in "
+                    "the training files, and is min_count too high?",
+                    file=sys.stderr,
+                )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ class DataConfig(Section):
         description="the schema.json of data that is not on this machine, relative to this file: what counting, "
         "planning and rehearsal read; a training run reads the one in data.path",
     )
+    cache: str | None = Field(
+        None, description="where the cached rows go; null: in the data's own directory (.arrow/), if it can be written"
+    )
     batch_size: Annotated[int, Field(gt=0, lt=2**31)] = Field(
         1024, description="examples of one optimizer step over all ranks and micro-batches"
     )

@@ -2,8 +2,9 @@
 
 `DIR/.arrow/<split>-<fingerprint>/rows.arrow` is an Arrow IPC stream with, per row, `ids` (all single-valued
 features side by side), `numeric`, `label`, and a list column for each multi-valued feature and for each one's weights;
-`skipped.json` beside it counts the rows left out, by reason. The fingerprint covers shards, columns and policy, so a
-cache is never stale.
+`built.json` beside it has the size and checksum of that file and counts the rows left out, by reason. The fingerprint
+covers shards, columns and policy, so a cache is never stale. It is derived: whoever opens one reads it once through,
+and builds it anew where it is not what was built.
 """
 
 import fcntl
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+from xxhash import xxh3_64
 
 from megarec.data.row_checks import as_numbers, check_columns, find_defects
 from megarec.data.schema import SCHEMA_FILE, Schema, Split
@@ -28,8 +32,8 @@ from megarec.errors import UserError
 BadRows = Literal["error", "skip"]
 CACHE_DIRECTORY = ".arrow"
 ROWS_FILE = "rows.arrow"
-SKIPPED_FILE = "skipped.json"
-_LAYOUT = 1
+BUILT_FILE = "built.json"
+_LAYOUT = 2
 _ROWS_PER_RECORD_BATCH = 65_536
 
 
@@ -43,12 +47,32 @@ def weights_column(feature: str) -> str:
     return f"weights:{feature}"
 
 
-def ensure_cache(path: Path, split: Split, schema: Schema, bad_rows: BadRows) -> Path:
-    """The directory with a split's rows.arrow and skipped.json, built if need be.
+class Built(BaseModel):
+    """built.json: what a whole cache looks like.
+
+    Attributes:
+        bytes, xxh3: of rows.arrow: its size, and XXH3 of 64 bits in hexadecimal, enough against accidents.
+        skipped: rows left out, by reason.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    bytes: int
+    xxh3: str
+    skipped: dict[str, int]
+
+
+def ensure_cache(
+    path: Path, split: Split, schema: Schema, bad_rows: BadRows, elsewhere: Path | None = None
+) -> tuple[Path, Built]:
+    """The directory with a split's rows.arrow, built if need be, and what its built.json says.
 
     Any number of processes may call this at once: one builds, the others wait and reuse. The cache appears by a
     rename when it is whole, and the lock falls with its process, so a killed builder leaves nothing behind but a
     partial directory that the next one clears away.
+
+    Args:
+        elsewhere: a directory for the cache; None: in the data set's own.
 
     Raises:
         UserError: no shards, a bad shard or row, or the cache cannot be written.
@@ -56,24 +80,61 @@ def ensure_cache(path: Path, split: Split, schema: Schema, bad_rows: BadRows) ->
     shards = sorted((path / split).glob("*.parquet"))
     if not shards:
         raise UserError(f"{path / split} holds no *.parquet shard; prepare the data first (tools/prepare_data.py)")
-    caches = path / CACHE_DIRECTORY
-    cache = caches / f"{split}-{_fingerprint(split, shards, schema, bad_rows)}"
-    if cache.is_dir():
-        return cache
+    caches = path / CACHE_DIRECTORY if elsewhere is None else elsewhere
+    cache = caches / f"{split}-{_fingerprint(split, shards, schema, bad_rows, elsewhere is not None)}"
+    if built := _whole(cache):
+        return cache, built
     try:
-        caches.mkdir(exist_ok=True)
+        caches.mkdir(parents=elsewhere is not None, exist_ok=True)
         with _exclusive(caches / "lock"):
-            if not cache.is_dir():
+            built = _whole(cache)  # another process may have been first
+            if built is None:
+                if cache.exists():
+                    print(f"{cache}: damaged, is built anew", file=sys.stderr, flush=True)
+                    _set_aside(cache)
                 partial = cache.with_suffix(".partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-                _build(partial, split, shards, schema, bad_rows)
+                built = _build(partial, split, shards, schema, bad_rows)
                 partial.rename(cache)
     except OSError as error:
         raise UserError(
-            f"{cache} cannot be written ({error.strerror or error}); the cache needs space there"
+            f"{cache} cannot be written ({error.strerror or error}); the cache needs space there, or set data.cache "
+            "(evaluate: --cache) to a directory elsewhere"
         ) from error
-    return cache
+    return cache, built
+
+
+def _whole(cache: Path) -> Built | None:
+    """What built.json says, if rows.arrow is just that."""
+    try:
+        built = Built.model_validate_json((cache / BUILT_FILE).read_bytes())
+        rows = cache / ROWS_FILE
+        if rows.stat().st_size != built.bytes or _checksum(rows) != built.xxh3:
+            return None
+    except (OSError, ValidationError):
+        return None
+    return built
+
+
+def _checksum(path: Path) -> str:
+    checksum = xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum.update(block)
+    return checksum.hexdigest()
+
+
+def _set_aside(cache: Path) -> None:
+    """Out of the way by a rename: whoever has it mapped keeps it."""
+    old = cache.with_suffix(".damaged")
+    if old.is_dir():
+        shutil.rmtree(old)
+    cache.rename(old)
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink()
 
 
 @contextmanager
@@ -84,14 +145,16 @@ def _exclusive(lock: Path) -> Iterator[None]:
         yield
 
 
-def _fingerprint(split: Split, shards: list[Path], schema: Schema, bad_rows: BadRows) -> str:
+def _fingerprint(split: Split, shards: list[Path], schema: Schema, bad_rows: BadRows, elsewhere: bool) -> str:
     columns = [(f.name, f.rows, f.multi_valued, f.weighted) for f in schema.categorical]
     files = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
-    key = [_LAYOUT, bad_rows, columns, schema.numeric, schema.label, schema.rows.get(split), files]
+    key: list[object] = [_LAYOUT, bad_rows, columns, schema.numeric, schema.label, schema.rows.get(split), files]
+    if elsewhere:
+        key.append(str(shards[0].parent.resolve()))  # the caches of several data sets may lie in one place
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
-def _build(cache: Path, split: Split, shards: list[Path], schema: Schema, bad_rows: BadRows) -> None:
+def _build(cache: Path, split: Split, shards: list[Path], schema: Schema, bad_rows: BadRows) -> Built:
     skipped: Counter[str] = Counter()
     written = 0
     with (cache / ROWS_FILE).open("wb") as file:
@@ -111,12 +174,16 @@ def _build(cache: Path, split: Split, shards: list[Path], schema: Schema, bad_ro
     if written == 0:
         why = f"all {found} rows are bad: {dict(skipped)}" if found else "its shards have no rows"
         raise UserError(f"{directory} is empty: {why}; prepare the data again")
-    if stated is not None and found < stated:
+    if stated is not None and found != stated:
+        what = "is a shard missing" if found < stated else "is a shard there that is not part of it"
         raise UserError(
             f"{directory} has {found} rows in {len(shards)} shards, but {SCHEMA_FILE} says rows.{split}={stated}: "
-            f"is a shard missing? prepare the data again, or correct rows.{split}"
+            f"{what}? prepare the data again, or correct rows.{split}"
         )
-    (cache / SKIPPED_FILE).write_text(json.dumps(dict(skipped)), encoding="utf-8")
+    rows = cache / ROWS_FILE
+    built = Built(bytes=rows.stat().st_size, xxh3=_checksum(rows), skipped=dict(skipped))
+    (cache / BUILT_FILE).write_text(built.model_dump_json(), encoding="utf-8")
+    return built
 
 
 def _record_batches(shard: Path, schema: Schema) -> Iterator[pa.RecordBatch]:

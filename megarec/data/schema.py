@@ -1,6 +1,7 @@
 """What prepared data looks like: `schema.json` beside the parquet shards of each split."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +74,12 @@ class Schema(BaseModel):
     rows: dict[str, int] = Field(description="examples per split")
     optimum: dict[str, Optimum] = Field({}, description="by split, where the labels' probabilities are known")
     source: str = Field("", description="where the data came from, for people")
+    identity: dict[str, str] = Field(
+        {}, description="by feature, how raw values became numbers; data whose identities differ do not mix"
+    )
+    unknown: dict[str, dict[str, float]] = Field(
+        {}, description="by split and feature, the share of the values there that the vocabulary does not know"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Schema":
@@ -174,5 +181,22 @@ def select_features(schema: Schema, names: list[str] | None) -> Schema:
         update={
             "categorical": tuple(sorted(categorical, key=lambda f: order[f.name])),
             "numeric": tuple(name for name in schema.numeric if name in names),
+            "identity": {name: text for name, text in schema.identity.items() if name in names},
         }
     )
+
+
+def identity_difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
+    """The first feature whose values became numbers in two ways, in words; what is unknown of either side fits.
+
+    Args:
+        there: `Schema.identity` of what was trained or prepared before.
+        here: that of the data at hand.
+    """
+    for name, text in there.items():
+        if here.get(name, text) != text:
+            return (
+                f"{name} means {text} there, {here[name]} here, so that its numbers stand for other values; prepare "
+                "the raw files with --vocabulary DIR, the data set that it was trained on"
+            )
+    return None

@@ -1,6 +1,5 @@
 """One split of a prepared data set as memory-mapped Arrow, with fast random access by row."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megarec.data.batch import Ids, flat_positions
-from megarec.data.cache import ROWS_FILE, SKIPPED_FILE, BadRows, ensure_cache, list_column, weights_column
+from megarec.data.cache import ROWS_FILE, BadRows, ensure_cache, list_column, weights_column
 from megarec.data.schema import Schema, Split
 
 Rows = NDArray[np.int64]
 _STORED: tuple[type[np.generic], ...] = (np.int32, np.int64, np.float32)
 
 
-def open_split(path: Path, split: Split, schema: Schema, bad_rows: BadRows) -> "Store":
+def open_split(path: Path, split: Split, schema: Schema, bad_rows: BadRows, cache: str | Path | None = None) -> "Store":
     """The rows of a split that `tools/prepare_data.py` wrote; checked and cached at first use.
 
     Args:
         path: the data set's directory.
         schema: the features to read: the data set's schema, or a selection of it.
         bad_rows: a row with a bad id, number or label: "error" stops, "skip" leaves it out and counts it.
+        cache: a directory for the cached rows; None: in the data set's own (`.arrow/`).
 
     Raises:
         UserError: names the file, row, column and value of the first bad row, and the remedy; or what is missing.
     """
-    cache = ensure_cache(path, split, schema, bad_rows)
-    skipped = json.loads((cache / SKIPPED_FILE).read_text(encoding="utf-8"))
-    return Store(datasets.Dataset.from_file(str(cache / ROWS_FILE)), schema, skipped)
+    directory, built = ensure_cache(path, split, schema, bad_rows, None if cache is None else Path(cache))
+    return Store(datasets.Dataset.from_file(str(directory / ROWS_FILE)), schema, built.skipped)
 
 
 class Store:

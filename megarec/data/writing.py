@@ -29,6 +29,8 @@ def write_dataset(output: Path, write: Callable[[Path], Schema]) -> Schema:
         UserError: `output` holds something else than a data set of ours, or cannot be written.
     """
     check_output(output)
+    if output.is_symlink():
+        output = output.resolve()  # what the link points to is replaced; the link stays
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = output.parent / f".{output.name}.partial-{uuid4().hex[:8]}"
@@ -50,6 +52,8 @@ def check_output(output: Path) -> None:
     Raises:
         UserError: as said.
     """
+    if output.is_symlink() and not output.exists():
+        raise UserError(f"--output {output}: is a link to {output.readlink()}, which is not there; make that directory")
     if output.is_dir() and any(output.iterdir()) and not (output / SCHEMA_FILE).is_file():
         raise UserError(f"--output {output}: not empty and not a prepared data set; choose another directory")
     if output.exists() and not output.is_dir():

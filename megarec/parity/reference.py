@@ -45,7 +45,7 @@ def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
     path = Path(config.data.path)
     schema = load_schema(path)
     loader = TrainLoader(
-        open_split(path, "train", schema, config.data.bad_rows),
+        open_split(path, "train", schema, config.data.bad_rows, config.data.cache),
         schema,
         batch_size=config.data.batch_size,
         rank=0,

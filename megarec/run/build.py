@@ -18,6 +18,7 @@ from megarec.dense.side import DenseSide
 from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes
 from megarec.distributed.process import threads_that_pay
 from megarec.distributed.topology import Topology, build_topology, separate_groups
+from megarec.errors import UserError
 from megarec.run.fits import check_fits
 from megarec.run.schedule import Schedule
 from megarec.run.spec import ModelSpec, resolve
@@ -59,7 +60,13 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
 
     path = Path(config.data.path)
     schema = select_features(load_schema(path), config.data.features)
-    stores = {split: open_split(path, split, schema, config.data.bad_rows) for split in ("train", "valid", "test")}
+    if not schema.categorical:
+        raise UserError(
+            f"data.features={config.data.features}: {schema.name} has no categorical feature left, and a model needs "
+            "at least one with a table; name one more"
+        )
+    data = config.data
+    stores = {s: open_split(path, s, schema, data.bad_rows, data.cache) for s in ("train", "valid", "test")}
     loading: dict[str, Any] = {
         "batch_size": config.data.batch_size,
         "rank": topology.rank,

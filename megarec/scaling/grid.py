@@ -105,7 +105,8 @@ def _trial(model: str, rate: int, seed: int, tuning: bool, base: Path, overrides
     overrides = [*overrides, f"train.seed={seed}", "deepspeed.tensorboard.enabled=true"]
     config = load_config(base, overrides)
     schema = schema_of(config.data)
-    content = [config.model_dump(mode="json", exclude={"train": {"output_dir", "threads"}}), schema.model_dump()]
+    data = schema.model_dump(exclude={"unknown"} if schema.identity else {"unknown", "identity"})
+    content = [config.model_dump(mode="json", exclude={"train": {"output_dir", "threads"}, "data": {"cache"}}), data]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     steps = config.train.epochs * (schema.rows["train"] // config.data.batch_size)
     return Trial(

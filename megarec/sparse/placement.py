@@ -93,7 +93,8 @@ def table_costs(layout: EmbeddingLayout) -> dict[str, float]:
     traffic = dict.fromkeys(size, 0.0)
     for feature in layout.features:
         traffic[feature.table] += feature.columns * feature.mean_length
-    bytes_total, traffic_total = sum(size.values()), sum(traffic.values())
+    bytes_total = sum(size.values())
+    traffic_total = sum(traffic.values()) or 1.0  # nothing is read where all lists are always empty
     return {name: size[name] / bytes_total + traffic[name] / traffic_total for name in size}
 
 

@@ -115,7 +115,8 @@ class Explanation:
     def imbalance(self) -> dict[str, float]:
         """The most that a rank has over the mean: of bytes and of lookups."""
         loads = {"bytes": [float(r.bytes) for r in self.ranks], "lookups": [r.lookups for r in self.ranks]}
-        return {name: max(of_ranks) * len(of_ranks) / sum(of_ranks) for name, of_ranks in loads.items()}
+        # Where nothing is held or read, as of one list that is always empty, all ranks have the same.
+        return {name: max(rank) * len(rank) / sum(rank) if sum(rank) else 1.0 for name, rank in loads.items()}
 
     def lines(self) -> list[str]:
         """For the log: the imbalance, and the tables that are not whole."""

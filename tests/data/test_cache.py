@@ -1,13 +1,17 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from megarec.data.cache import ROWS_FILE, ensure_cache
+from megarec.data.cache import BUILT_FILE, ROWS_FILE, ensure_cache
+from megarec.data.store import open_split
 from megarec.errors import UserError
 from tests.data.prepared import SCHEMA, make_rows, write_prepared, write_split
 
@@ -23,13 +27,13 @@ build, packed = cache._build, cache._packed
 def noted(*args):
     with (directory / "builds").open("a") as file:
         file.write("built\\n")
-    build(*args)
+    return build(*args)
 def slowly(*args):
     print("building", flush=True)
     time.sleep(1000 if hang else 0.5)
     return packed(*args)
 cache._build, cache._packed = noted, slowly
-print(cache.ensure_cache(directory, "train", load_schema(directory), "error"), flush=True)
+print(cache.ensure_cache(directory, "train", load_schema(directory), "error")[0], flush=True)
 """
 
 
@@ -61,19 +65,19 @@ def test_a_killed_builder_blocks_nobody(tmp_path: Path) -> None:
 
 def test_reused_while_nothing_changes(tmp_path: Path) -> None:
     write_split(tmp_path, "train", make_rows(20), shards=2)
-    cache = ensure_cache(tmp_path, "train", SCHEMA, "error")
+    cache, _ = ensure_cache(tmp_path, "train", SCHEMA, "error")
     built = (cache / ROWS_FILE).stat().st_mtime_ns
-    assert ensure_cache(tmp_path, "train", SCHEMA, "error") == cache
+    assert ensure_cache(tmp_path, "train", SCHEMA, "error")[0] == cache
     assert (cache / ROWS_FILE).stat().st_mtime_ns == built
 
 
 def test_rebuilt_when_shards_columns_or_policy_change(tmp_path: Path) -> None:
     write_split(tmp_path, "train", make_rows(20), shards=2)
-    caches = {ensure_cache(tmp_path, "train", SCHEMA, "error"), ensure_cache(tmp_path, "train", SCHEMA, "skip")}
-    caches.add(ensure_cache(tmp_path, "train", SCHEMA.model_copy(update={"numeric": ("age",)}), "error"))
+    caches = {ensure_cache(tmp_path, "train", SCHEMA, how)[0] for how in ("error", "skip")}
+    caches.add(ensure_cache(tmp_path, "train", SCHEMA.model_copy(update={"numeric": ("age",)}), "error")[0])
     shard = tmp_path / "train" / "001.parquet"
     os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
-    caches.add(ensure_cache(tmp_path, "train", SCHEMA, "error"))
+    caches.add(ensure_cache(tmp_path, "train", SCHEMA, "error")[0])
     assert len(caches) == 4
 
 
@@ -141,5 +145,81 @@ def test_pooling_needs_no_other_cache(tmp_path: Path) -> None:
     write_split(tmp_path, "train", make_rows(5))
     other = json.loads(SCHEMA.model_dump_json())
     other["categorical"][1]["pooling"] = "mean"
-    cache = ensure_cache(tmp_path, "train", SCHEMA, "error")
-    assert ensure_cache(tmp_path, "train", SCHEMA.model_validate(other), "error") == cache
+    cache, _ = ensure_cache(tmp_path, "train", SCHEMA, "error")
+    assert ensure_cache(tmp_path, "train", SCHEMA.model_validate(other), "error")[0] == cache
+
+
+def test_a_shard_too_many(tmp_path: Path) -> None:
+    """The validation shard copied into train."""
+    write_split(tmp_path, "train", make_rows(20), shards=2)
+    write_split(tmp_path, "valid", make_rows(5))
+    shutil.copy(tmp_path / "valid" / "000.parquet", tmp_path / "train" / "002.parquet")
+    schema = SCHEMA.model_copy(update={"rows": {"train": 20, "valid": 5}})
+    with pytest.raises(
+        UserError, match=r"train has 25 rows in 3 shards, .*rows\.train=20: is a shard there that is not"
+    ):
+        ensure_cache(tmp_path, "train", schema, "error")
+
+
+def damage(cache: Path, how: str) -> None:
+    rows, built = cache / ROWS_FILE, cache / BUILT_FILE
+    data = bytearray(rows.read_bytes())
+    if how == "truncated":
+        rows.write_bytes(data[:-100])
+    elif how == "empty":
+        rows.write_bytes(b"")
+    elif how == "longer":
+        rows.write_bytes(data + b"x")
+    elif how == "gone":
+        rows.unlink()
+    elif how.startswith("bit"):
+        data[len(data) * int(how[3:]) // 100] ^= 4
+        rows.write_bytes(data)
+    elif how == "seven":  # of the label; an id one past its table
+        with pa.ipc.open_stream(bytes(data)) as stream:
+            table = stream.read_all()
+        table = table.set_column(0, table.schema.field("label"), pa.array([7.0] * len(table), pa.float32()))
+        with pa.ipc.new_stream(rows, table.schema) as writer:
+            writer.write_table(table)
+    elif how == "unbuilt":
+        built.unlink()
+    elif how == "file":
+        shutil.rmtree(cache)
+        cache.write_text("in the way")
+    else:
+        built.write_text({"no json": "{", "list": "[]", "nan": '{"bytes":NaN}', "more": '{"bytes":1,"x":2}'}[how])
+
+
+HOW = ["truncated", "empty", "longer", "gone", "seven", "unbuilt", "file", "no json", "list", "nan", "more"]
+
+
+@pytest.mark.parametrize("how", [*HOW, *(f"bit{place}" for place in (0, 2, 20, 50, 80, 99))])
+def test_a_damaged_cache_is_built_anew(tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_prepared(tmp_path)
+    cache, _ = ensure_cache(tmp_path, "train", SCHEMA, "error")
+    good = (cache / ROWS_FILE).read_bytes()
+    damage(cache, how)
+    store = open_split(tmp_path, "train", SCHEMA, "error")
+    _, ids, labels = store.gather(np.arange(len(rows)))
+    assert labels.tolist() == [row["label"] for row in rows]
+    assert ids["item"].values.tolist() == [row["item"] for row in rows]
+    assert (cache / ROWS_FILE).read_bytes() == good
+    assert capsys.readouterr().err == f"{cache}: damaged, is built anew\n"
+    assert sorted(path.name for path in cache.parent.iterdir()) == sorted([cache.name, "lock"])
+    open_split(tmp_path, "train", SCHEMA, "error")
+    assert capsys.readouterr().err == ""
+
+
+def test_data_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user other than root meets it: nothing can be made in the data's directory."""
+    one, two, elsewhere = tmp_path / "one", tmp_path / "two", tmp_path / "caches" / "here"
+    for path in (one, two):
+        write_prepared(path)
+        (path / ".arrow").symlink_to("/proc/no/such/place")
+    with pytest.raises(UserError, match=r"cannot be written .*set data\.cache \(evaluate: --cache\) to a directory"):
+        open_split(one, "train", SCHEMA, "error")
+    for path in (one, two):
+        shard = path / "train" / "000.parquet"
+        os.utime(shard, ns=(0, 0))  # nothing but the place tells the two apart
+        assert len(open_split(path, "train", SCHEMA, "error", elsewhere)) == 40
+    assert len([path for path in elsewhere.iterdir() if path.is_dir()]) == 2

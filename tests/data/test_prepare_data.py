@@ -8,7 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from megarec.data.schema import load_schema
+from megarec.data.store import open_split
 from tests.processes import python
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
@@ -81,19 +85,82 @@ def test_a_stopped_preparation_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_split_given_in_pieces_is_all_of_them(tmp_path: Path) -> None:
-    spec = {"name": "x", "columns": {"id": {"type": "categorical"}, "y": {"type": "label"}}}
-    (tmp_path / "spec.json").write_text(json.dumps(spec))
-    for name in "abcd":
-        (tmp_path / f"{name}.csv").write_text(f"id,y\n{name},1\n{name},0\n")
-    files = [
-        f"--{option}={tmp_path / name}.csv" for option, name in zip(("train", "valid", "test"), "abc", strict=True)
-    ]
-    command = ["table", f"--schema={tmp_path / 'spec.json'}", *files, f"--output={tmp_path / 'out'}"]
-    assert run(*command, f"--train={tmp_path / 'd.csv'}").returncode == 0
-    assert load_schema(tmp_path / "out").rows["train"] == 4
-    done = run(*command, f"--output={tmp_path / 'other'}")
-    assert done.returncode == 2 and done.stderr.endswith(
-        "error: --output is given twice; the last would win: keep one\n"
+NAMES = ["../../../victim", "/etc/passwd", "ts/weekday", "..", "", "%2F", "x" * 300, "päck", "a\\b", "~"]
+
+
+def table(path: Path, *words: str, columns: list[str] | None = None, text: str | None = None) -> list[str]:
+    columns = columns or ["x"]
+    spec = {"name": "n", "columns": {c: {"type": "categorical"} for c in columns} | {"y": {"type": "label"}}}
+    (path / "spec.json").write_text(json.dumps(spec))
+    (path / "a.csv").write_text(text or ",".join([*columns, "y"]) + "\n" + "1," * len(columns) + "1\n")
+    (path / "b.csv").write_text(text or ",".join([*columns, "y"]) + "\n" + "2," * len(columns) + "0\n")
+    files = [f"--{split}={path / 'a.csv'}" for split in ("train", "valid", "test")]
+    return ["table", f"--schema={path / 'spec.json'}", *files, *words]
+
+
+def test_a_name_is_not_a_path(tmp_path: Path) -> None:
+    work = tmp_path / "1" / "2" / "3" / "4"
+    work.mkdir(parents=True)
+    done = run(*table(work, "--output", str(work / "out"), columns=NAMES))
+    assert done.returncode == 0, done.stderr
+    files = {
+        path.relative_to(work / "out").parts[0]
+        for path in tmp_path.rglob("*")
+        if path.is_file() and "out" in path.parts
+    }
+    assert files == {"schema.json", "train", "valid", "test", "vocabulary"}
+    assert sorted(p.name for p in tmp_path.rglob("*.parquet") if "out" not in p.parts) == []
+    assert len(list((work / "out" / "vocabulary").iterdir())) == len(NAMES)
+    schema = load_schema(work / "out")
+    assert [f.name for f in schema.categorical] == NAMES
+    _, ids, _ = open_split(work / "out", "test", schema, "error").gather(np.array([0]))
+    assert list(ids) == NAMES
+    done = run(
+        "table",
+        f"--schema={work / 'spec.json'}",
+        f"--test={work / 'b.csv'}",
+        f"--vocabulary={work / 'out'}",
+        "--output",
+        str(work / "tomorrow"),
     )
-    assert not (tmp_path / "other").exists()
+    assert done.returncode == 0 and done.stderr.count("are unknown") == len(NAMES)
+
+
+def test_no_argument_vanishes(tmp_path: Path) -> None:
+    words = table(tmp_path, f"--train={tmp_path / 'b.csv'}", "--output", str(tmp_path / "out"))
+    assert run(*words).returncode == 0
+    assert load_schema(tmp_path / "out").rows == {"train": 2, "valid": 1, "test": 1}
+    done = run(*words, f"--output={tmp_path / 'other'}")
+    assert (done.returncode, done.stderr) == (2, "error: --output is given twice; the last would win: keep one\n")
+    done = run("synthetic", "--examples=20", "--examples=30", "--output", str(tmp_path / "s"))
+    assert (done.returncode, done.stderr) == (2, "error: --examples is given twice; the last would win: keep one\n")
+    done = run("table", *words[1:2], *words[2:4], "--output", str(tmp_path / "t"))
+    assert (done.returncode, done.stderr.split(";")[0]) == (2, "error: --test is missing")
+
+
+def test_an_output_that_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for _ in range(2):  # new, then replaced
+        assert run(*table(tmp_path, "--output", str(tmp_path / "link"))).returncode == 0
+        assert (tmp_path / "link").is_symlink() and load_schema(tmp_path / "real").rows["train"] == 1
+    (tmp_path / "lost").symlink_to("nowhere")
+    done = run(*table(tmp_path, "--output", str(tmp_path / "lost")))
+    assert done.returncode == 2 and "is a link to nowhere, which is not there" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "b.csv", "link", "lost", "real", "spec.json"]
+
+
+def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(*table(tmp_path, "--output=~/out")).returncode == 0
+    assert load_schema(tmp_path / "out").rows["train"] == 1
+
+
+def test_unknown_values_are_shown(tmp_path: Path) -> None:
+    words = table(tmp_path, "--output", str(tmp_path / "out"))
+    words[4] = f"--test={tmp_path / 'b.csv'}"
+    done = run(*words)
+    assert done.returncode == 0
+    assert re.search(r"feature +train +valid +test\n +x +0\.00% +0\.00% +100\.00%\n", done.stdout)
+    assert done.stderr.startswith("warning: 100.0% of the values of 'x' in test are unknown")
+    assert done.stderr.count("\n") == 1

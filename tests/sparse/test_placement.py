@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -83,3 +85,11 @@ def test_slices_of_state_per_row_and_per_table() -> None:
     assert (shard.rows, shard.columns, shard.slices) == (5, 8, (slice(3, 8), slice(4, 12)))
     assert shard.per_row.slices == (slice(3, 8), slice(0, 1))
     assert shard.per_table.slices == (slice(0, 1), slice(0, 1))
+
+
+def test_lists_that_are_always_empty_cost_their_bytes() -> None:
+    layout = layout_of([(10, 4)], sharing=1)
+    unread = dataclasses.replace(
+        layout, features=tuple(dataclasses.replace(f, mean_length=0.0) for f in layout.features)
+    )
+    assert table_costs(unread) == {"t0": 1.0}

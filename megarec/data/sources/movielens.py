@@ -14,7 +14,7 @@ from megarec.data.batch import flat_positions
 from megarec.data.loader import permuted
 from megarec.data.schema import SPLITS, CategoricalFeature, Schema, save_schema
 from megarec.data.sources.movielens_wheels import SOURCES, TERMS, Ratings, Source, read_ratings
-from megarec.data.sources.table import Vocabulary, VocabularyCounter
+from megarec.data.sources.vocabulary import Vocabulary, VocabularyCounter
 from megarec.data.writing import SplitWriter, check_output, write_dataset
 from megarec.errors import UserError
 
@@ -88,7 +88,7 @@ def _write(
     directory: Path, name: str, source: Source, ratings: Ratings, split: SplitBy, seed: int, history: int
 ) -> Schema:
     parts = split_rows(ratings.timestamp, split, seed)
-    table, features = _encode(directory, ratings, pa.array(parts["train"]), history)
+    table, features, identity = _encode(directory, ratings, pa.array(parts["train"]), history)
     for part, rows in parts.items():
         with SplitWriter(directory / part) as writer:
             writer.write(table.take(pa.array(rows)))
@@ -98,6 +98,7 @@ def _write(
         label_rule="rating >= 4",
         categorical=tuple(features),
         rows={part: len(rows) for part, rows in parts.items()},
+        identity=identity,
         source=f"{source.title} (GroupLens) from the wheel {source.requirement}; split {how}. {TERMS}",
     )
     save_schema(schema, directory)
@@ -106,16 +107,18 @@ def _write(
 
 def _encode(
     directory: Path, ratings: Ratings, train: pa.Array, history: int
-) -> tuple[pa.Table, list[CategoricalFeature]]:
-    """All columns of all rows, and what they are; vocabularies know the training rows only and are saved."""
+) -> tuple[pa.Table, list[CategoricalFeature], dict[str, str]]:
+    """All columns, the features, their identities; vocabularies know the training rows only and are saved."""
 
     def vocabulary(feature: str, train_values: pa.Array) -> Vocabulary:
         counter = VocabularyCounter(train_values.type)
         counter.add(train_values)
         words = counter.vocabulary()
         words.save(directory, feature)
+        identity[feature] = words.identity
         return words
 
+    identity: dict[str, str] = {}
     columns: dict[str, pa.Array] = {}
     features = []
     for feature, values in {"user_id": ratings.user, "item_id": ratings.item, **ratings.attributes}.items():
@@ -135,5 +138,6 @@ def _encode(
         columns["history"] = past_items(ratings.user.to_numpy(), item, ratings.timestamp, history)
         owner = next(f for f in features if f.name == "item_id")
         features.append(CategoricalFeature(name="history", rows=owner.rows, multi_valued=True, pooling="mean"))
+        identity["history"] = identity["item_id"]
     columns["label"] = pa.array((ratings.rating >= 4).astype(np.int8))
-    return pa.table(columns), features
+    return pa.table(columns), features, identity

@@ -69,6 +69,8 @@ def prepare_like(like: Schema, output: Path, *, examples: int, seed: int, max_ro
             "categorical": tuple(f.model_copy(update={"rows": min(f.rows, cap)}) for f in like.categorical),
             "label_rule": _LABEL_RULE,
             "rows": split_rows(examples),
+            "identity": {},
+            "unknown": {},
             "source": f"synthetic (made up, seed {seed}) with the features of {like.name}, tables capped at {cap} rows",
         }
     )

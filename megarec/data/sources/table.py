@@ -1,151 +1,116 @@
-"""People's own CSV, TSV or parquet files -> a prepared data set: one pass to count, one to write.
+"""People's own CSV, TSV or parquet files -> a prepared data set: one pass to count, one to write."""
 
-A raw value becomes a row of a table by a vocabulary counted on the training split, or by a hash.
-"""
-
-import hashlib
-from dataclasses import dataclass, field
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from megarec.data.schema import SPLITS, CategoricalFeature, Schema, save_schema
+from megarec.data.schema import SPLITS, CategoricalFeature, Schema, identity_difference, load_schema, save_schema
 from megarec.data.sources.table_reader import Part, read_parts
 from megarec.data.sources.table_spec import Categorical, Numeric, TableSpec, load_table_spec
 from megarec.data.sources.values import id_lists, id_values, labels, numbers, weights
+from megarec.data.sources.vocabulary import Encoder, Hashing, Vocabulary, VocabularyCounter
 from megarec.data.writing import SplitWriter, check_output, write_dataset
+from megarec.errors import UserError
 
-OUT_OF_VOCABULARY = 0
-VOCABULARY_DIRECTORY = "vocabulary"
-_PENDING_LIMIT = 1 << 21
-
-
-def _each_distinct(values: pa.Array, row_of: Any) -> NDArray[np.int64]:
-    """row_of(value) for every value, called once a distinct value; a null is out of vocabulary."""
-    encoded = values.dictionary_encode()
-    rows = np.array([*map(row_of, encoded.dictionary.to_pylist()), OUT_OF_VOCABULARY], np.int64)
-    return rows[pc.fill_null(encoded.indices, len(rows) - 1).to_numpy(zero_copy_only=False)]
+_KINDS = {"string": pa.string(), "integer": pa.int64()}
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """Known values, most frequent first; value i has row i + 1, whatever is unknown or null has row 0."""
-
-    values: pa.Array
-    _row: dict[Any, int] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_row", {value: row for row, value in enumerate(self.values.to_pylist(), start=1)})
-
-    @property
-    def rows(self) -> int:
-        return len(self.values) + 1
-
-    def encode(self, values: pa.Array) -> NDArray[np.int64]:
-        """Int64 [n]: the row of every value."""
-        return _each_distinct(values, lambda value: self._row.get(value, OUT_OF_VOCABULARY))
-
-    def save(self, directory: Path, name: str) -> None:
-        """Write vocabulary/<name>.parquet with the columns value and row."""
-        (directory / VOCABULARY_DIRECTORY).mkdir(exist_ok=True)
-        table = pa.table({"value": self.values, "row": np.arange(1, self.rows, dtype=np.int64)})
-        pq.write_table(table, directory / VOCABULARY_DIRECTORY / f"{name}.parquet")
-
-
-@dataclass(frozen=True)
-class Hashing:
-    """Rows by hash: 1 + (BLAKE2b-64 of the value's text) mod (rows - 1), alike on every machine; null has row 0."""
-
-    rows: int
-
-    def encode(self, values: pa.Array) -> NDArray[np.int64]:
-        """Int64 [n]: the row of every value."""
-        return _each_distinct(values, self._row_of)
-
-    def _row_of(self, value: Any) -> int:
-        digest = hashlib.blake2b(str(value).encode(), digest_size=8).digest()
-        return 1 + int.from_bytes(digest, "little") % (self.rows - 1)
-
-
-class VocabularyCounter:
-    """Counts values of a stream; memory grows with the distinct values only."""
-
-    def __init__(self, kind: pa.DataType) -> None:
-        self._schema = pa.schema([("value", kind), ("count", pa.int64())])
-        self._counted = self._schema.empty_table()
-        self._pending: list[pa.Table] = []
-        self._pending_rows = 0
-
-    def add(self, values: pa.Array) -> None:
-        counts = values.drop_null().value_counts()
-        self._pending.append(pa.table([counts.field("values"), counts.field("counts")], schema=self._schema))
-        self._pending_rows += len(counts)
-        if self._pending_rows > _PENDING_LIMIT:
-            self._merge()
-
-    def _merge(self) -> None:
-        together = pa.concat_tables([self._counted, *self._pending])
-        summed = together.group_by("value").aggregate([("count", "sum")])
-        self._counted = pa.table([summed["value"], summed["count_sum"]], schema=self._schema)
-        self._pending, self._pending_rows = [], 0
-
-    def vocabulary(self, min_count: int = 1) -> Vocabulary:
-        """The values seen at least `min_count` times; ties of the count in the order of the values."""
-        self._merge()
-        kept = self._counted.filter(pc.greater_equal(self._counted["count"], min_count))
-        ordered = kept.sort_by([("count", "descending"), ("value", "ascending")])
-        return Vocabulary(ordered["value"].combine_chunks())
-
-
-Encoder = Vocabulary | Hashing
-
-
-def prepare_table(spec_file: Path, files: dict[str, list[Path]], output: Path) -> Schema:
+def prepare_table(
+    spec_file: Path, files: dict[str, list[Path]], output: Path, vocabulary: Path | None = None
+) -> Schema:
     """Write people's own files as a prepared data set, streamed: memory grows with the vocabularies only.
 
     Args:
         spec_file: JSON of a TableSpec.
-        files: the files of train, valid and test.
+        files: the files of train, valid and test; with `vocabulary` some of these will do.
+        vocabulary: a prepared data set whose vocabularies are used; None: they are counted on the training files.
 
     Raises:
         UserError: names the file, and the key or the row and column, with the value seen and what was expected.
     """
     check_output(output)
     spec = load_table_spec(spec_file)
-    return write_dataset(output, lambda partial: _write(partial, spec, files))
+    old = None if vocabulary is None else load_schema(vocabulary)
+    encoders = _encoders(spec, files["train"]) if vocabulary is None else _loaded(spec, vocabulary)
+    if old is not None and (other := identity_difference(old.identity, _identity(spec, encoders))):
+        raise UserError(f"--vocabulary {vocabulary}: {other.partition(';')[0]}; correct {spec_file}")
+    return write_dataset(output, lambda partial: _write(partial, spec, files, encoders, old))
 
 
-def _write(directory: Path, spec: TableSpec, files: dict[str, list[Path]]) -> Schema:
-    encoders = _encoders(spec, files["train"])
+def _write(
+    directory: Path,
+    spec: TableSpec,
+    files: dict[str, list[Path]],
+    encoders: dict[str, Encoder],
+    old: Schema | None,
+) -> Schema:
     for name, encoder in encoders.items():
         if isinstance(encoder, Vocabulary) and spec.ids[name].table is None:
             encoder.save(directory, name)
-    rows = {}
-    ids = dict.fromkeys(spec.ids, 0)  # of the training split
-    for split in SPLITS:
+    rows: dict[str, int] = {}
+    lengths: Counter[str] = Counter()  # ids of the training split, or else of all
+    unknown: dict[str, dict[str, float]] = {}
+    for split in (split for split in SPLITS if split in files):
+        values, missed = Counter[str](), Counter[str]()
         with SplitWriter(directory / split) as writer:
             for part in read_parts(files[split], spec):
-                encoded = _encoded(part, spec, encoders)
+                encoded, present = _encoded(part, spec, encoders)
                 writer.write(encoded)
+                for name, count in present.items():
+                    values[name] += count
+                    missed[name] += count - _known(encoded.column(name))
                 if split == "train":
-                    ids = {name: count + _count_ids(encoded.column(name)) for name, count in ids.items()}
+                    lengths.update({name: _count_ids(encoded.column(name)) for name in spec.ids})
         rows[split] = writer.rows
-    schema = _schema(spec, encoders, rows, {name: count / rows["train"] for name, count in ids.items()})
+        unknown[split] = {
+            name: round(missed[name] / max(values[name], 1), 6)
+            for name in spec.ids
+            if isinstance(encoders[name], Vocabulary)
+        }
+    means = {name: count / rows["train"] for name, count in lengths.items()}
+    if old is not None:
+        means |= {feature.name: feature.mean_length for feature in old.categorical}
+    schema = _schema(spec, encoders, rows, means).model_copy(update={"unknown": unknown})
     save_schema(schema, directory)
     return schema
+
+
+def _loaded(spec: TableSpec, vocabulary: Path) -> dict[str, Encoder]:
+    """The encoders of a data set that was prepared before."""
+    encoders: dict[str, Encoder] = {}
+    for name, column in spec.ids.items():
+        if column.table is not None:
+            continue
+        if column.hash is not None:
+            encoders[name] = Hashing(column.hash)
+            continue
+        encoders[name] = words = Vocabulary.load(vocabulary, name)
+        if words.values.type != _KINDS[column.dtype]:
+            found = "integer" if words.values.type == pa.int64() else "string"
+            raise UserError(
+                f"--vocabulary {vocabulary}: {name} was prepared as dtype {found!r}, the spec says {column.dtype!r}"
+            )
+    return encoders | {name: encoders[c.table] for name, c in spec.ids.items() if c.table is not None}
+
+
+def _identity(spec: TableSpec, encoders: dict[str, Encoder]) -> dict[str, str]:
+    """By feature, how raw values become numbers."""
+    found = {name: encoders[name].identity for name in spec.ids}
+    for name, column in spec.columns.items():
+        if isinstance(column, Numeric):
+            transform = "sign(x) log(1 + |x|)" if column.log else "x"
+            found[name] = transform if column.missing is None else f"{transform}, {column.missing:g} where missing"
+    return found
 
 
 def _encoders(spec: TableSpec, train: list[Path]) -> dict[str, Encoder]:
     """How each column's values become rows; vocabularies are counted on the training split alone."""
     owners = {name: column for name, column in spec.ids.items() if column.table is None}
     encoders: dict[str, Encoder] = {n: Hashing(column.hash) for n, column in owners.items() if column.hash is not None}
-    kinds = {"string": pa.string(), "integer": pa.int64()}
-    counters = {n: VocabularyCounter(kinds[column.dtype]) for n, column in owners.items() if n not in encoders}
+    counters = {n: VocabularyCounter(_KINDS[column.dtype]) for n, column in owners.items() if n not in encoders}
     if counters:
         for part in read_parts(train, spec):
             for name, counter in counters.items():
@@ -158,13 +123,18 @@ def _encoders(spec: TableSpec, train: list[Path]) -> dict[str, Encoder]:
     return encoders | {name: encoders[c.table] for name, c in spec.ids.items() if c.table is not None}
 
 
-def _encoded(part: Part, spec: TableSpec, encoders: dict[str, Encoder]) -> pa.Table:
+def _encoded(part: Part, spec: TableSpec, encoders: dict[str, Encoder]) -> tuple[pa.Table, dict[str, int]]:
+    """The rows as numbers, and how many values of each categorical feature are there (not missing)."""
     columns: dict[str, pa.Array] = {}
+    present = {}
     for name, column in spec.columns.items():
         if isinstance(column, Categorical):
-            columns[name] = pa.array(encoders[name].encode(id_values(part, name, column)))
+            values = id_values(part, name, column)
+            present[name] = len(values) - values.null_count
+            columns[name] = pa.array(encoders[name].encode(values))
         elif column.type == "multi_valued":
             values, lengths = id_lists(part, name, column)
+            present[name] = len(values)
             offsets = pa.array(np.append(0, np.cumsum(lengths)).astype(np.int32))
             columns[name] = pa.ListArray.from_arrays(offsets, pa.array(encoders[name].encode(values)))
             if name in spec.weights:
@@ -174,7 +144,13 @@ def _encoded(part: Part, spec: TableSpec, encoders: dict[str, Encoder]) -> pa.Ta
             columns[name] = pa.array(numbers(part, name, column))
         elif column.type == "label":
             columns[name] = pa.array(labels(part, name))
-    return pa.table(columns)
+    return pa.table(columns), present
+
+
+def _known(column: pa.ChunkedArray) -> int:
+    """How many ids are not row 0."""
+    chunks = [chunk.flatten() if pa.types.is_list(chunk.type) else chunk for chunk in column.chunks]
+    return sum(int(np.count_nonzero(chunk.to_numpy(zero_copy_only=False))) for chunk in chunks)
 
 
 def _count_ids(column: pa.ChunkedArray) -> int:
@@ -192,7 +168,7 @@ def _schema(
                 "multi_valued": True,
                 "pooling": column.pooling,
                 "weighted": name in spec.weights,
-                "mean_length": round(mean_lengths[name], 3),
+                "mean_length": round(mean_lengths.get(name, 1.0), 3),
             }
         features.append(CategoricalFeature(name=name, rows=encoders[name].rows, table=column.table, **many))
     return Schema(
@@ -202,5 +178,6 @@ def _schema(
         categorical=tuple(features),
         numeric=tuple(name for name, column in spec.columns.items() if isinstance(column, Numeric)),
         rows=rows,
+        identity=_identity(spec, encoders),
         source=f"table: prepared from the user's files of {spec.name}",
     )

@@ -214,7 +214,11 @@ def _look(
             f"lookups: a list counts as one id, since its data are not here (data.path={config.data.path!r})"
         )
         return interactions, {}, reasons
-    return interactions, measure_lengths(open_split(path, "train", schema, config.data.bad_rows)), reasons
+    return (
+        interactions,
+        measure_lengths(open_split(path, "train", schema, config.data.bad_rows, config.data.cache)),
+        reasons,
+    )
 
 
 def _unit_points(units: Units, points: Floats) -> Floats:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarec.data.sources import table
-from megarec.data.sources.table import Hashing, VocabularyCounter
+from megarec.data.sources import vocabulary
+from megarec.data.sources.vocabulary import Hashing, VocabularyCounter
 
 values = st.lists(st.none() | st.sampled_from(["", "a", "b", "ä", "Z", "zz"]), max_size=30)
 
@@ -27,7 +27,7 @@ def test_like_counting_by_hand(parts: list[list[str | None]], probe: list[str | 
 
 
 def test_merging_counts_on_the_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "_PENDING_LIMIT", 3)
+    monkeypatch.setattr(vocabulary, "_PENDING_LIMIT", 3)
     counter = VocabularyCounter(pa.int64())
     for part in ([5, 5, 7], [7, 7, 8], [9], [5, 5]):
         counter.add(pa.array(part, pa.int64()))

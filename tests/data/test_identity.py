@@ -1,0 +1,145 @@
+"""A data set has an identity: what was prepared with other vocabularies, hashes or transforms does not mix."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from megarec.checkpoint.compatibility import check_schema
+from megarec.commands.evaluate import fitting_schema
+from megarec.data.schema import Schema, load_schema, select_features
+from megarec.data.sources.table import prepare_table
+from megarec.errors import UserError
+from tests.data.sources.test_table import write_spec
+
+COLUMNS: dict[str, Any] = {
+    "user": {"type": "categorical"},
+    "site": {"type": "categorical", "hash": 9},
+    "seen": {"type": "multi_valued", "table": "user"},
+    "price": {"type": "numeric", "log": True, "missing": 0},
+    "y": {"type": "label"},
+}
+HEADER = "user,site,seen,price,y\n"
+ONE = HEADER + "ann,a,bob|ann,1,1\nann,a,,,0\nbob,b,,2,1\n"
+OTHER = HEADER + "bob,a,,1,1\nbob,a,,,0\nann,b,bob,2,1\n"  # the same sizes, another order of the vocabulary
+
+
+def prepare(
+    path: Path, name: str, text: str, columns: dict[str, Any] | None = None, vocabulary: Path | None = None
+) -> Path:
+    rows = path / f"{name}.csv"
+    rows.write_text(text)
+    spec = write_spec(path, {"name": "n", "columns": COLUMNS | (columns or {})})
+    splits = ("test",) if vocabulary else ("train", "valid", "test")
+    prepare_table(spec, {split: [rows] for split in splits}, path / name, vocabulary)
+    return path / name
+
+
+def resume(trained: Path, here: Path) -> None:
+    index: Any = SimpleNamespace(data_schema=load_schema(trained).model_dump(mode="json"))
+    check_schema(Path("run"), index, load_schema(here).model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "feature"),
+    [
+        (OTHER, {}, "user means vocabulary"),
+        (ONE.replace("bob", "eve"), {}, "user means vocabulary"),
+        (
+            ONE,
+            {"price": {"type": "numeric", "missing": 0}},
+            r"price means sign\(x\) log.* there, x, 0 where missing here",
+        ),
+        (ONE, {"price": {"type": "numeric", "log": True, "missing": -1}}, "price means"),
+        (ONE, {"user": {"type": "categorical", "hash": 3}}, "user means vocabulary .* there, BLAKE2b-64"),
+    ],
+)
+def test_data_prepared_in_another_way_are_refused(
+    tmp_path: Path, text: str, columns: dict[str, Any], feature: str
+) -> None:
+    one, other = prepare(tmp_path, "one", ONE), prepare(tmp_path, "other", text, columns)
+    with pytest.raises(UserError, match=rf"run was trained on other data: {feature}.*--vocabulary"):
+        resume(one, other)
+    with pytest.raises(UserError, match=rf"schema.json: the model was trained on other data: {feature}"):
+        fitting_schema(load_schema(one), load_schema(other), other / "schema.json")
+
+
+def test_the_same_and_older_data_fit(tmp_path: Path) -> None:
+    one, again = prepare(tmp_path, "one", ONE), prepare(tmp_path, "again", ONE)
+    resume(one, again)
+    assert load_schema(one).identity == load_schema(again).identity
+    other = prepare(tmp_path, "other", OTHER)
+    content = json.loads((other / "schema.json").read_text())
+    del content["identity"], content["unknown"]
+    (other / "schema.json").write_text(json.dumps(content))
+    resume(one, other)  # an earlier version wrote it: nothing is known, nothing refused
+    resume(other, one)
+
+
+def test_only_features_in_use_are_compared(tmp_path: Path) -> None:
+    one = select_features(load_schema(prepare(tmp_path, "one", ONE)), ["site", "price"])
+    other = select_features(load_schema(prepare(tmp_path, "other", OTHER)), ["site", "price"])
+    assert set(one.identity) == {"site", "price"}
+    fitting_schema(one, other, Path("schema.json"))
+
+
+def test_tomorrows_files_with_the_vocabularies_of_today(tmp_path: Path) -> None:
+    one = prepare(tmp_path, "one", ONE)
+    tomorrow = prepare(tmp_path, "tomorrow", OTHER.replace("ann,b", "eve,b"), vocabulary=one)
+    schema = load_schema(tomorrow)
+    resume(one, tomorrow)
+    assert pq.read_table(tomorrow / "test")["user"].to_pylist() == [2, 2, 0]
+    assert schema.identity == load_schema(one).identity and schema.rows == {"test": 3}
+    assert schema.unknown["test"] == {"user": 0.333333, "seen": 0.0}
+    after = prepare(tmp_path, "after", ONE, vocabulary=tomorrow)  # the vocabularies go with the data
+    assert pq.read_table(after / "test").equals(pq.read_table(one / "test"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"new": {"type": "categorical"}}, r"vocabulary .*new\.parquet cannot be read"),
+        (
+            {"user": {"type": "categorical", "dtype": "integer"}, "seen": {"type": "ignored"}},
+            "user was prepared as dtype",
+        ),
+        ({"site": {"type": "categorical", "hash": 10}}, "site means BLAKE2b-64 .* into 9 rows there, .*10 rows here"),
+        ({"price": {"type": "numeric", "missing": 0}}, "price means"),
+    ],
+)
+def test_vocabularies_that_do_not_fit(tmp_path: Path, columns: dict[str, Any], told: str) -> None:
+    one = prepare(tmp_path, "one", ONE)
+    with pytest.raises(UserError, match=told):
+        prepare(tmp_path, "tomorrow", OTHER, columns, one)
+    assert not (tmp_path / "tomorrow").exists()
+
+
+def test_a_damaged_vocabulary(tmp_path: Path) -> None:
+    one = prepare(tmp_path, "one", ONE)
+    file = one / "vocabulary" / "user.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(0, "value", [["bob", "ann"]]), file)
+    with pytest.raises(UserError, match="user means vocabulary"):
+        prepare(tmp_path, "tomorrow", OTHER, vocabulary=one)
+    file.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"user\.parquet cannot be read"):
+        prepare(tmp_path, "tomorrow", OTHER, vocabulary=one)
+
+
+def test_a_vocabulary_of_an_earlier_version_keeps_its_rows(tmp_path: Path) -> None:
+    one = prepare(tmp_path, "one", ONE)
+    content = json.loads((one / "schema.json").read_text())
+    del content["identity"]
+    (one / "schema.json").write_text(json.dumps(content))
+    file = one / "vocabulary" / "user.parquet"
+    pq.write_table(pq.read_table(file).set_column(0, "value", [["7.0", "True"]]), file)
+    text = HEADER + "7,a,,1,1\nTrue,a,,1,1\n"
+    assert pq.read_table(prepare(tmp_path, "b", text, vocabulary=one) / "test")["user"].to_pylist() == [1, 2]
+
+
+def test_schemas_of_earlier_versions_are_valid() -> None:
+    schema = Schema.model_validate({"name": "n", "categorical": [{"name": "a", "rows": 2}], "rows": {}})
+    assert (schema.identity, schema.unknown) == ({}, {})
