@@ -198,6 +198,14 @@ def micro_batch_size(config: RunConfig, world_size: int) -> int:
     return micro
 
 
+MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
+
+
+def without_monitors(section: dict[str, Any]) -> dict[str, Any]:
+    """The deepspeed section of a run that leaves nothing behind."""
+    return {key: value for key, value in section.items() if key not in MONITORS}
+
+
 def monitor_sections(section: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """The deepspeed section of a run that is to be watched: TensorBoard is on unless switched off, files lie in the
     run's own directory where the user named none, and comet gets every point (it counts steps here, not examples).

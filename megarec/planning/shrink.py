@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from megarec.config.deepspeed import micro_batch_size
+from megarec.config.deepspeed import MONITORS, micro_batch_size
 from megarec.config.sections import RunConfig
 from megarec.data.schema import Schema
 from megarec.dense.memory import Parts
@@ -17,7 +17,6 @@ from megarec.sparse.tables.optimizers import table_bytes
 
 STEP_FLOP = 250e9  # a step of some seconds on a CPU that does 50 GFLOP/s: a rank has as many examples as that allows
 CUT_TABLES = 2**30  # bytes that the tables of a rank are cut to where they do not fit
-WRITERS = ("tensorboard", "wandb", "csv_monitor", "comet")  # a rehearsal leaves nothing behind
 BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu")
 
 
@@ -115,7 +114,7 @@ def cut_schema(schema: Schema, rows: int) -> Schema:
 
 
 def _with_batch(config: RunConfig, batch_size: int) -> RunConfig:
-    left_out = (*WRITERS, *BATCH_SIZES)
+    left_out = (*MONITORS, *BATCH_SIZES)
     section = {key: value for key, value in config.deepspeed.items() if key not in left_out}
     data = config.data.model_copy(update={"batch_size": batch_size})
     return config.model_copy(update={"data": data, "deepspeed": section})

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megarec.config.deepspeed import micro_batch_size, monitor_sections
+from megarec.config.deepspeed import micro_batch_size, monitor_sections, without_monitors
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.loader import EvalLoader, TrainLoader
@@ -49,8 +49,11 @@ class Run:
     skipped_rows: dict[str, dict[str, int]]
 
 
-def build_run(config: RunConfig, device: torch.device) -> Run:
+def build_run(config: RunConfig, device: torch.device, *, watched: bool = False) -> Run:
     """Build data, topology, sparse side, dense model and engine of a run, in this order; collective.
+
+    Args:
+        watched: open TensorBoard and what else the deepspeed section switches on; a probe or a test writes nothing.
 
     Raises:
         UserError: whatever the user can fix, before anything is trained or written.
@@ -81,7 +84,9 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
     spec = resolve(config, schema)
     check_fits(config, spec, topology, device)
     config = config.model_copy(update={"model": spec.sizes})  # from here on every size is explicit
-    section = monitor_sections(config.deepspeed, Path(config.train.output_dir))
+    section = without_monitors(config.deepspeed)
+    if watched:
+        section = monitor_sections(config.deepspeed, Path(config.train.output_dir))
     model = build_model(config.model_copy(update={"deepspeed": section}), spec, topology, device)
     if device.type == "cpu" and config.train.threads is None:
         torch.set_num_threads(threads_that_pay(torch.get_num_threads(), examples * spec.cost.flop))

@@ -18,6 +18,7 @@ from megarec.dense.memory import saved_activations
 from megarec.distributed.collectives import gather_texts, raise_together
 from megarec.distributed.process import start_process
 from megarec.errors import PREEMPTED, STOPPED, RunEnded, UserError
+from megarec.files import write_whole
 from megarec.run.build import Run, build_run
 from megarec.run.metrics import Predictions, Quality, described, in_words, why_undefined
 from megarec.run.schedule import Patience
@@ -61,7 +62,7 @@ def _train(config: RunConfig, resume: bool, started: float, interruption: Interr
     check_outputs(config)
     device = start_process(config)
     with only_run_in(Path(config.train.output_dir), device) as remark:
-        run = build_run(config, device)
+        run = build_run(config, device, watched=True)
         previous, console = _begin(run, resume)
         with console:
             interruption.take_keyboard()
@@ -99,7 +100,7 @@ def _train_and_test(
     run.schedule.plateau_drops = state.plateau_drops
     monitor.start(state.step)
     if run.topology.rank == 0:
-        (output / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_whole(output / "config.json", (config.model_dump_json(indent=2) + "\n").encode())
     console.progress(state.step)
     for line in run.choices:
         _log.info(line)
@@ -194,7 +195,7 @@ def _write_metrics(run: Run, metrics: dict[str, Any]) -> None:
     if run.topology.rank == 0:
         path = Path(run.config.train.output_dir) / METRICS_FILE
         try:
-            path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            write_whole(path, (json.dumps(metrics, indent=2) + "\n").encode())
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); fix that and run again with --resume, which goes on "

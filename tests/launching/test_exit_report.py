@@ -108,6 +108,7 @@ INTERRUPTED = """
 import os, signal
 from megarec.launching.exit_report import reported
 from megarec.signals import Interruption
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 with reported(), Interruption() as interruption:
     interruption.take_keyboard()
     os.kill(os.getpid(), signal.SIGINT)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from megarec.config.deepspeed import MONITORS
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.schema import load_schema
@@ -37,10 +38,7 @@ CHUNK_COSINES = 1 << 24  # cosines held at a time: 64 MiB
 EXAMPLES = 8_192  # whose embeddings are compared; the mean |cosine| is then known to about 0.003
 REPORT_EVERY = 50  # steps
 # DeepSpeed sections that report about a run, and batch sizes stated for the run's number of ranks.
-NOT_OF_A_PROBE = (
-    "tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler", "wall_clock_breakdown",
-    "train_batch_size", "train_micro_batch_size_per_gpu",
-)  # fmt: skip
+NOT_OF_A_PROBE = (*MONITORS, "flops_profiler", "train_batch_size", "train_micro_batch_size_per_gpu")
 
 
 class InteractionMean:
@@ -154,8 +152,7 @@ def probe_config(config: RunConfig, steps: int) -> RunConfig:
             "parallel": config.parallel.model_copy(update=one_rank),
             "tower_module": IdentityTowerConfig(),
             "train": config.train.model_copy(update={"epochs": 1, "max_steps": steps}),
-            "deepspeed": {key: value for key, value in config.deepspeed.items() if key not in NOT_OF_A_PROBE}
-            | {"tensorboard": {"enabled": False}},
+            "deepspeed": {key: value for key, value in config.deepspeed.items() if key not in NOT_OF_A_PROBE},
         }
     )
 
