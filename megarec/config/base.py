@@ -1,6 +1,6 @@
 """What every section of a run's JSON is made of, and what the section of every dense model has."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field
 
@@ -8,6 +8,7 @@ Positive = Annotated[int, Field(gt=0)]
 PerLayer = Positive | list[Positive]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(ge=0)]
+Activation = Literal["relu", "silu"]
 
 
 class Section(BaseModel):
@@ -32,6 +33,11 @@ class ModelConfig(Section):
     dim: Positive = Field(64, description="d: width of every embedding")
     head: list[Positive] = Field([256], description="hidden widths of the MLP that ends in the logit")
     bias: bool = Field(True, description="false drops every bias of the dense model")
+    activation: Activation = Field(
+        "relu",
+        description="relu as published; silu: a smooth one in place of every ReLU, with which rounding does not grow "
+        "(docs/parity.md)",
+    )
     dropout: Probability = Field(
         0.0, description="after every hidden layer of the MLPs; the mask is the same on every topology"
     )
