@@ -1,6 +1,6 @@
 """What every section of a run's JSON is made of, and what the section of every dense model has."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field
 
@@ -19,6 +19,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, le=1e6)]
 Above0 = Annotated[float, Field(ge=1e-30, le=1e6)]  # float32 knows no smaller ones that it can divide by
 Betas = tuple[Probability, Probability]
+Activation = Literal["relu", "silu"]
 
 
 class Section(BaseModel):
@@ -43,6 +44,11 @@ class ModelConfig(Section):
     dim: Size = Field(64, description="d: width of every embedding")
     head: Widths = Field([256], description="hidden widths of the MLP that ends in the logit")
     bias: bool = Field(True, description="false drops every bias of the dense model")
+    activation: Activation = Field(
+        "relu",
+        description="relu as published; silu: a smooth one in place of every ReLU, with which rounding does not grow "
+        "(docs/parity.md)",
+    )
     dropout: Probability = Field(
         0.0, description="after every hidden layer of the MLPs; the mask is the same on every topology"
     )

@@ -1,6 +1,6 @@
 """Tensor-parallel MLPs: the ranks of a tensor group share the weights, and every rank brings its own examples.
 
-    gather the batch -> column-parallel layer -> ReLU, dropout -> row-parallel layer -> reduce-scatter the batch
+    gather the batch -> column-parallel layer -> activation, dropout -> row-parallel layer -> reduce-scatter the batch
 
 All else stays example-local, so no rank computes what another did, and no activation is held twice: a column-parallel
 layer keeps its own examples and gathers again in the backward pass (Korthikanti et al. 2022, arXiv 2205.05198,
@@ -141,6 +141,7 @@ class TensorParallelMLP(nn.Module):
         super().__init__()
         self.channel = channel
         self.relu = mlp.relu
+        self.activation = mlp.activation
         self.dropouts = mlp.dropouts
         linears = [linear for linear in mlp.linears if isinstance(linear, nn.Linear)]
         _check_widths([linear.out_features for linear in linears[:-1]], name, channel.size)
@@ -165,7 +166,7 @@ class TensorParallelMLP(nn.Module):
             x = linear(x)
             if index < last:
                 of_group = isinstance(linear, ColumnParallelLinear)
-                x = torch.relu(x) if self.relu else x
+                x = self.activation(x) if self.relu else x
                 x = self.dropouts[index](x, group_keys if of_group else keys)
         return x
 

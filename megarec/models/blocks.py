@@ -1,15 +1,17 @@
-"""What dense models are made of: the MLP, its initialisation, and dropout that no topology can change.
+"""What dense models are made of: the MLP, its activation and initialisation, and dropout that no topology can change.
 
 Shape suffixes: B examples, H columns of one example.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
+from megarec.config.base import Activation
 from megarec.models.initial import draw_normal_
 
 _LANE_BITS = 16
@@ -109,22 +111,28 @@ def number_dropouts(model: nn.Module) -> None:
         dropout.salt = salt
 
 
+def activation_function(name: Activation) -> Callable[[Tensor], Tensor]:
+    """What `model.activation` names: ReLU, or SiLU, x / (1 + e^-x) (Elfwing et al. 2018, arXiv 1702.03118)."""
+    return {"relu": torch.relu, "silu": silu}[name]
+
+
 def init_fan_in_(weight: Tensor, fan_in: int, gain: float = 1.0) -> None:
     """Normal with standard deviation gain / sqrt(fan_in): unit variance in gives variance gain^2 out."""
     draw_normal_(weight, gain / math.sqrt(fan_in))
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU and keyed dropout between them; the last one is linear.
+    """Linear layers with ReLU or SiLU and keyed dropout between them; the last one is linear.
 
-    Weights are normal with variance 2 / fan-in before a ReLU (He et al. 2015) and 1 / fan-in elsewhere; biases
+    Weights are normal with variance 2 / fan-in before either (He et al. 2015) and 1 / fan-in elsewhere; biases
     start at 0.
 
     Args:
         inputs, hidden, outputs: widths; without hidden ones it is one linear layer.
         bias: whether the linear layers have a bias; one for all, or one for each.
         dropout: probability after every hidden layer.
-        relu: whether there is a ReLU between the layers; without one it is a factorised (low-rank) linear map.
+        relu: whether anything lies between the layers; without it is a factorised (low-rank) linear map.
+        activation: what does.
     """
 
     def __init__(
@@ -136,9 +144,11 @@ class MLP(nn.Module):
         bias: bool | Sequence[bool] = True,
         dropout: float = 0.0,
         relu: bool = True,
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
         self.relu = relu
+        self.activation = activation_function(activation)
         widths = [inputs, *hidden, outputs]
         biases = [bias] * (len(widths) - 1) if isinstance(bias, bool) else bias
         self.linears = nn.ModuleList(
@@ -162,5 +172,5 @@ class MLP(nn.Module):
         *hidden, last = self.linears
         for linear, dropout in zip(hidden, self.dropouts, strict=True):
             x = linear(x)
-            x = dropout(torch.relu(x) if self.relu else x, keys)
+            x = dropout(self.activation(x) if self.relu else x, keys)
         return last(x)

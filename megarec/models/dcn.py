@@ -54,7 +54,7 @@ class Dcn(nn.Module):
         super().__init__()
         width = n * config.dim
         self.layers = nn.ModuleList(CrossLayer(width, config.rank, config.bias) for _ in range(config.layers))
-        self.head = MLP(width, config.head, 1, bias=config.bias, dropout=config.dropout)
+        self.head = MLP(width, config.head, 1, bias=config.bias, dropout=config.dropout, activation=config.activation)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -48,7 +48,14 @@ class Dlrm(nn.Module):
         super().__init__()
         self.n = n
         self.dense = dense
-        self.head = MLP(head_inputs(n, dense, config.dim), config.head, 1, bias=config.bias, dropout=config.dropout)
+        self.head = MLP(
+            head_inputs(n, dense, config.dim),
+            config.head,
+            1,
+            bias=config.bias,
+            dropout=config.dropout,
+            activation=config.activation,
+        )
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

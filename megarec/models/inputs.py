@@ -84,12 +84,19 @@ class InputLayer(nn.Module):
         if layout.small_columns:
             emitted = config.small_embeddings * config.dim
             self.small_mlp = MLP(
-                layout.small_columns, config.small_mlp, emitted, bias=config.bias, dropout=config.dropout
+                layout.small_columns,
+                config.small_mlp,
+                emitted,
+                bias=config.bias,
+                dropout=config.dropout,
+                activation=config.activation,
             )
         if numeric:
             emitted = config.numeric_embeddings * config.dim
             bias = config.bias if config.numeric_bias is None else config.numeric_bias
-            self.numeric_mlp = MLP(numeric, config.numeric_mlp, emitted, bias=bias, dropout=config.dropout)
+            self.numeric_mlp = MLP(
+                numeric, config.numeric_mlp, emitted, bias=bias, dropout=config.dropout, activation=config.activation
+            )
         number_dropouts(self)
 
     def forward(self, numeric: Tensor, embedded: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -95,9 +95,17 @@ class FactorizationMachineBlock(nn.Module):
                 sizes.inputs * sizes.rank,
                 bias=config.bias,
                 dropout=config.dropout,
+                activation=config.activation,
             )
         self.norm = layer_norm(interactions, config.bias)
-        self.mlp = MLP(interactions, sizes.mlp, sizes.num_fm * config.dim, bias=config.bias, dropout=config.dropout)
+        self.mlp = MLP(
+            interactions,
+            sizes.mlp,
+            sizes.num_fm * config.dim,
+            bias=config.bias,
+            dropout=config.dropout,
+            activation=config.activation,
+        )
 
     def forward(self, x_BND: Tensor, projected: Tensor | None, keys: Tensor | None) -> Tensor:
         """X and, static Y: FM(X) [B, N, K]; attentive: the compressed X [B, C, D]; full: None -> [B, F, D]."""
@@ -154,7 +162,14 @@ class Wukong(nn.Module):
         super().__init__()
         sizes = layer_sizes(n, config)
         self.layers = nn.ModuleList(InteractionLayer(layer, config, layer_norm) for layer in sizes)
-        self.head = MLP(sizes[-1].outputs * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout)
+        self.head = MLP(
+            sizes[-1].outputs * config.dim,
+            config.head,
+            1,
+            bias=config.bias,
+            dropout=config.dropout,
+            activation=config.activation,
+        )
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

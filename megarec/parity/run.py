@@ -76,7 +76,8 @@ def write_base(directory: Path) -> Path:
 
 
 def compare(case: Case, path: Path, pool: RankPool, reference: list[float]) -> Result:
-    losses = pool.run(case_losses, path, [*case.numbers, *case.topology], STEPS)[0]
+    """A case on the ranks of a pool beside the reference's losses, over as many steps."""
+    losses = pool.run(case_losses, path, [*case.numbers, *case.topology], len(reference))[0]
     deviation = max(abs(mine - its) / abs(its) for mine, its in zip(losses, reference, strict=True))
     return Result(case.name, deviation, case.tolerance, tuple(losses))
 

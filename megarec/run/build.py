@@ -20,6 +20,7 @@ from megarec.distributed.process import threads_that_pay
 from megarec.distributed.topology import Topology, build_topology, separate_groups
 from megarec.errors import UserError
 from megarec.run.fits import check_fits
+from megarec.run.rounding import rounding_warning
 from megarec.run.schedule import Schedule
 from megarec.run.spec import ModelSpec, resolve
 from megarec.sparse.placement import Shard
@@ -30,7 +31,13 @@ from megarec.sparse.towers.replicas import resolve_optimizer
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that trains; built once, passed explicitly."""
+    """Everything that trains; built once, passed explicitly.
+
+    Attributes:
+        choices: what was chosen and why, for the log.
+        rounding: why another topology's losses will differ, where they will.
+        skipped_rows: by split and reason.
+    """
 
     config: RunConfig
     device: torch.device
@@ -46,6 +53,7 @@ class Run:
     ledger: Ledger
     overlap: bool
     choices: tuple[str, ...]
+    rounding: str | None
     skipped_rows: dict[str, dict[str, int]]
 
 
@@ -116,6 +124,7 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
         ledger=model.ledger,
         overlap=overlaps(config, topology),
         choices=choices,
+        rounding=rounding_warning(config, spec.meta_model(), total_steps),
         skipped_rows=skipped,
     )
 

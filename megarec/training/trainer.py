@@ -104,6 +104,8 @@ def _train_and_test(
     console.progress(state.step)
     for line in run.choices:
         _log.info(line)
+    if run.rounding:
+        _log.warning(run.rounding)
     monitor.text("config", f"```json\n{config.model_dump_json(indent=2)}\n```")
     monitor.text("choices", "\n\n".join(run.choices))
     monitor.hyper_parameters(hyper_parameters(run))

@@ -72,7 +72,7 @@ CASES = [
     (list(hidden), options)
     for hidden, options in itertools.product(
         ([8], [8, 4], [8, 8, 4], [4, 8, 8, 4]),
-        ({}, {"bias": False}, {"dropout": 0.4}, {"bias": False, "relu": False}),
+        ({}, {"bias": False}, {"dropout": 0.4, "activation": "silu"}, {"bias": False, "relu": False}),
     )
 ]
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from megarec.config.base import Activation
 from megarec.models.blocks import MLP, KeyedDropout, hashed_lanes, number_dropouts
 
 MASK_64 = (1 << 64) - 1
@@ -152,10 +153,11 @@ def test_every_dropout_gets_its_own_salt() -> None:
     widths=st.lists(st.integers(1, 6), min_size=2, max_size=5),
     bias=st.booleans(),
     p=st.sampled_from([0.0, 0.4]),
+    activation=st.sampled_from(["relu", "silu"]),
 )
 @settings(max_examples=40, deadline=None)
-def test_mlp(widths: list[int], bias: bool, p: float) -> None:
-    mlp = MLP(widths[0], widths[1:-1], widths[-1], bias=bias, dropout=p).double()
+def test_mlp(widths: list[int], bias: bool, p: float, activation: Activation) -> None:
+    mlp = MLP(widths[0], widths[1:-1], widths[-1], bias=bias, dropout=p, activation=activation).double()
     number_dropouts(mlp)
     assert all(type(linear) is nn.Linear for linear in mlp.linears)
     keys = torch.arange(5) + 100
@@ -165,7 +167,8 @@ def test_mlp(widths: list[int], bias: bool, p: float) -> None:
         if bias:
             expected = expected + mlp.get_parameter(f"linears.{i}.bias")
         if i < len(widths) - 2:
-            expected = expected.clamp(min=0) * kept(keys, p, widths[i + 1], salt=i) / (1 - p)
+            expected = expected.clamp(min=0) if activation == "relu" else expected / (1 + (-expected).exp())
+            expected = expected * kept(keys, p, widths[i + 1], salt=i) / (1 - p)
     torch.testing.assert_close(mlp(x, keys), expected)
     assert len(list(mlp.parameters())) == (len(widths) - 1) * (2 if bias else 1)
 

@@ -82,8 +82,17 @@ class Afn(nn.Module):
         each = embeddings_of_each(n, config)
         self.separate = config.embeddings == "separate"
         self.layers = nn.ModuleList([LogarithmicLayer(each, config, layer_norm)])
-        self.mlp = MLP(config.neurons * config.dim, config.mlp, 1, bias=config.bias, dropout=config.dropout)
-        self.head = MLP(each * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout)
+        self.mlp = MLP(
+            config.neurons * config.dim,
+            config.mlp,
+            1,
+            bias=config.bias,
+            dropout=config.dropout,
+            activation=config.activation,
+        )
+        self.head = MLP(
+            each * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout, activation=config.activation
+        )
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -15,8 +15,9 @@ width A emit for an embedding.
 import torch
 from torch import Tensor, nn
 
+from megarec.config.base import Activation
 from megarec.config.models import AutoIntConfig
-from megarec.models.blocks import MLP, init_fan_in_, number_dropouts
+from megarec.models.blocks import MLP, activation_function, init_fan_in_, number_dropouts
 
 
 class AttentionLayer(nn.Module):
@@ -26,11 +27,13 @@ class AttentionLayer(nn.Module):
         inputs: width of the embeddings that enter.
         heads: H.
         width: A, of one head.
+        activation: of what leaves.
     """
 
-    def __init__(self, inputs: int, heads: int, width: int) -> None:
+    def __init__(self, inputs: int, heads: int, width: int, activation: Activation = "relu") -> None:
         super().__init__()
         self.heads = heads
+        self.activation = activation_function(activation)
         self.projection = nn.Linear(inputs, 4 * heads * width, bias=False)  # rows: W_Q, W_K, W_V, W_Res
         init_fan_in_(self.projection.weight, inputs)
 
@@ -40,7 +43,7 @@ class AttentionLayer(nn.Module):
         scores = torch.bmm(self._by_head(query), self._by_head(key).mT)  # [B H, N, N]
         attended = torch.bmm(scores.softmax(2), self._by_head(value))  # [B H, N, A]
         attended_BNW = attended.unflatten(0, (len(x_BND), self.heads)).transpose(1, 2).flatten(2)
-        return torch.relu(attended_BNW + residual_BNW)
+        return self.activation(attended_BNW + residual_BNW)
 
     def _by_head(self, x_BNW: Tensor) -> Tensor:
         """[B, N, H A] -> [B H, N, A]."""
@@ -59,11 +62,13 @@ class AutoInt(nn.Module):
         super().__init__()
         width = config.heads * config.attention_dim
         self.layers = nn.ModuleList(
-            AttentionLayer(width if index else config.dim, config.heads, config.attention_dim)
+            AttentionLayer(width if index else config.dim, config.heads, config.attention_dim, config.activation)
             for index in range(config.layers)
         )
         self.attention_output = MLP(n * width, [], 1, bias=False)
-        self.head = MLP(n * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout)
+        self.head = MLP(
+            n * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout, activation=config.activation
+        )
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

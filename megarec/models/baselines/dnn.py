@@ -25,7 +25,9 @@ class Dnn(nn.Module):
 
     def __init__(self, n: int, config: DnnConfig | LrConfig) -> None:
         super().__init__()
-        self.head = MLP(n * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout)
+        self.head = MLP(
+            n * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout, activation=config.activation
+        )
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megarec.config.models import FinalMlpConfig
 from megarec.errors import UserError
-from megarec.models.blocks import MLP, init_fan_in_, number_dropouts
+from megarec.models.blocks import MLP, activation_function, init_fan_in_, number_dropouts
 from megarec.models.initial import draw_normal_
 
 
@@ -81,7 +81,14 @@ class Gate(nn.Module):
         if self.context is not None:
             draw_normal_(self.context, 1.0)
         inputs = (len(places) or 1) * config.dim
-        self.mlp = MLP(inputs, config.gate_mlp, n * config.dim, bias=config.bias, dropout=config.dropout)
+        self.mlp = MLP(
+            inputs,
+            config.gate_mlp,
+            n * config.dim,
+            bias=config.bias,
+            dropout=config.dropout,
+            activation=config.activation,
+        )
 
     def forward(self, x_BND: Tensor, keys: Tensor | None) -> Tensor:
         """X_0 -> gates [B, E], 1 on average where nothing is learned."""
@@ -129,9 +136,10 @@ class FinalMlp(nn.Module):
         width = n * config.dim
         self.gates = nn.ModuleList(Gate(places, n, config) for places in gate_contexts(n, config))
         self.streams = nn.ModuleList(
-            MLP(width, widths[:-1], widths[-1], bias=config.bias, dropout=config.dropout)
+            MLP(width, widths[:-1], widths[-1], bias=config.bias, dropout=config.dropout, activation=config.activation)
             for widths in (config.mlp1, config.mlp2)
         )
+        self.activation = activation_function(config.activation)
         self.fusion = Fusion(fusion_sizes(config))
         self.head = MLP(config.mlp1[-1] + config.mlp2[-1], [], 1, bias=config.bias)  # w_1, w_2 and b
         number_dropouts(self)
@@ -140,5 +148,5 @@ class FinalMlp(nn.Module):
         """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
         x_BE = x_BND.flatten(1)
         inputs = [x_BE * gate(x_BND, keys) for gate in self.gates] or [x_BE, x_BE]
-        first, second = (torch.relu(mlp(x, keys)) for mlp, x in zip(self.streams, inputs, strict=True))
+        first, second = (self.activation(mlp(x, keys)) for mlp, x in zip(self.streams, inputs, strict=True))
         return self.head(torch.cat([first, second], dim=1)).squeeze(1) + self.fusion(first, second)

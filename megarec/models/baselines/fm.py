@@ -50,7 +50,9 @@ class DeepFm(nn.Module):
     def __init__(self, n: int, config: DeepFmConfig) -> None:
         super().__init__()
         self.linear = MLP(n * config.dim, [], 1, bias=False)
-        self.head = MLP(n * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout)
+        self.head = MLP(
+            n * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout, activation=config.activation
+        )
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -55,7 +55,9 @@ class XDeepFm(nn.Module):
         )
         self.linear = MLP(n * config.dim, [], 1, bias=False)
         self.cin_output = MLP(sum(config.cin), [], 1, bias=False)
-        self.head = MLP(n * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout)
+        self.head = MLP(
+            n * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout, activation=config.activation
+        )
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -108,7 +108,7 @@ def tower_flop(config: RunConfig, layout: EmbeddingLayout, embeddings: Sequence[
     module = config.tower_module
     if isinstance(module, IdentityTowerConfig):
         return [0.0] * len(embeddings)
-    sizes, _ = module_sizes(module, layout.dim, embeddings, config.model.bias)
+    sizes, _ = module_sizes(module, layout.dim, embeddings, config.model.bias, config.model.activation)
     return [float(part.flop) for part in count_towers(sizes).values()]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from megarec.config.base import Activation
 from megarec.config.models import WukongConfig
 from megarec.config.towers import DcnTowerConfig, DlrmTowerConfig, WukongTowerConfig
 from megarec.models.blocks import MLP
@@ -90,11 +91,13 @@ class WukongTower(nn.Module):
         width: N.
         dim: D.
         bias: whether MLP, norms and map have a bias.
+        activation: of the MLP.
     """
 
-    def __init__(self, sizes: LayerSizes, width: int, dim: int, bias: bool) -> None:
+    def __init__(self, sizes: LayerSizes, width: int, dim: int, bias: bool, activation: Activation = "relu") -> None:
         super().__init__()
-        self.interaction = InteractionLayer(sizes, WukongConfig(dim=width, bias=bias), torch_layer_norm)
+        config = WukongConfig(dim=width, bias=bias, activation=activation)
+        self.interaction = InteractionLayer(sizes, config, torch_layer_norm)
         self.projection = MLP(width, [], dim, bias=bias) if dim != width else None
 
     def forward(self, x_BFN: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ def build_tower(sizes: TowerSizes, tower: int) -> nn.Module:
         case DcnTowerConfig(layers=layers, rank=rank):
             return DcnTower(features, sizes.width, outputs, sizes.dim, layers, rank, sizes.bias)
         case WukongTowerConfig():
-            return WukongTower(sizes.interaction(tower), sizes.width, sizes.dim, sizes.bias)
+            return WukongTower(sizes.interaction(tower), sizes.width, sizes.dim, sizes.bias, sizes.activation)
 
 
 class TowerModules(nn.Module):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from megarec.config.base import ModelConfig
+from megarec.config.base import Activation, ModelConfig
 from megarec.config.sections import RunConfig
 from megarec.config.towers import DcnTowerConfig, DlrmTowerConfig, IdentityTowerConfig, TowerModule, WukongTowerConfig
 from megarec.errors import UserError
@@ -34,6 +34,7 @@ class TowerSizes:
         dim: D.
         inputs: F_t by tower.
         outputs: n_t by tower.
+        activation: of the MLP of a Wukong tower (model.activation).
     """
 
     module: TowerModule
@@ -42,6 +43,7 @@ class TowerSizes:
     dim: int
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    activation: Activation = "relu"
 
     @property
     def compression(self) -> float:
@@ -100,11 +102,13 @@ def resolve_towers(config: RunConfig, layout: EmbeddingLayout) -> ResolvedTowers
                 f"embedding.features.{name}.width={width}: leave that width out, or set tower_module.name='identity'"
             )
     inputs = [sum(columns[name] for name in names) // layout.dim for names in towers.features]
-    sizes, why = module_sizes(module, layout.dim, inputs, config.model.bias)
+    sizes, why = module_sizes(module, layout.dim, inputs, config.model.bias, config.model.activation)
     return ResolvedTowers(towers, sizes, (held, why))
 
 
-def module_sizes(module: TowerModule, width: int, inputs: Sequence[int], bias: bool) -> tuple[TowerSizes, str]:
+def module_sizes(
+    module: TowerModule, width: int, inputs: Sequence[int], bias: bool, activation: Activation = "relu"
+) -> tuple[TowerSizes, str]:
     """The sizes of all modules, and the reason for them.
 
     Args:
@@ -123,7 +127,7 @@ def module_sizes(module: TowerModule, width: int, inputs: Sequence[int], bias: b
         dim, outputs = _given(module, width, inputs)
     else:
         dim, outputs = _proportional_preset(module, requested, width, inputs)
-    sizes = TowerSizes(module, bias, width, dim, tuple(inputs), tuple(outputs))
+    sizes = TowerSizes(module, bias, width, dim, tuple(inputs), tuple(outputs), activation)
     flow = f"{sum(inputs)} embeddings of {width} -> {sum(outputs)} of {dim} ({', '.join(map(str, outputs))} by tower)"
     chosen = f", c={module.c}, p={module.p}" if isinstance(module, DlrmTowerConfig) else ""
     asked = "sizes as given" if requested is None else f"asked for {requested:g}"

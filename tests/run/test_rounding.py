@@ -1,0 +1,90 @@
+"""`model.activation` reaches every ReLU of every model; a run that rounding will part says so."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megarec.config.models import MODELS
+from megarec.config.sections import RunConfig
+from megarec.data.schema import CategoricalFeature, Schema
+from megarec.models.blocks import MLP
+from megarec.models.initial import initialize, materialize
+from megarec.run.rounding import relu_inputs, rounding_warning
+from megarec.run.spec import resolve
+from megarec.sparse.towers.modules import TowerModules
+
+SCHEMA = Schema(
+    name="made up",
+    categorical=tuple(CategoricalFeature(name=f"f{i}", rows=10) for i in range(4)),
+    numeric=("age",),
+    rows={},
+)
+
+
+def config_of(model: dict[str, Any], batch_size: int = 64, **sections: Any) -> RunConfig:
+    return RunConfig.model_validate({"model": model, "data": {"path": "", "batch_size": batch_size}, **sections})
+
+
+BF16 = {"deepspeed": {"bf16": {"enabled": True}}}
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_has_one_activation(name: str, activation: str) -> None:
+    hidden = {} if name in ("lr", "fm", "finalmlp") else {"head": [8]}
+    config = config_of({"name": name, "dim": 8, "activation": activation, **hidden})
+    model = resolve(config, SCHEMA).meta_model()
+    materialize(model, torch.device("cpu"))
+    initialize(model, 1)
+    with Operators() as operators:
+        model(torch.randn(3, 1), torch.randn(3, 32), torch.arange(3))
+    expected = set() if name in ("lr", "fm") and not relu_inputs(model) else {activation}
+    assert operators.seen & {"relu", "silu"} == expected
+
+
+def test_the_module_of_a_wukong_tower_has_it_too() -> None:
+    towers = {"parallel": {"towers": 2}, "tower_module": {"name": "wukong", "compression": 2}}
+    modules = resolve(config_of({"dim": 8, "activation": "silu"}, **towers), SCHEMA).towers.modules
+    assert modules is not None
+    with Operators() as operators:
+        TowerModules(modules, [0, 1])(torch.randn(3, 32))
+    assert operators.seen & {"relu", "silu"} == {"silu"}
+
+
+def test_relu_inputs_are_those_of_hidden_layers() -> None:
+    both = torch.nn.Sequential(MLP(3, [5, 7], 2), MLP(2, [], 9), MLP(9, [4], 1, relu=False))
+    assert relu_inputs(both) == 12
+
+
+@pytest.mark.parametrize(
+    ("model", "batch_size", "steps", "sections", "warned"),
+    [
+        ({"name": "dnn", "head": [100], "numeric_mlp": []}, 1000, 1000, {}, True),  # 10^5 a step: 100 steps
+        ({"name": "dnn", "head": [100], "numeric_mlp": []}, 1000, 100, {}, False),
+        ({"name": "dnn", "head": [100], "numeric_mlp": [], "activation": "silu"}, 1000, 1000, {}, False),
+        ({"name": "dnn", "head": [100], "numeric_mlp": []}, 1000, 1000, BF16, False),
+        ({"name": "lr"}, 1000, 1000, {}, False),
+    ],
+)  # fmt: skip
+def test_the_warning(
+    model: dict[str, Any], batch_size: int, steps: int, sections: dict[str, Any], warned: bool
+) -> None:
+    config = config_of(model, batch_size, **sections)
+    warning = rounding_warning(config, resolve(config, SCHEMA).meta_model(), steps)
+    assert (warning is not None) == warned
+    if warning:
+        assert "100,000 ReLU inputs a step" in warning and "from about step 100 " in warning and "\n" not in warning
