@@ -121,9 +121,9 @@ def _plant(patch: pytest.MonkeyPatch, plan: Plan) -> None:
     patch.setattr(trainer, "differing_replicas", comparing)
     build = trainer.build_run
 
-    def building(*args: Any) -> Run:
+    def building(*args: Any, **named: Any) -> Run:
         signalled("start")
-        return build(*args)
+        return build(*args, **named)
 
     patch.setattr(trainer, "build_run", building)
 
