@@ -124,7 +124,7 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
         ledger=model.ledger,
         overlap=overlaps(config, topology),
         choices=choices,
-        rounding=rounding_warning(config, spec.meta_model(), total_steps),
+        rounding=rounding_warning(config, spec, total_steps),
         skipped_rows=skipped,
     )
 

@@ -84,7 +84,17 @@ def test_the_warning(
     model: dict[str, Any], batch_size: int, steps: int, sections: dict[str, Any], warned: bool
 ) -> None:
     config = config_of(model, batch_size, **sections)
-    warning = rounding_warning(config, resolve(config, SCHEMA).meta_model(), steps)
+    warning = rounding_warning(config, resolve(config, SCHEMA), steps)
     assert (warning is not None) == warned
     if warning:
-        assert "100,000 ReLU inputs a step" in warning and "from about step 100 " in warning and "\n" not in warning
+        assert "a step has 100,000" in warning and "from about step 100 " in warning and "\n" not in warning
+
+
+@pytest.mark.parametrize(("towers", "alone"), [(4, "0, 1, 2, 3"), ([["f0"], ["f1", "f2", "f3"]], "0"), (2, None)])
+def test_a_wukong_tower_of_one_embedding_is_named(towers: Any, alone: str | None) -> None:
+    sections = {"parallel": {"towers": towers}, "tower_module": {"name": "wukong", "compression": 1}}
+    config = config_of({"dim": 8, "activation": "silu"}, **sections)
+    warning = rounding_warning(config, resolve(config, SCHEMA), 10)
+    assert (warning is None) == (alone is None)
+    if warning:
+        assert f"one embedding in tower {alone};" in warning
