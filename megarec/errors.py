@@ -40,7 +40,7 @@ class RunEnded(Exception):
     """A run ends before its end, on all ranks alike and for a reason that was agreed on.
 
     Attributes:
-        code: the exit code (exit_codes.py).
+        code: the exit code, STOPPED or PREEMPTED.
     """
 
     def __init__(self, code: int, reason: str) -> None:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,36 +50,6 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def check_directory(key: str, path: str) -> None:
-    """Whether a directory can be made and written, or is there and can be; nothing is left behind.
-
-    Args:
-        key: of the config, for the message.
-
-    Raises:
-        UserError: it cannot.
-    """
-    try:
-        found = Path(path)
-        while not _is_there(found):
-            found = found.parent
-        if found.exists() and not found.is_dir():
-            raise NotADirectoryError(0, f"{found} is a file")
-        with tempfile.TemporaryFile(dir=found):
-            pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{key}={path!r}: cannot be written ({reason}); expected a directory to write in") from None
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    return True  # or an OSError: a name that is too long, a file among the parents
 
 
 MAX_JSON_BYTES = 256 << 20

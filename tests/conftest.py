@@ -1,6 +1,7 @@
 """For every test: pools of gloo ranks, and which test process runs it when."""
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,24 @@ def rank_pool() -> Iterator[Callable[[int], RankPool]]:
     yield pool
     while pools:
         pools.pop().close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`small_disk(options)`: a file system in memory that a test can fill, with mount's options; needs root."""
+    disk = tmp_path / "small disk"
+
+    def mount(options: str) -> Path:
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"mount: {done.stderr.strip()}")
+        return disk
+
+    yield mount
+    if disk.is_mount():
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from typing import Any
 
 from megarec.config.sections import RunConfig
 from megarec.errors import UserError
-from megarec.files import check_directory
 
 MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
 PRECISIONS = ("bf16", "bfloat16", "fp16")
@@ -198,9 +197,6 @@ def micro_batch_size(config: RunConfig, world_size: int) -> int:
     return micro
 
 
-MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
-
-
 def without_monitors(section: dict[str, Any]) -> dict[str, Any]:
     """The deepspeed section of a run that leaves nothing behind."""
     return {key: value for key, value in section.items() if key not in MONITORS}
@@ -224,17 +220,3 @@ def monitor_sections(section: dict[str, Any], output_dir: Path) -> dict[str, Any
     asked = {"tensorboard": {}, **section}
     filled = {key: {**default, **asked[key]} for key, default in defaults.items() if isinstance(asked.get(key), dict)}
     return {**asked, **filled}
-
-
-def check_outputs(config: RunConfig) -> None:
-    """Whether a run may write where it is asked to, before anything is built; nothing is left there.
-
-    Raises:
-        UserError: a file in a directory's place, no permission, a file system without files.
-    """
-    check_directory("train.output_dir", config.train.output_dir)
-    for key in ("tensorboard", "csv_monitor"):
-        given = config.deepspeed.get(key, {})
-        if given.get("enabled", key == "tensorboard"):
-            path = Path(given.get("output_path", config.train.output_dir), given.get("job_name", key))
-            check_directory(f"deepspeed.{key}.output_path", str(path))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from megarec.config.base import Activation
+from megarec.config.base import Activation, ModelConfig
 from megarec.models.initial import draw_normal_
 
 _LANE_BITS = 16
@@ -174,3 +174,8 @@ class MLP(nn.Module):
             x = linear(x)
             x = dropout(self.activation(x) if self.relu else x, keys)
         return last(x)
+
+
+def mlp_of(config: ModelConfig, inputs: int, hidden: Sequence[int], outputs: int) -> MLP:
+    """An MLP with the biases, the dropout and the activation of a dense model's config."""
+    return MLP(inputs, hidden, outputs, bias=config.bias, dropout=config.dropout, activation=config.activation)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megarec.config.models import DcnConfig
-from megarec.models.blocks import MLP, number_dropouts
+from megarec.models.blocks import MLP, mlp_of, number_dropouts
 
 
 class CrossLayer(nn.Module):
@@ -54,7 +54,7 @@ class Dcn(nn.Module):
         super().__init__()
         width = n * config.dim
         self.layers = nn.ModuleList(CrossLayer(width, config.rank, config.bias) for _ in range(config.layers))
-        self.head = MLP(width, config.head, 1, bias=config.bias, dropout=config.dropout, activation=config.activation)
+        self.head = mlp_of(config, width, config.head, 1)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

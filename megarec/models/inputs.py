@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megarec.config.base import ModelConfig
 from megarec.errors import UserError
-from megarec.models.blocks import MLP, KeyedDropout, number_dropouts
+from megarec.models.blocks import MLP, KeyedDropout, mlp_of, number_dropouts
 
 
 class EmbeddedColumns(Protocol):
@@ -83,14 +83,7 @@ class InputLayer(nn.Module):
         self.small_mlp = self.numeric_mlp = None
         if layout.small_columns:
             emitted = config.small_embeddings * config.dim
-            self.small_mlp = MLP(
-                layout.small_columns,
-                config.small_mlp,
-                emitted,
-                bias=config.bias,
-                dropout=config.dropout,
-                activation=config.activation,
-            )
+            self.small_mlp = mlp_of(config, layout.small_columns, config.small_mlp, emitted)
         if numeric:
             emitted = config.numeric_embeddings * config.dim
             bias = config.bias if config.numeric_bias is None else config.numeric_bias

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megarec.config.models import WukongConfig
 from megarec.errors import UserError
-from megarec.models.blocks import MLP, number_dropouts
+from megarec.models.blocks import mlp_of, number_dropouts
 from megarec.models.projection import Projection
 
 LayerNormFactory = Callable[[int, bool], nn.Module]
@@ -89,23 +89,11 @@ class FactorizationMachineBlock(nn.Module):
         interactions = sizes.inputs * (sizes.inputs if self.full else sizes.rank)
         self.attention = None
         if not self.full and config.projection == "attentive":
-            self.attention = MLP(
-                config.attentive.compressed * config.dim,
-                config.attentive.mlp,
-                sizes.inputs * sizes.rank,
-                bias=config.bias,
-                dropout=config.dropout,
-                activation=config.activation,
+            self.attention = mlp_of(
+                config, config.attentive.compressed * config.dim, config.attentive.mlp, sizes.inputs * sizes.rank
             )
         self.norm = layer_norm(interactions, config.bias)
-        self.mlp = MLP(
-            interactions,
-            sizes.mlp,
-            sizes.num_fm * config.dim,
-            bias=config.bias,
-            dropout=config.dropout,
-            activation=config.activation,
-        )
+        self.mlp = mlp_of(config, interactions, sizes.mlp, sizes.num_fm * config.dim)
 
     def forward(self, x_BND: Tensor, projected: Tensor | None, keys: Tensor | None) -> Tensor:
         """X and, static Y: FM(X) [B, N, K]; attentive: the compressed X [B, C, D]; full: None -> [B, F, D]."""
@@ -162,14 +150,7 @@ class Wukong(nn.Module):
         super().__init__()
         sizes = layer_sizes(n, config)
         self.layers = nn.ModuleList(InteractionLayer(layer, config, layer_norm) for layer in sizes)
-        self.head = MLP(
-            sizes[-1].outputs * config.dim,
-            config.head,
-            1,
-            bias=config.bias,
-            dropout=config.dropout,
-            activation=config.activation,
-        )
+        self.head = mlp_of(config, sizes[-1].outputs * config.dim, config.head, 1)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -35,8 +35,8 @@ def check_fits(config: RunConfig, spec: ModelSpec, topology: Topology, device: t
     shards = [s for s in place_run(config, spec.layout, spec.towers, topology) if first <= s.rank < first + here]
     needs = {
         f"tables {_rows(shards)} rows": table_bytes(shards, config.embedding),
-        f"dense {spec.cost.dense_parameters:,} parameters": here * dense_bytes(config, spec, topology, on_cpu),
-        f"step {config.data.batch_size:,} examples": here * step_bytes(config, spec, topology),
+        f"dense {spec.cost.dense_parameters:,} parameters": here * least_dense_bytes(config, spec, topology, on_cpu),
+        f"step {config.data.batch_size:,} examples": here * least_step_bytes(config, spec, topology),
     }
     total, there = sum(needs.values()), memory_of(device)
     if total > there:
@@ -52,7 +52,7 @@ def _rows(shards: Sequence[Shard]) -> str:
     return f"{sum(shard.rows for shard in shards):,}"
 
 
-def dense_bytes(config: RunConfig, spec: ModelSpec, topology: Topology, on_cpu: bool) -> int:
+def least_dense_bytes(config: RunConfig, spec: ModelSpec, topology: Topology, on_cpu: bool) -> int:
     """Least bytes of weights, gradients, masters and optimizer states of one rank."""
     settings = settings_of(config.deepspeed)
     width, shards = settings.dtype.itemsize, topology.data_size
@@ -63,7 +63,7 @@ def dense_bytes(config: RunConfig, spec: ModelSpec, topology: Topology, on_cpu: 
     return int(spec.cost.dense_parameters / topology.tensor_size * (weights + (0 if offloaded else kept)))
 
 
-def step_bytes(config: RunConfig, spec: ModelSpec, topology: Topology) -> int:
+def least_step_bytes(config: RunConfig, spec: ModelSpec, topology: Topology) -> int:
     """Least bytes of the looked-up embeddings and their gradients on one rank."""
     return 2 * 4 * spec.layout.width * (config.data.batch_size // topology.world_size)
 

@@ -1,1 +1,0 @@
-"""The training loop of a run: steps, faults, what an operator sees."""

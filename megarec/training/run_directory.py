@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megarec.checkpoint.publish import clean
+from megarec.config.sections import RunConfig
 from megarec.distributed.collectives import raise_together
 from megarec.distributed.topology import ONE_RANK, Topology
 from megarec.errors import UserError
@@ -31,6 +33,50 @@ PARTS = ("config.json", "metrics.json", "log.txt", "tensorboard", "trace", "chec
 CSV_EVIDENCE = "csv/train_logloss.csv"  # a `csv` without it may be the user's own
 PREVIOUS = "previous"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def check_outputs(config: RunConfig) -> None:
+    """Whether a run may write where it is asked to, before anything is built; nothing is left there.
+
+    Raises:
+        UserError: a file in a directory's place, no permission, a file system without files.
+    """
+    _check_directory("train.output_dir", config.train.output_dir)
+    for key in ("tensorboard", "csv_monitor"):
+        given = config.deepspeed.get(key, {})
+        if given.get("enabled", key == "tensorboard"):
+            path = Path(given.get("output_path", config.train.output_dir), given.get("job_name", key))
+            _check_directory(f"deepspeed.{key}.output_path", str(path))
+
+
+def _check_directory(key: str, path: str) -> None:
+    """Whether a directory can be made and written, or is there and can be; nothing is left behind.
+
+    Args:
+        key: of the config, for the message.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        found = Path(path)
+        while not _is_there(found):
+            found = found.parent
+        if found.exists() and not found.is_dir():
+            raise NotADirectoryError(0, f"{found} is a file")
+        with tempfile.TemporaryFile(dir=found):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{key}={path!r}: cannot be written ({reason}); expected a directory to write in") from None
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True  # or an OSError: a name that is too long, a file among the parents
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import pyarrow.compute as pc
 
 from megarec.checkpoint.store import Checkpoints
-from megarec.config.deepspeed import check_outputs
 from megarec.config.sections import RunConfig
 from megarec.data.loader import EvalLoader
 from megarec.dense.memory import saved_activations
@@ -31,7 +30,7 @@ from megarec.training.faults.replicas import differing_replicas
 from megarec.training.faults.step_check import StepCheck
 from megarec.training.id_prefetch import BatchFuture, IdPrefetcher
 from megarec.training.profiling import tracing
-from megarec.training.run_directory import only_run_in, set_aside
+from megarec.training.run_directory import check_outputs, only_run_in, set_aside
 from megarec.training.step import StepResult, predict, train_step
 from megarec.training.step_log import StepLog
 

@@ -4,10 +4,9 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,26 +129,21 @@ def test_a_directory_that_cannot_be_made_ends_the_save_at_once(tmp_path: Path) -
     assert seconds_of_failure(plan, failures[0], "rank 0: .*File exists") < 5.0
 
 
-def test_a_disk_without_inodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_inodes(small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one for the directory, the file, or the mark of a rank: the cause is told, and nobody waits."""
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.5)  # for the one case in which no rank finds room for a mark
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=12", "tmpfs", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        for free in range(4):
-            made = list(filled(tmp_path))
-            for path in made[:free]:
-                path.rmdir()
-            plan = plan_of(tmp_path, 1, ranks=2)
-            failures = [part(plan, rank) for rank in (0, 1)]
-            assert failures[1] is not None
-            assert seconds_of_failure(plan, failures[0], r"rank \d: .*No space left on device") < 5.0
-            for path in made[free:]:
-                path.rmdir()
-            assert not list(tmp_path.iterdir())
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+    disk = small_disk("size=1m,nr_inodes=12")
+    for free in range(4):
+        made = list(filled(disk))
+        for path in made[:free]:
+            path.rmdir()
+        plan = plan_of(disk, 1, ranks=2)
+        failures = [part(plan, rank) for rank in (0, 1)]
+        assert failures[1] is not None
+        assert seconds_of_failure(plan, failures[0], r"rank \d: .*No space left on device") < 5.0
+        for path in made[free:]:
+            path.rmdir()
+        assert not list(disk.iterdir())
 
 
 def filled(directory: Path) -> Iterator[Path]:

@@ -1,10 +1,9 @@
 """The writers behind DeepSpeed's monitor: each gets the same points, and one that fails ends without the run."""
 
 import csv
-import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,24 +131,14 @@ def test_a_curve_has_one_point_a_step(tmp_path: Path, monkeypatch: pytest.Monkey
     assert rows(tmp_path / "csv/train_auc.csv") == [["step", "auc"], ["10", "0.8"]]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """64 KiB."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"mount: {done.stderr.strip()}")
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", tmp_path], check=True)
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 def test_a_full_disk_ends_tensorboard_and_not_the_run(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = set(threading.enumerate())
-    monitor = Monitor(opened(monkeypatch, small_disk, {}))
+    before, disk = set(threading.enumerate()), small_disk("size=64k")
+    monitor = Monitor(opened(monkeypatch, disk, {}))
     monitor.scalars(1, {"train/logloss": 0.5})
-    (small_disk / "filler").write_bytes(b"x" * (64 * 1024 - 12 * 1024))
+    (disk / "filler").write_bytes(b"x" * (64 * 1024 - 12 * 1024))
     for step in range(2_000):
         monitor.scalars(step, {"train/logloss": 0.5})
     monitor.flush()

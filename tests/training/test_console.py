@@ -3,8 +3,7 @@
 import io
 import logging
 import re
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,22 +72,12 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Console(0, tmp_path / "file", 10, io.StringIO())
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """16 KiB."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", tmp_path], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"mount: {done.stderr.strip()}")
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", tmp_path], check=True)
-
-
-def test_a_full_disk_ends_the_file_and_not_the_run(small_disk: Path) -> None:
-    shown = io.StringIO()
-    with Console(0, small_disk, 10, shown):
+def test_a_full_disk_ends_the_file_and_not_the_run(small_disk: Callable[[str], Path]) -> None:
+    shown, disk = io.StringIO(), small_disk("size=16k")
+    with Console(0, disk, 10, shown):
         for step in range(1_000):
             LOG.info("step %d", step)
     lines = shown.getvalue().splitlines()
     assert len(lines) == 1_001
     (warning,) = (line for line in lines if "WARNING" in line)
-    assert warning.endswith(f"{small_disk / 'log.txt'} ENDS HERE, THE RUN GOES ON: No space left on device")
+    assert warning.endswith(f"{disk / 'log.txt'} ENDS HERE, THE RUN GOES ON: No space left on device")

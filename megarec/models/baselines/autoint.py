@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megarec.config.base import Activation
 from megarec.config.models import AutoIntConfig
-from megarec.models.blocks import MLP, activation_function, init_fan_in_, number_dropouts
+from megarec.models.blocks import MLP, activation_function, init_fan_in_, mlp_of, number_dropouts
 
 
 class AttentionLayer(nn.Module):
@@ -66,9 +66,7 @@ class AutoInt(nn.Module):
             for index in range(config.layers)
         )
         self.attention_output = MLP(n * width, [], 1, bias=False)
-        self.head = MLP(
-            n * config.dim, config.head, 1, bias=config.bias, dropout=config.dropout, activation=config.activation
-        )
+        self.head = mlp_of(config, n * config.dim, config.head, 1)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

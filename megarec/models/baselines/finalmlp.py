@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megarec.config.models import FinalMlpConfig
 from megarec.errors import UserError
-from megarec.models.blocks import MLP, activation_function, init_fan_in_, number_dropouts
+from megarec.models.blocks import MLP, activation_function, init_fan_in_, mlp_of, number_dropouts
 from megarec.models.initial import draw_normal_
 
 
@@ -81,14 +81,7 @@ class Gate(nn.Module):
         if self.context is not None:
             draw_normal_(self.context, 1.0)
         inputs = (len(places) or 1) * config.dim
-        self.mlp = MLP(
-            inputs,
-            config.gate_mlp,
-            n * config.dim,
-            bias=config.bias,
-            dropout=config.dropout,
-            activation=config.activation,
-        )
+        self.mlp = mlp_of(config, inputs, config.gate_mlp, n * config.dim)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None) -> Tensor:
         """X_0 -> gates [B, E], 1 on average where nothing is learned."""
@@ -136,8 +129,7 @@ class FinalMlp(nn.Module):
         width = n * config.dim
         self.gates = nn.ModuleList(Gate(places, n, config) for places in gate_contexts(n, config))
         self.streams = nn.ModuleList(
-            MLP(width, widths[:-1], widths[-1], bias=config.bias, dropout=config.dropout, activation=config.activation)
-            for widths in (config.mlp1, config.mlp2)
+            mlp_of(config, width, widths[:-1], widths[-1]) for widths in (config.mlp1, config.mlp2)
         )
         self.activation = activation_function(config.activation)
         self.fusion = Fusion(fusion_sizes(config))

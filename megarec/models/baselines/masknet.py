@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megarec.config.models import MaskNetConfig
-from megarec.models.blocks import MLP, activation_function, number_dropouts
+from megarec.models.blocks import MLP, activation_function, mlp_of, number_dropouts
 from megarec.models.wukong import LayerNormFactory, torch_layer_norm
 
 
@@ -29,9 +29,7 @@ class MaskBlock(nn.Module):
 
     def __init__(self, inputs: int, config: MaskNetConfig, layer_norm: LayerNormFactory) -> None:
         super().__init__()
-        self.mask = MLP(
-            inputs, [config.mask], inputs, bias=config.bias, dropout=config.dropout, activation=config.activation
-        )
+        self.mask = mlp_of(config, inputs, [config.mask], inputs)
         self.hidden = MLP(inputs, [], config.width, bias=False)
         self.norm = layer_norm(config.width, config.bias)
         self.activation = activation_function(config.activation)
@@ -54,14 +52,7 @@ class MaskNet(nn.Module):
         super().__init__()
         self.norm = layer_norm(config.dim, config.bias)
         self.layers = nn.ModuleList(MaskBlock(n * config.dim, config, layer_norm) for _ in range(config.blocks))
-        self.head = MLP(
-            config.blocks * config.width,
-            config.head,
-            1,
-            bias=config.bias,
-            dropout=config.dropout,
-            activation=config.activation,
-        )
+        self.head = mlp_of(config, config.blocks * config.width, config.head, 1)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
