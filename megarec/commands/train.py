@@ -20,7 +20,7 @@ from megarec.config.load import load_config  # noqa: E402
 from megarec.config.models import SCALED_SIZES, WukongConfig  # noqa: E402
 from megarec.config.sections import RunConfig  # noqa: E402
 from megarec.errors import ArgumentParser, UserError, exits_cleanly  # noqa: E402
-from megarec.launching.exit_report import end_with_mistake, reported  # noqa: E402
+from megarec.launching.exit_report import end_well, end_with_mistake, reported  # noqa: E402
 from megarec.launching.orphans import end_without_launcher  # noqa: E402
 
 
@@ -47,6 +47,8 @@ def main() -> None:
             from megarec.training.trainer import train  # seconds of imports that --print-config and a mistake can save
 
             train(config, resume=arguments.resume, started=STARTED)
+            if "RANK" in os.environ:
+                end_well()
     except UserError as error:
         if "RANK" in os.environ:
             end_with_mistake(error)

@@ -3,6 +3,7 @@
 The line says why the rank failed; where others failed first, no traceback buries their cause.
 """
 
+import atexit
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from megarec.errors import USER_MISTAKE, RunEnded, UserError
+from megarec.errors import DONE, USER_MISTAKE, RunEnded, UserError
 
 JOB_VARIABLE = "MEGAREC_JOB"  # set in ranks that a supervisor listens to
 _MARK = "@megarec"
@@ -156,6 +157,18 @@ def end_with_mistake(error: UserError) -> NoReturn:
         os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", _LATER, line, str(USER_MISTAKE)])
     os.write(2, line.encode(errors="replace"))
     os._exit(USER_MISTAKE)
+
+
+def end_well() -> NoReturn:
+    """Exit code 0 after what is registered for the exit has run (a tracker's last upload, shared memory).
+
+    The interpreter does not shut down: beside threads of gloo that could abort a rank whose run went well, and the
+    launcher would report its -6.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(DONE)
 
 
 def _end(outcome: Outcome) -> None:

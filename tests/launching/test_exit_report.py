@@ -104,6 +104,22 @@ def test_a_mistake_ends_a_rank_at_once_whatever_threads_it_has(rank: str) -> Non
     assert (done.returncode, done.stdout, done.stderr) == (2, "up\n", "error: data.batch_size=7 does not divide\n")
 
 
+WELL = """
+import atexit, threading, time
+from megarec.launching.exit_report import end_well
+atexit.register(print, 'registered')
+threading.Thread(target=time.sleep, args=(600,)).start()  # an interpreter that shuts down would wait for it
+end_well()
+"""
+
+
+def test_a_good_end_runs_what_is_registered_and_does_not_shut_down() -> None:
+    command = [sys.executable, "-c", WELL]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "registered\n", "")
+
+
 INTERRUPTED = """
 import os, signal
 from megarec.launching.exit_report import reported
