@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import megarec
 from megarec.checkpoint import offline
+from megarec.checkpoint.format import SEALED_EXPORT, sealed
 from megarec.data.loader import EvalLoader
 from megarec.data.schema import load_schema
 from megarec.data.store import open_split
@@ -143,7 +144,14 @@ def test_a_model_whose_config_claims_other_sizes_is_refused(
     about["schema"]["categorical"][0]["rows"] = about["schema"]["categorical"][4]["rows"] = 1 << 40
     for feature in about["schema"]["categorical"]:
         feature["rows"] = 1 << 40
+    del about["seal"]
     path.write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"config.json: version 2 without a seal: edited"):
+        megarec.load_model(tmp_path / "model")
+    path.write_bytes(sealed(about, SEALED_EXPORT).replace(b'"dropout": 0.1', b'"dropout": 0.3'))
+    with pytest.raises(UserError, match=r"config.json: its checksum is \w+, not the one of its seal"):
+        megarec.load_model(tmp_path / "model")
+    path.write_bytes(sealed(about, SEALED_EXPORT))
     with pytest.raises(UserError, match=r"table/\S+ is \[.*\], config.json says \[1099511627776, 8\]"):
         megarec.load_model(tmp_path / "model")
 
