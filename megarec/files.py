@@ -237,8 +237,11 @@ def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
 def _too_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [part for whole in level for _, part in _parts(whole) if isinstance(part, dict | list)]
-        if not level:
+        below: list[Any] = []
+        for whole in level:
+            parts = whole.values() if isinstance(whole, dict) else whole if isinstance(whole, list) else ()
+            below += [part for part in parts if isinstance(part, (dict, list))]
+        if not (level := below):
             return False
     return True
 

@@ -11,7 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megarec.checkpoint.format import DTYPES, FileTensor, Index, Slice, checked_size, read_header
+from megarec.checkpoint.format import (
+    DTYPE_NAMES,
+    DTYPES,
+    FileEntry,
+    FileTensor,
+    Index,
+    Slice,
+    TensorEntry,
+    checked_size,
+    read_header,
+)
 from megarec.checkpoint.writing import verify_file
 from megarec.errors import DamagedCheckpoint, UserError
 from megarec.slices import Ints, TensorSlice
@@ -92,6 +102,32 @@ class Reader:
         if found is None or (found.dtype, found.shape) != (dtype, shape):
             raise DamagedCheckpoint(f"{self.directory / part.file}: {part.key} is not the {dtype} {shape} of the index")
         return found
+
+
+def index_of_file(path: Path, entry: FileEntry) -> Index:
+    """What a file of whole tensors, such as an exported model's, would be in a checkpoint: enough for a `Reader`.
+
+    Raises:
+        DamagedCheckpoint: it is no safetensors file.
+    """
+    tensors = {}
+    for name, found in read_header(path).items():
+        part = Slice(file=path.name, key=name, start=(0,) * len(found.shape), stop=found.shape)
+        tensors[name] = TensorEntry(dtype=DTYPE_NAMES[found.dtype], shape=found.shape, slices=(part,))  # type: ignore
+    return Index(
+        format="megarec checkpoint",
+        version=2,
+        step=0,
+        position={},
+        topology={},
+        config={},
+        data_schema={},
+        towers=None,
+        optimizer="",
+        loss_scale=None,
+        tensors=tensors,
+        files={path.name: entry},
+    )
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -9,10 +9,12 @@ from rich.table import Column, Table
 
 from megarec.config.load import load_config
 from megarec.data.schema import schema_of
-from megarec.distributed.topology import Topology, check_divides
-from megarec.errors import ArgumentParser, UserError, exits_cleanly
+from megarec.distributed.topology import Topology, check_divides, check_job
+from megarec.errors import ArgumentParser, exits_cleanly
 from megarec.run.spec import resolve
 from megarec.sparse.run_placement import Explanation, explain
+
+MOST_ROWS = 1_000  # of a table: more take minutes to lay out
 
 
 @exits_cleanly
@@ -24,9 +26,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override the config")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     arguments = parser.parse_args()
-    for name, value in (("--hosts", arguments.hosts), ("--ranks-per-host", arguments.ranks_per_host)):
-        if value < 1:
-            raise UserError(f"{name} {value}: expected at least 1")
+    check_job(arguments.hosts, arguments.ranks_per_host)
     config = load_config(arguments.config, arguments.set)
     world_size = arguments.hosts * arguments.ranks_per_host
     check_divides(world_size, arguments.ranks_per_host, config.parallel.tensor)
@@ -49,9 +49,11 @@ def show(found: Explanation) -> None:
         tables.add_row(t.table, f"{t.rows:,}", str(t.columns), t.kind, ranks, f"{t.bytes / 2**20:,.2f}", t.why)
     console.print(tables)
     loads = Table("rank", "shards", "MiB", "lookups a step")
-    for load in found.ranks:
+    for load in found.ranks[:MOST_ROWS]:
         loads.add_row(str(load.rank), str(load.shards), f"{load.bytes / 2**20:,.2f}", f"{load.lookups:,.0f}")
     console.print(loads)
+    if len(found.ranks) > MOST_ROWS:
+        print(f"... and {len(found.ranks) - MOST_ROWS:,} ranks more; --json has them all")
     print("largest rank over the mean: " + ", ".join(f"{name} {value:.2f}" for name, value in found.imbalance.items()))
 
 

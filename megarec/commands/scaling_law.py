@@ -12,6 +12,8 @@ from megarec.scaling.study import Study, as_json, study
 from megarec.scaling.tables import in_words, markdown
 from megarec.signals import unwinding
 
+MOST_JOBS = 4_096
+
 
 @exits_cleanly
 @unwinding()
@@ -68,6 +70,8 @@ def run_study(arguments: argparse.Namespace) -> None:
     for name in ("jobs", "budget_gflop", "hours", "gflop_per_second"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected more than 0")
+    if arguments.jobs > MOST_JOBS:
+        raise UserError(f"--jobs {arguments.jobs}: expected at most {MOST_JOBS:,} runs at a time on one machine")
     trials = read_grid(arguments.study)
     slots = slots_of(read_hostfile(arguments.hostfile)) if arguments.hostfile else local_slots(arguments.jobs)
     budget = Budget(arguments.budget_gflop, arguments.hours, arguments.gflop_per_second)

@@ -10,6 +10,7 @@ Count = Annotated[int, Field(ge=0, le=10**12)]  # of steps, examples, validation
 Positive = Annotated[int, Field(gt=0, le=10**12)]
 Size = Annotated[int, Field(gt=0, le=2**20)]  # a width, or how many embeddings
 Layers = Annotated[int, Field(gt=0, le=1_000)]
+MOST_LINEAR = 100_000  # linear layers of one kind in a model: their number is what takes time to build
 Ranks = Annotated[int, Field(gt=0, le=2**20)]
 Widths = Annotated[list[Size], Field(max_length=1_000)]
 PerLayer = Size | Widths

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field, Tag, model_validator
 
-from megarec.config.base import Above0, Layers, ModelConfig, PerLayer, Section, Size, Widths, by_name
+from megarec.config.base import MOST_LINEAR, Above0, Layers, ModelConfig, PerLayer, Section, Size, Widths, by_name
 
 NoHead = Annotated[list[Size], Field(max_length=0)]
 NO_HEAD = "this model has no MLP at its end: stays empty"
@@ -166,6 +166,16 @@ class WukongConfig(ModelConfig):
         "static", description="Y: a learned parameter, or computed from X"
     )
     attentive: AttentiveConfig = Field(AttentiveConfig(), description="sizes of the attentive projection")
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> "WukongConfig":
+        per_layer = [len(widths) for widths in self.mlp if isinstance(widths, list)]
+        linear = sum(per_layer) or self.layers * len(self.mlp)
+        if linear > MOST_LINEAR:
+            raise ValueError(
+                f"layers={self.layers} with its mlp makes {linear:,} linear layers; expected at most {MOST_LINEAR:,}"
+            )
+        return self
 
 
 SCALED_SIZES = ("layers", "num_fm", "num_lcb", "rank", "mlp")  # what WukongConfig.scale derives

@@ -1,6 +1,7 @@
 """What prepared data looks like: `schema.json` beside the parquet shards of each split."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -85,7 +86,7 @@ class Schema(BaseModel):
     def _consistent(self) -> "Schema":
         names = [f.name for f in self.categorical] + list(self.numeric) + [self.label]
         names += [f.weights_column for f in self.categorical if f.weighted]
-        repeated = sorted({n for n in names if names.count(n) > 1})
+        repeated = sorted(name for name, times in Counter(names).items() if times > 1)
         if repeated:
             raise ValueError(f"columns named twice: {', '.join(repeated)}")
         by_name = {f.name: f for f in self.categorical}

@@ -20,6 +20,7 @@ from megarec.distributed.process import rank_device
 from megarec.errors import UserError
 
 Group = dist.ProcessGroup
+MOST_RANKS = 1 << 20
 NAME_BYTES = 255  # of a host: POSIX has no longer ones
 
 
@@ -66,6 +67,18 @@ class Topology:
 
 
 ONE_RANK = Topology(0, 1, 1, 1)
+
+
+def check_job(hosts: int, ranks_per_host: int) -> None:
+    """Raise a UserError where the options of a tool make no job that anybody has."""
+    for name, value in (("--hosts", hosts), ("--ranks-per-host", ranks_per_host)):
+        if value < 1:
+            raise UserError(f"{name} {value}: expected at least 1")
+    if hosts * ranks_per_host > MOST_RANKS:
+        raise UserError(
+            f"--hosts {hosts} x --ranks-per-host {ranks_per_host} = {hosts * ranks_per_host:,} ranks: expected at most "
+            f"{MOST_RANKS:,}"
+        )
 
 
 def check_divides(world_size: int, ranks_per_host: int, tensor: int) -> None:

@@ -27,7 +27,7 @@ from megarec.dense.masters import optimizer_of
 from megarec.dense.memory import Parts, saved_activations
 from megarec.dense.side import DenseSide
 from megarec.distributed.process import give_back_freed_memory, start_process
-from megarec.distributed.topology import Topology, build_topology, check_divides
+from megarec.distributed.topology import Topology, build_topology, check_divides, check_job
 from megarec.errors import UserError
 from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.planning.fake_job import fake_job
@@ -153,9 +153,7 @@ def rehearse(config: RunConfig, schema: Schema, hosts: int, ranks_per_host: int,
 
 def check_ranks(config: RunConfig, hosts: int, ranks_per_host: int, rank: int) -> None:
     """Raise a UserError where the command line makes no job, or another one than the config."""
-    for name, value in (("--hosts", hosts), ("--ranks-per-host", ranks_per_host)):
-        if value < 1:
-            raise UserError(f"{name} {value}: expected at least 1")
+    check_job(hosts, ranks_per_host)
     world_size = hosts * ranks_per_host
     if not 0 <= rank < world_size:
         raise UserError(f"--rank {rank}: {hosts} hosts x {ranks_per_host} ranks have the ranks 0 to {world_size - 1}")

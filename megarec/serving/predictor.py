@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
 from torch import Tensor
 
 from megarec.checkpoint.format import (
@@ -22,11 +21,10 @@ from megarec.checkpoint.format import (
     Index,
     checked_size,
     read_export,
-    read_header,
     read_index,
 )
 from megarec.checkpoint.offline import is_weight
-from megarec.checkpoint.reading import Reader, verify
+from megarec.checkpoint.reading import Reader, index_of_file, verify
 from megarec.checkpoint.sparse import TABLES, TOWERS
 from megarec.checkpoint.writing import verify_file
 from megarec.config.sections import RunConfig
@@ -37,7 +35,7 @@ from megarec.dense.masters import DENSE as DENSE
 from megarec.dense.settings import settings_of
 from megarec.distributed.collectives import Ledger
 from megarec.distributed.topology import ONE_RANK
-from megarec.errors import DamagedCheckpoint, UserError
+from megarec.errors import DamagedCheckpoint, UserError, did_you_mean
 from megarec.models.initial import materialize
 from megarec.models.recommender import Recommender
 from megarec.run.spec import resolve
@@ -62,9 +60,35 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
-        """Logits float32 [B]; their sigmoid is the predicted probability of the label."""
+        """Logits float32 [B]; their sigmoid is the predicted probability of the label.
+
+        Raises:
+            UserError: the batch has not the features of `schema`, or an id lies in no row of its table.
+        """
+        _check_batch(batch, self.schema)
         logits: Tensor = self._model(batch.numeric, self._sparse.look_up(batch).values, batch.keys)
         return logits
+
+
+def _check_batch(batch: Batch, schema: Schema) -> None:
+    """The features are those of the schema, ids are rows: an id one past the end may be the next table's."""
+    if batch.numeric.shape[1] != len(schema.numeric):
+        raise UserError(f"the batch has {batch.numeric.shape[1]} numeric columns, the model {len(schema.numeric)}")
+    outside = []
+    for feature in schema.categorical:
+        ids = batch.ids.get(feature.name)
+        if ids is None:
+            raise UserError(f"the batch lacks {feature.name!r}; {did_you_mean(feature.name, batch.ids)}")
+        for what, there, wanted in (
+            ("lengths", ids.lengths is not None, feature.multi_valued),
+            ("weights", ids.weights is not None, feature.weighted),
+        ):
+            if there != wanted:
+                raise UserError(f"the batch has {feature.name!r} with{'' if there else 'out'} {what}, unlike the model")
+        outside.append(((ids.values < 0) | (ids.values >= feature.rows)).any())
+    if outside and bool(torch.stack(outside).any()):  # one wait for the device
+        feature = next(feature for feature, bad in zip(schema.categorical, outside, strict=True) if bad)
+        raise UserError(f"the batch has ids of {feature.name!r} outside of [0, {feature.rows}), the rows of its table")
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Predictor:
@@ -78,10 +102,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Predicto
     config, schema = _model_of(about, directory / MODEL_CONFIG)
     file = checked_size(directory, MODEL_FILE, about.file)
     verify_file(file, about.file)
-    shapes = {name: tensor.shape for name, tensor in read_header(file).items()}
-    with safe_open(file, "pt") as tensors:
-        weights = _Weights(shapes, lambda name, into: into.copy_(tensors.get_tensor(name)), file, MODEL_CONFIG)
-        return _predictor(config, schema, weights, torch.device(device))
+    reader = Reader(directory, index_of_file(file, about.file))
+    return _predictor(config, schema, _weights(reader, file, MODEL_CONFIG), torch.device(device))
 
 
 def load_checkpoint(directory: Path, device: str | torch.device = "cpu") -> Predictor:
@@ -93,13 +115,7 @@ def load_checkpoint(directory: Path, device: str | torch.device = "cpu") -> Pred
     index = read_index(directory)
     config, schema = _model_of(index, directory / INDEX)
     verify(directory, index)
-    reader = Reader(directory, index)
-    shapes = {name: entry.shape for name, entry in index.tensors.items() if is_weight(name)}
-
-    def fill(name: str, into: Tensor) -> None:
-        reader.fill(TensorSlice(name, shapes[name], (0,) * into.dim(), into))
-
-    return _predictor(config, schema, _Weights(shapes, fill, directory, INDEX), torch.device(device))
+    return _predictor(config, schema, _weights(Reader(directory, index), directory, INDEX), torch.device(device))
 
 
 @dataclass(frozen=True)
@@ -119,13 +135,28 @@ class _Weights:
     about: str
 
 
+def _weights(reader: Reader, path: Path, about: str) -> _Weights:
+    shapes = {name: entry.shape for name, entry in reader.index.tensors.items() if is_weight(name)}
+
+    def fill(name: str, into: Tensor) -> None:
+        reader.fill(TensorSlice(name, shapes[name], (0,) * into.dim(), into))
+
+    return _Weights(shapes, fill, path, about)
+
+
 def _predictor(config: RunConfig, schema: Schema, weights: _Weights, device: torch.device) -> Predictor:
     """Check that the weights are those of the model, then build and fill it."""
-    spec = resolve(config, schema)
-    model = spec.meta_model()
-    expected = {DENSE + name: tuple(p.shape) for name, p in model.named_parameters()}
-    expected |= {f"{TABLES}{table.name}/weight": (table.rows, table.columns) for table in spec.layout.tables}
-    expected |= _tower_shapes(spec.towers)
+    try:
+        spec = resolve(config, schema)
+        model = spec.meta_model()
+        expected = {DENSE + name: tuple(p.shape) for name, p in model.named_parameters()}
+        expected |= {f"{TABLES}{table.name}/weight": (table.rows, table.columns) for table in spec.layout.tables}
+        expected |= _tower_shapes(spec.towers)
+    except (AssertionError, RuntimeError, LookupError, TypeError, ArithmeticError) as error:
+        # What `load_config` refuses of a config, with words of its own; nobody wrote this one by hand.
+        raise DamagedCheckpoint(
+            f"{weights.path}: {weights.about} describes no model that can be built ({error}): damaged, or edited"
+        ) from error
     _check(weights, expected)
 
     module = config.tower_module

@@ -3,6 +3,7 @@
 MEGAREC_EXACT=1 asks for the same floats: on the machine that wrote them. Elsewhere the last bits may differ.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import megarec
 from megarec.config.load import load_config
 from megarec.data.batch import Batch, Ids
 from megarec.distributed.rank_pool import RankPool
+from megarec.errors import UserError
 from megarec.training import trainer
 from tests.logged import logged_lines
 from tests.processes import python
@@ -89,6 +91,29 @@ def work(tmp_path: Path) -> Path:
 
 def test_its_export_predicts_the_same() -> None:
     check_logits(WRITTEN / "export", "export")
+
+
+def test_a_batch_that_is_not_of_the_model_is_refused() -> None:
+    """An id one past the end of a table would be the first row of the next one."""
+    model, good = megarec.load_model(WRITTEN / "export"), batch()
+    name = model.schema.categorical[0].name
+    rows, ids = model.schema.categorical[0].rows, good.ids[name]
+
+    def with_ids(**others: Ids) -> Batch:
+        return dataclasses.replace(good, ids={**good.ids, **others})
+
+    past, none = ids.values.clone(), {key: value for key, value in good.ids.items() if key != name}
+    past[3] = rows
+    wrong = {
+        rf"ids of '{name}' outside of \[0, {rows}\)": with_ids(**{name: Ids(past)}),
+        rf"lacks '{name}'": dataclasses.replace(good, ids=none),
+        rf"'{name}' with lengths": with_ids(**{name: Ids(ids.values, torch.ones_like(ids.values))}),
+        "'multi_0' without lengths": with_ids(multi_0=Ids(ids.values)),
+        "1 numeric columns, the model 2": dataclasses.replace(good, numeric=good.numeric[:, :1]),
+    }
+    for message, bad in wrong.items():
+        with pytest.raises(UserError, match=message):
+            model.predict(bad)
 
 
 def test_its_checkpoints_are_whole_and_export_the_same(work: Path) -> None:

@@ -174,3 +174,14 @@ def test_where_nothing_can_be_written_is_one_line(
 def test_an_empty_output_dir_is_no_directory(run: Path) -> None:
     with pytest.raises(UserError, match=r"train\.output_dir=\"\": string should have at least 1 character"):
         load_config(run, ['train.output_dir=""'])
+
+
+def test_a_model_of_a_million_layers_is_refused_before_any_is_made(run: Path) -> None:
+    for words in (["model.layers=1000000"], ["model.layers=1000", f"model.mlp={[8] * 1_000}"]):
+        with pytest.raises(UserError, match=r"run.json: model.*(less than or equal to 1000|1,000,000 linear layers)"):
+            load_config(run, words)
+    schema = Schema(name="x", categorical=tuple(CategoricalFeature(name=f"f{i}", rows=2) for i in range(200)), rows={})
+    towers = ["parallel.towers=200", "tower_module.name=wukong", "tower_module.compression=2"]
+    config = load_config(run, [*towers, f"tower_module.mlp={[8] * 1_000}"])
+    with pytest.raises(UserError, match="tower_module: 1,000 layers in each of 200 towers; expected at most 100,000"):
+        resolve(config, schema)

@@ -130,6 +130,8 @@ def test_mistakes_exit_2_with_one_line(base: Path, arguments: list[str], words: 
         ([], (0, 2, 0), "--hosts 0: expected at least 1"),
         ([], (2, -1, 0), "--ranks-per-host -1: expected at least 1"),
         ([], (2, 2, -1), "--rank -1"),
+        ([], (10**9, 1, 0), "--ranks-per-host 1 = 1,000,000,000 ranks: expected at most 1,048,576"),
+        ([], (1, 10**9, 0), "--hosts 1 x --ranks-per-host 1000000000 = 1,000,000,000 ranks"),
         (["parallel.ranks_per_host=2"], (2, 1, 0), "parallel.ranks_per_host=2; make them equal"),
         (["parallel.tensor=3"], (2, 2, 0), "parallel.tensor=3 does not divide the 2 ranks of a host"),
     ],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from megarec.config.base import Activation, ModelConfig
+from megarec.config.base import MOST_LINEAR, Activation, ModelConfig
 from megarec.config.sections import RunConfig
 from megarec.config.towers import DcnTowerConfig, DlrmTowerConfig, IdentityTowerConfig, TowerModule, WukongTowerConfig
 from megarec.errors import UserError
@@ -101,6 +101,12 @@ def resolve_towers(config: RunConfig, layout: EmbeddingLayout) -> ResolvedTowers
                 f"tower_module.name={module.name!r} takes embeddings of width model.dim={layout.dim}, but "
                 f"embedding.features.{name}.width={width}: leave that width out, or set tower_module.name='identity'"
             )
+    deep = len(module.mlp) if isinstance(module, WukongTowerConfig) else getattr(module, "layers", 1)
+    if len(towers.features) * deep > MOST_LINEAR:
+        raise UserError(
+            f"tower_module: {deep:,} layers in each of {len(towers.features):,} towers; expected at most "
+            f"{MOST_LINEAR:,} in all"
+        )
     inputs = [sum(columns[name] for name in names) // layout.dim for names in towers.features]
     sizes, why = module_sizes(module, layout.dim, inputs, config.model.bias, config.model.activation)
     return ResolvedTowers(towers, sizes, (held, why))
