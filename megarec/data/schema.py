@@ -1,5 +1,6 @@
 """What prepared data looks like: `schema.json` beside the parquet shards of each split."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -187,6 +188,24 @@ def select_features(schema: Schema, names: list[str] | None) -> Schema:
     )
 
 
+MADE_UP = "made up"
+"""How the identity of synthetic features begins."""
+
+
+def made_up(features: tuple[CategoricalFeature, ...], numeric: tuple[str, ...], seed: int, how: str) -> dict[str, str]:
+    """`Schema.identity` of synthetic data: what a value says of the label follows from seed and features together.
+
+    Not from the number of examples: more of them are of the same kind.
+
+    Args:
+        how: what the label is drawn from.
+    """
+    shape = [[f.name, f.rows, f.multi_valued, f.weighted, f.table] for f in features]
+    digest = hashlib.sha256(json.dumps([shape, numeric]).encode()).hexdigest()[:12]
+    text = f"{MADE_UP} with seed {seed} ({how}, features {digest})"
+    return dict.fromkeys([*(f.name for f in features), *numeric], text)
+
+
 def identity_difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
     """The first feature whose values became numbers in two ways, in words; what is unknown of either side fits.
 
@@ -196,8 +215,10 @@ def identity_difference(there: Mapping[str, str], here: Mapping[str, str]) -> st
     """
     for name, text in there.items():
         if here.get(name, text) != text:
-            return (
-                f"{name} means {text} there, {here[name]} here, so that its numbers stand for other values; prepare "
-                "the raw files with --vocabulary DIR, the data set that it was trained on"
+            remedy = (
+                "take the seed and the features that it was trained on"
+                if text.startswith(MADE_UP) and here[name].startswith(MADE_UP)
+                else "prepare the raw files with --vocabulary DIR, the data set that it was trained on"
             )
+            return f"{name} means {text} there, {here[name]} here, so that its numbers stand for other values; {remedy}"
     return None

@@ -11,6 +11,9 @@ import pytest
 from megarec.checkpoint.compatibility import check_schema
 from megarec.commands.evaluate import fitting_schema
 from megarec.data.schema import Schema, load_schema, select_features
+from megarec.data.sources import planted
+from megarec.data.sources.planted import prepare_planted
+from megarec.data.sources.synthetic import Shape, _schema, prepare_like, prepare_synthetic
 from megarec.data.sources.table import prepare_table
 from megarec.errors import UserError
 from tests.data.sources.test_table import write_spec
@@ -138,6 +141,55 @@ def test_a_vocabulary_of_an_earlier_version_keeps_its_rows(tmp_path: Path) -> No
     pq.write_table(pq.read_table(file).set_column(0, "value", [["7.0", "True"]]), file)
     text = HEADER + "7,a,,1,1\nTrue,a,,1,1\n"
     assert pq.read_table(prepare(tmp_path, "b", text, vocabulary=one) / "test")["user"].to_pylist() == [1, 2]
+
+
+OTHERS = {  # of the same columns and sizes
+    "seed": lambda path: prepare_synthetic(Shape(examples=50, seed=2), path),
+    "numeric features": lambda path: prepare_synthetic(Shape(examples=50, numeric=4), path),
+    "rows": lambda path: prepare_synthetic(Shape(examples=50, rows=99), path),
+    "features like these": lambda path: prepare_like(LIKE, path, examples=50, seed=3),
+}
+LIKE = _schema(Shape(examples=50))
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_synthetic_data_have_an_identity_too(other: str, tmp_path: Path) -> None:
+    here = prepare_synthetic(Shape(examples=50), tmp_path / "here")
+    more = prepare_synthetic(Shape(examples=80), tmp_path / "more")
+    like = prepare_like(LIKE, tmp_path / "like", examples=60, seed=1)
+    assert set(here.identity) == {*(f.name for f in here.categorical), *here.numeric}
+    assert here.identity == more.identity == like.identity  # the same planted model, whatever the number of rows
+    fitting_schema(here, more, Path("schema.json"))
+    resume(tmp_path / "here", tmp_path / "more")
+    OTHERS[other](tmp_path / "other")
+    with pytest.raises(
+        UserError, match=r"trained on other data: .*(single_0 means made up with seed 1 .* there|there,)"
+    ):
+        resume(tmp_path / "here", tmp_path / "other")
+    with pytest.raises(UserError, match=r"single_0 means made up with seed 1 .* there, made up with .*; take the seed"):
+        fitting_schema(here, load_schema(tmp_path / "other"), Path("schema.json"))
+
+
+def test_planted_data_have_an_identity_too(tmp_path: Path) -> None:
+    schemas = [
+        prepare_planted(
+            planted.Shape(examples=40, features=4, order=order, groups=groups, seed=seed), tmp_path / str(i)
+        )
+        for i, (order, groups, seed) in enumerate([(3, 2, 1), (3, 2, 2), (2, 2, 1), (3, 1, 1)])
+    ]
+    for number, other in enumerate(schemas[1:], 1):
+        with pytest.raises(UserError, match=r"f00 means made up with seed 1 \(2 interactions of orders 1 to 3"):
+            fitting_schema(schemas[0], other, Path("schema.json"))
+        with pytest.raises(UserError, match="f00 means made up"):
+            resume(tmp_path / "0", tmp_path / str(number))
+
+
+def test_made_up_and_real_values_do_not_mix(tmp_path: Path) -> None:
+    one = load_schema(prepare(tmp_path, "one", ONE))
+    prepare_like(one, tmp_path / "made up", examples=50, seed=1)
+    for there, here in (("one", "made up"), ("made up", "one")):
+        with pytest.raises(UserError, match=r"trained on other data: user means .*--vocabulary"):
+            resume(tmp_path / there, tmp_path / here)
 
 
 def test_schemas_of_earlier_versions_are_valid() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from megarec.data.schema import CategoricalFeature, Optimum, Schema, save_schema
+from megarec.data.schema import CategoricalFeature, Optimum, Schema, made_up, save_schema
 from megarec.data.sources.synthetic import split_rows
 from megarec.data.writing import SplitWriter, write_dataset
 from megarec.errors import UserError
@@ -159,10 +159,12 @@ def _write(directory: Path, shape: Shape) -> Schema:
                 columns = {name: pa.array(ids[:, place]) for place, name in enumerate(names)}
                 writer.write(pa.table({**columns, "label": pa.array(labels.astype(np.int8))}))
         optimum[split] = Optimum(entropy=expected / count, drawn=drawn / count)
+    categorical = tuple(CategoricalFeature(name=name, rows=shape.rows) for name in names)
     schema = Schema(
         name="planted",
         label_rule=f"drawn with a known probability from planted interactions of orders 1 to {shape.order}",
-        categorical=tuple(CategoricalFeature(name=name, rows=shape.rows) for name in names),
+        categorical=categorical,
+        identity=made_up(categorical, (), shape.seed, f"{shape.groups} interactions of orders 1 to {shape.order}"),
         rows=rows,
         optimum=optimum,
         source=f"synthetic (made up, seed {shape.seed}): {shape.groups} interactions of each order",

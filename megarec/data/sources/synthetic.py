@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from megarec.data.schema import SPLITS, CategoricalFeature, Schema, save_schema
+from megarec.data.schema import SPLITS, CategoricalFeature, Schema, made_up, save_schema
 from megarec.data.writing import SplitWriter, write_dataset
 from megarec.errors import UserError
 
@@ -64,12 +64,13 @@ def prepare_like(like: Schema, output: Path, *, examples: int, seed: int, max_ro
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: expected at least {least}")
     cap = max_rows or max((feature.rows for feature in like.categorical), default=0)
+    categorical = tuple(f.model_copy(update={"rows": min(f.rows, cap)}) for f in like.categorical)
     schema = like.model_copy(
         update={
-            "categorical": tuple(f.model_copy(update={"rows": min(f.rows, cap)}) for f in like.categorical),
+            "categorical": categorical,
             "label_rule": _LABEL_RULE,
             "rows": split_rows(examples),
-            "identity": {},
+            "identity": made_up(categorical, like.numeric, seed, _LABEL_RULE),
             "unknown": {},
             "source": f"synthetic (made up, seed {seed}) with the features of {like.name}, tables capped at {cap} rows",
         }
@@ -108,11 +109,13 @@ def _schema(shape: Shape) -> Schema:
         )
         for i in range(shape.multi)
     ]
+    categorical, numeric = tuple(single + multi), tuple(f"numeric_{i}" for i in range(shape.numeric))
     return Schema(
         name="synthetic",
         label_rule=_LABEL_RULE,
-        categorical=tuple(single + multi),
-        numeric=tuple(f"numeric_{i}" for i in range(shape.numeric)),
+        categorical=categorical,
+        numeric=numeric,
+        identity=made_up(categorical, numeric, shape.seed, _LABEL_RULE),
         rows=split_rows(shape.examples),
         source=f"synthetic (made up, seed {shape.seed}): for tests and benchmarks only",
     )
