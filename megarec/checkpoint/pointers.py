@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 LATEST, BEST = "latest", "best"
-NAME = re.compile(r"step-\d{9,}")
+NAME = re.compile(r"step-[0-9]{9,18}")  # a step is below 2^62
 
 
 def name_of(step: int) -> str:

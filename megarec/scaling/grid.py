@@ -15,7 +15,7 @@ from megarec.config.load import describe, load_config
 from megarec.config.sections import RunConfig
 from megarec.data.schema import Schema, schema_of
 from megarec.errors import UserError
-from megarec.files import read_object
+from megarec.files import file_name, read_object
 from megarec.run.cost import Cost
 from megarec.run.spec import resolve
 
@@ -70,7 +70,7 @@ class Trial:
     @property
     def name(self) -> str:
         """Of its directory; another config has another one."""
-        return f"{self.model}-seed{self.seed}-{self.config_hash}"
+        return file_name(f"{self.model}-seed{self.seed}-{self.config_hash}")
 
     @property
     def gflop(self) -> float:

@@ -221,3 +221,20 @@ def test_a_mark_that_cannot_come_is_not_waited_for(tmp_path: Path, monkeypatch: 
     others.failures = {0: "full", 1: "Read-only file system"}
     with pytest.raises(SaveFailed, match="rank 0: full; rank 1: Read-only file system"):
         publish(plan, None, others)
+
+
+def test_a_pointer_names_a_checkpoint_beside_it_and_nothing_else(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    good = checkpoints / "step-000000003"
+    for directory in (good, tmp_path / "step-000000009", checkpoints / "step-99999999999999999999"):
+        directory.mkdir(parents=True)
+    (checkpoints / "latest").write_text("step-000000003\n")
+    assert pointed(checkpoints, "latest") == "step-000000003"
+    wrong = ["../step-000000009", "/", "..", "step-3", "step-99999999999999999999", "step-٣٣٣٣٣٣٣٣٣", "\0", "a" * 9_999]
+    for name in wrong:
+        (checkpoints / "latest").write_text(name)
+        assert pointed(checkpoints, "latest") is None, name
+    (checkpoints / "latest").unlink()
+    os.mkfifo(checkpoints / "latest")
+    assert pointed(checkpoints, "latest") is None
+    assert published(checkpoints) == ["step-000000003"]

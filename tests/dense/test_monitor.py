@@ -147,3 +147,12 @@ def test_a_full_disk_ends_tensorboard_and_not_the_run(
         thread.join()
     assert caplog.messages == ["TENSORBOARD ENDS HERE, THE RUN GOES ON: No space left on device"]
     assert caplog.records[0].levelname == "WARNING"
+
+
+def test_a_tag_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of a stranger may name its causes of skipped steps as it likes."""
+    monitor = Monitor(opened(monkeypatch, tmp_path / "out", {"csv_monitor": {"enabled": True}}))
+    for number, cause in enumerate(["../../../victim", "/victim", "a\0b", "a" * 3_000]):
+        monitor.scalars(number, {f"train/skipped_steps/{cause}": 1.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert all("victim" not in str(path.relative_to(tmp_path).parent) for path in tmp_path.rglob("*"))

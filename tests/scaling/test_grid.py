@@ -8,6 +8,8 @@ import pytest
 
 from megarec.errors import UserError
 from megarec.scaling.grid import of_models, read_grid
+from megarec.scaling.results import Rows
+from megarec.scaling.sweep import folder_of
 from tests.scaling.studies import write_study
 
 RATES = [{"dense.learning_rate": 0.01}, {"dense.learning_rate": 0.001, "embedding.learning_rate": 0.02}]
@@ -60,3 +62,26 @@ def test_the_hash_follows_config_and_data(tmp_path: Path) -> None:
 def test_a_study_that_does_not_do_is_refused(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_grid(write_study(tmp_path, **sections))
+
+
+def test_a_models_name_is_the_name_of_a_directory_however_long(tmp_path: Path) -> None:
+    """As a path it was too long for a file, or another's."""
+    names = ["wukong-1", "a+b_c.d", "a" * 300, "a" * 299 + "b"]
+    trials = read_grid(write_study(tmp_path, models={name: {} for name in names}, seeds=[1]))
+    assert [trial.model for trial in trials] == names and len({trial.name for trial in trials}) == 4
+    assert trials[0].name == f"wukong-1-seed1-{trials[0].config_hash}"  # as sweeps of earlier versions called it
+    rows = Rows(tmp_path / "out", trials)
+    for trial in trials:
+        folder_of(rows.output, trial).mkdir(parents=True)
+        assert folder_of(rows.output, trial).parent == tmp_path / "out/runs"
+        assert rows._path(trial).parent == tmp_path / "out/rows"
+        rows._path(trial).write_text('{"valid_auc": null, "valid_logloss": 0.5}')
+    assert set(Rows(tmp_path / "out", trials).of) == {trial.name for trial in trials}
+
+
+@pytest.mark.parametrize(
+    "name", ["../../victim", "/victim", "a/b", "..", ".hidden", "a\\b", "-o", "a b", "", "\n", "é"]
+)
+def test_a_models_name_is_no_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="cannot name a directory"):
+        read_grid(write_study(tmp_path, models={name: {}}))
