@@ -130,17 +130,16 @@ def _check_best(run: Run, directory: Path, position: TrainState) -> None:
 @torch.no_grad()
 def fill(run: Run, reader: Reader, window: Predictions | None) -> None:
     """Copy this rank's slices out of a checkpoint that `check` has found to fit."""
-    index = reader.index
-    run.dense.allocate_states(_dense_states(reader))
+    index, random = reader.index, _random_states_there(run, reader)
+    try:
+        run.dense.allocate_states(_dense_states(reader))
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{reader.directory}: {error}") from error
     for piece in run.dense.held() + sparse.tables_held(run.sparse, run.spec.layout):
         reader.fill(piece)
     compatibility.fill_tower_modules(run, reader)
-    for name, state in _random_states(run.device).items():
-        piece = _row_of_rank(run, RANDOM + name, state)
-        there = index.tensors.get(piece.name)
-        if there is not None and there.shape == piece.shape:
-            reader.fill(piece)
-            _set_random_state(name, state)
+    for name, state in random.items():
+        _set_random_state(name, state)
     if window is not None and WINDOW in index.tensors:
         _fill_window(run, reader, window)
 
@@ -187,6 +186,27 @@ def _random_states(device: torch.device) -> dict[str, Tensor]:
     """torch's generators; data order, first weights and dropout masks depend on none of them."""
     states = {"cpu": torch.get_rng_state()}
     return states if device.type != "cuda" else states | {"cuda": torch.cuda.get_rng_state(device)}
+
+
+def _random_states_there(run: Run, reader: Reader) -> dict[str, Tensor]:
+    """This rank's in the checkpoint, if as many ranks wrote it.
+
+    Raises:
+        DamagedCheckpoint: one is the state of no generator.
+    """
+    found = {}
+    for name, state in _random_states(run.device).items():
+        piece = _row_of_rank(run, RANDOM + name, state)
+        there = reader.index.tensors.get(piece.name)
+        if there is None or there.shape != piece.shape:
+            continue
+        reader.fill(piece)
+        try:
+            torch.Generator("cpu" if name == "cpu" else run.device).set_state(state)
+        except RuntimeError as error:
+            raise DamagedCheckpoint(f"{reader.directory}: {piece.name} is the state of no generator") from error
+        found[name] = state
+    return found
 
 
 def _set_random_state(name: str, state: Tensor) -> None:

@@ -130,21 +130,21 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 def change(rng: random.Random, value: Any) -> None:
     """One to three places of a JSON value become something else."""
     for _ in range(rng.choice([1, 1, 2, 3])):
-        holder, key = rng.choice(list(places(value)) or [({}, "")])
+        holder, key = rng.choice(list(places(value)) or [({"": 0}, "")])
         how = rng.randrange(6)
         if how == 0 and isinstance(holder, dict):
             holder.pop(key, None)
         elif how == 1 and isinstance(holder, dict):
-            holder[rng.choice(["", "more", "\n", "a" * 300])] = rng.choice(VALUES)
+            holder[rng.choice(["", "more", "\n", "a" * 300])] = copy.deepcopy(rng.choice(VALUES))
         elif how == 2:
-            other, place = rng.choice(list(places(value)))
+            other, place = rng.choice(list(places(value)) or [(holder, key)])
             holder[key] = copy.deepcopy(other[place])
         elif how == 3 and isinstance(holder[key] if isinstance(holder, list) else holder.get(key), int | float):
             holder[key] = rng.choice(
                 [holder[key] + 1, -holder[key], holder[key] * 1_000_000, 1 << 40, float(holder[key])]
             )
         else:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
 
 
 def reseal(path: Path, about: dict[str, Any]) -> None:

@@ -15,8 +15,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megarec.checkpoint import publish
-from megarec.checkpoint.format import sealed
+from megarec.checkpoint.format import read_header, sealed
 from megarec.checkpoint.pointers import name_of, pointed
+from megarec.checkpoint.writing import file_entry
 from megarec.config.load import load_config
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
@@ -350,3 +351,41 @@ def tables_and_towers(path: Path, overrides: list[str]) -> dict[str, Any]:
     same = [torch.equal(tensor, run.sparse.modules.state_dict()[name]) for name, tensor in modules.items()]
     changed = [not torch.equal(tensor, after[name]) for name, tensor in tables.items()]
     return {"tables": all(changed), "fresh": all(same), "said": said}
+
+
+def load_of_other_bytes(path: Path, key: str, content: bytes) -> tuple[str, bool]:
+    """Save, put other bytes into a tensor, load: what is said, and whether tables and torch's generator stay."""
+    run = build(path, [])
+    checkpoints, directory = store(run), Path(run.config.train.output_dir) / "checkpoints/step-000000002"
+    train_steps(run, 0, 2)
+    checkpoints.save(TrainState(step=2))
+    checkpoints.wait()
+    file = directory / "rank-00000.safetensors"
+    found = {name: tensor for name, tensor in read_header(file).items() if name.startswith(key)}
+    (at,) = found.values()
+    raw = bytearray(file.read_bytes())
+    size = torch.Size(at.shape).numel() * at.dtype.itemsize
+    raw[at.start : at.start + size] = (content * size)[:size]
+    file.write_bytes(raw)
+    index = json.loads((directory / "index.json").read_text())
+    index["files"][file.name] = file_entry(file).model_dump()
+    (directory / "index.json").write_bytes(sealed(index))
+    for _, tensor in run.sparse.state().values():
+        tensor.zero_()
+    state, message = torch.get_rng_state(), ""
+    try:
+        checkpoints.load(2)
+    except UserError as error:
+        message = str(error)
+    changed = any(bool(tensor.any()) for _, tensor in run.sparse.state().values())
+    return message, not changed and torch.equal(state, torch.get_rng_state())
+
+
+def test_a_state_of_no_generator_is_refused_before_anything_changes(
+    rank_pool: Pools, data: Path, tmp_path: Path
+) -> None:
+    """torch's own word for it was a traceback, after the tables had been loaded."""
+    path = write_run(tmp_path, data)
+    message, stays = rank_pool(1).run(load_of_other_bytes, path, "random/cpu", b"ab")[0]
+    directory = tmp_path / "out/checkpoints/step-000000002"
+    assert message == f"{directory}: random/cpu is the state of no generator" and stays
