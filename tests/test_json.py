@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,10 @@ from megarec.data.schema import read_schema
 from megarec.data.sources.table_spec import load_table_spec
 from megarec.errors import UserError
 from megarec.files import parse_json, read_json
+from megarec.launching.exit_report import parse
 from megarec.launching.preflight import files_of
 from megarec.scaling.grid import read_grid
-from megarec.scaling.results import _read_row
+from megarec.scaling.results import _read_row, _validation_loss
 from megarec.scaling.sweep import _metrics
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +137,21 @@ def test_what_was_measured_may_be_no_number(tmp_path: Path) -> None:
     (tmp_path / "row.json").write_text('{"valid_auc": 0.5}')
     with pytest.raises(UserError, match=r"row.json: valid_logloss is '', expected a number or null"):
         _read_row(tmp_path / "row.json")
+
+
+def test_half_a_line_of_a_killed_rank_is_none_of_its_causes() -> None:
+    whole = '@megarec j {"rank": 1, "host": "h", "code": 1, "cause": "c", "lost": false}'
+    found = parse(whole, "j")
+    assert found is not None and (found.rank, found.cause) == (1, "c")
+    for outcome in ('{"rank": 1, "ho}', '{"rank": NaN}', "{" * 5_000 + "}", '{"rank": 1, "rank": 2}', "{}"):
+        assert parse(f"@megarec j {outcome}", "j") is None
+
+
+def test_a_row_of_a_sweep_whose_quality_is_no_number_is_never_the_best() -> None:
+    by_auc: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(best_by="auc")))
+    for value in (None, math.nan, math.inf, -math.inf):
+        assert _validation_loss(by_auc, {"valid_auc": value}) == math.inf
+    assert _validation_loss(by_auc, {"valid_auc": 0.75}) == -0.75
 
 
 def test_a_key_that_comes_again_is_found_in_time() -> None:
