@@ -15,6 +15,8 @@ USER_MISTAKE = 2
 """Something its user must fix: a config, data, a checkpoint that does not fit."""
 STOPPED = 70
 """Stopped by the fault policy or because replicas differed: a restart would meet the same fault."""
+INTERRUPTED = 130
+"""By Ctrl-C, as shells count it."""
 PREEMPTED = 75
 """Asked to end by a signal, and saved: a restart with --resume continues."""
 
@@ -49,7 +51,7 @@ class RunEnded(Exception):
 
 
 def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a command's `main`: a `UserError` becomes one line on standard error and exit code 2."""
+    """Wrap a command's `main`: a `UserError` becomes one line on standard error and exit code 2, Ctrl-C one and 130."""
 
     @functools.wraps(main)
     def wrapped() -> None:
@@ -58,6 +60,9 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(USER_MISTAKE)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(INTERRUPTED)
 
     return wrapped
 

@@ -8,7 +8,6 @@ start removes. (Between two renames of a step that is saved again, the old check
 next start gives it back its own.) The file system must be shared by all hosts, with a rename that is atomic (POSIX).
 """
 
-import json
 import logging
 import os
 import re
@@ -24,7 +23,8 @@ from typing import Any
 from megarec.checkpoint.format import DTYPE_NAMES, INDEX, FileEntry, sealed
 from megarec.checkpoint.pointers import BEST, LATEST, NAME, name_of, pointed
 from megarec.checkpoint.writing import Snapshot, key_of, write_file
-from megarec.files import sync_directory, write_json, write_whole
+from megarec.errors import UserError
+from megarec.files import read_object, sync_directory, write_json, write_whole
 
 POLL_SECONDS = 0.01, 0.2  # between looks for the other ranks' marks: at first, at most
 GRACE_SECONDS = 10.0  # after a failure, for ranks that have not begun: they may have had no room for a mark
@@ -152,7 +152,7 @@ def publish(plan: Plan, failure: SaveFailed | None = None, others: OtherParts | 
         move_in(plan.temporary, plan.checkpoints / plan.name)
         for pointer in plan.pointers:
             point(plan.checkpoints, pointer, plan.name)
-    except OSError as error:
+    except (OSError, UserError) as error:
         raise SaveFailed(f"rank 0: {error}") from error
     finally:
         shutil.rmtree(plan.temporary, ignore_errors=True)
@@ -176,7 +176,7 @@ def _all_marks(plan: Plan, failure: SaveFailed | None, others: OtherParts) -> li
         for rank in late:
             path = plan.temporary / f"rank-{rank:05d}.json"
             if path.is_file():
-                marks[rank] = json.loads(path.read_text(encoding="utf-8"))
+                marks[rank] = read_object(path, "the mark of a rank")
         if len(marks) == plan.ranks:
             return [marks[rank] for rank in range(plan.ranks)]
         told = [failures[rank] for rank in sorted(failures)]

@@ -18,7 +18,7 @@ from megarec.config.models import MODELS, SCALED_SIZES, WukongConfig
 from megarec.config.sections import RunConfig, Section
 from megarec.config.towers import TOWER_MODULES, DlrmTowerConfig, IdentityTowerConfig, TowersFile
 from megarec.errors import UserError
-from megarec.files import parse_json, read_object
+from megarec.files import NotJson, parse_json, read_object
 
 TAGGED: dict[str, Mapping[str, type[Section]]] = {"model": MODELS, "tower_module": TOWER_MODULES}  # by their name
 
@@ -173,12 +173,9 @@ def _value_of(text: str, override: str) -> Any:
     if text in WORDS:
         return WORDS[text]
     try:
-        json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text, f"--set {override if len(override) <= 80 else override[:77] + '...'}")
+    except NotJson:
         return text
-    except (ValueError, RecursionError):
-        pass  # JSON, of the kind that parse_json refuses
-    return parse_json(text, f"--set {override if len(override) <= 80 else override[:77] + '...'}")
 
 
 def _check_across_fields(config: RunConfig, path: Path) -> None:

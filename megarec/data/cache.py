@@ -28,6 +28,7 @@ from xxhash import xxh3_64
 from megarec.data.row_checks import as_numbers, check_columns, find_defects
 from megarec.data.schema import SCHEMA_FILE, Schema, Split
 from megarec.errors import UserError
+from megarec.files import read_json
 
 BadRows = Literal["error", "skip"]
 CACHE_DIRECTORY = ".arrow"
@@ -108,11 +109,11 @@ def ensure_cache(
 def _whole(cache: Path) -> Built | None:
     """What built.json says, if rows.arrow is just that."""
     try:
-        built = Built.model_validate_json((cache / BUILT_FILE).read_bytes())
+        built = Built.model_validate(read_json(cache / BUILT_FILE, "what was built"))
         rows = cache / ROWS_FILE
         if rows.stat().st_size != built.bytes or _checksum(rows) != built.xxh3:
             return None
-    except (OSError, ValidationError):
+    except (OSError, UserError, ValidationError):
         return None
     return built
 
