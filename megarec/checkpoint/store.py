@@ -12,6 +12,7 @@ from megarec.checkpoint.format import INDEX, Index, read_index
 from megarec.checkpoint.pointers import BEST, LATEST, name_of, pointed
 from megarec.checkpoint.publish import Plan, SaveFailed
 from megarec.checkpoint.reading import Reader, verify
+from megarec.checkpoint.settings import changed_settings
 from megarec.checkpoint.writing import Snapshot, lower_priority
 from megarec.distributed.collectives import from_rank_0, gather_texts, raise_together
 from megarec.errors import DamagedCheckpoint, UserError
@@ -35,6 +36,9 @@ class Checkpoints:
 
     Args:
         directory: of all checkpoints of the run.
+
+    Attributes:
+        changed: a line for every setting that this run has otherwise than the checkpoint that was loaded last.
     """
 
     def __init__(self, directory: Path, run: Run) -> None:
@@ -46,6 +50,7 @@ class Checkpoints:
         self._others = publish.OtherParts()
         self._problem: BaseException | None = None
         self._saves = 0
+        self.changed: list[str] = []
         if run.topology.rank == 0:
             publish.clean(directory)
             directory.mkdir(parents=True, exist_ok=True)
@@ -193,6 +198,7 @@ class Checkpoints:
         self._together(lambda: contents.check(run, directory, index, position))
         self._together(lambda: contents.fill(run, reader, window))
         contents.finish(run, index, position.step, position.skipped_steps)
+        self.changed = list(changed_settings(run, index))
         for line in contents.remarks(run, index) if run.topology.rank == 0 else []:
             _log.info(line)
         return position

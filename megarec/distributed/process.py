@@ -1,4 +1,4 @@
-"""A process becomes a rank: device, CPU threads, memory, the job's process group.
+"""A process becomes a rank: device, CPU threads, memory, random numbers, the job's process group.
 
 Freed memory stays with the process: glibc maps every large block anew and gives it back when it is freed. A training
 step on a CPU frees and allocates the same gigabytes over and over, and each time the kernel clears the pages again,
@@ -7,6 +7,7 @@ next step finds the pages of the last one.
 """
 
 import ctypes
+import hashlib
 import os
 import warnings
 from datetime import timedelta
@@ -111,7 +112,17 @@ def start_process(config: RunConfig) -> torch.device:
         distributed_c10d._set_pg_timeout(timeout)
         # What groups take that are made without one: those of the topology, and DeepSpeed's own.
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    seed_generators(config.train.seed, dist.get_rank())
     return device
+
+
+def seed_generators(seed: int, rank: int) -> None:
+    """Set torch's own generators, on every device, by seed and rank; a checkpoint holds their states.
+
+    Nothing of megarec draws from them; what a user's own module draws (nn.Dropout) is the same in the next run alike.
+    """
+    digest = hashlib.blake2b(f"{seed}/torch/{rank}".encode(), digest_size=7).digest()  # 56 bits, as first weights
+    torch.manual_seed(int.from_bytes(digest, "big"))
 
 
 def quiet_libraries() -> None:

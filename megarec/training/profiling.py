@@ -23,10 +23,11 @@ from megarec.models.cpu_gemm import fast_cpu_gemm
 def measure_gemm_tflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
     """TFLOP/s of the best square GEMM found in about `seconds`; all ranks should measure at the same time."""
     best = 0.0
+    random = torch.Generator(device).manual_seed(0)  # its own: how much it draws depends on the clock
     end = time.perf_counter() + seconds
     size = 128
     while time.perf_counter() < end:
-        a = torch.randn(size, size, device=device).to(dtype)
+        a = torch.randn(size, size, generator=random, device=device).to(dtype)
         with fast_cpu_gemm(device, dtype):  # as the model multiplies
             torch.matmul(a, a)
             _synchronize(device)

@@ -111,7 +111,8 @@ def _train_and_test(
     for split, reasons in run.skipped_rows.items():
         _log.info("data.bad_rows=skip: skipped in %s: %s", split, reasons)
     _log.info("resumed from %s", checkpoints.directory / name) if name else _log.info("starting from scratch")
-
+    for line in checkpoints.changed:
+        _log.warning(line)
     if state.step >= run.schedule.total_steps:
         _log.warning(
             "NO STEP WILL BE MADE: %s is at step %d, and this run has %d; raise train.epochs or max_steps",
