@@ -112,13 +112,8 @@ def _train_and_test(
     _log.info("resumed from %s", checkpoints.directory / name) if name else _log.info("starting from scratch")
     for line in checkpoints.changed:
         _log.warning(line)
-    if state.step >= run.schedule.total_steps:
-        _log.warning(
-            "NO STEP WILL BE MADE: %s is at step %d, and this run has %d; raise train.epochs or max_steps",
-            name,
-            state.step,
-            run.schedule.total_steps,
-        )
+    if (reason := _nothing_to_train(run, state)) is not None:
+        _log.warning("NO STEP WILL BE MADE: %s is at step %d, and %s", name, state.step, reason)
     step_log = StepLog(run, console, state, window, started)
     trainer = Trainer(run, step_log, checkpoints, interruption)
     try:
@@ -162,6 +157,16 @@ def _train_and_test(
         gather_texts("", run.topology, run.device)  # a launcher ends all ranks with the first that ends
         raise RunEnded(STOPPED, problem)
     return metrics
+
+
+def _nothing_to_train(run: Run, state: TrainState) -> str | None:
+    """Why a resumed run is at its end already; None: it is not."""
+    if state.step >= run.schedule.total_steps:
+        return f"this run has {run.schedule.total_steps}; raise train.epochs or max_steps"
+    patience = run.config.train.early_stopping
+    if patience is not None and state.since_best >= patience and not state.validation_due:
+        return f"{state.since_best} validations were no improvement (train.early_stopping={patience})"
+    return None
 
 
 def _check_validation(run: Run) -> None:
