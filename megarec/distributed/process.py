@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import warnings
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed import distributed_c10d
 
 from megarec.config.sections import RunConfig
 from megarec.distributed.rendezvous import check_variables, free_port, keep_to_loopback, store_of_launcher
+from megarec.errors import UserError
 
 FLOP_FOR_THREADS = 2e9  # of a step, from which on more threads pay: 1.2 x on two cores at 1.3e9, 1.8 x at 1.0e10
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -96,7 +98,7 @@ def start_process(config: RunConfig) -> torch.device:
         torch.set_num_threads(config.train.threads or threads_of_rank(local_ranks))
         keep_freed_memory()
     else:
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        torch.accelerator.set_device_index(device_number(os.environ, torch.accelerator.device_count()))
     device = rank_device()
     if not dist.is_initialized():
         timeout = timedelta(seconds=config.parallel.timeout_seconds)
@@ -114,6 +116,21 @@ def start_process(config: RunConfig) -> torch.device:
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     seed_generators(config.train.seed, dist.get_rank())
     return device
+
+
+def device_number(environment: Mapping[str, str], devices: int) -> int:
+    """Which of this host's devices is the rank's: the one of its number on the host.
+
+    Raises:
+        UserError: the host has fewer.
+    """
+    number = int(environment["LOCAL_RANK"])
+    if number >= devices:
+        raise UserError(
+            f"LOCAL_RANK={number}: this host shows {devices} devices to the rank; start at most {devices} ranks here, "
+            "or show it more (CUDA_VISIBLE_DEVICES), or train on CPUs (DS_ACCELERATOR=cpu)"
+        )
+    return number
 
 
 def seed_generators(seed: int, rank: int) -> None:
