@@ -4,9 +4,11 @@ A ReLU whose input is rounding noise is on in one summation order and off in ano
 example's gradient jumps, and the tables' normalised updates make a full step of the jump. SiLU has no jump.
 """
 
+import torch
 from torch import nn
 
 from megarec.config.sections import RunConfig
+from megarec.dense.settings import settings_of
 from megarec.models.blocks import MLP
 from megarec.run.spec import ModelSpec
 
@@ -27,12 +29,20 @@ def rounding_warning(config: RunConfig, spec: ModelSpec, steps: int) -> str | No
         spec: the run's model.
         steps: optimizer steps of the run.
     """
-    if any(config.deepspeed.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
-        return None  # promises less: docs/parity.md
-    reasons = [reason for reason in (_relus(config, spec, steps), _single_rows(spec)) if reason]
-    if not reasons:
+    types = _types(config)
+    reasons = [*types, "" if types else _relus(config, spec, steps), _single_rows(spec)]
+    if not any(reasons):
         return None
-    return f"losses on another topology may differ by more than 1e-5: {'; '.join(reasons)} (docs/parity.md)"
+    said = "; ".join(reason for reason in reasons if reason)
+    return f"losses on another topology may differ by more than 1e-5: {said} (docs/parity.md)"
+
+
+def _types(config: RunConfig) -> list[str]:
+    """The types with fewer bits than fp32: beside their rounding a switched ReLU is nothing."""
+    dense, tables, messages = settings_of(config.deepspeed).dtype, config.embedding.weights, config.parallel.messages
+    reasons = [] if dense == torch.float32 else [f"{str(dense).removeprefix('torch.')} in the dense model"]
+    reasons += [] if tables == "fp32" else [f"embedding.weights={tables!r}"]
+    return reasons + ([] if set(messages) == {"fp32"} else [f"parallel.messages={list(messages)}"])
 
 
 def _relus(config: RunConfig, spec: ModelSpec, steps: int) -> str | None:

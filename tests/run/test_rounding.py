@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megarec.config.models import MODELS
 from megarec.config.sections import RunConfig
 from megarec.data.schema import CategoricalFeature, Schema
+from megarec.errors import UserError
 from megarec.models.blocks import MLP
 from megarec.models.initial import initialize, materialize
 from megarec.run.rounding import relu_inputs, rounding_warning
@@ -76,7 +77,6 @@ def test_relu_inputs_are_those_of_hidden_layers() -> None:
         ({"name": "dnn", "head": [100], "numeric_mlp": []}, 1000, 1000, {}, True),  # 10^5 a step: 100 steps
         ({"name": "dnn", "head": [100], "numeric_mlp": []}, 1000, 100, {}, False),
         ({"name": "dnn", "head": [100], "numeric_mlp": [], "activation": "silu"}, 1000, 1000, {}, False),
-        ({"name": "dnn", "head": [100], "numeric_mlp": []}, 1000, 1000, BF16, False),
         ({"name": "lr"}, 1000, 1000, {}, False),
     ],
 )  # fmt: skip
@@ -88,6 +88,27 @@ def test_the_warning(
     assert (warning is not None) == warned
     if warning:
         assert "a step has 100,000" in warning and "from about step 100 " in warning and "\n" not in warning
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        (BF16, "bfloat16 in the dense model"),
+        ({"deepspeed": {"fp16": {"enabled": True}}}, "float16 in the dense model"),
+        ({"deepspeed": {"bf16": True}}, None),  # DeepSpeed refuses it: as everywhere
+        ({"embedding": {"weights": "fp16"}}, "embedding.weights='fp16'"),
+        ({"parallel": {"messages": ["fp32", "bf16"]}}, "parallel.messages=['fp32', 'bf16']"),
+        ({**BF16, "embedding": {"weights": "fp16"}}, "bfloat16 in the dense model; embedding.weights='fp16'"),
+    ],
+)
+def test_types_of_fewer_bits_are_named(sections: dict[str, Any], named: str | None) -> None:
+    config = config_of({"name": "lr"}, **sections)
+    if named is None:
+        with pytest.raises(UserError, match="DeepSpeed refused"):
+            rounding_warning(config, resolve(config, SCHEMA), 10)
+    else:
+        expected = f"losses on another topology may differ by more than 1e-5: {named} (docs/parity.md)"
+        assert rounding_warning(config, resolve(config, SCHEMA), 10) == expected
 
 
 @pytest.mark.parametrize(("towers", "alone"), [(4, "0, 1, 2, 3"), ([["f0"], ["f1", "f2", "f3"]], "0"), (2, None)])
