@@ -30,7 +30,7 @@ def rounding_warning(config: RunConfig, spec: ModelSpec, steps: int) -> str | No
         steps: optimizer steps of the run.
     """
     types = _types(config)
-    reasons = [*types, "" if types else _relus(config, spec, steps), _single_rows(spec)]
+    reasons = [*types, "" if types else _relus(config, spec, steps), _single_rows(spec), _lone_l2(config, spec)]
     if not any(reasons):
         return None
     said = "; ".join(reason for reason in reasons if reason)
@@ -63,3 +63,21 @@ def _single_rows(spec: ModelSpec) -> str | None:
         return None
     alone = [str(tower) for tower, inputs in enumerate(modules.inputs) if inputs == 1]
     return f"tower_module.name='wukong' has one embedding in tower {', '.join(alone)}; give it two or more"
+
+
+def _lone_l2(config: RunConfig, spec: ModelSpec) -> str | None:
+    """L2's gradient is the only one of an element that dropout has zeroed; a full step of it is its sign.
+
+    That sign flips by rounding where the element passes zero. A row-wise optimizer measures steps by the whole row.
+    """
+    embedding = config.embedding
+    if not (embedding.dropout and embedding.l2) or embedding.optimizer not in ("adam", "adagrad"):
+        return None
+    size = embedding.initial_std or (3 * min(table.rows for table in spec.layout.tables)) ** -0.5
+    gradient = 2 * embedding.l2 * size / config.data.batch_size
+    if gradient <= 2 * embedding.eps:
+        return None
+    return (
+        f"embedding.dropout and l2 leave elements a gradient near {gradient:.0e}, of which embedding.eps="
+        f"{embedding.eps:g} makes a full step (embedding.eps=1e-3 does not)"
+    )

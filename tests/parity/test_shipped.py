@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megarec.config.load import load_config
-from megarec.data.schema import CategoricalFeature, Schema, read_schema
+from megarec.data.schema import CategoricalFeature, Schema, load_schema, read_schema
 from megarec.data.sources.synthetic import prepare_like, split_rows
 from megarec.distributed.rank_pool import RankPool
 from megarec.parity.cases import Case
@@ -45,6 +45,8 @@ class Shipped:
 BATCH_128 = ("data.batch_size=128",)
 QUICKSTART = Shipped("movielens-100k.json", "movielens-100k.json", BATCH_128)
 RELU, SILU = "one of ten million ReLUs", ("model.activation=silu",)
+LONE_L2 = "embedding.dropout and l2 leave elements a gradient"  # the smaller the batch, the larger it is
+SMOOTH = (*SILU, "embedding.eps=1e-3")
 FP32 = ("deepspeed.bf16.enabled=false", "embedding.weights=fp32")
 SMALL_WUKONG = (
     "data.batch_size=64",
@@ -56,7 +58,7 @@ SHIPPED = [
     Shipped("movielens-1m.json", "movielens-1m.json", ("data.batch_size=512",)),
     Shipped("dlrm-criteo-terabyte.json", "criteo-terabyte.json", ("data.batch_size=64",), (RELU,), SILU),
     *(
-        Shipped(f"ladder/small/movielens-1m-{size}gflop.json", "movielens-1m.json", BATCH_128, (RELU,), SILU)
+        Shipped(f"ladder/small/movielens-1m-{size}gflop.json", "movielens-1m.json", BATCH_128, (RELU,), SMOOTH)
         for size in ("0.0025", "0.005", "0.01", "0.02", "0.04")
     ),
     *(
@@ -69,7 +71,7 @@ SHIPPED = [
         )
         for size in ("0.53", "1.25", "2.12", "5.6", "22.23", "61", "108")
     ),
-    Shipped("studies/movielens-100k-base.json", "movielens-100k.json", BATCH_128, (RELU,), SILU),
+    Shipped("studies/movielens-100k-base.json", "movielens-100k.json", BATCH_128, (RELU, LONE_L2), SMOOTH),
     Shipped("studies/movielens-1m-base.json", "movielens-1m.json", ("data.batch_size=512",), (RELU,), SILU),
     Shipped("studies/planted-base.json", None, ("data.batch_size=64",), (RELU,), SILU),
 ]  # fmt: skip
@@ -131,6 +133,8 @@ def deviation(shipped: Shipped, ranks: int, stage: int, curves: Callable, rank_p
     path, overrides, reference = curves(shipped)
     assert reference[0] - min(reference) > 0.01, "the losses must fall for the comparison to mean anything"
     case = Case(ranks, tuple(overrides), (f"deepspeed.zero_optimization.stage={stage}",))
+    config = load_config(path, list(case.numbers))
+    assert rounding_warning(config, resolve(config, load_schema(Path(config.data.path))), STEPS) is None
     return compare(case, path, rank_pool(ranks), reference).relative_deviation
 
 

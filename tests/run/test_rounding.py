@@ -119,3 +119,28 @@ def test_a_wukong_tower_of_one_embedding_is_named(towers: Any, alone: str | None
     assert (warning is None) == (alone is None)
     if warning:
         assert f"one embedding in tower {alone};" in warning
+
+
+KINK = {"optimizer": "adam", "l2": 3e-4, "dropout": 0.2, "initial_std": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("changed", "batch_size", "warned"),
+    [
+        ({}, 128, True),  # 2 x 3e-4 x 0.01 / 128 = 4.7e-8, five times eps
+        ({}, 4_096, False),
+        ({"eps": 1e-3}, 128, False),
+        ({"optimizer": "adagrad"}, 128, True),
+        ({"optimizer": "rowwise_adagrad"}, 128, False),
+        ({"optimizer": "sgd"}, 128, False),
+        ({"l2": 0.0}, 128, False),
+        ({"dropout": 0.0}, 128, False),
+        ({"initial_std": None}, 4_096, True),  # tables of 10 rows: 0.18
+    ],
+)
+def test_elements_with_l2_alone(changed: dict[str, Any], batch_size: int, warned: bool) -> None:
+    config = config_of({"name": "lr"}, batch_size, embedding={**KINK, **changed})
+    warning = rounding_warning(config, resolve(config, SCHEMA), 10)
+    assert (warning is not None) == warned
+    if warning:
+        assert "a gradient near" in warning and "(embedding.eps=1e-3 does not)" in warning
