@@ -32,6 +32,7 @@ from megarec.checkpoint.writing import verify_file
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.batch import Batch
+from megarec.data.row_checks import check_batch
 from megarec.data.schema import Schema
 from megarec.dense.masters import DENSE as DENSE
 from megarec.dense.settings import settings_of
@@ -62,7 +63,12 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
-        """Logits float32 [B]; their sigmoid is the predicted probability of the label."""
+        """Logits float32 [B]; their sigmoid is the predicted probability of the label.
+
+        Raises:
+            UserError: the batch lacks a feature of the schema, or has an id outside its table.
+        """
+        check_batch(batch, self.schema)
         logits: Tensor = self._model(batch.numeric, self._sparse.look_up(batch).values, batch.keys)
         return logits
 
