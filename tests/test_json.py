@@ -112,13 +112,13 @@ def test_what_is_derived_or_told_beside_is_no_reason_to_stop(tmp_path: Path) -> 
     (tmp_path / "c/step-000000003").mkdir(parents=True)
     for content, _ in BAD.values():
         (tmp_path / "built.json").write_bytes(content)
-        assert _whole(tmp_path) is None  # a cache, which is built anew
+        assert _whole(tmp_path, "", None) is None  # a cache, which is built anew
         (tmp_path / "metrics.json").write_bytes(content)
         about = said_of(tmp_path / "c/step-000000003", index)
         assert str(about.get("metrics", tmp_path)).startswith(str(tmp_path))  # NaN is none of its faults
     (tmp_path / "built.json").unlink()
     os.mkfifo(tmp_path / "built.json")
-    assert _whole(tmp_path) is None
+    assert _whole(tmp_path, "", None) is None
 
 
 @pytest.mark.parametrize(("name", "why"), [("absent", "No such file"), ("a" * 300, "too long"), ("a\0b", "null byte")])

@@ -12,7 +12,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -155,8 +155,7 @@ def end_with_mistake(error: UserError) -> NoReturn:
     a program without threads: those of gloo would abort when rank 0 goes, and the launcher might take that exit code.
     """
     line = f"error: {error}\n"
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     if rank_number() > 0:
         os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", _LATER, line, str(USER_MISTAKE)])
     os.write(2, line.encode(errors="replace"))
@@ -170,14 +169,18 @@ def end_well() -> NoReturn:
     launcher would report its -6.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     os._exit(DONE)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
 
 
 def _end(outcome: Outcome) -> None:
     if JOB_VARIABLE in os.environ:
         report(outcome)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     os._exit(outcome.code)

@@ -30,12 +30,13 @@ from megarec.checkpoint.writing import verify_file
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.batch import Batch
+from megarec.data.row_checks import check_batch
 from megarec.data.schema import Schema
 from megarec.dense.masters import DENSE as DENSE
 from megarec.dense.settings import settings_of
 from megarec.distributed.collectives import Ledger
 from megarec.distributed.topology import ONE_RANK
-from megarec.errors import DamagedCheckpoint, UserError, did_you_mean
+from megarec.errors import DamagedCheckpoint, UserError
 from megarec.models.initial import materialize
 from megarec.models.recommender import Recommender
 from megarec.run.spec import resolve
@@ -63,32 +64,11 @@ class Predictor:
         """Logits float32 [B]; their sigmoid is the predicted probability of the label.
 
         Raises:
-            UserError: the batch has not the features of `schema`, or an id lies in no row of its table.
+            UserError: the batch lacks a feature of the schema, or has an id outside its table.
         """
-        _check_batch(batch, self.schema)
+        check_batch(batch, self.schema)
         logits: Tensor = self._model(batch.numeric, self._sparse.look_up(batch).values, batch.keys)
         return logits
-
-
-def _check_batch(batch: Batch, schema: Schema) -> None:
-    """The features are those of the schema, ids are rows: an id one past the end may be the next table's."""
-    if batch.numeric.shape[1] != len(schema.numeric):
-        raise UserError(f"the batch has {batch.numeric.shape[1]} numeric columns, the model {len(schema.numeric)}")
-    outside = []
-    for feature in schema.categorical:
-        ids = batch.ids.get(feature.name)
-        if ids is None:
-            raise UserError(f"the batch lacks {feature.name!r}; {did_you_mean(feature.name, batch.ids)}")
-        for what, there, wanted in (
-            ("lengths", ids.lengths is not None, feature.multi_valued),
-            ("weights", ids.weights is not None, feature.weighted),
-        ):
-            if there != wanted:
-                raise UserError(f"the batch has {feature.name!r} with{'' if there else 'out'} {what}, unlike the model")
-        outside.append(((ids.values < 0) | (ids.values >= feature.rows)).any())
-    if outside and bool(torch.stack(outside).any()):  # one wait for the device
-        feature = next(feature for feature, bad in zip(schema.categorical, outside, strict=True) if bad)
-        raise UserError(f"the batch has ids of {feature.name!r} outside of [0, {feature.rows}), the rows of its table")
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Predictor:

@@ -105,11 +105,13 @@ def test_a_batch_that_is_not_of_the_model_is_refused() -> None:
     past, none = ids.values.clone(), {key: value for key, value in good.ids.items() if key != name}
     past[3] = rows
     wrong = {
-        rf"ids of '{name}' outside of \[0, {rows}\)": with_ids(**{name: Ids(past)}),
-        rf"lacks '{name}'": dataclasses.replace(good, ids=none),
-        rf"'{name}' with lengths": with_ids(**{name: Ids(ids.values, torch.ones_like(ids.values))}),
-        "'multi_0' without lengths": with_ids(multi_0=Ids(ids.values)),
-        "1 numeric columns, the model 2": dataclasses.replace(good, numeric=good.numeric[:, :1]),
+        rf"batch.ids\['{name}'\] holds {rows}: expected": with_ids(**{name: Ids(past)}),
+        rf"batch.ids misses '{name}'": dataclasses.replace(good, ids=none),
+        rf"batch.ids\['{name}'\] has lengths, expected none": with_ids(
+            **{name: Ids(ids.values, torch.ones_like(ids.values))}
+        ),
+        r"batch.ids\['multi_0'\] has no lengths, expected some": with_ids(multi_0=Ids(ids.values)),
+        r"batch.numeric is \[16, 1\], expected \[16, 2\]": dataclasses.replace(good, numeric=good.numeric[:, :1]),
     }
     for message, bad in wrong.items():
         with pytest.raises(UserError, match=message):
