@@ -70,7 +70,7 @@ def read_json(path: Path, expected: str, max_bytes: int = MAX_JSON_BYTES) -> Any
             key twice in one object, NaN or infinity, a number beyond float64 or with too many digits, a string that
             is no text, or is nested too deep.
     """
-    content = _regular_file(path, expected, max_bytes)
+    content = regular_file(path, expected, max_bytes)
     encoding = json.detect_encoding(content)
     try:
         text = content.decode(encoding)
@@ -133,7 +133,15 @@ def parse_json(text: str, where: str) -> Any:
     return value
 
 
-def _regular_file(path: Path, expected: str, max_bytes: int) -> bytes:
+def regular_file(path: Path, expected: str, max_bytes: int) -> bytes:
+    """The content of a file of at most so many bytes; never waits.
+
+    Args:
+        expected: what the file should be, for the message.
+
+    Raises:
+        UserError: it cannot be read, is no regular file or too large.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO without a writer must not block
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -84,10 +84,10 @@ def test_an_unusable_table_is_refused(tmp_path: Path, text: str, message: str) -
 def test_files_that_are_not_tables_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as parquet"):
         read_points(write(tmp_path / "runs.parquet", "model"))
-    with pytest.raises(UserError, match="cannot be read as CSV"):
+    with pytest.raises(UserError, match=r"cannot be read .*CSV"):
         read_points(tmp_path / "absent.csv")
     (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot be read as CSV"):
+    with pytest.raises(UserError, match=r"cannot be read .*CSV"):
         read_points(tmp_path / "bytes.csv")
 
 
