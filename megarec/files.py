@@ -77,7 +77,7 @@ def read_json(path: Path, expected: str, max_bytes: int = MAX_JSON_BYTES, *, nan
             key twice in one object, NaN or infinity, a number beyond float64 or with too many digits, a string that
             is no text, or is nested too deep.
     """
-    return parse_json(read_regular(path, expected, max_bytes), str(path), nan=nan)
+    return parse_json(regular_file(path, expected, max_bytes), str(path), nan=nan)
 
 
 def read_object(path: Path, expected: str, *, nan: bool = False) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def parse_json(text: str | bytes, where: str, *, nan: bool = False) -> Any:
 _TOO_DEEP = "nested too deep to be read; nothing here needs more than ten levels"
 
 
-def read_regular(path: Path, expected: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+def regular_file(path: Path, expected: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """The bytes of a regular file, or of one that a link leads to; nothing else is waited for.
 
     Args:

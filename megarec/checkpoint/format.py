@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from xxhash import xxh3_128
 
 from megarec.errors import DamagedCheckpoint, UserError
-from megarec.files import an_object, parse_json, read_regular
+from megarec.files import an_object, parse_json, regular_file
 
 INDEX = "index.json"
 SEALED_INDEX = 3
@@ -163,7 +163,7 @@ def _read_sealed(path: Path, kind: type[Kind], expected: str, since: int) -> Kin
         since: the version from which on there is a seal.
     """
     with _as_damage():
-        content = read_regular(path, expected, MAX_INDEX_BYTES)
+        content = regular_file(path, expected, MAX_INDEX_BYTES)
         has_seal = content.startswith(_SEAL[:9])
         if has_seal and content[:_SEALED] != _SEAL % xxh3_128(content[_SEALED:]).hexdigest().encode():
             found = xxh3_128(content[_SEALED:]).hexdigest()

@@ -96,7 +96,7 @@ class InputLayer(nn.Module):
         """Numeric [B, f], looked-up embeddings [B, layout.width] and dropout keys int64 [B] -> X_0 [B, N, D]."""
         embedded = self.dropout(embedded, keys)
         parts = []
-        if self.full_columns:
+        if self.full_columns or self.small_mlp is None:  # [B, 0] of numeric features alone: the gradient has its shape
             parts.append(embedded[:, : self.full_columns])
         if self.small_mlp is not None:
             parts.append(self.small_mlp(embedded[:, self.full_columns :], keys))

@@ -142,7 +142,7 @@ class PlainTables:
             summed = embedding_bag(ids.values, weight, offsets, mode="sum", per_sample_weights=ids.weights)
             mean = feature.pooling == "mean"  # over the number of ids, whatever their weights
             pooled.append(summed / lengths.clamp(min=1).unsqueeze(1) if mean else summed)
-        return torch.cat(pooled, dim=1)
+        return torch.cat(pooled, dim=1) if pooled else torch.empty(batch.size, 0)
 
     @torch.no_grad()
     def update(self, batch: Batch) -> None:

@@ -18,7 +18,6 @@ from megarec.dense.side import DenseSide
 from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes
 from megarec.distributed.process import threads_that_pay
 from megarec.distributed.topology import Topology, build_topology, separate_groups
-from megarec.errors import UserError
 from megarec.run.fits import check_fits
 from megarec.run.rounding import rounding_warning
 from megarec.run.schedule import Schedule
@@ -71,11 +70,6 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
 
     path = Path(config.data.path)
     schema = select_features(load_schema(path), config.data.features)
-    if not schema.categorical:
-        raise UserError(
-            f"data.features={config.data.features}: {schema.name} has no categorical feature left, and a model needs "
-            "at least one with a table; name one more"
-        )
     data = config.data
     splits: tuple[Split, ...] = ("train", "valid", "test")
     stores = {split: open_split(path, split, schema, data.bad_rows, data.cache) for split in splits}

@@ -12,13 +12,14 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from megarec.errors import UserError
-from megarec.files import read_regular
+from megarec.files import regular_file
 
 Axis = Literal["gflop", "parameters"]
 Quality = Literal["relative_logloss_percent", "logloss", "ne", "excess_logloss"]
 
 COLUMN: dict[Axis, str] = {"gflop": "train_gflop_per_example", "parameters": "parameters"}
 UNIT: dict[Axis, str] = {"gflop": "GFLOP/example", "parameters": "parameters"}
+MAX_CSV_BYTES = 2**28
 QUALITIES: tuple[Quality, ...] = get_args(Quality)
 
 
@@ -133,8 +134,8 @@ def _name(row: dict[str, Any], where: str) -> str:
 def _number(row: dict[str, Any], column: str, where: str) -> float:
     value = row[column]
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{where}: {column} is {value!r}, not a number") from None
     if not math.isfinite(number):
         raise UserError(f"{where}: {column} is {value!r}; leave it empty if the run has no result")
@@ -175,11 +176,19 @@ def _empty(value: Any) -> bool:
 
 def _read_csv(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
     try:
-        lines = read_regular(path, "a CSV file of points").decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
+        lines = regular_file(path, "a CSV of runs", MAX_CSV_BYTES).decode("utf-8-sig").splitlines()
+        reader = csv.DictReader(lines, strict=True)
+        columns = list(reader.fieldnames or [])
+    except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV ({error})") from None
-    reader = csv.DictReader(lines, strict=True)
-    return list(reader.fieldnames or []), _checked_width(path, reader)
+    return _known_once(columns, path), _checked_width(path, reader)
+
+
+def _known_once(columns: list[str], path: Path) -> list[str]:
+    for name in columns:
+        if columns.count(name) > 1:
+            raise UserError(f"{path}: the column {name!r} stands {columns.count(name)} times; keep one of them")
+    return columns
 
 
 def _checked_width(path: Path, reader: "csv.DictReader[str]") -> Iterator[dict[str, Any]]:
@@ -195,9 +204,7 @@ def _checked_width(path: Path, reader: "csv.DictReader[str]") -> Iterator[dict[s
 
 def _read_parquet(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
     try:
-        if path.is_fifo():
-            raise OSError("is a FIFO")
-        table = parquet.read_table(path)
+        table = parquet.read_table(pa.BufferReader(regular_file(path, "a parquet of runs", MAX_CSV_BYTES)))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
-    return table.column_names, iter(table.to_pylist())
+    return _known_once(table.column_names, path), iter(table.to_pylist())

@@ -212,7 +212,7 @@ def place(
         UserError: a rank would hold nothing; the message has the arithmetic and a remedy.
     """
     shards = lay_out(layout, choose_plans(layout, kind, world_size, tables or {}, examples), world_size)
-    must_hold = kind in ("table", "column") and not tables and not idle_ranks
+    must_hold = layout.tables and kind in ("table", "column") and not tables and not idle_ranks
     if must_hold and len({shard.rank for shard in shards}) < world_size:
         raise UserError(_idle_ranks(layout, kind, world_size))
     return shards

@@ -26,6 +26,8 @@ SPEC = {
     },
 }
 TABLE = b"a,b,l,x,y\n" + b"".join(b'"u%d",%d,p|q%d,%d.5,%d\n' % (i, i, i, i, i % 2) for i in range(6))
+# A warning that an error was lost in a callback is a fault as well.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 PIECES = [b'"', b"\n", b"\r", b",", b"\t", b"\0", b"\xff", b"7.0", b"nan", b"", b"|", b"\xef\xbb\xbf", b"1e999", b"'"]
 
 

@@ -84,6 +84,26 @@ def test_values_and_gradients(n: int, config: WukongConfig, seed: int) -> None:
     assert_same(model, lambda x, p: wukong(x, p, config), x)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "seed"),
+    [
+        ({"layers": 2, "num_fm": 1, "head": [3]}, 1),
+        ({"layers": 3, "num_fm": 2, "head": [3]}, 346),
+        ({"layers": 3, "num_fm": 1, "head": [], "mlp": [2]}, 2),
+    ],
+)
+def test_rounding_that_layer_norm_amplifies(sizes: dict, seed: int) -> None:
+    """A LayerNorm over one number: gradients that are 0 were off by 1e-7; a model that is wrong is still seen."""
+    config = WukongConfig.model_validate(
+        {"dim": 4, "num_lcb": 1, "rank": 1, "mlp": [], "projection": "attentive", "bias": False, **sizes}
+        | {"attentive": AttentiveConfig(compressed=2, mlp=[])}
+    )
+    model, x = randomised(1, config, seed)
+    assert_same(model, lambda x, p: wukong(x, p, config), x)
+    with pytest.raises(AssertionError, match="off by up to"):
+        assert_same(model, lambda x, p: wukong(x * (1 + 1e-3), p, config), x)
+
+
 @pytest.mark.parametrize("projection", ["static", "attentive"])
 def test_gradcheck(projection: str) -> None:
     config = WukongConfig.model_validate(

@@ -181,7 +181,7 @@ class TableGroup:
         messages: WireDtypes,
         device: torch.device,
     ) -> None:
-        self.layout = layout
+        self.layout, self._device = layout, device
         self.choices = choose_backends(layout, shards, config, device)
         names = replicated(shards)
         spread = tuple(shard for shard in shards if shard.table not in names)
@@ -212,6 +212,8 @@ class TableGroup:
 
     def pool(self, batch: Distributed) -> Tensor:
         """Pooled embeddings of this rank's examples, float32 [B, width of the group's features] in layout order."""
+        if not self.tables:  # nothing but numeric features: [B, 0], with a way back that leads nowhere
+            return torch.empty(batch.size, 0, device=self._device, requires_grad=torch.is_grad_enabled())
         blocks = []
         if self._sharded is not None:
             assert batch.local is not None

@@ -77,6 +77,11 @@ def check_towers(towers: Towers, hosts: int) -> None:
 
 def _strided(layout: EmbeddingLayout, count: int) -> Towers:
     tables = {table.name: index for index, table in enumerate(layout.tables)}
+    if not tables:
+        raise UserError(
+            f"parallel.towers={count}: a tower is a group of categorical features, and the model has none; leave "
+            "parallel.towers out (and parallel.exchange='tower')"
+        )
     if count > len(tables):
         raise UserError(
             f"parallel.towers={count}: {len(layout.features)} categorical features with {len(tables)} tables fill at "
