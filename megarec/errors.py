@@ -19,6 +19,8 @@ USER_MISTAKE = 2
 """Something its user must fix: a config, data, a checkpoint that does not fit."""
 STOPPED = 70
 """Stopped by the fault policy or because replicas differed: a restart would meet the same fault."""
+INTERRUPTED = 130
+"""By Ctrl-C, as shells count it."""
 PREEMPTED = 75
 """Asked to end by a signal, and saved: a restart with --resume continues."""
 OUTPUT_CLOSED = 141
@@ -55,7 +57,7 @@ class RunEnded(Exception):
 
 
 def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a command's `main`: a `UserError` becomes one line on standard error and exit code 2.
+    """Wrap a command's `main`: a `UserError` becomes one line on standard error and exit code 2, Ctrl-C one and 130.
 
     So does a standard output that cannot be written; one that nobody reads any more ends the command without a word.
     """
@@ -68,6 +70,9 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except UserError as error:
             code = _tell(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            code = INTERRUPTED
         except SystemExit as end:
             code = end.code
         except OSError:

@@ -8,7 +8,6 @@ start removes. (Between two renames of a step that is saved again, the old check
 next start gives it back its own.) The file system must be shared by all hosts, with a rename that is atomic (POSIX).
 """
 
-import json
 import logging
 import os
 import re
@@ -26,7 +25,7 @@ from megarec.checkpoint.format import DTYPE_NAMES, INDEX, FileEntry, sealed
 from megarec.checkpoint.pointers import BEST, LATEST, NAME, name_of, pointed
 from megarec.checkpoint.writing import Snapshot, key_of, write_file
 from megarec.errors import one_line
-from megarec.files import sync_directory, write_json, write_whole
+from megarec.files import read_object, sync_directory, write_json, write_whole
 
 POLL_SECONDS = 0.01, 0.2  # between looks for the other ranks' marks: at first, at most
 GRACE_SECONDS = 10.0  # after a failure, for ranks that have not begun: they may have had no room for a mark
@@ -190,7 +189,7 @@ def _all_marks(plan: Plan, failure: SaveFailed | None, others: OtherParts) -> li
         for rank in late:
             path = plan.temporary / f"rank-{rank:05d}.json"
             if path.is_file():
-                marks[rank] = json.loads(path.read_text(encoding="utf-8"))
+                marks[rank] = read_object(path, "the mark of a rank")
         if len(marks) == plan.ranks:
             return [marks[rank] for rank in range(plan.ranks)]
         told = [failures[rank] for rank in sorted(failures)]

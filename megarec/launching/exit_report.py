@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from megarec.errors import DONE, USER_MISTAKE, RunEnded, UserError
+from megarec.errors import DONE, USER_MISTAKE, RunEnded, UserError, one_line
+from megarec.files import parse_json
 
 JOB_VARIABLE = "MEGAREC_JOB"  # set in ranks that a supervisor listens to
 _MARK = "@megarec"
@@ -65,7 +66,7 @@ def rank_number() -> int:
 
 
 def this_rank(code: int, cause: str, lost: bool = False) -> Outcome:
-    return Outcome(rank_number(), socket.gethostname(), code, " ".join(cause.split())[:_LONGEST], lost)
+    return Outcome(rank_number(), socket.gethostname(), code, one_line(" ".join(cause.split()))[:_LONGEST], lost)
 
 
 def report(outcome: Outcome) -> None:
@@ -80,7 +81,10 @@ def parse(line: str, job: str) -> Outcome | None:
     match = _MARKED.fullmatch(line)
     if match is None or match["job"] != job:
         return None
-    return Outcome(**json.loads(match["outcome"]))
+    try:
+        return Outcome(**parse_json(match["outcome"], "a rank's last line"))
+    except (UserError, TypeError):
+        return None  # half a line, of a rank that was killed while it wrote
 
 
 @contextmanager
