@@ -8,6 +8,15 @@ logits = model.predict(batch)
 Names are imported when they are first asked for: torch takes seconds.
 """
 
+import sys
+
+# `python -m megarec...`: Python looks for every module in the working directory first, and would run a json.py that
+# somebody has put there. Only what it has imported before this line is out of reach (docs/multihost.md).
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+    _module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
+    if _module.partition(".")[0] == "megarec" and sys.path[0] != __path__[0].rpartition("/")[0]:
+        del sys.path[0]  # but the directory of this very package, in a checkout
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

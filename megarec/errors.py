@@ -12,7 +12,7 @@ import select
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 DONE = 0
 USER_MISTAKE = 2
@@ -79,7 +79,7 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
             if _output_error() is None:
                 raise
         if (failed := _output_error()) is not None:
-            end_output()
+            end_stream(sys.stdout)
             why = f"standard output cannot be written ({failed.strerror})"
             code = code or (OUTPUT_CLOSED if isinstance(failed, BrokenPipeError) else _tell(why))
         if code is not None:
@@ -121,11 +121,11 @@ def _output_error() -> OSError | None:
     return None
 
 
-def end_output() -> None:
-    """Let all further standard output lead nowhere, what it still holds included."""
+def end_stream(stream: IO[str]) -> None:
+    """Let all that is still written to a stream lead nowhere, what it holds included: its reader is gone."""
     with suppress(OSError, ValueError):  # a stream without a file
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
 
 

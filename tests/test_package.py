@@ -1,6 +1,8 @@
 """The package as others see it: its public names, the `megarec` command, its metadata."""
 
+import os
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -35,6 +37,23 @@ def test_importing_it_loads_nothing_heavy() -> None:
         "import megarec, megarec.commands.cli, sys; print(sorted({'torch', 'pydantic', 'pyarrow'} & set(sys.modules)))",
     )
     assert ran.stdout == "[]\n", ran.stderr
+
+
+@pytest.mark.parametrize("words", [["-m", "megarec"], ["-mmegarec"], ["-u", "-m", "megarec.train"]], ids=" ".join)
+def test_no_module_of_the_working_directory_is_run(words: list[str], tmp_path: Path) -> None:
+    for name in ("json", "argparse", "re", "typing", "pathlib", "pydantic"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working directory was run')")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = processes.python(*words, "--help", cwd=tmp_path, env=environment, real=True)
+    assert ran.returncode == 0 and ran.stdout.startswith("usage: "), ran.stderr
+
+
+def test_in_a_checkout_the_working_directory_stays_on_the_path() -> None:
+    """It holds the package: processes that one of its commands starts must find the same one."""
+    code = "import sys, runpy; runpy.run_module('megarec.commands.config_schema', run_name='x'); print(sys.path[0])"
+    ran = subprocess.run([sys.executable, "-m", "megarec", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout.startswith("megarec "), ran.stderr
+    assert processes.python("-c", code, cwd=ROOT, real=True).stdout == "\n"  # as in every program that imports it
 
 
 def test_help_names_every_command() -> None:

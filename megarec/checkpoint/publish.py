@@ -183,7 +183,7 @@ def _all_marks(plan: Plan, failure: SaveFailed | None, others: OtherParts) -> li
     failures = {0: str(failure)} if failure is not None else {}
     while True:
         if others.ended.is_set():
-            failures |= {rank: told for rank, told in others.failures.items() if rank not in failures}
+            failures |= {rank: f"rank {rank}: {told}" for rank, told in others.failures.items() if rank not in failures}
         failures |= _told_failures(plan)
         late = sorted(set(range(plan.ranks)) - set(marks) - set(failures))
         for rank in late:

@@ -79,12 +79,16 @@ def _changes(index: Index, config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     here, there = config.model_dump(mode="json"), index.config
     try:
         there = RunConfig.model_validate(there).model_dump(mode="json")
-    except ValidationError:  # another version's: what both know
-        there = {section: there.get(section, values) for section, values in here.items()}
+    except ValidationError:  # another version's, with keys or numbers that this one refuses: what both know
+        there = {section: _known(there.get(section), values) for section, values in here.items()}
     for section, values in here.items():
         for key, before, now in differences(there[section], values, section):
             if not _alike(before, now):
                 yield key, before, now
+
+
+def _known(there: Any, here: dict[str, Any]) -> dict[str, Any]:
+    return {key: there.get(key, value) if isinstance(there, dict) else value for key, value in here.items()}
 
 
 def _alike(a: Any, b: Any) -> bool:

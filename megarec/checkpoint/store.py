@@ -107,7 +107,7 @@ class Checkpoints:
                 publish.write_part(plan, rank, self._snapshot)
             except SaveFailed as error:
                 failure = error  # of another rank the mark tells rank 0, which says so, or `wait`
-                self._part.failure = f"rank {rank}: {str(error).removeprefix(f'rank {rank}: ')}"
+                self._part.failure = str(error).removeprefix(f"rank {rank}: ")
             finally:
                 self._part.ended.set()
             if rank == 0:

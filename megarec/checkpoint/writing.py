@@ -31,9 +31,20 @@ class Snapshot:
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self.pieces: list[TensorSlice] = []
+        self._failure: Exception | None = None
 
     def take(self, pieces: Sequence[TensorSlice]) -> None:
-        """Copy; what was copied before is overwritten. Waits until the copy is done."""
+        """Copy; what was copied before is overwritten. Waits until the copy is done.
+
+        Where there is no memory for it, whoever asks for the numbers is told: the ranks must get there alike.
+        """
+        self._failure = None
+        try:
+            self._copy(pieces)
+        except (MemoryError, RuntimeError) as error:
+            self._failure = error
+
+    def _copy(self, pieces: Sequence[TensorSlice]) -> None:
         self.pieces = in_file_order(pieces)
         size = sum(piece.tensor.nbytes for piece in pieces)
         on_gpu = any(piece.tensor.is_cuda for piece in pieces)
@@ -51,7 +62,9 @@ class Snapshot:
             torch.cuda.synchronize()
 
     def not_finite(self) -> str | None:
-        """The name of a piece with a number that is not finite, if there is one."""
+        """The name of a piece with a number that is not finite, if there is one; asked first of all."""
+        if self._failure is not None:
+            raise self._failure
         offset = 0
         for piece in self.pieces:
             source = piece.tensor

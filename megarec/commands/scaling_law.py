@@ -65,7 +65,7 @@ def run_study(arguments: argparse.Namespace) -> None:
     from megarec.scaling.budget import Budget, planned
     from megarec.scaling.grid import read_grid
     from megarec.scaling.results import TABLE, Rows
-    from megarec.scaling.sweep import local_slots, only_sweep_in, run_sweep, slots_of
+    from megarec.scaling.sweep import local_slots, only_sweep_in, run_sweep, slots_of, take_over
 
     for name in ("jobs", "budget_gflop", "hours", "gflop_per_second"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
@@ -77,6 +77,9 @@ def run_study(arguments: argparse.Namespace) -> None:
     budget = Budget(arguments.budget_gflop, arguments.hours, arguments.gflop_per_second)
     output = arguments.output or Path("runs") / arguments.study.stem
     with only_sweep_in(output):
+        previous = take_over(output, arguments.study, trials, only_plan=arguments.plan)
+        if previous is not None:
+            print(f"{output}: the sweep of another study that was there is in {previous} now", flush=True)
         rows = Rows(output, trials)
         plan = planned(trials, rows, slots, budget)
         print(*in_words(plan), sep="\n", flush=True)

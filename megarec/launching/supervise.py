@@ -15,7 +15,7 @@ from typing import IO
 
 import psutil
 
-from megarec.errors import PREEMPTED
+from megarec.errors import PREEMPTED, end_stream
 from megarec.launching import send_signal
 from megarec.launching.exit_report import Outcome, parse
 from megarec.launching.hosts import OPTIONS, on_ssh_host
@@ -131,8 +131,7 @@ def _listen(
                     continue
                 line, stream = item
                 if not record.take(line, job) and not _CHATTER.match(line):
-                    stream.write(line)
-                    stream.flush()
+                    _pass_on(line, stream)
             _note_ends(commands, processes, record)
             signalled = forwarding.signalled()
             if signalled or record.failed() or all(process.poll() is not None for process in processes):
@@ -144,6 +143,15 @@ def _listen(
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
     _note_ends(commands, processes, record)
+
+
+def _pass_on(line: str, stream: IO[str]) -> None:
+    """Write a line of the job; one that nobody reads (`| head`) ends no job, and neither does a full disk."""
+    try:
+        stream.write(line)
+        stream.flush()
+    except OSError:
+        end_stream(stream)
 
 
 class _Forwarding:

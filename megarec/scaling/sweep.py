@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from megarec.errors import STOPPED, UserError
-from megarec.files import NotJson, read_object
+from megarec.files import NotJson, read_object, write_json
 from megarec.launching.commands import TRAIN_SCRIPT
 from megarec.launching.hosts import OPTIONS, Host, accelerator, keep_alive, on_ssh_host
 from megarec.scaling.grid import Trial
-from megarec.scaling.results import Rows, row_of
+from megarec.scaling.results import TABLE, Rows, row_of
 from megarec.scaling.trial_process import attended
+from megarec.training.run_directory import move_to_previous
 
 TRAIN = TRAIN_SCRIPT
 SSH_FAILED = 255  # ssh's own exit code; a trial has none so high
 _POLL_SECONDS = 0.2
 HERE = "localhost"
+STUDY_NOTE = "sweep.json"
+PARTS = (STUDY_NOTE, TABLE, "rows", "runs", "plan.json", "probe")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,36 @@ def only_sweep_in(output: Path) -> Iterator[None]:
                 f"{output}: another sweep is at work there; wait for it, or choose another --output"
             ) from None
         yield
+
+
+def take_over(output: Path, study: Path, trials: list[Trial], *, only_plan: bool) -> Path | None:
+    """Make the directory this study's: what a sweep of another one left there moves to `previous` in it, whole.
+
+    It is the same study where the file is the same, edited or not, or where any run is: a moved file, or a copy.
+
+    Args:
+        only_plan: nothing is to be moved.
+
+    Returns:
+        Where the other study's sweep is now; None: there was none.
+
+    Raises:
+        UserError: it cannot be moved, or must not.
+    """
+    note, me, previous = output / STUDY_NOTE, str(study.resolve()), None
+    there = read_object(note, "which study a sweep is of").get("study") if note.is_file() else None
+    found = [path for name in PARTS if (path := output / name).exists()]
+    runs = {path.stem for path in output.glob("rows/*.json")} | {path.name for path in output.glob("runs/*")}
+    if runs and there != me and not runs & {trial.name for trial in trials}:
+        of = f"the study {there}" if there else "another study"
+        if only_plan:
+            raise UserError(
+                f"{output}: holds a sweep of {of}; choose another --output, or start without --plan, which moves it "
+                "to `previous` there"
+            )
+        previous = move_to_previous(output, found, f"{output}: the sweep of {of} there", "choose another --output")
+    write_json(note, {"study": me})
+    return previous
 
 
 @dataclass

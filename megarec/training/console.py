@@ -16,7 +16,7 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megarec.errors import UserError, end_output
+from megarec.errors import UserError, end_stream
 
 LOG_FILE = "log.txt"
 _NEVER = logging.CRITICAL + 1
@@ -45,7 +45,7 @@ class _Shown(logging.StreamHandler[TextIO]):
         error = sys.exception()
         self.setLevel(_NEVER)
         if self.stream is sys.stdout:
-            end_output()
+            end_stream(self.stream)
         _log.warning("THE CONSOLE ENDS HERE, THE RUN GOES ON: %s", getattr(error, "strerror", None) or error)
 
 

@@ -12,7 +12,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -203,6 +203,23 @@ def set_aside(output: Path) -> Path | None:
         found.append(output / "csv")
     if not found:
         return None
+    return move_to_previous(
+        output,
+        found,
+        f"train.output_dir={str(output)!r}",
+        "choose another train.output_dir, or continue it with --resume",
+    )
+
+
+def move_to_previous(output: Path, found: Sequence[Path], what: str, remedy: str) -> Path:
+    """Move what an earlier run or sweep has in `output` to `previous` there, or to `previous-2` and so on.
+
+    Args:
+        what, remedy: begin and end of the message where it cannot be moved.
+
+    Raises:
+        UserError: it cannot.
+    """
     names = (PREVIOUS + (f"-{number}" if number > 1 else "") for number in count(1))
     previous = next(path for path in map(output.joinpath, names) if not path.exists())
     try:
@@ -212,8 +229,7 @@ def set_aside(output: Path) -> Path | None:
         sync_directory(output)
     except OSError as error:
         raise UserError(
-            f"train.output_dir={str(output)!r}: the earlier run there cannot be moved to {previous.name} "
-            f"({error.strerror}: {error.filename}); choose another train.output_dir, or continue it with --resume"
+            f"{what} cannot be moved to {previous.name} ({error.strerror}: {error.filename}); {remedy}"
         ) from None
     return previous
 

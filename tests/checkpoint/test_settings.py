@@ -3,13 +3,18 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from megarec.checkpoint import settings
+from megarec.checkpoint.format import Index
+from megarec.config.load import load_config
 from megarec.config.sections import RunConfig
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
+from megarec.run.build import Run
 from tests.checkpoint.runs import build, leg, store, write_run
 
 REFUSED = {
@@ -83,3 +88,26 @@ def test_what_is_spoken_of_is_a_key(known: str) -> None:
     section, _, key = known.partition(".")
     fields = RunConfig.model_fields[section].annotation
     assert section in ("model", "deepspeed") or not key or key in getattr(fields, "model_fields", {})
+
+
+def test_settings_of_another_version_are_compared_where_both_know_them(data: Path, tmp_path: Path) -> None:
+    """A number that is out of range today, a key that is gone, keys that there were not yet, a section of no kind."""
+    config = load_config(write_run(tmp_path, data))
+    there = config.model_dump(mode="json")
+    there["train"] = {"epochs": 10**9, "seed": 7, "no_such_key": 1}
+    there["dense"] |= {"learning_rate": 0.5}
+    del there["model"]["activation"], there["schedule"]
+    there["parallel"] = "flat"
+    index = SimpleNamespace(config=there, step=3)
+    settings.check_model(tmp_path, cast(Index, index), config)
+    run = SimpleNamespace(config=config)
+    lines = settings.changed_settings(cast(Run, run), cast(Index, index))
+    said = [line.partition(": ")[2].partition(";")[0] for line in lines]
+    assert said == [
+        "dense.learning_rate is 0.01 now, 0.5 until step 3",
+        f"train.epochs is {config.train.epochs} now, 1000000000 until step 3",
+        "train.seed is 1 now, 7 until step 3",
+    ]
+    there["model"]["activation"] = "silu"
+    with pytest.raises(UserError, match=r"model\.activation is 'silu' there, 'relu' in this run"):
+        settings.check_model(tmp_path, cast(Index, index), config)

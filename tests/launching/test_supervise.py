@@ -155,6 +155,17 @@ def test_the_launcher_ends_even_when_the_supervisor_is_killed() -> None:
     wait_until(lambda: not sleepers(marker))
 
 
+def test_a_job_goes_on_when_nobody_reads_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    talks = f"for i in range(99): print(i, flush=True)\nopen({str(tmp_path / 'done')!r}, 'w')"
+    with os.fdopen(writer, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        found = supervise(JOB, [command(talks)], Watch(Interruption()))
+        monkeypatch.undo()
+    assert not found.failed() and (tmp_path / "done").is_file()
+
+
 SAVING_RANK = """
 import os, signal, subprocess, sys, time
 def save(signum, frame):

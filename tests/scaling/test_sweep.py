@@ -169,6 +169,40 @@ def test_two_sweeps_in_one_directory_are_refused_and_a_plan_only_shows(
     assert raised.value.code == 2 and "another sweep is at work there" in capsys.readouterr().err
 
 
+def test_a_sweep_of_another_study_is_set_aside_whole(
+    whole: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And goes on where it is the same: an edited file, a file that moved, a directory of before such notes."""
+    path, unbroken = whole
+    output = tmp_path / "out"
+    shutil.copytree(unbroken, output)
+    other = write_study(tmp_path / "other", models={"lr": {"model": {"name": "lr", "dim": 4}}}, seeds=[1])
+    with pytest.raises(SystemExit) as raised:
+        run_here(other, output, "--plan")
+    assert raised.value.code == 2 and f"{output}: holds a sweep of the study {path}; choose" in capsys.readouterr().err
+    assert table(output) == table(unbroken)
+
+    run_here(other, output)
+    assert f"{output}: the sweep of another study that was there is in {output}/previous now" in capsys.readouterr().out
+    assert [row["model"] for row in table(output)] == ["lr"] and table(output / "previous") == table(unbroken)
+    assert set(starts(output / "previous").values()) == {1} and len(starts(output)) == 1
+
+    run_here(path, output / "previous")  # a sweep's directory in its own right
+    moved = tmp_path / "moved"
+    shutil.copytree(path.parent, moved, ignore=lambda *_: ["out"])
+    base = json.loads((moved / "base.json").read_text())
+    run_here(moved / "study.json", output / "previous")
+    (output / "previous/sweep.json").unlink()
+    run_here(path, output / "previous")
+    assert set(starts(output / "previous").values()) == {1}
+    (moved / "base.json").write_text(json.dumps(base | {"train": {**base["train"], "epochs": 2}}))
+    run_here(moved / "study.json", output / "previous", "--budget-gflop", "1e-9")
+    assert (output / "previous/previous/runs.parquet").is_file()
+    (moved / "base.json").write_text(json.dumps(base | {"train": {**base["train"], "epochs": 3}}))
+    run_here(moved / "study.json", output / "previous", "--budget-gflop", "1e-9")
+    assert not (output / "previous/previous-2").exists()
+
+
 def test_a_real_sweep_feeds_fit_plot_and_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
