@@ -49,7 +49,8 @@ LONE_L2 = "embedding.dropout and l2 leave elements a gradient"  # the smaller th
 SMOOTH = (*SILU, "embedding.eps=1e-3")
 FP32 = ("deepspeed.bf16.enabled=false", "embedding.weights=fp32")
 SMALL_WUKONG = (
-    "data.batch_size=64",
+    *("data.batch_size=64", "parallel.tensor=1", "parallel.ranks_per_host=null"),  # for hosts of eight
+    "deepspeed.zero_optimization.zero_hpz_partition_size=1",
     *("model.dim=8", "model.layers=2", "model.num_fm=8", "model.num_lcb=8", "model.rank=8", "model.mlp=[32, 32, 32]"),
     *("model.head=[32]", "model.numeric_mlp=[32]", "model.numeric_embeddings=4"),
 )
