@@ -158,8 +158,7 @@ class LocalTables:
         return named
 
     def _touch(self, ids: LocalIds) -> None:
-        counts = torch.tensor(ids.counts, dtype=torch.int64, device=ids.values.device)
-        first_rows = self._first_rows.repeat_interleave(counts, output_size=ids.values.numel())
+        first_rows = self._first_rows.repeat_interleave(ids.counts_on_device(), output_size=ids.values.numel())
         self._mark(first_rows.add_(ids.values))
 
     def _mark(self, rows: Tensor) -> None:
