@@ -78,7 +78,7 @@ ALLOWED = {  # where the host may wait, or where no accelerator is involved
         "int",
     ): "between chunks, of which there is one on an accelerator; steps are on the CPU",
     ("sparse/tables/local.py", "torch.tensor"): "once, when the tables are built",
-    ("sparse/tables/local.py", "float"): "table usage, when it is logged",
+    ("sparse/tables/local.py", "tolist"): "table usage, when it is logged",
 }
 
 
