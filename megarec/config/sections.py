@@ -207,6 +207,9 @@ class TrainConfig(Section):
     peak_tflops: Above0 | None = Field(
         None, description="peak of one rank for the MFU; null: measured at the start with a GEMM"
     )
+    deterministic: bool = Field(
+        False, description="on a GPU, kernels whose sums have a fixed order: two runs alike are equal to the last bit"
+    )
     fused_kernels: Literal["auto", "torch"] = Field("auto", description="auto: NVIDIA apex where it is truly there")
 
 

@@ -109,6 +109,21 @@ def check_accelerator() -> None:
     )
 
 
+def prepare_cuda(deterministic: bool) -> None:
+    """What CUDA reads when it starts; harmless without it.
+
+    Args:
+        deterministic: sums of a fixed order. FBGEMM adds up a row that a batch meets more than 1,024 times by atomic
+            additions otherwise, and cuBLAS may split a product differently each time.
+    """
+    # Lists have other lengths in every step: without it freed blocks of odd sizes are not found again.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def describe_device(device: torch.device) -> str:
     """For the log: what computes, and the versions that matter there."""
     if device.type == "cpu":
@@ -131,6 +146,7 @@ def start_process(config: RunConfig) -> torch.device:
     """
     quiet_libraries()
     check_accelerator()
+    prepare_cuda(config.train.deterministic)
     if not dist.is_initialized():
         check_variables(os.environ)
     if "RANK" not in os.environ and not dist.is_initialized():

@@ -32,6 +32,22 @@ def test_a_driver_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch, t
     process.check_accelerator()
 
 
+def test_deterministic_kernels_are_asked_for_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        process.prepare_cuda(deterministic=False)
+        assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        process.prepare_cuda(deterministic=True)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+        for name in ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF"):
+            os.environ.pop(name, None)
+
+
 def device_of_rank() -> str:
     return f"{os.environ['DS_ACCELERATOR']} {process.rank_device()}"
 
