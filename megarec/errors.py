@@ -6,8 +6,12 @@ By its exit code a training process says why it ended; launchers and restart scr
 import argparse
 import difflib
 import functools
+import io
+import os
+import select
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 DONE = 0
@@ -15,8 +19,12 @@ USER_MISTAKE = 2
 """Something its user must fix: a config, data, a checkpoint that does not fit."""
 STOPPED = 70
 """Stopped by the fault policy or because replicas differed: a restart would meet the same fault."""
+INTERRUPTED = 130
+"""By Ctrl-C, as shells count it."""
 PREEMPTED = 75
 """Asked to end by a signal, and saved: a restart with --resume continues."""
+OUTPUT_CLOSED = 141
+"""Nobody reads standard output any more (`| head`): as a shell names the end of a program by SIGPIPE."""
 
 
 class UserError(ValueError):
@@ -49,17 +57,76 @@ class RunEnded(Exception):
 
 
 def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a command's `main`: a `UserError` becomes one line on standard error and exit code 2."""
+    """Wrap a command's `main`: a `UserError` becomes one line on standard error and exit code 2, Ctrl-C one and 130.
+
+    So does a standard output that cannot be written; one that nobody reads any more ends the command without a word.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
+        _open_standard_streams()
+        code: Any = None
         try:
             main()
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(USER_MISTAKE)
+            code = _tell(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            code = INTERRUPTED
+        except SystemExit as end:
+            code = end.code
+        except OSError:
+            if _output_error() is None:
+                raise
+        if (failed := _output_error()) is not None:
+            end_output()
+            why = f"standard output cannot be written ({failed.strerror})"
+            code = code or (OUTPUT_CLOSED if isinstance(failed, BrokenPipeError) else _tell(why))
+        if code is not None:
+            sys.exit(code)
 
     return wrapped
+
+
+def _tell(error: object) -> int:
+    with suppress(OSError):  # nobody reads that either
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return USER_MISTAKE
+
+
+def _open_standard_streams() -> None:
+    """Where the shell closed one (`>&-`), let it lead nowhere: else the next file opened would take its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
+
+
+def _output_error() -> OSError | None:
+    """Why standard output cannot take what was printed; what it could not take it still holds, and fails again.
+
+    Without a buffer (`python -u`) it holds nothing, and only a reader who is gone can still be seen.
+    """
+    try:
+        sys.stdout.flush()
+        watched = select.poll()
+        watched.register(sys.stdout, 0)
+        if any(event & select.POLLERR for _, event in watched.poll(0)):
+            return BrokenPipeError()
+    except OSError as error:
+        return None if isinstance(error, io.UnsupportedOperation) else error
+    return None
+
+
+def end_output() -> None:
+    """Let all further standard output lead nowhere, what it still holds included."""
+    with suppress(OSError, ValueError):  # a stream without a file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class _Once(argparse._StoreAction):

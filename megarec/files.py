@@ -5,7 +5,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,74 +55,90 @@ def sync_directory(directory: Path) -> None:
 MAX_JSON_BYTES = 256 << 20
 MAX_DIGITS = 400
 """Of one number in a JSON: float64 ends at 309."""
+MAX_DEPTH = 100
+"""Of objects and lists in one another: what is deeper would be too much for those who walk through a value."""
 
 
-def read_json(path: Path, expected: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
+class NotJson(UserError):
+    """A text that is no JSON at all, in contrast to one that is, of a kind that is refused."""
+
+
+def read_json(path: Path, expected: str, max_bytes: int = MAX_JSON_BYTES, *, nan: bool = False) -> Any:
     """The value of a JSON file: the one reader of every kind of JSON that people or earlier runs wrote.
 
     UTF-8, with or without a byte order mark, or UTF-16 as its mark says.
 
     Args:
         expected: what the file should be, for the message: "the JSON of a run".
+        nan: whether NaN and infinity may stand there: in what runs measured, as Python writes it.
 
     Raises:
         UserError: one line that names the file: it cannot be read, is no regular file or too large, is no JSON, has a
             key twice in one object, NaN or infinity, a number beyond float64 or with too many digits, a string that
             is no text, or is nested too deep.
     """
-    content = _regular_file(path, expected, max_bytes)
-    encoding = json.detect_encoding(content)
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not {encoding.removesuffix('-sig').upper()} text at byte {error.start}") from error
-    return parse_json(text, str(path))
+    return parse_json(read_regular(path, expected, max_bytes), str(path), nan=nan)
 
 
-def read_object(path: Path, expected: str) -> dict[str, Any]:
+def read_object(path: Path, expected: str, *, nan: bool = False) -> dict[str, Any]:
     """`read_json`, of a file that must hold an object.
 
     Raises:
         UserError: as `read_json`, or the file holds another kind of value.
     """
-    value = read_json(path, expected)
+    return an_object(read_json(path, expected, nan=nan), str(path), expected)
+
+
+def an_object(value: Any, where: str, expected: str) -> dict[str, Any]:
+    """The value itself.
+
+    Raises:
+        UserError: it is no object.
+    """
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {_short(value)}, expected a JSON object: {expected}")
+        raise UserError(f"{where}: holds {_short(value)}, expected a JSON object: {expected}")
     return value
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str | bytes, where: str, *, nan: bool = False) -> Any:
     """The value of a JSON text, as `read_json` takes it.
 
     Args:
-        where: file or argument that holds the text, for the message.
+        where: file, argument or program that the text is of, for the message.
+        nan: as of `read_json`.
 
     Raises:
+        NotJson: the text is no JSON.
         UserError: as `read_json`, of the text.
     """
+    if isinstance(text, bytes):
+        text = _decoded(text, where)
     repeated: list[tuple[dict[str, Any], str, Any, Any]] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        if len(found) < len(pairs):
-            key = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-            first, second = [value for name, value in pairs if name == key][:2]
-            repeated.append((found, key, first, second))
+        if len(found) < len(pairs) and not repeated:
+            repeated.append((found, *_first_twice(pairs)))
         return found
 
     try:
         value = json.loads(
-            text, object_pairs_hook=unique, parse_int=_integer, parse_float=_real, parse_constant=_no_number
+            text,
+            object_pairs_hook=unique,
+            parse_int=_integer,
+            parse_float=_real,
+            parse_constant=None if nan else _no_number,
         )
-        path_to = dict(_containers(value)) if repeated else {}
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+        raise NotJson(f"{where}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
     except RecursionError as error:
-        raise UserError(f"{where}: nested too deep to be read; nothing here needs more than ten levels") from error
+        raise UserError(f"{where}: {_TOO_DEEP}") from error
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
+    if _too_deep(value):
+        raise UserError(f"{where}: {_TOO_DEEP}")
     for container, key, first, second in repeated:
-        name = ".".join([*path_to.get(id(container), ()), key])
+        name = ".".join([*_path_to(container, value), key])
         raise UserError(
             f"{where}: the key {name!r} is there twice, as {_short(first)} and as {_short(second)}; keep one"
         )
@@ -133,7 +149,18 @@ def parse_json(text: str, where: str) -> Any:
     return value
 
 
-def _regular_file(path: Path, expected: str, max_bytes: int) -> bytes:
+_TOO_DEEP = "nested too deep to be read; nothing here needs more than ten levels"
+
+
+def read_regular(path: Path, expected: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of a regular file, or of one that a link leads to; nothing else is waited for.
+
+    Args:
+        expected: as of `read_json`.
+
+    Raises:
+        UserError: one line that names the file: it cannot be read, is no regular file, or has more bytes.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO without a writer must not block
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -166,6 +193,14 @@ _KINDS = (
 )
 
 
+def _decoded(content: bytes, where: str) -> str:
+    encoding = json.detect_encoding(content)
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise NotJson(f"{where}: not {encoding.removesuffix('-sig').upper()} text at byte {error.start}") from error
+
+
 def _integer(text: str) -> int:
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text):,} digits ({text[:20]}...); nothing here needs more than 20")
@@ -184,24 +219,52 @@ def _no_number(text: str) -> float:
     raise ValueError(f"{text}: no number of JSON; every number here is finite")
 
 
-def _containers(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """(id, keys that lead to it) of every object below a value."""
-    if isinstance(value, dict):
-        yield id(value), path
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in parts:
-        yield from _containers(part, (*path, str(key)))
+def _first_twice(pairs: list[tuple[str, Any]]) -> tuple[str, Any, Any]:
+    """(key, first value, second value) of the first key that comes again."""
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            return key, seen[key], value
+        seen[key] = value
+    raise AssertionError("no key comes again")
+
+
+def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    """(key or place, value) of what an object or a list holds; nothing of anything else."""
+    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+
+
+def _too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for whole in level for _, part in _parts(whole) if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _path_to(container: dict[str, Any], value: Any, path: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The keys that lead from a value to an object in it; () where a key that came twice hides it."""
+    if value is container:
+        return path
+    for key, part in _parts(value):
+        if isinstance(part, dict | list) and (found := _path_to(container, part, (*path, str(key)))):
+            return found
+    return ()
 
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
-        for part in [*value, *value.values()] if isinstance(value, dict) else value:
-            yield from _strings(part)
+    for key, part in _parts(value):
+        if isinstance(key, str):
+            yield key
+        yield from _strings(part)
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict | list) and len(value) > 30:
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -1,9 +1,37 @@
-"""SIGTERM and SIGUSR1, which schedulers and clouds send before they take a machine away, noted for the next step."""
+"""Signals that ask a process to end: a run notes them for its next step, a tool cleans up and goes."""
 
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers and clouds send before they take a machine away."""
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """Inside, a signal that ends the process does so by an exception: what it had half-written is removed on the way.
+
+    Only the first one does, so that a second one cannot break the cleaning off. As a decorator, of a tool's `main`.
+    """
+    asks = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    noticed = [number for number in asks if signal.getsignal(number) is not signal.SIG_IGN]
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        for number in noticed:
+            signal.signal(number, signal.SIG_IGN)
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + signum)
+
+    before = {number: signal.signal(number, end) for number in noticed}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Interruption:

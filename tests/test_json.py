@@ -1,21 +1,44 @@
 """The one reader of JSON: what it takes, and one line for each thing that it does not."""
 
+import ast
 import json
+import math
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megarec.checkpoint.format import Index, read_export, read_index
+from megarec.checkpoint.offline import said_of
 from megarec.config.load import load_config
+from megarec.data.cache import _whole
 from megarec.data.schema import read_schema
 from megarec.data.sources.table_spec import load_table_spec
 from megarec.errors import UserError
-from megarec.files import read_json
+from megarec.files import parse_json, read_json
+from megarec.launching.preflight import files_of
 from megarec.scaling.grid import read_grid
+from megarec.scaling.results import _read_row
+from megarec.scaling.sweep import _metrics
 
+ROOT = Path(__file__).parents[1]
 RUN = {"model": {"name": "lr"}, "data": {"path": "somewhere"}}
-READERS = {"config": load_config, "schema": read_schema, "spec": load_table_spec, "study": read_grid}
+NO_CONFIG: Any = None
+READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # the file's name, and who reads it
+    "config": ("a.json", load_config),
+    "schema": ("schema.json", read_schema),
+    "spec": ("a.json", load_table_spec),
+    "study": ("a.json", read_grid),
+    "preflight": ("a.json", lambda path: files_of(path, NO_CONFIG)),
+    "index": ("index.json", lambda path: read_index(path.parent)),
+    "export": ("config.json", lambda path: read_export(path.parent)),
+    "metrics": ("metrics.json", lambda path: _metrics(path.parent)),
+    "row of a trial": ("a.json", _read_row),
+}
+MEASURED = ("metrics", "row of a trial")  # what runs write may hold NaN
 
 BAD = {
     "twice": (b'{"a": {"b": 1, "b": 2}}', "the key 'a.b' is there twice, as 1 and as 2; keep one"),
@@ -26,6 +49,7 @@ BAD = {
     "long integer": (b'{"a": ' + b"9" * 5_000 + b"}", "a number of 5,000 digits (99999999999999999999...)"),
     "long real": (b'{"a": 0.' + b"9" * 5_000 + b"}", "a number of 5,002 digits (0.999999999999999999...)"),
     "large": (b'{"a": -1e999}', "-1e999: beyond the range of numbers"),
+    "deep, not too deep for Python": (b'{"a":' * 300 + b'"\\u0041"' + b"}" * 300, "nested too deep"),
     "NaN": (b'{"a": NaN}', "NaN: no number of JSON"),
     "infinity": (b'{"a": [-Infinity]}', "-Infinity: no number of JSON"),
     "no JSON": (b'{"a": 1,}', ":1:9: not JSON: "),
@@ -37,30 +61,113 @@ BAD = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("kind", BAD)
-def test_what_is_no_json_of_ours_is_one_line(kind: str, reader: str, tmp_path: Path) -> None:
-    content, expected = BAD[kind]
-    path = tmp_path / "a.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        READERS[reader](path)
-    message = str(error.value)
-    assert message.startswith(str(path)) and expected in message and "\n" not in message and len(message) < 400
+def test_what_is_no_json_of_ours_is_one_line(reader: str, tmp_path: Path) -> None:
+    name, read = READERS[reader]
+    path = tmp_path / name
+    for kind, (content, expected) in BAD.items():
+        if reader in MEASURED and kind in ("NaN", "infinity"):
+            continue
+        path.write_bytes(content)
+        if reader == "metrics" and ("not JSON" in expected or "not UTF-8" in expected):
+            assert read(path) is None  # a run that was killed while it wrote
+            continue
+        with pytest.raises(UserError) as error:
+            read(path)
+        message = str(error.value)
+        assert message.startswith(str(path)) and expected in message, (kind, message)
+        assert "\n" not in message and len(message) < 400
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_what_is_no_regular_file_is_one_line_and_no_wait(reader: str, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    with (tmp_path / "huge").open("wb") as file:
-        file.truncate(4 << 30)
-    wrong = {"fifo": "is a FIFO", "/dev/zero": "is a device", ".": "is a directory", "huge": "4,294,967,296 bytes"}
-    wrong |= {"absent": "No such file or directory", "a" * 300: "File name too long", "a\0b": "null byte"}
-    for name, why in wrong.items():
+    name, read = READERS[reader]
+    path = tmp_path / name
+
+    def refused(why: str) -> None:
         started = time.monotonic()
-        with pytest.raises(UserError, match="expected ") as error:
-            READERS[reader](tmp_path / name)
-        assert why in str(error.value) and "\n" not in str(error.value)
+        with pytest.raises(UserError, match=r"expected |not a plain file") as error:
+            read(path)
+        assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+        assert why in str(error.value) or "not a plain file" in str(error.value)
         assert time.monotonic() - started < 60
+
+    os.mkfifo(path)
+    refused("is a FIFO")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    refused("is a device")
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(4 << 30)
+    refused("4,294,967,296 bytes")
+    path.unlink()
+    path.mkdir()
+    refused("is a directory")
+
+
+def test_what_is_derived_or_told_beside_is_no_reason_to_stop(tmp_path: Path) -> None:
+    index = Index.model_construct(step=3, position={})
+    (tmp_path / "c/step-000000003").mkdir(parents=True)
+    for content, _ in BAD.values():
+        (tmp_path / "built.json").write_bytes(content)
+        assert _whole(tmp_path, "", None) is None  # a cache, which is built anew
+        (tmp_path / "metrics.json").write_bytes(content)
+        about = said_of(tmp_path / "c/step-000000003", index)
+        assert str(about.get("metrics", tmp_path)).startswith(str(tmp_path))  # NaN is none of its faults
+    (tmp_path / "built.json").unlink()
+    os.mkfifo(tmp_path / "built.json")
+    assert _whole(tmp_path, "", None) is None
+
+
+@pytest.mark.parametrize(("name", "why"), [("absent", "No such file"), ("a" * 300, "too long"), ("a\0b", "null byte")])
+def test_a_name_that_no_file_has(name: str, why: str, tmp_path: Path) -> None:
+    for read in (load_config, read_schema, load_table_spec, read_grid, _read_row):
+        with pytest.raises(UserError, match=f"cannot be read .*{why}.*; expected "):
+            read(tmp_path / name)
+
+
+def test_what_was_measured_may_be_no_number(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text('{"test": {"auc": NaN, "ne": -Infinity}}')
+    found = _metrics(tmp_path)
+    assert found is not None and math.isnan(found["test"]["auc"]) and found["test"]["ne"] == -math.inf
+    (tmp_path / "row.json").write_text('{"valid_auc": NaN, "valid_logloss": null}')
+    assert math.isnan(_read_row(tmp_path / "row.json")["valid_auc"])
+    (tmp_path / "row.json").write_text('{"valid_auc": 0.5}')
+    with pytest.raises(UserError, match=r"row.json: valid_logloss is '', expected a number or null"):
+        _read_row(tmp_path / "row.json")
+
+
+def test_a_key_that_comes_again_is_found_in_time() -> None:
+    pairs = ", ".join(f'"{number}": {{}}' for number in range(200_000))
+    with pytest.raises(UserError, match=r"the key '199999' is there twice, as {} and as 1"):
+        parse_json(f'{{{pairs}, "199999": 1}}', "here")
+
+
+PARSERS = {"json.load", "json.loads", "model_validate_json", "validate_json"}
+ELSEWHERE = {  # where another reader stands, and why
+    "megarec/files.py": "it is the reader",
+    "megarec/checkpoint/format.py": "pydantic's strict types are those of JSON; the one reader has read it before",
+    "megarec/launching/rank_process.py": "the launcher's own word; a path in it may hold any byte",
+    "megarec/launching/probe.py": "runs on hosts without this package, on the launcher's own words",
+    "megarec/launching/probe_client.py": "a path in an answer may hold any byte; what is no JSON is a host's failure",
+    "tools/benchmarks/testbed.py": "what `ip -json` says",
+    "tools/benchmarks/towers.py": "what its own ranks say",
+    "tools/benchmarks/towers_rank.py": "what the benchmark says, and a trace that it wrote",
+}
+
+
+def other_readers() -> Iterator[str]:
+    for folder in ("megarec", "tools", "launch"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                named = isinstance(node, ast.Attribute) and not PARSERS.isdisjoint((node.attr, ast.unparse(node)))
+                bare = isinstance(node, ast.ImportFrom) and node.module == "json"
+                if named or bare:
+                    yield str(path.relative_to(ROOT))
+
+
+def test_no_other_reader_of_json() -> None:
+    assert set(other_readers()) == set(ELSEWHERE), "read it by megarec.files, or say here why not"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])

@@ -20,6 +20,9 @@ DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29777"}
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("launch")
@@ -106,3 +109,27 @@ def test_a_killed_rank_ends_the_job(config: Path) -> None:
         job.stdout.read()
         assert job.wait(timeout=60) != 0
         assert time.monotonic() - killed < 30
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "29777"}, "MASTER_ADDR is not set, while"),
+        ({**ALONE, "MASTER_PORT": "no number"}, "MASTER_PORT='no number', while RANK is set: expected a whole number"),
+        ({**ALONE, "RANK": "3", "WORLD_SIZE": "2"}, "RANK='3', while RANK is set: expected a whole number from 0 to 1"),
+        ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, "WORLD_SIZE='', while RANK is set: expected a whole number"),
+        ({**ALONE, "MASTER_ADDR": ""}, "MASTER_ADDR='', while RANK is set: expected"),
+        ({**ALONE, "LOCAL_RANK": "-1"}, "LOCAL_RANK='-1', while RANK is set: expected a whole number from 0 to 0"),
+        ({**ALONE, "LOCAL_RANK": "7"}, "LOCAL_RANK='7', while RANK is set: expected a whole number from 0 to 0"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE='2', while RANK is not set: expected RANK beside it"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_variable_of_a_launcher_ends_with_one_line(
+    config: Path, tmp_path: Path, variables: dict[str, str], line: str
+) -> None:
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in (*ALONE, "LOCAL_SIZE")} | variables
+    output = f"train.output_dir={tmp_path / 'out'}"
+    done = python(ROOT / "launch/train.py", "--config", config, "--set", output, env=environment)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
+    assert done.stderr.startswith(f"error: {line}") and done.stderr.count("\n") == 1

@@ -33,7 +33,7 @@ def described(schema: Mapping[str, Any]) -> dict[str, Any]:
 def check_schema(directory: Path, index: Index, schema: Mapping[str, Any]) -> None:
     """Raise a UserError that names the first feature or key that differs."""
     for key, there, here in differences(described(index.data_schema), described(schema), "schema"):
-        raise UserError(f"{directory} was trained on other data: {key} is {_short(there)} there, {_short(here)} here")
+        raise UserError(f"{directory} was trained on other data: {key} is {short(there)} there, {short(here)} here")
     there = index.data_schema.get("identity")
     if other := identity_difference(there if isinstance(there, dict) else {}, schema.get("identity", {})):
         raise UserError(f"{directory} was trained on other data: {other}")
@@ -84,7 +84,7 @@ def _why(index: Index, config: Mapping[str, Any]) -> str:
     for section in ("model", "tower_module", "embedding", "dense", "data"):
         for key, there, here in differences(index.config.get(section), config.get(section), section):
             if key not in ("embedding.placement", "embedding.backend", "data.path"):
-                return f" ({key}: {_short(there)} there, {_short(here)} here); resume with its config"
+                return f" ({key}: {short(there)} there, {short(here)} here); resume with its config"
     return "; resume with the config it was written with"
 
 
@@ -101,7 +101,8 @@ def differences(there: Any, here: Any, path: str) -> Iterator[tuple[str, Any, An
         yield path, there, here
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value in a message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarec.checkpoint import compatibility, sparse
+from megarec.checkpoint import compatibility, settings, sparse
 from megarec.checkpoint.format import DTYPES, Index
 from megarec.checkpoint.reading import Reader
 from megarec.checkpoint.sparse import TABLES, TOWERS
@@ -83,6 +83,7 @@ def check(run: Run, directory: Path, index: Index, position: TrainState) -> None
                 f"{directory}: {name} is {index.tensors[name].dtype} there, {piece.tensor.dtype} in this run; resume "
                 "with the embedding.weights it was written with"
             )
+    settings.check_model(directory, index, run.config)
 
 
 def _check_names(run: Run, directory: Path, index: Index) -> None:

@@ -10,18 +10,25 @@ lead nowhere outside its directory, and no size is taken at its word.
 
 import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from xxhash import xxh3_128
 
 from megarec.errors import DamagedCheckpoint, UserError
+from megarec.files import an_object, parse_json, read_regular
 
 INDEX = "index.json"
+SEALED_INDEX = 3
+"""The version of index.json that has a seal; version 2 had none."""
+MODEL_FILE, MODEL_CONFIG = "model.safetensors", "config.json"  # of an exported model
+SEALED_EXPORT = 2
+"""The version of an export's config.json that has a seal; version 1 had none."""
 MAX_INDEX_BYTES = 1 << 28  # about a million slices
 MAX_DIMENSIONS = 8
 _SEAL = b'{"seal": "%s", '
@@ -110,6 +117,28 @@ class Index(_Strict):
         return sum(entry.bytes for entry in self.files.values())
 
 
+class Export(_Strict):
+    """config.json of an exported model.
+
+    Attributes:
+        seal: as of `Index`; null in version 1, which had none.
+        step, config, data_schema, towers: as of `Index`.
+        file: of the weights, MODEL_FILE.
+    """
+
+    seal: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")] | None = None
+    format: Literal["megarec model"]
+    version: Literal[1, 2]
+    step: Size
+    config: dict[str, Any]
+    data_schema: dict[str, Any] = Field(alias="schema")
+    towers: list[list[str]] | None
+    file: FileEntry
+
+
+Kind = TypeVar("Kind", Index, Export)
+
+
 class FileTensor(NamedTuple):
     """A tensor in a safetensors file, `start` bytes into the file."""
 
@@ -118,41 +147,46 @@ class FileTensor(NamedTuple):
     start: int
 
 
-def sealed(index: Mapping[str, Any]) -> bytes:
-    """The text of an index.json of today's version: its first entry is the checksum of all the text behind that."""
-    entries = {**index, "version": 3}
+def sealed(about: Mapping[str, Any], version: int = SEALED_INDEX) -> bytes:
+    """The text of a JSON of that version: its first entry is the checksum of all the text behind that."""
+    entries = {**about, "version": version}
     entries.pop("seal", None)
     text = json.dumps(entries, allow_nan=False).encode()[1:] + b"\n"
     return _SEAL % xxh3_128(text).hexdigest().encode() + text
 
 
-def _check_seal(path: Path, content: bytes) -> None:
-    """Version 2 had none."""
-    if content.startswith(_SEAL[:9]):
-        found = xxh3_128(content[_SEALED:]).hexdigest()
-        if content[:_SEALED] != _SEAL % found.encode():
-            raise DamagedCheckpoint(f"{path}: its checksum is {found}, not the one of its seal: damaged, or edited")
+def _read_sealed(path: Path, kind: type[Kind], expected: str, since: int) -> Kind:
+    """What `sealed` wrote, or an earlier version without a seal.
 
-
-def read_json(content: bytes) -> Any:
-    """One JSON value as RFC 8259 has it: a key once in an object, no NaN, no infinity.
-
-    Raises:
-        ValueError: it is not.
-        RecursionError: it is nested too deeply.
+    Args:
+        expected: what the file should be, for the message.
+        since: the version from which on there is a seal.
     """
-    return json.loads(content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
+    with _as_damage():
+        content = read_regular(path, expected, MAX_INDEX_BYTES)
+        has_seal = content.startswith(_SEAL[:9])
+        if has_seal and content[:_SEALED] != _SEAL % xxh3_128(content[_SEALED:]).hexdigest().encode():
+            found = xxh3_128(content[_SEALED:]).hexdigest()
+            raise DamagedCheckpoint(f"{path}: its checksum is {found}, not the one of its seal: damaged, or edited")
+        about = an_object(parse_json(content, str(path)), str(path), expected)
+    version = about.get("version")
+    if (type(version) is int and (version >= since) != has_seal) or has_seal != ("seal" in about):
+        raise DamagedCheckpoint(f"{path}: version {version!r} with{'' if has_seal else 'out'} a seal: edited")
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DamagedCheckpoint(f"{path}: {where or 'content'}: {first['msg']}; not {expected}") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice in one object")
-    return found
-
-
-def _no_number(word: str) -> None:
-    raise ValueError(f"{word} is no number")
+@contextmanager
+def _as_damage() -> Iterator[None]:
+    """What cannot be read of a checkpoint is damage of it: another one may be better."""
+    try:
+        yield
+    except UserError as error:
+        raise DamagedCheckpoint(str(error)) from error
 
 
 def read_index(directory: Path) -> Index:
@@ -164,30 +198,26 @@ def read_index(directory: Path) -> Index:
     path = directory / INDEX
     try:
         _check_plain(path)
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise DamagedCheckpoint(f"{path}: {path.stat().st_size:,} bytes, more than any index has")
-        content = path.read_bytes()
-        _check_seal(path, content)
-        read_json(content)
-        index = Index.model_validate_json(content)
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{path} is missing: no checkpoint, or not a whole one") from error
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error.strerror})") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DamagedCheckpoint(f"{path}: {where or 'content'}: {first['msg']}; not a checkpoint's index") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise DamagedCheckpoint(f"{path}: not JSON ({' '.join(str(error).split())[:200]})") from error
-    if (index.version == 3) != (index.seal is not None) or (index.seal and not content.startswith(_SEAL[:9])):
-        raise DamagedCheckpoint(f"{path}: version {index.version} with{'' if index.seal else 'out'} a seal: edited")
+    index = _read_sealed(path, Index, "the index of a checkpoint", SEALED_INDEX)
     _check_keys(path, index)
     for name, entry in index.tensors.items():
         _check_tensor(path, name, entry, index)
     return index
+
+
+def read_export(directory: Path) -> Export:
+    """What the config.json of an exported model says; no weight is read.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read, or is not what an export wrote.
+    """
+    return _read_sealed(
+        directory / MODEL_CONFIG, Export, "the config of a model that tools/checkpoint.py exported", SEALED_EXPORT
+    )
 
 
 def _check_keys(path: Path, index: Index) -> None:
@@ -251,14 +281,15 @@ def read_header(path: Path) -> dict[str, FileTensor]:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-            header = read_json(file.read(length))
+            header = an_object(parse_json(file.read(length), "its header"), "its header", "tensors by name")
         header.pop("__metadata__", None)
         found = {name: _checked(name, entry, 8 + length, size) for name, entry in header.items()}
         _check_apart(found)
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DamagedCheckpoint(f"{path}: not a safetensors file ({type(error).__name__}: {reason})") from error
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise DamagedCheckpoint(f"{path}: not a safetensors file ({kind}{reason})") from error
 
 
 def _checked(name: str, entry: dict[str, Any], data: int, size: int) -> FileTensor:

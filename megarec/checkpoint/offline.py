@@ -1,6 +1,6 @@
 """Inspect, reshape and export a checkpoint without a run; memory stays bounded whatever its size."""
 
-import json
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megarec.checkpoint.format import DTYPES, INDEX, Index, read_index, sealed
+from megarec.checkpoint.format import (
+    DTYPES,
+    INDEX,
+    MODEL_CONFIG,
+    MODEL_FILE,
+    SEALED_EXPORT,
+    Index,
+    read_index,
+    sealed,
+)
 from megarec.checkpoint.pointers import BEST, LATEST, pointed
 from megarec.checkpoint.publish import move_in
 from megarec.checkpoint.reading import Reader, verify
@@ -20,12 +29,11 @@ from megarec.checkpoint.sparse import TABLES, TOWERS
 from megarec.checkpoint.writing import file_header, write_file
 from megarec.dense.masters import DENSE as DENSE
 from megarec.errors import UserError
-from megarec.files import write_json, write_whole
+from megarec.files import read_object, write_whole
 from megarec.slices import Ints, TensorSlice, rectangles, share_of_range
 
+METRICS = "metrics.json"  # of the run, two levels above its checkpoints
 BLOCK = 1 << 24  # bytes of a new file that are put together at a time
-MODEL_FILE, MODEL_CONFIG = "model.safetensors", "config.json"
-MODEL_FORMAT = "megarec model"
 
 
 class Part(NamedTuple):
@@ -70,12 +78,15 @@ def said_of(checkpoint: Path, index: Index) -> dict[str, Any]:
         score = index.position.get("best")
         if isinstance(score, int | float):
             about[f"valid_{metric}"] = abs(score)
-    try:
-        metrics = json.loads((checkpoint.parent.parent / "metrics.json").read_text(encoding="utf-8"))
-        if metrics["step"] == index.step:
-            about |= {f"test_{key}": metrics["test"][key] for key in ("auc", "logloss")}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # a run that has not ended has none
+    path = checkpoint.parent.parent / METRICS
+    if os.path.lexists(path):  # a run that has not ended has none
+        try:
+            metrics = read_object(path, "the metrics of a run", nan=True)
+        except UserError as error:
+            return about | {"metrics": str(error)}
+        test = metrics.get("test")
+        if metrics.get("step") == index.step and isinstance(test, dict):
+            about |= {f"test_{key}": test.get(key) for key in ("auc", "logloss")}
     return about
 
 
@@ -140,9 +151,9 @@ def export(source: Path, target: Path) -> dict[str, Any]:
     ]
     with _new_directory(target) as directory:
         entry = write_file(directory / MODEL_FILE, _blocks(parts, Reader(source, index)))
-        about = {"format": MODEL_FORMAT, "version": 1, "step": index.step, "config": index.config}
+        about = {"format": "megarec model", "step": index.step, "config": index.config}
         about |= {"schema": index.data_schema, "towers": index.towers, "file": entry.model_dump()}
-        write_json(directory / MODEL_CONFIG, about)
+        write_whole(directory / MODEL_CONFIG, sealed(about, SEALED_EXPORT))
     return {"bytes": entry.bytes, **said_of(source, index)}
 
 

@@ -14,5 +14,8 @@ def name_of(step: int) -> str:
 def pointed(checkpoints: Path, pointer: str) -> str | None:
     """The checkpoint that a pointer names, if it is there."""
     path = checkpoints / pointer
-    name = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    name = ""
+    if path.is_file():
+        with path.open("rb") as file:
+            name = file.read(200).decode(errors="replace").strip()
     return name if NAME.fullmatch(name) and (checkpoints / name).is_dir() else None

@@ -8,13 +8,13 @@ start removes. (Between two renames of a step that is saved again, the old check
 next start gives it back its own.) The file system must be shared by all hosts, with a rename that is atomic (POSIX).
 """
 
-import json
 import logging
 import os
 import re
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ from typing import Any
 from megarec.checkpoint.format import DTYPE_NAMES, INDEX, FileEntry, sealed
 from megarec.checkpoint.pointers import BEST, LATEST, NAME, name_of, pointed
 from megarec.checkpoint.writing import Snapshot, key_of, write_file
-from megarec.files import sync_directory, write_json, write_whole
+from megarec.errors import one_line
+from megarec.files import read_object, sync_directory, write_json, write_whole
 
 POLL_SECONDS = 0.01, 0.2  # between looks for the other ranks' marks: at first, at most
 GRACE_SECONDS = 10.0  # after a failure, for ranks that have not begun: they may have had no room for a mark
@@ -75,8 +76,9 @@ def write_part(plan: Plan, rank: int, snapshot: Snapshot) -> None:
     """Write one rank's file and its mark.
 
     Raises:
-        SaveFailed: the disk is full, or the like, or a number is not finite: to go back to such a state would be of no
-            use, and it must not take the place of a good one. What was written is gone, and the mark tells rank 0.
+        SaveFailed: the disk is full, or whatever else went wrong, or a number is not finite: to go back to such a state
+            would be of no use, and it must not take the place of a good one. What was written is gone, and the mark
+            tells rank 0.
     """
     path = plan.temporary / f"rank-{rank:05d}.safetensors"
     mark = plan.temporary / f"rank-{rank:05d}.json"
@@ -93,14 +95,23 @@ def write_part(plan: Plan, rank: int, snapshot: Snapshot) -> None:
             part = {"file": path.name, "key": key_of(piece), "start": piece.start, "stop": piece.stop}
             tensors.setdefault(piece.name, new)["slices"].append(part)
         write_json(mark, {"file": path.name, **entry.model_dump(), "tensors": tensors})
-    except BaseException as error:
+    except SaveFailed as error:
         _tell(plan, rank, error)
-        if isinstance(error, OSError):
-            raise SaveFailed(f"rank {rank}: {error}") from error
         raise
+    except Exception as error:
+        _tell(plan, rank, error)
+        raise SaveFailed(f"rank {rank}: {_cause(error)}") from error
 
 
-def _tell(plan: Plan, rank: int, error: BaseException) -> None:
+def _cause(error: Exception) -> str:
+    """One line; what is no failure of the disk has its type and its place in the code, as nobody shows a traceback."""
+    if isinstance(error, OSError | SaveFailed):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return one_line(f"{type(error).__name__}: {error} in {Path(place.filename).name}:{place.lineno}", most=500)
+
+
+def _tell(plan: Plan, rank: int, error: Exception) -> None:
     """Remove what a rank wrote, and leave a mark that tells rank 0: an empty file, which needs no block of a full disk.
 
     Without room even for a name no mark is left; rank 0 then gives up after its timeout, or GRACE_SECONDS after the
@@ -112,7 +123,7 @@ def _tell(plan: Plan, rank: int, error: BaseException) -> None:
         (plan.temporary / f"rank-{rank:05d}.safetensors").unlink(missing_ok=True)
     with suppress(OSError):
         try:
-            told.write_text(str(error) if isinstance(error, SaveFailed) else "", encoding="utf-8")
+            told.write_text("" if number else _cause(error), encoding="utf-8")
         except OSError:
             told = plan.temporary / SPARE
         told.replace(plan.temporary / f"rank-{rank:05d}.failed-{number}")
@@ -139,7 +150,7 @@ def publish(plan: Plan, failure: SaveFailed | None = None, others: OtherParts | 
         others: filled in as soon as all ranks know that their parts have ended.
 
     Raises:
-        SaveFailed: a rank failed, or did not answer; nothing is left behind.
+        SaveFailed: a rank failed, for whatever reason, or did not answer; nothing is left behind.
     """
     try:
         if failure is not None and not plan.temporary.is_dir():
@@ -152,14 +163,16 @@ def publish(plan: Plan, failure: SaveFailed | None = None, others: OtherParts | 
         move_in(plan.temporary, plan.checkpoints / plan.name)
         for pointer in plan.pointers:
             point(plan.checkpoints, pointer, plan.name)
-    except OSError as error:
-        raise SaveFailed(f"rank 0: {error}") from error
+    except SaveFailed:
+        raise
+    except Exception as error:
+        raise SaveFailed(f"rank 0: {_cause(error)}") from error
     finally:
         shutil.rmtree(plan.temporary, ignore_errors=True)
     try:
         _forget_old(plan)
-    except OSError as error:
-        _log.warning("an older checkpoint could not be removed (%s); the next save or start tries again", error)
+    except Exception as error:
+        _log.warning("an older checkpoint could not be removed (%s); the next save or start tries again", _cause(error))
 
 
 def _all_marks(plan: Plan, failure: SaveFailed | None, others: OtherParts) -> list[dict[str, Any]]:
@@ -170,13 +183,13 @@ def _all_marks(plan: Plan, failure: SaveFailed | None, others: OtherParts) -> li
     failures = {0: str(failure)} if failure is not None else {}
     while True:
         if others.ended.is_set():
-            failures |= {rank: f"rank {rank}: {told}" for rank, told in others.failures.items() if rank not in failures}
+            failures |= {rank: told for rank, told in others.failures.items() if rank not in failures}
         failures |= _told_failures(plan)
         late = sorted(set(range(plan.ranks)) - set(marks) - set(failures))
         for rank in late:
             path = plan.temporary / f"rank-{rank:05d}.json"
             if path.is_file():
-                marks[rank] = json.loads(path.read_text(encoding="utf-8"))
+                marks[rank] = read_object(path, "the mark of a rank")
         if len(marks) == plan.ranks:
             return [marks[rank] for rank in range(plan.ranks)]
         told = [failures[rank] for rank in sorted(failures)]

@@ -12,6 +12,7 @@ from megarec.checkpoint.format import INDEX, Index, read_index
 from megarec.checkpoint.pointers import BEST, LATEST, name_of, pointed
 from megarec.checkpoint.publish import Plan, SaveFailed
 from megarec.checkpoint.reading import Reader, verify
+from megarec.checkpoint.settings import changed_settings
 from megarec.checkpoint.writing import Snapshot, lower_priority
 from megarec.distributed.collectives import from_rank_0, gather_texts, raise_together
 from megarec.errors import DamagedCheckpoint, UserError
@@ -35,6 +36,9 @@ class Checkpoints:
 
     Args:
         directory: of all checkpoints of the run.
+
+    Attributes:
+        changed: a line for every setting that this run has otherwise than the checkpoint that was loaded last.
     """
 
     def __init__(self, directory: Path, run: Run) -> None:
@@ -44,19 +48,29 @@ class Checkpoints:
         self._writing: threading.Thread | None = None
         self._part = _OwnPart()
         self._others = publish.OtherParts()
-        self._problem: BaseException | None = None
         self._saves = 0
+        self.changed: list[str] = []
         if run.topology.rank == 0:
             publish.clean(directory)
-            directory.mkdir(parents=True, exist_ok=True)
+        self._together(self._make_directory)
         # Other jobs and earlier ones never have this token: what their last threads write meets no directory of ours.
         self._token = from_rank_0(secrets.randbits(62), run.topology, run.device)
+
+    def _make_directory(self) -> None:
+        try:
+            if self._run.topology.rank == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.directory}: cannot be made ({error.strerror}); no checkpoint could be saved"
+            ) from None
 
     def save(self, position: TrainState, window: Predictions | None = None, *, best: bool = False) -> None:
         """Save the run as it stands; `latest` moves to it once it is whole on the disk. Collective.
 
         Waits for the save before this one and for a copy of the rank's slices; the rest happens in a thread, unless
-        train.background_checkpoints is off. A disk that is full ends the save, with a line, not the run.
+        train.background_checkpoints is off. What goes wrong from then on, a full disk or anything else, ends the save,
+        with a line, and not the run.
 
         Args:
             window: predictions that the log has not shown yet.
@@ -93,7 +107,7 @@ class Checkpoints:
                 publish.write_part(plan, rank, self._snapshot)
             except SaveFailed as error:
                 failure = error  # of another rank the mark tells rank 0, which says so, or `wait`
-                self._part.failure = str(error)
+                self._part.failure = f"rank {rank}: {str(error).removeprefix(f'rank {rank}: ')}"
             finally:
                 self._part.ended.set()
             if rank == 0:
@@ -106,8 +120,6 @@ class Checkpoints:
                 error,
                 self.directory / kept if kept else "none",
             )
-        except BaseException as error:  # shown where the next save or the end of the run waits
-            self._problem = error
 
     def wait(self) -> None:
         """Until all ranks' parts of the last save are done; on rank 0, until it is published. Collective.
@@ -122,9 +134,6 @@ class Checkpoints:
             self._others.ended.set()
             self._writing.join()
             self._writing = None
-        if self._problem is not None:
-            problem, self._problem = self._problem, None
-            raise problem
 
     def resume(self, window: Predictions | None = None) -> tuple[TrainState, str] | None:
         """Load the latest checkpoint, or with train.fall_back the newest good one; collective.
@@ -193,6 +202,7 @@ class Checkpoints:
         self._together(lambda: contents.check(run, directory, index, position))
         self._together(lambda: contents.fill(run, reader, window))
         contents.finish(run, index, position.step, position.skipped_steps)
+        self.changed = list(changed_settings(run, index))
         for line in contents.remarks(run, index) if run.topology.rank == 0 else []:
             _log.info(line)
         return position

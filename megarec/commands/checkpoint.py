@@ -10,11 +10,13 @@ from rich.text import Text
 from megarec.checkpoint import offline, reading
 from megarec.checkpoint.format import read_index
 from megarec.errors import ArgumentParser, UserError, exits_cleanly, one_line
+from megarec.signals import unwinding
 
 MOST_FILES = 16_384
 
 
 @exits_cleanly
+@unwinding()
 def main() -> None:
     parser = ArgumentParser(description="Inspect, verify, reshape and export checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)

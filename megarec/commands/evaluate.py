@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,14 +23,15 @@ from megarec.errors import ArgumentParser, UserError, did_you_mean, exits_cleanl
 from megarec.files import whole_file
 from megarec.run.metrics import Predictions, Quality, described, in_words
 from megarec.serving.predictor import Predictor, load_checkpoint, load_model
+from megarec.signals import unwinding
 
 MOST_EXAMPLES = 4096  # of a batch: a run's own batch is sized for all of its ranks
 COLUMNS = pa.schema([("label", pa.int8()), ("logit", pa.float32()), ("prediction", pa.float64())])
 
 
 @exits_cleanly
+@unwinding()
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwind: no partial file stays
     parser = ArgumentParser(description="Score a trained model on a split of prepared data.")
     parser.add_argument(
         "--run", type=Path, required=True, help="a run's directory (its best checkpoint), a checkpoint, or an export"

@@ -19,6 +19,7 @@ from megarec.config.load import load_config
 from megarec.errors import ArgumentParser, exits_cleanly
 from megarec.planning.partition.partition import Partition, Requested, check_requested, inside_and_across, partition
 from megarec.planning.partition.report import check_partition_output, write_partition
+from megarec.signals import unwinding
 
 MOST_NAMES = 40  # features of a tower that are listed
 
@@ -48,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 @exits_cleanly
+@unwinding()
 def main() -> None:
     arguments = parse_arguments()
     say_to = sys.stderr if arguments.json else sys.stdout

@@ -1,7 +1,6 @@
 """Raw data -> parquet shards + schema.json, whole or not at all."""
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from megarec.data.sources.movielens_wheels import SOURCES, TERMS
 from megarec.data.sources.synthetic import Shape, prepare_like, prepare_synthetic
 from megarec.data.sources.table import prepare_table
 from megarec.errors import ArgumentParser, UserError, exits_cleanly
+from megarec.signals import unwinding
 
 FEATURES = {
     "single": "single-valued features",
@@ -129,8 +129,8 @@ def planted_data(args: argparse.Namespace, sizes: dict[str, int]) -> Schema:
 
 
 @exits_cleanly
+@unwinding()
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwind: no partial directory stays
     args = parser().parse_args()
     schema = prepare(args)
     rows = ", ".join(f"{count:,} {split}" for split, count in schema.rows.items())

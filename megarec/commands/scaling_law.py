@@ -10,9 +10,11 @@ from megarec.scaling.ladder import LADDER
 from megarec.scaling.points import COLUMN, QUALITIES, read_points
 from megarec.scaling.study import Study, as_json, study
 from megarec.scaling.tables import in_words, markdown
+from megarec.signals import unwinding
 
 
 @exits_cleanly
+@unwinding()
 def main() -> None:
     parser = ArgumentParser(description="Fit and draw quality as a power of compute.")
     commands = parser.add_subparsers(dest="command", required=True)

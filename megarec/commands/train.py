@@ -40,9 +40,10 @@ def main() -> None:
     try:
         with reported():
             config = load_config(arguments.config, arguments.set)
-            if arguments.print_config:
-                print_resolved(config)
-                return
+        if arguments.print_config:
+            print_resolved(config)
+            return
+        with reported():
             end_without_launcher()
             from megarec.distributed.process import leave_job
             from megarec.training.trainer import train  # seconds of imports that --print-config and a mistake can save

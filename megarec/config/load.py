@@ -18,7 +18,7 @@ from megarec.config.models import MODELS, SCALED_SIZES, WukongConfig
 from megarec.config.sections import RunConfig, Section
 from megarec.config.towers import TOWER_MODULES, DlrmTowerConfig, IdentityTowerConfig, TowersFile
 from megarec.errors import UserError
-from megarec.files import parse_json, read_object
+from megarec.files import NotJson, parse_json, read_object
 
 TAGGED: dict[str, Mapping[str, type[Section]]] = {"model": MODELS, "tower_module": TOWER_MODULES}  # by their name
 
@@ -165,6 +165,7 @@ def _apply_override(raw: dict[str, Any], override: str, path: Path) -> None:
     node[last] = value if parents else _include(value, path, last)
 
 
+MOST_TRACED = 1_000  # steps
 WORDS = {"True": True, "False": False, "None": None}  # Python's, which mean JSON's true, false and null
 
 
@@ -173,12 +174,9 @@ def _value_of(text: str, override: str) -> Any:
     if text in WORDS:
         return WORDS[text]
     try:
-        json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text, f"--set {override if len(override) <= 80 else override[:77] + '...'}")
+    except NotJson:
         return text
-    except (ValueError, RecursionError):
-        pass  # JSON, of the kind that parse_json refuses
-    return parse_json(text, f"--set {override if len(override) <= 80 else override[:77] + '...'}")
 
 
 def _check_across_fields(config: RunConfig, path: Path) -> None:
@@ -190,6 +188,12 @@ def _check_across_fields(config: RunConfig, path: Path) -> None:
     if "optimizer" in config.deepspeed and config.dense.model_fields_set:
         given = ", ".join(f"dense.{name}" for name in sorted(config.dense.model_fields_set))
         fail(f"deepspeed.optimizer and {given} both describe the dense optimizer; keep one of them")
+    first, last = config.train.trace or (1, 1)
+    if not 0 <= last - first < MOST_TRACED:
+        fail(
+            f"train.trace=[{first}, {last}]: {last} - {first} + 1 = {last - first + 1:,} steps, expected 1 to "
+            f"{MOST_TRACED:,}: a trace is kept in memory until its last step"
+        )
     layers = len(config.model.numeric_mlp) + 1
     if config.model.numeric_bias is not None and len(config.model.numeric_bias) != layers:
         fail(

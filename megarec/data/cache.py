@@ -1,10 +1,10 @@
 """The Arrow cache of a split: checked rows in the layout that random access wants, built once, memory-mapped by all.
 
 `DIR/.arrow/<split>-<fingerprint>/rows.arrow` is an Arrow IPC stream with, per row, `ids` (all single-valued
-features side by side), `numeric`, `label`, and a list column for each multi-valued feature and for each one's weights;
-`built.json` beside it has the size and checksum of that file and counts the rows left out, by reason. The fingerprint
-covers shards, columns and policy, so a cache is never stale. It is derived: whoever opens one reads it once through,
-and builds it anew where it is not what was built.
+features side by side), `numeric`, `label`, a list column for each multi-valued feature and for each one's weights, and
+`checksum` over all of them; `built.json` beside it says what that file is and counts the rows left out, by reason. The
+fingerprint covers shards, columns and policy, so a cache is never stale. It is derived: whoever finds that it is not
+what was built, when he opens it or at a row that he reads (store.py), builds it anew.
 """
 
 import fcntl
@@ -17,23 +17,28 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from xxhash import xxh3_64
 
+from megarec.data.mapped import MappedFile
 from megarec.data.row_checks import as_numbers, check_columns, find_defects
+from megarec.data.row_checksums import StoredRows, row_checksums
 from megarec.data.schema import SCHEMA_FILE, Schema, Split
 from megarec.errors import UserError
+from megarec.files import read_json
 
 BadRows = Literal["error", "skip"]
 CACHE_DIRECTORY = ".arrow"
 ROWS_FILE = "rows.arrow"
 BUILT_FILE = "built.json"
-_LAYOUT = 2
+_LAYOUT = 3
 _ROWS_PER_RECORD_BATCH = 65_536
 
 
@@ -51,19 +56,37 @@ class Built(BaseModel):
     """built.json: what a whole cache looks like.
 
     Attributes:
-        bytes, xxh3: of rows.arrow: its size, and XXH3 of 64 bits in hexadecimal, enough against accidents.
+        fingerprint: of the cache; the checksums of its rows start from it.
+        bytes: size of rows.arrow.
+        layout: of rows.arrow (`MappedFile.layout`).
         skipped: rows left out, by reason.
+        xxh3: of all the above: XXH3 of 64 bits in hexadecimal, enough against accidents.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    fingerprint: str
     bytes: int
-    xxh3: str
+    layout: str
     skipped: dict[str, int]
+    xxh3: str = ""
+
+    @property
+    def salt(self) -> int:
+        return int(self.fingerprint, 16)
+
+    def sealed(self) -> "Built":
+        text = self.model_dump_json(exclude={"xxh3"})
+        return self.model_copy(update={"xxh3": xxh3_64(text.encode()).hexdigest()})
 
 
 def ensure_cache(
-    path: Path, split: Split, schema: Schema, bad_rows: BadRows, elsewhere: Path | None = None
+    path: Path,
+    split: Split,
+    schema: Schema,
+    bad_rows: BadRows,
+    elsewhere: Path | None = None,
+    damaged: int | None = None,
 ) -> tuple[Path, Built]:
     """The directory with a split's rows.arrow, built if need be, and what its built.json says.
 
@@ -73,6 +96,7 @@ def ensure_cache(
 
     Args:
         elsewhere: a directory for the cache; None: in the data set's own.
+        damaged: inode of the rows.arrow in which the caller has found damage.
 
     Raises:
         UserError: no shards, a bad shard or row, or the cache cannot be written.
@@ -81,13 +105,14 @@ def ensure_cache(
     if not shards:
         raise UserError(f"{path / split} holds no *.parquet shard; prepare the data first (tools/prepare_data.py)")
     caches = path / CACHE_DIRECTORY if elsewhere is None else elsewhere
-    cache = caches / f"{split}-{_fingerprint(split, shards, schema, bad_rows, elsewhere is not None)}"
-    if built := _whole(cache):
+    fingerprint = _fingerprint(split, shards, schema, bad_rows, elsewhere is not None)
+    cache = caches / f"{split}-{fingerprint}"
+    if built := _whole(cache, fingerprint, damaged):
         return cache, built
     try:
         caches.mkdir(parents=elsewhere is not None, exist_ok=True)
         with _exclusive(caches / "lock"):
-            built = _whole(cache)  # another process may have been first
+            built = _whole(cache, fingerprint, damaged)  # another process may have been first
             if built is None:
                 if cache.exists():
                     print(f"{cache}: damaged, is built anew", file=sys.stderr, flush=True)
@@ -95,7 +120,7 @@ def ensure_cache(
                 partial = cache.with_suffix(".partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-                built = _build(partial, split, shards, schema, bad_rows)
+                built = _build(partial, fingerprint, split, shards, schema, bad_rows)
                 partial.rename(cache)
     except OSError as error:
         raise UserError(
@@ -105,24 +130,15 @@ def ensure_cache(
     return cache, built
 
 
-def _whole(cache: Path) -> Built | None:
-    """What built.json says, if rows.arrow is just that."""
+def _whole(cache: Path, fingerprint: str, damaged: int | None) -> Built | None:
+    """What built.json says, if it is that of this cache, and rows.arrow has its size and no known damage."""
     try:
-        built = Built.model_validate_json((cache / BUILT_FILE).read_bytes())
+        built = Built.model_validate(read_json(cache / BUILT_FILE, "what was built"))
         rows = cache / ROWS_FILE
-        if rows.stat().st_size != built.bytes or _checksum(rows) != built.xxh3:
-            return None
-    except (OSError, ValidationError):
+        fits = built == built.sealed() and built.fingerprint == fingerprint and rows.stat().st_size == built.bytes
+        return built if fits and rows.stat().st_ino != damaged else None
+    except (OSError, UserError, ValidationError):
         return None
-    return built
-
-
-def _checksum(path: Path) -> str:
-    checksum = xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum.update(block)
-    return checksum.hexdigest()
 
 
 def _set_aside(cache: Path) -> None:
@@ -154,9 +170,9 @@ def _fingerprint(split: Split, shards: list[Path], schema: Schema, bad_rows: Bad
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
-def _build(cache: Path, split: Split, shards: list[Path], schema: Schema, bad_rows: BadRows) -> Built:
+def _build(cache: Path, fingerprint: str, split: Split, shards: list[Path], schema: Schema, bad_rows: BadRows) -> Built:
     skipped: Counter[str] = Counter()
-    written = 0
+    written, salt = 0, int(fingerprint, 16)
     with (cache / ROWS_FILE).open("wb") as file:
         with pa.ipc.new_stream(file, _cache_schema(schema)) as stream:
             for shard in shards:
@@ -164,9 +180,9 @@ def _build(cache: Path, split: Split, shards: list[Path], schema: Schema, bad_ro
                 for batch in _record_batches(shard, schema):
                     good = _good_rows(batch, schema, bad_rows, shard, start, skipped)
                     start += len(batch)
-                    written += len(good)
                     if len(good):
-                        stream.write_batch(_packed(good, schema))
+                        stream.write_batch(_packed(good, schema, salt, written))
+                    written += len(good)
         file.flush()
         os.fsync(file.fileno())
     found, stated = written + skipped.total(), schema.rows.get(split)
@@ -181,7 +197,10 @@ def _build(cache: Path, split: Split, shards: list[Path], schema: Schema, bad_ro
             f"{what}? prepare the data again, or correct rows.{split}"
         )
     rows = cache / ROWS_FILE
-    built = Built(bytes=rows.stat().st_size, xxh3=_checksum(rows), skipped=dict(skipped))
+    with pa.memory_map(str(rows)) as file, pa.ipc.open_stream(file) as stream:
+        layout = MappedFile(stream.read_all()).layout
+    size = rows.stat().st_size
+    built = Built(fingerprint=fingerprint, bytes=size, layout=layout, skipped=dict(skipped)).sealed()
     (cache / BUILT_FILE).write_text(built.model_dump_json(), encoding="utf-8")
     return built
 
@@ -216,7 +235,7 @@ def _good_rows(
 
 def _cache_schema(schema: Schema) -> pa.Schema:
     singles = sum(not f.multi_valued for f in schema.categorical)
-    fields = [("label", pa.float32())]
+    fields = [("label", pa.float32()), ("checksum", pa.int32())]
     if singles:
         fields.append(("ids", pa.list_(pa.int64(), singles)))
     if schema.numeric:
@@ -226,16 +245,26 @@ def _cache_schema(schema: Schema) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _packed(batch: pa.RecordBatch, schema: Schema) -> pa.RecordBatch:
-    """A record batch in the cache's layout: what one example needs lies side by side."""
-    columns: list[pa.Array] = [pa.array(as_numbers(batch.column(schema.label), np.float32))]
-    singles = [batch.column(f.name) for f in schema.categorical if not f.multi_valued]
-    if singles:
-        rows = np.stack([as_numbers(column, np.int64) for column in singles], axis=1)
-        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), len(singles)))
+def _packed(batch: pa.RecordBatch, schema: Schema, salt: int, first: int) -> pa.RecordBatch:
+    """A record batch in the cache's layout, from its row `first` on: what one example needs lies side by side."""
+    label = as_numbers(batch.column(schema.label), np.float32)
+    columns: list[pa.Array] = []
+    singles = numeric = None
+    if names := [f.name for f in schema.categorical if not f.multi_valued]:
+        singles = np.stack([as_numbers(batch.column(name), np.int64) for name in names])
+        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(singles.T.reshape(-1)), len(names)))
     if schema.numeric:
-        numbers = np.stack([as_numbers(batch.column(name), np.float32) for name in schema.numeric], axis=1)
-        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), len(schema.numeric)))
-    columns += [batch.column(f.name).cast(pa.list_(pa.int64())) for f in schema.categorical if f.multi_valued]
-    columns += [batch.column(f.weights_column).cast(pa.list_(pa.float32())) for f in schema.categorical if f.weighted]
-    return pa.RecordBatch.from_arrays(columns, schema=_cache_schema(schema))
+        numeric = np.stack([as_numbers(batch.column(name), np.float32) for name in schema.numeric], axis=1)
+        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(numeric.reshape(-1)), len(schema.numeric)))
+    lists = [batch.column(f.name).cast(pa.list_(pa.int64())) for f in schema.categorical if f.multi_valued]
+    lists += [batch.column(f.weights_column).cast(pa.list_(pa.float32())) for f in schema.categorical if f.weighted]
+    stored = StoredRows(label, singles, numeric, tuple(map(_jagged, lists)))
+    checksums = row_checksums(salt, np.arange(first, first + len(batch)), stored)
+    return pa.RecordBatch.from_arrays(
+        [pa.array(label), pa.array(checksums), *columns, *lists], schema=_cache_schema(schema)
+    )
+
+
+def _jagged(lists: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
+    return lists.flatten().to_numpy(zero_copy_only=False), lengths

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from megarec.data.batch import Batch
+from megarec.data.row_checksums import mix64
 from megarec.data.schema import Schema
 from megarec.data.store import Store
 from megarec.errors import UserError
@@ -24,13 +25,6 @@ from megarec.errors import UserError
 Int64 = NDArray[np.int64]
 _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64 bits, well mixed."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _stream(seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:

@@ -1,4 +1,4 @@
-"""What can be wrong in a prepared parquet shard: its columns, then its rows, column by column in vectors."""
+"""What can be wrong in a prepared parquet shard: its columns, then its rows, column by column; and in a batch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from numpy.typing import NDArray
 
+from megarec.data.batch import Batch
 from megarec.data.schema import CategoricalFeature, Schema
 from megarec.errors import UserError, did_you_mean
 
@@ -147,3 +149,25 @@ def _bad_weights(column: pa.Array, ids: pa.Array, feature: CategoricalFeature) -
     rows = np.zeros(len(column), bool)
     rows[np.repeat(np.arange(len(column)), lengths)[~finite]] = True
     yield from _defect(name, rows, column, "finite numbers")
+
+
+def check_batch(batch: Batch, schema: Schema) -> None:
+    """Raise a UserError for a batch that people made and that does not fit the schema; rows of a cache are checked.
+
+    A table looks up whatever it is told: past its end lies the next one.
+    """
+    if batch.numeric.shape != (batch.size, len(schema.numeric)):
+        raise UserError(
+            f"batch.numeric is {list(batch.numeric.shape)}, expected [{batch.size}, {len(schema.numeric)}]: a column "
+            f"for each of {list(schema.numeric)}"
+        )
+    for feature in schema.categorical:
+        if feature.name not in batch.ids:
+            raise UserError(f"batch.ids misses {feature.name!r}; it has {', '.join(batch.ids) or 'nothing'}")
+    ends = [of.values.aminmax() for f in schema.categorical if (of := batch.ids[f.name]).values.numel()]
+    filled = [feature for feature in schema.categorical if batch.ids[feature.name].values.numel()]
+    found = torch.stack([torch.stack(pair) for pair in ends]).tolist() if ends else []  # one wait for the device
+    for feature, (least, most) in zip(filled, found, strict=True):
+        if least < 0 or most >= feature.rows:
+            wrong = least if least < 0 else most
+            raise UserError(f"batch.ids[{feature.name!r}] holds {wrong}: expected {_expected_id(feature)}")

@@ -4,6 +4,7 @@ The trainer alone writes, at optimizer steps: the engine's own points, whose axi
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -75,6 +77,7 @@ class Monitor:
     def _open_charts(self) -> None:
         monitor = self._writers["TensorBoard"]
         if monitor.summary_writer is None and self._charts is not None:
+            _leave_failures_to_the_next_call()
             _wait_for_a_later_name(self._charts)
             monitor.summary_writer = SummaryWriter(str(self._charts), purge_step=self._first_step)
 
@@ -126,6 +129,20 @@ class Monitor:
             del self._writers[name]
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             _log.warning("%s ENDS HERE, THE RUN GOES ON: %s", name.upper(), " ".join(why.split()))
+
+
+def _leave_failures_to_the_next_call() -> None:
+    """TensorBoard's thread keeps the error that ends it for whoever writes next; its traceback is no line of a log."""
+    before = threading.excepthook
+    if getattr(before, "leaves_out_tensorboard", False):
+        return
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.thread, _AsyncWriterThread):
+            before(arguments)
+
+    hook.leaves_out_tensorboard = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
 
 
 def _wait_for_a_later_name(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""A process becomes a rank: device, CPU threads, memory, the job's process group.
+"""A process becomes a rank: device, CPU threads, memory, random numbers, the job's process group.
 
 Freed memory stays with the process: glibc maps every large block anew and gives it back when it is freed. A training
 step on a CPU frees and allocates the same gigabytes over and over, and each time the kernel clears the pages again,
@@ -7,9 +7,11 @@ next step finds the pages of the last one.
 """
 
 import ctypes
+import hashlib
 import os
 import socket
 import warnings
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -157,7 +159,7 @@ def start_process(config: RunConfig) -> torch.device:
     if rank_device().type == "cpu":
         keep_freed_memory()
     else:
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        torch.accelerator.set_device_index(device_number(os.environ, torch.accelerator.device_count()))
         # fp32 is fp32, and sums of low-precision products are made in fp32: the same numbers on every device.
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -179,7 +181,32 @@ def start_process(config: RunConfig) -> torch.device:
         distributed_c10d._set_pg_timeout(timeout)
         # What groups take that are made without one: those of the topology, and DeepSpeed's own.
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    seed_generators(config.train.seed, dist.get_rank())
     return device
+
+
+def device_number(environment: Mapping[str, str], devices: int) -> int:
+    """Which of this host's devices is the rank's: the one of its number on the host.
+
+    Raises:
+        UserError: the host has fewer.
+    """
+    number = int(environment["LOCAL_RANK"])
+    if number >= devices:
+        raise UserError(
+            f"LOCAL_RANK={number}: this host shows {devices} devices to the rank; start at most {devices} ranks here, "
+            "or show it more (CUDA_VISIBLE_DEVICES), or train on CPUs (DS_ACCELERATOR=cpu)"
+        )
+    return number
+
+
+def seed_generators(seed: int, rank: int) -> None:
+    """Set torch's own generators, on every device, by seed and rank; a checkpoint holds their states.
+
+    Nothing of megarec draws from them; what a user's own module draws (nn.Dropout) is the same in the next run alike.
+    """
+    digest = hashlib.blake2b(f"{seed}/torch/{rank}".encode(), digest_size=7).digest()  # 56 bits, as first weights
+    torch.manual_seed(int.from_bytes(digest, "big"))
 
 
 def leave_job() -> None:

@@ -12,12 +12,13 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from megarec.errors import DONE, USER_MISTAKE, RunEnded, UserError
+from megarec.errors import DONE, USER_MISTAKE, RunEnded, UserError, one_line
+from megarec.files import parse_json
 
 JOB_VARIABLE = "MEGAREC_JOB"  # set in ranks that a supervisor listens to
 _MARK = "@megarec"
@@ -65,7 +66,7 @@ def rank_number() -> int:
 
 
 def this_rank(code: int, cause: str, lost: bool = False) -> Outcome:
-    return Outcome(rank_number(), socket.gethostname(), code, " ".join(cause.split())[:_LONGEST], lost)
+    return Outcome(rank_number(), socket.gethostname(), code, one_line(" ".join(cause.split()))[:_LONGEST], lost)
 
 
 def report(outcome: Outcome) -> None:
@@ -80,7 +81,10 @@ def parse(line: str, job: str) -> Outcome | None:
     match = _MARKED.fullmatch(line)
     if match is None or match["job"] != job:
         return None
-    return Outcome(**json.loads(match["outcome"]))
+    try:
+        return Outcome(**parse_json(match["outcome"], "a rank's last line"))
+    except (UserError, TypeError):
+        return None  # half a line, of a rank that was killed while it wrote
 
 
 @contextmanager
@@ -151,8 +155,7 @@ def end_with_mistake(error: UserError) -> NoReturn:
     a program without threads: those of gloo would abort when rank 0 goes, and the launcher might take that exit code.
     """
     line = f"error: {error}\n"
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     if rank_number() > 0:
         os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", _LATER, line, str(USER_MISTAKE)])
     os.write(2, line.encode(errors="replace"))
@@ -166,14 +169,18 @@ def end_well() -> NoReturn:
     launcher would report its -6.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     os._exit(DONE)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
 
 
 def _end(outcome: Outcome) -> None:
     if JOB_VARIABLE in os.environ:
         report(outcome)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     os._exit(outcome.code)

@@ -3,7 +3,6 @@
 What the hosts must have in common, and what each must have, are plain comparisons of what the probes found.
 """
 
-import json
 import re
 import time
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from megarec.config.deepspeed import micro_batch_size
 from megarec.config.load import load_config
 from megarec.config.sections import RunConfig
 from megarec.errors import UserError
+from megarec.files import read_object
 from megarec.launching import probe
 from megarec.launching.hosts import Host, read_hostfile
 from megarec.launching.probe_client import Session, Sessions
@@ -189,7 +189,7 @@ def _check_sizes(hosts: list[Host], config: RunConfig, where: str) -> None:
 
 def files_of(config_path: Path, config: RunConfig) -> list[str]:
     """Files that every host must hold with the same content: the config, JSONs it takes in, the data's schema."""
-    raw = json.loads(config_path.read_text(encoding="utf-8"))
+    raw = read_object(config_path, "the JSON of a run")
     named = [value for value in raw.values() if isinstance(value, str)]
     parallel = raw.get("parallel")
     if isinstance(parallel, dict) and isinstance(parallel.get("towers"), str):

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megarec.errors import one_line
 from megarec.launching import probe
 from megarec.launching.hosts import CONNECT_SECONDS, on_ssh_host
 
@@ -50,7 +51,10 @@ class Session:
             raise Unanswered(f"no answer within {ANSWER_SECONDS:.0f} s") from None
         if not answer:
             raise Unanswered(self._last_words())
-        return json.loads(answer)
+        try:
+            return dict(json.loads(answer))
+        except (ValueError, TypeError, RecursionError) as error:  # its shell says something at every login
+            raise Unanswered(f"its shell says {one_line(answer.strip(), 60)!r} before any command") from error
 
     def close(self) -> None:
         self._process.kill()

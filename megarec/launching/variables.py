@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megarec.errors import UserError
+from megarec.files import read_object
 from megarec.launching.hosts import CONNECT_SECONDS, on_ssh_host
 
 _SECONDS = 30.0 + CONNECT_SECONDS
@@ -35,11 +36,8 @@ def file_of(job: str) -> Path:
 
 def read_variables(job: str) -> dict[str, str]:
     """On a host of the job: the variables, none where there is no file."""
-    try:
-        variables: dict[str, str] = json.loads(file_of(job).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return variables
+    path = file_of(job)
+    return read_object(path, "the variables of .deepspeed_env") if path.exists() else {}
 
 
 @contextmanager

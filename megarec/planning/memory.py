@@ -11,13 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from megarec.config.sections import RunConfig
-from megarec.dense.layers import recompute_layers
 from megarec.dense.memory import Parts, saved_activations
-from megarec.dense.settings import settings_of
 from megarec.dense.tensor_parallel import shard_mlps
 from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
 from megarec.planning.zero import dense_parts, zero_of
+from megarec.run.fits import activation_bytes
 from megarec.run.spec import ModelSpec
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.placement import Shard, replicated
@@ -77,21 +76,6 @@ def parameter_sizes(spec: ModelSpec, topology: Topology) -> list[int]:
     place_in_group = topology.rank % topology.tensor_size
     shard_mlps(model, Channel("tensor", None, place_in_group, topology.tensor_size, Ledger()))
     return [parameter.numel() for parameter in model.parameters()]
-
-
-def activation_bytes(config: RunConfig, spec: ModelSpec, micro_batch: int) -> int:
-    """What the dense model saves for the backward pass of a micro-batch: its forward pass, run on the meta device.
-
-    Tensor parallelism holds no activation twice, so the whole model on the rank's own examples saves as much.
-    """
-    model = spec.meta_model().to(settings_of(config.deepspeed).dtype)
-    recompute_layers(model, config.dense.recompute)
-    kept: dict[str, int] = {}
-    with torch.device("meta"), saved_activations(kept, model):
-        embedded = torch.empty(micro_batch, model.inputs.width, requires_grad=True)
-        keys = torch.empty(micro_batch, dtype=torch.int64)
-        model(torch.empty(micro_batch, spec.numeric), embedded, keys)
-    return kept["bytes"]
 
 
 def tower_bytes(config: RunConfig, resolved: ResolvedTowers, examples: int, topology: Topology) -> int:

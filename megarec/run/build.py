@@ -10,7 +10,7 @@ from megarec.config.deepspeed import micro_batch_size, monitor_sections, without
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.loader import EvalLoader, TrainLoader
-from megarec.data.schema import Schema, load_schema, select_features
+from megarec.data.schema import Schema, Split, load_schema, select_features
 from megarec.data.store import open_split
 from megarec.dense.engine import layer_norm_factory
 from megarec.dense.parallelize import parallelize
@@ -77,7 +77,8 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
             "at least one with a table; name one more"
         )
     data = config.data
-    stores = {s: open_split(path, s, schema, data.bad_rows, data.cache) for s in ("train", "valid", "test")}
+    splits: tuple[Split, ...] = ("train", "valid", "test")
+    stores = {split: open_split(path, split, schema, data.bad_rows, data.cache) for split in splits}
     loading: dict[str, Any] = {
         "batch_size": config.data.batch_size,
         "rank": topology.rank,
@@ -87,10 +88,10 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
         "pin_memory": device.type != "cpu",
     }
     train = TrainLoader(stores["train"], schema, **loading)
-    valid, test = (EvalLoader(stores[split], schema, **loading) for split in ("valid", "test"))
+    valid, test = (EvalLoader(stores[split], schema, **loading) for split in splits[1:])
 
     spec = resolve(config, schema)
-    check_fits(config, spec, topology, device)
+    check_fits(config, spec, topology, device, {split: len(store) for split, store in stores.items()})
     config = config.model_copy(update={"model": spec.sizes})  # from here on every size is explicit
     section = without_monitors(config.deepspeed)
     if watched:
@@ -108,7 +109,7 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
         f"data: {schema.name}, {', '.join(f'{len(store):,} {split}' for split, store in stores.items())} examples",
         *model.choices,
     )
-    skipped = {split: store.skipped for split, store in stores.items() if store.skipped}
+    skipped: dict[str, dict[str, int]] = {split: store.skipped for split, store in stores.items() if store.skipped}
     schedule = Schedule(config.schedule, total_steps, train.steps_per_epoch)
     return Run(
         config=config,

@@ -4,9 +4,11 @@ A ReLU whose input is rounding noise is on in one summation order and off in ano
 example's gradient jumps, and the tables' normalised updates make a full step of the jump. SiLU has no jump.
 """
 
+import torch
 from torch import nn
 
 from megarec.config.sections import RunConfig
+from megarec.dense.settings import settings_of
 from megarec.models.blocks import MLP
 from megarec.run.spec import ModelSpec
 
@@ -27,12 +29,20 @@ def rounding_warning(config: RunConfig, spec: ModelSpec, steps: int) -> str | No
         spec: the run's model.
         steps: optimizer steps of the run.
     """
-    if any(config.deepspeed.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
-        return None  # promises less: docs/parity.md
-    reasons = [reason for reason in (_relus(config, spec, steps), _single_rows(spec)) if reason]
-    if not reasons:
+    types = _types(config)
+    reasons = [*types, "" if types else _relus(config, spec, steps), _single_rows(spec), _lone_l2(config, spec)]
+    if not any(reasons):
         return None
-    return f"losses on another topology may differ by more than 1e-5: {'; '.join(reasons)} (docs/parity.md)"
+    said = "; ".join(reason for reason in reasons if reason)
+    return f"losses on another topology may differ by more than 1e-5: {said} (docs/parity.md)"
+
+
+def _types(config: RunConfig) -> list[str]:
+    """The types with fewer bits than fp32: beside their rounding a switched ReLU is nothing."""
+    dense, tables, messages = settings_of(config.deepspeed).dtype, config.embedding.weights, config.parallel.messages
+    reasons = [] if dense == torch.float32 else [f"{str(dense).removeprefix('torch.')} in the dense model"]
+    reasons += [] if tables == "fp32" else [f"embedding.weights={tables!r}"]
+    return reasons + ([] if set(messages) == {"fp32"} else [f"parallel.messages={list(messages)}"])
 
 
 def _relus(config: RunConfig, spec: ModelSpec, steps: int) -> str | None:
@@ -53,3 +63,21 @@ def _single_rows(spec: ModelSpec) -> str | None:
         return None
     alone = [str(tower) for tower, inputs in enumerate(modules.inputs) if inputs == 1]
     return f"tower_module.name='wukong' has one embedding in tower {', '.join(alone)}; give it two or more"
+
+
+def _lone_l2(config: RunConfig, spec: ModelSpec) -> str | None:
+    """L2's gradient is the only one of an element that dropout has zeroed; a full step of it is its sign.
+
+    That sign flips by rounding where the element passes zero. A row-wise optimizer measures steps by the whole row.
+    """
+    embedding = config.embedding
+    if not (embedding.dropout and embedding.l2) or embedding.optimizer not in ("adam", "adagrad"):
+        return None
+    size = embedding.initial_std or (3 * min(table.rows for table in spec.layout.tables)) ** -0.5
+    gradient = 2 * embedding.l2 * size / config.data.batch_size
+    if gradient <= 2 * embedding.eps:
+        return None
+    return (
+        f"embedding.dropout and l2 leave elements a gradient near {gradient:.0e}, of which embedding.eps="
+        f"{embedding.eps:g} makes a full step (embedding.eps=1e-3 does not)"
+    )

@@ -4,6 +4,7 @@ The pace of trials is as stated, as earlier trials ran, or as a few steps of the
 """
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megarec.errors import UserError
-from megarec.files import read_json, write_whole
+from megarec.files import read_object, write_whole
 from megarec.scaling.grid import Trial, of_models
 from megarec.scaling.results import Rows
 from megarec.scaling.sweep import Slot, command_of, start_on
@@ -197,8 +198,9 @@ def _probe(trial: Trial, folder: Path, slot: Slot) -> dict[str, float]:
             f"{trial.model}: {PROBE_STEPS} steps, to see its pace, failed with exit code {code}: "
             f"{folder / 'output.txt'}; fix it, take it out of the study, or state a pace (--gflop-per-second)"
         )
-    train: dict[str, float] = read_json(folder / "metrics.json", "metrics of a run")["train"]
-    if not train["examples_per_second"]:
+    metrics = read_object(folder / "metrics.json", "the metrics of a run", nan=True)
+    train: dict[str, float] = metrics.get("train", {})
+    if not train.get("examples_per_second"):
         raise UserError(f"{trial.model}: too few steps to see its pace; state one (--gflop-per-second)")
     return train
 
@@ -211,8 +213,12 @@ def planned(trials: list[Trial], rows: Rows, slots: list[Slot], budget: Budget) 
     """
     path, at_once = rows.output / "plan.json", len(slots)
     asked = {"trials": [trial.name for trial in trials], "at_once": at_once, "budget": asdict(budget)}
-    if path.is_file() and (before := read_json(path, "the plan of a sweep"))["asked"] == asked:
-        return Plan.of_json(before["plan"])
+    before = read_object(path, "the plan of a sweep") if os.path.lexists(path) else {}
+    if before.get("asked") == asked:
+        try:
+            return Plan.of_json(before["plan"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: {error} is not what a sweep writes; remove the file to plan anew") from error
     plan = plan_sweep(trials, find_pace(trials, rows, budget.gflop_per_second, slots[0]), at_once, budget)
     write_whole(path, json.dumps({"asked": asked, "plan": plan.as_json()}, indent=2).encode())
     return plan

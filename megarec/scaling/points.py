@@ -12,6 +12,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from megarec.errors import UserError
+from megarec.files import read_regular
 
 Axis = Literal["gflop", "parameters"]
 Quality = Literal["relative_logloss_percent", "logloss", "ne", "excess_logloss"]
@@ -174,8 +175,8 @@ def _empty(value: Any) -> bool:
 
 def _read_csv(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_regular(path, "a CSV file of points").decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as CSV ({error})") from None
     reader = csv.DictReader(lines, strict=True)
     return list(reader.fieldnames or []), _checked_width(path, reader)
@@ -194,6 +195,8 @@ def _checked_width(path: Path, reader: "csv.DictReader[str]") -> Iterator[dict[s
 
 def _read_parquet(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
     try:
+        if path.is_fifo():
+            raise OSError("is a FIFO")
         table = parquet.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from None

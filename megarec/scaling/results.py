@@ -5,6 +5,8 @@ be killed at any moment.
 """
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from megarec.errors import UserError
-from megarec.files import read_json, write_whole
+from megarec.files import read_object, write_whole
 from megarec.scaling.grid import Trial, of_models
 
 Row = dict[str, Any]
@@ -31,9 +33,7 @@ class Rows:
         self.output, self.trials = output, trials
         (output / "rows").mkdir(parents=True, exist_ok=True)
         self.of: dict[str, Row] = {
-            trial.name: read_json(path, "the row of a trial")
-            for trial in trials
-            if (path := self._path(trial)).is_file()
+            trial.name: _read_row(path) for trial in trials if os.path.lexists(path := self._path(trial))
         }
 
     def add(self, trial: Trial, row: Row) -> None:
@@ -106,8 +106,19 @@ def row_of(trial: Trial, metrics: dict[str, Any], seconds: float | None, host: s
     }
 
 
+def _read_row(path: Path) -> Row:
+    row = read_object(path, "the row of a trial", nan=True)
+    for key in ("valid_auc", "valid_logloss"):
+        if not isinstance(value := row.get(key, ""), int | float | None):
+            raise UserError(
+                f"{path}: {key} is {value!r}, expected a number or null, as a sweep writes it; remove the file, and "
+                "the trial's metrics are read anew"
+            )
+    return row
+
+
 def _validation_loss(trial: Trial, row: Row) -> float:
     quality = row[f"valid_{trial.config.train.best_by}"]
-    if quality is None:  # of a split without rows, or with one label
+    if quality is None or not math.isfinite(quality):  # of a split without rows or with one label, or of no numbers
         return float("inf")
     return float(quality if trial.config.train.best_by == "logloss" else -quality)

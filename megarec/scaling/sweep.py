@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megarec.errors import STOPPED, UserError
+from megarec.files import NotJson, read_object
 from megarec.launching.commands import TRAIN_SCRIPT
 from megarec.launching.hosts import OPTIONS, Host, accelerator, keep_alive, on_ssh_host
 from megarec.scaling.grid import Trial
@@ -180,7 +181,7 @@ def _collect(trials: list[Trial], rows: Rows) -> None:
     for trial in trials:
         folder = folder_of(rows.output, trial)
         if trial.name not in rows.of and (metrics := _metrics(folder)):
-            rows.add(trial, row_of(trial, metrics, None, None))
+            rows.add(trial, _row_of(trial, metrics, None, None, folder))
     rows.write_table()
 
 
@@ -208,7 +209,7 @@ def _finish(
         failed[trial.name] = code
         say(f"FAILED {trial.name}: exit code {code}; {folder / 'output.txt'}")
         return
-    row = row_of(trial, metrics, time.time() - run.started, slot.host or HERE)
+    row = _row_of(trial, metrics, time.time() - run.started, slot.host or HERE, folder)
     rows.add(trial, row)
     say(
         f"{len(rows.of)} done  {trial.model} seed {trial.seed} rate {trial.rate}: "
@@ -224,11 +225,26 @@ def _say_lost(slot: Slot, run: Running, left: list[Slot], say: Callable[[str], N
 
 def _metrics(folder: Path) -> dict[str, Any] | None:
     """What a run writes last; None: it has not, or was killed while it did, or its fault policy stopped it."""
+    path = folder / "metrics.json"
+    if not os.path.lexists(path):
+        return None
     try:
-        metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        metrics = read_object(path, "the metrics of a run", nan=True)
+    except NotJson:
         return None
     return None if "stopped" in metrics else metrics
+
+
+def _row_of(
+    trial: Trial, metrics: dict[str, Any], seconds: float | None, host: str | None, folder: Path
+) -> dict[str, Any]:
+    try:
+        return row_of(trial, metrics, seconds, host)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'metrics.json'}: {error} is not what a run writes; remove that directory, and the trial runs "
+            "anew"
+        ) from error
 
 
 def _close(process: "subprocess.Popen[bytes]") -> None:

@@ -4,26 +4,35 @@ model = megarec.load_model("exported")       # python tools/checkpoint.py export
 logits = model.predict(batch)                # what the run's own evaluation computes
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from megarec.checkpoint.format import INDEX, FileEntry, checked_size, read_header, read_index
-from megarec.checkpoint.offline import MODEL_CONFIG, MODEL_FILE, MODEL_FORMAT, is_weight
+from megarec.checkpoint.format import (
+    INDEX,
+    MODEL_CONFIG,
+    MODEL_FILE,
+    Export,
+    Index,
+    checked_size,
+    read_export,
+    read_header,
+    read_index,
+)
+from megarec.checkpoint.offline import is_weight
 from megarec.checkpoint.reading import Reader, verify
 from megarec.checkpoint.sparse import TABLES, TOWERS
 from megarec.checkpoint.writing import verify_file
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.batch import Batch
+from megarec.data.row_checks import check_batch
 from megarec.data.schema import Schema
 from megarec.dense.masters import DENSE as DENSE
 from megarec.dense.settings import settings_of
@@ -54,7 +63,12 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
-        """Logits float32 [B]; their sigmoid is the predicted probability of the label."""
+        """Logits float32 [B]; their sigmoid is the predicted probability of the label.
+
+        Raises:
+            UserError: the batch lacks a feature of the schema, or has an id outside its table.
+        """
+        check_batch(batch, self.schema)
         logits: Tensor = self._model(batch.numeric, self._sparse.look_up(batch).values, batch.keys)
         return logits
 
@@ -66,9 +80,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Predicto
         UserError: a file is missing, damaged, or its tensors are not those of its config; nothing was allocated.
     """
     directory = Path(path)
-    config, schema, entry = _read_about(directory)
-    file = checked_size(directory, MODEL_FILE, entry)
-    verify_file(file, entry)
+    about = read_export(directory)
+    config, schema = _model_of(about, directory / MODEL_CONFIG)
+    file = checked_size(directory, MODEL_FILE, about.file)
+    verify_file(file, about.file)
     shapes = {name: tensor.shape for name, tensor in read_header(file).items()}
     with safe_open(file, "pt") as tensors:
         weights = _Weights(shapes, lambda name, into: into.copy_(tensors.get_tensor(name)), file, MODEL_CONFIG)
@@ -82,10 +97,7 @@ def load_checkpoint(directory: Path, device: str | torch.device = "cpu") -> Pred
         UserError: a file is missing, damaged, or its tensors are not those of its config; nothing was allocated.
     """
     index = read_index(directory)
-    try:
-        config, schema = RunConfig.model_validate(index.config), Schema.model_validate(index.data_schema)
-    except ValidationError as error:
-        raise _invalid(directory / INDEX, error) from error
+    config, schema = _model_of(index, directory / INDEX)
     verify(directory, index)
     reader = Reader(directory, index)
     shapes = {name: entry.shape for name, entry in index.tensors.items() if is_weight(name)}
@@ -146,25 +158,12 @@ def _predictor(config: RunConfig, schema: Schema, weights: _Weights, device: tor
     return Predictor(config, schema, sparse, model)
 
 
-def _read_about(directory: Path) -> tuple[RunConfig, Schema, FileEntry]:
-    path = directory / MODEL_CONFIG
+def _model_of(about: Index | Export, path: Path) -> tuple[RunConfig, Schema]:
     try:
-        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if about["format"] != MODEL_FORMAT or about["version"] != 1:
-            raise ValueError(f"format {about['format']!r}, version {about['version']!r}")
-        config = RunConfig.model_validate(about["config"])
-        return config, Schema.model_validate(about["schema"]), FileEntry.model_validate(about["file"])
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); tools/checkpoint.py export writes it") from error
+        return RunConfig.model_validate(about.config), Schema.model_validate(about.data_schema)
     except ValidationError as error:
-        raise _invalid(path, error) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the config of an exported model ({' '.join(str(error).split())})") from error
-
-
-def _invalid(path: Path, error: ValidationError) -> UserError:
-    first = error.errors()[0]
-    return UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def _tower_shapes(towers: ResolvedTowers) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megarec.errors import UserError
+from megarec.errors import UserError, end_output
 
 LOG_FILE = "log.txt"
 _NEVER = logging.CRITICAL + 1
@@ -38,6 +38,17 @@ class _LogFile(logging.FileHandler):
         _log.warning("%s ENDS HERE, THE RUN GOES ON: %s", self.baseFilename, getattr(error, "strerror", None) or error)
 
 
+class _Shown(logging.StreamHandler[TextIO]):
+    """Lines on standard output; where nobody reads them any more (`| head`), log.txt alone goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        self.setLevel(_NEVER)
+        if self.stream is sys.stdout:
+            end_output()
+        _log.warning("THE CONSOLE ENDS HERE, THE RUN GOES ON: %s", getattr(error, "strerror", None) or error)
+
+
 class Console:
     """The log and the progress bar of a run, for a `with` block; what ends the block early is log.txt's last line.
 
@@ -54,7 +65,7 @@ class Console:
         self._handlers: list[logging.Handler] = []
         stream = stream or sys.stdout
         line = logging.Formatter(f"[%(asctime)s] [%(levelname)s] [rank {rank}] %(message)s", _TIME)
-        shown: logging.Handler = logging.StreamHandler(stream)
+        shown: logging.Handler = _Shown(stream)
         shown.setFormatter(line)
         if rank == 0:
             file = _open_log(output / LOG_FILE)

@@ -7,6 +7,7 @@ tracing                a timeline of some steps, for TensorBoard's profiler page
 """
 
 import itertools
+import logging
 import re
 import statistics
 import time
@@ -22,6 +23,8 @@ from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trac
 
 from megarec.models.cpu_gemm import fast_cpu_gemm
 
+_log = logging.getLogger(__name__)
+
 
 def measure_gemm_tflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
     """TFLOP/s of the best square GEMM found in about `seconds`; all ranks should measure at the same time.
@@ -32,10 +35,11 @@ def measure_gemm_tflops(dtype: torch.dtype, device: torch.device, seconds: float
     if device.type != "cpu":
         return _gemm_tflops_of_accelerator(dtype, device)
     best = 0.0
+    random = torch.Generator(device).manual_seed(0)  # its own: how much it draws depends on the clock
     end = time.perf_counter() + seconds
     size = 128
     while time.perf_counter() < end:
-        a = torch.randn(size, size, device=device).to(dtype)
+        a = torch.randn(size, size, generator=random, device=device).to(dtype)
         with fast_cpu_gemm(device, dtype):  # as the model multiplies
             torch.matmul(a, a)
             start = time.perf_counter()
@@ -52,7 +56,8 @@ GEMM_SIZE, GEMM_PRODUCTS = 8192, 20
 
 
 def _gemm_tflops_of_accelerator(dtype: torch.dtype, device: torch.device) -> float:
-    a = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
+    random = torch.Generator(device).manual_seed(0)
+    a = torch.randn(GEMM_SIZE, GEMM_SIZE, generator=random, device=device).to(dtype)
     out = torch.matmul(a, a)
     torch.matmul(a, a, out=out)
     events = [torch.Event(device=device, enable_timing=True) for _ in range(GEMM_PRODUCTS + 1)]
@@ -139,18 +144,27 @@ def tracing(steps: tuple[int, int] | None, directory: Path, rank: int, done: int
 
     Args:
         steps: None: nothing is traced.
-        directory: for one file a rank, rank<r>.<time>.pt.trace.json.
+        directory: for one file a rank, rank<r>.<time>.pt.trace.json; one that cannot be written is a warning.
         done: steps that lie before this process's first.
     """
     if steps is None or steps[1] <= done:
         yield lambda: None
         return
     first, last = max(steps[0], done + 1), steps[1]
+
+    def write(profiler: profile) -> None:
+        try:
+            tensorboard_trace_handler(str(directory), worker_name=f"rank{rank}")(profiler)
+        except Exception as error:
+            _log.warning(
+                "%s HAS NO TRACE OF RANK %d, THE RUN GOES ON: %s", directory, rank, " ".join(str(error).split())
+            )
+
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with profile(
         activities=activities,
         schedule=schedule(wait=first - done - 1, warmup=0, active=last - first + 1, repeat=1),
-        on_trace_ready=tensorboard_trace_handler(str(directory), worker_name=f"rank{rank}"),
+        on_trace_ready=write,
         experimental_config=_ExperimentalConfig(profile_all_threads=True),  # the thread that sends ids as well
     ) as profiler:
         yield profiler.step

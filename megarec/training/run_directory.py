@@ -25,7 +25,7 @@ from megarec.config.sections import RunConfig
 from megarec.distributed.collectives import raise_together
 from megarec.distributed.topology import ONE_RANK, Topology
 from megarec.errors import UserError
-from megarec.files import sync_directory
+from megarec.files import parse_json, sync_directory
 
 OWNER_FILE = ".owner"
 PATIENCE_SECONDS = 5.0  # for the ranks of a start that was killed, which may still be ending
@@ -179,9 +179,9 @@ def _same_file(file: int, path: Path) -> bool:
 def _owner(file: int) -> str:
     """As its file names it; a file system may show the text later than the lock."""
     try:
-        found = json.loads(os.pread(file, 4096, 0))
+        found = parse_json(os.pread(file, 4096, 0), "its owner")
         return f"process {int(found['pid'])} on host {str(found['host'])!r} (since {str(found['since'])!r})"
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         return "another run, which has not said its name,"
 
 

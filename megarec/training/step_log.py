@@ -25,6 +25,9 @@ _log = logging.getLogger(__name__)
 class StepLog:
     """Adds up steps between log lines.
 
+    The first step of a process compiles, allocates and meets the other ranks for the first time: rates and times leave
+    it out, here and in metrics.json. A window that has no other step has none.
+
     Args:
         state: of the run.
         window: predictions that the log has not shown yet.
@@ -39,7 +42,7 @@ class StepLog:
         self.activations: dict[str, int] = {}
         self.first_step_seconds: float | None = None
         self._window_start = time.perf_counter()
-        self._window_steps = 0
+        self._window_steps = self._timed_steps = 0
         self._train_seconds = 0.0
         self._trained_steps = 0
         self._laid_out = False
@@ -47,11 +50,16 @@ class StepLog:
         self._peak = peak * run.topology.world_size
 
     def first_step_done(self) -> None:
+        """Rates and times begin here."""
         self.first_step_seconds = time.time() - self.started
+        self.timer.milliseconds()
+        self._timed_steps = -1
+        self._window_start = time.perf_counter()
         _log.info("first step %.1f s after the start", self.first_step_seconds)
 
     def step_done(self) -> None:
         self._window_steps += 1
+        self._timed_steps += 1
         self.console.progress(self.state.step)
 
     @contextmanager
@@ -86,16 +94,19 @@ class StepLog:
         run, state = self.run, self.state
         seen = self.window.gather(run.topology.world)
         seconds = time.perf_counter() - self._window_start
-        rate = self._window_steps * run.config.data.batch_size / seconds  # `seen` has more right after a resume
-        self._train_seconds += seconds
-        self._trained_steps += self._window_steps
-        tflops = rate * run.spec.cost.flop / 1e12
+        rate = None  # of this window's steps; `seen` has more right after a resume
+        if self._timed_steps > 0:
+            rate = self._timed_steps * run.config.data.batch_size / seconds
+            self._train_seconds += seconds
+            self._trained_steps += self._timed_steps
+        tflops = None if rate is None else rate * run.spec.cost.flop / 1e12
+        speed = "" if rate is None else f"{rate:,.0f} examples/s"
         epoch = state.step / run.train.steps_per_epoch
         _log.info(
             f"step {state.step}/{run.schedule.total_steps}  epoch {epoch:.2f}  loss {seen.logloss:.4f}  "
-            f"NE {seen.ne:.4f}  AUC {seen.auc:.4f}  {rate:,.0f} examples/s"
+            f"NE {seen.ne:.4f}  AUC {seen.auc:.4f}  {speed}".rstrip()
         )
-        self.console.progress(state.step, f"{rate:,.0f} examples/s  loss {seen.logloss:.4f}  NE {seen.ne:.4f}")
+        self.console.progress(state.step, f"{speed}  loss {seen.logloss:.4f}  NE {seen.ne:.4f}".lstrip())
         values = {
             **self.points("train", seen),
             "train/dense_learning_rate": factor * run.dense.learning_rate,
@@ -105,14 +116,14 @@ class StepLog:
             **self.skips(),
             "workload/examples_per_second": rate,
             "workload/tflops": tflops,
-            "workload/mfu": tflops / self._peak,
+            "workload/mfu": None if tflops is None else tflops / self._peak,
             **self._of_all_ranks(self.timer.milliseconds()),
         }
-        if not self._laid_out:
+        if not self._laid_out and (rate is not None or state.step == run.schedule.total_steps):  # else tags are missing
             run.dense.monitor.layout(layout([tag for tag, value in values.items() if value is not None]))
             self._laid_out = True
         run.dense.monitor.scalars(state.step, values)
-        self._window_steps = 0
+        self._window_steps = self._timed_steps = 0
         self._window_start = time.perf_counter()
 
     def _of_all_ranks(self, parts: dict[str, float]) -> dict[str, float | None]:
@@ -130,9 +141,9 @@ class StepLog:
         run.dense.monitor.histogram(self.state.step, "workload/rows_used/tables_of_rank_0", usage)
         return {
             **{f"workload/time_ms/{part}": value for part, value in parts.items()},
-            "workload/slowest_rank": float(all_busy.index(max(all_busy))),
-            "workload/slowest_rank_ms": max(all_busy),
-            "workload/median_rank_ms": statistics.median(all_busy),
+            "workload/slowest_rank": float(all_busy.index(max(all_busy))) if parts else None,
+            "workload/slowest_rank_ms": max(all_busy) if parts else None,
+            "workload/median_rank_ms": statistics.median(all_busy) if parts else None,
             "workload/memory_mib/tables": run.sparse.memory_bytes() / MIB,
             "workload/memory_mib/dense": (held["parameters"] + held["optimizer"]) / MIB,
             "workload/memory_mib/activations": None if activations is None else activations / MIB,
@@ -144,7 +155,7 @@ class StepLog:
         }
 
     def summary(self) -> dict[str, float | dict[str, int] | None]:
-        """The "train" part of metrics.json: rates over the logged steps, validation and saving left out."""
+        """The "train" part of metrics.json: rates over the logged steps; start-up, validation and saving left out."""
         flop, state = self.run.spec.cost.flop, self.state
         examples = self._trained_steps * self.run.config.data.batch_size
         rate = examples / self._train_seconds if self._train_seconds else None

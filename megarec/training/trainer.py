@@ -98,8 +98,7 @@ def _train_and_test(
     state, name = checkpoints.resume(window) or (TrainState(), None)
     run.schedule.plateau_drops = state.plateau_drops
     monitor.start(state.step)
-    if run.topology.rank == 0:
-        write_whole(output / "config.json", (config.model_dump_json(indent=2) + "\n").encode())
+    _write_output(run, "config.json", config.model_dump_json(indent=2), "nothing was trained; fix that and start again")
     console.progress(state.step)
     for line in run.choices:
         _log.info(line)
@@ -111,14 +110,10 @@ def _train_and_test(
     for split, reasons in run.skipped_rows.items():
         _log.info("data.bad_rows=skip: skipped in %s: %s", split, reasons)
     _log.info("resumed from %s", checkpoints.directory / name) if name else _log.info("starting from scratch")
-
-    if state.step >= run.schedule.total_steps:
-        _log.warning(
-            "NO STEP WILL BE MADE: %s is at step %d, and this run has %d; raise train.epochs or max_steps",
-            name,
-            state.step,
-            run.schedule.total_steps,
-        )
+    for line in checkpoints.changed:
+        _log.warning(line)
+    if (reason := _nothing_to_train(run, state)) is not None:
+        _log.warning("NO STEP WILL BE MADE: %s is at step %d, and %s", name, state.step, reason)
     step_log = StepLog(run, console, state, window, started)
     trainer = Trainer(run, step_log, checkpoints, interruption)
     try:
@@ -129,7 +124,7 @@ def _train_and_test(
         if ended.code == STOPPED:
             stopped = {"stopped": str(ended), "train": step_log.summary(), "skipped_rows": run.skipped_rows}
             try:
-                _write_metrics(run, stopped)
+                _write_metrics(run, stopped, checkpoints)
             except UserError as error:  # why the run ended weighs more
                 _log.warning("%s", error)
         raise
@@ -156,12 +151,22 @@ def _train_and_test(
     }
     if problem is not None:
         metrics["stopped"] = problem
-    _write_metrics(run, metrics)
+    _write_metrics(run, metrics, checkpoints)
     _log.info("wrote %s", output / METRICS_FILE)
     if problem is not None:
         gather_texts("", run.topology, run.device)  # a launcher ends all ranks with the first that ends
         raise RunEnded(STOPPED, problem)
     return metrics
+
+
+def _nothing_to_train(run: Run, state: TrainState) -> str | None:
+    """Why a resumed run is at its end already; None: it is not."""
+    if state.step >= run.schedule.total_steps:
+        return f"this run has {run.schedule.total_steps}; raise train.epochs or max_steps"
+    patience = run.config.train.early_stopping
+    if patience is not None and state.since_best >= patience and not state.validation_due:
+        return f"{state.since_best} validations were no improvement (train.early_stopping={patience})"
+    return None
 
 
 def _check_validation(run: Run) -> None:
@@ -192,16 +197,28 @@ def _why_not_finished(run: Run, state: TrainState, valid: Quality, test: Quality
     return None
 
 
-def _write_metrics(run: Run, metrics: dict[str, Any]) -> None:
-    if run.topology.rank == 0:
-        path = Path(run.config.train.output_dir) / METRICS_FILE
-        try:
-            write_whole(path, (json.dumps(metrics, indent=2) + "\n").encode())
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}); fix that and run again with --resume, which goes on "
-                "from the latest checkpoint"
-            ) from None
+def _write_metrics(run: Run, metrics: dict[str, Any], checkpoints: Checkpoints) -> None:
+    step = checkpoints.latest_step()
+    saved = "no checkpoint was saved" if step is None else f"--resume goes on from the checkpoint of step {step}"
+    _write_output(run, METRICS_FILE, json.dumps(metrics, indent=2), f"the log has the metrics, and {saved}")
+
+
+def _write_output(run: Run, name: str, content: str, told: str) -> None:
+    """Write one of the run's files; collective: an error of rank 0 is everyone's.
+
+    Args:
+        told: what to tell the user where it cannot be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    problem, path = None, Path(run.config.train.output_dir) / name
+    try:
+        if run.topology.rank == 0:
+            write_whole(path, f"{content}\n".encode())
+    except OSError as error:
+        problem = UserError(f"{path}: cannot be written ({error.strerror or error}); {told}")
+    raise_together(problem, run.topology, run.device)
 
 
 def evaluate(run: Run, loader: EvalLoader) -> Quality:

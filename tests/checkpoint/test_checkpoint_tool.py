@@ -1,9 +1,12 @@
 """tools/checkpoint.py and what it hands on."""
 
 import json
+import os
 import runpy
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 
 import megarec
 from megarec.checkpoint import offline
+from megarec.checkpoint.format import SEALED_EXPORT, sealed
 from megarec.data.loader import EvalLoader
 from megarec.data.schema import load_schema
 from megarec.data.store import open_split
@@ -143,7 +147,14 @@ def test_a_model_whose_config_claims_other_sizes_is_refused(
     about["schema"]["categorical"][0]["rows"] = about["schema"]["categorical"][4]["rows"] = 1 << 40
     for feature in about["schema"]["categorical"]:
         feature["rows"] = 1 << 40
+    del about["seal"]
     path.write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"config.json: version 2 without a seal: edited"):
+        megarec.load_model(tmp_path / "model")
+    path.write_bytes(sealed(about, SEALED_EXPORT).replace(b'"dropout": 0.1', b'"dropout": 0.3'))
+    with pytest.raises(UserError, match=r"config.json: its checksum is \w+, not the one of its seal"):
+        megarec.load_model(tmp_path / "model")
+    path.write_bytes(sealed(about, SEALED_EXPORT))
     with pytest.raises(UserError, match=r"table/\S+ is \[.*\], config.json says \[1099511627776, 8\]"):
         megarec.load_model(tmp_path / "model")
 
@@ -176,6 +187,35 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, command: tuple
         checkpoint = save(tmp_path / name, pieces)
         peaks.append(peak_kilobytes(command[0], checkpoint, tmp_path / f"{name}-new", *command[1:]))
     assert peaks[1] - peaks[0] < 64 * 1024, peaks  # 47 MiB
+
+
+@pytest.mark.parametrize("words", [("reshape", "--ranks", 3), ("export",)], ids=["reshape", "export"])
+def test_a_signal_leaves_nothing_half_written(
+    tmp_path: Path, words: tuple[object, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = save(tmp_path / "c", [[TensorSlice("table/w/weight", (4, 2), (0, 0), torch.ones(4, 2))]])
+    write_file, rmtree = offline.write_file, shutil.rmtree
+    sent: list[int] = []
+
+    def while_it_writes(path: Path, blocks: Any) -> None:
+        write_file(path, blocks)
+        assert path.parent.name.startswith("new.tmp-")
+        os.kill(os.getpid(), sent[0])
+        time.sleep(60)
+
+    def while_it_cleans(path: Path, **named: Any) -> None:
+        os.kill(os.getpid(), sent[0])  # who asks twice
+        rmtree(path, **named)
+
+    monkeypatch.setattr(offline, "write_file", while_it_writes)
+    monkeypatch.setattr(offline.shutil, "rmtree", while_it_cleans)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
+        sent[:] = [number]
+        code, out, err = tool(capsys, words[0], checkpoint, tmp_path / "new", *words[1:])
+        assert (code, out) == (expected, "") and err in ("", "interrupted\n")
+        assert {path.name for path in tmp_path.iterdir()} == {"c"}
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
 
 
 def test_where_no_checkpoint_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,6 +218,6 @@ def test_a_mark_that_cannot_come_is_not_waited_for(tmp_path: Path, monkeypatch: 
     with pytest.raises(SaveFailed, match="no sign of rank 0, 1 within"):  # it says nothing, and its file is not there
         publish(plan, None, others)
     plan.temporary.mkdir()
-    others.failures = {0: "full", 1: "Read-only file system"}
+    others.failures = {0: "rank 0: full", 1: "rank 1: Read-only file system"}
     with pytest.raises(SaveFailed, match="rank 0: full; rank 1: Read-only file system"):
         publish(plan, None, others)

@@ -6,8 +6,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
+from megarec.data.batch import Batch, Ids
 from megarec.data.cache import ROWS_FILE, Built, ensure_cache
+from megarec.data.row_checks import check_batch
 from megarec.errors import UserError
 from tests.data.prepared import SCHEMA, TYPES, make_rows, write_shard, write_split
 
@@ -101,3 +104,30 @@ def test_a_missing_column(tmp_path: Path) -> None:
     write_shard(tmp_path / "train" / "000.parquet", rows, types)
     with pytest.raises(UserError, match=r"000\.parquet: column 'price' is missing; did you mean 'pricee'\?"):
         build(tmp_path)
+
+
+def made_batch(numeric: int = 2, **ids: list[int]) -> Batch:
+    ids = {"user": [0, 49], "tags": [8, 0, 1], "item": [29, 0], "history": []} | ids
+    jagged = {"tags": torch.tensor([1, 2]), "history": torch.tensor([0, 0])}
+    of = {name: Ids(torch.tensor(values, dtype=torch.int64), jagged.get(name)) for name, values in ids.items()}
+    return Batch(torch.zeros(2, numeric), of, torch.zeros(2), torch.arange(2), 2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        (made_batch(user=[0, 50]), "batch.ids['user'] holds 50: expected an id in [0, 50)"),
+        (made_batch(item=[-1, 3]), "batch.ids['item'] holds -1: expected an id in [0, 30)"),
+        (made_batch(tags=[1, 9, 2]), "batch.ids['tags'] holds 9: expected an id in [0, 9)"),
+        (made_batch(numeric=3), "batch.numeric is [2, 3], expected [2, 2]: a column for each of ['price', 'age']"),
+    ],
+)
+def test_a_batch_that_people_made(batch: Batch, told: str) -> None:
+    """Its ids go to tables that do not look: one past the end is a row of the next table."""
+    check_batch(made_batch(), SCHEMA)
+    with pytest.raises(UserError) as refused:
+        check_batch(batch, SCHEMA)
+    assert str(refused.value) == told
+    del batch.ids["item"]
+    with pytest.raises(UserError, match=r"batch\.(ids misses 'item'; it has user, tags, history|numeric is)"):
+        check_batch(batch, SCHEMA)

@@ -17,7 +17,8 @@ from megarec.distributed.collectives import Ledger
 from megarec.distributed.topology import ONE_RANK, Topology
 from megarec.models.initial import initialize
 from megarec.models.recommender import Recommender
-from megarec.planning.memory import activation_bytes, parameter_sizes, predict, with_totals
+from megarec.planning.memory import parameter_sizes, predict, with_totals
+from megarec.run.fits import activation_bytes
 from megarec.run.spec import resolve
 from megarec.sparse.layout import build_layout
 from megarec.sparse.placement import Shard

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megarec.config.models import MODELS
 from megarec.config.sections import RunConfig
 from megarec.data.schema import CategoricalFeature, Schema
+from megarec.errors import UserError
 from megarec.models.blocks import MLP
 from megarec.models.initial import initialize, materialize
 from megarec.run.rounding import relu_inputs, rounding_warning
@@ -76,7 +77,6 @@ def test_relu_inputs_are_those_of_hidden_layers() -> None:
         ({"name": "dnn", "head": [100], "numeric_mlp": []}, 1000, 1000, {}, True),  # 10^5 a step: 100 steps
         ({"name": "dnn", "head": [100], "numeric_mlp": []}, 1000, 100, {}, False),
         ({"name": "dnn", "head": [100], "numeric_mlp": [], "activation": "silu"}, 1000, 1000, {}, False),
-        ({"name": "dnn", "head": [100], "numeric_mlp": []}, 1000, 1000, BF16, False),
         ({"name": "lr"}, 1000, 1000, {}, False),
     ],
 )  # fmt: skip
@@ -90,6 +90,27 @@ def test_the_warning(
         assert "a step has 100,000" in warning and "from about step 100 " in warning and "\n" not in warning
 
 
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        (BF16, "bfloat16 in the dense model"),
+        ({"deepspeed": {"fp16": {"enabled": True}}}, "float16 in the dense model"),
+        ({"deepspeed": {"bf16": True}}, None),  # DeepSpeed refuses it: as everywhere
+        ({"embedding": {"weights": "fp16"}}, "embedding.weights='fp16'"),
+        ({"parallel": {"messages": ["fp32", "bf16"]}}, "parallel.messages=['fp32', 'bf16']"),
+        ({**BF16, "embedding": {"weights": "fp16"}}, "bfloat16 in the dense model; embedding.weights='fp16'"),
+    ],
+)
+def test_types_of_fewer_bits_are_named(sections: dict[str, Any], named: str | None) -> None:
+    config = config_of({"name": "lr"}, **sections)
+    if named is None:
+        with pytest.raises(UserError, match="DeepSpeed refused"):
+            rounding_warning(config, resolve(config, SCHEMA), 10)
+    else:
+        expected = f"losses on another topology may differ by more than 1e-5: {named} (docs/parity.md)"
+        assert rounding_warning(config, resolve(config, SCHEMA), 10) == expected
+
+
 @pytest.mark.parametrize(("towers", "alone"), [(4, "0, 1, 2, 3"), ([["f0"], ["f1", "f2", "f3"]], "0"), (2, None)])
 def test_a_wukong_tower_of_one_embedding_is_named(towers: Any, alone: str | None) -> None:
     sections = {"parallel": {"towers": towers}, "tower_module": {"name": "wukong", "compression": 1}}
@@ -98,3 +119,28 @@ def test_a_wukong_tower_of_one_embedding_is_named(towers: Any, alone: str | None
     assert (warning is None) == (alone is None)
     if warning:
         assert f"one embedding in tower {alone};" in warning
+
+
+KINK = {"optimizer": "adam", "l2": 3e-4, "dropout": 0.2, "initial_std": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("changed", "batch_size", "warned"),
+    [
+        ({}, 128, True),  # 2 x 3e-4 x 0.01 / 128 = 4.7e-8, five times eps
+        ({}, 4_096, False),
+        ({"eps": 1e-3}, 128, False),
+        ({"optimizer": "adagrad"}, 128, True),
+        ({"optimizer": "rowwise_adagrad"}, 128, False),
+        ({"optimizer": "sgd"}, 128, False),
+        ({"l2": 0.0}, 128, False),
+        ({"dropout": 0.0}, 128, False),
+        ({"initial_std": None}, 4_096, True),  # tables of 10 rows: 0.18
+    ],
+)
+def test_elements_with_l2_alone(changed: dict[str, Any], batch_size: int, warned: bool) -> None:
+    config = config_of({"name": "lr"}, batch_size, embedding={**KINK, **changed})
+    warning = rounding_warning(config, resolve(config, SCHEMA), 10)
+    assert (warning is not None) == warned
+    if warning:
+        assert "a gradient near" in warning and "(embedding.eps=1e-3 does not)" in warning

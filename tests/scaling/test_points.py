@@ -1,5 +1,6 @@
 """Tables of runs: what is read, and what is refused with its row."""
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -84,8 +85,18 @@ def test_an_unusable_table_is_refused(tmp_path: Path, text: str, message: str) -
 def test_files_that_are_not_tables_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as parquet"):
         read_points(write(tmp_path / "runs.parquet", "model"))
-    with pytest.raises(UserError, match="cannot be read as CSV"):
+    with pytest.raises(UserError, match=r"absent.csv: cannot be read \(No such file or directory\); expected a CSV"):
         read_points(tmp_path / "absent.csv")
+    for name, link in (("a.csv", "/dev/zero"), ("b.csv", tmp_path)):
+        (tmp_path / name).symlink_to(link)
+        with pytest.raises(
+            UserError, match=r"cannot be read \(is a (device|directory)\); expected a CSV file of points"
+        ):
+            read_points(tmp_path / name)
+    for name in ("fifo.csv", "fifo.parquet"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=r"fifo.\w+: cannot be read .*is a FIFO"):
+            read_points(tmp_path / name)
     (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot be read as CSV"):
         read_points(tmp_path / "bytes.csv")

@@ -71,7 +71,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         shown = capsys.readouterr()
         return code, shown.out, shown.err
 
-    monkeypatch.setattr(evaluate.signal, "signal", lambda *_: None)
     return called
 
 

@@ -30,7 +30,8 @@ def test_an_accelerator_is_measured_by_its_own_clock(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "Event", Event)
     monkeypatch.setattr(profiling, "GEMM_SIZE", 64)
     draw = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *size, device: draw(*size))
+    monkeypatch.setattr(torch, "randn", lambda *size, generator, device: draw(*size))
+    monkeypatch.setattr(torch, "Generator", lambda device, plain=torch.Generator: plain())
     measured = measure_gemm_tflops(torch.bfloat16, torch.device("cuda"))
     assert measured == pytest.approx(2 * 64**3 / 2e-3 / 1e12)
 

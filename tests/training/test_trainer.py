@@ -5,11 +5,13 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megarec.checkpoint.format import sealed
 from megarec.config.load import load_config
 from megarec.config.models import WukongConfig
 from megarec.data.schema import load_schema
@@ -17,7 +19,9 @@ from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
 from megarec.run.spec import resolve
+from megarec.training import step_log, trainer
 from megarec.training.trainer import train
+from tests.logged import logged_lines
 
 MODEL = {"layers": 1, "num_fm": 2, "num_lcb": 2, "rank": 4, "mlp": [16], "dim": 8, "head": [8], "dropout": 0.1}
 
@@ -50,6 +54,11 @@ def write_config(directory: Path, data: Path, **train_section: Any) -> Path:
 
 def train_on_a_rank(path: Path, overrides: list[str], resume: bool) -> dict[str, Any]:
     return train(load_config(path, overrides), resume=resume, started=time.time())
+
+
+def resume_on_a_rank(path: Path, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    said = logged_lines()
+    return train(load_config(path, overrides), resume=True, started=time.time()), said
 
 
 def scalars(directory: Path) -> dict[str, dict[int, float]]:
@@ -96,13 +105,12 @@ def test_a_run_learns_and_leaves_what_design_promises(pool: RankPool, data: Path
         "workload/time_ms/dense",
         "workload/time_ms/optimizer",
     } <= set(found)
-    assert all(
-        0 < found["workload/time_ms/forward"][step] < found["workload/time_ms/dense"][step] for step in range(1, 33)
-    )
-    assert all(found["workload/slowest_rank"][step] in (0, 1) for step in range(1, 33))
-    assert all(
-        found["workload/median_rank_ms"][step] <= found["workload/slowest_rank_ms"][step] for step in range(1, 33)
-    )
+    timed = range(2, 33)  # the first step is start-up
+    assert all(0 < found["workload/time_ms/forward"][step] < found["workload/time_ms/dense"][step] for step in timed)
+    assert all(found["workload/slowest_rank"][step] in (0, 1) for step in timed)
+    assert all(found["workload/median_rank_ms"][step] <= found["workload/slowest_rank_ms"][step] for step in timed)
+    for tag in ("examples_per_second", "mfu", "time_ms/dense", "slowest_rank_ms"):
+        assert set(found[f"workload/{tag}"]) == set(timed)
     assert 0 < found["workload/rows_used/least"][32] <= found["workload/rows_used/mean"][32] <= 1
     assert found["test/auc"] == {32: pytest.approx(written["test"]["auc"])}
     assert not [tag for tag in found if tag.startswith("Train/Samples")], "points on an axis of examples"
@@ -150,6 +158,64 @@ def test_what_is_tested_is_the_best_by_validation(
     seen = scalars(tmp_path)["valid/logloss"]
     assert tested == pytest.approx(min(seen.values()), rel=1e-6)
     assert tested < seen[max(seen)], "the last validation must not be the best one for this to prove anything"
+
+
+def train_by_another_clock(path: Path, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """A step takes 2 seconds, the first one a thousand; nothing else takes any."""
+    said, now, step = logged_lines(), [0.0], trainer.train_step
+    clock = SimpleNamespace(perf_counter=lambda: now[0], time=time.time)
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        now[0] += 2.0 if now[0] else 1_000.0
+        return step(*arguments, **options)
+
+    trainer.train_step, step_log.time = slow, clock  # type: ignore[assignment]
+    try:
+        return train(load_config(path, overrides), resume=False, started=time.time()), said
+    finally:
+        trainer.train_step, step_log.time = step, time  # type: ignore[attr-defined]
+
+
+def test_rates_leave_the_start_up_out(pool: RankPool, data: Path, tmp_path: Path) -> None:
+    path = write_config(tmp_path, data, log_every=4, evaluate_every=3)
+    metrics, said = pool.run(train_by_another_clock, path, [])[0]
+    rates = [line.rpartition("  ")[2] for line in said if line.startswith("step ")]
+    assert rates == ["50 examples/s"] * 4
+    assert scalars(tmp_path)["workload/examples_per_second"] == dict.fromkeys((4, 8, 12, 16), 50.0)
+    assert metrics["train"]["examples_per_second"] == 50.0
+
+    metrics, said = pool.run(train_by_another_clock, path, ["train.log_every=1", "train.max_steps=3"])[0]
+    lines = [line for line in said if line.startswith("step ")]
+    assert re.fullmatch(r"step 1/3 .* AUC \S+", lines[0]) and all(
+        line.endswith("  50 examples/s") for line in lines[1:]
+    )
+    assert metrics["train"]["examples_per_second"] == 50.0
+    assert set(scalars(tmp_path)["workload/mfu"]) == {2, 3}
+
+    metrics, _ = pool.run(train_by_another_clock, path, ["train.max_steps=1"])[0]
+    assert metrics["train"]["examples_per_second"] is None and metrics["train"]["mfu"] is None
+
+
+def test_a_resume_with_nothing_left_to_train_says_so(pool: RankPool, data: Path, tmp_path: Path) -> None:
+    """At the last step, at a later one than the run has, and out of patience; the metrics stay."""
+    wishes = {"evaluate_every": 2, "max_steps": 6, "keep_checkpoints": 9, "early_stopping": 3}
+    path = write_config(tmp_path, data, **wishes)
+    before = pool.run(train_on_a_rank, path, ["dense.learning_rate=0"], False)[0]
+    for override, end in {
+        "train.epochs=2": "step 6, and this run has 6; raise train.epochs or max_steps",
+        "train.max_steps=4": "step 6, and this run has 4; raise train.epochs or max_steps",
+    }.items():
+        metrics, said = pool.run(resume_on_a_rank, path, [override, "dense.learning_rate=0"])[0]
+        (line,) = (line for line in said if "NO STEP" in line)
+        assert line == f"WARNING: NO STEP WILL BE MADE: step-000000006 is at {end}"
+        assert metrics["test"] == before["test"] and metrics["train"]["examples_per_second"] is None
+    for checkpoint in (tmp_path / "out/checkpoints").glob("step-*"):
+        index = json.loads((checkpoint / "index.json").read_text())
+        index["position"]["since_best"] = 3
+        (checkpoint / "index.json").write_bytes(sealed(index))
+    _, said = pool.run(resume_on_a_rank, path, ["train.max_steps=8"])[0]
+    assert any("NO STEP WILL BE MADE" in line and "3 validations were no improvement" in line for line in said)
+    assert not [line for line in said if line.startswith("step ")]
 
 
 def test_resume_without_a_checkpoint_starts_afresh(pool: RankPool, data: Path, tmp_path: Path) -> None:

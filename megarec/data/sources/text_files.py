@@ -6,11 +6,11 @@ value that does not begin with one is a character. Both are UTF-8, with or witho
 compressed by gzip.
 """
 
+import contextlib
 import gzip
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
@@ -82,7 +82,7 @@ class TextFile:
         if names is None:
             raise UserError(f"{self.path}: is empty; expected a line of names")
 
-    @contextmanager
+    @contextlib.contextmanager
     def _open(self) -> Iterator[BinaryIO]:
         _, compressed = kind_of(self.path)
         try:
@@ -147,20 +147,19 @@ class TextFile:
         except UnicodeDecodeError:
             self._fail(1, f"the names {_shown(row)} are not UTF-8; convert the file: iconv -f LATIN1 -t UTF-8")
         try:
-            return self._read(row, None, None, []).column_names, block[end:]
+            return self._read(row, None, None).column_names, block[end:]
         except pa.ArrowInvalid as error:
             raise UserError(f"{self.path}: line 1: expected a line of names ({error})") from error
 
     def _parsed(self, block: bytes, names: list[str], used: list[str], start: int) -> pa.RecordBatch:
-        ragged: list[pyarrow.csv.InvalidRow] = []
         if not block.strip(b"\r\n"):
             return pa.RecordBatch.from_pylist([], pa.schema([(name, pa.string()) for name in used]))
         try:
-            table = self._read(block, names, used, ragged).combine_chunks()
+            table = self._read(block, names, used).combine_chunks()
         except pa.ArrowInvalid as error:
-            if not ragged:
+            row = self._ragged_row(block, names, used)
+            if row is None:
                 raise
-            row = ragged[0]
             raise UserError(
                 f"{self.path}: row {start + row.number - 1} (from 0, header not counted): {row.actual_columns} values "
                 f"({_shown(row.text.encode())}), expected {row.expected_columns}, one for each column"
@@ -178,15 +177,29 @@ class TextFile:
                 ) from error
         return pa.RecordBatch.from_arrays(columns, names=used)
 
-    def _read(
-        self, block: bytes, names: list[str] | None, used: list[str] | None, ragged: "list[pyarrow.csv.InvalidRow]"
-    ) -> pa.Table:
-        quoted = self.delimiter == ","
+    def _ragged_row(self, block: bytes, names: list[str], used: list[str]) -> pyarrow.csv.InvalidRow | None:
+        """The first row with too few or too many values, if a block has one.
+
+        pyarrow hands such a row over as text and fails where it is not UTF-8, so it gets text: the same rows.
+        """
+        ragged: list[pyarrow.csv.InvalidRow] = []
 
         def note(row: pyarrow.csv.InvalidRow) -> str:
             ragged.append(row)
             return "error"
 
+        with contextlib.suppress(pa.ArrowInvalid):
+            self._read(block.decode(errors="replace").encode(), names, used, note)
+        return ragged[0] if ragged else None
+
+    def _read(
+        self,
+        block: bytes,
+        names: list[str] | None,
+        used: list[str] | None,
+        note: Callable[[pyarrow.csv.InvalidRow], str] | None = None,
+    ) -> pa.Table:
+        quoted = self.delimiter == ","
         return pyarrow.csv.read_csv(
             pa.BufferReader(block),
             # One thread: only then are rows numbered.

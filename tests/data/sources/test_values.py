@@ -201,6 +201,14 @@ def test_encodings(prepared: Prepare) -> None:
         prepared(STRING, "ä,y\na,1\n".encode("latin-1"), csv("a"))
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("row", [b"caf\xe9,1,2\n", b"caf\xe9\n", b"a,1,\xff\xfe\n"])
+def test_a_ragged_row_that_is_not_utf8(prepared: Prepare, row: bytes) -> None:
+    found = row.count(b",") + 1
+    with pytest.raises(UserError, match=rf"row 1 \(from 0, header not counted\): {found} values \(.*expected 2"):
+        prepared(STRING, b"x,y\na,1\n" + row, csv("a"))
+
+
 @pytest.mark.parametrize(
     ("suffix", "told"),
     [

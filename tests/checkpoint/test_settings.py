@@ -1,0 +1,85 @@
+"""--resume with other settings than the checkpoint's: refused by name, said in a line, or all the same."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from megarec.checkpoint import settings
+from megarec.config.sections import RunConfig
+from megarec.distributed.rank_pool import RankPool
+from megarec.errors import UserError
+from tests.checkpoint.runs import build, leg, store, write_run
+
+REFUSED = {
+    "model.activation=silu": "model.activation is 'relu' there, 'silu' in this run, and its weights were trained for",
+    "model.num_fm=3": "model.num_fm: 2 there",
+    "model.bias=false": "model.bias: True there, False here",
+    'model={"name": "dnn", "dim": 8, "head": [8]}': "model.name: 'wukong' there, 'dnn' here",
+    "dense.optimizer=sgd": "the dense optimizer was AdamW, this run's is SGD",
+    "embedding.optimizer=adagrad": "embedding.optimizer: 'rowwise_adagrad' there, 'adagrad' here",
+    "embedding.optimizer=sgd": "embedding.optimizer: 'rowwise_adagrad' there, 'sgd' here",
+    'data.features=["single_0", "single_1"]': "trained on other data",
+}
+SAID = {
+    "train.seed=9": "train.seed is 9 now, 1 until step 2; examples come in another order from here",
+    "data.batch_size=160": "data.batch_size is 160 now, 80 until step 2; the place in the data counts steps: it was "
+    "epoch 0.20, and is 0.40",
+    "dense.learning_rate=0.5": "dense.learning_rate is 0.5 now, 0.01 until step 2",
+    "embedding.learning_rate=0.5": "embedding.learning_rate is 0.5 now, 0.1 until step 2",
+    "embedding.l2=0.1": "embedding.l2 is 0.1 now, 0.0 until step 2",
+    "model.dropout=0.2": "model.dropout is 0.2 now, 0.1 until step 2",
+    "schedule.decay=linear": "schedule.decay is 'linear' now, 'constant' until step 2",
+    "train.epochs=7": "train.epochs is 7 now, 1 until step 2",
+    "deepspeed.gradient_clipping=1.0": "deepspeed.gradient_clipping is 1.0 now, None until step 2",
+    "deepspeed.bf16.enabled=true": "deepspeed.bf16 is {'enabled': True} now, None until step 2",
+}
+ALL_THE_SAME = (
+    "parallel.timeout_seconds=20",
+    "train.log_every=3",
+    "train.checkpoint_every=4",
+    "deepspeed.zero_optimization.stage=1",
+    "deepspeed.gradient_accumulation_steps=2",
+    "embedding.placement=column",
+    "embedding.backend=torch",
+    "dense.recompute=full",
+    "model.num_lcb=[2]",
+)
+
+
+def resumed(path: Path, overrides: list[str]) -> dict[str, tuple[str, list[str]]]:
+    """By override, the error and what was said of changes."""
+    found = {}
+    for override in overrides:
+        checkpoints, error = store(build(path, [override])), ""
+        try:
+            assert checkpoints.resume() is not None
+        except UserError as problem:
+            error = str(problem)
+        found[override] = error, checkpoints.changed
+    return found
+
+
+def test_what_changes_with_a_resume_is_refused_or_said(
+    rank_pool: Callable[[int], RankPool], data: Path, tmp_path: Path
+) -> None:
+    path = write_run(tmp_path, data)
+    pool = rank_pool(1)
+    pool.run(partial(leg, load=False, save=True), path, [], 0, 2)
+    found = pool.run(resumed, path, [*REFUSED, *SAID, *ALL_THE_SAME])[0]
+    for override, expected in REFUSED.items():
+        error, _ = found[override]
+        assert expected in error and "\n" not in error and "step-000000002" in error, (override, error)
+    for override, expected in SAID.items():
+        error, lines = found[override]
+        assert error == "" and len(lines) == 1, (override, error, lines)
+        assert lines[0].startswith(f"CHANGED BY --resume: {expected}"), lines
+    assert {override: found[override] for override in ALL_THE_SAME} == dict.fromkeys(ALL_THE_SAME, ("", []))
+
+
+@pytest.mark.parametrize("known", settings.SPOKEN_OF)
+def test_what_is_spoken_of_is_a_key(known: str) -> None:
+    section, _, key = known.partition(".")
+    fields = RunConfig.model_fields[section].annotation
+    assert section in ("model", "deepspeed") or not key or key in getattr(fields, "model_fields", {})
