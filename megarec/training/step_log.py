@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from megarec.distributed.collectives import gather_numbers
+from megarec.run.binned_metrics import binned_quality
 from megarec.run.build import Run
 from megarec.run.metrics import Predictions, Quality, described
 from megarec.run.state import TrainState
@@ -92,7 +93,7 @@ class StepLog:
             factor: of the learning rates.
         """
         run, state = self.run, self.state
-        seen = self.window.gather(run.topology.world)
+        seen = binned_quality(self.window, run.topology.world)
         seconds = time.perf_counter() - self._window_start
         rate = None  # of this window's steps; `seen` has more right after a resume
         if self._timed_steps > 0:
