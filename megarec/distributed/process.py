@@ -111,15 +111,19 @@ def check_accelerator() -> None:
     )
 
 
-def prepare_cuda(deterministic: bool) -> None:
+def prepare_cuda(deterministic: bool, output: Path) -> None:
     """What CUDA reads when it starts; harmless without it.
 
     Args:
         deterministic: sums of a fixed order. FBGEMM adds up a row that a batch meets more than 1,024 times by atomic
             additions otherwise, and cuBLAS may split a product differently each time.
+        output: train.output_dir, where NCCL leaves its last operations when one of them does not end.
     """
     # Lists have other lengths in every step: without it freed blocks of odd sizes are not found again.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(output.resolve() / "nccl-rank-"))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -148,7 +152,7 @@ def start_process(config: RunConfig) -> torch.device:
     """
     quiet_libraries()
     check_accelerator()
-    prepare_cuda(config.train.deterministic)
+    prepare_cuda(config.train.deterministic, Path(config.train.output_dir))
     if not dist.is_initialized():
         check_variables(os.environ)
     if "RANK" not in os.environ and not dist.is_initialized():

@@ -75,7 +75,7 @@ def _quality(numbers: list[float]) -> Quality:
     pairs, positives, negatives, loss, predicted, not_finite = numbers
     examples = positives + negatives
     if not examples or not_finite:
-        return Quality(*[math.nan] * 5, int(examples), int(not_finite))
+        return Quality(math.nan, math.nan, math.nan, math.nan, math.nan, int(examples), int(not_finite))
     rate, logloss, mean = positives / examples, loss / examples, predicted / examples
     calibration = predicted / positives if positives else math.nan
     if not 0 < rate < 1:

@@ -14,6 +14,11 @@ from megarec.errors import UserError
 from megarec.parity.run import write_base
 from megarec.run.build import overlaps
 
+VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_BUFFER_SIZE",
+    "TORCH_FR_DUMP_TEMP_FILE",
+)  # fmt: skip
+
 
 def test_a_driver_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     driver = tmp_path / "nvidiactl"
@@ -32,19 +37,20 @@ def test_a_driver_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch, t
     process.check_accelerator()
 
 
-def test_deterministic_kernels_are_asked_for_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF"):
+def test_what_cuda_and_nccl_read_is_set_before_they_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     try:
-        process.prepare_cuda(deterministic=False)
+        process.prepare_cuda(False, tmp_path)
         assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-        process.prepare_cuda(deterministic=True)
+        process.prepare_cuda(True, tmp_path)
         assert torch.is_deterministic_algorithms_warn_only_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/nccl-rank-"
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-        for name in ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF"):
+        for name in VARIABLES:
             os.environ.pop(name, None)
 
 
