@@ -1,9 +1,13 @@
 """The GEMM peak of an accelerator, with a clock that is pretended, and peaks by data sheet."""
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 
-from megarec.training import profiling
+from megarec.run.build import Run
+from megarec.training import profiling, step_log
 from megarec.training.profiling import data_sheet_tflops, measure_gemm_tflops
 
 
@@ -49,3 +53,21 @@ def test_peaks_by_data_sheet(monkeypatch: pytest.MonkeyPatch, name: str, peak: f
     assert data_sheet_tflops(torch.bfloat16, torch.device("cuda")) == peak
     assert data_sheet_tflops(torch.float32, torch.device("cuda")) is None
     assert data_sheet_tflops(torch.bfloat16, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "peak"), [("cpu", None, 0.5), ("cpu", 2.0, 2.0), ("cuda", None, 989.0), ("cuda", 700.0, 700.0)]
+)
+def test_the_peak_for_the_mfu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str, given: float | None, peak: float
+) -> None:
+    monkeypatch.setattr(step_log, "measure_gemm_tflops", lambda dtype, device: 0.5)
+    monkeypatch.setattr(step_log, "data_sheet_tflops", lambda dtype, device: 989.0)
+    run = SimpleNamespace(
+        config=SimpleNamespace(train=SimpleNamespace(peak_tflops=given)),
+        dense=SimpleNamespace(dtype=torch.bfloat16),
+        device=torch.device(device),
+    )
+    with caplog.at_level("INFO"):
+        assert step_log._peak_tflops(cast(Run, run)) == peak
+    assert ("a GEMM reaches" in caplog.text) == (device == "cuda")
