@@ -37,7 +37,7 @@ use_environment() {
   ensure_environment "$@"
   export PATH="$venv/bin:$PATH"
   # DeepSpeed warns at every start when it has to find out by itself that there is no accelerator.
-  command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+  [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then use_environment "$@"; fi

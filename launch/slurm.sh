@@ -36,7 +36,9 @@ trap : TERM USR1 # for this shell to outlive srun, should it get them too
 # --kill-on-bad-exit: a node whose torchrun fails ends the others; srun's exit code is the largest of theirs.
 code=0
 # shellcheck disable=SC2016
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 --label bash -c '
+# One task a node would be bound to one core and, on some clusters, to one GPU; its ranks need all of them.
+srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --cpu-bind=none --gpu-bind=none \
+  --kill-on-bad-exit=1 --label bash -c '
   trap "" USR1
   torchrun=$1
   shift

@@ -17,6 +17,9 @@ from tests.processes import warm_environment
 settings.register_profile("megarec", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("megarec")
 
+# Tests compute on CPUs, on a machine with GPUs as well: their ranks and scripts are forks, which cannot use one.
+os.environ["DS_ACCELERATOR"] = "cpu"
+
 # Test processes and their ranks share a few cores. Threads that spin while they wait for each other take them all: a
 # small model trained here on two threads took thirty times the CPU time of one. Those of child processes must sleep.
 torch.set_num_threads(1)

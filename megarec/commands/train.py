@@ -45,9 +45,11 @@ def main() -> None:
             return
         with reported():
             end_without_launcher()
+            from megarec.distributed.process import leave_job
             from megarec.training.trainer import train  # seconds of imports that --print-config and a mistake can save
 
             train(config, resume=arguments.resume, started=STARTED)
+            leave_job()
             if "RANK" in os.environ:
                 end_well()
     except UserError as error:

@@ -119,7 +119,9 @@ class ParallelConfig(Section):
         600.0, description="a collective that waits longer for other ranks ends the run"
     )
     overlap: bool | None = Field(
-        None, description="the ids of the next batch travel while a step computes; null: where they cross hosts"
+        None,
+        description="the ids of the next batch travel while a step computes; null: where they cross hosts, and on "
+        "accelerators",
     )
     messages: tuple[MessageType, MessageType] = Field(
         ("fp32", "fp32"), strict=False, description="types in which embeddings and their gradients travel between ranks"
@@ -204,6 +206,9 @@ class TrainConfig(Section):
     )
     peak_tflops: Above0 | None = Field(
         None, description="peak of one rank for the MFU; null: measured at the start with a GEMM"
+    )
+    deterministic: bool = Field(
+        False, description="on a GPU, kernels whose sums have a fixed order: two runs alike are equal to the last bit"
     )
     fused_kernels: Literal["auto", "torch"] = Field("auto", description="auto: NVIDIA apex where it is truly there")
 

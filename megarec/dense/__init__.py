@@ -7,5 +7,7 @@ import os
 
 import torch
 
-if not torch.accelerator.is_available():
+from megarec.distributed.process import DRIVERS
+
+if not torch.accelerator.is_available() and not any(driver.exists() for driver in DRIVERS):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

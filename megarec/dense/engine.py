@@ -13,6 +13,8 @@ import deepspeed.runtime.zero.utils as zero_utils
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import nn
@@ -119,8 +121,9 @@ def build_engine(
         _log.info("DeepSpeed's CPU Adam: its C++ is compiled at first use, which takes minutes")
     with refusals_of_deepspeed():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section, mpu=mpu)
-    if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
-        _forget_warm_up_step(engine)
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer | FP16_Optimizer):
+        _forget_warm_up_step(engine.optimizer.optimizer)
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         _mark_gradients_of_shards(engine)
     if engine.fp16_enabled() and not isinstance(engine.optimizer, ZeROOptimizer):
         _grow_scale_after_step(engine.optimizer)
@@ -152,17 +155,21 @@ def _adam_arguments(dense: DenseConfig) -> dict[str, Any]:
     return {"betas": dense.betas, "eps": dense.eps, "weight_decay": dense.weight_decay}
 
 
-def _forget_warm_up_step(engine: Any) -> None:
-    """At stage 0 in bf16 DeepSpeed 0.19.8 takes an optimizer step with zero gradients to allocate state, so that
-    Adam's bias correction starts at t = 2 and the first updates come out 26 % too small."""
-    engine.optimizer.optimizer.state.clear()
+def _forget_warm_up_step(optimizer: torch.optim.Optimizer) -> None:
+    """At stage 0 in bf16 and fp16 DeepSpeed 0.19.8 takes an optimizer step with zero gradients to allocate state, so
+    that Adam's bias correction starts at t = 2 and the first updates come out 26 % too small. Fused optimizers, apex's
+    and DeepSpeed's own, count the steps of a group in the group."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = 0
 
 
 def _grow_scale_after_step(optimizer: Any) -> None:
     """At stage 0 in fp16 DeepSpeed 0.19.8 raises the loss scale before it divides the gradients by it: a step whose
     scale grows would come out half as large. Its unfused optimizer leaves the norm scaled, besides."""
     update, unscale = optimizer._update_scale, optimizer.unscale_and_clip_grads
-    norm_is_scaled = type(optimizer).__name__ == "FP16_UnfusedOptimizer"
+    norm_is_scaled = isinstance(optimizer, FP16_UnfusedOptimizer)
 
     def unscale_then_update(*arguments: Any, **named: Any) -> Any:
         divisor = unscale(*arguments, **named)

@@ -19,6 +19,9 @@ from torch import Tensor
 from megarec.distributed.topology import Topology, group_ranks
 from megarec.errors import DamagedCheckpoint, UserError
 
+# Since torch 2.13; before, under names that it deprecates. A GPU machine may have an older torch.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 TEXT_BYTES = 64 * 1024  # of an error or a remark: more is not for people
 Direction = Literal["forward", "backward"]
 
@@ -179,7 +182,7 @@ def all_gather_rows(
     if channel.size == 1:
         return tensor, None
     gathered = tensor.new_empty(channel.size * tensor.shape[0], *tensor.shape[1:])
-    work = dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=channel.group, async_op=True)
+    work = _all_gather(gathered, tensor.contiguous(), group=channel.group, async_op=True)
     own = tensor.numel() * tensor.element_size()
     _record(
         channel, f"all_gather {purpose}", tensor, direction, (channel.size - 1) * own, own, sum(channel.remote) * own
@@ -198,7 +201,7 @@ def reduce_scatter_rows(
     if channel.size == 1:
         return tensor, None
     own = tensor.new_empty(tensor.shape[0] // channel.size, *tensor.shape[1:])
-    work = dist.reduce_scatter_tensor(own, tensor.contiguous(), group=channel.group, async_op=True)
+    work = _reduce_scatter(own, tensor.contiguous(), group=channel.group, async_op=True)
     kept = own.numel() * own.element_size()
     sent, across = (channel.size - 1) * kept, sum(channel.remote) * kept
     _record(channel, f"reduce_scatter {purpose}", tensor, direction, sent, kept, across)
@@ -281,7 +284,7 @@ def raise_together(error: UserError | None, topology: Topology, device: torch.de
     kind = 0 if error is None else 1 if isinstance(error, DamagedCheckpoint) else 2
     mine = torch.tensor([kind, len(text)], device=device)
     kinds = torch.empty(topology.world_size * 2, dtype=mine.dtype, device=device)
-    dist.all_gather_single(kinds, mine, group=topology.world)
+    _all_gather(kinds, mine, group=topology.world)
     for rank, (kind, size) in enumerate(kinds.view(-1, 2).tolist()):
         if kind:
             message = _text_of(rank, size, text, topology, device)
@@ -302,7 +305,7 @@ def gather_numbers(numbers: Sequence[float], topology: Topology, device: torch.d
         return [list(numbers)]
     mine = torch.tensor(numbers, dtype=torch.float32, device=device)
     gathered = mine.new_empty(topology.world_size * len(numbers))
-    dist.all_gather_single(gathered, mine, group=topology.world)
+    _all_gather(gathered, mine, group=topology.world)
     rows: list[list[float]] = gathered.view(topology.world_size, -1).tolist()
     return rows
 
@@ -314,7 +317,7 @@ def gather_texts(text: str, topology: Topology, device: torch.device, most: int 
     letters = _bytes_of(text)
     mine = torch.tensor([len(letters)], device=device)
     sizes = mine.new_empty(topology.world_size)
-    dist.all_gather_single(sizes, mine, group=topology.world)
+    _all_gather(sizes, mine, group=topology.world)
     texts: dict[int, str] = {}
     for rank, size in enumerate(sizes.tolist()):
         if size and len(texts) < most:

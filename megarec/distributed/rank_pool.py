@@ -19,7 +19,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -69,8 +70,9 @@ class RankPool:
             context.Process(target=_serve, args=(rank, world_size, self._directory, child, timeout), daemon=True)
             for rank, (_, child) in enumerate(pipes)
         ]
-        for process in self._processes:
-            process.start()
+        with _cpus_only():
+            for process in self._processes:
+                process.start()
         for _, child in pipes:
             child.close()
         self._collect(START_TIMEOUT + timeout, "start")
@@ -156,6 +158,21 @@ class RankPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def _cpus_only() -> Iterator[None]:
+    """For the process that ranks are forked from, which starts with the first of them: torch cannot use a GPU in a
+    fork of a process that has looked for one."""
+    before = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DS_ACCELERATOR"]
+        else:
+            os.environ["DS_ACCELERATOR"] = before
 
 
 def _serve(rank: int, world_size: int, directory: str, connection: Connection, timeout: float) -> None:

@@ -36,6 +36,11 @@ _GONE = re.compile(
 _SILENT = re.compile(
     r"(?:Timed out waiting|wait timeout after) (?P<milliseconds>\d+) ?ms|Watchdog caught collective operation timeout"
 )
+# What torch's watchdog prints before it aborts a rank whose NCCL operation did not end: "[rank3]:[E1129 ...] ...".
+_WATCHDOG = re.compile(
+    r".*?\[rank(?P<rank>\d+)\]:.*Watchdog caught collective operation timeout: WorkNCCL\(SeqNum=(?P<number>\d+), "
+    r"OpType=(?P<operation>\w+),.*\) ran for (?P<milliseconds>\d+) milliseconds"
+)
 _OTHER_LOSS = re.compile(
     r"Connection (?:reset|closed) by peer|Broken pipe|gloo/transport|DistNetworkError|remote process exited|"
     r"[Ff]ailed to recv, got 0 bytes|NCCL.*(?:remote|peer)"
@@ -85,6 +90,21 @@ def parse(line: str, job: str) -> Outcome | None:
         return Outcome(**parse_json(match["outcome"], "a rank's last line"))
     except (UserError, TypeError):
         return None  # half a line, of a rank that was killed while it wrote
+
+
+def watchdog_timeout(line: str) -> tuple[int, str] | None:
+    """The rank whose NCCL operation a line of its output says did not end, and what it waited for; None: another line.
+
+    Such a rank is aborted by torch, though it only waited for others.
+    """
+    match = _WATCHDOG.match(line)
+    if match is None:
+        return None
+    seconds, operation = int(match["milliseconds"]) / 1000, match["operation"].lower()
+    cause = (
+        f"no answer from other ranks for {seconds:.0f} s (parallel.timeout_seconds) in {operation} {match['number']}"
+    )
+    return int(match["rank"]), cause
 
 
 @contextmanager

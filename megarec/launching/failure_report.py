@@ -86,11 +86,23 @@ def _without_word(record: Record, hosts: list[Host]) -> list[Host]:
 def _silent(record: Record, hosts: list[Host]) -> list[str]:
     """Hosts that were still there for the launcher, but whose ranks reported nothing."""
     silent = [host for host in hosts if host.name not in record.host_codes and not _has_word(record, host)]
-    return [f"{host.ranks} on {host.name}: no word; its link may be down, or its ranks hang" for host in silent]
+    said = [f"{host.ranks} on {host.name}: no word; its link may be down, or its ranks hang" for host in silent]
+    if not record.waited:  # else ranks that did not say in time that they waited might be blamed
+        return said
+    for host in hosts:
+        missing = [str(rank) for rank in _ranks(host) if rank not in record.outcomes]
+        if _has_word(record, host) and missing:
+            who = f"rank{'s' * (len(missing) > 1)} {' and '.join(missing)} on {host.name}"
+            said.append(f"{who}: no word, while the others waited; may hang outside of NCCL")
+    return said
 
 
 def _has_word(record: Record, host: Host) -> bool:
-    return any(rank in record.outcomes for rank in range(host.first_rank, host.first_rank + host.slots))
+    return any(rank in record.outcomes for rank in _ranks(host))
+
+
+def _ranks(host: Host) -> range:
+    return range(host.first_rank, host.first_rank + host.slots)
 
 
 def _meaning(code: int) -> str:

@@ -37,7 +37,7 @@ _CAUSES = {
 }
 _PR_SET_PDEATHSIG = 1
 _NODE_VARIABLES = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")  # DeepSpeed, torchrun, Slurm
-_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_INFINIBAND = Path("/sys/class/infiniband")  # empty or absent where there is none
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,12 @@ def die_with_parent(signum: int) -> None:
 
 def _environment(assignment: Assignment) -> dict[str, str]:
     node = int(next(os.environ[name] for name in _NODE_VARIABLES if name in os.environ))
-    interfaces = dict.fromkeys(_INTERFACE_VARIABLES, assignment.interfaces[node])
-    return {**os.environ, **interfaces, **assignment.environment, **read_variables(assignment.job)}
+    interface = assignment.interfaces[node]
+    found = {"GLOO_SOCKET_IFNAME": interface}
+    # The way to the master may be a slow management network: NCCL finds InfiniBand by itself, and the user knows best.
+    if not (_INFINIBAND.is_dir() and any(_INFINIBAND.iterdir())):
+        found["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME", interface)
+    return {**os.environ, **found, **assignment.environment, **read_variables(assignment.job)}
 
 
 def _when_unread(end: Callable[[], None]) -> None:

@@ -1,5 +1,6 @@
 """Run the launcher's processes, pass their lines on, and note how the job's ranks and hosts end."""
 
+import dataclasses
 import queue
 import re
 import signal
@@ -17,7 +18,7 @@ import psutil
 
 from megarec.errors import PREEMPTED, end_stream
 from megarec.launching import send_signal
-from megarec.launching.exit_report import Outcome, parse
+from megarec.launching.exit_report import Outcome, parse, watchdog_timeout
 from megarec.launching.hosts import OPTIONS, on_ssh_host
 from megarec.launching.process_tree import ended_with_this_process, kill_tree
 from megarec.signals import Interruption
@@ -49,11 +50,13 @@ class Record:
     Attributes:
         outcomes: by rank, the first that it reported.
         host_codes: by host, the exit code of what ran there, where it is not 0.
+        waited: by rank, what NCCL's watchdog said that it waited for in vain; the watchdog then aborts the process.
     """
 
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     host_codes: dict[str, int] = field(default_factory=dict)
     launcher_code: int = 0
+    waited: dict[int, str] = field(default_factory=dict)
 
     def preempted(self) -> bool:
         """Whether ranks were asked to end by a signal, which other ranks may still be saving for."""
@@ -66,8 +69,12 @@ class Record:
         """Whether a line of output is a word to the supervisor; if so, it is noted."""
         outcome = parse(line, job)
         if outcome is not None:
+            if outcome.rank in self.waited and outcome.code > 128:
+                outcome = dataclasses.replace(outcome, cause=self.waited[outcome.rank], lost=True)
             self.outcomes.setdefault(outcome.rank, outcome)
             return True
+        if (timeout := watchdog_timeout(line)) is not None:
+            self.waited.setdefault(*timeout)
         ended = _PDSH_EXIT.match(line)
         if ended is not None:
             self.host_codes.setdefault(ended["host"], int(ended["code"]))

@@ -16,7 +16,7 @@ from megarec.dense.engine import layer_norm_factory
 from megarec.dense.parallelize import parallelize
 from megarec.dense.side import DenseSide
 from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes
-from megarec.distributed.process import threads_that_pay
+from megarec.distributed.process import describe_device, threads_that_pay
 from megarec.distributed.topology import Topology, build_topology, separate_groups
 from megarec.run.fits import check_fits
 from megarec.run.rounding import rounding_warning
@@ -98,6 +98,7 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
     if config.train.max_steps is not None:
         total_steps = min(total_steps, config.train.max_steps)
     choices = (
+        f"device: {describe_device(device)}",
         f"topology: {topology.describe()}",
         f"data: {schema.name}, {', '.join(f'{len(store):,} {split}' for split, store in stores.items())} examples",
         *model.choices,
@@ -117,16 +118,19 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
         dense=model.dense,
         schedule=schedule,
         ledger=model.ledger,
-        overlap=overlaps(config, topology),
+        overlap=overlaps(config, topology, device),
         choices=choices,
         rounding=rounding_warning(config, spec, total_steps),
         skipped_rows=skipped,
     )
 
 
-def overlaps(config: RunConfig, topology: Topology) -> bool:
-    """Whether the ids of the next batch travel while a step computes: as configured, else where they cross hosts."""
-    return topology.hosts > 1 if config.parallel.overlap is None else config.parallel.overlap
+def overlaps(config: RunConfig, topology: Topology, device: torch.device) -> bool:
+    """Whether the ids of the next batch travel while a step computes: as configured, else where they cross hosts or
+    have to be copied to an accelerator."""
+    if config.parallel.overlap is not None:
+        return config.parallel.overlap
+    return topology.hosts > 1 or device.type != "cpu"
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def build_model(
         towers=towers,
         tower_optimizer=None if isinstance(module, IdentityTowerConfig) else resolve_optimizer(module, config.dense),
         messages=WireDtypes(*(MESSAGE_TYPES[name] for name in config.parallel.messages)),
-        ids=separate_groups(topology) if overlaps(config, topology) else None,
+        ids=separate_groups(topology) if overlaps(config, topology, device) else None,
         shards=place_run(config, layout, towers, topology) if shards is None else shards,
     )
 

@@ -1,7 +1,11 @@
-"""The ids of the next batch travel while this one computes.
+"""The ids of the next batch travel while this one computes, over process groups of their own.
 
-Exact: distributing ids reads no table, so that the lookup still sees every update of the step before. A thread does it
-over process groups of its own, copies to the device included; on a GPU, in a stream of its own.
+Exact: distributing ids reads no table, so that the lookup still sees every update of the step before.
+
+On a CPU a thread sends them, from the lookup on. On an accelerator the device is the other thread: the main thread
+queues copies and messages in a stream of their own once the backward pass is queued. A second thread must not do it:
+NCCL wants the operations of all communicators of a device from one thread, in the same order on every rank (NCCL user
+guide, "Thread Safety" and "Using multiple NCCL communicators concurrently").
 """
 
 import dataclasses
@@ -38,20 +42,28 @@ class IdPrefetcher:
     Args:
         sparse: its ids must have groups of their own where `overlap` is set.
         overlap: in the background; else a batch is sent when it is asked for.
+
+    Attributes:
+        threaded: another thread sends: the next batch may start as soon as this one's embeddings are here.
     """
 
     def __init__(self, sparse: SparseSide, device: torch.device, overlap: bool) -> None:
         self._sparse, self._device = sparse, device
         self._orders: queue.Queue[tuple[Batch, Future[ReadyBatch]] | None] | None = None
         self._last: Future[ReadyBatch] | None = None
-        if overlap:
+        self._stream: torch.Stream | None = None
+        self.threaded = overlap and device.type == "cpu"
+        if self.threaded:
             self._orders = queue.Queue()
-            self._stream = None if device.type == "cpu" else torch.Stream(device=device)
             # A daemon: a job whose other ranks are gone must not wait for it.
             threading.Thread(target=self._serve, name="ids", daemon=True).start()
+        elif overlap:
+            self._stream = torch.Stream(device=device)
 
     def start(self, batch: Batch) -> BatchFuture:
         """Send a batch on its way; ranks must start the same batches in the same order."""
+        if self._stream is not None:
+            return self._queue(batch, self._stream)
         if self._orders is None:
             return lambda: self._send(batch)
         future: Future[ReadyBatch] = Future()
@@ -90,13 +102,7 @@ class IdPrefetcher:
         while order := self._orders.get():
             batch, future = order
             try:
-                if self._stream is None:
-                    future.set_result(self._send(batch))
-                else:
-                    with self._stream:
-                        arrived = self._send(batch)
-                    self._stream.synchronize()
-                    future.set_result(arrived)
+                future.set_result(self._send(batch))
             except BaseException as error:  # raised where the batch is asked for
                 future.set_exception(error)
 
@@ -105,12 +111,23 @@ class IdPrefetcher:
             batch = batch.to(self._device)
             return ReadyBatch(batch, self._sparse.distribute(batch))
 
+    def _queue(self, batch: Batch, stream: torch.Stream) -> BatchFuture:
+        """Queue a batch in a stream; whose stream asks for it waits on the device, not on the host."""
+        with stream:
+            arrived = self._send(batch)
+        sent = stream.record_event()
+
+        def wait() -> ReadyBatch:
+            here = torch.accelerator.current_stream()
+            here.wait_event(sent)
+            _keep_for(here, arrived)
+            return arrived
+
+        return wait
+
     def _wait(self, future: "Future[ReadyBatch]") -> ReadyBatch:
         with record_function("wait for ids"):
-            arrived = future.result()
-        if self._device.type != "cpu":
-            _keep_for(torch.accelerator.current_stream(), arrived)
-        return arrived
+            return future.result()
 
 
 def _first(batches: Iterator[Batch]) -> list[Batch]:

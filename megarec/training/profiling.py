@@ -6,7 +6,10 @@ measure_gemm_tflops    the GEMM peak of a rank where it runs: the reference of t
 tracing                a timeline of some steps, for TensorBoard's profiler page and ui.perfetto.dev
 """
 
+import itertools
 import logging
+import re
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -24,7 +27,13 @@ _log = logging.getLogger(__name__)
 
 
 def measure_gemm_tflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
-    """TFLOP/s of the best square GEMM found in about `seconds`; all ranks should measure at the same time."""
+    """TFLOP/s of the best square GEMM found in about `seconds`; all ranks should measure at the same time.
+
+    An accelerator is measured at one size, warm and by its own clock: its first product loads libraries, and the host
+    cannot time a product.
+    """
+    if device.type != "cpu":
+        return _gemm_tflops_of_accelerator(dtype, device)
     best = 0.0
     random = torch.Generator(device).manual_seed(0)  # its own: how much it draws depends on the clock
     end = time.perf_counter() + seconds
@@ -33,10 +42,8 @@ def measure_gemm_tflops(dtype: torch.dtype, device: torch.device, seconds: float
         a = torch.randn(size, size, generator=random, device=device).to(dtype)
         with fast_cpu_gemm(device, dtype):  # as the model multiplies
             torch.matmul(a, a)
-            _synchronize(device)
             start = time.perf_counter()
             torch.matmul(a, a)
-            _synchronize(device)
             elapsed = time.perf_counter() - start
         best = max(best, 2 * size**3 / elapsed / 1e12)
         # grow only while a GEMM of twice the size (8 times the work) still fits the time that is left
@@ -45,9 +52,37 @@ def measure_gemm_tflops(dtype: torch.dtype, device: torch.device, seconds: float
     return best
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
+GEMM_SIZE, GEMM_PRODUCTS = 8192, 20
+
+
+def _gemm_tflops_of_accelerator(dtype: torch.dtype, device: torch.device) -> float:
+    random = torch.Generator(device).manual_seed(0)
+    a = torch.randn(GEMM_SIZE, GEMM_SIZE, generator=random, device=device).to(dtype)
+    out = torch.matmul(a, a)
+    torch.matmul(a, a, out=out)
+    events = [torch.Event(device=device, enable_timing=True) for _ in range(GEMM_PRODUCTS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        torch.matmul(a, a, out=out)
+        event.record()
+    events[-1].synchronize()
+    milliseconds = statistics.median(start.elapsed_time(stop) for start, stop in itertools.pairwise(events))
+    return 2 * GEMM_SIZE**3 / milliseconds / 1e9
+
+
+PEAK_TFLOPS = {  # dense, fp16 and bf16, of the data sheet, by what stands in the name that torch has for the device
+    "GB200": 2500, "B300": 2250, "B200": 2250, "H200 NVL": 835, "H200": 989, "GH200": 989, "H100 NVL": 835,
+    "H100 PCIe": 756, "H100": 989, "A100": 312, "A30": 165, "A10": 125, "L40S": 362, "L4": 121, "V100": 125,
+    "MI355X": 2516, "MI325X": 1307, "MI300X": 1307, "MI250X": 191.5,
+}  # fmt: skip
+
+
+def data_sheet_tflops(dtype: torch.dtype, device: torch.device) -> float | None:
+    """The peak of a device by its data sheet, in fp16 and bf16; None: not known, as for every CPU."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((float(peak) for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 class StepTimer:

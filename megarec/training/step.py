@@ -58,6 +58,7 @@ def train_step(
     timer: StepTimer,
     ids: Distributed | None = None,
     after_lookup: Callable[[], object] = lambda: None,
+    after_dense: Callable[[], object] = lambda: None,
     want_norm: bool = False,
     check: Check = lambda tensors: None,
 ) -> StepResult:
@@ -66,7 +67,9 @@ def train_step(
     Args:
         batch: B examples of this rank; B x the number of ranks is the global batch.
         ids: those of the batch, where they are with the owners of the tables already.
-        after_lookup: called once the embeddings are here (starts the next batch's ids on their way).
+        after_lookup: called once the embeddings are here.
+        after_dense: called once the dense backward pass is made, on an accelerator: queued. One of the two starts the
+            next batch's ids on their way.
         want_norm: return the norm of the dense gradient; at ZeRO 0 in fp32 it costs a pass over the gradients.
         check: asked once; collective.
     """
@@ -75,6 +78,7 @@ def train_step(
     after_lookup()
     with timer.part("dense"):
         made = dense.forward_backward(batch, lookup.values)
+    after_dense()
     with timer.part("exchange"):
         lookup.backward(made.gradient)  # tower modules; nothing has changed yet
     with timer.part("check"):

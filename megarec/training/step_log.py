@@ -10,12 +10,13 @@ import psutil
 import torch
 
 from megarec.distributed.collectives import gather_numbers
+from megarec.run.binned_metrics import binned_quality
 from megarec.run.build import Run
 from megarec.run.metrics import Predictions, Quality, described
 from megarec.run.state import TrainState
 from megarec.training.charts import layout
 from megarec.training.console import Console
-from megarec.training.profiling import StepTimer, measure_gemm_tflops, time_forward
+from megarec.training.profiling import StepTimer, data_sheet_tflops, measure_gemm_tflops, time_forward
 from megarec.training.step import StepResult
 
 MIB = 2**20
@@ -46,8 +47,7 @@ class StepLog:
         self._train_seconds = 0.0
         self._trained_steps = 0
         self._laid_out = False
-        peak = run.config.train.peak_tflops or measure_gemm_tflops(run.dense.dtype, run.device)
-        self._peak = peak * run.topology.world_size
+        self._peak = _peak_tflops(run) * run.topology.world_size
 
     def first_step_done(self) -> None:
         """Rates and times begin here."""
@@ -92,7 +92,7 @@ class StepLog:
             factor: of the learning rates.
         """
         run, state = self.run, self.state
-        seen = self.window.gather(run.topology.world)
+        seen = binned_quality(self.window, run.topology.world)
         seconds = time.perf_counter() - self._window_start
         rate = None  # of this window's steps; `seen` has more right after a resume
         if self._timed_steps > 0:
@@ -172,3 +172,19 @@ class StepLog:
             "rollbacks": state.rollbacks,
             "first_step_seconds": self.first_step_seconds,
         }
+
+
+def _peak_tflops(run: Run) -> float:
+    """Of one rank, for the MFU: as configured, else by the data sheet of the device, else as a GEMM has it.
+
+    On an accelerator the log has the GEMM as well: what lies between it and the data sheet no model can have.
+    """
+    given, device = run.config.train.peak_tflops, run.device
+    if given is not None and device.type == "cpu":
+        return given
+    measured = measure_gemm_tflops(run.dense.dtype, device)
+    if device.type == "cpu":
+        return measured
+    peak = given or data_sheet_tflops(run.dense.dtype, device) or measured
+    _log.info("peak of a rank: %.0f TFLOP/s for the MFU; a GEMM reaches %.0f", peak, measured)
+    return peak

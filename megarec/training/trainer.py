@@ -289,7 +289,8 @@ class Trainer:
                 batch,
                 timer=timer,
                 ids=ids,
-                after_lookup=start_next,
+                after_lookup=start_next if self.prefetcher.threaded else lambda: None,
+                after_dense=start_next,
                 want_norm=due,
                 check=self.step_check,
             )

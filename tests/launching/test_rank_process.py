@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megarec.launching import rank_process
 from megarec.launching.exit_report import parse
 from megarec.launching.rank_process import Assignment
 
@@ -54,6 +55,23 @@ def test_directory_variables_and_the_interface_of_the_node(tmp_path: Path) -> No
     with start(code, directory) as watcher:
         output, _ = watcher.communicate()
     assert output.splitlines() == [str(directory), "it's $me", "eth7"]
+
+
+def test_nccl_takes_the_interface_of_the_user_or_infiniband(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assignment = Assignment("0" * 8, "/", [], {}, ["eth0"])
+    monkeypatch.setenv("CROSS_RANK", "0")
+    monkeypatch.setattr(rank_process, "_INFINIBAND", tmp_path / "infiniband")
+
+    def interface() -> str | None:
+        return rank_process._environment(assignment).get("NCCL_SOCKET_IFNAME")
+
+    assert interface() == "eth0"
+    (tmp_path / "infiniband").mkdir()
+    assert interface() == "eth0"  # the kernel's module without a device
+    (tmp_path / "infiniband/mlx5_0").mkdir()
+    assert interface() is None
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    assert interface() == "ib0"
 
 
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def submit(directory: Path, python: str = PYTHON, **environment: str) -> "subpro
         "SLURM_JOB_ID": "1234567",
         "SLURM_NNODES": "2",
         "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_CPUS_ON_NODE": "96",
         **environment,
     }
     command = ["bash", str(ROOT / "launch/slurm.sh"), *WORDS]
@@ -51,7 +52,8 @@ def test_one_torchrun_a_node_with_the_words_as_they_were_given(tmp_path: Path) -
     done = submit(tmp_path, RESTARTS="0")
     assert done.returncode == 1, done.stderr
     *options, first, second = done.stdout.splitlines()
-    assert "option --kill-on-bad-exit=1" in options
+    assert {"option --kill-on-bad-exit=1", "option --cpu-bind=none", "option --gpu-bind=none"} <= set(options)
+    assert "option --cpus-per-task=96" in options
     expected = [str(ROOT / "megarec/launching/torchrun.py"), "--nnodes", "2", "--node_rank", "0"]
     expected += ["--nproc_per_node", "8", "--master_addr", "node-7", "--master_port", "24567"]
     expected += [str(ROOT / "megarec/train.py"), *WORDS]

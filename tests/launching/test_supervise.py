@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -5,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -51,6 +53,39 @@ def test_the_cause_comes_first_whatever_came_in_first() -> None:
         "error: rank 3 on host2: killed by signal 9 (SIGKILL)",
         "  then: ranks 0 and 1 on host1: lost the connection to host2 (ranks 2-3) (closed by peer)",
     ]
+
+
+WATCHDOG = (
+    "host{host}: [rank{rank}]:[E1129 10:00:00.123456789 ProcessGroupNCCL.cpp:632] [Rank {rank}] Watchdog caught "
+    "collective operation timeout: WorkNCCL(SeqNum=56, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, Timeout(ms)=600000) "
+    "ran for 600021 milliseconds before timing out.\n"
+)
+
+
+def test_ranks_that_nccl_aborts_because_they_waited_are_not_the_cause() -> None:
+    found, word = Record(), Outcome(0, "host1", 134, "killed by signal 6 (SIGABRT)")
+    for rank in (0, 2, 3):
+        host = 1 + rank // 2
+        assert not found.take(WATCHDOG.format(rank=rank, host=host), JOB)
+        own = {**asdict(word), "rank": rank, "host": f"host{host}"}
+        assert found.take(f"host{host}: @megarec {JOB} {json.dumps(own)}\n", JOB)
+    code, lines = failure_report(found, HOSTS, ADDRESSES)
+    assert code == 134
+    waited = "no answer from other ranks for 600 s (parallel.timeout_seconds) in allreduce 56"
+    assert lines == [
+        f"error: rank 0 on host1, ranks 2 and 3 on host2: {waited}",
+        "  then: rank 1 on host1: no word, while the others waited; may hang outside of NCCL",
+    ]
+
+
+def test_a_rank_that_died_goes_before_those_that_nccl_aborted() -> None:
+    found = Record()
+    found.take(WATCHDOG.format(rank=0, host=1), JOB)
+    for outcome in (Outcome(0, "host1", 134, "killed by signal 6 (SIGABRT)"), Outcome(1, "host1", 1, "ValueError: x")):
+        found.take(f"@megarec {JOB} {json.dumps(asdict(outcome))}\n", JOB)
+    _, lines = failure_report(found, HOSTS[:1], ADDRESSES)
+    assert lines[0] == "error: rank 1 on host1: ValueError: x"
+    assert lines[1].startswith("  then: rank 0 on host1: no answer from other ranks for 600 s")
 
 
 def test_a_mistake_of_the_user_is_one_line_and_exit_2() -> None:

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from megarec.config.sections import EmbeddingConfig
 from megarec.errors import UserError
 from megarec.sparse.layout import EmbeddingLayout, Feature, Table
+from megarec.sparse.lookups import plan_lookups
 from megarec.sparse.placement import place
-from megarec.sparse.tables import local
+from megarec.sparse.tables import fbgemm_backend, local
+from megarec.sparse.tables.base import LocalIds, group_lookups
 from megarec.sparse.tables.local import choose_backends, requested_backend
 from tests.sparse.plain import LAYOUT, train_plain
 from tests.sparse.ranks import together, train
@@ -108,3 +110,38 @@ def test_both_backends_train_as_plain_torch(layout: EmbeddingLayout, optimizer: 
             torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
         for name, tensor in plain.state.items():
             torch.testing.assert_close(found.state[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_on_a_gpu_wide_tables_are_torchs_and_a_missing_fbgemm_is_loud(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wide = EmbeddingLayout(1028, (Table("wide", 9, 1028),), (Feature("w", "wide", "sum", False, 0, 1028),), 1, 0)
+    shards, gpu = place(wide, "table", 1), torch.device("cuda")
+    monkeypatch.setattr(local, "_fbgemm_problem", lambda device: None)
+    choice = choose_backends(wide, shards, EmbeddingConfig(), gpu)["wide"]
+    assert (choice.backend, choice.reason) == ("torch", "FBGEMM's CUDA kernels take at most 1024 columns, not 1028")
+    assert choose_backends(wide, shards, EmbeddingConfig(), CPU)["wide"].backend == "fbgemm"
+    monkeypatch.setattr(local, "_fbgemm_problem", lambda device: "fbgemm_gpu cannot be imported (undefined symbol)")
+    choose_backends(wide, shards, EmbeddingConfig(), CPU)
+    assert not caplog.records
+    choose_backends(LAYOUT, place(LAYOUT, "table", 1), EmbeddingConfig(), gpu)
+    assert "SLOW TABLES: 5 tables are held by plain torch, because fbgemm_gpu cannot be imported" in caplog.text
+
+
+def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Module:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def __call__(self, values: torch.Tensor, offsets: torch.Tensor, weights: None) -> None:
+            seen.append((values.dtype, offsets.dtype))
+
+    monkeypatch.setattr(fbgemm_backend, "SplitTableBatchedEmbeddingBagsCodegen", Module)
+    ids = LocalIds(torch.zeros(2, dtype=torch.int32), torch.arange(3, dtype=torch.int32), (1, 1), 1)
+    for rows in (2**30 - 1, 2**30):
+        tables = (Table("a", rows, 8), Table("b", rows, 8))
+        layout = EmbeddingLayout(8, tables, tuple(Feature(t.name, t.name, "sum", False, 0, 8) for t in tables), 2, 0)
+        shards = group_lookups(plan_lookups(layout, place(layout, "table", 1), 2, fused={"a", "b"}).slots[0])
+        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).forward(ids)
+    assert seen == [(torch.int32, torch.int32), (torch.int64, torch.int64)]

@@ -1,6 +1,7 @@
 """Ids that travel while a step computes change no number."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def train(path: Path, overrides: list[str], traces: Path | None = None) -> list[
         for pending, start_next in ahead.steps(run.train.batches(epoch=0), StepTimer(device)):
             batch, ids = pending()
             result = train_step(run.dense, run.sparse, batch, timer=StepTimer(device), ids=ids,
-                after_lookup=start_next,
+                after_lookup=start_next if ahead.threaded else lambda: None, after_dense=start_next,
             )  # fmt: skip
             seen.append(result.logits)
             step_done()
@@ -84,3 +85,60 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for() -> None
     pending = ahead.start(batch)
     with pytest.raises(RuntimeError, match="no such table"):
         pending()
+
+
+class Stream:
+    """torch.Stream on a machine without one: notes what happens, in order."""
+
+    def __init__(self, said: list[str], name: str) -> None:
+        self.said, self.name = said, name
+
+    def __enter__(self) -> None:
+        self.said.append(f"enter {self.name}")
+
+    def __exit__(self, *_: object) -> None:
+        self.said.append(f"leave {self.name}")
+
+    def record_event(self) -> str:
+        self.said.append(f"record in {self.name}")
+        return f"event of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.said.append(f"{self.name} waits for {event}")
+
+
+class Sending:
+    def __init__(self, said: list[str]) -> None:
+        self.said = said
+
+    def distribute(self, batch: Batch) -> None:
+        self.said.append(f"send in {threading.current_thread().name}")
+
+
+def test_on_an_accelerator_the_main_thread_sends_in_a_stream_and_the_host_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(torch, "Stream", lambda device: Stream(said, "ids"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: Stream(said, "main"))
+    monkeypatch.setattr(Batch, "to", lambda batch, device: Batch(batch.numeric, {}, batch.labels, batch.keys, 1))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: said.append(f"kept for {stream.name}"))
+    ahead = IdPrefetcher(Sending(said), torch.device("cuda"), overlap=True)  # type: ignore[arg-type]
+    assert not ahead.threaded
+    pending = ahead.start(Batch(torch.empty(1, 0), {}, torch.zeros(1), torch.arange(1), 1))
+    assert said == ["enter ids", "send in MainThread", "leave ids", "record in ids"]
+    pending()
+    assert said[4:] == ["main waits for event of ids", *["kept for main"] * 3]
+    ahead.drain()
+    ahead.close()
+
+
+def test_the_next_ids_start_behind_the_backward_pass_where_no_thread_sends_them() -> None:
+    ahead = IdPrefetcher(Sending([]), torch.device("cpu"), overlap=False)  # type: ignore[arg-type]
+    batches = iter([Batch(torch.empty(1, 0), {}, torch.zeros(1), torch.arange(n, n + 1), 1) for n in range(3)])
+    seen = []
+    for pending, start_next in ahead.steps(batches, StepTimer(torch.device("cpu"))):
+        seen.append(int(pending().batch.keys))
+        start_next()
+        start_next()  # a second call starts no second batch
+    assert seen == [0, 1, 2]

@@ -110,6 +110,7 @@ def exposed_ids(overlap: bool, steps: int) -> dict[str, Any]:
                 batch, ids = pending()
                 train_step(built.dense, built.sparse, batch, timer=clock, ids=ids,
                     after_lookup=start_next,
+                    after_dense=start_next,
                 )  # fmt: skip
                 seconds.append(time.perf_counter() - start)
                 step_done()

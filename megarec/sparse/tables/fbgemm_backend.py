@@ -28,6 +28,8 @@ class FbgemmTables:
 
     def __init__(self, shards: Sequence[LocalShard], config: EmbeddingConfig, device: torch.device) -> None:
         self._shards = [local.shard for local in shards]
+        # Its CUDA kernels sort an id behind the rows of all tables before it, in the type of the ids.
+        self._many_rows = sum(shard.rows for shard in self._shards) >= 2**31
         optimizer, self._state_name = OPTIMIZERS[config.optimizer]
         place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
         if device.type == "cpu":
@@ -47,7 +49,10 @@ class FbgemmTables:
         )
 
     def forward(self, ids: LocalIds) -> Tensor:
-        return self._module(ids.values, ids.offsets, ids.weights)
+        values, offsets = ids.values, ids.offsets
+        if self._many_rows:
+            values, offsets = values.long(), offsets.long()
+        return self._module(values, offsets, ids.weights)
 
     def set_learning_rate(self, rate: float) -> None:
         self._module.set_learning_rate(rate)

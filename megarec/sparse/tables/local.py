@@ -1,6 +1,7 @@
 """Tables of one rank: which backend holds which table and why, and the record of touched rows."""
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,9 @@ from megarec.sparse.placement import COLUMN_UNIT, Shard, replicated
 from megarec.sparse.tables.base import LocalIds, State, Tables, group_lookups
 from megarec.sparse.tables.initial import fill_initial
 from megarec.sparse.tables.torch_backend import ColumnShardSum, ReplicatedTorchTables, TorchTables
+
+FBGEMM_COLUMNS_ON_GPU = 1024
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,21 @@ def choose_backends(
         UserError: embedding.backend is "fbgemm" and a table cannot be held by it.
     """
     choices = {}
+    missing: dict[str, list[str]] = {}  # tables by what keeps FBGEMM from holding them
     for table in layout.tables:
         choice = requested_backend([shard for shard in shards if shard.table == table.name], config)
-        problem = _fbgemm_problem(device.type) if choice.backend == "fbgemm" else None
-        if problem is not None:
+        if choice.backend == "fbgemm" and (problem := _fbgemm_problem(device.type)) is not None:
             choice = Choice("torch", problem)
+            missing.setdefault(problem, []).append(table.name)
+        elif choice.backend == "fbgemm" and device.type != "cpu" and table.columns > FBGEMM_COLUMNS_ON_GPU:
+            choice = Choice(
+                "torch", f"FBGEMM's CUDA kernels take at most {FBGEMM_COLUMNS_ON_GPU} columns, not {table.columns}"
+            )
         if config.backend == "fbgemm" and choice.backend == "torch":
             raise UserError(f'embedding.backend="fbgemm" cannot hold table {table.name!r}: {choice.reason}; use "auto"')
         choices[table.name] = choice
+    for problem, names in missing.items() if device.type != "cpu" else ():
+        _log.warning("SLOW TABLES: %d tables are held by plain torch, because %s", len(names), problem)
     return choices
 
 
@@ -149,7 +160,10 @@ class LocalTables:
 
     def row_usage(self) -> dict[str, float]:
         """Share of the rows that updates have touched, by table."""
-        return {shard.table: float(touched.sum()) / shard.rows for shard, touched in self._touched.items()}
+        if not self._touched:
+            return {}
+        counts = torch.stack([touched.sum() for touched in self._touched.values()]).tolist()  # one wait for all tables
+        return {shard.table: count / shard.rows for shard, count in zip(self._touched, counts, strict=True)}
 
     def state(self) -> State:
         named: State = {f"{shard.table}/touched": (shard.per_row, touched) for shard, touched in self._touched.items()}
@@ -158,8 +172,7 @@ class LocalTables:
         return named
 
     def _touch(self, ids: LocalIds) -> None:
-        counts = torch.tensor(ids.counts, dtype=torch.int64, device=ids.values.device)
-        first_rows = self._first_rows.repeat_interleave(counts, output_size=ids.values.numel())
+        first_rows = self._first_rows.repeat_interleave(ids.counts_on_device(), output_size=ids.values.numel())
         self._mark(first_rows.add_(ids.values))
 
     def _mark(self, rows: Tensor) -> None:

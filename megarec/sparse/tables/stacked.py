@@ -34,6 +34,7 @@ class StackedTable:
         rows = [local.shard.rows for local in shards]
         self.rows = sum(rows)
         self._stops = list(itertools.accumulate(rows))
+        self._stops_on_device = torch.tensor(self._stops, device=device)
         first_rows = [stop - own for stop, own in zip(self._stops, rows, strict=True)]
         self._first_rows = torch.tensor(
             [first for first, local in zip(first_rows, shards, strict=True) for _ in local.slots], device=device
@@ -93,7 +94,7 @@ class StackedTable:
 
     def split_by_shard(self, rows: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """Cut `values`, one for each of the ascending `rows` of a step, into those of each shard."""
-        stops = torch.searchsorted(rows, torch.tensor(self._stops, device=rows.device)).tolist()
+        stops = torch.searchsorted(rows, self._stops_on_device).tolist()
         return values.split([stop - start for start, stop in itertools.pairwise([0, *stops])])
 
     def state(self) -> State:
@@ -111,7 +112,7 @@ class StackedTable:
 
     def _keys(self, ids: LocalIds) -> Tensor:
         """int64, in the order of `ids.values`."""
-        counts = torch.tensor(ids.counts, dtype=torch.int64, device=ids.values.device)
+        counts = ids.counts_on_device()
         return self._first_rows.repeat_interleave(counts, output_size=ids.values.numel()).add_(ids.values)
 
     def _gradient_rows(self, ids: LocalIds) -> Tensor:

@@ -18,7 +18,8 @@ from megarec.distributed.topology import group_ranks
 from megarec.run.build import Run
 from megarec.training.faults.report import shortened
 
-CHUNK = 1 << 20  # elements hashed at a time: 16 MiB of int64
+CHUNK = 1 << 20  # elements hashed at a time: 16 MiB of int64 stay in the cache
+CHUNK_OF_ACCELERATOR = 1 << 26  # fewer launches
 Replicated = tuple[Channel, Sequence[int], dict[str, Tensor]]
 """A group, its ranks in the world, and what every rank of it holds a copy of, in the same order."""
 
@@ -90,8 +91,9 @@ def hash_of(tensor: Tensor) -> Tensor:
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().reshape(-1).view(width)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, bits.numel(), CHUNK):
-        chunk = bits[start : start + CHUNK].long()
+    length = CHUNK if tensor.device.type == "cpu" else CHUNK_OF_ACCELERATOR
+    for start in range(0, bits.numel(), length):
+        chunk = bits[start : start + length].long()
         odd = torch.arange(2 * start + 1, 2 * (start + len(chunk)) + 1, 2, device=tensor.device)
         total += (chunk * (odd * _MIX | 1)).sum()
     return total

@@ -58,7 +58,7 @@ class HealthGather:
                 tensors.made.gradient.sum(),
                 _total([total for _, total in self.dense], device),
                 _total([gradient.sum() for gradient in tensors.lookup.gradients().values()], device),
-                torch.tensor(float(self._signum()), device=device),
+                torch.full((), float(self._signum()), device=device),  # a kernel; a copy would make the host wait
             ]
         )
         gathered, work = all_gather_rows(mine.unsqueeze(0), self._world, "health")
