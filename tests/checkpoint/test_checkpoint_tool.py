@@ -209,13 +209,19 @@ def test_a_signal_leaves_nothing_half_written(
 
     monkeypatch.setattr(offline, "write_file", while_it_writes)
     monkeypatch.setattr(offline.shutil, "rmtree", while_it_cleans)
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
-    for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
-        sent[:] = [number]
-        code, out, err = tool(capsys, words[0], checkpoint, tmp_path / "new", *words[1:])
-        assert (code, out) == (expected, "") and err in ("", "interrupted\n")
-        assert {path.name for path in tmp_path.iterdir()} == {"c"}
-    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    # As in a terminal: background jobs and nohup ignore the last two, and so would the tool.
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    try:
+        for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
+            sent[:] = [number]
+            code, out, err = tool(capsys, words[0], checkpoint, tmp_path / "new", *words[1:])
+            assert (code, out) == (expected, "") and err in ("", "interrupted\n")
+            assert {path.name for path in tmp_path.iterdir()} == {"c"}
+        assert usual == {number: signal.getsignal(number) for number in usual}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_where_no_checkpoint_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
