@@ -133,7 +133,8 @@ def prepare_cuda(deterministic: bool, output: Path) -> None:
 def describe_device(device: torch.device) -> str:
     """For the log: what computes, and the versions that matter there."""
     if device.type == "cpu":
-        return f"cpu, {torch.get_num_threads()} threads a rank, {dist.get_backend()}"
+        threads = torch.get_num_threads()
+        return f"cpu, {threads} thread{'s' * (threads > 1)} a rank, {dist.get_backend()}"
     count = torch.accelerator.device_count()
     if device.type != "cuda":
         return f"{device.type}, {count} on this host, {dist.get_backend()}"
