@@ -3,6 +3,7 @@
 What the hosts must have in common, and what each must have, are plain comparisons of what the probes found.
 """
 
+import os
 import re
 import time
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from megarec.errors import UserError
 from megarec.files import read_object
 from megarec.launching import probe
 from megarec.launching.hosts import Host, read_hostfile
+from megarec.launching.probe import GPU_FACTS
 from megarec.launching.probe_client import Session, Sessions
 
 Facts = dict[str, Any]  # as probe.facts gives it
@@ -27,6 +29,8 @@ SAME_ENVIRONMENT = "run 'bash launch/environment.sh' there, with the same checko
 SAME_FILES = "share one file system, or copy it there (rsync -a)"
 ROOT = Path(__file__).resolve().parents[2]  # a checkout, or what the package is installed in
 CLOCK_READINGS = 3
+LARGEST_SHARE_OF_GPU_IN_USE = 0.1
+LEAST_SHARED_MEMORY = 1 << 30  # NCCL takes some tens of MiB a rank of it, and says only "unhandled system error"
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,46 @@ def check_output(host: str, state: dict[str, Any], output: str) -> list[Failure]
         expected = f"at least {LEAST_FREE_BYTES / 2**20:,.0f} MiB for train.output_dir"
         return [Failure(host, "disk", seen, expected, "free some, or choose another train.output_dir")]
     return []
+
+
+def check_gpus(host: Host, found: Facts, first: Facts) -> list[Failure]:
+    """Whether a host's GPUs are enough for its ranks, free, sound, and those of the first host; none need be there.
+
+    Args:
+        first: the facts of the first host of the job.
+    """
+    here, there = found["gpus"], first["gpus"]
+    if "error" in here:
+        remedy = "reboot it, or leave it out of the hostfile"
+        return [Failure(host.name, "gpus", f"nvidia-smi: {here['error']}", "a driver that answers", remedy)]
+    if not here["found"] and not there["found"]:
+        return []
+    failures = []
+
+    def fail(seen: str, expected: str, remedy: str) -> None:
+        failures.append(Failure(host.name, "gpus", seen, expected, remedy))
+
+    if len(here["found"]) < host.slots:
+        fail(f"{len(here['found'])} GPUs", f"at least slots={host.slots}", "lower slots in the hostfile, or repair it")
+    for what in ("name", "driver_version"):
+        own, others = ({gpu[what] for gpu in side["found"]} for side in (here, there))
+        if own and others and own != others:
+            seen, expected = (", ".join(sorted(kinds)) for kinds in (own, others))
+            fail(f"{what} {seen}", f"{expected}, as the first host", "let all hosts have the same")
+    for number, gpu in enumerate(here["found"]):
+        used, total, errors = (gpu[what] for what in ("memory.used", "memory.total", GPU_FACTS[-1]))
+        if used.isdigit() and total.isdigit() and int(used) > LARGEST_SHARE_OF_GPU_IN_USE * int(total):
+            fail(f"GPU {number} has {used} of {total} MiB in use", "a free one", "end what runs there (nvidia-smi)")
+        if errors.isdigit() and int(errors):
+            fail(f"GPU {number} has {errors} uncorrected memory errors", "none", "reset or replace it")
+    shared = found["shared_memory"]
+    if len(here["found"]) > 1 and shared is not None and shared < LEAST_SHARED_MEMORY:
+        seen, expected = f"/dev/shm of {shared / 2**20:,.0f} MiB", f"{LEAST_SHARED_MEMORY / 2**20:,.0f} MiB for NCCL"
+        fail(seen, expected, "mount it larger (docker --shm-size)")
+    if len(found["infiniband"]) != len(first["infiniband"]):
+        seen, expected = (f"{len(side['infiniband'])} InfiniBand devices" for side in (found, first))
+        fail(seen, f"{expected}, as the first host", "check its adapters (ibstat)")
+    return failures
 
 
 def check_clock(host: str, readings: list[tuple[float, float, float]]) -> list[Failure]:
@@ -220,6 +264,11 @@ def check_hosts(job: Job) -> Report:
         for host, found in report.facts.items():
             report.failures += compare_hosts(host, found, here)
             report.failures += check_output(host, found["output"], job.config.train.output_dir)
+        if names[0] in report.facts and os.environ.get("DS_ACCELERATOR") != "cpu":
+            first = report.facts[names[0]]
+            for place in job.hosts:
+                if place.name in report.facts:
+                    report.failures += check_gpus(place, report.facts[place.name], first)
         for host, readings in sessions.map(_read_clock).items():
             report.failures += check_clock(host, readings)
         _check_network(job, sessions, report)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 CONNECT_SECONDS = 3.0
+GPU_SECONDS = 30.0  # a driver that is not kept loaded takes its time
+GPU_FACTS = ("name", "driver_version", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total")
 LISTENING: list[socket.socket] = []
 
 
@@ -36,6 +39,9 @@ def facts(
         "output": state_of(output),
         "addresses": {peer: address_of(peer) for peer in peers},
         "interfaces": interfaces(),
+        "gpus": gpus(),
+        "shared_memory": shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
+        "infiniband": sorted(path.name for path in Path("/sys/class/infiniband").glob("*")),
     }
 
 
@@ -77,6 +83,21 @@ def connect(targets: list[tuple[str, int]]) -> dict[str, Any]:
         except OSError as error:
             tried.append(error.strerror or str(error))
     return {"tried": tried}
+
+
+def gpus() -> dict[str, Any]:
+    """NVIDIA's GPUs of this host as its driver shows them; `error` where the driver is there and does not answer."""
+    if not Path("/dev/nvidiactl").exists() and shutil.which("nvidia-smi") is None:
+        return {"found": []}
+    query = ["nvidia-smi", f"--query-gpu={','.join(GPU_FACTS)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=GPU_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"found": [], "error": str(error)}
+    if done.returncode:
+        return {"found": [], "error": " ".join((done.stdout + done.stderr).split())[:200]}
+    rows = [[word.strip() for word in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    return {"found": [dict(zip(GPU_FACTS, row, strict=False)) for row in rows]}
 
 
 def hash_of_code(root: str) -> str | None:

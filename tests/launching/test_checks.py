@@ -1,8 +1,12 @@
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megarec.launching.preflight import check_clock, check_interface, check_output, compare_hosts
+from megarec.launching import probe
+from megarec.launching.hosts import Host
+from megarec.launching.preflight import check_clock, check_gpus, check_interface, check_output, compare_hosts
 
 HERE: dict[str, Any] = {
     "directory": True,
@@ -65,3 +69,53 @@ def test_interfaces() -> None:
     assert "GLOO_SOCKET_IFNAME=ib0, but there are eth0, lo" in str(wished)
     (unrouted,) = check_interface("b", {"error": "Network is unreachable"}, "10.0.0.1", None, HERE)
     assert "no route to 10.0.0.1 (Network is unreachable)" in str(unrouted)
+
+
+H200 = "NVIDIA H200, 580.65.06, 143771, 4, 0\n"
+
+
+def gpus_of(monkeypatch: pytest.MonkeyPatch, directory: Path, said: str, code: int = 0) -> dict[str, Any]:
+    """What the probe makes of an nvidia-smi that says this."""
+    program = directory / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{said}END\nexit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    return {"gpus": probe.gpus(), "shared_memory": 1 << 36, "infiniband": ["mlx5_0"]}
+
+
+@pytest.mark.parametrize(
+    ("said", "change", "failure"),
+    [
+        (2 * H200, {}, None),
+        (3 * H200, {}, None),
+        (H200, {}, "1 GPUs; expected at least slots=2; lower slots in the hostfile"),
+        (2 * H200.replace("H200", "H100"), {}, "name NVIDIA H100; expected NVIDIA H200, as the first host"),
+        (2 * H200.replace("580.65.06", "570.1"), {}, "driver_version 570.1; expected 580.65.06"),
+        (H200 + H200.replace(" 4,", " 120000,"), {}, "GPU 1 has 120000 of 143771 MiB in use; expected a free one"),
+        (H200.replace(" 0\n", " 7\n") + H200, {}, "GPU 0 has 7 uncorrected memory errors"),
+        (2 * H200.replace(" 0\n", " [N/A]\n"), {}, None),
+        (2 * H200, {"shared_memory": 64 << 20}, "/dev/shm of 64 MiB; expected 1,024 MiB for NCCL"),
+        (2 * H200, {"infiniband": []}, "0 InfiniBand devices; expected 1 InfiniBand devices, as the first host"),
+        ("", {}, "0 GPUs; expected at least slots=2"),
+    ],
+)
+def test_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, change: dict[str, Any], failure: str | None
+) -> None:
+    first = gpus_of(monkeypatch, tmp_path, 2 * H200)
+    found = gpus_of(monkeypatch, tmp_path, said) | change
+    failures = [str(line) for line in check_gpus(Host("b", 2, 2), found, first)]
+    assert len(failures) == (failure is not None)
+    assert all(line.startswith(f"b: gpus: {failure}") for line in failures)
+
+
+def test_a_driver_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = gpus_of(monkeypatch, tmp_path, 2 * H200)
+    found = gpus_of(monkeypatch, tmp_path, "Unable to determine the device handle\n", code=15)
+    (failure,) = check_gpus(Host("b", 2, 2), found, first)
+    assert str(failure).startswith("b: gpus: nvidia-smi: Unable to determine the device handle; expected a driver")
+
+
+def test_hosts_without_gpus_have_none_to_check() -> None:
+    none: dict[str, Any] = {"gpus": {"found": []}, "shared_memory": 1, "infiniband": []}
+    assert check_gpus(Host("b", 2, 2), none, none) == []
