@@ -128,6 +128,29 @@ def build_topology(ranks_per_host: int | None, tensor: int) -> Topology:
     return Topology(rank, world_size, per_host, tensor, world=dist.group.WORLD if world_size > 1 else None, **groups)
 
 
+def check_groups(topology: Topology, device: torch.device) -> None:
+    """Add up a number over every group, in one order on all ranks; collective.
+
+    So NCCL connects here, not in the middle of the first step, and a link that does not work is named by its group.
+
+    Raises:
+        RuntimeError: a group did not answer, or not rightly.
+    """
+    for kind in ("world", "tower", "peer", "tensor", "data"):
+        group: Group | None = getattr(topology, kind)
+        if group is None:
+            continue
+        ranks = dist.get_process_group_ranks(group)
+        number = torch.ones(1, dtype=torch.int64, device=device)
+        try:
+            dist.all_reduce(number, group=group)
+            answered = int(number)
+        except RuntimeError as error:
+            raise RuntimeError(f"the {kind} group of ranks {ranks} does not answer: {error}") from error
+        if answered != len(ranks):
+            raise RuntimeError(f"the {kind} group of ranks {ranks}: {answered} answered")
+
+
 def separate_groups(topology: Topology) -> Topology:
     """The same topology with new world, tower and peer groups, whose messages never wait for those of the others;
     collective."""

@@ -17,7 +17,7 @@ from megarec.dense.parallelize import parallelize
 from megarec.dense.side import DenseSide
 from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes
 from megarec.distributed.process import describe_device, threads_that_pay
-from megarec.distributed.topology import Topology, build_topology, separate_groups
+from megarec.distributed.topology import Topology, build_topology, check_groups, separate_groups
 from megarec.run.fits import check_fits
 from megarec.run.rounding import rounding_warning
 from megarec.run.schedule import Schedule
@@ -66,6 +66,7 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
         UserError: whatever the user can fix, before anything is trained or written.
     """
     topology = build_topology(config.parallel.ranks_per_host, config.parallel.tensor)
+    check_groups(topology, device)
     examples = micro_batch_size(config, topology.world_size)  # fails on the arithmetic before any data is read
 
     path = Path(config.data.path)

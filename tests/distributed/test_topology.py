@@ -1,8 +1,13 @@
+from collections.abc import Callable
+
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarec.distributed.topology import build_topology, check_divides, group_ranks
+from megarec.distributed.rank_pool import RankPool
+from megarec.distributed.topology import build_topology, check_divides, check_groups, group_ranks
 from megarec.errors import UserError
 
 
@@ -38,3 +43,30 @@ def test_failed_arithmetic_is_printed() -> None:
         UserError, match=r"parallel\.tensor=3 does not divide the 4 ranks of a host \(parallel\.ranks_per_host=4\)"
     ):
         check_divides(8, 4, 3)
+
+
+def groups_that_answer(broken: str | None) -> str | None:
+    """On every rank of two hosts of two: why `check_groups` failed, where a group's messages do."""
+    topology = build_topology(2, tensor=2)
+    add_up = dist.all_reduce
+
+    def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+        if broken is not None and group is getattr(topology, broken):
+            raise RuntimeError("Connection closed by peer [10.0.0.2]:1234")
+        add_up(tensor, group=group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", all_reduce)
+        try:
+            check_groups(topology, torch.device("cpu"))
+        except RuntimeError as error:
+            return str(error)
+    return None
+
+
+def test_every_group_is_asked_at_the_start_and_named_when_it_fails(rank_pool: Callable[[int], RankPool]) -> None:
+    pool = rank_pool(4)
+    assert pool.run(groups_that_answer, None) == [None] * 4
+    said = pool.run(groups_that_answer, "peer")
+    expected = [f"the peer group of ranks {ranks} does not answer: " for ranks in ([0, 2], [1, 3]) * 2]
+    assert [text.startswith(start) for text, start in zip(said, expected, strict=True)] == [True] * 4
