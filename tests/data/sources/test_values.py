@@ -181,6 +181,13 @@ def test_malformed_csv_names_the_line(prepared: Prepare, monkeypatch: pytest.Mon
         prepared(STRING, text, text)
 
 
+@pytest.mark.parametrize("name", ['x"', '5" pipe', 'a"b"c"', '"x""y"'])
+def test_a_quote_in_a_name_takes_no_rows(prepared: Prepare, tmp_path: Path, name: str) -> None:
+    text = f'x,{name},y\na,,1\nb,c"d,0\nc,e,1\n'
+    column = name.strip('"').replace('""', '"') if name.startswith('"') else name
+    assert prepared(STRING, text, text, **{column: {"type": "ignored"}}) == [1, 2, 3]
+
+
 def test_other_ways_to_write_text(prepared: Prepare) -> None:
     for text in (b"\xef\xbb\xbfx,y\nb,1\n", b"x,y\rb,1\r", b"\nx,y\r\n\r\nb,1", b'"x","y"\n"b","1"\n'):
         assert prepared(STRING, text, text) == [1]
