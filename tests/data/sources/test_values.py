@@ -1,8 +1,10 @@
 """What a file says is what is read: the same value is the same row of a table in every format and split."""
 
+import datetime
 import gzip
 import os
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,32 @@ def test_floats_that_stand_for_several_ids(
 ) -> None:
     with pytest.raises(UserError, match=rf"row 1 .*expected an id below {limit}: .* store integers"):
         prepared(column, values, values)
+
+
+@pytest.mark.parametrize("column", [STRING, INTEGER])
+def test_decimals_are_the_same_values(prepared: Prepare, column: dict[str, Any]) -> None:
+    """Arrow writes a decimal 0 of ten places as 0E-10."""
+    decimals = pa.array([Decimal(0), Decimal(7), None], pa.decimal128(20, 10))
+    assert prepared(column, csv("0", "0", "7"), decimals) == [1, 2, 0]
+    assert prepared(column, decimals, csv("0", "7", "")) == [1, 2, 0]
+
+
+def test_small_decimals_are_text_as_files_have_it(prepared: Prepare) -> None:
+    small = pa.array([Decimal("0.0000000012"), Decimal("-0.5")], pa.decimal128(20, 10))
+    assert prepared(STRING, csv("0.0000000012", "-0.5000000000"), small) == [2, 1]
+
+
+@pytest.mark.parametrize("column", [STRING, INTEGER])
+@pytest.mark.parametrize("kind", [pa.timestamp("ns"), pa.timestamp("s", "UTC"), pa.duration("s"), pa.time64("us")])
+def test_moments_are_no_categories(prepared: Prepare, column: dict[str, Any], kind: pa.DataType) -> None:
+    """One file in ns and another in us: every value of the second would be unknown."""
+    moments = pa.array([1, 2], pa.int64()).cast(kind)
+    with pytest.raises(UserError, match=r"column 'x' is .*depend on the unit; store integers or text"):
+        prepared(column, moments, moments)
+
+
+def test_dates_are_their_text(prepared: Prepare) -> None:
+    assert prepared(STRING, csv("2020-01-01"), pa.array([datetime.date(2020, 1, 1)])) == [1]
 
 
 def test_text_and_integers_above_two_to_53_are_exact(prepared: Prepare) -> None:
