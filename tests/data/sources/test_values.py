@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megarec.data.schema import load_schema
 from megarec.data.sources import text_files
 from megarec.data.sources.table import prepare_table
+from megarec.data.store import open_split
 from megarec.errors import UserError
 from tests.data.sources.test_table import all_splits, write_spec
 
@@ -272,3 +274,13 @@ def test_damaged_gzip_and_pipes(prepared: Prepare, tmp_path: Path) -> None:
 def test_an_ignored_column_may_be_in_some_files_only(prepared: Prepare) -> None:
     assert prepared(STRING, "x,n,y\na,?,1\n", csv("a"), n={"type": "ignored"}) == [1]
     assert prepared(STRING, pa.array(["a"]), "n,x,y\n?,a,1\n", n={"type": "ignored"}) == [1]
+
+
+def test_numbers_alone(prepared: Prepare, tmp_path: Path) -> None:
+    assert prepared({"type": "numeric"}, "x,y\n1,1\n2,0\n", "x,y\n3,1\n") == [3.0]
+    schema = load_schema(tmp_path / "out")
+    assert (
+        not schema.categorical
+        and schema.numeric == ("x",)
+        and len(open_split(tmp_path / "out", "train", schema, "error")) == 2
+    )
