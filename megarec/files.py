@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and the one reader of JSON."""
 
+import errno
 import hashlib
 import json
 import math
@@ -18,8 +19,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write into that becomes `path` by a rename when the block ends without an error.
 
     A reader finds all of it or what was there before, also after a power cut. An error leaves nothing behind; an
-    OSError of the file itself is raised as it is.
+    OSError of the file itself is raised as it is. A link stays a link, and a device, a FIFO or a socket is an OSError:
+    the rename would put a file in its place.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    path = path.resolve() if path.is_symlink() else path
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:

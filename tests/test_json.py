@@ -19,7 +19,7 @@ from megarec.data.cache import _whole
 from megarec.data.schema import read_schema
 from megarec.data.sources.table_spec import load_table_spec
 from megarec.errors import UserError
-from megarec.files import parse_json, read_json
+from megarec.files import parse_json, read_json, write_whole
 from megarec.launching.exit_report import parse
 from megarec.launching.preflight import files_of
 from megarec.scaling.grid import read_grid
@@ -231,3 +231,16 @@ def test_words_of_python_mean_what_their_users_mean(tmp_path: Path) -> None:
     config = load_config(tmp_path / "run.json", words)
     assert config.train.fall_back and not config.train.background_checkpoints and not config.model.bias
     assert config.train.max_steps is None
+
+
+def test_writing_replaces_files_alone_and_a_link_stays(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "to_fifo").symlink_to("fifo")
+    for name in ("fifo", "to_fifo"):
+        with pytest.raises(OSError, match="is no regular file"):
+            write_whole(tmp_path / name, b"x")
+    (tmp_path / "link").symlink_to("file")
+    for content in (b"new", b"replaced"):
+        write_whole(tmp_path / "link", content)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == content
+    assert (tmp_path / "fifo").is_fifo() and len(list(tmp_path.iterdir())) == 4

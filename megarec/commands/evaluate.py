@@ -167,10 +167,12 @@ def check_predictions_file(path: Path) -> None:
     """Before long work.
 
     Raises:
-        UserError: it is a directory, or lies in none.
+        UserError: it is a directory, a device or the like, or lies in no directory.
     """
     if path.is_dir():
         raise UserError(f"--predictions {path}: is a directory; expected the name of a parquet file, new or to replace")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--predictions {path}: is no regular file; expected the name of a parquet file")
     if not path.parent.is_dir():
         raise UserError(f"--predictions {path}: {path.parent} is no directory; make it, or choose another path")
 

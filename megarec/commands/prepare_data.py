@@ -28,6 +28,8 @@ def user_path(text: str) -> Path:
     """A path of the command line; ~ is the home directory there as in a shell."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    if not text.isascii() and text != text.encode(errors="replace").decode():
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8, which parquet needs; choose another name")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

@@ -33,7 +33,8 @@ def write_dataset(output: Path, write: Callable[[Path], Schema]) -> Schema:
         output = output.resolve()  # what the link points to is replaced; the link stays
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.parent / f".{output.name}.partial-{uuid4().hex[:8]}"
+        # Absolute: pyarrow takes file:x or s3:x for an address, and wrote there.
+        partial = output.parent.absolute() / f".{output.name}.partial-{uuid4().hex[:8]}"
         partial.mkdir()
         try:
             schema = write(partial)

@@ -166,3 +166,18 @@ def test_unknown_values_are_shown(tmp_path: Path) -> None:
     assert re.search(r"feature +train +valid +test\n +x +0\.00% +0\.00% +100\.00%\n", done.stdout)
     assert done.stderr.startswith("warning: 100.0% of the values of 'x' in test are unknown")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["file:data", "s3:data", "mock:data"])
+def test_a_name_is_not_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Pyarrow takes them for addresses: file:/tmp/data wrote to /tmp."""
+    monkeypatch.chdir(tmp_path)
+    done = run("synthetic", "--output", name, "--examples", "20")
+    assert (done.returncode, done.stderr) == (0, "") and load_schema(tmp_path / name).rows["train"] == 16
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+    done = run("synthetic", "--output", str(tmp_path / "\udcff"), "--examples", "20")
+    assert done.returncode == 2 and "is not UTF-8" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -219,6 +219,11 @@ def test_predictions_that_cannot_be_written_are_one_line(
         code, out, err = call("--run", run, "--data", data, "--predictions", path)
         assert (code, out) == (2, "") and err.startswith(f"error: --predictions {path}: {what}")
 
+    os.mkfifo(tmp_path / "fifo")  # as /dev/null is for root: the rename would put a file in its place
+    code, out, err = call("--run", run, "--data", data, "--predictions", tmp_path / "fifo")
+    assert (code, out) == (2, "") and "fifo: is no regular file" in err and (tmp_path / "fifo").is_fifo()
+    (tmp_path / "fifo").unlink()
+
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

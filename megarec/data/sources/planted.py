@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megarec.data.schema import CategoricalFeature, Optimum, Schema, made_up, save_schema
-from megarec.data.sources.synthetic import split_rows
+from megarec.data.sources.synthetic import MOST_EXAMPLES, MOST_FEATURES, MOST_ROWS, check_size, split_rows
 from megarec.data.writing import SplitWriter, write_dataset
 from megarec.errors import UserError
 
@@ -124,15 +124,15 @@ def prepare_planted(shape: Shape, output: Path) -> Schema:
     Raises:
         UserError: a size that makes no sense, or `output` cannot be written.
     """
-    for option, value, least in (
-        ("examples", shape.examples, 10),
-        ("order", shape.order, 1),
-        ("groups", shape.groups, 1),
-        ("rows", shape.rows, 2),
-        ("seed", shape.seed, 0),
+    for option, value, least, most in (
+        ("examples", shape.examples, 10, MOST_EXAMPLES),
+        ("single", shape.features, 1, MOST_FEATURES),
+        ("order", shape.order, 1, MOST_FEATURES),
+        ("groups", shape.groups, 1, MOST_FEATURES),
+        ("rows", shape.rows, 2, MOST_ROWS),
+        ("seed", shape.seed, 0, MOST_ROWS),
     ):
-        if value < least:
-            raise UserError(f"--{option} {value}: expected at least {least}")
+        check_size(option, value, least, most)
     if shape.rows % 2:
         raise UserError(f"--rows {shape.rows}: expected an even number, half of a feature's values have the sign +1")
     if shape.order > shape.features:

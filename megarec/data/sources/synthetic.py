@@ -10,6 +10,9 @@ from megarec.data.schema import SPLITS, CategoricalFeature, Schema, made_up, sav
 from megarec.data.writing import SplitWriter, write_dataset
 from megarec.errors import UserError
 
+MOST_EXAMPLES = 10**12
+MOST_FEATURES = 10_000  # of a kind; 500 is a wide model
+MOST_ROWS = 2**40  # as in schema.json
 _LABEL_RULE = "drawn from a planted factorization machine"
 _LATENT = 4
 _LONGEST_LIST = 5
@@ -38,15 +41,33 @@ class Shape:
     seed: int = 1
 
 
+def check_size(option: str, value: int, least: int, most: int) -> None:
+    """Refuse an option out of its range, before anything is made.
+
+    Raises:
+        UserError: as said.
+    """
+    if value < least:
+        raise UserError(f"--{option} {value}: expected at least {least}")
+    if value > most:
+        raise UserError(f"--{option} {value}: expected at most {most:,}")
+
+
 def prepare_synthetic(shape: Shape, output: Path) -> Schema:
     """Write a synthetic data set.
 
     Raises:
         UserError: a size that makes no sense, or `output` cannot be written.
     """
-    for name, least in (("examples", 10), ("single", 1), ("multi", 0), ("numeric", 0), ("rows", 2), ("seed", 0)):
-        if getattr(shape, name) < least:
-            raise UserError(f"--{name} {getattr(shape, name)}: expected at least {least}")
+    for name, least, most in (
+        ("examples", 10, MOST_EXAMPLES),
+        ("single", 1, MOST_FEATURES),
+        ("multi", 0, MOST_FEATURES),
+        ("numeric", 0, MOST_FEATURES),
+        ("rows", 2, MOST_ROWS),
+        ("seed", 0, MOST_ROWS),
+    ):
+        check_size(name, getattr(shape, name), least, most)
     return write_dataset(output, lambda partial: _write(partial, _schema(shape), shape.seed))
 
 
@@ -60,9 +81,13 @@ def prepare_like(like: Schema, output: Path, *, examples: int, seed: int, max_ro
     Raises:
         UserError: a size that makes no sense, or `output` cannot be written.
     """
-    for name, value, least in (("examples", examples, 10), ("seed", seed, 0), ("max-rows", max_rows, 2)):
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}: expected at least {least}")
+    for name, value, least, most in (
+        ("examples", examples, 10, MOST_EXAMPLES),
+        ("seed", seed, 0, MOST_ROWS),
+        ("max-rows", max_rows, 2, MOST_ROWS),
+    ):
+        if value is not None:
+            check_size(name, value, least, most)
     cap = max_rows or max((feature.rows for feature in like.categorical), default=0)
     categorical = tuple(f.model_copy(update={"rows": min(f.rows, cap)}) for f in like.categorical)
     schema = like.model_copy(

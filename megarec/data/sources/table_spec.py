@@ -105,8 +105,8 @@ class TableSpec(_Strict):
         labels = [name for name, column in self.columns.items() if isinstance(column, Label)]
         if len(labels) != 1:
             raise ValueError(f"expected one column of type 'label', found {len(labels)}: {labels}")
-        if not self.ids:
-            raise ValueError("expected at least one column of type 'categorical' or 'multi_valued'")
+        if not self.ids and not any(isinstance(column, Numeric) for column in self.columns.values()):
+            raise ValueError("expected at least one column of type 'categorical', 'multi_valued' or 'numeric'")
         lists = [name for name, column in self.columns.items() if isinstance(column, MultiValued)]
         owners = [(name, column.of) for name, column in self.columns.items() if isinstance(column, Weights)]
         for name, of in owners:

@@ -140,7 +140,7 @@ class TextFile:
             found = re.compile(rb"\r\n|\n|\r").search(block, end)
             end = found.end() if found else len(block)
             row = block[:end]
-            if row.strip(b"\r\n") and (self.delimiter != "," or row.count(b'"') % 2 == 0):
+            if row.strip(b"\r\n") and (self.delimiter != "," or all(value[1] for value in _QUOTED.finditer(row))):
                 break
         try:
             row.decode()

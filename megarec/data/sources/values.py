@@ -1,6 +1,7 @@
 """One rule for each type of value, over all formats (docs/data.md lists them)."""
 
 from collections.abc import Callable
+from decimal import Decimal
 from typing import NoReturn
 
 import numpy as np
@@ -139,7 +140,12 @@ def _typed(part: Part, name: str, values: pa.Array, dtype: str, owner: Owner) ->
     if pa.types.is_floating(values.type):
         values = _whole(part, name, values, owner)
     elif pa.types.is_decimal(values.type):
-        values = values.cast(pa.string())
+        values = _fixed_point(values.cast(pa.string()))
+    elif _counts_units(values.type):
+        raise UserError(
+            f"{part.path}: column {name!r} is {values.type}, whose text and number depend on the unit; "
+            "store integers or text"
+        )
     if dtype == "string":
         text = values if pa.types.is_string(values.type) else _cast(part, name, values, pa.string(), "text", owner)
         return canonical_text(text)
@@ -164,6 +170,21 @@ def _whole(part: Part, name: str, values: pa.Array, owner: Owner) -> pa.Array:
         if bad.any():
             _fail(part, name, values, int(bad.argmax()), expected, owner)
     return pc.if_else(values.is_valid(), pa.array(found.astype(np.int64)), None)
+
+
+def _fixed_point(text: pa.Array) -> pa.Array:
+    """Arrow's text of decimals, which is 0E-10 for 0 and 1.2E-9 for small ones, without exponents: as files have it."""
+    return _each_distinct(
+        text,
+        lambda words: pa.array(
+            [None if word is None else format(Decimal(word), "f") for word in words.to_pylist()], pa.string()
+        ),
+    )
+
+
+def _counts_units(kind: pa.DataType) -> bool:
+    """Whether the same moment is another number, or other text, in another unit: a day is one in every file."""
+    return pa.types.is_timestamp(kind) or pa.types.is_time(kind) or pa.types.is_duration(kind)
 
 
 def _true_is_one(text: pa.Array) -> pa.Array:

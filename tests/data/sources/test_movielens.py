@@ -1,4 +1,5 @@
 import hashlib
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,10 @@ def test_a_wheel_that_is_not_the_expected_one(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"split": "random", "seed": 1, "history": 5, "wheel": wheel}
     with pytest.raises(UserError, match=r"--wheel .*whl: cannot be read \(No such file"):
         prepare_movielens("movielens-100k", tmp_path / "out", **arguments)
+    os.mkfifo(wheel)  # a read would wait, and of /dev/zero never end
+    with pytest.raises(UserError, match=r"--wheel .*whl: is no regular file"):
+        prepare_movielens("movielens-100k", tmp_path / "out", **arguments)
+    wheel.unlink()
     wheel.write_bytes(b"other")
     with pytest.raises(UserError, match=r"sha256 d9298a10.*, expected 9c994820.*: not the wheel of recbole==1\.2\.1"):
         prepare_movielens("movielens-100k", tmp_path / "out", **arguments)

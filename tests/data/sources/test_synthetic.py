@@ -53,7 +53,15 @@ def test_the_signal_can_be_learnt_from_numbers_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "told"), [({"examples": 9}, "--examples 9: expected at least 10"), ({"single": 0}, "--single 0")]
+    ("sizes", "told"),
+    [
+        ({"examples": 9}, "--examples 9: expected at least 10"),
+        ({"single": 0}, "--single 0"),
+        ({"examples": 10**30}, "--examples 10*: expected at most 1,000,000,000,000"),
+        ({"single": 10**8}, "--single 10*: expected at most 10,000"),
+        ({"rows": 10**20}, "--rows 10*: expected at most"),
+        ({"seed": 10**30}, "--seed 10*: expected at most"),
+    ],
 )
 def test_sizes_that_make_no_sense(tmp_path: Path, sizes: dict[str, int], told: str) -> None:
     with pytest.raises(UserError, match=told):

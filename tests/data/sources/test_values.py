@@ -1,8 +1,10 @@
 """What a file says is what is read: the same value is the same row of a table in every format and split."""
 
+import datetime
 import gzip
 import os
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megarec.data.schema import load_schema
 from megarec.data.sources import text_files
 from megarec.data.sources.table import prepare_table
+from megarec.data.store import open_split
 from megarec.errors import UserError
 from tests.data.sources.test_table import all_splits, write_spec
 
@@ -87,6 +91,32 @@ def test_floats_that_stand_for_several_ids(
 ) -> None:
     with pytest.raises(UserError, match=rf"row 1 .*expected an id below {limit}: .* store integers"):
         prepared(column, values, values)
+
+
+@pytest.mark.parametrize("column", [STRING, INTEGER])
+def test_decimals_are_the_same_values(prepared: Prepare, column: dict[str, Any]) -> None:
+    """Arrow writes a decimal 0 of ten places as 0E-10."""
+    decimals = pa.array([Decimal(0), Decimal(7), None], pa.decimal128(20, 10))
+    assert prepared(column, csv("0", "0", "7"), decimals) == [1, 2, 0]
+    assert prepared(column, decimals, csv("0", "7", "")) == [1, 2, 0]
+
+
+def test_small_decimals_are_text_as_files_have_it(prepared: Prepare) -> None:
+    small = pa.array([Decimal("0.0000000012"), Decimal("-0.5")], pa.decimal128(20, 10))
+    assert prepared(STRING, csv("0.0000000012", "-0.5000000000"), small) == [2, 1]
+
+
+@pytest.mark.parametrize("column", [STRING, INTEGER])
+@pytest.mark.parametrize("kind", [pa.timestamp("ns"), pa.timestamp("s", "UTC"), pa.duration("s"), pa.time64("us")])
+def test_moments_are_no_categories(prepared: Prepare, column: dict[str, Any], kind: pa.DataType) -> None:
+    """One file in ns and another in us: every value of the second would be unknown."""
+    moments = pa.array([1, 2], pa.int64()).cast(kind)
+    with pytest.raises(UserError, match=r"column 'x' is .*depend on the unit; store integers or text"):
+        prepared(column, moments, moments)
+
+
+def test_dates_are_their_text(prepared: Prepare) -> None:
+    assert prepared(STRING, csv("2020-01-01"), pa.array([datetime.date(2020, 1, 1)])) == [1]
 
 
 def test_text_and_integers_above_two_to_53_are_exact(prepared: Prepare) -> None:
@@ -181,6 +211,13 @@ def test_malformed_csv_names_the_line(prepared: Prepare, monkeypatch: pytest.Mon
         prepared(STRING, text, text)
 
 
+@pytest.mark.parametrize("name", ['x"', '5" pipe', 'a"b"c"', '"x""y"'])
+def test_a_quote_in_a_name_takes_no_rows(prepared: Prepare, tmp_path: Path, name: str) -> None:
+    text = f'x,{name},y\na,,1\nb,c"d,0\nc,e,1\n'
+    column = name.strip('"').replace('""', '"') if name.startswith('"') else name
+    assert prepared(STRING, text, text, **{column: {"type": "ignored"}}) == [1, 2, 3]
+
+
 def test_other_ways_to_write_text(prepared: Prepare) -> None:
     for text in (b"\xef\xbb\xbfx,y\nb,1\n", b"x,y\rb,1\r", b"\nx,y\r\n\r\nb,1", b'"x","y"\n"b","1"\n'):
         assert prepared(STRING, text, text) == [1]
@@ -237,3 +274,13 @@ def test_damaged_gzip_and_pipes(prepared: Prepare, tmp_path: Path) -> None:
 def test_an_ignored_column_may_be_in_some_files_only(prepared: Prepare) -> None:
     assert prepared(STRING, "x,n,y\na,?,1\n", csv("a"), n={"type": "ignored"}) == [1]
     assert prepared(STRING, pa.array(["a"]), "n,x,y\n?,a,1\n", n={"type": "ignored"}) == [1]
+
+
+def test_numbers_alone(prepared: Prepare, tmp_path: Path) -> None:
+    assert prepared({"type": "numeric"}, "x,y\n1,1\n2,0\n", "x,y\n3,1\n") == [3.0]
+    schema = load_schema(tmp_path / "out")
+    assert (
+        not schema.categorical
+        and schema.numeric == ("x",)
+        and len(open_split(tmp_path / "out", "train", schema, "error")) == 2
+    )
