@@ -78,6 +78,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Predicto
         UserError: a file is missing, damaged, or its tensors are not those of its config; nothing was allocated.
     """
     directory = Path(path)
+    if (directory / "checkpoints").is_dir() or (directory / INDEX).exists():
+        kind = "a checkpoint" if (directory / INDEX).exists() else "a run"
+        raise UserError(
+            f"{directory} is {kind}, not an exported model: run 'tools/checkpoint.py export {directory} DIR'"
+        )
     about = read_export(directory)
     config, schema = _model_of(about, directory / MODEL_CONFIG)
     file = checked_size(directory, MODEL_FILE, about.file)

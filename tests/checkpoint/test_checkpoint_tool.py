@@ -267,3 +267,13 @@ def test_names_with_markup_and_control_codes_are_shown_as_they_are(
     checkpoint = save(tmp_path, [[TensorSlice(name, (2, 2), (0, 0), torch.ones(2, 2))]])
     code, out, _ = tool(capsys, "inspect", checkpoint)
     assert code == 0 and r"table/[/red]\x1b[2J\n/weight" in out and "\x1b" not in out
+
+
+def test_a_run_or_a_checkpoint_is_no_export(trained: tuple[Path, Leg]) -> None:
+    run = run_directory(trained)
+    for path, kind in (
+        (run, "a run"),
+        (run / "checkpoints" / (run / "checkpoints/latest").read_text().strip(), "a checkpoint"),
+    ):
+        with pytest.raises(UserError, match=f"is {kind}, not an exported model: run 'tools/checkpoint.py export"):
+            megarec.load_model(path)
