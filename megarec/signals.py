@@ -37,6 +37,8 @@ def unwinding() -> Iterator[None]:
 class Interruption:
     """Inside of `with`, the first SIGTERM or SIGUSR1 (or Ctrl-C) to this process is noted instead of ending it.
 
+    So is SIGHUP, the end of a terminal or of an ssh session, unless it is ignored (nohup).
+
     Attributes:
         signum: the signal, None before it came.
     """
@@ -45,7 +47,9 @@ class Interruption:
         self.signum: int | None = None
 
     def __enter__(self) -> "Interruption":
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        ends_here = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+        numbers = (*SIGNALS, signal.SIGHUP) if ends_here else SIGNALS
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def take_keyboard(self) -> None:

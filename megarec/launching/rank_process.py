@@ -68,7 +68,7 @@ class Assignment:
 
 def watch(assignment: Assignment) -> int:
     """Run the rank to its end; returns its exit code, 128 + the signal that killed it."""
-    die_with_parent(signal.SIGHUP)
+    die_with_parent(signal.SIGUSR2)  # not SIGHUP, which nohup ignores
     os.environ[JOB_VARIABLE] = assignment.job
     out_of_memory = _out_of_memory_kills()
     rank = subprocess.Popen(
@@ -96,8 +96,9 @@ def watch(assignment: Assignment) -> int:
 
     for number in SIGNALS:
         signal.signal(number, ask)
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, end)
+    for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
     threading.Thread(target=_when_unread, args=(end,), daemon=True).start()
     code = rank.wait()
     if unwatched.is_set() or (asked.is_set() and code < 0):

@@ -189,7 +189,10 @@ class _Forwarding:
 
 @contextmanager
 def _hangup_as_exit() -> Iterator[None]:
-    """SIGHUP ends this process as an exception does, with what `finally` says."""
+    """SIGHUP ends this process as an exception does, with what `finally` says; ignored (nohup), it stays so."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        yield
+        return
     before = signal.signal(signal.SIGHUP, lambda signum, frame: sys.exit(128 + signum))
     try:
         yield

@@ -84,6 +84,22 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     assert outcome.cause.startswith("killed by signal 9 (SIGKILL)")
 
 
+def test_nohup_keeps_the_watcher_from_hanging_up(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what a child inherits
+    try:
+        watcher = start("import os, signal, time; print('up', flush=True); time.sleep(100)", tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with watcher:
+        rank = rank_of(watcher)
+        watcher.send_signal(signal.SIGHUP)
+        watcher.send_signal(signal.SIGCONT)  # harmless, and comes after
+        assert rank.is_running() and watcher.poll() is None
+        watcher.send_signal(signal.SIGUSR2)  # as when its parent dies
+        watcher.communicate()
+    assert_ends(rank)
+
+
 def test_a_rank_that_is_told_to_end_has_nothing_to_tell(tmp_path: Path) -> None:
     with start(SLEEP, tmp_path) as watcher:
         rank = rank_of(watcher)

@@ -15,7 +15,7 @@ import pytest
 from megarec.launching.exit_report import Outcome
 from megarec.launching.failure_report import failure_report
 from megarec.launching.hosts import Host
-from megarec.launching.supervise import Command, Record, Watch, supervise
+from megarec.launching.supervise import Command, Record, Watch, _hangup_as_exit, supervise
 from megarec.signals import Interruption
 
 JOB = "0123abcd"
@@ -207,7 +207,7 @@ def save(signum, frame):
     time.sleep(4)  # longer than what the others get after a failure
     child.kill()
     print(f'saved after {signum}', flush=True)
-    sys.exit(75)
+    os._exit(75)  # as a rank does: the signal comes again, and a shutdown would no longer take it
 signal.signal(signal.SIGUSR1, save)
 child = subprocess.Popen(['sleep', '1000'])  # must not get the signal: it is no rank
 print('up', flush=True)
@@ -239,6 +239,18 @@ def test_ranks_that_do_not_end_in_time_are_killed() -> None:
     assert 1.0 <= time.monotonic() - started < 10
     assert not found.outcomes
     wait_until(lambda: not sleepers(marker))
+
+
+def test_a_hangup_ends_the_supervisor_unless_nohup_ignores_it() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _hangup_as_exit():
+            os.kill(os.getpid(), signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(SystemExit, match="129"), _hangup_as_exit():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_lost_ssh_connection_is_no_pre_emption() -> None:
