@@ -103,19 +103,11 @@ def prepare(args: argparse.Namespace) -> Schema:
 
 
 def check_files(files: dict[str, list[Path]]) -> None:
-    """Refuse a file that stands twice in a split, and warn of one that is trained on and tested with."""
+    """Refuse a file that stands twice in a split."""
     for split, paths in files.items():
         for path in paths:
             if sum(path.resolve() == other.resolve() for other in paths) > 1:
                 raise UserError(f"--{split} names {path} twice: its rows would count twice; name it once")
-    trained = {path.resolve() for path in files.get("train", [])}
-    for split in ("valid", "test"):
-        for path in files.get(split, []):
-            if path.resolve() in trained:
-                print(
-                    f"warning: {path} is in --train and in --{split}: {split} metrics are of rows that were trained on",
-                    file=sys.stderr,
-                )
 
 
 def synthetic_data(args: argparse.Namespace) -> Schema:
