@@ -6,4 +6,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 use_environment requirements-dev.txt
 cd "$root"
-exec python -m pytest --numprocesses 2 --dist loadfile "$@"  # many tests wait for launchers and time limits
+exec python -m pytest --numprocesses 3 --dist loadfile "$@"  # on two cores: many tests wait for launchers
