@@ -47,7 +47,7 @@ QUICKSTART = Shipped("movielens-100k.json", "movielens-100k.json", BATCH_128)
 RELU, SILU = "one of ten million ReLUs", ("model.activation=silu",)
 LONE_L2 = "embedding.dropout and l2 leave elements a gradient"  # the smaller the batch, the larger it is
 SMOOTH = (*SILU, "embedding.eps=1e-3")
-FP32 = ("deepspeed.bf16.enabled=false", "embedding.weights=fp32")
+FP32 = ("deepspeed.bf16.enabled=false", "embedding.weights=fp32", 'parallel.messages=["fp32", "fp32"]')
 SMALL_WUKONG = (
     *("data.batch_size=64", "parallel.tensor=1", "parallel.ranks_per_host=null"),  # for hosts of eight
     "deepspeed.zero_optimization.zero_hpz_partition_size=1",
@@ -67,7 +67,7 @@ SHIPPED = [
             f"ladder/wukong-{size}gflop.json",
             "wukong-ladder.json",
             SMALL_WUKONG,
-            ("bfloat16 in the dense model", "embedding.weights='fp16'"),
+            ("bfloat16 in the dense model", "embedding.weights='fp16'", "parallel.messages=['fp16', 'bf16']"),
             (*SILU, *FP32),
         )
         for size in ("0.53", "1.25", "2.12", "5.6", "22.23", "61", "108")
