@@ -105,9 +105,11 @@ def prepare(args: argparse.Namespace) -> Schema:
 def check_files(files: dict[str, list[Path]]) -> None:
     """Refuse a file that stands twice in a split."""
     for split, paths in files.items():
+        seen = set()
         for path in paths:
-            if sum(path.resolve() == other.resolve() for other in paths) > 1:
-                raise UserError(f"--{split} names {path} twice: its rows would count twice; name it once")
+            if (real := path.resolve()) in seen:
+                raise UserError(f"--{split} names {path} twice ({real}): its rows would count twice; name it once")
+            seen.add(real)
 
 
 def synthetic_data(args: argparse.Namespace) -> Schema:

@@ -187,5 +187,5 @@ def test_a_file_counts_once_in_a_split(tmp_path: Path) -> None:
     words = table(tmp_path, "--output", str(tmp_path / "out"))
     (tmp_path / "link.csv").symlink_to(tmp_path / "a.csv")
     done = run(*words, f"--train={tmp_path / 'link.csv'}")
-    assert done.returncode == 2 and "a.csv twice: its rows would count twice; name it once" in done.stderr
+    assert done.returncode == 2 and "a.csv): its rows would count twice; name it once" in done.stderr
     assert not (tmp_path / "out").exists()
