@@ -6,7 +6,7 @@
 Nothing outside of this folder knows DeepSpeed. Everything else that a run asks of its engine is asked here.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +60,23 @@ class DenseSide:
         engine: DeepSpeed's, around the model.
         learning_rate: the base rate that the schedule scales.
         optimizer_reason: which optimizer was taken and why, for the log.
+        average_replicated: called after the last backward pass of a step (dense/replicated.py); collective.
 
     Attributes:
         monitor: TensorBoard and the like, as the deepspeed section says.
     """
 
-    def __init__(self, engine: Any, topology: Topology, learning_rate: float, optimizer_reason: str) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        topology: Topology,
+        learning_rate: float,
+        optimizer_reason: str,
+        average_replicated: Callable[[], None],
+    ) -> None:
         self.engine, self.learning_rate, self.optimizer_reason = engine, learning_rate, optimizer_reason
         self._topology = topology
+        self._average_replicated = average_replicated
         self.monitor = Monitor(engine.monitor)
 
     @property
@@ -108,6 +117,7 @@ class DenseSide:
             backward(engine, loss)
             logits.append(out.detach())
             losses.append(loss.detach())
+        self._average_replicated()
         assert leaf.grad is not None
         # A rank's gradient is that of its own mean loss; the objective is the mean over the global batch.
         return DenseResult(torch.cat(logits), losses, leaf.grad.div_(scale * self._topology.world_size))

@@ -8,7 +8,8 @@ section 4.2.2, with the batch where they have the sequence).
 
 Every rank's loss is the mean over its own examples, and DeepSpeed averages gradients over the data group alone. So
     sharded parameters see the examples of all T ranks of the tensor group: their gradient is divided by T,
-    replicated parameters see other examples on every rank of it: their gradient is averaged over the tensor group.
+    replicated parameters see other examples on every rank of it: their gradient is averaged over the tensor group
+    (dense/replicated.py).
 
 Shape suffixes: B examples of this rank, G = T x B examples of the tensor group, I inputs, O outputs; i = I / T and
 o = O / T are this rank's columns.
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 from megarec.distributed.collectives import (
     Channel,
     all_gather_rows,
-    all_reduce_mean,
     all_to_all_with_grad,
     reduce_scatter_rows,
 )
@@ -229,17 +229,3 @@ def _inputs(mlp: MLP) -> int:
     first = mlp.linears[0]
     assert isinstance(first, nn.Linear)
     return first.in_features
-
-
-def average_replicated_gradients(model: nn.Module, channel: Channel) -> None:
-    """Average the gradients of replicated parameters over the tensor group, as the backward pass makes them.
-
-    Call after the parameters have their memory; DeepSpeed's own hooks then see the average.
-    """
-    if channel.size == 1:
-        return
-    for parameter in model.parameters():
-        if not is_sharded(parameter):
-            parameter.register_hook(
-                lambda gradient: all_reduce_mean(gradient, channel, "replicated gradients", "backward")
-            )
