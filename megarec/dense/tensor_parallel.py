@@ -29,7 +29,7 @@ from megarec.distributed.collectives import (
 )
 from megarec.errors import UserError
 from megarec.models.blocks import MLP, KeyedDropout
-from megarec.models.cpu_gemm import fast_cpu_gemm
+from megarec.models.cpu_gemm import fast_cpu_gemm, scaled_product
 from megarec.slices import ParameterShard
 
 
@@ -54,9 +54,8 @@ class _ColumnParallel(torch.autograd.Function):
         with fast_cpu_gemm(dy_Go.device, dy_Go.dtype):
             if ctx.needs_input_grad[0]:
                 scattering = reduce_scatter_rows(dy_Go @ weight_oI, channel, "gradients", "backward")
-            scaled_Go = dy_Go / channel.size
-            dweight_oI = scaled_Go.T @ _finished(gathering)
-        dbias_o = scaled_Go.sum(0) if ctx.has_bias else None
+            dweight_oI = scaled_product(dy_Go.T, _finished(gathering), 1 / channel.size)
+        dbias_o = dy_Go.sum(0).div_(channel.size) if ctx.has_bias else None
         return _finished(scattering) if scattering else None, dweight_oI, dbias_o, None
 
 
@@ -75,7 +74,7 @@ class _RowParallel(torch.autograd.Function):
         dy_GO = _finished(all_gather_rows(grads[0], ctx.channel, "gradients", "backward"))
         with fast_cpu_gemm(dy_GO.device, dy_GO.dtype):
             dx_Gi = dy_GO @ weight_Oi
-            dweight_Oi = dy_GO.T @ (x_Gi / ctx.channel.size)
+            dweight_Oi = scaled_product(dy_GO.T, x_Gi, 1 / ctx.channel.size)
         return dx_Gi, dweight_Oi, None
 
 

@@ -39,6 +39,13 @@ def example_blocks(x: Tensor) -> list[slice]:
     return [slice(start, start + block) for start in range(0, batch, block)] if batch else []
 
 
+def scaled_product(a_MK: Tensor, b_KN: Tensor, scale: float) -> Tensor:
+    """`scale` x A B, without a scaled copy of either."""
+    if _is_slow(a_MK.device, a_MK.dtype):
+        return (a_MK.float() @ b_KN.float()).mul_(scale).to(a_MK.dtype)
+    return torch.addmm(a_MK.new_empty(1), a_MK, b_KN, beta=0, alpha=scale)
+
+
 def summed_products(a_BMD: Tensor, b_BND: Tensor) -> Tensor:
     """Sum over the examples of a block of A B^T: [M, N]."""
     if a_BMD.device.type == "cpu":  # a block is small, and its products in the cache
