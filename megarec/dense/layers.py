@@ -9,8 +9,9 @@ What a layer keeps for its backward pass, and what it computes again:
 The numbers do not change: dropout masks are functions of the examples' keys, not of a random state.
 
 torch.compile fuses LayerNorm, ReLU, dropout, copies and conversions. The products themselves stay with their
-libraries. The projection has blocks and a backward pass of its own, and tensor-parallel MLPs wait for messages in
-theirs: both stay as they are, and what lies between them is compiled.
+libraries. Tensor-parallel MLPs wait for messages, and on a CPU the projection goes through the batch in blocks: both
+stay as they are, and what lies between them is compiled. On an accelerator the projection is in the graph, so that its
+copies fuse with what stands around them and a layer without tensor parallelism is one graph.
 """
 
 import functools
@@ -28,7 +29,7 @@ from megarec.config.sections import DenseConfig
 from megarec.dense.settings import settings_of
 from megarec.dense.tensor_parallel import TensorParallelMLP
 from megarec.errors import UserError
-from megarec.models.cpu_gemm import fast_cpu_gemm
+from megarec.models.cpu_gemm import fast_cpu_gemm, in_blocks
 from megarec.models.projection import Projection
 from megarec.models.wukong import InteractionLayer
 
@@ -60,9 +61,10 @@ def compile_layers(model: nn.Module, dense: DenseConfig, section: dict[str, Any]
     # Each layer's dropouts have numbers of their own, and each is compiled for training and for evaluation; beyond
     # its limit dynamo would run them uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(layers))
+    opaque = (Projection, TensorParallelMLP) if in_blocks(device) else (TensorParallelMLP,)
     for layer in layers:
         for part in layer.modules():
-            if isinstance(part, (Projection, TensorParallelMLP)):
+            if isinstance(part, opaque):
                 part.forward = torch.compiler.disable(part.forward)  # type: ignore[method-assign]
         layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
 
