@@ -1,4 +1,4 @@
-"""Interaction layers recomputed (activation checkpointing) and compiled.
+"""Interaction layers recomputed (activation checkpointing), compiled, and with fused kernels on a GPU.
 
 What a layer keeps for its backward pass, and what it computes again:
 
@@ -15,6 +15,7 @@ copies fuse with what stands around them and a layer without tensor parallelism 
 """
 
 import functools
+import importlib
 import os
 import shutil
 from collections.abc import Callable
@@ -42,6 +43,43 @@ _PRODUCTS = frozenset(
         torch.ops.aten.baddbmm.default,
     }
 )
+
+
+def fuse_layers(model: nn.Module, use_fused: bool, section: dict[str, Any], device: torch.device) -> str:
+    """Let interaction layers with a static Y use Triton's kernels (models/fused_fm.py) where they can run, in place.
+
+    Args:
+        use_fused: take them where they are there.
+        section: the DeepSpeed config.
+        device: where the model will run.
+
+    Returns:
+        A sentence for the log: what was taken and why.
+    """
+    layers = [module for module in model.modules() if isinstance(module, InteractionLayer) and module.static]
+    why_not = "train.fused_kernels=torch"
+    if use_fused:
+        why_not = _why_not_fused(layers, settings_of(section).dtype, device)
+    if why_not:
+        return f"plain FM: {why_not}"
+    fused_fm = importlib.import_module("megarec.models.fused_fm")
+    for layer in layers:
+        fused_fm.fuse(layer)
+    return f"FM and LayerNorm in Triton kernels, in {len(layers)} layers"
+
+
+def _why_not_fused(layers: list[InteractionLayer], dtype: torch.dtype, device: torch.device) -> str:
+    if not layers:
+        return "no interaction layer has a static Y"
+    if device.type != "cuda":
+        return f"Triton's kernels are for GPUs, this is a {device.type}"
+    if dtype == torch.float32:
+        return "in fp32 Triton multiplies without tensor cores"
+    try:
+        importlib.import_module("triton").runtime.driver.active.get_current_target()
+    except Exception as error:  # not installed, or without what it needs: a C compiler, headers, a driver
+        return f"Triton does not start ({' '.join(str(error).split())})"
+    return ""
 
 
 def compile_layers(model: nn.Module, dense: DenseConfig, section: dict[str, Any], device: torch.device) -> None:

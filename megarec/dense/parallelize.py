@@ -15,7 +15,7 @@ from torch import nn
 from megarec.config.sections import RunConfig
 from megarec.dense.engine import base_learning_rate, build_engine, prepare_deepspeed
 from megarec.dense.groups import ModelParallelUnit, model_parallel_unit, set_deepspeed_groups
-from megarec.dense.layers import compile_layers, recompute_layers
+from megarec.dense.layers import compile_layers, fuse_layers, recompute_layers
 from megarec.dense.replicated import replicated_average
 from megarec.dense.settings import check_precision, refusals_of_deepspeed, settings_of
 from megarec.dense.side import DenseSide
@@ -73,6 +73,7 @@ def parallelize(
     tensor = Channel("tensor", topology.tensor, topology.rank % topology.tensor_size, topology.tensor_size, ledger)
     prepare_deepspeed()
     shard_mlps(model, tensor)
+    fused = fuse_layers(model, config.train.fused_kernels == "auto", config.deepspeed, device)
     compile_layers(model, config.dense, config.deepspeed, device)
     recompute_layers(model, config.dense.recompute)
     mpu = model_parallel_unit(topology)
@@ -82,4 +83,4 @@ def parallelize(
         materialize_and_fill(model, config.train.seed, device, config.deepspeed, mpu)
     engine, reason = build_engine(model, config, topology, mpu)
     average = replicated_average(engine, tensor)
-    return DenseSide(engine, topology, base_learning_rate(engine, config), reason, average)
+    return DenseSide(engine, topology, base_learning_rate(engine, config), f"{reason}; {fused}", average)

@@ -59,7 +59,7 @@ class DenseSide:
     Args:
         engine: DeepSpeed's, around the model.
         learning_rate: the base rate that the schedule scales.
-        optimizer_reason: which optimizer was taken and why, for the log.
+        reason: which optimizer and which kernels were taken and why, for the log.
         average_replicated: called after the last backward pass of a step (dense/replicated.py); collective.
 
     Attributes:
@@ -71,10 +71,10 @@ class DenseSide:
         engine: Any,
         topology: Topology,
         learning_rate: float,
-        optimizer_reason: str,
+        reason: str,
         average_replicated: Callable[[], None],
     ) -> None:
-        self.engine, self.learning_rate, self.optimizer_reason = engine, learning_rate, optimizer_reason
+        self.engine, self.learning_rate, self.reason = engine, learning_rate, reason
         self._topology = topology
         self._average_replicated = average_replicated
         self.monitor = Monitor(engine.monitor)

@@ -15,7 +15,7 @@ is one GEMM there, over dP and X with the examples side by side.
 Shape suffixes: B examples, N embeddings that enter, D width of an embedding, O = K + R rows of W.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,16 +35,21 @@ class Projection(nn.Module):
         fm: Y^T of the optimized FM, or the compression in front of the attentive Y.
         lcb: W_L of the linear compression block.
         residual: the linear compression of the residual, where the number of embeddings changes.
+
+    Attributes:
+        products: `project`, or what stands in for it (fused_fm.py).
     """
 
     lcb: nn.Parameter
     fm: nn.Parameter | None
     residual: nn.Parameter | None
+    products: Callable[..., tuple[Tensor, ...]]
 
     def __init__(self, inputs: int, *, lcb: int, fm: int | None, residual: int | None) -> None:
         super().__init__()
         for name, outputs in (("lcb", lcb), ("fm", fm), ("residual", residual)):
             self.register_parameter(name, nn.Parameter(torch.empty(outputs, inputs)) if outputs else None)
+        self.products = project
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -52,14 +57,18 @@ class Projection(nn.Module):
         for weight in self.parameters(recurse=False):
             init_fan_in_(weight, weight.shape[1])
 
-    def forward(self, x_BND: Tensor, interact: bool = False) -> tuple[dict[str, Tensor], Tensor | None]:
-        """[B, N, D] -> by parameter name [B, outputs, D]; `interact`: FM(X) [B, N, K] in place of the map `fm`."""
+    def forward(self, x_BND: Tensor, interact: bool = False) -> tuple[dict[str, Tensor], *tuple[Tensor, ...]]:
+        """[B, N, D] -> by parameter name [B, outputs, D].
+
+        Args:
+            interact: in place of the map `fm`, what else `products` makes of X and its weight: FM(X) [B, N, K].
+        """
         weights = dict(self.named_parameters(recurse=False))
         first = [weights.pop("fm")] if interact else []
         rank = len(first[0]) if first else 0
-        projected_BRD, fm_BNK = project(x_BND, rank, *first, *weights.values())
+        projected_BRD, *others = self.products(x_BND, rank, *first, *weights.values())
         parts = projected_BRD.split([len(weight) for weight in weights.values()], dim=1)
-        return dict(zip(weights, parts, strict=True)), fm_BNK if interact else None
+        return dict(zip(weights, parts, strict=True)), *(others if interact else ())
 
 
 def project(x_BND: Tensor, rank: int, *weights: Tensor) -> tuple[Tensor, Tensor]:
