@@ -6,7 +6,7 @@
 Nothing outside of this folder knows DeepSpeed. Everything else that a run asks of its engine is asked here.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,15 +60,24 @@ class DenseSide:
     Args:
         engine: DeepSpeed's, around the model.
         learning_rate: the base rate that the schedule scales.
-        optimizer_reason: which optimizer was taken and why, for the log.
+        reason: which optimizer and which kernels were taken and why, for the log.
+        average_replicated: called after the last backward pass of a step (dense/replicated.py); collective.
 
     Attributes:
         monitor: TensorBoard and the like, as the deepspeed section says.
     """
 
-    def __init__(self, engine: Any, topology: Topology, learning_rate: float, optimizer_reason: str) -> None:
-        self.engine, self.learning_rate, self.optimizer_reason = engine, learning_rate, optimizer_reason
+    def __init__(
+        self,
+        engine: Any,
+        topology: Topology,
+        learning_rate: float,
+        reason: str,
+        average_replicated: Callable[[], None],
+    ) -> None:
+        self.engine, self.learning_rate, self.reason = engine, learning_rate, reason
         self._topology = topology
+        self._average_replicated = average_replicated
         self.monitor = Monitor(engine.monitor)
 
     @property
@@ -109,6 +118,7 @@ class DenseSide:
             backward(engine, loss)
             logits.append(out.detach())
             losses.append(loss.detach())
+        self._average_replicated()
         gradient = gradients[0] if accumulation == 1 else torch.cat(gradients)
         return DenseResult(torch.cat(logits), losses, gradient if scale == 1.0 else gradient / scale)
 

@@ -208,21 +208,39 @@ def reduce_scatter_rows(
     return own, work
 
 
-def all_reduce_mean(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Tensor:
-    """The mean over the ranks, summed in float32, in the tensor's own type; no gradient."""
-    return all_reduce_sum(tensor, channel, purpose, direction).div(channel.size).to(tensor.dtype)
+def all_reduce_mean_(
+    tensors: Sequence[Tensor], channel: Channel, purpose: str, direction: Direction = "forward"
+) -> None:
+    """Replace every tensor by its mean over the ranks, summed in float32: one message for all of them; no gradient.
+
+    Args:
+        tensors: contiguous; of the same sizes, in the same order, on every rank.
+    """
+    if channel.size == 1 or not tensors:
+        return
+    views = [tensor.view(-1) for tensor in tensors]
+    flat = torch.empty(sum(len(view) for view in views), dtype=torch.float32, device=tensors[0].device)
+    parts = flat.split([len(view) for view in views])
+    torch._foreach_copy_(parts, views)
+    _all_reduce(flat, channel, purpose, direction)
+    flat.div_(channel.size)
+    torch._foreach_copy_(views, parts)
 
 
 def all_reduce_sum(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Tensor:
     """The sum over the ranks, in float32, the same to the last bit on all of them; no gradient."""
     total = tensor.float() if tensor.dtype != torch.float32 else tensor.clone()
-    if channel.size == 1:
-        return total
+    if channel.size > 1:
+        _all_reduce(total, channel, purpose, direction)
+    return total
+
+
+def _all_reduce(total: Tensor, channel: Channel, purpose: str, direction: Direction) -> None:
+    """Sum a tensor over the ranks, in place."""
     dist.all_reduce(total, group=channel.group)
     kept = total.numel() * total.element_size() // channel.size  # a ring: reduce-scatter, then all-gather
     across = 2 * sum(channel.remote) * kept
     _record(channel, f"all_reduce {purpose}", total, direction, 2 * (channel.size - 1) * kept, 2 * kept, across)
-    return total
 
 
 def _record(channel: Channel, op: str, tensor: Tensor, direction: Direction, sent: int, kept: int, across: int) -> None:

@@ -192,7 +192,7 @@ def build_model(
         f"model: {spec.sizes.name}, {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters, "
         f"{cost.flop / 1e9:.4f} training GFLOP/example",
         *spec.reasons,
-        f"dense: ZeRO {dense.zero_stage}, optimizer {dense.optimizer_reason}; {norm_reason}",
+        f"dense: ZeRO {dense.zero_stage}, optimizer {dense.reason}; {norm_reason}",
         *(explain(config, layout, towers, topology).lines() if shards is None else ()),
         *sparse.describe(),
     )
