@@ -146,3 +146,18 @@ def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: p
         shards = group_lookups(plan_lookups(layout, place(layout, "table", 1), 2, fused={"a", "b"}).slots[0])
         fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).pool(ids)
     assert seen == [(torch.int32, torch.int32), (torch.int64, torch.int64)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ids_are_checked_where_fbgemms_variable_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = EmbeddingLayout(4, (Table("t", 5, 4),), (Feature("t", "t", "sum", False, 0, 4),), 1, 0)
+    shards = group_lookups(plan_lookups(layout, place(layout, "table", 1), 1, fused={"t"}).slots[0])
+    outside = LocalIds(torch.tensor([1, 5]), torch.arange(3), (2,), 2)
+    monkeypatch.setenv(fbgemm_backend.BOUNDS_CHECK, "0")
+    with pytest.raises(RuntimeError, match="idx < num_rows"):
+        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).forward(outside)
+    monkeypatch.setenv(fbgemm_backend.BOUNDS_CHECK, "fatal")
+    with pytest.raises(UserError, match=r"FBGEMM_TBE_BOUNDS_CHECK_MODE='fatal': expected one of 0 \(fatal\), 1"):
+        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU)
+    monkeypatch.delenv(fbgemm_backend.BOUNDS_CHECK)
+    assert fbgemm_backend.bounds_check() is fbgemm_backend.BoundsCheckMode.NONE
