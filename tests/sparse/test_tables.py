@@ -134,8 +134,9 @@ def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: p
     class Module:
         def __init__(self, *_: object, **__: object) -> None: ...
 
-        def __call__(self, values: torch.Tensor, offsets: torch.Tensor, weights: None) -> None:
+        def __call__(self, values: torch.Tensor, offsets: torch.Tensor, weights: None) -> torch.Tensor:
             seen.append((values.dtype, offsets.dtype))
+            return torch.zeros(1, 16)
 
     monkeypatch.setattr(fbgemm_backend, "SplitTableBatchedEmbeddingBagsCodegen", Module)
     ids = LocalIds(torch.zeros(2, dtype=torch.int32), torch.arange(3, dtype=torch.int32), (1, 1), 1)
@@ -143,7 +144,7 @@ def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: p
         tables = (Table("a", rows, 8), Table("b", rows, 8))
         layout = EmbeddingLayout(8, tables, tuple(Feature(t.name, t.name, "sum", False, 0, 8) for t in tables), 2, 0)
         shards = group_lookups(plan_lookups(layout, place(layout, "table", 1), 2, fused={"a", "b"}).slots[0])
-        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).forward(ids)
+        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).pool(ids)
     assert seen == [(torch.int32, torch.int32), (torch.int64, torch.int64)]
 
 

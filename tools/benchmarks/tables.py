@@ -45,10 +45,11 @@ def run() -> dict[str, Any]:
     layout = equal_tables(size.tables, size.rows, size.columns)
     batches = [random_batch(layout, size.batch, seed).to(device) for seed in range(4)]
     gradient = torch.randn(size.batch, layout.width, generator=torch.Generator().manual_seed(0)).to(device) / size.batch
+    bare = _bare_fbgemm(size, batches, device)
     contestants = {
-        "sparse side": _steps(_sparse_side(layout, batches, "auto", device), gradient),
-        "sparse side in torch": _steps(_sparse_side(layout, batches, "torch", device), gradient),
-        "bare fbgemm": _steps(_bare_fbgemm(size, batches, device), gradient),
+        "sparse side": _steps(_sparse_side(layout, batches, gradient, "auto")),
+        "sparse side in torch": _steps(_sparse_side(layout, batches, gradient, "torch")),
+        "bare fbgemm": _steps(lambda number: bare(number).backward(gradient)),
     }
     seconds = interleave(contestants, REPETITIONS, device=device)
     medians = {name: median_ms(times) for name, times in seconds.items()}
@@ -63,19 +64,26 @@ def run() -> dict[str, Any]:
     }
 
 
-def _steps(look_up: Callable[[int], Tensor], gradient: Tensor) -> Callable[[], None]:
+def _steps(step: Callable[[int], None]) -> Callable[[], None]:
     """A training step on the next of four batches, over and over."""
     numbers = itertools.cycle(range(4))
-    return lambda: look_up(next(numbers)).backward(gradient)
+    return lambda: step(next(numbers))
 
 
 def _sparse_side(
-    layout: EmbeddingLayout, batches: list[Batch], backend: Literal["auto", "torch"], device: torch.device
-) -> Callable[[int], Tensor]:
+    layout: EmbeddingLayout, batches: list[Batch], gradient: Tensor, backend: Literal["auto", "torch"]
+) -> Callable[[int], None]:
     config = EmbeddingConfig(optimizer="rowwise_adagrad", learning_rate=RATE, eps=EPS, backend=backend)
+    device = gradient.device
     with quick_tables(device):
         sparse = SparseSide(layout, config, ONE_RANK, seed=0, device=device, ledger=Ledger())
-    return lambda number: sparse.look_up(batches[number]).values
+
+    def step(number: int) -> None:
+        lookup = sparse.look_up(batches[number])
+        lookup.backward(gradient)
+        lookup.apply()
+
+    return step
 
 
 def _bare_fbgemm(size: Size, batches: list[Batch], device: torch.device) -> Callable[[int], Tensor]:

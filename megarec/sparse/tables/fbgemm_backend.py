@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.errors import UserError
-from megarec.sparse.tables.base import LocalIds, LocalShard, State
+from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State
 
 OPTIMIZERS = {
     "rowwise_adagrad": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, "rowwise_square_sum"),
@@ -68,11 +68,13 @@ class FbgemmTables:
             device=device,
         )
 
-    def forward(self, ids: LocalIds) -> Tensor:
+    def pool(self, ids: LocalIds) -> Pooled:
         values, offsets = ids.values, ids.offsets
         if self._many_rows:
             values, offsets = values.long(), offsets.long()
-        return self._module(values, offsets, ids.weights)
+        pooled: Tensor = self._module(values, offsets, ids.weights)
+        # Its update is its backward pass, which takes a gradient of the output's type alone: hence float32.
+        return Pooled(pooled.detach(), lambda gradient: pooled.backward(gradient.to(pooled.dtype)))
 
     def set_learning_rate(self, rate: float) -> None:
         self._module.set_learning_rate(rate)
