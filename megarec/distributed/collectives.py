@@ -130,7 +130,7 @@ def build_channel(
 
 
 class WireDtypes(NamedTuple):
-    """In which types numbers travel; they are float32 before and after."""
+    """In which types embeddings and their gradients travel."""
 
     forward: torch.dtype = torch.float32
     backward: torch.dtype = torch.float32
@@ -259,22 +259,15 @@ class _AllToAll(torch.autograd.Function):
         input_sizes: Sequence[int],
         channel: Channel,
         purpose: str,
-        messages: WireDtypes,
     ) -> Tensor:
-        ctx.sizes, ctx.channel, ctx.purpose, ctx.dtype = (
-            (output_sizes, input_sizes),
-            channel,
-            purpose,
-            messages.backward,
-        )
-        return all_to_all(tensor.to(messages.forward), output_sizes, input_sizes, channel, purpose).to(tensor.dtype)
+        ctx.sizes, ctx.channel, ctx.purpose = (output_sizes, input_sizes), channel, purpose
+        return all_to_all(tensor, output_sizes, input_sizes, channel, purpose)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         output_sizes, input_sizes = ctx.sizes
-        message = grads[0].contiguous().to(ctx.dtype)
-        grad = all_to_all(message, input_sizes, output_sizes, ctx.channel, ctx.purpose, "backward")
-        return grad.to(grads[0].dtype), None, None, None, None, None
+        grad = all_to_all(grads[0].contiguous(), input_sizes, output_sizes, ctx.channel, ctx.purpose, "backward")
+        return grad, None, None, None, None
 
 
 def all_to_all_with_grad(
@@ -283,12 +276,11 @@ def all_to_all_with_grad(
     input_sizes: Sequence[int],
     channel: Channel,
     purpose: str,
-    messages: WireDtypes = FP32,
 ) -> Tensor:
     """`all_to_all` that gradients flow back through, the reverse way."""
     if channel.size == 1:
         return tensor
-    result: Tensor = _AllToAll.apply(tensor.contiguous(), output_sizes, input_sizes, channel, purpose, messages)
+    result: Tensor = _AllToAll.apply(tensor.contiguous(), output_sizes, input_sizes, channel, purpose)
     return result
 
 

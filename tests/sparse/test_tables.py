@@ -134,8 +134,9 @@ def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: p
     class Module:
         def __init__(self, *_: object, **__: object) -> None: ...
 
-        def __call__(self, values: torch.Tensor, offsets: torch.Tensor, weights: None) -> None:
+        def __call__(self, values: torch.Tensor, offsets: torch.Tensor, weights: None) -> torch.Tensor:
             seen.append((values.dtype, offsets.dtype))
+            return torch.zeros(1, 16)
 
     monkeypatch.setattr(fbgemm_backend, "SplitTableBatchedEmbeddingBagsCodegen", Module)
     ids = LocalIds(torch.zeros(2, dtype=torch.int32), torch.arange(3, dtype=torch.int32), (1, 1), 1)
@@ -143,5 +144,20 @@ def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: p
         tables = (Table("a", rows, 8), Table("b", rows, 8))
         layout = EmbeddingLayout(8, tables, tuple(Feature(t.name, t.name, "sum", False, 0, 8) for t in tables), 2, 0)
         shards = group_lookups(plan_lookups(layout, place(layout, "table", 1), 2, fused={"a", "b"}).slots[0])
-        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).forward(ids)
+        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).pool(ids)
     assert seen == [(torch.int32, torch.int32), (torch.int64, torch.int64)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ids_are_checked_where_fbgemms_variable_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = EmbeddingLayout(4, (Table("t", 5, 4),), (Feature("t", "t", "sum", False, 0, 4),), 1, 0)
+    shards = group_lookups(plan_lookups(layout, place(layout, "table", 1), 1, fused={"t"}).slots[0])
+    outside = LocalIds(torch.tensor([1, 5]), torch.arange(3), (2,), 2)
+    monkeypatch.setenv(fbgemm_backend.BOUNDS_CHECK, "0")
+    with pytest.raises(RuntimeError, match="idx < num_rows"):
+        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).forward(outside)
+    monkeypatch.setenv(fbgemm_backend.BOUNDS_CHECK, "fatal")
+    with pytest.raises(UserError, match=r"FBGEMM_TBE_BOUNDS_CHECK_MODE='fatal': expected one of 0 \(fatal\), 1"):
+        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU)
+    monkeypatch.delenv(fbgemm_backend.BOUNDS_CHECK)
+    assert fbgemm_backend.bounds_check() is fbgemm_backend.BoundsCheckMode.NONE

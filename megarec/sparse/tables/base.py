@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,11 +57,28 @@ State = dict[str, tuple[Shard, Tensor]]
 """By "<table>/<what>": the slice of the global tensor, and the tensor on this rank itself (not a copy)."""
 
 
-class Tables(Protocol):
-    """Shards of one rank in one backend. A backward pass through `forward` updates them, once."""
+@dataclass(frozen=True)
+class Pooled:
+    """Summed rows and their update.
 
-    def forward(self, ids: LocalIds) -> Tensor:
-        """Summed rows float32 [examples, columns of all slots]; with gradients enabled it carries the update."""
+    No autograd leads through the exchange: a gradient would have to be of the type of what it is the gradient of, and
+    embeddings may travel as fp16, their gradients as bf16.
+
+    Attributes:
+        values: [examples, columns of all slots], in the type that the backend emits.
+        update: takes the gradient of `values`, of any floating type: one optimizer step. Once at most, and only of what
+            was looked up with gradients enabled.
+    """
+
+    values: Tensor
+    update: Callable[[Tensor], None]
+
+
+class Tables(Protocol):
+    """Shards of one rank in one backend."""
+
+    def pool(self, ids: LocalIds) -> Pooled:
+        """The summed rows of every bag."""
 
     def set_learning_rate(self, rate: float) -> None: ...
 

@@ -15,7 +15,7 @@ from megarec.errors import UserError
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.lookups import Lookup
 from megarec.sparse.placement import COLUMN_UNIT, Shard, replicated
-from megarec.sparse.tables.base import LocalIds, State, Tables, group_lookups
+from megarec.sparse.tables.base import LocalIds, Pooled, State, Tables, group_lookups
 from megarec.sparse.tables.initial import fill_initial
 from megarec.sparse.tables.torch_backend import ColumnShardSum, ReplicatedTorchTables, TorchTables
 
@@ -142,17 +142,22 @@ class LocalTables:
             if name == f"{shard.table}/weight":
                 fill_initial(tensor, shard, self._layout.table(shard.table), seed, std)
 
-    def forward(self, ids: LocalIds) -> Tensor:
-        """Summed rows of every bag, contiguous float32 [examples, columns of all slots]."""
-        outputs = []
+    def pool(self, ids: LocalIds) -> Pooled:
+        """Summed rows of every bag, contiguous [examples, columns of all slots]."""
+        parts = []
         first = 0
         for slots, tables in self._groups:
-            outputs.append(tables.forward(ids.part(first, first + slots)))
+            parts.append(tables.pool(ids.part(first, first + slots)))
             first += slots
-        pooled = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        if torch.is_grad_enabled() and not self.replicated:  # else in the update, which knows all ranks' rows
-            pooled.register_hook(lambda _: self._touch(ids))  # with the update: a step that is skipped touches nothing
-        return pooled
+        columns = [part.values.shape[1] for part in parts]
+
+        def update(gradient: Tensor) -> None:
+            if not self.replicated:  # else in the update itself, which knows all ranks' rows
+                self._touch(ids)  # with the update: a step that is skipped touches nothing
+            for part, own in zip(parts, gradient.split(columns, dim=1), strict=True):
+                part.update(own)
+
+        return Pooled(parts[0].values if len(parts) == 1 else torch.cat([part.values for part in parts], dim=1), update)
 
     def set_learning_rate(self, rate: float) -> None:
         for _, tables in self._groups:
