@@ -155,7 +155,7 @@ def test_ids_are_checked_where_fbgemms_variable_asks_for_it(monkeypatch: pytest.
     outside = LocalIds(torch.tensor([1, 5]), torch.arange(3), (2,), 2)
     monkeypatch.setenv(fbgemm_backend.BOUNDS_CHECK, "0")
     with pytest.raises(RuntimeError, match="idx < num_rows"):
-        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).forward(outside)
+        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).pool(outside)
     monkeypatch.setenv(fbgemm_backend.BOUNDS_CHECK, "fatal")
     with pytest.raises(UserError, match=r"FBGEMM_TBE_BOUNDS_CHECK_MODE='fatal': expected one of 0 \(fatal\), 1"):
         fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU)
