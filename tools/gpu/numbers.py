@@ -8,15 +8,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import get_args
 
+import torch
 import torch.distributed as dist
 
 from megarec.config.load import load_config
 from megarec.config.sections import EmbeddingConfig
+from megarec.errors import UserError
 from megarec.parity.cases import BF16_TOLERANCE, Case
 from megarec.parity.reference import reference_losses
 from megarec.parity.run import case_losses, write_base
-from megarec.sparse.tables.local import _fbgemm_problem
+from megarec.sparse.placement import place
+from megarec.sparse.tables.local import choose_backends
 from megarec.training.trainer import train
+from tools.benchmarks.workload import equal_tables
 from tools.gpu.context import Context
 
 LIMIT = 1e-5
@@ -26,8 +30,15 @@ TOWERS = "parallel.towers=2"
 
 def backends(device: str) -> list[str]:
     """Table backends that this installation has on a device."""
-    names = [name for name in get_args(EmbeddingConfig.model_fields["backend"].annotation) if name != "auto"]
-    return [name for name in names if name != "fbgemm" or _fbgemm_problem(device) is None]
+    layout = equal_tables(1, 8, 8)
+    shards, found = place(layout, "table", 1), []
+    for name in get_args(EmbeddingConfig.model_fields["backend"].annotation):
+        try:
+            choose_backends(layout, shards, EmbeddingConfig(backend=name), torch.device(device))
+        except UserError:
+            continue
+        found += [name] if name != "auto" else []
+    return found
 
 
 def _zero(stage: int) -> str:
