@@ -19,6 +19,8 @@ settings.load_profile("megarec")
 
 # Tests compute on CPUs, on a machine with GPUs as well: their ranks and scripts are forks, which cannot use one.
 os.environ["DS_ACCELERATOR"] = "cpu"
+# So are Triton's kernels: it decides when it is imported, which torch does as well.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # Test processes and their ranks share a few cores. Threads that spin while they wait for each other take them all: a
 # small model trained here on two threads took thirty times the CPU time of one. Those of child processes must sleep.

@@ -77,6 +77,7 @@ ALLOWED = {  # where the host may wait, or where no accelerator is involved
         "sparse/tables/stacked.py",
         "int",
     ): "between chunks, of which there is one on an accelerator; steps are on the CPU",
+    ("sparse/tables/triton_backend.py", "torch.tensor"): "once, when the tables are built",
     ("sparse/tables/local.py", "torch.tensor"): "once, when the tables are built",
     ("sparse/tables/local.py", "tolist"): "table usage, when it is logged",
 }

@@ -1,7 +1,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from megarec.data.batch import Ids
@@ -67,6 +68,28 @@ class Tables(Protocol):
 
     def state(self) -> State:
         """Weights and optimizer state, live; one number a row is a [rows, 1] tensor, one a table [1, 1]."""
+
+
+class Updatable(Protocol):
+    """Tables whose lookup and update are two calls."""
+
+    def look_up(self, ids: LocalIds) -> Tensor: ...
+
+    def update(self, ids: LocalIds, grad: Tensor) -> None: ...
+
+
+class LookUpThenUpdate(torch.autograd.Function):
+    """Forward looks up; the backward pass is the optimizer step. Its anchor is any tensor that requires a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tables: Updatable, ids: LocalIds) -> Tensor:
+        ctx.tables, ctx.ids = tables, ids
+        return tables.look_up(ids)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ctx.tables.update(ctx.ids, grads[0])
+        return None, None, None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ same order, so that every copy of the state stays equal to the last bit.
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from megarec.config.sections import EmbeddingConfig
 from megarec.distributed.collectives import Channel, all_reduce_sum, all_to_all
 from megarec.sparse.placement import Shard
-from megarec.sparse.tables.base import LocalIds, LocalShard, State
+from megarec.sparse.tables.base import LocalIds, LocalShard, LookUpThenUpdate, State
 from megarec.sparse.tables.optimizers import ROW_OPTIMIZERS, Hyperparameters, RowGradient
 from megarec.sparse.tables.stacked import StackedTable
 
@@ -55,7 +54,7 @@ class TorchTables:
         self._anchor = torch.empty(0, requires_grad=True)  # what makes autograd call the update
 
     def forward(self, ids: LocalIds) -> Tensor:
-        pooled: Tensor = _LookupThenUpdate.apply(self._anchor, self, ids)
+        pooled: Tensor = LookUpThenUpdate.apply(self._anchor, self, ids)
         return pooled
 
     def set_learning_rate(self, rate: float) -> None:
@@ -109,20 +108,6 @@ class TorchTables:
         """The ids of each stack."""
         stops = itertools.accumulate(stack.slots for stack in self._stacks)
         return [ids.part(stop - stack.slots, stop) for stack, stop in zip(self._stacks, stops, strict=True)]
-
-
-class _LookupThenUpdate(torch.autograd.Function):
-    """Forward looks up; the backward pass is the optimizer step."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, tables: TorchTables, ids: LocalIds) -> Tensor:
-        ctx.tables, ctx.ids = tables, ids
-        return tables.look_up(ids)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        ctx.tables.update(ctx.ids, grads[0])
-        return None, None, None
 
 
 class ReplicatedTorchTables(TorchTables):
