@@ -14,7 +14,7 @@ PACKAGE = ROOT / "megarec"
 
 FLOORS = [  # from the ground up; rooms of one floor do not know each other
     ["errors", "files", "slices", "signals"],
-    ["config"],
+    ["config", "kernels"],
     ["data", "models", "distributed"],
     ["sparse", "dense"],
     ["run"],

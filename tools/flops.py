@@ -2,6 +2,7 @@
 
 python tools/flops.py --config ds_configs/dlrm-criteo-terabyte.json
 python tools/flops.py --config ds_configs/dlrm-criteo-terabyte.json --set "model.head=[1024, 1024, 512, 256]" --json
+python tools/flops.py --config ds_configs/ladder/wukong-5.6gflop.json --roofline H200 --batch 8192
 python tools/flops.py --ladder        # every ladder config beside the published figure
 """
 

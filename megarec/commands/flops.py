@@ -1,4 +1,7 @@
-"""Parameters and training FLOPs per example of a run's model, by part and by layer; nothing is built."""
+"""Parameters and training FLOPs per example of a run's model, by part and by layer; nothing is built.
+
+With --roofline also the time of a step that they take on a device, predicted by part.
+"""
 
 import json
 from pathlib import Path
@@ -23,14 +26,22 @@ def main() -> None:
     parser.add_argument("--config", type=Path, metavar="C.json", help="the JSON of a run")
     parser.add_argument("--ladder", action="store_true", help="count the configs of ds_configs/ladder instead")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override the config")
+    parser.add_argument("--roofline", metavar="DEVICE", help="predict a step's time by part on a device: H200, ...")
+    parser.add_argument("--batch", type=int, metavar="B", help="examples of a rank (its share of data.batch_size)")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     arguments = parser.parse_args()
     if arguments.ladder == (arguments.config is not None):
         raise UserError("give one of --config C.json and --ladder")
     if arguments.ladder and arguments.set:
         raise UserError("--set goes with --config: the published figures are those of the ladder as it is")
+    if arguments.ladder and arguments.roofline:
+        raise UserError("--roofline goes with --config: a prediction is one of a config and a batch")
+    if arguments.batch is not None and (arguments.roofline is None or arguments.batch < 1):
+        raise UserError(f"--batch {arguments.batch}: expected at least 1, beside --roofline DEVICE")
     if arguments.ladder:
         count_ladder(arguments.json)
+    elif arguments.roofline:
+        show_roofline(arguments.config, arguments.set, arguments.roofline, arguments.batch, arguments.json)
     else:
         count_one(arguments.config, arguments.set, arguments.json)
 
@@ -58,6 +69,34 @@ def resolved(path: Path, overrides: list[str] | None = None) -> ModelSpec:
     """The model of a config; its data need not be here where it names a schema."""
     config = load_config(path, overrides)
     return resolve(config, schema_of(config.data))
+
+
+def show_roofline(path: Path, overrides: list[str], device: str, batch: int | None, in_json: bool) -> None:
+    """A predicted step, by part; the import takes seconds, which counting alone need not wait for."""
+    from megarec.planning import roofline
+
+    config = load_config(path, overrides)
+    spec = resolve(config, schema_of(config.data))
+    step = roofline.predict_step(config, spec, device, batch)
+    if in_json:
+        print(json.dumps({**as_json(spec.cost), "roofline": step.as_json()}))
+        return
+    table = Table(show_footer=True)
+    table.add_column("part", "step")
+    table.add_column("ms", f"{1e3 * step.seconds:,.2f}", justify="right")
+    table.add_column("bound by")
+    for title in ("GFLOP", "GB", "launches"):
+        table.add_column(title, justify="right")
+    table.add_column("ms, fused", f"{1e3 * step.fused_seconds:,.2f}", justify="right")
+    for name, part in step.parts.items():
+        numbers = f"{part.flop / 1e9:,.1f}", f"{part.bytes / 1e9:,.2f}", f"{part.launches:,}"
+        table.add_row(name, f"{1e3 * part.seconds:,.2f}", part.bound, *numbers, f"{1e3 * part.fused_seconds:,.2f}")
+    Console().print(table)
+    known = roofline.DEVICES[device]
+    print(f"PREDICTED, NOT MEASURED: {step.examples:,} examples a rank, {step.ranks} ranks of one host, {device}")
+    print(f"{step.examples / step.seconds:,.0f} examples/s a rank, MFU {step.mfu:.1%}; fused {step.fused_mfu:.1%}")
+    print(f"{known.gemm:.0f} TFLOP/s in 16 bits, {known.memory:.2f} TB/s, link {known.link:.0f} GB/s: {known.source}")
+    print("fused: each run of operations that only move memory as one kernel, which is what a compiler could reach")
 
 
 def cost_table(title: str, parts: Parts) -> Table:

@@ -127,7 +127,7 @@ class _Loader:
         schema: the features of its batches.
         batch_size: examples of a global batch, over all ranks; `share` of them are this rank's.
         prefetch: batches prepared ahead in a background thread.
-        pin_memory: hand out page-locked batches (needs CUDA).
+        pin_memory: hand out batches in one page-locked buffer each (needs CUDA).
 
     Raises:
         UserError: the ranks do not divide the batch size.
@@ -164,7 +164,7 @@ class _Loader:
         numeric, ids, labels = self.store.gather(rows)
         keys = torch.from_numpy(example_keys(rows, self.seed, epoch))
         batch = Batch(numeric, ids, labels, keys, valid)
-        return batch.pin_memory() if self.pin_memory else batch
+        return batch.in_one_buffer(pinned=True) if self.pin_memory else batch
 
 
 class TrainLoader(_Loader):

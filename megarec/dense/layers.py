@@ -1,4 +1,4 @@
-"""Interaction layers recomputed (activation checkpointing) and compiled.
+"""Interaction layers recomputed (activation checkpointing), compiled, and with fused kernels on a GPU.
 
 What a layer keeps for its backward pass, and what it computes again:
 
@@ -9,11 +9,13 @@ What a layer keeps for its backward pass, and what it computes again:
 The numbers do not change: dropout masks are functions of the examples' keys, not of a random state.
 
 torch.compile fuses LayerNorm, ReLU, dropout, copies and conversions. The products themselves stay with their
-libraries. The projection has blocks and a backward pass of its own, and tensor-parallel MLPs wait for messages in
-theirs: both stay as they are, and what lies between them is compiled.
+libraries. Tensor-parallel MLPs wait for messages, and on a CPU the projection goes through the batch in blocks: both
+stay as they are, and what lies between them is compiled. On an accelerator the projection is in the graph, so that its
+copies fuse with what stands around them and a layer without tensor parallelism is one graph.
 """
 
 import functools
+import importlib
 import os
 import shutil
 from collections.abc import Callable
@@ -28,7 +30,7 @@ from megarec.config.sections import DenseConfig
 from megarec.dense.settings import settings_of
 from megarec.dense.tensor_parallel import TensorParallelMLP
 from megarec.errors import UserError
-from megarec.models.cpu_gemm import fast_cpu_gemm
+from megarec.models.cpu_gemm import fast_cpu_gemm, in_blocks
 from megarec.models.projection import Projection
 from megarec.models.wukong import InteractionLayer
 
@@ -41,6 +43,43 @@ _PRODUCTS = frozenset(
         torch.ops.aten.baddbmm.default,
     }
 )
+
+
+def fuse_layers(model: nn.Module, use_fused: bool, section: dict[str, Any], device: torch.device) -> str:
+    """Let interaction layers with a static Y use Triton's kernels (models/fused_fm.py) where they can run, in place.
+
+    Args:
+        use_fused: take them where they are there.
+        section: the DeepSpeed config.
+        device: where the model will run.
+
+    Returns:
+        A sentence for the log: what was taken and why.
+    """
+    layers = [module for module in model.modules() if isinstance(module, InteractionLayer) and module.static]
+    why_not = "train.fused_kernels=torch"
+    if use_fused:
+        why_not = _why_not_fused(layers, settings_of(section).dtype, device)
+    if why_not:
+        return f"plain FM: {why_not}"
+    fused_fm = importlib.import_module("megarec.models.fused_fm")
+    for layer in layers:
+        fused_fm.fuse(layer)
+    return f"FM and LayerNorm in Triton kernels, in {len(layers)} layers"
+
+
+def _why_not_fused(layers: list[InteractionLayer], dtype: torch.dtype, device: torch.device) -> str:
+    if not layers:
+        return "no interaction layer has a static Y"
+    if device.type != "cuda":
+        return f"Triton's kernels are for GPUs, this is a {device.type}"
+    if dtype == torch.float32:
+        return "in fp32 Triton multiplies without tensor cores"
+    try:
+        importlib.import_module("triton").runtime.driver.active.get_current_target()
+    except Exception as error:  # not installed, or without what it needs: a C compiler, headers, a driver
+        return f"Triton does not start ({' '.join(str(error).split())})"
+    return ""
 
 
 def compile_layers(model: nn.Module, dense: DenseConfig, section: dict[str, Any], device: torch.device) -> None:
@@ -60,9 +99,10 @@ def compile_layers(model: nn.Module, dense: DenseConfig, section: dict[str, Any]
     # Each layer's dropouts have numbers of their own, and each is compiled for training and for evaluation; beyond
     # its limit dynamo would run them uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(layers))
+    opaque = (Projection, TensorParallelMLP) if in_blocks(device) else (TensorParallelMLP,)
     for layer in layers:
         for part in layer.modules():
-            if isinstance(part, (Projection, TensorParallelMLP)):
+            if isinstance(part, opaque):
                 part.forward = torch.compiler.disable(part.forward)  # type: ignore[method-assign]
         layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
 

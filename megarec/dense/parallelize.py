@@ -15,10 +15,11 @@ from torch import nn
 from megarec.config.sections import RunConfig
 from megarec.dense.engine import base_learning_rate, build_engine, prepare_deepspeed
 from megarec.dense.groups import ModelParallelUnit, model_parallel_unit, set_deepspeed_groups
-from megarec.dense.layers import compile_layers, recompute_layers
+from megarec.dense.layers import compile_layers, fuse_layers, recompute_layers
+from megarec.dense.replicated import replicated_average
 from megarec.dense.settings import check_precision, refusals_of_deepspeed, settings_of
 from megarec.dense.side import DenseSide
-from megarec.dense.tensor_parallel import average_replicated_gradients, shard_mlps
+from megarec.dense.tensor_parallel import shard_mlps
 from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
 from megarec.models.initial import fill_initial, initialize, materialize, with_memory
@@ -72,6 +73,7 @@ def parallelize(
     tensor = Channel("tensor", topology.tensor, topology.rank % topology.tensor_size, topology.tensor_size, ledger)
     prepare_deepspeed()
     shard_mlps(model, tensor)
+    fused = fuse_layers(model, config.train.fused_kernels == "auto", config.deepspeed, device)
     compile_layers(model, config.dense, config.deepspeed, device)
     recompute_layers(model, config.dense.recompute)
     mpu = model_parallel_unit(topology)
@@ -79,6 +81,6 @@ def parallelize(
     set_deepspeed_groups(topology, mpu, config.deepspeed)
     with refusals_of_deepspeed():
         materialize_and_fill(model, config.train.seed, device, config.deepspeed, mpu)
-    average_replicated_gradients(model, tensor)
     engine, reason = build_engine(model, config, topology, mpu)
-    return DenseSide(engine, topology, base_learning_rate(engine, config), reason)
+    average = replicated_average(engine, tensor)
+    return DenseSide(engine, topology, base_learning_rate(engine, config), f"{reason}; {fused}", average)

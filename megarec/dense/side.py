@@ -6,7 +6,7 @@
 Nothing outside of this folder knows DeepSpeed. Everything else that a run asks of its engine is asked here.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ class DenseResult:
     Attributes:
         logits: [B].
         losses: mean loss of each micro-batch.
-        gradient: [B, columns], of the embeddings: that of the mean over the *global* batch.
+        gradient: [B, columns], of the embeddings: that of the mean over this rank's examples; may be part of a wider
+            matrix.
     """
 
     logits: Tensor
@@ -59,15 +60,24 @@ class DenseSide:
     Args:
         engine: DeepSpeed's, around the model.
         learning_rate: the base rate that the schedule scales.
-        optimizer_reason: which optimizer was taken and why, for the log.
+        reason: which optimizer and which kernels were taken and why, for the log.
+        average_replicated: called after the last backward pass of a step (dense/replicated.py); collective.
 
     Attributes:
         monitor: TensorBoard and the like, as the deepspeed section says.
     """
 
-    def __init__(self, engine: Any, topology: Topology, learning_rate: float, optimizer_reason: str) -> None:
-        self.engine, self.learning_rate, self.optimizer_reason = engine, learning_rate, optimizer_reason
+    def __init__(
+        self,
+        engine: Any,
+        topology: Topology,
+        learning_rate: float,
+        reason: str,
+        average_replicated: Callable[[], None],
+    ) -> None:
+        self.engine, self.learning_rate, self.reason = engine, learning_rate, reason
         self._topology = topology
+        self._average_replicated = average_replicated
         self.monitor = Monitor(engine.monitor)
 
     @property
@@ -91,11 +101,11 @@ class DenseSide:
 
         Args:
             batch: B examples of this rank; B x the number of ranks is the global batch.
-            values: [B, columns], their embeddings; cut off here, so that accumulation divides only the dense work.
+            values: [B, columns], their embeddings.
         """
         engine, accumulation = self.engine, self.accumulation
         engine.train()
-        leaf = values.detach().requires_grad_()
+        gradients: list[Tensor] = []
         size = batch.size // accumulation
         scale = self.loss_scale() or 1.0
         logits, losses = [], []
@@ -103,14 +113,14 @@ class DenseSide:
             if micro:
                 engine.step()  # not at the boundary: it only counts
             rows = slice(micro * size, (micro + 1) * size)
-            out = engine(batch.numeric[rows], leaf if accumulation == 1 else leaf[rows], batch.keys[rows])
+            out = engine(batch.numeric[rows], keep_gradient(values[rows], gradients), batch.keys[rows])
             loss = binary_cross_entropy_with_logits(out, batch.labels[rows])
             backward(engine, loss)
             logits.append(out.detach())
             losses.append(loss.detach())
-        assert leaf.grad is not None
-        # A rank's gradient is that of its own mean loss; the objective is the mean over the global batch.
-        return DenseResult(torch.cat(logits), losses, leaf.grad.div_(scale * self._topology.world_size))
+        self._average_replicated()
+        gradient = gradients[0] if accumulation == 1 else torch.cat(gradients)
+        return DenseResult(torch.cat(logits), losses, gradient if scale == 1.0 else gradient / scale)
 
     def apply(self, want_norm: bool = False) -> DenseUpdate:
         """One optimizer step; collective.
@@ -210,3 +220,25 @@ class DenseSide:
                 yield name, is_sharded(parameter), parameter
         for name, suffix, tensor in masters.unsharded_states(self.engine, self._topology):
             yield f"{name}/{suffix}", is_sharded(parameters[name]), tensor
+
+
+def keep_gradient(values: Tensor, kept: list[Tensor]) -> Tensor:
+    """Embeddings for the dense model, whose gradient is appended to `kept` as it arrives.
+
+    A leaf of autograd would copy a gradient that is part of a wider matrix, as that of X_0 is.
+    """
+    anchor = torch.empty(0, requires_grad=True)  # what makes autograd come back here
+    handed: Tensor = _KeepGradient.apply(anchor, values, kept)
+    return handed
+
+
+class _KeepGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, values: Tensor, kept: list[Tensor]) -> Tensor:
+        ctx.kept = kept
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ctx.kept.append(grads[0])
+        return None, None, None

@@ -8,7 +8,8 @@ section 4.2.2, with the batch where they have the sequence).
 
 Every rank's loss is the mean over its own examples, and DeepSpeed averages gradients over the data group alone. So
     sharded parameters see the examples of all T ranks of the tensor group: their gradient is divided by T,
-    replicated parameters see other examples on every rank of it: their gradient is averaged over the tensor group.
+    replicated parameters see other examples on every rank of it: their gradient is averaged over the tensor group
+    (dense/replicated.py).
 
 Shape suffixes: B examples of this rank, G = T x B examples of the tensor group, I inputs, O outputs; i = I / T and
 o = O / T are this rank's columns.
@@ -23,13 +24,12 @@ from torch import Tensor, nn
 from megarec.distributed.collectives import (
     Channel,
     all_gather_rows,
-    all_reduce_mean,
     all_to_all_with_grad,
     reduce_scatter_rows,
 )
 from megarec.errors import UserError
 from megarec.models.blocks import MLP, KeyedDropout
-from megarec.models.cpu_gemm import fast_cpu_gemm
+from megarec.models.cpu_gemm import fast_cpu_gemm, scaled_product
 from megarec.slices import ParameterShard
 
 
@@ -54,9 +54,8 @@ class _ColumnParallel(torch.autograd.Function):
         with fast_cpu_gemm(dy_Go.device, dy_Go.dtype):
             if ctx.needs_input_grad[0]:
                 scattering = reduce_scatter_rows(dy_Go @ weight_oI, channel, "gradients", "backward")
-            scaled_Go = dy_Go / channel.size
-            dweight_oI = scaled_Go.T @ _finished(gathering)
-        dbias_o = scaled_Go.sum(0) if ctx.has_bias else None
+            dweight_oI = scaled_product(dy_Go.T, _finished(gathering), 1 / channel.size)
+        dbias_o = dy_Go.sum(0).div_(channel.size) if ctx.has_bias else None
         return _finished(scattering) if scattering else None, dweight_oI, dbias_o, None
 
 
@@ -75,7 +74,7 @@ class _RowParallel(torch.autograd.Function):
         dy_GO = _finished(all_gather_rows(grads[0], ctx.channel, "gradients", "backward"))
         with fast_cpu_gemm(dy_GO.device, dy_GO.dtype):
             dx_Gi = dy_GO @ weight_Oi
-            dweight_Oi = dy_GO.T @ (x_Gi / ctx.channel.size)
+            dweight_Oi = scaled_product(dy_GO.T, x_Gi, 1 / ctx.channel.size)
         return dx_Gi, dweight_Oi, None
 
 
@@ -229,17 +228,3 @@ def _inputs(mlp: MLP) -> int:
     first = mlp.linears[0]
     assert isinstance(first, nn.Linear)
     return first.in_features
-
-
-def average_replicated_gradients(model: nn.Module, channel: Channel) -> None:
-    """Average the gradients of replicated parameters over the tensor group, as the backward pass makes them.
-
-    Call after the parameters have their memory; DeepSpeed's own hooks then see the average.
-    """
-    if channel.size == 1:
-        return
-    for parameter in model.parameters():
-        if not is_sharded(parameter):
-            parameter.register_hook(
-                lambda gradient: all_reduce_mean(gradient, channel, "replicated gradients", "backward")
-            )

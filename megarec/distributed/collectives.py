@@ -130,7 +130,7 @@ def build_channel(
 
 
 class WireDtypes(NamedTuple):
-    """In which types numbers travel; they are float32 before and after."""
+    """In which types embeddings and their gradients travel."""
 
     forward: torch.dtype = torch.float32
     backward: torch.dtype = torch.float32
@@ -208,21 +208,39 @@ def reduce_scatter_rows(
     return own, work
 
 
-def all_reduce_mean(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Tensor:
-    """The mean over the ranks, summed in float32, in the tensor's own type; no gradient."""
-    return all_reduce_sum(tensor, channel, purpose, direction).div(channel.size).to(tensor.dtype)
+def all_reduce_mean_(
+    tensors: Sequence[Tensor], channel: Channel, purpose: str, direction: Direction = "forward"
+) -> None:
+    """Replace every tensor by its mean over the ranks, summed in float32: one message for all of them; no gradient.
+
+    Args:
+        tensors: contiguous; of the same sizes, in the same order, on every rank.
+    """
+    if channel.size == 1 or not tensors:
+        return
+    views = [tensor.view(-1) for tensor in tensors]
+    flat = torch.empty(sum(len(view) for view in views), dtype=torch.float32, device=tensors[0].device)
+    parts = flat.split([len(view) for view in views])
+    torch._foreach_copy_(parts, views)
+    _all_reduce(flat, channel, purpose, direction)
+    flat.div_(channel.size)
+    torch._foreach_copy_(views, parts)
 
 
 def all_reduce_sum(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Tensor:
     """The sum over the ranks, in float32, the same to the last bit on all of them; no gradient."""
     total = tensor.float() if tensor.dtype != torch.float32 else tensor.clone()
-    if channel.size == 1:
-        return total
+    if channel.size > 1:
+        _all_reduce(total, channel, purpose, direction)
+    return total
+
+
+def _all_reduce(total: Tensor, channel: Channel, purpose: str, direction: Direction) -> None:
+    """Sum a tensor over the ranks, in place."""
     dist.all_reduce(total, group=channel.group)
     kept = total.numel() * total.element_size() // channel.size  # a ring: reduce-scatter, then all-gather
     across = 2 * sum(channel.remote) * kept
     _record(channel, f"all_reduce {purpose}", total, direction, 2 * (channel.size - 1) * kept, 2 * kept, across)
-    return total
 
 
 def _record(channel: Channel, op: str, tensor: Tensor, direction: Direction, sent: int, kept: int, across: int) -> None:
@@ -241,22 +259,15 @@ class _AllToAll(torch.autograd.Function):
         input_sizes: Sequence[int],
         channel: Channel,
         purpose: str,
-        messages: WireDtypes,
     ) -> Tensor:
-        ctx.sizes, ctx.channel, ctx.purpose, ctx.dtype = (
-            (output_sizes, input_sizes),
-            channel,
-            purpose,
-            messages.backward,
-        )
-        return all_to_all(tensor.to(messages.forward), output_sizes, input_sizes, channel, purpose).to(tensor.dtype)
+        ctx.sizes, ctx.channel, ctx.purpose = (output_sizes, input_sizes), channel, purpose
+        return all_to_all(tensor, output_sizes, input_sizes, channel, purpose)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         output_sizes, input_sizes = ctx.sizes
-        message = grads[0].contiguous().to(ctx.dtype)
-        grad = all_to_all(message, input_sizes, output_sizes, ctx.channel, ctx.purpose, "backward")
-        return grad.to(grads[0].dtype), None, None, None, None, None
+        grad = all_to_all(grads[0].contiguous(), input_sizes, output_sizes, ctx.channel, ctx.purpose, "backward")
+        return grad, None, None, None, None
 
 
 def all_to_all_with_grad(
@@ -265,12 +276,11 @@ def all_to_all_with_grad(
     input_sizes: Sequence[int],
     channel: Channel,
     purpose: str,
-    messages: WireDtypes = FP32,
 ) -> Tensor:
     """`all_to_all` that gradients flow back through, the reverse way."""
     if channel.size == 1:
         return tensor
-    result: Tensor = _AllToAll.apply(tensor.contiguous(), output_sizes, input_sizes, channel, purpose, messages)
+    result: Tensor = _AllToAll.apply(tensor.contiguous(), output_sizes, input_sizes, channel, purpose)
     return result
 
 

@@ -46,6 +46,13 @@ _OTHER_LOSS = re.compile(
     r"[Ff]ailed to recv, got 0 bytes|NCCL.*(?:remote|peer)"
 )
 
+# A kernel that failed is told of by whatever is called next, and often far from it.
+_OF_KERNEL = re.compile(r"device-side assert|illegal memory access|unspecified launch failure|misaligned address")
+AGAIN = (
+    "; the kernel that failed may be an earlier one: run again with CUDA_LAUNCH_BLOCKING=1 and "
+    "FBGEMM_TBE_BOUNDS_CHECK_MODE=0, which show the kernel, and whether an id lies outside of its table"
+)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -152,7 +159,8 @@ def outcome_of(error: Exception) -> Outcome:
     elif _OTHER_LOSS.search(f"{type(error).__name__}: {text}"):
         cause = f"lost the connection to another rank in {place}: {text}"
     else:
-        return this_rank(FAILURE_EXIT, f"{type(error).__name__}: {text} in {place}")
+        again = AGAIN if _OF_KERNEL.search(text) else ""
+        return this_rank(FAILURE_EXIT, f"{type(error).__name__}: {text[: _LONGEST // 2]} in {place}{again}")
     return this_rank(FAILURE_EXIT, cause, lost=True)
 
 

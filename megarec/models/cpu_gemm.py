@@ -29,26 +29,31 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if _is_slow(x.device, x.dtype) else x
 
 
+def in_blocks(device: torch.device) -> bool:
+    """Whether the batch is cut into blocks for the cache, of a CPU; elsewhere it is taken whole."""
+    return device.type == "cpu"
+
+
 def example_blocks(x: Tensor) -> list[slice]:
-    """The batch [B, ...] cut into blocks that fit a CPU's cache and divide among its threads; elsewhere one block."""
+    """The batch [B, ...] cut into blocks that fit a CPU's cache and divide among its threads."""
     batch = len(x)
     block = batch
-    if x.device.type == "cpu" and x.numel():
+    if x.numel():
         fitting, threads = CACHE_BYTES // (4 * (x.numel() // batch)), torch.get_num_threads()
         block = max(1, -(-fitting // threads)) * threads
     return [slice(start, start + block) for start in range(0, batch, block)] if batch else []
 
 
+def scaled_product(a_MK: Tensor, b_KN: Tensor, scale: float) -> Tensor:
+    """`scale` x A B, without a scaled copy of either."""
+    if _is_slow(a_MK.device, a_MK.dtype):
+        return (a_MK.float() @ b_KN.float()).mul_(scale).to(a_MK.dtype)
+    return torch.addmm(a_MK.new_empty(1), a_MK, b_KN, beta=0, alpha=scale)
+
+
 def summed_products(a_BMD: Tensor, b_BND: Tensor) -> Tensor:
-    """Sum over the examples of a block of A B^T: [M, N]."""
-    if a_BMD.device.type == "cpu":  # a block is small, and its products in the cache
-        return torch.bmm(a_BMD, b_BND.mT).sum(0)
-    return flat_summed_products(a_BMD, b_BND)
-
-
-def flat_summed_products(a_BMD: Tensor, b_BND: Tensor) -> Tensor:
-    """The same as one GEMM over copies that put the examples side by side."""
-    return a_BMD.transpose(0, 1).flatten(1) @ b_BND.transpose(1, 2).flatten(0, 1)
+    """Sum over the examples of a block of A B^T, [M, N]; a block is small, and its products stay in the cache."""
+    return torch.bmm(a_BMD, b_BND.mT).sum(0)
 
 
 def _is_slow(device: torch.device, dtype: torch.dtype) -> bool:

@@ -97,7 +97,8 @@ class InputLayer(nn.Module):
         embedded = self.dropout(embedded, keys)
         parts = []
         if self.full_columns or self.small_mlp is None:  # [B, 0] of numeric features alone: the gradient has its shape
-            parts.append(embedded[:, : self.full_columns])
+            # A slice of all columns would cost a copy of its gradient.
+            parts.append(embedded if self.full_columns == self.width else embedded[:, : self.full_columns])
         if self.small_mlp is not None:
             parts.append(self.small_mlp(embedded[:, self.full_columns :], keys))
         if self.numeric_mlp is not None:

@@ -98,7 +98,11 @@ class FactorizationMachineBlock(nn.Module):
     def forward(self, x_BND: Tensor, projected: Tensor | None, keys: Tensor | None) -> Tensor:
         """X and, static Y: FM(X) [B, N, K]; attentive: the compressed X [B, C, D]; full: None -> [B, F, D]."""
         interactions = self._interact(x_BND, projected, keys)
-        return self.mlp(self.norm(interactions.flatten(1)), keys).unflatten(1, (self.sizes.num_fm, self.dim))
+        return self.of_normalised(self.norm(interactions.flatten(1)), keys)
+
+    def of_normalised(self, interactions: Tensor, keys: Tensor | None) -> Tensor:
+        """LayerNorm(flatten(FM(X))) -> [B, F, D]."""
+        return self.mlp(interactions, keys).unflatten(1, (self.sizes.num_fm, self.dim))
 
     def _interact(self, x_BND: Tensor, projected: Tensor | None, keys: Tensor | None) -> Tensor:
         """FM(X): [B, N, K], or [B, N, N] when full."""
@@ -112,7 +116,14 @@ class FactorizationMachineBlock(nn.Module):
 
 
 class InteractionLayer(nn.Module):
-    """One Wukong layer, post-norm: LayerNorm(concat(FMB(X), LCB(X)) + residual(X))."""
+    """One Wukong layer, post-norm: LayerNorm(concat(FMB(X), LCB(X)) + residual(X)).
+
+    Attributes:
+        interact: makes (X, the maps of X by name, FMB(X)) of (this layer, X, keys): `interact`, or what stands in for
+            it (fused_fm.py).
+    """
+
+    interact: Callable[["InteractionLayer", Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor], Tensor]]
 
     def __init__(self, sizes: LayerSizes, config: WukongConfig, layer_norm: LayerNormFactory) -> None:
         super().__init__()
@@ -125,13 +136,19 @@ class InteractionLayer(nn.Module):
         )
         self.fmb = FactorizationMachineBlock(sizes, config, layer_norm)
         self.norm = layer_norm(config.dim, config.bias)
+        self.interact = interact
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, M, D]."""
-        projected, fm_BNK = self.projection(x_BND, interact=self.static)
-        fmb_BFD = self.fmb(x_BND, fm_BNK if self.static else projected.get("fm"), keys)
+        x_BND, projected, fmb_BFD = self.interact(self, x_BND, keys)
         both_BMD = torch.cat([fmb_BFD, projected["lcb"]], dim=1)
         return self.norm(both_BMD.add_(projected.get("residual", x_BND)))
+
+
+def interact(layer: InteractionLayer, x_BND: Tensor, keys: Tensor | None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """X [B, N, D] itself, the maps of X by name, and FMB(X) [B, F, D], in plain torch."""
+    projected, *fm_BNK = layer.projection(x_BND, interact=layer.static)
+    return x_BND, projected, layer.fmb(x_BND, fm_BNK[0] if layer.static else projected.get("fm"), keys)
 
 
 class Wukong(nn.Module):

@@ -3,7 +3,9 @@
 Parts: `parameters`, `gradients`, `optimizer` and `step` of the dense side and its `communication` (zero.py);
 `activations`, what a micro-batch saves for its backward pass; `tables`, the rank's shards with their optimizer state;
 `towers`, the rank's tower modules with gradients, optimizer state and what a step saves for their backward pass.
-`communication` holds the exchange's buffers as well.
+`communication` holds the exchange's buffers as well. `runtime` is what an accelerator's libraries take of its memory
+(held_memory.py). `snapshot` is what a checkpoint copies of the rank into the machine's memory, page-locked where there
+is an accelerator: no part of the total, which a run reaches before its first one.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,8 @@ from megarec.dense.memory import Parts, saved_activations
 from megarec.dense.tensor_parallel import shard_mlps
 from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
-from megarec.planning.zero import dense_parts, zero_of
+from megarec.planning.held_memory import runtime_bytes
+from megarec.planning.zero import MASTER, dense_parts, zero_of
 from megarec.run.fits import activation_bytes
 from megarec.run.spec import ModelSpec
 from megarec.sparse.layout import EmbeddingLayout
@@ -26,6 +29,7 @@ from megarec.sparse.towers.modules import TowerModules
 from megarec.sparse.towers.replicas import resolve_optimizer
 from megarec.sparse.towers.sizes import ResolvedTowers
 
+CPU = torch.device("cpu")
 MODEL_STATES = ("parameters", "gradients", "optimizer")
 
 
@@ -35,6 +39,8 @@ def predict(
     topology: Topology,
     micro_batch: int,
     shards: Sequence[Shard] | None = None,
+    device: torch.device = CPU,
+    connected: bool = True,
 ) -> Parts:
     """Predicted bytes of a rank, by part; see `with_totals`.
 
@@ -43,6 +49,8 @@ def predict(
         topology: the job and the rank; its groups are not looked at.
         micro_batch: examples of the rank in one micro-batch.
         shards: where all tables lie; None: as the config places them.
+        device: where the rank computes.
+        connected: whether NCCL connects its groups, which a rehearsal's do not.
 
     Raises:
         UserError: ranks and tables do not fit together.
@@ -51,11 +59,14 @@ def predict(
         shards = place_run(config, spec.layout, spec.towers, topology)
     own = [shard for shard in shards if shard.rank == topology.rank]
     zero = zero_of(config, topology)
-    parts = dense_parts(parameter_sizes(spec, topology), zero)
+    sizes = parameter_sizes(spec, topology)
+    parts = dense_parts(sizes, zero)
     parts["communication"] += exchange_bytes(spec.layout, shards, micro_batch * zero.accumulation, topology)
     parts["activations"] = activation_bytes(config, spec, micro_batch)
     parts["tables"] = table_bytes(own, config.embedding)
     parts["towers"] = tower_bytes(config, spec.towers, micro_batch * zero.accumulation, topology)
+    parts["runtime"], parts["cached"] = runtime_bytes(topology, device, connected), 0
+    parts["snapshot"] = MASTER * (1 + zero.moments) * sum(sizes) // zero.ranks + parts["tables"]
     return parts
 
 
@@ -67,7 +78,8 @@ def with_totals(parts: Parts) -> Parts:
     states = sum(parts[name] for name in MODEL_STATES)
     moment = max(parts["activations"] + parts["communication"], parts["step"])
     sparse = parts["tables"] + parts["towers"]
-    return {**parts, "model_states": states, "total": states + sparse + moment + parts.get("process", 0)}
+    outside = parts.get("process", 0) + parts.get("runtime", 0)
+    return {**parts, "model_states": states, "total": states + sparse + moment + outside}
 
 
 def parameter_sizes(spec: ModelSpec, topology: Topology) -> list[int]:

@@ -4,15 +4,13 @@ The other ranks are torch's fake process group (fake_job.py). Everything of this
 layers under tensor parallelism and ZeRO, its tables, the engine, the exchange. What arrives from other ranks is made
 up, and so are the examples: a rehearsal measures memory, operations and collectives. Losses would mean nothing.
 
-Memory is that of this process and machine (Linux).
+Memory is that of this process where it computes: the accelerator's, or the machine's (held_memory.py).
 """
 
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -20,17 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from megarec.checkpoint.sparse import tables_written, towers_written
 from megarec.config.sections import RunConfig
 from megarec.data.batch import Batch, Ids
 from megarec.data.schema import Schema
 from megarec.dense.masters import optimizer_of
 from megarec.dense.memory import Parts, saved_activations
 from megarec.dense.side import DenseSide
-from megarec.distributed.process import give_back_freed_memory, start_process
+from megarec.distributed.process import give_back_freed_memory, rank_device, start_process
 from megarec.distributed.topology import Topology, build_topology, check_divides, check_job
 from megarec.errors import UserError
 from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.planning.fake_job import fake_job
+from megarec.planning.held_memory import available_bytes, forget_peak, peak_parts, resident_bytes
 from megarec.planning.memory import MODEL_STATES, with_totals
 from megarec.planning.recorder import CollectiveRecorder
 from megarec.planning.shrink import Fit, fit
@@ -40,10 +40,6 @@ from megarec.training.profiling import StepTimer
 from megarec.training.step import train_step
 
 LONGEST_LIST = 5  # a list holds 0 .. 5 ids, as the synthetic data do
-_CGROUPS = (  # limit and use, versions 2 and 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 STEPS = 3  # ZeRO-3 learns the order of the modules in the first step and checks it in the second
 
 
@@ -70,27 +66,6 @@ def make_batch(schema: Schema, size: int, seed: int) -> Batch:
     )
 
 
-def available_bytes() -> int:
-    """What this process can still take: the machine's available memory, or less where a cgroup sets a limit."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    for limit, used in ((Path(limit), Path(used)) for limit, used in _CGROUPS):
-        if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-            free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
-
-
-def resident_bytes() -> int:
-    """What this process holds now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def peak_resident_bytes() -> int:
-    """The most that this process ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 @dataclass(frozen=True)
 class Rehearsal:
     """What one rank did in its last step, beside what was predicted.
@@ -98,7 +73,8 @@ class Rehearsal:
     Attributes:
         fit: what was rehearsed.
         peak: measured bytes by part, as planning/memory.py names them; `process` is the interpreter with its
-            libraries, `total` the process's peak of resident memory.
+            libraries, and `total` the peak of the process's resident memory; on an accelerator of its allocator, with
+            the `runtime`, beside which `cached` was held in vain.
         predicted: the same, predicted for what was rehearsed; `predicted_real`: for the run's own batch and tables.
         executed_flop, counted_flop: of this rank, by torch's counter and by run/cost.py.
         collectives: of this rank; see planning/recorder.py.
@@ -127,20 +103,23 @@ def rehearse(config: RunConfig, schema: Schema, hosts: int, ranks_per_host: int,
     started = time.perf_counter()
     check_ranks(config, hosts, ranks_per_host, rank)
     bare = Topology(rank, hosts * ranks_per_host, ranks_per_host, config.parallel.tensor)
-    fitted = fit(config, schema, bare, available_bytes())
+    device = rank_device()
+    fitted = fit(config, schema, bare, available_bytes(device), device)
     with fake_job(rank, hosts * ranks_per_host):
         device = start_process(config)
         give_back_freed_memory()  # what a run keeps for speed would count as in use here
         topology = build_topology(ranks_per_host, config.parallel.tensor)
-        process = resident_bytes()
+        process = resident_bytes() if device.type == "cpu" else 0
+        forget_peak(device)
         model = build_model(fitted.config, fitted.spec, topology, device, fitted.shards)
         peak, flop, collectives = run_steps(fitted, model, topology, device)
+        peak |= {**peak_parts(device, process), "snapshot": _snapshot_bytes(fitted, model, topology)}
     peak |= {"model_states": sum(peak[part] for part in MODEL_STATES)}
     examples = fitted.micro_batch * model.dense.accumulation
     return Rehearsal(
         topology=topology,
         fit=fitted,
-        peak={**peak, "process": process, "total": peak_resident_bytes()},
+        peak=peak,
         predicted=with_totals({**fitted.predicted, "process": process}),
         predicted_real=with_totals({**fitted.predicted_real, "process": process}),
         executed_flop=flop,
@@ -149,6 +128,14 @@ def rehearse(config: RunConfig, schema: Schema, hosts: int, ranks_per_host: int,
         choices=model.choices,
         wall_seconds=time.perf_counter() - started,
     )
+
+
+def _snapshot_bytes(fitted: Fit, model: Model, topology: Topology) -> int:
+    """What a checkpoint would copy of this rank."""
+    pieces = model.dense.written() + tables_written(model.sparse, fitted.spec.layout, topology)
+    if model.sparse.modules is not None:
+        pieces += towers_written(model.sparse.modules, topology, fitted.config.parallel.exchange)
+    return sum(piece.tensor.nbytes for piece in pieces)
 
 
 def check_ranks(config: RunConfig, hosts: int, ranks_per_host: int, rank: int) -> None:

@@ -2,20 +2,24 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from megarec.config.deepspeed import MONITORS, micro_batch_size
 from megarec.config.sections import RunConfig
 from megarec.data.schema import Schema
 from megarec.dense.memory import Parts
 from megarec.distributed.topology import Topology
 from megarec.errors import UserError
-from megarec.planning.memory import predict, with_totals
+from megarec.planning.memory import CPU, predict, with_totals
 from megarec.run.cost import Cost
 from megarec.run.spec import ModelSpec, resolve
 from megarec.sparse.placement import Shard, even_ranges, split_by_rows
 from megarec.sparse.run_placement import place_run
 from megarec.sparse.tables.optimizers import table_bytes
 
-STEP_FLOP = 250e9  # a step of some seconds on a CPU that does 50 GFLOP/s: a rank has as many examples as that allows
+# A step of some seconds on a CPU that does 50 GFLOP/s, and of one second on an accelerator: a rank has as many examples
+# as that allows.
+STEP_FLOP, STEP_FLOP_OF_ACCELERATOR = 250e9, 5e14
 CUT_TABLES = 2**30  # bytes that the tables of a rank are cut to where they do not fit
 BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu")
 
@@ -44,13 +48,13 @@ class Fit:
     predicted_real: Parts
 
 
-def fit(config: RunConfig, schema: Schema, topology: Topology, available: int) -> Fit:
+def fit(config: RunConfig, schema: Schema, topology: Topology, available: int, device: torch.device = CPU) -> Fit:
     """Choose examples by the cost of a step, and cut the tables only where the rank would not fit into memory.
 
     Args:
         config: every size explicit or derived by `model.scale`.
         topology: the job and the rank; its groups are not looked at.
-        available: bytes that this process may still take.
+        available: bytes that this process may still take, where it computes.
 
     Raises:
         UserError: batch, ranks and tables do not fit together, or the rank does not fit even with cut tables.
@@ -59,19 +63,20 @@ def fit(config: RunConfig, schema: Schema, topology: Topology, available: int) -
     cost, config = spec.cost, config.model_copy(update={"model": spec.sizes})
     real = micro_batch_size(config, topology.world_size)
     accumulation = config.deepspeed.get("gradient_accumulation_steps", 1)
-    affordable = int(STEP_FLOP // (cost.flop * accumulation))
+    flop = STEP_FLOP if device.type == "cpu" else STEP_FLOP_OF_ACCELERATOR
+    affordable = int(flop // (cost.flop * accumulation))
     micro = max(1, min(real, affordable))
     small = _with_batch(config, micro * accumulation * topology.world_size)
 
     shards = place_run(config, spec.layout, spec.towers, topology)
-    predicted_real = predict(config, spec, topology, real, shards)
-    predicted = predict(small, spec, topology, micro, shards)
+    predicted_real = predict(config, spec, topology, real, shards, device)
+    predicted = predict(small, spec, topology, micro, shards, device, connected=False)
     rows = None
     if with_totals(predicted)["total"] > available:
         rows = longest(shards, topology.rank, small, CUT_TABLES)
         schema, shards = cut_schema(schema, rows), cut_shards(shards, rows)
         spec = resolve(small, schema)
-        predicted = predict(small, spec, topology, micro, shards)
+        predicted = predict(small, spec, topology, micro, shards, device, connected=False)
         _check_fits(predicted, available, topology)
     return Fit(cost, small, schema, spec, shards, micro, real, rows, predicted, predicted_real)
 

@@ -14,6 +14,7 @@ from megarec.data.schema import Schema, Split, load_schema, select_features
 from megarec.data.store import open_split
 from megarec.dense.engine import layer_norm_factory
 from megarec.dense.parallelize import parallelize
+from megarec.dense.settings import settings_of
 from megarec.dense.side import DenseSide
 from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes
 from megarec.distributed.process import describe_device, threads_that_pay
@@ -178,6 +179,8 @@ def build_model(
         towers=towers,
         tower_optimizer=None if isinstance(module, IdentityTowerConfig) else resolve_optimizer(module, config.dense),
         messages=WireDtypes(*(MESSAGE_TYPES[name] for name in config.parallel.messages)),
+        # fp16 is too narrow for the gradients of embeddings, which are of the type of the embeddings.
+        dtype=torch.bfloat16 if settings_of(config.deepspeed).dtype is torch.bfloat16 else torch.float32,
         ids=separate_groups(topology) if overlaps(config, topology, device) else None,
         shards=place_run(config, layout, towers, topology) if shards is None else shards,
     )
@@ -189,7 +192,7 @@ def build_model(
         f"model: {spec.sizes.name}, {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters, "
         f"{cost.flop / 1e9:.4f} training GFLOP/example",
         *spec.reasons,
-        f"dense: ZeRO {dense.zero_stage}, optimizer {dense.optimizer_reason}; {norm_reason}",
+        f"dense: ZeRO {dense.zero_stage}, optimizer {dense.reason}; {norm_reason}",
         *(explain(config, layout, towers, topology).lines() if shards is None else ()),
         *sparse.describe(),
     )

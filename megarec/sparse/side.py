@@ -16,8 +16,15 @@ from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch, Ids
 from megarec.distributed.collectives import FP32, Ledger, WireDtypes, build_channel
 from megarec.distributed.topology import Topology
-from megarec.sparse.exchange.group import Distributed, TableGroup
-from megarec.sparse.exchange.tower_exchange import TowerExchange, canonical_assembly, tower_order_assembly
+from megarec.sparse.exchange.group import Distributed, Pooling, TableGroup
+from megarec.sparse.exchange.regroup import Scattered
+from megarec.sparse.exchange.tower_exchange import (
+    Back,
+    Change,
+    TowerExchange,
+    canonical_assembly,
+    tower_order_assembly,
+)
 from megarec.sparse.layout import EmbeddingLayout, Feature
 from megarec.sparse.placement import Shard
 from megarec.sparse.run_placement import at_most_ten, layouts_by_host, on_host, place_shards
@@ -30,10 +37,9 @@ class StepLookup:
     """What one step looked up, and the way back of its gradient: `backward`, then `apply` or `skip`.
 
     Args:
-        values: float32 [B, columns], what the dense model sees of this rank's examples: [B, layout.width], or the
-            columns that the tower modules emit.
-        pooled: what came out of the tables; `values` itself where there are no tower modules.
-        leaf: what the tower modules took in, in the place of `pooled`; None: there are none, or no gradients.
+        pooling: its values [B, columns] are what the dense model sees of this rank's examples: [B, layout.width], or
+            the columns that the tower modules emit.
+        leaf: what the tower modules took in; None: there are none, or no gradients.
         ids: what was looked up.
         features: whose columns those of `leaf`, else of `values`, are.
         modules: the tower modules of this rank.
@@ -41,35 +47,29 @@ class StepLookup:
 
     def __init__(
         self,
-        values: Tensor,
-        pooled: Tensor,
+        pooling: Pooling,
         leaf: Tensor | None,
         ids: Distributed,
         features: tuple[Feature, ...],
         modules: TowerReplicas | None,
     ) -> None:
-        self.values = values
-        self._pooled, self._leaf, self._ids, self._features, self._modules = pooled, leaf, ids, features, modules
-        self._gradient: Tensor | None = None  # of `pooled`
+        self.values = pooling.values
+        self._pooling, self._leaf, self._ids, self._features, self._modules = pooling, leaf, ids, features, modules
+        self._made: Scattered | None = None
 
     def backward(self, gradient: Tensor) -> None:
-        """The gradients of tower modules; changes nothing; collective.
+        """The gradients of tower modules and of what the ranks sent; changes nothing; collective.
 
         Args:
-            gradient: [B, columns], of the mean over the *global* batch: that of the rank's own mean, divided by the
-                number of ranks.
+            gradient: [B, columns], of the mean over this rank's examples; that of the mean over the global batch is
+                made of it here.
         """
-        if self._leaf is None:
-            self._gradient = gradient
-            return
-        self.values.backward(gradient)
-        assert self._leaf.grad is not None
-        self._gradient = self._leaf.grad
+        self._made = self._pooling.scatter(gradient)
 
     def apply(self) -> None:
         """The gradients of tables, and the change of tables and tower modules; collective."""
-        assert self._gradient is not None, "backward comes first"
-        self._pooled.backward(self._gradient)
+        assert self._made is not None, "backward comes first"
+        self._pooling.update(self._made.blocks)
         if self._modules is not None:
             self._modules.update()
 
@@ -78,13 +78,18 @@ class StepLookup:
         if self._modules is not None:
             self._modules.skip()
 
+    def gradient_total(self) -> Tensor:
+        """Float32 scalar, finite only if every element of the gradient that `backward` took is."""
+        assert self._made is not None, "backward comes first"
+        return self._made.total
+
     def gradients(self) -> dict[str, Tensor]:
         """What `backward` has made, by name: the gradients of this rank's tower modules, not yet summed over their
         replicas, and of the embeddings that the modules take in."""
-        if self._modules is None:
+        if self._modules is None or self._leaf is None:
             return {}
-        assert self._gradient is not None, "backward comes first"
-        return self._modules.gradients() | {"embeddings before the tower modules": self._gradient}
+        assert self._leaf.grad is not None, "backward comes first"
+        return self._modules.gradients() | {"embeddings before the tower modules": self._leaf.grad}
 
     def looked_up(self, batch: Batch) -> tuple[Tensor, tuple[Feature, ...], Mapping[str, Ids]]:
         """What came out of the tables, to tell which of them is at fault.
@@ -98,7 +103,7 @@ class StepLookup:
             its peers as well; without, those of this rank's examples.
         """
         if self._leaf is None:
-            return self.values.detach(), self._features, batch.ids
+            return self.values, self._features, batch.ids
         return self._leaf.detach(), self._features, self._ids.ids
 
 
@@ -112,6 +117,7 @@ class SparseSide:
         towers: features by tower, and the sizes of their modules.
         tower_optimizer: of the modules; None when there are none.
         messages: in which types embeddings and their gradients travel.
+        dtype: of the embeddings that the dense model sees: the type in which it computes, or float32.
         ids: the topology with groups of its own for ids (`separate_groups`), so that `distribute` may run in a thread
             while other messages travel; None: ids share the groups.
         shards: where the tables lie, all of them (`place_run`); None: as the config places them, no table replicated by
@@ -135,10 +141,12 @@ class SparseSide:
         towers: ResolvedTowers = NO_TOWERS,
         tower_optimizer: TowerOptimizer | None = None,
         messages: WireDtypes = FP32,
+        dtype: torch.dtype = torch.float32,
         ids: Topology | None = None,
         shards: tuple[Shard, ...] | None = None,
     ) -> None:
         self._layout, self._topology, self._l2, self._rate = layout, topology, config.l2, config.learning_rate
+        self._dtype = dtype
         self._exchange: TowerExchange | None = None
         world, tower, peer = (build_channel(topology, name, ledger, ids) for name in ("world", "tower", "peer"))
         parts = layouts_by_host(layout, topology, exchange, towers)
@@ -147,11 +155,11 @@ class SparseSide:
             self._group = TableGroup(parts[0], self.shards, config, world, blocks=1, messages=messages, device=device)
         else:
             outputs = [part.width for part in parts]
-            assembly = canonical_assembly(layout, parts)
+            assembly = canonical_assembly(layout, parts, device)
             if towers.towers is not None and towers.modules is not None:
                 of_host = [towers.towers.of_host(host, topology.hosts) for host in range(topology.hosts)]
                 outputs = [towers.modules.output_columns(held) for held in of_host]
-                assembly = tower_order_assembly(outputs)
+                assembly = tower_order_assembly(outputs, device)
             self._exchange = TowerExchange(
                 parts, on_host(self.shards, topology), config, tower=tower, peer=peer, outputs=outputs,
                 assembly=assembly, messages=messages, device=device,
@@ -174,40 +182,53 @@ class SparseSide:
         """Look up, pool and send back (TorchRec's lookup and output_dist); collective.
 
         With gradients enabled the lookup carries the update: its `backward`, then its `apply` or `skip` must follow.
-        Without, nothing is recorded.
         """
-        cut: list[tuple[Tensor, Tensor]] = []
+        leaf: Tensor | None = None
 
-        def change(pooled: Tensor) -> Tensor:
-            """What happens to looked-up embeddings before they go on."""
-            pooled = self._with_l2(pooled)
-            if self.modules is None or not torch.is_grad_enabled():
-                return pooled if self.modules is None else self.modules(pooled)
-            # Cut before the modules: their gradients must be there, and found good, before any table changes.
-            leaf = pooled.detach().requires_grad_()
-            cut.append((pooled, leaf))
-            return self.modules(leaf)
+        def change(pooled: Tensor) -> tuple[Tensor, Back]:
+            """What happens to looked-up embeddings before they go on, and to their gradient on its way back."""
+            nonlocal leaf
+            if self.modules is None:
+                return pooled, lambda gradient: self._add_l2(gradient, pooled)
+            if not torch.is_grad_enabled():
+                return self.modules(pooled), lambda gradient: gradient
+            leaf = pooled.requires_grad_()
+            made = self.modules(leaf)
+            return made, lambda gradient: self._add_l2(_through(made, leaf, gradient), pooled.detach())
 
-        values = change(self._group.pool(ids)) if self._exchange is None else self._exchange.pool(ids, change)
-        pooled, leaf = cut[0] if cut else (values, None)
+        if self._exchange is not None:
+            pooling = self._exchange.pool(ids, change, self._dtype, self._topology.world_size)
+        elif self.modules is None and not self._l2:
+            pooling = self._group.pool(ids, self._dtype, self._topology.world_size)
+        else:
+            pooling = self._changed(self._group.pool(ids), change)
         features = (self._layout if leaf is None else self._group.layout).features
-        return StepLookup(values, pooled, leaf, ids, features, self.modules)
+        return StepLookup(pooling, leaf, ids, features, self.modules)
 
     def look_up(self, batch: Batch) -> StepLookup:
         """`distribute` and `forward`."""
         return self.forward(self.distribute(batch))
 
-    def _with_l2(self, pooled: Tensor) -> Tensor:
+    def _changed(self, inner: Pooling, change: Change) -> Pooling:
+        """The flat exchange, with tower modules or L2 behind it."""
+        made, back = change(inner.values)
+
+        def scatter(gradient: Tensor) -> Scattered:
+            total = gradient.sum(dtype=torch.float32)
+            return Scattered(inner.scatter(back(gradient.float() / self._topology.world_size)).blocks, total)
+
+        return Pooling(made.detach().to(self._dtype), scatter, inner.update)
+
+    def _add_l2(self, gradient: Tensor, pooled: Tensor) -> Tensor:
         """Adds l2 x mean over the global batch of |e|^2 to the objective, by its gradient 2 l2 e / global batch.
 
         On the looked-up embeddings, so that it acts on every backend: FBGEMM ignores its own weight decay on CPUs.
         """
-        if self._l2 and pooled.requires_grad:
-            looked_up = pooled.detach()
-            peers = self._topology.hosts if self._exchange is not None else 1
-            global_batch = pooled.shape[0] // peers * self._topology.world_size
-            pooled.register_hook(lambda gradient: gradient.add(looked_up, alpha=2 * self._l2 / global_batch))
-        return pooled
+        if not self._l2:
+            return gradient
+        peers = self._topology.hosts if self._exchange is not None else 1
+        global_batch = pooled.shape[0] // peers * self._topology.world_size
+        return gradient.float().add(pooled, alpha=2 * self._l2 / global_batch)
 
     def scale_learning_rate(self, factor: float) -> None:
         """Set the rates of tables and tower modules to `factor` x their base rates."""
@@ -251,3 +272,10 @@ class SparseSide:
         return at_most_ten(lines) + [
             f"tables: {', '.join(at_most_ten(tables))} in {reason}" for reason, tables in reasons.items()
         ]
+
+
+def _through(made: Tensor, leaf: Tensor, gradient: Tensor) -> Tensor:
+    """Back through the tower modules, which keep the gradients of their weights."""
+    made.backward(gradient.to(made.dtype))
+    assert leaf.grad is not None
+    return leaf.grad

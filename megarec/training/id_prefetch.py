@@ -137,15 +137,20 @@ def _first(batches: Iterator[Batch]) -> list[Batch]:
 
 
 def _keep_for(stream: Any, value: Any) -> None:
-    """Tell the allocator that a stream uses these tensors, which were made in another."""
+    """Tell the allocator that a stream uses tensors made in another: once for each piece of memory."""
+    for tensor in {tensor.untyped_storage().data_ptr(): tensor for tensor in _tensors(value)}.values():
+        tensor.record_stream(stream)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        value.record_stream(stream)
+        yield value
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            _keep_for(stream, getattr(value, field.name))
+            yield from _tensors(getattr(value, field.name))
     elif isinstance(value, dict):
         for item in value.values():
-            _keep_for(stream, item)
+            yield from _tensors(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            _keep_for(stream, item)
+            yield from _tensors(item)

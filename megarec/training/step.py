@@ -46,8 +46,9 @@ class StepTensors:
     made: DenseResult
 
 
-Check = Callable[[StepTensors], str | None]
-"""Says why a step must not be applied, the same on all ranks, or None."""
+Check = Callable[[StepTensors], Callable[[], str | None]]
+"""Asks all ranks about a step. What it returns waits for their answers, and says why the step must not be applied, the
+same on all ranks, or None."""
 
 
 def train_step(
@@ -58,9 +59,9 @@ def train_step(
     timer: StepTimer,
     ids: Distributed | None = None,
     after_lookup: Callable[[], object] = lambda: None,
-    after_dense: Callable[[], object] = lambda: None,
+    meanwhile: Callable[[], object] = lambda: None,
     want_norm: bool = False,
-    check: Check = lambda tensors: None,
+    check: Check = lambda tensors: lambda: None,
 ) -> StepResult:
     """One optimizer step over the rank's part of the global batch.
 
@@ -68,8 +69,8 @@ def train_step(
         batch: B examples of this rank; B x the number of ranks is the global batch.
         ids: those of the batch, where they are with the owners of the tables already.
         after_lookup: called once the embeddings are here.
-        after_dense: called once the dense backward pass is made, on an accelerator: queued. One of the two starts the
-            next batch's ids on their way.
+        meanwhile: called once the backward passes are made, on an accelerator: queued, and the check is asked but not
+            answered. One of the two starts the next batch's ids on their way.
         want_norm: return the norm of the dense gradient; at ZeRO 0 in fp32 it costs a pass over the gradients.
         check: asked once; collective.
     """
@@ -78,11 +79,13 @@ def train_step(
     after_lookup()
     with timer.part("dense"):
         made = dense.forward_backward(batch, lookup.values)
-    after_dense()
     with timer.part("exchange"):
-        lookup.backward(made.gradient)  # tower modules; nothing has changed yet
+        lookup.backward(made.gradient)  # tower modules, messages; nothing has changed yet
     with timer.part("check"):
-        cause = check(StepTensors(batch, lookup, made))
+        answer = check(StepTensors(batch, lookup, made))
+    meanwhile()
+    with timer.part("check"):
+        cause = answer()
     with timer.part("optimizer"):
         update = dense.apply(want_norm) if cause is None else dense.skip(cause)
     with timer.part("exchange"):

@@ -290,7 +290,7 @@ class Trainer:
                 timer=timer,
                 ids=ids,
                 after_lookup=start_next if self.prefetcher.threaded else lambda: None,
-                after_dense=start_next,
+                meanwhile=start_next,
                 want_norm=due,
                 check=self.step_check,
             )

@@ -141,6 +141,22 @@ def test_a_batch_moves_as_a_whole(store: Store) -> None:
     assert moved.valid == batch.valid
 
 
+def test_a_batch_in_one_buffer_is_the_same_batch(store: Store) -> None:
+    batch = next(train(store).batches(0))
+    packed = batch.in_one_buffer(pinned=False)
+    assert packed.buffer is not None
+    storage = packed.buffer.untyped_storage().data_ptr()
+    assert packed.to(torch.device("meta")).keys.is_meta
+    for copy in (packed, packed.to(torch.device("cpu"))):
+        for mine, its in ((copy.numeric, batch.numeric), (copy.labels, batch.labels), (copy.keys, batch.keys)):
+            assert torch.equal(mine, its) and mine.dtype == its.dtype
+            assert mine.untyped_storage().data_ptr() == storage
+        for name, ids in batch.ids.items():
+            assert torch.equal(copy.ids[name].values, ids.values)
+            assert (copy.ids[name].lengths is None) == (ids.lengths is None)
+            assert ids.lengths is None or torch.equal(copy.ids[name].lengths, ids.lengths)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
 def test_pinned(store: Store) -> None:
     batch = next(TrainLoader(store, SCHEMA, **arguments(0, 1) | {"pin_memory": True}).batches(0))

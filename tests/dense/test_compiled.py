@@ -1,5 +1,7 @@
 """Compiled interaction layers: the same losses as one process, and clear refusals."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from megarec.config.sections import DenseConfig
 from megarec.dense.layers import compile_layers
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
+from megarec.models import projection
 from megarec.models.recommender import build_over_arch
 from megarec.models.wukong import Wukong
 from megarec.parity.cases import COMPILE, Case
@@ -42,6 +45,23 @@ def test_off_changes_nothing() -> None:
     model = build_over_arch(6, 1, WUKONG)
     compile_layers(model, DenseConfig(), {"zero_optimization": {"stage": 3}}, torch.device("cpu"))
     assert not any("forward" in vars(layer) for layer in model.modules())
+
+
+@pytest.mark.parametrize("variant", [{}, {"fm": "full"}, {"projection": "attentive"}, {"bias": False}], ids=str)
+def test_an_accelerator_sees_a_layer_as_one_graph(variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward pass without a graph break, and the numbers of the layer as it is; no code is generated."""
+    monkeypatch.setattr(projection, "in_blocks", lambda device: False)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = Wukong(7, WUKONG.model_copy(update={**variant, "dropout": 0.1})).layers[0].double()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (layer, compiled):
+        x = torch.linspace(-1, 1, 3 * 7 * 4, dtype=torch.float64).view(3, 7, 4).requires_grad_()
+        y = function(x, torch.arange(3))
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    for plain, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain)
 
 
 @pytest.mark.slow

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 from megarec.config.load import load_config
-from megarec.dense import tensor_parallel
 from megarec.dense.groups import secondary_partitions
+from megarec.dense.replicated import replicated_average
+from megarec.dense.tensor_parallel import is_sharded
+from megarec.distributed.collectives import Channel
 from megarec.distributed.process import start_process
 from megarec.distributed.rank_pool import RankPool
 from megarec.distributed.topology import Topology
+from megarec.parity.cases import OFFLOAD
 from megarec.parity.reference import ReferenceStep, reference_steps
 from megarec.parity.run import BASE, write_base
 from megarec.run.build import build_run
@@ -77,6 +81,38 @@ def test_the_gradient_norm_in_bf16(
     assert found[:2] == pytest.approx([step.gradient_norm for step in reference[:2]], rel=2e-2)
 
 
+def messages_of_replicated_gradients(path: Path, overrides: list[str]) -> tuple[int, int, int]:
+    """Runs on every rank: (messages of STEPS steps, their bytes, elements of the replicated parameters)."""
+    config = load_config(path, overrides)
+    run = build_run(config, start_process(config))
+    for batch in list(run.train.batches(epoch=0))[:STEPS]:
+        train_step(run.dense, run.sparse, batch, timer=StepTimer(run.device))
+    rows = [row for row in run.ledger.rows() if row["op"] == "all_reduce replicated gradients"]
+    parameters = [p for p in run.dense.module.parameters() if not is_sharded(p)]
+    elements = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    return sum(row["calls"] for row in rows), sum(row["bytes"] for row in rows), elements
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_replicated_gradients_are_one_message_a_step(
+    stage: int, base: Path, rank_pool: Callable[[int], RankPool]
+) -> None:
+    """However many parameters and micro-batches; from ZeRO 1 on of this rank's partition alone."""
+    overrides = [TENSOR, f"deepspeed.zero_optimization.stage={stage}", "deepspeed.gradient_accumulation_steps=2"]
+    found = rank_pool(4).run(messages_of_replicated_gradients, base, overrides)
+    assert all(calls <= STEPS for calls, _, _ in found)
+    # A ring of two sends every element once. Two data ranks share the elements (stage 3 pads each parameter).
+    sent = [sum(found[rank][1] for rank in data) / (STEPS * 4 * found[0][2]) for data in ((0, 2), (1, 3))]
+    assert sent == pytest.approx([2, 2] if stage == 0 else [1, 1], rel=0.02)
+
+
+def test_offloaded_gradients_are_averaged_one_by_one(base: Path, rank_pool: Callable[[int], RankPool]) -> None:
+    """DeepSpeed takes their norm and moves them to the host during the backward pass."""
+    overrides = [TENSOR, "deepspeed.zero_optimization.stage=2", OFFLOAD]
+    calls = [calls for calls, _, _ in rank_pool(2).run(messages_of_replicated_gradients, base, overrides)]
+    assert calls[0] == calls[1] > STEPS
+
+
 def test_secondary_partitions_hold_ranks_of_one_host_and_one_place() -> None:
     topology = Topology(rank=0, world_size=16, ranks_per_host=8, tensor_size=2)
     assert secondary_partitions(topology, 4) == [[0, 2, 4, 6], [8, 10, 12, 14], [1, 3, 5, 7], [9, 11, 13, 15]]
@@ -84,22 +120,28 @@ def test_secondary_partitions_hold_ranks_of_one_host_and_one_place() -> None:
 
 
 def norms_without_marks(path: Path, overrides: list[str]) -> list[float]:
-    """The planted mistake: the shards do not carry DeepSpeed's mark when the engine is built."""
+    """The planted mistake: the shards do not carry DeepSpeed's mark when it takes the norm."""
 
-    def forget(model: object, channel: object) -> None:
-        average(model, channel)  # type: ignore[arg-type]
-        for parameter in model.parameters():  # type: ignore[attr-defined]
-            if tensor_parallel.is_sharded(parameter):
-                parameter.tensor_model_parallel = False
+    def forget(engine: Any, channel: Channel) -> Callable[[], None]:
+        average = replicated_average(engine, channel)
+        shards = [parameter for parameter in engine.module.parameters() if is_sharded(parameter)]
 
-    average = tensor_parallel.average_replicated_gradients
-    with patch("megarec.dense.parallelize.average_replicated_gradients", forget):
+        def average_and_forget() -> None:
+            for marked in (True, False):
+                for parameter in shards:
+                    parameter.tensor_model_parallel = marked
+                if marked:
+                    average()
+
+        return average_and_forget
+
+    with patch("megarec.dense.parallelize.replicated_average", forget):
         return norms(path, overrides)
 
 
 def norms_without_averaging(path: Path, overrides: list[str]) -> list[float]:
     """The planted mistake: replicated parameters keep the gradient of this rank's examples."""
-    with patch("megarec.dense.parallelize.average_replicated_gradients"):
+    with patch("megarec.dense.parallelize.replicated_average", lambda engine, channel: lambda: None):
         return norms(path, overrides)
 
 

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megarec.config.models import WukongConfig
 from megarec.dense.memory import saved_activations
-from megarec.dense.tensor_parallel import TensorParallelMLP, average_replicated_gradients, is_sharded, shard_mlps
-from megarec.distributed.collectives import Channel, Ledger
+from megarec.dense.tensor_parallel import TensorParallelMLP, is_sharded, shard_mlps
+from megarec.distributed.collectives import Channel, Ledger, all_reduce_mean_
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
 from megarec.models.blocks import MLP, number_dropouts
@@ -56,10 +56,11 @@ def of_the_group(hidden: list[int], options: dict[str, Any]) -> dict[str, Any]:
     materialize(model, CPU)
     initialize(model, seed=1)
     model.double()
-    average_replicated_gradients(model, channel())
     x = x.clone().requires_grad_()
     y = model[0](x, keys)
     ((y * upstream).sum() / len(x)).backward()  # a rank's loss is the mean over its own examples
+    replicated = [p.grad for p in model.parameters() if p.grad is not None and not is_sharded(p)]
+    all_reduce_mean_(replicated, channel(), "replicated gradients", "backward")
     gradients = {}
     for name, parameter in model.named_parameters():
         start, shape = shard_of(parameter).start, parameter.shape

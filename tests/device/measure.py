@@ -5,6 +5,7 @@ A process of its own: the simulated device takes the place of torch's private ba
 
 import json
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
 from megarec.config.models import WukongConfig
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch
-from megarec.dense.side import DenseResult
+from megarec.dense.side import DenseResult, keep_gradient
 from megarec.distributed.collectives import Ledger, WireDtypes, build_channel
 from megarec.distributed.topology import build_topology
 from megarec.models.initial import initialize, materialize
@@ -25,11 +26,12 @@ from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.run_placement import layouts_by_host, place_shards
 from megarec.sparse.side import SparseSide
 from megarec.sparse.tables import fbgemm_backend, local
-from megarec.sparse.tables.base import LocalIds, LocalShard, State
+from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State
 from megarec.sparse.towers.assignment import assign_towers
 from megarec.sparse.towers.sizes import NO_TOWERS, ResolvedTowers
 from megarec.training.faults.step_check import HealthGather
 from megarec.training.step import StepTensors
+from tests.device.glue import GLUE, glue_bytes
 from tests.device.simulated import DEVICE, simulated
 from tests.sparse.plain import LAYOUT, SEED, SINGLE_LAYOUT, global_batch
 
@@ -38,6 +40,8 @@ CASES: dict[str, tuple[EmbeddingLayout, dict[str, Any], dict[str, Any]]] = {
     "fused": (SINGLE_LAYOUT, {}, {}),
     "fused, lists": (LAYOUT, {}, {}),
     "fused, messages in 16 bits": (SINGLE_LAYOUT, {}, {"messages": WireDtypes(torch.float16, torch.bfloat16)}),
+    "triton": (SINGLE_LAYOUT, {"backend": "triton"}, {"messages": WireDtypes(torch.float16, torch.bfloat16)}),
+    "triton, lists": (LAYOUT, {"backend": "triton"}, {}),
     "torch": (SINGLE_LAYOUT, {"backend": "torch"}, {}),
     "torch, lists": (LAYOUT, {"backend": "torch"}, {}),
     "torch, fp16 weights": (LAYOUT, {"backend": "torch", "weights": "fp16"}, {}),
@@ -54,16 +58,15 @@ class FusedTables:
     def __init__(self, shards: list[LocalShard], config: EmbeddingConfig, device: torch.device) -> None:
         self._shards = shards
         self._weights = [torch.zeros(of.shard.rows, of.shard.columns, device=device) for of in shards]
-        self._anchor = torch.empty(0, requires_grad=True, device=device)
 
-    def forward(self, ids: LocalIds) -> Tensor:
+    def pool(self, ids: LocalIds) -> Pooled:
         slots = [weight for weight, of in zip(self._weights, self._shards, strict=True) for _ in of.slots]
         parts = [ids.part(slot, slot + 1) for slot in range(len(slots))]
         bags = [
             embedding_bag(p.values.long(), weight, p.offsets.long(), mode="sum", include_last_offset=True)
             for weight, p in zip(slots, parts, strict=True)
         ]
-        return torch.cat(bags, dim=1) + self._anchor.sum()
+        return Pooled(torch.cat(bags, dim=1), lambda gradient: None)
 
     def set_learning_rate(self, rate: float) -> None: ...
 
@@ -95,8 +98,7 @@ def measure(layout: EmbeddingLayout, embedding: dict[str, Any], options: dict[st
         initialize(model, SEED)
         health = HealthGather(model, build_channel(topology, "world", Ledger()), lambda: 0)
         for step in range(2):
-            seen.waits.clear()
-            seen.launches.clear()
+            seen.clear()
             one_step(sparse, model, health, global_batch(layout, EXAMPLES, step))
     waits = {f"{what} at {place}": count for (what, place), count in seen.waits.items()}
     return {"waits": waits, "launches": dict(seen.launches)}
@@ -105,16 +107,15 @@ def measure(layout: EmbeddingLayout, embedding: dict[str, Any], options: dict[st
 def one_step(sparse: SparseSide, model: Recommender, health: HealthGather, batch: Batch) -> None:
     """`megarec.training.step.train_step` without the engine, which does not run on the simulated device."""
     numeric = torch.ones(batch.size, 2)
-    batch = Batch(numeric, batch.ids, batch.labels, batch.keys, batch.valid).to(DEVICE)
+    batch = Batch(numeric, batch.ids, batch.labels, batch.keys, batch.valid).in_one_buffer(pinned=False).to(DEVICE)
     lookup = sparse.look_up(batch)
-    leaf = lookup.values.detach().requires_grad_()
-    logits = model(batch.numeric, leaf, batch.keys)
+    gradients: list[Tensor] = []
+    logits = model(batch.numeric, keep_gradient(lookup.values, gradients), batch.keys)
     loss = binary_cross_entropy_with_logits(logits, batch.labels)
     loss.backward()
-    assert leaf.grad is not None
-    lookup.backward(leaf.grad)
-    made = cast(DenseResult, SimpleNamespace(losses=[loss.detach()], gradient=leaf.grad))
-    health(StepTensors(batch, lookup, made))
+    lookup.backward(gradients[0])
+    made = cast(DenseResult, SimpleNamespace(losses=[loss.detach()], gradient=gradients[0]))
+    health(StepTensors(batch, lookup, made))()
     health.clear()
     lookup.apply()
 
@@ -122,5 +123,9 @@ def one_step(sparse: SparseSide, model: Recommender, health: HealthGather, batch
 if __name__ == "__main__":
     local._fbgemm_problem = lambda device: None  # type: ignore[assignment]
     fbgemm_backend.FbgemmTables = FusedTables  # type: ignore[assignment,misc]
-    names = sys.argv[1:] or list(CASES)
-    print(json.dumps({name: measure(*CASES[name]) for name in names}))
+    here = find_spec("triton") is not None
+    names = sys.argv[1:] or [name for name in CASES if here or not name.startswith("triton")]
+    measured: dict[str, Any] = {name: measure(*CASES[name]) for name in names}
+    if not sys.argv[1:]:
+        measured["glue"] = {name: glue_bytes(*case) for name, case in GLUE.items()}
+    print(json.dumps(measured))

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import megarec
+from megarec.kernels import launch
 
 _setup_privateuseone_for_python_backend("fakegpu")
 DEVICE = torch.device("fakegpu:0")
@@ -35,6 +36,8 @@ VIEWS = {
     "view", "_unsafe_view", "slice", "select", "split", "t", "transpose", "permute", "expand", "detach", "alias",
     "unsqueeze", "squeeze", "as_strided", "_reshape_alias", "split_with_sizes", "unbind", "chunk", "narrow", "unfold",
 }  # fmt: skip
+ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense"}
+ONLY_WRITE = {"copy_", "fill_", "zero_", "cat", "index_select"}  # with `out`, or in place
 NOT_IN_NCCL = (torch.int16, torch.bool, torch.complex64)
 
 
@@ -45,13 +48,27 @@ class Seen:
     Attributes:
         waits: (what, "file:line" in the package): how often the host would stand still.
         launches: kernels, "H2D" and "D2H" copies, collectives by name.
+        bytes: that kernels and collectives read and wrote: every tensor they were given, once, and what they made.
     """
 
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0
 
     def wait(self, what: str) -> None:
         self.waits[what, _place()] += 1
+
+    def clear(self) -> None:
+        self.waits.clear()
+        self.launches.clear()
+        self.bytes = 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is counted."""
+        before = self.waits.copy(), self.launches.copy(), self.bytes
+        yield
+        self.waits, self.launches, self.bytes = before
 
 
 _seen = Seen()
@@ -113,8 +130,20 @@ def simulated() -> Iterator[Seen]:
         _seen.launches["H2D"] += 1
         return SimulatedTensor(plain(data, **{**options, "device": "cpu"}))
 
-    with patch.object(torch, "tensor", tensor), _Mode():
+    with patch.object(torch, "tensor", tensor), patch.object(launch, "start", _start), _Mode():
         yield _seen
+
+
+def _start(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """A Triton kernel, interpreted."""
+    tensors = {id(argument): argument for argument in arguments if isinstance(argument, Tensor)}.values()
+    on_cpu = [tuple(tensor.shape) for tensor in tensors if not isinstance(tensor, SimulatedTensor)]
+    if on_cpu:
+        raise RuntimeError(f"kernel {kernel} was given CPU tensors {on_cpu} at {_place()}")
+    _seen.launches["kernels"] += 1
+    _seen.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    with torch.utils._python_dispatch._disable_current_modes():
+        kernel[(programs,)](*(a.on_cpu if isinstance(a, SimulatedTensor) else a for a in arguments), **options)
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
@@ -131,7 +160,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     _count_waits(packet, args, kwargs, on_device=bool(on_device), to_device=to_device, to_cpu=to_cpu)
     if to_device:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    if (on_device or to_device) and packet.__name__ not in VIEWS:
+    starts = (on_device or to_device) and packet.__name__ not in VIEWS
+    if starts:
         _seen.launches["kernels"] += 1
     wrappers: dict[int, SimulatedTensor] = {}  # an operation in place returns the tensor it was given
 
@@ -142,6 +172,10 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return value
 
     result = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
+    if func.namespace == "c10d":
+        _seen.bytes += _bytes(packet, tensors, ())  # output and input are both given
+    elif starts and packet.__name__ not in ALLOCATIONS:
+        _seen.bytes += _bytes(packet, tensors, result)
     stays = isinstance(args[0], SimulatedTensor) if packet is aten.copy_ else to_device or (on_device and not to_cpu)
 
     def wrap(value: Any) -> Any:
@@ -152,6 +186,16 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return SimulatedTensor(value) if stays else value
 
     return tree_map(wrap, result)
+
+
+def _bytes(packet: Any, tensors: list[Tensor], result: Any) -> int:
+    """Read and written; an operation in place reads what it writes, but for those that only write."""
+    made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+    given = [tensor.on_cpu if isinstance(tensor, SimulatedTensor) else tensor for tensor in tensors]
+    written = {id(tensor) for tensor in made}
+    only_written = packet.__name__ in ONLY_WRITE
+    read = [tensor for tensor in given if not (only_written and id(tensor) in written)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*read, *made])
 
 
 def _check_collective(name: str, tensors: list[Tensor]) -> None:

@@ -48,6 +48,15 @@ def test_a_fault_of_its_own_names_where_it_happened() -> None:
     assert outcome.cause.startswith("AttributeError: ") and " in launching/hosts.py:" in outcome.cause
 
 
+def test_a_kernel_that_failed_is_looked_for_by_another_run() -> None:
+    long = "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions. " * 40
+    outcome = outcome_of(RuntimeError(f"CUDA error: an illegal memory access was encountered\n{long}"))
+    assert not outcome.lost
+    assert outcome.cause.endswith("and whether an id lies outside of its table")
+    assert "CUDA_LAUNCH_BLOCKING=1 and FBGEMM_TBE_BOUNDS_CHECK_MODE=0" in outcome.cause
+    assert "LAUNCH_BLOCKING" not in outcome_of(RuntimeError("CUDA error: out of memory")).cause
+
+
 def fail(error: str, job: str | None) -> "subprocess.CompletedProcess[str]":
     code = f"""
 from megarec.errors import UserError

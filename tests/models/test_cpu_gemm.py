@@ -1,9 +1,11 @@
 """bf16 products through fp32: the product rounded to bf16, for values and gradients."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from megarec.dense.memory import saved_activations
+from megarec.models import cpu_gemm
 from megarec.models.cpu_gemm import _Float32Products, fast_cpu_gemm
 
 
@@ -62,3 +64,13 @@ def test_only_slow_cpus_need_it() -> None:
     assert isinstance(fast_cpu_gemm(torch.device("cpu"), torch.bfloat16), _Float32Products) == slow
     assert not isinstance(fast_cpu_gemm(torch.device("cuda"), torch.bfloat16), _Float32Products)
     assert not isinstance(fast_cpu_gemm(torch.device("cpu"), torch.float32), _Float32Products)
+
+
+def test_a_scaled_product_is_that_of_a_scaled_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(7, 5).to(dtype).T, torch.randn(7, 6).to(dtype)
+        assert torch.equal(cpu_gemm.scaled_product(a, b, 0.25), (a / 4) @ b)
+    exact = a.double() @ b.double() / 3
+    monkeypatch.setattr(cpu_gemm, "_is_slow", lambda device, dtype: dtype == torch.bfloat16)
+    torch.testing.assert_close(cpu_gemm.scaled_product(a, b, 1 / 3).double(), exact, rtol=2**-8, atol=1e-6)

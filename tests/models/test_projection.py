@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megarec.dense.memory import saved_activations
-from megarec.models import cpu_gemm
+from megarec.models import cpu_gemm, projection
 from megarec.models.projection import Projection, project
 
 
-def plain(x: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    projected = torch.einsum("on,bnd->bod", weight, x)
+def plain(x: Tensor, rank: int, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    projected = torch.einsum("on,bnd->bod", torch.cat(weights), x)
     return projected[:, rank:], torch.einsum("bnd,bkd->bnk", x, projected[:, :rank])
 
 
 def gradients(function: object, x: Tensor, weight: Tensor, rank: int, upstream: tuple[Tensor, Tensor]) -> list[Tensor]:
-    outputs = function(x, weight, rank)  # type: ignore[operator]
+    outputs = function(x, rank, *weight.tensor_split([1]))  # type: ignore[operator]
     loss = sum((out * up.to(out)).sum() for out, up in zip(outputs, upstream, strict=True))
     return [*outputs, *torch.autograd.grad(loss, (x, weight))]
 
@@ -64,12 +64,17 @@ def test_embeddings_that_lie_apart_in_memory() -> None:
             torch.testing.assert_close(mine, its)
 
 
-def test_one_gemm_over_all_examples_sums_as_the_blocks_do() -> None:
-    """What GPUs take; its shapes on the meta device, its numbers here."""
-    a, b = torch.randn(3, 4, 5).double(), torch.randn(3, 6, 5).double()
-    torch.testing.assert_close(cpu_gemm.summed_products(a, b), torch.einsum("bmd,bnd->mn", a, b))
-    torch.testing.assert_close(cpu_gemm.flat_summed_products(a, b), torch.einsum("bmd,bnd->mn", a, b))
-    assert cpu_gemm.summed_products(a.to("meta"), b.to("meta")).shape == (4, 6)
+@given(batch=st.integers(1, 5), n=st.integers(1, 9), rank=st.integers(0, 3), others=st.integers(1, 3))
+@settings(max_examples=50, deadline=None)
+def test_what_an_accelerator_does(batch: int, n: int, rank: int, others: int) -> None:
+    """The batch whole, W with padded rows; its numbers here."""
+    x, weight, upstream = case(batch, n, 4, rank, others)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(projection, "in_blocks", lambda device: False)
+        assert projection.stacked([weight]).stride(0) % 8 == 0
+        actual = gradients(project, x, weight, rank, upstream)
+    for mine, its in zip(actual, gradients(plain, x, weight, rank, upstream), strict=True):
+        torch.testing.assert_close(mine, its)
 
 
 def test_bf16_is_the_exact_result_rounded() -> None:
@@ -85,23 +90,23 @@ def test_bf16_is_the_exact_result_rounded() -> None:
 
 
 def test_what_a_layer_keeps_of_x_is_x_itself() -> None:
-    projection = Projection(40, lcb=2, fm=3, residual=4)
+    layer = Projection(40, lcb=2, fm=3, residual=4)
     x = torch.randn(50, 40, 16, requires_grad=True)
     kept: dict[str, int] = {}
     with saved_activations(kept):
-        projection(x, interact=True)
+        layer(x, interact=True)
     weights_and_y = 4 * (9 * 40 + 50 * 3 * 16)
     assert kept["bytes"] == x.nbytes + weights_and_y
 
 
 def test_parts_by_name() -> None:
     torch.manual_seed(0)
-    projection = Projection(5, lcb=2, fm=3, residual=None).double()
+    layer = Projection(5, lcb=2, fm=3, residual=None).double()
     x = torch.randn(4, 5, 6).double()
-    parts, none = projection(x)
-    assert none is None and list(parts) == ["lcb", "fm"]
-    interacted, fm = projection(x, interact=True)
-    assert list(interacted) == ["lcb"] and fm is not None
+    (parts,) = layer(x)
+    assert list(parts) == ["lcb", "fm"]
+    interacted, fm = layer(x, interact=True)
+    assert list(interacted) == ["lcb"]
     for part, name in ((parts["lcb"], "lcb"), (parts["fm"], "fm"), (interacted["lcb"], "lcb")):
-        torch.testing.assert_close(part, torch.einsum("on,bnd->bod", projection.get_parameter(name), x))
+        torch.testing.assert_close(part, torch.einsum("on,bnd->bod", layer.get_parameter(name), x))
     torch.testing.assert_close(fm, torch.bmm(x, parts["fm"].mT))

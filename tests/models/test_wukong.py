@@ -156,7 +156,7 @@ def test_signals_keep_their_size_through_the_layers() -> None:
     """Unit variance in: every projection's output has unit variance, whatever n is."""
     torch.manual_seed(0)
     for n in (10, 1000):
-        parts, _ = Projection(n, lcb=50, fm=60, residual=70)(torch.randn(100, n, 8))
+        (parts,) = Projection(n, lcb=50, fm=60, residual=70)(torch.randn(100, n, 8))
         for part, width in zip(parts.values(), (50, 60, 70), strict=True):
             assert part.shape == (100, width, 8)
             assert abs(part.var() - 1) < 0.2

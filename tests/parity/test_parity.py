@@ -47,7 +47,7 @@ def losses_with_wrong_gradient_scale(path: Path, overrides: list[str], steps: in
     device = start_process(config)
     run = build_run(config, device)
     run.dense.set_learning_rate(config.dense.learning_rate)
-    run.dense._topology = ONE_RANK  # by whose size the dense side divides
+    run.sparse._topology = ONE_RANK  # by whose size the exchange divides
     losses = []
     for batch in list(run.train.batches(epoch=0))[:steps]:
         result = train_step(run.dense, run.sparse, batch, timer=StepTimer(device))

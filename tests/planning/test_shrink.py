@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,8 +12,17 @@ from megarec.config.sections import RunConfig
 from megarec.data.schema import schema_of
 from megarec.distributed.topology import Topology
 from megarec.errors import UserError
-from megarec.planning.memory import with_totals
-from megarec.planning.rehearse import available_bytes, peak_resident_bytes, resident_bytes
+from megarec.planning.held_memory import (
+    CONNECTION,
+    CONTEXT,
+    WORKSPACE,
+    available_bytes,
+    forget_peak,
+    peak_parts,
+    peak_resident_bytes,
+    resident_bytes,
+)
+from megarec.planning.memory import CPU, with_totals
 from megarec.planning.shrink import CUT_TABLES, cut_shards, fit, longest
 from megarec.sparse.placement import Shard
 from megarec.sparse.tables.optimizers import table_bytes
@@ -82,5 +92,36 @@ def test_rows_that_ranks_share_are_shared_again() -> None:
 
 def test_memory_of_the_host() -> None:
     total = 1024 * int(Path("/proc/meminfo").read_text().split()[1])
-    assert 0 < available_bytes() <= total
+    assert 0 < available_bytes(CPU) <= total
     assert 2**20 < resident_bytes() <= peak_resident_bytes() + 2**20
+
+
+def test_a_rank_on_an_accelerator_has_its_own_batch() -> None:
+    found = fit(CONFIG, SCHEMA, JOB, PLENTY, torch.device("cuda", 0))
+    assert found.micro_batch == found.real_micro_batch
+    assert found.predicted["runtime"] == CONTEXT + WORKSPACE
+    assert found.predicted_real["runtime"] == CONTEXT + WORKSPACE + 3 * CONNECTION  # world, hosts, peers
+    totals = with_totals(found.predicted)
+    assert totals["total"] - found.predicted["runtime"] == with_totals({**found.predicted, "runtime": 0})["total"]
+
+
+def test_memory_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda with numbers of its own."""
+    device = torch.device("cuda", 0)
+    gib = 2**30
+    numbers = {
+        "mem_get_info": (90 * gib, 139 * gib),
+        "memory_reserved": 40 * gib,
+        "max_memory_reserved": 48 * gib,
+        "max_memory_allocated": 45 * gib,
+    }
+    for name, value in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda asked, value=value: value if asked == device else None)
+    reset: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    forget_peak(device)
+    forget_peak(CPU)
+    assert reset == [device]
+    assert available_bytes(device) == 90 * gib
+    assert peak_parts(device, 0) == {"process": 0, "runtime": 9 * gib, "cached": 3 * gib, "total": 54 * gib}
+    assert peak_parts(CPU, 5)["runtime"] == 0 and peak_parts(CPU, 5)["process"] == 5

@@ -54,11 +54,12 @@ def train(
     seen = []
     for step in range(first_step, steps):
         batch = slice_of(global_batch(layout, examples, step), rank, ranks)
-        embedded = sparse.look_up(batch).values
-        leaf = embedded.detach().requires_grad_()
+        lookup = sparse.look_up(batch)
+        leaf = lookup.values.clone().requires_grad_()
         loss(leaf, batch.keys).backward()
         assert leaf.grad is not None
-        embedded.backward(leaf.grad / ranks)
+        lookup.backward(leaf.grad)
+        lookup.apply()
         seen.append(leaf.detach())
     return Part(seen, sparse.state(), sparse.row_usage(), ledger.rows())
 

@@ -165,8 +165,9 @@ def test_learning_rate_acts_on_the_next_update() -> None:
             sparse = sparse_side(LAYOUT, config)
             sparse.scale_learning_rate(rate / config.learning_rate)
             before = sparse.state()["user/weight"][1].clone()
-            embedded = sparse.look_up(global_batch(LAYOUT, 8, step=0)).values
-            embedded.backward(torch.ones_like(embedded))
+            lookup = sparse.look_up(global_batch(LAYOUT, 8, step=0))
+            lookup.backward(torch.ones_like(lookup.values))
+            lookup.apply()
             changes.append(sparse.state()["user/weight"][1] - before)
         torch.testing.assert_close(changes[1], 3 * changes[0], rtol=1e-5, atol=1e-6)
         assert changes[0].abs().max() > 0.05
@@ -179,8 +180,9 @@ def test_l2_shrinks_what_was_looked_up(backend: str) -> None:
     sparse = sparse_side(SINGLE_LAYOUT, config)
     batch = global_batch(SINGLE_LAYOUT, 16, step=0)
     before = sparse.state()["user/weight"][1].clone()
-    embedded = sparse.look_up(batch).values
-    embedded.backward(torch.zeros_like(embedded))
+    lookup = sparse.look_up(batch)
+    lookup.backward(torch.zeros_like(lookup.values))
+    lookup.apply()
     counts = torch.bincount(batch.ids["user"].values, minlength=300).unsqueeze(1)
     expected = before * (1 - 0.5 * counts * 2 * 0.3 / 16)
     torch.testing.assert_close(sparse.state()["user/weight"][1], expected)
@@ -196,9 +198,11 @@ def test_order_within_a_list_does_not_matter(backend: str) -> None:
     results = []
     for ids in (batch.ids, backward):
         sparse = sparse_side(WEIGHTED_LAYOUT, config)
-        embedded = sparse.look_up(dataclasses.replace(batch, ids=ids)).values
-        embedded.backward(torch.ones_like(embedded))
-        results.append((embedded.detach(), sparse.state()["item/weight"][1]))
+        lookup = sparse.look_up(dataclasses.replace(batch, ids=ids))
+        embedded = lookup.values.clone()
+        lookup.backward(torch.ones_like(embedded))
+        lookup.apply()
+        results.append((embedded, sparse.state()["item/weight"][1]))
     assert any(not torch.equal(batch.ids[name].values, f.values) for name, f in backward.items())
     for forward, reverse in zip(*results, strict=True):
         torch.testing.assert_close(forward, reverse, rtol=1e-6, atol=1e-6)

@@ -1,5 +1,6 @@
 """Which backend holds which table, and that both backends do the same."""
 
+import importlib.util
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.errors import UserError
+from megarec.kernels.launch import triton_problem
 from megarec.sparse.layout import EmbeddingLayout, Feature, Table
 from megarec.sparse.lookups import plan_lookups
 from megarec.sparse.placement import place
@@ -130,7 +132,7 @@ def test_on_a_gpu_triton_holds_what_fbgemm_cannot(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(local, "_fbgemm_problem", lambda device: None)
-    monkeypatch.setattr(local, "_triton_problem", lambda device: None)
+    monkeypatch.setattr(local, "triton_problem", lambda device: None)
     assert on_gpu(one_table(1024))["t"].backend == "fbgemm"
     wide = "FBGEMM's CUDA kernels take at most 1024 columns, not 1028"
     assert on_gpu(one_table(1028))["t"] == local.Choice("triton", wide)
@@ -150,12 +152,12 @@ def test_on_a_gpu_a_missing_fbgemm_is_made_up_by_triton_or_is_loud(
 ) -> None:
     broken = "fbgemm_gpu cannot be imported (undefined symbol)"
     monkeypatch.setattr(local, "_fbgemm_problem", lambda device: broken)
-    monkeypatch.setattr(local, "_triton_problem", lambda device: None)
+    monkeypatch.setattr(local, "triton_problem", lambda device: None)
     assert set(on_gpu(LAYOUT).values()) == {local.Choice("triton", broken)}
     with pytest.raises(UserError, match=r"cannot hold table 'item': fbgemm_gpu cannot be imported"):
         on_gpu(LAYOUT, backend="fbgemm")
     assert not caplog.records
-    monkeypatch.setattr(local, "_triton_problem", lambda device: "Triton does not start (no compiler)")
+    monkeypatch.setattr(local, "triton_problem", lambda device: "Triton does not start (no compiler)")
     assert {choice.backend for choice in on_gpu(LAYOUT).values()} == {"torch"}
     assert f"SLOW TABLES: 5 tables are held by plain torch, because {broken}, and Triton does not start" in caplog.text
     with pytest.raises(UserError, match=r"cannot hold table 'item': Triton does not start \(no compiler\)"):
@@ -171,14 +173,29 @@ def test_on_a_cpu_auto_takes_no_triton(monkeypatch: pytest.MonkeyPatch, caplog: 
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "megarec.sparse.tables.triton_backend", None)  # importing it raises ImportError
-    local._triton_problem.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    triton_problem.cache_clear()
     try:
         assert choices(optimizer="sgd")["user"].backend == "fbgemm"
-        with pytest.raises(UserError, match=r"backend=\"triton\" cannot hold table 'item': triton cannot be imported"):
+        with pytest.raises(UserError, match=r"backend=\"triton\" cannot hold table 'item': triton is not installed"):
             choices(backend="triton")
     finally:
-        local._triton_problem.cache_clear()
+        triton_problem.cache_clear()
+
+
+def test_where_triton_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    try:
+        for device, without in (("cpu", "Triton has no kernels for CPUs"), ("cuda", "Triton does not start")):
+            triton_problem.cache_clear()
+            assert triton_problem(device) is None  # interpreted
+            triton_problem.cache_clear()
+            with monkeypatch.context() as patch:
+                patch.delenv("TRITON_INTERPRET")
+                problem = triton_problem(device)
+            assert torch.cuda.is_available() or (problem is not None and problem.startswith(without))
+    finally:
+        triton_problem.cache_clear()
 
 
 def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,8 +204,9 @@ def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: p
     class Module:
         def __init__(self, *_: object, **__: object) -> None: ...
 
-        def __call__(self, values: torch.Tensor, offsets: torch.Tensor, weights: None) -> None:
+        def __call__(self, values: torch.Tensor, offsets: torch.Tensor, weights: None) -> torch.Tensor:
             seen.append((values.dtype, offsets.dtype))
+            return torch.zeros(1, 16)
 
     monkeypatch.setattr(fbgemm_backend, "SplitTableBatchedEmbeddingBagsCodegen", Module)
     ids = LocalIds(torch.zeros(2, dtype=torch.int32), torch.arange(3, dtype=torch.int32), (1, 1), 1)
@@ -196,5 +214,20 @@ def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: p
         tables = (Table("a", rows, 8), Table("b", rows, 8))
         layout = EmbeddingLayout(8, tables, tuple(Feature(t.name, t.name, "sum", False, 0, 8) for t in tables), 2, 0)
         shards = group_lookups(plan_lookups(layout, place(layout, "table", 1), 2, fused={"a", "b"}).slots[0])
-        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).forward(ids)
+        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).pool(ids)
     assert seen == [(torch.int32, torch.int32), (torch.int64, torch.int64)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ids_are_checked_where_fbgemms_variable_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = EmbeddingLayout(4, (Table("t", 5, 4),), (Feature("t", "t", "sum", False, 0, 4),), 1, 0)
+    shards = group_lookups(plan_lookups(layout, place(layout, "table", 1), 1, fused={"t"}).slots[0])
+    outside = LocalIds(torch.tensor([1, 5]), torch.arange(3), (2,), 2)
+    monkeypatch.setenv(fbgemm_backend.BOUNDS_CHECK, "0")
+    with pytest.raises(RuntimeError, match="idx < num_rows"):
+        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).pool(outside)
+    monkeypatch.setenv(fbgemm_backend.BOUNDS_CHECK, "fatal")
+    with pytest.raises(UserError, match=r"FBGEMM_TBE_BOUNDS_CHECK_MODE='fatal': expected one of 0 \(fatal\), 1"):
+        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU)
+    monkeypatch.delenv(fbgemm_backend.BOUNDS_CHECK)
+    assert fbgemm_backend.bounds_check() is fbgemm_backend.BoundsCheckMode.NONE

@@ -91,7 +91,7 @@ def train(
         leaf = lookup.values.detach().requires_grad_()
         loss(leaf, batch.keys).backward()
         assert leaf.grad is not None
-        lookup.backward(leaf.grad / topology.world_size)
+        lookup.backward(leaf.grad)
         lookup.apply()
         seen.append(leaf.detach())
     return Outcome(seen, sparse.state(), ledger.rows())

@@ -13,11 +13,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from megarec.config.sections import EmbeddingConfig
+from megarec.kernels import tables as kernels
 from megarec.sparse.exchange import group
 from megarec.sparse.layout import EmbeddingLayout, Feature, Table
 from megarec.sparse.lookups import plan_lookups
 from megarec.sparse.placement import Shard, place
-from megarec.sparse.tables import triton_kernels
 from megarec.sparse.tables.base import LocalIds, LocalShard, Tables, group_lookups
 from megarec.sparse.tables.local import Choice
 from megarec.sparse.tables.torch_backend import TorchTables
@@ -98,13 +98,14 @@ def gradient_of(pooled: Tensor, occurrences: int) -> Tensor:
 def assert_same_step(plain: TorchTables, ours: TritonTables, ids: LocalIds) -> None:
     """One lookup and one update; float32 to 1e-6, 16-bit types to one of their units."""
     unit = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-    expected, found = plain.forward(ids), ours.forward(ids)
+    looked_up, pooled = plain.pool(ids), ours.pool(ids)
+    expected, found = looked_up.values, pooled.values
     torch.testing.assert_close(
         found, expected.to(found.dtype), rtol=unit[found.dtype], atol=max(1e-6, unit[found.dtype] * 1e-2)
     )
     gradient = gradient_of(found, ids.values.numel())
-    expected.backward(gradient.float())
-    found.backward(gradient)
+    looked_up.update(gradient)
+    pooled.update(gradient)
     state = ours.state()
     assert state.keys() == plain.state().keys()
     for name, (shard, tensor) in plain.state().items():
@@ -135,7 +136,7 @@ def cases(draw: st.DrawFn) -> tuple[list[tuple[int, int]], list[Slot]]:
     output=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     dtype=st.sampled_from([torch.int32, torch.int64]),
     weighted=st.booleans(),
-    piece=st.sampled_from([2, 4, triton_kernels.PIECE]),
+    piece=st.sampled_from([2, 4, kernels.PIECE]),
 )
 def test_a_step_is_that_of_the_torch_backend(
     case: tuple[list[tuple[int, int]], list[Slot]],
@@ -152,8 +153,8 @@ def test_a_step_is_that_of_the_torch_backend(
     config = EmbeddingConfig(optimizer=optimizer, weights=weights, learning_rate=0.1, eps=0.1)  # type: ignore[arg-type]
     plain, ours = pair(shards_of(sizes, slots), config, output)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_kernels, "PIECE", piece)  # so that few occurrences make a row a hot one
-        patch.setattr(triton_kernels, "UNROLL", 2)
+        patch.setattr(kernels, "PIECE", piece)  # so that few occurrences make a row a hot one
+        patch.setattr(kernels, "UNROLL", 2)
         for _ in range(2):
             assert_same_step(plain, ours, ids_of(slots, weighted, dtype))
 
@@ -167,7 +168,7 @@ def slot_of(table: int, counts: Sequence[int], seed: int) -> Slot:
 
 def test_rows_that_a_batch_meets_very_often() -> None:
     """As many times as one program sums, and more than twice as many."""
-    assert triton_kernels.PIECE == 256
+    assert kernels.PIECE == 256
     config = EmbeddingConfig(learning_rate=0.1, eps=0.1)
     slots = [slot_of(0, [1, 256, 0, 515], seed=1)]
     plain, ours = pair(shards_of([(4, 5)], slots), config, torch.float32)
@@ -176,8 +177,8 @@ def test_rows_that_a_batch_meets_very_often() -> None:
 
 def test_a_row_gets_the_same_bits_whatever_lies_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the same, and with other tables of its width and of others, whose runs move it in the sorted order."""
-    monkeypatch.setattr(triton_kernels, "PIECE", 8)
-    monkeypatch.setattr(triton_kernels, "UNROLL", 2)
+    monkeypatch.setattr(kernels, "PIECE", 8)
+    monkeypatch.setattr(kernels, "UNROLL", 2)
     sizes = [(3, 7), (2, 7), (5, 9)]
     met = [[1, 30, 9], [17, 23], [2, 3, 5, 11, 19]]
     gradient = torch.randn(40, 7, generator=torch.Generator().manual_seed(4))
@@ -188,9 +189,10 @@ def test_a_row_gets_the_same_bits_whatever_lies_beside_it(monkeypatch: pytest.Mo
         tables = TritonTables(shards, EmbeddingConfig(learning_rate=0.1), CPU, torch.bfloat16)
         fill(tables)
         state = tables.state()
-        pooled = tables.forward(ids_of(slots, weighted=False))
-        pooled.backward(torch.cat([torch.ones(40, pooled.shape[1] - 7), gradient], dim=1).to(pooled.dtype))
-        found.append([pooled[:, -7:].detach(), state[f"{last}/weight"][1], state[f"{last}/rowwise_square_sum"][1]])
+        pooled = tables.pool(ids_of(slots, weighted=False))
+        others = torch.ones(40, pooled.values.shape[1] - 7)
+        pooled.update(torch.cat([others, gradient], dim=1).to(torch.bfloat16))
+        found.append([pooled.values[:, -7:], state[f"{last}/weight"][1], state[f"{last}/rowwise_square_sum"][1]])
     for again in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
 
@@ -201,9 +203,9 @@ def test_no_examples_and_no_values() -> None:
         tables = TritonTables(shards_of([(4, 3)], slots), EmbeddingConfig(), CPU)
         fill(tables)
         before = tables.state()["t0/weight"][1].clone()
-        pooled = tables.forward(ids_of(slots, weighted=False))
-        assert torch.equal(pooled, torch.zeros(examples, 3))
-        pooled.backward(torch.ones(examples, 3))
+        pooled = tables.pool(ids_of(slots, weighted=False))
+        assert torch.equal(pooled.values, torch.zeros(examples, 3))
+        pooled.update(torch.ones(examples, 3))
         assert torch.equal(tables.state()["t0/weight"][1], before)
 
 

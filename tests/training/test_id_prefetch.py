@@ -34,7 +34,7 @@ def train(path: Path, overrides: list[str], traces: Path | None = None) -> list[
         for pending, start_next in ahead.steps(run.train.batches(epoch=0), StepTimer(device)):
             batch, ids = pending()
             result = train_step(run.dense, run.sparse, batch, timer=StepTimer(device), ids=ids,
-                after_lookup=start_next if ahead.threaded else lambda: None, after_dense=start_next,
+                after_lookup=start_next if ahead.threaded else lambda: None, meanwhile=start_next,
             )  # fmt: skip
             seen.append(result.logits)
             step_done()

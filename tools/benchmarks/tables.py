@@ -35,9 +35,9 @@ def run() -> dict[str, Any]:
     gradient = torch.randn(BATCH, layout.width, generator=torch.Generator().manual_seed(0)) / BATCH
     bare = _bare_fbgemm(batches)
     contestants = {
-        "sparse side": _steps(_sparse_side(layout, batches, "auto"), gradient),
-        "sparse side in torch": _steps(_sparse_side(layout, batches, "torch"), gradient),
-        "bare fbgemm": _steps(bare, gradient),
+        "sparse side": _steps(_sparse_side(layout, batches, gradient, "auto")),
+        "sparse side in torch": _steps(_sparse_side(layout, batches, gradient, "torch")),
+        "bare fbgemm": _steps(lambda number: bare(number).backward(gradient)),
     }
     medians = {name: median_ms(seconds) for name, seconds in interleave(contestants, REPETITIONS).items()}
     return {
@@ -50,18 +50,24 @@ def run() -> dict[str, Any]:
     }
 
 
-def _steps(look_up: Callable[[int], Tensor], gradient: Tensor) -> Callable[[], None]:
+def _steps(step: Callable[[int], None]) -> Callable[[], None]:
     """A training step on the next of four batches, over and over."""
     numbers = itertools.cycle(range(4))
-    return lambda: look_up(next(numbers)).backward(gradient)
+    return lambda: step(next(numbers))
 
 
 def _sparse_side(
-    layout: EmbeddingLayout, batches: list[Batch], backend: Literal["auto", "torch"]
-) -> Callable[[int], Tensor]:
+    layout: EmbeddingLayout, batches: list[Batch], gradient: Tensor, backend: Literal["auto", "torch"]
+) -> Callable[[int], None]:
     config = EmbeddingConfig(optimizer="rowwise_adagrad", learning_rate=RATE, eps=EPS, backend=backend)
     sparse = SparseSide(layout, config, ONE_RANK, seed=0, device=torch.device("cpu"), ledger=Ledger())
-    return lambda number: sparse.look_up(batches[number]).values
+
+    def step(number: int) -> None:
+        lookup = sparse.look_up(batches[number])
+        lookup.backward(gradient)
+        lookup.apply()
+
+    return step
 
 
 def _bare_fbgemm(batches: list[Batch]) -> Callable[[int], Tensor]:

@@ -110,7 +110,7 @@ def exposed_ids(overlap: bool, steps: int) -> dict[str, Any]:
                 batch, ids = pending()
                 train_step(built.dense, built.sparse, batch, timer=clock, ids=ids,
                     after_lookup=start_next,
-                    after_dense=start_next,
+                    meanwhile=start_next,
                 )  # fmt: skip
                 seconds.append(time.perf_counter() - start)
                 step_done()
@@ -176,7 +176,7 @@ def _megarec(model: str, variant: str) -> Contestant:
     built.dense.set_learning_rate(1e-3)
     batch, clock = _batch(topology.rank), StepTimer(device)
     with torch.no_grad():
-        gradient = torch.randn_like(built.sparse.look_up(batch).values) / (BATCH * topology.world_size)
+        gradient = torch.randn_like(built.sparse.look_up(batch).values) / BATCH
 
     def step() -> None:
         train_step(built.dense, built.sparse, batch, timer=clock)

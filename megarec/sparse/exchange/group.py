@@ -5,11 +5,11 @@
     replicated tables      lookup on the spot; the gradients are summed over the group before every rank's same update
 
 The group is the world under the flat exchange and the ranks of a host under the tower exchange. An owner's rows are
-the global batch in order, so that the gradient of a row is summed in the same order on every topology. The backward
-pass mirrors the exchange and updates the tables.
+the global batch in order, so that the gradient of a row is summed in the same order on every topology. The way back
+mirrors the exchange and updates the tables.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch, Ids
-from megarec.distributed.collectives import Channel, Ledger, WireDtypes, all_to_all_with_grad
+from megarec.distributed.collectives import FP32, Channel, Ledger, WireDtypes, all_to_all
 from megarec.sparse.exchange.ids import IdExchange, RowSplitter
-from megarec.sparse.exchange.regroup import ColumnBlock, Regroup, sum_over_owners
+from megarec.sparse.exchange.regroup import ColumnBlock, Regroup, Scattered, gradient_for_owners, sum_over_owners
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.lookups import Lookup, plan_lookups
 from megarec.sparse.placement import Shard, replicated
-from megarec.sparse.tables.base import LocalIds
+from megarec.sparse.tables.base import LocalIds, Pooled
 from megarec.sparse.tables.local import Choice, LocalTables, choose_backends, requested_backend
 
 
@@ -57,9 +57,9 @@ class ReplicatedTables:
         """Ids of `size` examples by feature -> what is looked up in them."""
         return self._ids(ids, size)
 
-    def pool(self, local: LocalIds) -> Tensor:
-        """float32 [size, columns of all slots]."""
-        return self.tables.forward(local)
+    def pool(self, local: LocalIds) -> Pooled:
+        """[size, columns of all slots]."""
+        return self.tables.pool(local)
 
 
 class ShardedTables:
@@ -68,6 +68,7 @@ class ShardedTables:
     Attributes:
         pieces: what lies where in the blocks that `pool` returns: those of every rank, then the sum of those split by
             rows.
+        messages: the types in which embeddings and their gradients travel; with one rank, nothing does.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class ShardedTables:
         messages: WireDtypes,
         device: torch.device,
     ) -> None:
-        self._channel, self._blocks, self._messages = channel, blocks, messages
+        self._channel, self._blocks = channel, blocks
+        self.messages = messages if channel.size > 1 else FP32
         by_table = {table: [s for s in shards if s.table == table] for table in {s.table for s in shards}}
         backends = {table: requested_backend(own, config, device.type).backend for table, own in by_table.items()}
         fused, triton = ([t for t, backend in backends.items() if backend == kind] for kind in ("fbgemm", "triton"))
@@ -91,7 +93,8 @@ class ShardedTables:
         sources = [[slot.source for slot in slots] for slots in routes.slots]
         self._ids = IdExchange(sources, channel, routes.index_dtype, device, blocks)
         mine = routes.slots[channel.rank]
-        self.tables = LocalTables(mine, layout, shards, choices, config, channel, device)
+        emitted = self.messages.forward
+        self.tables = LocalTables(mine, layout, shards, choices, config, channel, device, output=emitted)
 
         whole = [[slot for slot in slots if not slot.by_rows] for slots in routes.slots]
         by_rows = [slot for slot in mine if slot.by_rows]
@@ -106,19 +109,50 @@ class ShardedTables:
         """Ids of `size` examples by feature -> what this rank looks up."""
         return self._ids(self._split(ids, size), size)
 
-    def pool(self, local: LocalIds, size: int) -> list[Tensor]:
-        """The blocks of embeddings of this rank's `size` examples; see `pieces`."""
-        whole, by_rows = self._parts(self.tables.forward(local))
+    def pool(self, local: LocalIds, size: int) -> Pooled:
+        """The blocks of embeddings of this rank's `size` examples (see `pieces`), one after another; collective, as is
+        the update."""
+        pooled = self.tables.pool(local)
+        whole, by_rows = self._parts(pooled.values)
         blocks = []
         if any(self._columns):
-            ranks, columns = self._channel.size, self._columns[self._channel.rank]
-            sent, received = [size * columns] * ranks, [size * width for width in self._columns]
-            flat = self._by_rank(whole, size).reshape(-1)
-            blocks.append(all_to_all_with_grad(flat, received, sent, self._channel, "embeddings", self._messages))
+            flat = self._by_rank(whole, size).reshape(-1).to(self.messages.forward)
+            sent, received = self._sizes(size)
+            blocks.append(all_to_all(flat, received, sent, self._channel, "embeddings"))
         if self._row_columns:
             partial = self._by_rank(by_rows, size).reshape(-1, self._row_columns)
-            blocks.append(sum_over_owners(partial, self._channel, self._messages))
-        return blocks
+            blocks.append(sum_over_owners(partial, self._channel, self.messages).reshape(-1))
+        sizes = [block.numel() for block in blocks]
+
+        def update(gradient: Tensor) -> None:
+            pooled.update(self._to_owners(list(gradient.split(sizes)), size))
+
+        return Pooled(blocks[0] if len(blocks) == 1 else torch.cat(blocks), update)
+
+    def _to_owners(self, gradients: list[Tensor], size: int) -> Tensor:
+        """The gradients of the blocks -> that of what this rank looked up."""
+        whole = by_rows = None
+        if self._row_columns:
+            gathered = gradient_for_owners(gradients.pop().view(-1, self._row_columns), self._channel, self.messages)
+            by_rows = self._in_batch_order(gathered, size)
+        if gradients:
+            sent, received = self._sizes(size)
+            message = gradients[0].to(self.messages.backward)
+            flat = all_to_all(message, sent, received, self._channel, "embeddings", "backward")
+            columns = self._columns[self._channel.rank]
+            whole = self._in_batch_order(flat.view(self._channel.size * size, columns), size)
+        if whole is None or by_rows is None:
+            found = by_rows if whole is None else whole
+            assert found is not None
+            return found
+        own, before = self._columns[self._channel.rank], self._before_rows
+        first, last = whole.split([before, own - before], dim=1)
+        return torch.cat([first, by_rows, last], dim=1)
+
+    def _sizes(self, size: int) -> tuple[list[int], list[int]]:
+        """Numbers that this rank sends to every rank, and that it receives from each, on the way forward."""
+        columns = self._columns[self._channel.rank]
+        return [size * columns] * self._channel.size, [size * width for width in self._columns]
 
     def _parts(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """The columns of whole rows, and those of tables split by rows, which lie together."""
@@ -134,6 +168,13 @@ class ShardedTables:
             return pooled
         blocks, ranks = self._blocks, self._channel.size
         return pooled.reshape(blocks, ranks, size // blocks, pooled.shape[1]).transpose(0, 1)
+
+    def _in_batch_order(self, gradient: Tensor, size: int) -> Tensor:
+        """The reverse of `_by_rank`."""
+        if self._blocks == 1:
+            return gradient
+        blocks, ranks = self._blocks, self._channel.size
+        return gradient.view(ranks, blocks, size // blocks, gradient.shape[1]).transpose(0, 1).reshape(gradient.shape)
 
 
 def _column_block(slot: Lookup) -> ColumnBlock:
@@ -155,6 +196,21 @@ class Distributed:
     size: int
     local: LocalIds | None
     replicated: LocalIds | None
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """What an exchange brings, and the way back in two steps.
+
+    Attributes:
+        values: [B, columns].
+        scatter: takes the gradient of `values` and returns that of what the ranks sent; changes nothing.
+        update: takes what `scatter` made: the gradients travel and the tables change; collective.
+    """
+
+    values: Tensor
+    scatter: Callable[[Tensor], Scattered]
+    update: Callable[[Tensor], None]
 
 
 class TableGroup:
@@ -194,10 +250,14 @@ class TableGroup:
             )
         if own:
             self._replicated = ReplicatedTables(layout, own, self.choices, config, channel, device)
+        # A gradient that only travels takes the type of its message; those of replicated tables are summed in float32.
+        travels = self._sharded is not None and self._replicated is None
+        self._wire = self._sharded.messages.backward if self._sharded is not None and travels else torch.float32
         parts = [part for part in (self._sharded, self._replicated) if part is not None]
         self.tables: tuple[LocalTables, ...] = tuple(part.tables for part in parts)
         self._assembly = Regroup(
             [block for part in parts for block in part.pieces],
+            device,
             [f.name for f in layout.features if f.multi_valued and f.pooling == "mean"],
         )
 
@@ -211,16 +271,31 @@ class TableGroup:
         same = None if self._replicated is None else self._replicated.distribute(ids, size)
         return Distributed(ids, size, local, same)
 
-    def pool(self, batch: Distributed) -> Tensor:
-        """Pooled embeddings of this rank's examples, float32 [B, width of the group's features] in layout order."""
-        if not self.tables:  # nothing but numeric features: [B, 0], with a way back that leads nowhere
-            return torch.empty(batch.size, 0, device=self._device, requires_grad=torch.is_grad_enabled())
-        blocks = []
+    def pool(self, batch: Distributed, dtype: torch.dtype = torch.float32, divide: int = 1) -> Pooling:
+        """Pooled embeddings of this rank's examples, [B, width of the group's features] in layout order; collective.
+
+        Args:
+            dtype: of the result.
+            divide: what the gradient is divided by besides.
+        """
+        size, divisors = batch.size, self._assembly.divisors(batch.ids)
+        parts = []
         if self._sharded is not None:
             assert batch.local is not None
-            blocks += self._sharded.pool(batch.local, batch.size)
+            parts.append(self._sharded.pool(batch.local, size))
         if self._replicated is not None:
             assert batch.replicated is not None
-            blocks.append(self._replicated.pool(batch.replicated))
-        flat = blocks[0] if len(blocks) == 1 else torch.cat([block.reshape(-1) for block in blocks])
-        return self._assembly(flat.reshape(-1), batch.ids, batch.size)
+            parts.append(self._replicated.pool(batch.replicated))
+        flat = [part.values.reshape(-1) for part in parts]
+        sizes = [values.numel() for values in flat]
+        if not parts:  # nothing but numeric features: [B, 0], with a way back that leads nowhere
+            flat = [torch.empty(0, device=self._device)]
+        values = self._assembly.assemble(flat[0] if len(flat) == 1 else torch.cat(flat), divisors, size, dtype)
+
+        def update(gradient: Tensor) -> None:
+            for part, own in zip(parts, gradient.split(sizes), strict=True):
+                part.update(own.view(part.values.shape))
+
+        return Pooling(
+            values, lambda gradient: self._assembly.scatter(gradient, divisors, size, self._wire, divide), update
+        )

@@ -5,52 +5,43 @@ the row ranges; what an owner receives is a list of any length per example, also
 Every owner sums the rows it has, and the sums of all owners are added up on the way back.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megarec.data.batch import Ids
 from megarec.distributed.collectives import Channel, WireDtypes, all_gather_rows, all_to_all, reduce_scatter_rows
+from megarec.kernels.launch import triton_problem
+from megarec.sparse.exchange.fused_regroup import FusedRegroup
 
 
 def sum_over_owners(partial: Tensor, channel: Channel, messages: WireDtypes) -> Tensor:
-    """Add up the owners' sums float32 [size x B, columns]; this rank receives those of its B examples, [B, columns].
+    """Add up the owners' sums [size x B, columns]; this rank receives those of its B examples, float32 [B, columns].
 
     In float32 this is a reduce-scatter. Messages of fewer bits are sent by an all-to-all and added in float32, in the
     order of ranks, so that each sum is rounded but once a summand; a reduce-scatter would round every partial result.
-    Both send the same bytes. The gradient is the all-gather of the examples' gradients: no sum, hence any type.
+    Both send the same bytes.
     """
-    summed: Tensor = _SumOverOwners.apply(partial.contiguous(), channel, messages)
-    return summed
-
-
-class _SumOverOwners(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, channel: Channel, messages: WireDtypes) -> Tensor:
-        ctx.channel, ctx.dtype = channel, messages.backward
-        if messages.forward == torch.float32:
-            own, work = reduce_scatter_rows(partial, channel, "embeddings")
-            if work is not None:
-                work.wait()
-            return own
-        message, ranks = partial.to(messages.forward).view(-1), channel.size
-        sizes = [message.numel() // ranks] * ranks
-        received = all_to_all(message, sizes, sizes, channel, "embeddings")
-        return received.view(ranks, -1, partial.shape[1]).sum(dim=0, dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        gathered, work = all_gather_rows(grads[0].contiguous().to(ctx.dtype), ctx.channel, "embeddings", "backward")
+    if messages.forward == torch.float32:
+        own, work = reduce_scatter_rows(partial.float().contiguous(), channel, "embeddings")
         if work is not None:
             work.wait()
-        return gathered.to(torch.float32), None, None
+        return own
+    message, ranks = partial.to(messages.forward).reshape(-1), channel.size
+    sizes = [message.numel() // ranks] * ranks
+    received = all_to_all(message, sizes, sizes, channel, "embeddings")
+    return received.view(ranks, -1, partial.shape[1]).sum(dim=0, dtype=torch.float32)
 
 
-Divisors = dict[str, Tensor]
-"""By feature with mean pooling: the length of every bag as float32 [B, 1], at least 1."""
+def gradient_for_owners(gradient: Tensor, channel: Channel, messages: WireDtypes) -> Tensor:
+    """Of `sum_over_owners`, [B, columns] -> [size x B, columns]: no sum, hence any type."""
+    gathered, work = all_gather_rows(gradient.to(messages.backward).contiguous(), channel, "embeddings", "backward")
+    if work is not None:
+        work.wait()
+    return gathered
 
 
 @dataclass(frozen=True)
@@ -70,6 +61,18 @@ class ColumnBlock:
     columns: int
 
 
+class Scattered(NamedTuple):
+    """The gradient of the senders' blocks.
+
+    Attributes:
+        blocks: [sum over senders of B x columns(sender)].
+        total: float32 scalar, finite only if every element of the gradient is.
+    """
+
+    blocks: Tensor
+    total: Tensor
+
+
 class Regroup:
     """Puts columns where the layout wants them, and turns the owners' sums into means where a feature asks for it.
 
@@ -77,63 +80,77 @@ class Regroup:
 
     Args:
         pieces: pieces[r] are those of sender r, in the order of its columns.
+        device: of the embeddings; on an accelerator one kernel does all of it.
         mean: features whose sums become means.
     """
 
-    def __init__(self, pieces: Sequence[Sequence[ColumnBlock]], mean: Collection[str] = ()) -> None:
+    def __init__(self, pieces: Sequence[Sequence[ColumnBlock]], device: torch.device, mean: Sequence[str] = ()) -> None:
         self.pieces = pieces
         self.in_layout_order: list[tuple[int, ColumnBlock]] = sorted(
             ((sender, piece) for sender, own in enumerate(pieces) for piece in own), key=lambda pair: pair[1].start
         )
-        self._mean = mean
+        self.mean = mean
         offsets = [piece.offset for _, piece in self.in_layout_order]
         self._in_place = len(pieces) == 1 and not mean and offsets == sorted(offsets)
         self._columns = [sum(piece.columns for piece in own) for own in pieces]
+        self._divisor_of = {name: row for row, name in enumerate(mean)}
+        self._fused: FusedRegroup | None = None
+        if device.type != "cpu" and triton_problem(device.type) is None and any(self._columns):
+            numbers = [
+                (sender, piece.offset, piece.columns, self._divisor_of.get(piece.feature, -1))
+                for sender, piece in self.in_layout_order
+            ]
+            self._fused = FusedRegroup(self._columns, numbers, device)
 
-    def __call__(self, blocks: Tensor, ids: Mapping[str, Ids], size: int) -> Tensor:
-        """[sum over senders of B x columns(sender)] -> [B, columns of all]; ids: those of the B examples, for means."""
+    def divisors(self, ids: Mapping[str, Ids]) -> Tensor | None:
+        """What sums are divided by, float32 [features with mean pooling, B], at least 1; ids: of the B examples."""
+        lengths = [ids[name].lengths for name in self.mean]
+        return torch.stack([of.clamp(min=1).to(torch.float32) for of in lengths if of is not None]) if lengths else None
+
+    def assemble(self, blocks: Tensor, divisors: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:
+        """[sum over senders of B x columns(sender)] -> [B, columns of all], in that type."""
+        if self._in_place and (self._fused is None or blocks.dtype == dtype):
+            return blocks.view(size, self._columns[0]).to(dtype)
+        if self._fused is not None:
+            return self._fused.assemble(blocks, divisors, size, dtype)
+        if not any(self._columns):
+            return blocks.new_empty(size, 0, dtype=dtype)
+        senders = self._split(blocks, size)
+        out = torch.cat(
+            [senders[s][:, piece.offset : piece.offset + piece.columns] for s, piece in self.in_layout_order], dim=1
+        )
+        if divisors is not None:
+            out = out.float()
+            for _, piece in self.in_layout_order:
+                if piece.feature in self._divisor_of:
+                    divisor = divisors[self._divisor_of[piece.feature]].unsqueeze(1)
+                    out[:, piece.start : piece.start + piece.columns].div_(divisor)
+        return out.to(dtype)
+
+    def scatter(
+        self, gradient: Tensor, divisors: Tensor | None, size: int, dtype: torch.dtype, divide: int = 1
+    ) -> Scattered:
+        """The gradient of `assemble`, divided by a number besides, in the type in which it travels."""
+        if self._fused is not None:
+            return Scattered(*self._fused.scatter(gradient, divisors, size, dtype, divide))
+        total = gradient.sum(dtype=torch.float32)
+        gradient = gradient.float().div(divide) if divide > 1 else gradient.float()
         if self._in_place:
-            return blocks.view(size, self._columns[0])
-        divisors: Divisors = {}
-        for name in self._mean:
-            lengths = ids[name].lengths
-            assert lengths is not None
-            divisors[name] = lengths.clamp(min=1).to(torch.float32).unsqueeze(1)
-        assembled: Tensor = _Regroup.apply(blocks, self, size, divisors)
-        return assembled
+            return Scattered(gradient.to(dtype).reshape(-1), total)
 
-    def split(self, blocks: Tensor, size: int) -> list[Tensor]:
+        def columns(piece: ColumnBlock) -> Tensor:
+            part = gradient[:, piece.start : piece.start + piece.columns]
+            if divisors is None or piece.feature not in self._divisor_of:
+                return part
+            return part / divisors[self._divisor_of[piece.feature]].unsqueeze(1)
+
+        blocks = gradient.new_empty(size * sum(self._columns))
+        for block, own in zip(self._split(blocks, size), self.pieces, strict=True):
+            if own:
+                torch.cat([columns(piece) for piece in own], dim=1, out=block)
+        return Scattered(blocks.to(dtype), total)
+
+    def _split(self, blocks: Tensor, size: int) -> list[Tensor]:
         """Views [B, columns(sender)] of the senders' blocks."""
         parts = blocks.split([size * width for width in self._columns])
         return [part.view(size, width) for part, width in zip(parts, self._columns, strict=True)]
-
-
-class _Regroup(torch.autograd.Function):
-    """One copy each way."""
-
-    @staticmethod
-    def forward(ctx: Any, blocks: Tensor, assembly: Regroup, size: int, divisors: Divisors) -> Tensor:
-        ctx.assembly, ctx.divisors = assembly, divisors
-        senders = assembly.split(blocks, size)
-        out = torch.cat(
-            [senders[s][:, piece.offset : piece.offset + piece.columns] for s, piece in assembly.in_layout_order], dim=1
-        )
-        for _, piece in assembly.in_layout_order:
-            if piece.feature in divisors:
-                out[:, piece.start : piece.start + piece.columns].div_(divisors[piece.feature])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        grad, pieces, divisors = grads[0], ctx.assembly.pieces, ctx.divisors
-
-        def columns(piece: ColumnBlock) -> Tensor:
-            part = grad[:, piece.start : piece.start + piece.columns]
-            return part / divisors[piece.feature] if piece.feature in divisors else part
-
-        size = grad.shape[0]
-        blocks = grad.new_empty(size * sum(piece.columns for own in pieces for piece in own))
-        for block, own in zip(ctx.assembly.split(blocks, size), pieces, strict=True):
-            if own:
-                torch.cat([columns(piece) for piece in own], dim=1, out=block)
-        return blocks, None, None, None

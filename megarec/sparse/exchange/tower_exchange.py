@@ -16,14 +16,16 @@ from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch
-from megarec.distributed.collectives import Channel, WireDtypes, all_to_all_with_grad
-from megarec.sparse.exchange.group import Distributed, TableGroup
+from megarec.distributed.collectives import FP32, Channel, WireDtypes, all_to_all
+from megarec.sparse.exchange.group import Distributed, Pooling, TableGroup
 from megarec.sparse.exchange.ids import IdExchange
-from megarec.sparse.exchange.regroup import ColumnBlock, Regroup
+from megarec.sparse.exchange.regroup import ColumnBlock, Regroup, Scattered
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.placement import Shard
 
-Change = Callable[[Tensor], Tensor]
+Back = Callable[[Tensor], Tensor]
+Change = Callable[[Tensor], tuple[Tensor, Back]]
+"""What happens to embeddings on their way, and to their gradient on its way back."""
 
 
 class TowerExchange:
@@ -49,7 +51,8 @@ class TowerExchange:
         messages: WireDtypes,
         device: torch.device,
     ) -> None:
-        self._peer, self._messages, self._outputs, self._assembly = peer, messages, outputs, assembly
+        self._peer, self._outputs, self._assembly = peer, outputs, assembly
+        self._messages = messages if peer.size > 1 else FP32
         self._features = hosts[peer.rank].features
         small = all(table.rows < 2**31 for layout in hosts for table in layout.tables)
         dtype = torch.int32 if small and tower.size * peer.size > 1 else torch.int64
@@ -64,23 +67,28 @@ class TowerExchange:
         ids = {f.name: arrived.of_slot(slot, f) for slot, f in enumerate(self._features)}
         return self.group.distribute_ids(ids, batch.size * self._peer.size)
 
-    def pool(self, batch: Distributed, towers: Change) -> Tensor:
-        """The rest of hop b, then c and d: float32 [B, outputs of all hosts].
+    def pool(self, batch: Distributed, towers: Change, dtype: torch.dtype = torch.float32, divide: int = 1) -> Pooling:
+        """The rest of hop b, then c and d: [B, outputs of all hosts]; collective, and so is `scatter` of the result.
 
         Args:
             towers: [H B, columns of this host, tower after tower] -> [H B, outputs of this host].
+            dtype: of the result.
+            divide: what the gradient is divided by besides.
         """
-        made = towers(self.group.pool(batch))
-        size = batch.size // self._peer.size
-        blocks = all_to_all_with_grad(
-            made.reshape(-1),
-            [size * columns for columns in self._outputs],
-            [size * self._outputs[self._peer.rank]] * self._peer.size,
-            self._peer,
-            "towers",
-            self._messages,
-        )
-        return self._assembly(blocks, {}, size)
+        inner = self.group.pool(batch)
+        made, back = towers(inner.values)
+        size, own = batch.size // self._peer.size, self._outputs[self._peer.rank]
+        received = [size * columns for columns in self._outputs]
+        sent = [size * own] * self._peer.size
+        message = made.detach().reshape(-1).to(self._messages.forward)
+        blocks = all_to_all(message, received, sent, self._peer, "towers")
+
+        def scatter(gradient: Tensor) -> Scattered:
+            gradient, total = self._assembly.scatter(gradient, None, size, self._messages.backward, divide)
+            arrived = all_to_all(gradient, sent, received, self._peer, "towers", "backward")
+            return Scattered(inner.scatter(back(arrived.view(batch.size, own))).blocks, total)
+
+        return Pooling(self._assembly.assemble(blocks, None, size, dtype), scatter, inner.update)
 
 
 def host_layouts(layout: EmbeddingLayout, towers: Sequence[Sequence[str]], hosts: int) -> list[EmbeddingLayout]:
@@ -103,15 +111,15 @@ def host_layouts(layout: EmbeddingLayout, towers: Sequence[Sequence[str]], hosts
     return parts
 
 
-def canonical_assembly(layout: EmbeddingLayout, hosts: Sequence[EmbeddingLayout]) -> Regroup:
+def canonical_assembly(layout: EmbeddingLayout, hosts: Sequence[EmbeddingLayout], device: torch.device) -> Regroup:
     """For embeddings that no tower module changed: every feature to its columns of the whole layout."""
     start = {feature.name: feature.start for feature in layout.features}
-    return Regroup([[ColumnBlock(f.name, start[f.name], f.start, f.columns) for f in part.features] for part in hosts])
+    pieces = [[ColumnBlock(f.name, start[f.name], f.start, f.columns) for f in part.features] for part in hosts]
+    return Regroup(pieces, device)
 
 
-def tower_order_assembly(outputs: Sequence[int]) -> Regroup:
+def tower_order_assembly(outputs: Sequence[int], device: torch.device) -> Regroup:
     """For outputs of tower modules: host after host."""
     starts = [sum(outputs[:host]) for host in range(len(outputs))]
-    return Regroup(
-        [[ColumnBlock(f"host {host}", starts[host], 0, columns)] for host, columns in enumerate(outputs)],
-    )
+    pieces = [[ColumnBlock(f"host {host}", starts[host], 0, columns)] for host, columns in enumerate(outputs)]
+    return Regroup(pieces, device)

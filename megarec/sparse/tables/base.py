@@ -1,8 +1,7 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from megarec.data.batch import Ids
@@ -58,38 +57,33 @@ State = dict[str, tuple[Shard, Tensor]]
 """By "<table>/<what>": the slice of the global tensor, and the tensor on this rank itself (not a copy)."""
 
 
-class Tables(Protocol):
-    """Shards of one rank in one backend. A backward pass through `forward` updates them, once."""
+@dataclass(frozen=True)
+class Pooled:
+    """Summed rows and their update.
 
-    def forward(self, ids: LocalIds) -> Tensor:
-        """Summed rows float32 [examples, columns of all slots]; with gradients enabled it carries the update."""
+    No autograd leads through the exchange: a gradient would have to be of the type of what it is the gradient of, and
+    embeddings may travel as fp16, their gradients as bf16.
+
+    Attributes:
+        values: [examples, columns of all slots], in the type that the backend emits.
+        update: takes the gradient of `values`, of any floating type: one optimizer step. Once at most, and only of what
+            was looked up with gradients enabled.
+    """
+
+    values: Tensor
+    update: Callable[[Tensor], None]
+
+
+class Tables(Protocol):
+    """Shards of one rank in one backend."""
+
+    def pool(self, ids: LocalIds) -> Pooled:
+        """The summed rows of every bag."""
 
     def set_learning_rate(self, rate: float) -> None: ...
 
     def state(self) -> State:
         """Weights and optimizer state, live; one number a row is a [rows, 1] tensor, one a table [1, 1]."""
-
-
-class Updatable(Protocol):
-    """Tables whose lookup and update are two calls."""
-
-    def look_up(self, ids: LocalIds) -> Tensor: ...
-
-    def update(self, ids: LocalIds, grad: Tensor) -> None: ...
-
-
-class LookUpThenUpdate(torch.autograd.Function):
-    """Forward looks up; the backward pass is the optimizer step. Its anchor is any tensor that requires a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, tables: Updatable, ids: LocalIds) -> Tensor:
-        ctx.tables, ctx.ids = tables, ids
-        return tables.look_up(ids)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        ctx.tables.update(ctx.ids, grads[0])
-        return None, None, None
 
 
 @dataclass(frozen=True)

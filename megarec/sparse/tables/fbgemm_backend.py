@@ -1,5 +1,6 @@
 """Tables in FBGEMM's table-batched embeddings: one fused lookup, and one fused gradient and update, for all tables."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,20 +11,39 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice
 from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
-from megarec.sparse.tables.base import LocalIds, LocalShard, State
+from megarec.errors import UserError
+from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State
 
 OPTIMIZERS = {
     "rowwise_adagrad": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, "rowwise_square_sum"),
     "adagrad": (EmbOptimType.EXACT_ADAGRAD, "square_sum"),
     "sgd": (EmbOptimType.EXACT_SGD, None),
 }
+BOUNDS_CHECK = "FBGEMM_TBE_BOUNDS_CHECK_MODE"
 WEIGHTS = {"fp32": SparseType.FP32, "fp16": SparseType.FP16}
+
+
+def bounds_check() -> BoundsCheckMode:
+    """How FBGEMM checks ids: not at all, unless its variable says so.
+
+    Raises:
+        UserError: the variable is no mode of its.
+    """
+    given = os.environ.get(BOUNDS_CHECK)
+    if given is None:
+        return BoundsCheckMode.NONE
+    modes = {str(mode.value): mode for mode in BoundsCheckMode}
+    if given not in modes:
+        known = ", ".join(f"{number} ({mode.name.lower()})" for number, mode in modes.items())
+        raise UserError(f"{BOUNDS_CHECK}={given!r}: expected one of {known}; or unset it: ids are not checked then")
+    return modes[given]
 
 
 class FbgemmTables:
     """Shards of this rank; "exact" optimizers: the gradients of a row are summed before its one update.
 
-    Ids are not checked here: FBGEMM reads and writes out of bounds for an id outside its table.
+    Ids are not checked here: FBGEMM reads and writes out of bounds for an id outside its table, unless its own variable
+    FBGEMM_TBE_BOUNDS_CHECK_MODE asks for a check: 0 ends the run there, 1 warns, 2 takes row 0 in silence.
     """
 
     def __init__(self, shards: Sequence[LocalShard], config: EmbeddingConfig, device: torch.device) -> None:
@@ -44,15 +64,17 @@ class FbgemmTables:
             output_dtype=SparseType.FP32,
             stochastic_rounding=False,
             pooling_mode=PoolingMode.SUM,
-            bounds_check_mode=BoundsCheckMode.NONE,
+            bounds_check_mode=bounds_check(),  # FBGEMM reads the variable by itself as well
             device=device,
         )
 
-    def forward(self, ids: LocalIds) -> Tensor:
+    def pool(self, ids: LocalIds) -> Pooled:
         values, offsets = ids.values, ids.offsets
         if self._many_rows:
             values, offsets = values.long(), offsets.long()
-        return self._module(values, offsets, ids.weights)
+        pooled: Tensor = self._module(values, offsets, ids.weights)
+        # Its update is its backward pass, which takes a gradient of the output's type alone: hence float32.
+        return Pooled(pooled.detach(), lambda gradient: pooled.backward(gradient.to(pooled.dtype)))
 
     def set_learning_rate(self, rate: float) -> None:
         self._module.set_learning_rate(rate)

@@ -13,10 +13,11 @@ from torch import Tensor
 from megarec.config.sections import EmbeddingConfig
 from megarec.distributed.collectives import Channel
 from megarec.errors import UserError
+from megarec.kernels.launch import triton_problem
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.lookups import Lookup
 from megarec.sparse.placement import COLUMN_UNIT, Shard, replicated
-from megarec.sparse.tables.base import LocalIds, LocalShard, State, Tables, group_lookups
+from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State, Tables, group_lookups
 from megarec.sparse.tables.initial import fill_initial
 from megarec.sparse.tables.torch_backend import ColumnShardSum, ReplicatedTorchTables, TorchTables
 
@@ -50,7 +51,7 @@ def choose_backends(
         choice = requested_backend([shard for shard in shards if shard.table == table.name], config, device.type)
         if choice.backend == "fbgemm" and (problem := _fbgemm_problem(device.type)) is not None:
             choice = Choice("torch" if device.type == "cpu" or config.backend == "fbgemm" else "triton", problem)
-        if choice.backend == "triton" and (problem := _triton_problem(device.type)) is not None:
+        if choice.backend == "triton" and (problem := triton_problem(device.type)) is not None:
             reason = problem if config.backend == "triton" else f"{choice.reason}, and {problem}"
             choice = Choice("torch", reason)
             slow.setdefault(reason, []).append(table.name)
@@ -101,16 +102,6 @@ def _fbgemm_problem(device: str) -> str | None:
     return None
 
 
-@functools.cache
-def _triton_problem(device: str) -> str | None:
-    """What on this machine rules Triton out; None: nothing."""
-    try:
-        from megarec.sparse.tables.triton_backend import why_not_on
-    except (ImportError, OSError) as error:
-        return f"triton cannot be imported ({' '.join(str(error).split())})"
-    return why_not_on(device)
-
-
 class LocalTables:
     """The shards of this rank; its slots are in the order of the output's columns.
 
@@ -118,6 +109,7 @@ class LocalTables:
         slots: of this rank.
         shards: of all ranks.
         replicated: whether every rank of the channel holds these tables whole.
+        output: the type in which summed rows are asked for; a backend may emit float32 instead.
     """
 
     def __init__(
@@ -131,6 +123,7 @@ class LocalTables:
         device: torch.device,
         *,
         replicated: bool = False,
+        output: torch.dtype = torch.float32,
     ) -> None:
         self._layout, self.replicated = layout, replicated
         local = group_lookups(slots)
@@ -149,7 +142,7 @@ class LocalTables:
             elif backend == "triton":
                 from megarec.sparse.tables.triton_backend import TritonTables  # may not be installed
 
-                self._groups.append((count, TritonTables(parts, config, device)))
+                self._groups.append((count, TritonTables(parts, config, device, output)))
             else:
                 self._groups.append((count, self._torch_tables(parts, shards, config, channel, device, split=split)))
         if not local or (split and "torch" not in made):
@@ -185,17 +178,22 @@ class LocalTables:
             if name == f"{shard.table}/weight":
                 fill_initial(tensor, shard, self._layout.table(shard.table), seed, std)
 
-    def forward(self, ids: LocalIds) -> Tensor:
-        """Summed rows of every bag, contiguous float32 [examples, columns of all slots]."""
-        outputs = []
+    def pool(self, ids: LocalIds) -> Pooled:
+        """Summed rows of every bag, contiguous [examples, columns of all slots]."""
+        parts = []
         first = 0
         for slots, tables in self._groups:
-            outputs.append(tables.forward(ids.part(first, first + slots)))
+            parts.append(tables.pool(ids.part(first, first + slots)))
             first += slots
-        pooled = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        if torch.is_grad_enabled() and not self.replicated:  # else in the update, which knows all ranks' rows
-            pooled.register_hook(lambda _: self._touch(ids))  # with the update: a step that is skipped touches nothing
-        return pooled
+        columns = [part.values.shape[1] for part in parts]
+
+        def update(gradient: Tensor) -> None:
+            if not self.replicated:  # else in the update itself, which knows all ranks' rows
+                self._touch(ids)  # with the update: a step that is skipped touches nothing
+            for part, own in zip(parts, gradient.split(columns, dim=1), strict=True):
+                part.update(own)
+
+        return Pooled(parts[0].values if len(parts) == 1 else torch.cat([part.values for part in parts], dim=1), update)
 
     def set_learning_rate(self, rate: float) -> None:
         for _, tables in self._groups:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megarec.config.sections import EmbeddingConfig
 from megarec.distributed.collectives import Channel, all_reduce_sum, all_to_all
 from megarec.sparse.placement import Shard
-from megarec.sparse.tables.base import LocalIds, LocalShard, LookUpThenUpdate, State
+from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State
 from megarec.sparse.tables.optimizers import ROW_OPTIMIZERS, Hyperparameters, RowGradient
 from megarec.sparse.tables.stacked import StackedTable
 
@@ -51,11 +51,10 @@ class TorchTables:
             StackedTable(list(alike), self._optimizer, dtype, device)
             for _, alike in itertools.groupby(shards, key=lambda local: local.shard.columns)
         ]
-        self._anchor = torch.empty(0, requires_grad=True)  # what makes autograd call the update
 
-    def forward(self, ids: LocalIds) -> Tensor:
-        pooled: Tensor = LookUpThenUpdate.apply(self._anchor, self, ids)
-        return pooled
+    @torch.no_grad()
+    def pool(self, ids: LocalIds) -> Pooled:
+        return Pooled(self.look_up(ids), lambda gradient: self.update(ids, gradient.float()))
 
     def set_learning_rate(self, rate: float) -> None:
         self._hyperparameters.learning_rate = rate
@@ -73,8 +72,9 @@ class TorchTables:
             return torch.empty(ids.examples, 0, device=ids.values.device)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
+    @torch.no_grad()
     def update(self, ids: LocalIds, grad: Tensor) -> None:
-        """One optimizer step, given the gradient [examples, columns of all slots] of `look_up`."""
+        """One optimizer step, given the gradient float32 [examples, columns of all slots] of `look_up`."""
         columns = grad.split([stack.slots * stack.columns for stack in self._stacks], dim=1)
         gradients = [s.gradients(p, c) for s, p, c in zip(self._stacks, self._parts(ids), columns, strict=True)]
         if self._optimizer.rowwise and self._sum_squares is not None:
@@ -133,6 +133,7 @@ class ReplicatedTorchTables(TorchTables):
         super().__init__(shards, table_columns, config, device, sum_squares=None)
         self._channel, self._mark = channel, mark
 
+    @torch.no_grad()
     def update(self, ids: LocalIds, grad: Tensor) -> None:
         stacks = self._stacks
         columns = grad.split([stack.slots * stack.columns for stack in stacks], dim=1)

@@ -1,4 +1,4 @@
-"""Tables in Triton kernels (triton_kernels.py): any width, any output type, deterministic, on CUDA and ROCm.
+"""Tables in Triton kernels (kernels/tables.py): any width, any output type, deterministic, on CUDA and ROCm.
 
 Neither lookup nor update makes the host wait: how many rows a step touches is known on the device alone.
 """
@@ -6,38 +6,18 @@ Neither lookup nor update makes the host wait: how many rows a step touches is k
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
-from megarec.sparse.tables import triton_kernels as kernels
-from megarec.sparse.tables.base import LocalIds, LocalShard, LookUpThenUpdate, State
+from megarec.kernels import tables as kernels
+from megarec.kernels.launch import launch
+from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State
 from megarec.sparse.tables.optimizers import ROW_OPTIMIZERS
 
 _TILE = 2048  # elements of a program that holds several rows
 _BLOCK = 1024  # bags or occurrences of a program that only looks at indices
-
-
-def why_not_on(device: str) -> str | None:
-    """What keeps these kernels from running on a type of device; None: nothing."""
-    if not isinstance(kernels.look_up, triton.JITFunction):
-        return None  # TRITON_INTERPRET: run in Python, on CPU copies where need be
-    if device == "cpu":
-        return "Triton's kernels need a GPU (with TRITON_INTERPRET=1 a CPU interprets them, slowly)"
-    if device == "cuda":
-        try:
-            triton.runtime.driver.active.get_current_target()
-        except Exception as error:  # whatever it needs: a C compiler, headers, a driver
-            return f"Triton does not start ({' '.join(str(error).split())})"
-    return None
-
-
-def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> None:
-    """Start a kernel; every one of this backend starts here."""
-    kernel[(programs,)](*args, num_warps=warps, **constants)
 
 
 @dataclass(frozen=True)
@@ -84,7 +64,7 @@ class TritonTables:
     Ids are not checked here: the kernels read and write out of bounds for an id outside its table.
 
     Args:
-        output: of what type the summed rows are, and their gradients; sums are float32.
+        output: of what type the summed rows are; sums are float32.
     """
 
     def __init__(
@@ -126,11 +106,10 @@ class TritonTables:
         self._starts = torch.tensor(starts, dtype=torch.int32, device=device)
         self._first_rows = torch.tensor([first_rows[local] for local in of_slot], dtype=torch.int64, device=device)
         self._first_keys = torch.tensor([first_keys[local] for local in of_slot], dtype=torch.int64, device=device)
-        self._anchor = torch.empty(0, requires_grad=True)  # what makes autograd call the update
 
-    def forward(self, ids: LocalIds) -> Tensor:
-        pooled: Tensor = LookUpThenUpdate.apply(self._anchor, self, ids)
-        return pooled
+    @torch.no_grad()
+    def pool(self, ids: LocalIds) -> Pooled:
+        return Pooled(self.look_up(ids), lambda gradient: self.update(ids, gradient))
 
     def set_learning_rate(self, rate: float) -> None:
         self._rate = rate
@@ -162,8 +141,9 @@ class TritonTables:
             )  # fmt: skip
         return output
 
+    @torch.no_grad()
     def update(self, ids: LocalIds, grad: Tensor) -> None:
-        """One optimizer step, given the gradient [examples, columns of all slots] of `look_up`."""
+        """One optimizer step, given the gradient [examples, columns of all slots] of `look_up`, of any type."""
         if not ids.values.numel():
             return
         grad = grad.contiguous()

@@ -49,22 +49,30 @@ class HealthGather:
     def _note(self, name: str, gradient: Tensor) -> None:
         self.dense.append((name, gradient.sum(dtype=torch.float32)))
 
-    def __call__(self, tensors: StepTensors) -> list[RankHealth]:
-        """The health of every rank, the same on all of them; collective, one all-gather of five numbers."""
+    def __call__(self, tensors: StepTensors) -> Callable[[], list[RankHealth]]:
+        """Ask every rank; collective, one all-gather of five numbers.
+
+        Returns:
+            Waits for the answers: the health of every rank, the same on all of them.
+        """
         device = tensors.made.gradient.device
         mine = torch.stack(
             [
                 torch.stack(tensors.made.losses).mean(dtype=torch.float32),
-                tensors.made.gradient.sum(),
+                tensors.lookup.gradient_total(),
                 _total([total for _, total in self.dense], device),
                 _total([gradient.sum() for gradient in tensors.lookup.gradients().values()], device),
                 torch.full((), float(self._signum()), device=device),  # a kernel; a copy would make the host wait
             ]
         )
         gathered, work = all_gather_rows(mine.unsqueeze(0), self._world, "health")
-        if work is not None:
-            work.wait()
-        return [RankHealth(*row) for row in gathered.tolist()]
+
+        def answer() -> list[RankHealth]:
+            if work is not None:
+                work.wait()
+            return [RankHealth(*row) for row in gathered.tolist()]  # the one wait of a step for an accelerator
+
+        return answer
 
     def clear(self) -> None:
         """Before the next step."""
@@ -90,8 +98,11 @@ class StepCheck:
         self._gather = HealthGather(run.dense.module, world, lambda: interruption.signum or 0)
         self.loss, self.signum, self.said = math.nan, 0, ""
 
-    def __call__(self, tensors: StepTensors) -> str | None:
-        ranks = self._gather(tensors)
+    def __call__(self, tensors: StepTensors) -> Callable[[], str | None]:
+        answers = self._gather(tensors)
+        return lambda: self._judge(answers(), tensors)
+
+    def _judge(self, ranks: list[RankHealth], tensors: StepTensors) -> str | None:
         self.signum = max(int(health.signum) for health in ranks)
         self.loss = statistics.fmean(health.loss for health in ranks)
         cause = cause_of(ranks, self._run.dense.loss_scale_can_shrink())

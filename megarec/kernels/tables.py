@@ -1,4 +1,4 @@
-"""Triton kernels of the table backend: lookup in the order of the output, and one fused update of every touched row.
+"""Triton kernels of tables (sparse/tables/triton_backend.py): lookup in the order of the output, and the update.
 
 A bag is a (slot, example). A slot has a key: the first row of its shard among all rows of the rank; key plus id is a
 row's key. Sorted by key, stably, the occurrences of a row are a run, in the order of slots and then of the global
@@ -10,7 +10,6 @@ Nothing here depends on how many runs there are: grids are upper bounds, and pro
 Tables of equal width lie in one tensor [rows, COLUMNS]; sums and optimizer are float32 whatever the types.
 """
 
-# mypy: disable-error-code="untyped-decorator"
 import triton
 import triton.language as tl
 

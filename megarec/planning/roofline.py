@@ -1,0 +1,366 @@
+"""Time of a training step on a device that is not here, by part, and what bounds each part; nothing is measured.
+
+Operations of the dense model and of tower modules are those that the real modules start, counted on the meta device
+(op_counts.py); bytes of the optimizer's step those that DeepSpeed's operations move (tests hold them to a count of its
+engines). A part takes as long as its work at the device's rates, or as the host needs to start it. Parts follow one
+another, messages as well: what a run hides behind other work is won over this. Not in it: batches from the host,
+metrics, waits of the host, its launches for the sparse side, waves of thread blocks that do not fill the chip, more
+hosts than one.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from megarec.config.sections import RunConfig
+from megarec.dense.layers import recompute_layers
+from megarec.dense.settings import settings_of
+from megarec.distributed.collectives import MESSAGE_TYPES
+from megarec.distributed.topology import Topology, check_divides
+from megarec.errors import UserError, did_you_mean
+from megarec.models.blocks import MLP
+from megarec.planning.memory import parameter_sizes
+from megarec.planning.op_counts import Op, OpCounter, fused
+from megarec.planning.zero import Zero, zero_of
+from megarec.run.spec import ModelSpec
+from megarec.sparse.layout import EmbeddingLayout, Feature
+from megarec.sparse.placement import Shard
+from megarec.sparse.tables.optimizers import table_bytes
+from megarec.sparse.towers.modules import TowerModules
+from megarec.training.profiling import PEAK_TFLOPS
+
+
+class Device(NamedTuple):
+    """Rates of one accelerator.
+
+    Attributes:
+        gemm: TFLOP/s that a large product in 16 bits reaches.
+        fp32: TFLOP/s of fp32 without TF32, by the data sheet; None: not known here.
+        memory: TB/s that a copy reaches, read and written bytes together.
+        link: GB/s of a rank to the others of its host, each way.
+        source: where `gemm` and `memory` come from.
+    """
+
+    gemm: float
+    fp32: float | None
+    memory: float
+    link: float
+    source: str
+
+
+_MEASURED = Device(790.0, 67.0, 4.3, 371.0, "measured on one H200: a product of 8,192 and a copy on random data")
+_SHEET = {  # HBM TB/s, fp32 TFLOP/s, NVLink GB/s as NCCL gets it
+    "V100": (0.9, 15.7, 120.0),
+    "A100": (2.0, 19.5, 240.0),
+    "H100": (3.35, 67.0, 371.0),
+    "B200": (7.7, None, 722.0),
+    "GB200": (8.0, None, 722.0),
+}
+
+
+def _of_sheet(name: str) -> Device:
+    """What a device may reach of its data sheet is what the H200 reaches of its own: 989 TFLOP/s and 4.8 TB/s."""
+    memory, fp32, link = _SHEET[name]
+    gemm = PEAK_TFLOPS[name] * _MEASURED.gemm / PEAK_TFLOPS["H200"]
+    return Device(gemm, fp32, memory * _MEASURED.memory / 4.8, link, "its data sheet, times what an H200 reaches of it")
+
+
+DEVICES = {**{name: _of_sheet(name) for name in _SHEET}, "H200": _MEASURED}
+
+# Assumptions, from a review of the code for CUDA; gpu_check.py is there to hold them to a device.
+GEMM_SHARE, BATCHED_SHARE = 0.9, 0.4  # of the GEMM rate: the products of a model, and those example by example
+LAUNCH_SECONDS = 6e-6  # of the host, for an operation of PyTorch
+LINK_SECONDS = 50e-6  # of a message among the ranks of a host, beside its bytes
+GLUE_BYTES_A_COLUMN = 84
+"""Read and written between tables and first product, both ways, for a column of the looked-up embeddings of an
+example: conversions, messages, assembly, the check. 24 is the target."""
+SORT_BYTES_AN_ID = 96  # a radix sort of ids, with their places, before the update
+POOLED_BYTES = 4  # of a number of the gradient that the tables take: float32
+IDS_OF_A_LIST = 2.5  # on average, as in synthetic data
+
+
+class StepBytes(NamedTuple):
+    """Bytes that DeepSpeed moves for an element of a parameter, beside the optimizer's own, and how often.
+
+    Attributes:
+        copies: in the backward pass, of gradients into buckets and back; every rank for all of its parameters.
+        step: conversions, overflow check, norm, weights back; of the partition.
+        clip: more, with gradient_clipping.
+        launches: operations for a parameter, of whatever size.
+    """
+
+    copies: int
+    step: int
+    clip: int
+    launches: int
+
+
+STEP_BYTES = {  # by (ZeRO stage, low precision); DeepSpeed 0.19.8
+    (0, False): StepBytes(16, 0, 12, 3),
+    (0, True): StepBytes(8, 26, 8, 19),
+    (1, False): StepBytes(32, 36, 8, 5),
+    (1, True): StepBytes(16, 38, 8, 17),
+    (2, False): StepBytes(32, 36, 8, 5),
+    (2, True): StepBytes(16, 38, 8, 17),
+    (3, False): StepBytes(40, 36, 8, 5),
+    (3, True): StepBytes(20, 34, 8, 5),
+}
+Bound = Literal["compute", "memory", "link", "launches"]
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """One part of a step of one rank.
+
+    Attributes:
+        seconds: it takes, and what bounds it.
+        fused_seconds: were every run of operations that only move memory one kernel.
+    """
+
+    flop: int
+    bytes: int
+    launches: int
+    seconds: float
+    bound: Bound
+    fused_seconds: float
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """A predicted step.
+
+    Attributes:
+        examples: of the rank.
+        parts: by name, in the order of a step.
+        mfu: against the data sheet's peak of the device; `fused_mfu`: with fused parts.
+    """
+
+    device: str
+    examples: int
+    ranks: int
+    parts: dict[str, PartTime]
+    mfu: float
+    fused_mfu: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.parts.values())
+
+    @property
+    def fused_seconds(self) -> float:
+        return sum(part.fused_seconds for part in self.parts.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """For `tools/flops.py --json`."""
+        return {
+            **{name: getattr(self, name) for name in ("device", "examples", "ranks", "seconds", "fused_seconds")},
+            **{name: getattr(self, name) for name in ("mfu", "fused_mfu")},
+            "parts": {name: dataclasses.asdict(part) for name, part in self.parts.items()},
+        }
+
+
+def device_named(name: str) -> Device:
+    """The rates of a device.
+
+    Raises:
+        UserError: they are not known here.
+    """
+    if name not in DEVICES:
+        raise UserError(
+            f"--roofline {name}: its memory bandwidth is not known here; {did_you_mean(name, DEVICES)} "
+            f"(all: {', '.join(DEVICES)})"
+        )
+    return DEVICES[name]
+
+
+def predict_step(config: RunConfig, spec: ModelSpec, name: str, batch: int | None = None) -> Roofline:
+    """Predict a step of one rank; all ranks are on one host.
+
+    Ranks are parallel.ranks_per_host, else those of a tensor group.
+
+    Args:
+        spec: the model that `config` asks for.
+        name: of the device, as in DEVICES.
+        batch: examples of the rank; None: its share of data.batch_size.
+
+    Raises:
+        UserError: the device or its fp32 rate is not known, ranks or batch do not divide, or optimizer states lie in
+            host memory.
+    """
+    device, settings = device_named(name), settings_of(config.deepspeed)
+    low_precision, fp32 = settings.dtype.itemsize < 4, device.fp32 or 0.0
+    ranks = config.parallel.ranks_per_host or config.parallel.tensor
+    check_divides(ranks, ranks, config.parallel.tensor)
+    topology = Topology(0, ranks, ranks, config.parallel.tensor)
+    zero = zero_of(config, topology)
+    batch = config.data.batch_size // ranks if batch is None else batch
+    micro, rest = divmod(batch, zero.accumulation)
+    if rest or not micro:
+        raise UserError(
+            f"--batch {batch} does not divide by deepspeed.gradient_accumulation_steps={zero.accumulation}: take "
+            f"{max(1, round(batch / zero.accumulation)) * zero.accumulation}"
+        )
+    if zero.offloaded:
+        raise UserError("--roofline: deepspeed.zero_optimization.offload_optimizer is not in its model; leave it out")
+    if device.fp32 is None and (not low_precision or spec.towers.modules is not None):
+        raise UserError(f"--roofline {name}: its fp32 rate is not known here; enable deepspeed.bf16, or take an H200")
+    clock = _Clock(device)
+    sizes = parameter_sizes(spec, topology)
+    parts = clock.dense(dense_ops(config, spec, micro), zero.accumulation, device.gemm if low_precision else fp32)
+    if spec.towers.modules is not None:
+        parts["tower modules"] = clock.whole(tower_ops(spec, batch), fp32)
+    parts["exchange glue"] = clock.memory(glue_bytes(spec.layout, batch))
+    parts["table lookup"] = clock.memory(lookup_bytes(config, spec.layout, batch))
+    parts["table update"] = clock.memory(update_bytes(config, spec.layout, batch * ranks) // ranks)
+    launches = STEP_BYTES[zero.stage, low_precision].launches * len(sizes)
+    parts["optimizer"] = clock.memory(optimizer_bytes(config, sum(sizes), zero), launches)
+    if ranks > 1:
+        parts["exchange links"] = clock.link(exchange_messages(config, spec, batch, ranks))
+        parts["dense links"] = clock.link(dense_messages(spec, sum(sizes), zero, topology, batch))
+    peak = 1e12 * (PEAK_TFLOPS[name] if low_precision else fp32)
+    flop = spec.cost.flop * batch
+    made = Roofline(name, batch, ranks, parts, 0.0, 0.0)
+    return dataclasses.replace(made, mfu=flop / made.seconds / peak, fused_mfu=flop / made.fused_seconds / peak)
+
+
+def dense_ops(config: RunConfig, spec: ModelSpec, examples: int) -> list[Op]:
+    """Forward and backward of the dense model on some examples."""
+    dtype = settings_of(config.deepspeed).dtype
+    model = spec.meta_model().to(dtype)
+    recompute_layers(model, config.dense.recompute)
+    with torch.device("meta"), OpCounter() as counter:
+        embedded = torch.empty(examples, model.inputs.width, dtype=dtype, requires_grad=True)
+        keys = torch.empty(examples, dtype=torch.int64)
+        logits = model(torch.empty(examples, spec.numeric, dtype=dtype), embedded, keys)
+        nn.functional.binary_cross_entropy_with_logits(logits, torch.empty(examples)).backward()
+    return counter.ops
+
+
+def tower_ops(spec: ModelSpec, examples: int) -> list[Op]:
+    """Forward and backward of all tower modules on some examples; ranks share the towers, and see as many more."""
+    modules = spec.towers.modules
+    assert modules is not None
+    with torch.device("meta"), OpCounter() as counter:
+        bank = TowerModules(modules, range(len(modules.inputs)))
+        bank(torch.empty(examples, sum(modules.inputs) * modules.width, requires_grad=True)).sum().backward()
+    return counter.ops
+
+
+def glue_bytes(layout: EmbeddingLayout, examples: int) -> int:
+    """Between tables and dense model, both ways."""
+    return GLUE_BYTES_A_COLUMN * layout.width * examples
+
+
+def _ids(feature: Feature, examples: int) -> int:
+    return int(examples * (IDS_OF_A_LIST if feature.multi_valued else 1))
+
+
+def lookup_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> int:
+    """Ids and rows that are read; what is written belongs to the glue."""
+    element = 2 if config.embedding.weights == "fp16" else 4
+    return sum(_ids(f, examples) * (layout.table(f.table).columns * element + 4) for f in layout.features)
+
+
+def update_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> int:
+    """Gradients read, ids sorted, weights and optimizer states of the touched rows read and written; ids are spread
+    evenly over the rows."""
+    total = 0
+    for table in layout.tables:
+        ids = sum(_ids(feature, examples) for feature in layout.features if feature.table == table.name)
+        touched = round(-table.rows * torch.tensor(-ids / table.rows, dtype=torch.float64).expm1().item())
+        rows = Shard(table.name, 0, 0, max(1, touched), 0, table.columns)
+        total += ids * (table.columns * POOLED_BYTES + SORT_BYTES_AN_ID) + 2 * table_bytes([rows], config.embedding)
+    return total
+
+
+def optimizer_bytes(config: RunConfig, parameters: int, zero: Zero) -> int:
+    """What a step of the engine moves for the parameters of a rank, its buckets in the backward pass included."""
+    moved = STEP_BYTES[zero.stage, zero.width < 4]
+    clip = moved.clip if config.deepspeed.get("gradient_clipping") else 0
+    own = parameters // (zero.ranks if zero.stage else 1)
+    return moved.copies * parameters + (12 + 8 * zero.moments + moved.step + clip) * own
+
+
+def exchange_messages(config: RunConfig, spec: ModelSpec, examples: int, ranks: int) -> list[int]:
+    """Bytes that a rank sends in each message of the flat exchange: lengths, ids, embeddings, gradients."""
+    features = spec.layout.features
+    index = 4 if max(table.rows for table in spec.layout.tables) < 2**31 else 8
+    lists = sum(feature.multi_valued for feature in features) * examples
+    columns = spec.layout.width * examples
+    sent = [4 * lists, index * sum(_ids(feature, examples) for feature in features)]
+    sent += [columns * MESSAGE_TYPES[name].itemsize for name in config.parallel.messages]
+    return [size * (ranks - 1) // ranks for size in sent if size]
+
+
+def dense_messages(spec: ModelSpec, parameters: int, zero: Zero, topology: Topology, examples: int) -> list[float]:
+    """Bytes that a rank sends for ZeRO, and for the tensor-parallel layers."""
+    messages: list[float] = []
+    if zero.ranks > 1:  # stage 0: an all-reduce; 1, 2: gradients to their owners, weights back; 3: gathered twice
+        passes = 3 if zero.stage == 3 else 2
+        messages += passes * [zero.width * parameters * (zero.ranks - 1) // zero.ranks]
+    if topology.tensor_size > 1:
+        sent = zero.width * examples * (topology.tensor_size - 1)
+        mlps = [module for module in spec.meta_model().modules() if isinstance(module, MLP)]
+        messages += [sent * columns for mlp in mlps for columns in tensor_columns(mlp, topology.tensor_size)]
+    return messages
+
+
+def tensor_columns(mlp: MLP, size: int) -> list[float]:
+    """Columns of each message of a tensor-parallel MLP, forward and backward (dense/tensor_parallel.py)."""
+    linears = [linear for linear in mlp.linears if isinstance(linear, nn.Linear)]
+    columns: list[float] = []
+    for index, linear in enumerate(linears):
+        last = index + 1 == len(linears)
+        if index % 2 == 0 and not last:  # column-parallel: gathered twice, its input's gradient scattered
+            columns += 3 * [linear.in_features]
+            continue
+        columns += 2 * [linear.out_features]
+        if index % 2 == 0:
+            columns += 2 * [linear.in_features / size]  # an all-to-all each way
+    return columns
+
+
+class _Clock:
+    """Work at the rates of a device."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def memory(self, moved: int, launches: int = 0) -> PartTime:
+        return self._part(0, moved, launches, 0.0, moved / self.device.memory / 1e12)
+
+    def link(self, messages: Sequence[float]) -> PartTime:
+        seconds = sum(size / self.device.link / 1e9 + LINK_SECONDS for size in messages)
+        return PartTime(0, int(sum(messages)), len(messages), seconds, "link", seconds)
+
+    def whole(self, ops: Sequence[Op], tflops: float) -> PartTime:
+        """All operations as one part."""
+        fast = self._ops(fused(ops), tflops)
+        return dataclasses.replace(self._ops(ops, tflops), fused_seconds=fast.seconds)
+
+    def dense(self, ops: Sequence[Op], times: int, tflops: float) -> dict[str, PartTime]:
+        """By kind of operation, `times` times over."""
+        parts, fast = {}, fused(ops)
+        for name, kind in (("GEMMs", "gemm"), ("products by example", "batched"), ("other dense", "memory")):
+            slow = self._ops([op for op in ops if op.kind == kind] * times, tflops)
+            quick = self._ops([op for op in fast if op.kind == kind] * times, tflops)
+            parts[name] = dataclasses.replace(slow, fused_seconds=quick.seconds)
+        return parts
+
+    def _ops(self, ops: Sequence[Op], tflops: float) -> PartTime:
+        compute = memory = 0.0
+        share = {"gemm": GEMM_SHARE, "batched": BATCHED_SHARE, "memory": 1.0}
+        for op in ops:
+            computing, moving = op.flop / (1e12 * tflops * share[op.kind]), op.bytes / self.device.memory / 1e12
+            compute += computing if computing > moving else 0.0
+            memory += moving if computing <= moving else 0.0
+        return self._part(sum(op.flop for op in ops), sum(op.bytes for op in ops), len(ops), compute, memory)
+
+    def _part(self, flop: int, moved: int, launches: int, compute: float, memory: float) -> PartTime:
+        started, on_device = launches * LAUNCH_SECONDS, compute + memory
+        bound: Bound = "launches" if started > on_device else "compute" if compute > memory else "memory"
+        return PartTime(flop, moved, launches, max(started, on_device), bound, max(started, on_device))

@@ -1,0 +1,104 @@
+"""The check of one GPU, on a CPU and tiny: its table, its JSON, and what becomes of a part that fails."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import python
+from tools.gpu.context import SIZES, Context
+from tools.gpu.runner import PARTS, expected
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "COLUMNS": "200"}
+# Parts of its own in the place of the real ones: the forks have them too.
+BROKEN = """
+import os, runpy, signal, sys, time
+from tools.gpu import ceilings, runner
+from tools.gpu.runner import Part
+def beyond(context):
+    context.emit("loss", float("nan"), limit=1e-5)
+    context.emit("other", 0.5, limit=1.0)
+    context.check_limits()
+def hang(context):
+    context.emit("before", 1.0, "s")
+    time.sleep(600)
+def alone(context):
+    if context.rank == 1: raise RuntimeError("rank 1 is out")
+    time.sleep(600)
+ceilings.raises = lambda context: 1 / 0
+ceilings.beyond, ceilings.hang, ceilings.alone = beyond, hang, alone
+ceilings.dies = lambda context: os.kill(os.getpid(), signal.SIGKILL)
+names = ("raises", "beyond", "hang", "dies")
+runner.PARTS = tuple(Part(name, 1, "ceilings", name) for name in names) + (
+    Part("alone", 60, "ceilings", "alone", ranks=2), Part("ceilings", 60, "ceilings"))
+sys.argv = ["gpu_check.py", "--device", "cpu", "--tiny", "--out", sys.argv[1]]
+runpy.run_path("tools/gpu_check.py", run_name="__main__")
+"""
+
+
+def test_every_part_runs_tiny_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    done = python("tools/gpu_check.py", "--device", "cpu", "--tiny", "--out", out, cwd=ROOT, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert list(found["parts"]) == [part.name for part in PARTS]
+    for name, part in found["parts"].items():
+        assert part["rows"] and "failed" not in part, (name, part)
+    whats = {name: [row["what"] for row in part["rows"]] for name, part in found["parts"].items()}
+    assert "0.53 eager MFU" in whats["ladder"] and "0.53 examples/s" in whats["end to end"]
+    assert [what.split()[0] for what in whats["true rank"] if "step" in what] == ["0.53", "1.25"]
+    assert sum("tensor=2" in what for what in whats["two ranks"]) == 1
+    for name in ("parity", "two ranks"):
+        assert all(row["value"] <= row["limit"] for row in found["parts"][name]["rows"])
+    assert [row["value"] for row in found["parts"]["repeatability, deterministic"]["rows"]] == [0, 0]
+    assert expected(found["predictions"], "ceilings", "bf16 product") == "790 TFLOP/s"
+    assert expected(found["predictions"], "parity", whats["parity"][0]).startswith("<= 1e-05")
+    assert expected(found["predictions"], "ladder", "0.53 eager MFU").endswith("%")
+    assert "predicted for an H200" in done.stdout and "790 TFLOP/s" in done.stdout
+
+
+def test_a_part_that_fails_is_told_of_and_ends_no_other(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    done = python("-c", BROKEN, out, cwd=ROOT, env=ENVIRONMENT)
+    assert done.returncode == 1, done.stderr
+    parts: dict[str, Any] = json.loads(out.read_text())["parts"]
+    assert parts["raises"]["failed"] == "ZeroDivisionError: division by zero"
+    assert "1 / 0" in parts["raises"]["traceback"] or "ZeroDivisionError" in parts["raises"]["traceback"]
+    assert parts["beyond"]["failed"] == "AssertionError: 1 of 2 beyond their limits: loss: nan > 1e-05"
+    assert parts["hang"]["failed"] == "cut off after 1 s" and parts["hang"]["rows"][0]["what"] == "before"
+    assert parts["dies"]["failed"] == "a process died without a word (exit code -9)"
+    assert parts["alone"]["failed"] == "RuntimeError: rank 1 is out" and parts["alone"]["seconds"] < 30
+    assert parts["ceilings"]["rows"] and "failed" not in parts["ceilings"]
+    assert "FAILED" in done.stdout and "division by zero" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda"], "finds no GPU here; --device cpu runs the same parts, small"),
+        (["--device", "cpu", "--part", "ladders"], "--part 'ladders': no part is called so; did you mean 'ladder'?"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = python("tools/gpu_check.py", "--out", tmp_path / "gpu.json", *arguments, cwd=ROOT, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout) == (2, "") and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "gpu.json").exists()
+
+
+def test_sizes_are_those_of_the_review() -> None:
+    cuda = SIZES["cuda"]
+    assert cuda.gemm == 8192 and cuda.job == (32, 8) and cuda.rows == ("61", "108")
+    assert [row for row, _ in cuda.ladder] == ["0.53", "1.25", "2.12", "5.6", "22.23"]
+    assert sum(part.seconds for part in PARTS) < 600
+
+
+def test_a_limit_takes_no_nan(tmp_path: Path) -> None:
+    context = Context(device=None, sizes=SIZES["tiny"], directory=tmp_path, shared=tmp_path, rank=0)  # type: ignore[arg-type]
+    context.emit("fine", 1.0, limit=1.0)
+    context.check_limits()
+    context.emit("not", float("nan"), limit=1.0)
+    with pytest.raises(AssertionError, match="1 of 2 beyond their limits: not: nan > 1"):
+        context.check_limits()
