@@ -23,7 +23,8 @@ from typing import Any
 
 from megarec.checkpoint.format import DTYPE_NAMES, INDEX, FileEntry, sealed
 from megarec.checkpoint.pointers import BEST, LATEST, NAME, name_of, pointed
-from megarec.checkpoint.writing import Snapshot, key_of, write_file
+from megarec.checkpoint.snapshot import Snapshot
+from megarec.checkpoint.writing import key_of, write_file
 from megarec.errors import one_line
 from megarec.files import read_object, sync_directory, write_json, write_whole
 

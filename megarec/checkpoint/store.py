@@ -13,7 +13,8 @@ from megarec.checkpoint.pointers import BEST, LATEST, name_of, pointed
 from megarec.checkpoint.publish import Plan, SaveFailed
 from megarec.checkpoint.reading import Reader, verify
 from megarec.checkpoint.settings import changed_settings
-from megarec.checkpoint.writing import Snapshot, lower_priority
+from megarec.checkpoint.snapshot import Snapshot
+from megarec.checkpoint.writing import lower_priority
 from megarec.distributed.collectives import from_rank_0, gather_texts, raise_together
 from megarec.errors import DamagedCheckpoint, UserError
 from megarec.run.build import Run
@@ -68,9 +69,9 @@ class Checkpoints:
     def save(self, position: TrainState, window: Predictions | None = None, *, best: bool = False) -> None:
         """Save the run as it stands; `latest` moves to it once it is whole on the disk. Collective.
 
-        Waits for the save before this one and for a copy of the rank's slices; the rest happens in a thread, unless
-        train.background_checkpoints is off. What goes wrong from then on, a full disk or anything else, ends the save,
-        with a line, and not the run.
+        Waits for the save before this one and, on a CPU, for a copy of the rank's slices (see `hold_changes`). The rest
+        happens in a thread, unless train.background_checkpoints is off. What goes wrong from then on, a full disk or
+        anything else, ends the save, with a line, and not the run.
 
         Args:
             window: predictions that the log has not shown yet.
@@ -96,6 +97,10 @@ class Checkpoints:
         self._writing.start()
         if not config.train.background_checkpoints:
             self.wait()
+
+    def hold_changes(self) -> None:
+        """Before the run changes: on an accelerator the change waits there for the copy of the last save."""
+        self._snapshot.hold()
 
     def _write(self, plan: Plan) -> None:
         """In the thread: no collectives, no tensors of the run."""

@@ -1,9 +1,9 @@
-"""One rank's file: a copy of its slices in memory, then to the disk with a checksum, in bounded extra memory."""
+"""One rank's file: its layout, and its way to the disk with a checksum, in bounded extra memory."""
 
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import FileIO
@@ -20,65 +20,6 @@ from megarec.slices import TensorSlice
 
 CHUNK = 1 << 20  # bytes written, or read, and summed at a time: they stay in the processor's cache in between
 FLUSH = 1 << 26  # bytes after which the disk is asked to take in what there is
-
-
-class Snapshot:
-    """Copies of pieces in one buffer, laid out as the data of a safetensors file; kept for the next save.
-
-    Its memory is that of the pieces once, page-locked where there is a GPU to copy from.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self.pieces: list[TensorSlice] = []
-        self._failure: Exception | None = None
-
-    def take(self, pieces: Sequence[TensorSlice]) -> None:
-        """Copy; what was copied before is overwritten. Waits until the copy is done.
-
-        Where there is no memory for it, whoever asks for the numbers is told: the ranks must get there alike.
-        """
-        self._failure = None
-        try:
-            self._copy(pieces)
-        except (MemoryError, RuntimeError) as error:
-            self._failure = error
-
-    def _copy(self, pieces: Sequence[TensorSlice]) -> None:
-        self.pieces = in_file_order(pieces)
-        size = sum(piece.tensor.nbytes for piece in pieces)
-        on_gpu = any(piece.tensor.is_cuda for piece in pieces)
-        if self._buffer.numel() < size:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # free the old one first
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
-        offset = 0
-        for piece in self.pieces:
-            source = piece.tensor
-            target = self._buffer[offset : offset + source.nbytes].view(source.dtype).view(source.shape)
-            target.copy_(source, non_blocking=True)
-            offset += source.nbytes
-        self._size = offset
-        if on_gpu:
-            torch.cuda.synchronize()
-
-    def not_finite(self) -> str | None:
-        """The name of a piece with a number that is not finite, if there is one; asked first of all."""
-        if self._failure is not None:
-            raise self._failure
-        offset = 0
-        for piece in self.pieces:
-            source = piece.tensor
-            kept = self._buffer[offset : offset + source.nbytes].view(source.dtype)
-            offset += source.nbytes
-            if source.is_floating_point() and not all_finite(kept):
-                return key_of(piece)
-        return None
-
-    def header(self) -> bytes:
-        return file_header([(key_of(p), p.tensor.dtype, tuple(p.tensor.shape)) for p in self.pieces])
-
-    def data(self) -> memoryview:
-        return memoryview(self._buffer.numpy().data)[: self._size]
 
 
 def all_finite(values: Tensor) -> bool:

@@ -111,7 +111,12 @@ def build_engine(
         zero_allow_untested_optimizer=True,  # SGD is untested by DeepSpeed; our parity tests cover it
         zero_force_ds_cpu_optimizer=False,  # DeepSpeedCPUAdam compiles C++ at first use
         steps_per_print=10**9,
+        timers={"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch; StepTimer is ours
     )
+    for name in ("bf16", "bfloat16"):
+        if section.get(name, {}).get("enabled"):
+            # The step check has seen every gradient already; DeepSpeed would make the host wait twice more.
+            section[name] = {"check_grad_overflow": False, **section[name]}
     # DeepSpeed counts the ranks of a data group; here every rank of a tensor group has examples of its own as well.
     section["train_batch_size"] = config.data.batch_size // topology.tensor_size
     optimizer, reason = None, "DeepSpeed's own (deepspeed.optimizer)"

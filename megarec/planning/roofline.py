@@ -75,11 +75,10 @@ DEVICES = {**{name: _of_sheet(name) for name in _SHEET}, "H200": _MEASURED}
 GEMM_SHARE, BATCHED_SHARE = 0.9, 0.4  # of the GEMM rate: the products of a model, and those example by example
 LAUNCH_SECONDS = 6e-6  # of the host, for an operation of PyTorch
 LINK_SECONDS = 50e-6  # of a message among the ranks of a host, beside its bytes
-GLUE_BYTES_A_COLUMN = 84
+GLUE_BYTES_A_COLUMN, GLUE_BYTES_IN_FP32 = 24, 48
 """Read and written between tables and first product, both ways, for a column of the looked-up embeddings of an
-example: conversions, messages, assembly, the check. 24 is the target."""
+example, with messages in 16 bits that the tables take and give, and in fp32; tests/device counts them."""
 SORT_BYTES_AN_ID = 96  # a radix sort of ids, with their places, before the update
-POOLED_BYTES = 4  # of a number of the gradient that the tables take: float32
 IDS_OF_A_LIST = 2.5  # on average, as in synthetic data
 
 
@@ -213,7 +212,7 @@ def predict_step(config: RunConfig, spec: ModelSpec, name: str, batch: int | Non
     parts = clock.dense(dense_ops(config, spec, micro), zero.accumulation, device.gemm if low_precision else fp32)
     if spec.towers.modules is not None:
         parts["tower modules"] = clock.whole(tower_ops(spec, batch), fp32)
-    parts["exchange glue"] = clock.memory(glue_bytes(spec.layout, batch))
+    parts["exchange glue"] = clock.memory(glue_bytes(config, spec.layout, batch))
     parts["table lookup"] = clock.memory(lookup_bytes(config, spec.layout, batch))
     parts["table update"] = clock.memory(update_bytes(config, spec.layout, batch * ranks) // ranks)
     launches = STEP_BYTES[zero.stage, low_precision].launches * len(sizes)
@@ -228,16 +227,24 @@ def predict_step(config: RunConfig, spec: ModelSpec, name: str, batch: int | Non
 
 
 def dense_ops(config: RunConfig, spec: ModelSpec, examples: int) -> list[Op]:
-    """Forward and backward of the dense model on some examples."""
+    """Forward and backward of the dense model on some examples, but for what puts X_0 together: that is glue."""
     dtype = settings_of(config.deepspeed).dtype
     model = spec.meta_model().to(dtype)
     recompute_layers(model, config.dense.recompute)
-    with torch.device("meta"), OpCounter() as counter:
+    with torch.device("meta"):
         embedded = torch.empty(examples, model.inputs.width, dtype=dtype, requires_grad=True)
-        keys = torch.empty(examples, dtype=torch.int64)
-        logits = model(torch.empty(examples, spec.numeric, dtype=dtype), embedded, keys)
-        nn.functional.binary_cross_entropy_with_logits(logits, torch.empty(examples)).backward()
-    return counter.ops
+        numeric, keys = torch.empty(examples, spec.numeric, dtype=dtype), torch.empty(examples, dtype=torch.int64)
+        with OpCounter() as first:
+            x_BND = model.inputs(numeric, embedded, keys)
+            gradient = torch.empty_like(x_BND)
+            x_BND.backward(gradient)
+        glued = [tensor for tensor in (embedded, x_BND, gradient, embedded.grad) if tensor is not None]
+        places = {tensor.untyped_storage()._cdata for tensor in glued}
+        with OpCounter() as second:
+            logits = model.over_arch(x_BND.detach().requires_grad_(), keys).float()
+            nn.functional.binary_cross_entropy_with_logits(logits, torch.empty(examples)).backward()
+    own = [op for op in first.ops if op.kind != "memory" or places.isdisjoint(op.reads.keys() | op.writes.keys())]
+    return own + second.ops
 
 
 def tower_ops(spec: ModelSpec, examples: int) -> list[Op]:
@@ -250,9 +257,10 @@ def tower_ops(spec: ModelSpec, examples: int) -> list[Op]:
     return counter.ops
 
 
-def glue_bytes(layout: EmbeddingLayout, examples: int) -> int:
-    """Between tables and dense model, both ways."""
-    return GLUE_BYTES_A_COLUMN * layout.width * examples
+def glue_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> int:
+    """Between tables and dense model, both ways: what the lookup writes and the update reads as well."""
+    in_fp32 = "fp32" in config.parallel.messages
+    return (GLUE_BYTES_IN_FP32 if in_fp32 else GLUE_BYTES_A_COLUMN) * layout.width * examples
 
 
 def _ids(feature: Feature, examples: int) -> int:
@@ -266,14 +274,14 @@ def lookup_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> i
 
 
 def update_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> int:
-    """Gradients read, ids sorted, weights and optimizer states of the touched rows read and written; ids are spread
-    evenly over the rows."""
+    """Ids sorted, weights and optimizer states of the touched rows read and written; ids are spread evenly over the
+    rows. What is read of gradients belongs to the glue."""
     total = 0
     for table in layout.tables:
         ids = sum(_ids(feature, examples) for feature in layout.features if feature.table == table.name)
         touched = round(-table.rows * torch.tensor(-ids / table.rows, dtype=torch.float64).expm1().item())
         rows = Shard(table.name, 0, 0, max(1, touched), 0, table.columns)
-        total += ids * (table.columns * POOLED_BYTES + SORT_BYTES_AN_ID) + 2 * table_bytes([rows], config.embedding)
+        total += ids * SORT_BYTES_AN_ID + 2 * table_bytes([rows], config.embedding)
     return total
 
 

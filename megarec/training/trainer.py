@@ -282,6 +282,10 @@ class Trainer:
         if state.step in state.left_out:
             return self._leave_out()
 
+        def meanwhile() -> None:
+            start_next()
+            self.checkpoints.hold_changes()
+
         def step() -> StepResult:
             return train_step(
                 run.dense,
@@ -290,7 +294,7 @@ class Trainer:
                 timer=timer,
                 ids=ids,
                 after_lookup=start_next if self.prefetcher.threaded else lambda: None,
-                meanwhile=start_next,
+                meanwhile=meanwhile,
                 want_norm=due,
                 check=self.step_check,
             )

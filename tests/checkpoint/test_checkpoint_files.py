@@ -23,7 +23,8 @@ from torch import Tensor
 from megarec.checkpoint.format import Index, read_header, read_index, sealed
 from megarec.checkpoint.publish import Plan, publish, write_part
 from megarec.checkpoint.reading import Reader, _tile, verify
-from megarec.checkpoint.writing import Snapshot, file_header
+from megarec.checkpoint.snapshot import Snapshot
+from megarec.checkpoint.writing import file_header
 from megarec.errors import DamagedCheckpoint, UserError
 from megarec.slices import TensorSlice
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megarec.checkpoint import publish
-from megarec.checkpoint.writing import Snapshot
+from megarec.checkpoint.snapshot import Snapshot
 from megarec.distributed.rank_pool import RankPool
 from megarec.run.state import TrainState
 from tests.checkpoint.runs import build, store, train_steps, write_run

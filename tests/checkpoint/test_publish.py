@@ -18,7 +18,7 @@ from megarec.checkpoint.format import read_index
 from megarec.checkpoint.pointers import name_of, pointed
 from megarec.checkpoint.publish import Plan, SaveFailed, clean, publish, published, write_part
 from megarec.checkpoint.reading import Reader, verify
-from megarec.checkpoint.writing import Snapshot
+from megarec.checkpoint.snapshot import Snapshot
 from megarec.slices import TensorSlice
 from tests.checkpoint.test_checkpoint_files import ABOUT
 

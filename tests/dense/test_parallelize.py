@@ -6,6 +6,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 
 from megarec.config.load import load_config
 from megarec.dense.groups import secondary_partitions
@@ -58,11 +59,13 @@ def norms(path: Path, overrides: list[str]) -> list[float]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3", "1, overlapped", "2, overlapped"])
 def test_the_gradient_norm_is_that_of_one_process(
-    stage: int, ranks: int, base: Path, reference: list[ReferenceStep], rank_pool: Callable[[int], RankPool]
+    stage: str, ranks: int, base: Path, reference: list[ReferenceStep], rank_pool: Callable[[int], RankPool]
 ) -> None:
-    overrides = [*SGD, TENSOR, f"deepspeed.zero_optimization.stage={stage}"]
+    overrides = [*SGD, TENSOR, f"deepspeed.zero_optimization.stage={stage[0]}"]
+    if "overlapped" in stage:
+        overrides.append("deepspeed.zero_optimization.overlap_comm=true")
     expected = [step.gradient_norm for step in reference]
     assert min(expected) > 2 * BASE["deepspeed"]["gradient_clipping"], (
         "clipping must act for the later steps to prove it"
@@ -111,6 +114,33 @@ def test_offloaded_gradients_are_averaged_one_by_one(base: Path, rank_pool: Call
     overrides = [TENSOR, "deepspeed.zero_optimization.stage=2", OFFLOAD]
     calls = [calls for calls, _, _ in rank_pool(2).run(messages_of_replicated_gradients, base, overrides)]
     assert calls[0] == calls[1] > STEPS
+
+
+def waits_of_deepspeed(path: Path, overrides: list[str]) -> tuple[int, bool]:
+    """(times that it waits for the whole device in four steps, whether it looks for overflow before a step)."""
+    config = load_config(path, overrides)
+    run = build_run(config, start_process(config))
+    with patch.object(type(get_accelerator()), "synchronize") as synchronize:
+        for batch in list(run.train.batches(epoch=0))[:4]:  # its throughput timer begins at the third
+            train_step(run.dense, run.sparse, batch, timer=StepTimer(run.device))
+    return synchronize.call_count, bool(getattr(run.dense.engine.optimizer, "check_grad_overflow", False))
+
+
+BF16_ZERO_2 = ["deepspeed.zero_optimization.stage=2", "deepspeed.bf16.enabled=true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "looks"),
+    [
+        (["deepspeed.zero_optimization.stage=1"], False),
+        (BF16_ZERO_2, False),
+        ([*BF16_ZERO_2, "deepspeed.bf16.check_grad_overflow=true"], True),
+    ],
+)
+def test_deepspeed_waits_no_more_than_it_must(
+    overrides: list[str], looks: bool, base: Path, rank_pool: Callable[[int], RankPool]
+) -> None:
+    assert rank_pool(1).run(waits_of_deepspeed, base, overrides) == [(0, looks)]
 
 
 def test_secondary_partitions_hold_ranks_of_one_host_and_one_place() -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from megarec.checkpoint.format import read_index
 from megarec.checkpoint.publish import Plan, publish, write_part
 from megarec.checkpoint.reading import Reader, verify
-from megarec.checkpoint.writing import CHUNK, Snapshot, lower_priority
+from megarec.checkpoint.snapshot import Snapshot
+from megarec.checkpoint.writing import CHUNK, lower_priority
 from megarec.slices import TensorSlice
 
 BYTES = 1 << 30

@@ -1,11 +1,12 @@
 """The dense model beside the machine's GEMM peak and beside a plain implementation, in one process.
 
 Two models: one of 41 MFLOP forward per example, and the 1.25-GFLOP row of the published ladder, at the largest batch
-whose step stays in 4 GiB. A row is one model in one dtype: forward, backward and optimizer step, parameters and
-activations in that dtype, optimizer state in fp32. The peak is the best of several GEMMs in that dtype, square and of
-the model's own shapes. GEMMs and models take turns, so that a busy machine slows them alike, and medians count. All use
-the same threads, the same allocator and the same products (megarec.models.cpu_gemm: on CPUs without bf16 instructions,
-bf16 products through fp32). Where there is a compiler, the model with `dense.compile` takes its turn as well.
+whose step stays in 4 GiB; on a GPU both at 16,384 examples, timed by its own clock. A row is one model in one dtype:
+forward, backward and optimizer step, parameters and activations in that dtype, optimizer state in fp32. The peak is the
+best of several GEMMs in that dtype, square and of the model's own shapes. GEMMs and models take turns, so that a busy
+machine slows them alike, and medians count. All use the same threads, the same allocator and the same products
+(megarec.models.cpu_gemm: on CPUs without bf16 instructions, bf16 products through fp32). Where there is a compiler, the
+model with `dense.compile` takes its turn as well.
 """
 
 import copy
@@ -24,11 +25,13 @@ from megarec.distributed.process import keep_freed_memory
 from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.models.wukong import Wukong, layer_sizes
 from megarec.run.cost import count_wukong, total
-from tools.benchmarks.dense_step import finish, largest_batch, training_step
+from tools.benchmarks.dense_step import largest_batch, training_step
 from tools.benchmarks.interleave import interleave
 from tools.benchmarks.plain import PlainWukong
 
 MEMORY_LIMIT = 4 * 2**30
+SQUARES = {"cpu": (1024, 2048), "gpu": (4096, 8192)}
+GPU_BATCH, GPU_ROUNDS = 16_384, 15  # below, most of a GPU would wait
 
 
 class Case(NamedTuple):
@@ -73,7 +76,9 @@ def run() -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
     rows = {
-        (case.name, name): measure(case, dtype, device) for case in (SMALL, LADDER) for name, dtype in DTYPES.items()
+        (case.name, name): measure(sized(case, device), dtype, device)
+        for case in (SMALL, LADDER)
+        for name, dtype in DTYPES.items()
     }
     small, ladder = ({dtype: rows[case.name, dtype] for dtype in DTYPES} for case in (SMALL, LADDER))
     ratios = {
@@ -92,6 +97,11 @@ def run() -> dict[str, Any]:
     return {"name": "dense", "rows": list(rows.values()), "ratios": ratios}
 
 
+def sized(case: Case, device: torch.device) -> Case:
+    """A case as the device wants it."""
+    return case if device.type == "cpu" else case._replace(batch=GPU_BATCH, rounds=GPU_ROUNDS)
+
+
 def measure(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """One row."""
     n, config = case.embeddings, case.config
@@ -107,8 +117,12 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, A
         models["compiled"] = copy.deepcopy(model)
         compile_layers(models["compiled"], DenseConfig(compile=True), {}, device)
     steps = {name: training_step(m, n, config.dim, batch, dtype, device) for name, m in models.items()}
-    gemms = {f"{m}x{k}x{o}": (2 * m * k * o, _gemm(m, k, o, dtype, device)) for m, k, o in _shapes(n, config, batch)}
-    seconds = interleave(steps | {name: gemm for name, (_, gemm) in gemms.items()}, case.rounds, warmup=1)
+    gemms = {
+        f"{m}x{k}x{o}": (2 * m * k * o, _gemm(m, k, o, dtype, device)) for m, k, o in _shapes(n, config, batch, device)
+    }
+    seconds = interleave(
+        steps | {name: gemm for name, (_, gemm) in gemms.items()}, case.rounds, warmup=1, device=device
+    )
     median = {name: statistics.median(times) for name, times in seconds.items()}
     peak = {name: flop / median[name] / 1e9 for name, (flop, _) in gemms.items()}
     best = max(peak, key=lambda name: peak[name])
@@ -132,12 +146,12 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, A
     }
 
 
-def _shapes(n: int, config: WukongConfig, batch: int) -> list[tuple[int, int, int]]:
-    """GEMMs that may reach the peak: two square ones, and the forward products of the MLPs."""
+def _shapes(n: int, config: WukongConfig, batch: int, device: torch.device) -> list[tuple[int, int, int]]:
+    """GEMMs that may reach the peak: square ones of the device's size, and the forward products of the MLPs."""
     sizes = layer_sizes(n, config)
     widths = [[s.inputs * s.rank, *s.mlp, s.num_fm * config.dim] for s in sizes]
     own = {(batch, k, o) for layer in widths for k, o in itertools.pairwise(layer)}
-    return [(1024, 1024, 1024), (2048, 2048, 2048), *sorted(own)]
+    return [*((size,) * 3 for size in SQUARES["cpu" if device.type == "cpu" else "gpu"]), *sorted(own)]
 
 
 def _gemm(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
@@ -147,6 +161,5 @@ def _gemm(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> C
     def multiply() -> None:
         with fast_cpu_gemm(device, dtype):
             nn.functional.linear(a, b)
-        finish(device)
 
     return multiply

@@ -56,14 +56,8 @@ def training_step(
         nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
         optimizer.step()
         x.grad = None
-        finish(device)
 
     return step
-
-
-def finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def largest_batch(

@@ -4,12 +4,17 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import torch
+
+CPU = torch.device("cpu")
+
 
 def interleave(
     contestants: Mapping[str, Callable[[], object]],
     repetitions: int,
     warmup: int = 3,
     before: Callable[[], object] = lambda: None,
+    device: torch.device = CPU,
 ) -> dict[str, list[float]]:
     """Seconds of every repetition of each contestant, `repetitions` rounds after `warmup` rounds that do not count.
 
@@ -17,6 +22,7 @@ def interleave(
 
     Args:
         before: called before each measurement and not timed (a barrier).
+        device: whose clock counts: an accelerator's own, between two events.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -24,11 +30,24 @@ def interleave(
         shift = repetition % len(names)
         for name in names[shift:] + names[:shift]:
             before()
-            start = time.perf_counter()
-            contestants[name]()
+            taken = seconds_of(contestants[name], device)
             if repetition >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Of one call of `work`, by the clock of the device that it runs on."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    first, last = (torch.Event(device=device, enable_timing=True) for _ in range(2))
+    first.record()
+    work()
+    last.record()
+    last.synchronize()
+    return 1e-3 * first.elapsed_time(last)
 
 
 def median_ms(seconds: list[float]) -> float:

@@ -5,8 +5,8 @@
 
 Two hosts of two single-thread ranks (testbed.py), 26 tables x 20,000 x 64, batch 2,048 a rank, float32 messages,
 row-wise Adagrad; DLRM (MLPs 512-256-64 and 512-512-256-1) and a small Wukong, dense gradients averaged in float32. Two
-cores stand for four ranks, so that slow links are what makes network and compute weigh as they do on GPUs: each row has
-its compute/network ratio.
+cores stand for four ranks, on a machine with a GPU as well (NCCL takes one rank a GPU), so that slow links are what
+makes network and compute weigh as they do on GPUs: each row has its compute/network ratio.
 """
 
 import importlib.util

@@ -1,9 +1,15 @@
 """The sparse workloads of the benchmarks: equal tables, single-valued features, uniformly random ids."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import torch
+from torch import Tensor
 
 from megarec.data.batch import Batch, Ids
 from megarec.sparse.layout import EmbeddingLayout, Feature, Table
+from megarec.sparse.tables import local
 
 
 def equal_tables(tables: int, rows: int, columns: int) -> EmbeddingLayout:
@@ -25,3 +31,19 @@ def random_batch(layout: EmbeddingLayout, size: int, seed: int) -> Batch:
         for feature in layout.features
     }
     return Batch(torch.empty(size, 0), ids, torch.zeros(size), torch.arange(size), size)
+
+
+@contextmanager
+def quick_tables(device: torch.device) -> Iterator[None]:
+    """Tables that are made inside for an accelerator start from its own random numbers: those of a run are drawn on the
+    CPU, where billions take minutes."""
+    if device.type == "cpu":
+        yield
+        return
+
+    def fill(weight: Tensor, *_: object) -> None:
+        with torch.no_grad():
+            weight.uniform_(-0.01, 0.01)
+
+    with patch.object(local, "fill_initial", fill):
+        yield

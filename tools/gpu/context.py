@@ -4,7 +4,6 @@ import gc
 import itertools
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from megarec.config.load import load_config
 from megarec.config.sections import RunConfig
 from megarec.data.schema import schema_of
 from megarec.run.spec import ModelSpec, resolve
+from tools.benchmarks.interleave import seconds_of as once
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_MODEL = (
@@ -170,12 +170,7 @@ def seconds_of(work: Callable[[], object], device: torch.device, repeats: int, w
     for _ in range(warmup):
         work()
     if device.type == "cpu":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        return statistics.median(once(work, device) for _ in range(repeats))
     events = [torch.Event(device=device, enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
@@ -193,7 +188,7 @@ def in_turns(works: Sequence[Callable[[], object]], device: torch.device, repeat
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(repeats):
         for work, times in zip(works, seconds, strict=True):
-            times.append(seconds_of(work, device, repeats=1, warmup=0))
+            times.append(once(work, device))
     return [statistics.median(times) for times in seconds]
 
 

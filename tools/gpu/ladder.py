@@ -21,8 +21,8 @@ from megarec.run.build import build_model
 from megarec.run.spec import ModelSpec
 from megarec.training.profiling import StepTimer, data_sheet_tflops, measure_gemm_tflops
 from megarec.training.step import train_step
+from tools.benchmarks.workload import quick_tables
 from tools.gpu.context import ALONE, Context, forget, ladder_row, largest_allocation, seconds_of
-from tools.gpu.tables import quick_tables
 
 RATE = 1e-4
 

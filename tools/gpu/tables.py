@@ -1,9 +1,7 @@
 """Lookup and update of the table backends beside their floor: the bytes that must move, at the rate of a copy."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -14,8 +12,7 @@ from megarec.data.batch import Batch, Ids
 from megarec.distributed.collectives import Ledger
 from megarec.distributed.topology import ONE_RANK
 from megarec.sparse.side import SparseSide, StepLookup
-from megarec.sparse.tables import local
-from tools.benchmarks.workload import equal_tables
+from tools.benchmarks.workload import equal_tables, quick_tables
 from tools.gpu.context import Context, TableCase, copy_seconds, forget, in_turns
 from tools.gpu.numbers import backends
 
@@ -82,16 +79,3 @@ def _batch(case: TableCase, spread: str) -> Batch:
     features = {f"feature_{index}": Ids(ids()) for index in range(case.tables)}
     size = case.batch
     return Batch(torch.empty(size, 0), features, torch.zeros(size), torch.arange(size), size)
-
-
-@contextmanager
-def quick_tables(device: torch.device) -> Iterator[None]:
-    """Tables that are made inside start from the device's own random numbers: those of a run are drawn on the CPU,
-    where billions take minutes."""
-
-    def fill(weight: Tensor, *_: object) -> None:
-        with torch.no_grad():
-            weight.uniform_(-0.01, 0.01)
-
-    with patch.object(local, "fill_initial", fill):
-        yield

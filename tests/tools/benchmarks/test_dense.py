@@ -32,6 +32,14 @@ def test_the_cases_are_what_they_are_called() -> None:
     assert ladder / 1e9 == pytest.approx(0.963, abs=1e-3)  # published: 1.25, with parts the paper does not disclose
 
 
+def test_a_gpu_gets_cases_of_its_size() -> None:
+    gpu = torch.device("cuda", 0)
+    assert dense.sized(dense.LADDER, CPU) is dense.LADDER
+    assert dense.sized(dense.LADDER, gpu).batch == dense.GPU_BATCH
+    assert (8192, 8192, 8192) in dense._shapes(9, TINY, 64, gpu)
+    assert (8192, 8192, 8192) not in dense._shapes(9, TINY, 64, CPU)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_is_consistent(dtype: torch.dtype) -> None:
     row = dense.measure(dense.Case("tiny", 9, TINY, 1, 4), dtype, CPU)

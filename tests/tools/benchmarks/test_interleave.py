@@ -1,3 +1,6 @@
+import pytest
+import torch
+
 from tools.benchmarks.interleave import interleave, median_ms
 
 
@@ -15,3 +18,26 @@ def test_contestants_take_turns_in_a_turning_order() -> None:
 
 def test_median_in_milliseconds() -> None:
     assert median_ms([0.001, 0.5, 0.002]) == 2.0
+
+
+def test_an_accelerator_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, device: torch.device, enable_timing: bool) -> None:
+            assert device == torch.device("cuda", 0) and enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+        def elapsed_time(self, last: "Event") -> float:
+            assert last is not self
+            return 2.5
+
+    monkeypatch.setattr(torch, "Event", Event)
+    work = {"a": lambda: calls.append("work")}
+    assert interleave(work, 1, warmup=0, device=torch.device("cuda", 0)) == {"a": [0.0025]}
+    assert calls == ["record", "work", "record", "wait"]

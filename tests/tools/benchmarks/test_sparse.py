@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TABLES": 3, "ROWS": 50, "COLUMNS": 8, "BATCH": 16, "REPETITIONS": 3}.items():
-        monkeypatch.setattr(tables, name, value)
+    monkeypatch.setitem(tables.SIZES, "cpu", tables.Size(3, 50, 8, 16))
+    monkeypatch.setattr(tables, "REPETITIONS", 3)
 
 
 @pytest.mark.usefixtures("small")
@@ -33,10 +33,9 @@ def test_tables_reports_the_ratios_of_its_medians() -> None:
     }
 
 
-@pytest.mark.usefixtures("small")
 def test_bare_fbgemm_looks_up_the_same_features() -> None:
     batch = random_batch(equal_tables(3, 50, 8), 16, seed=0)
-    out = tables._bare_fbgemm([batch])(0)
+    out = tables._bare_fbgemm(tables.Size(3, 50, 8, 16), [batch], torch.device("cpu"))(0)
     assert out.shape == (16, 24)
     ids = batch.ids["feature_1"].values
     same_embedding = (out[:, None, 8:16] == out[None, :, 8:16]).all(dim=2)

@@ -1,0 +1,103 @@
+"""What a save copies, beside an accelerator: streams and page-locked memory by stand-ins."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megarec.checkpoint.snapshot import HostBuffer, Snapshot
+from megarec.slices import TensorSlice
+
+
+class OnDevice(torch.Tensor):
+    """Says that it lies on a GPU."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda:0")
+
+
+class Stream:
+    def __init__(self, said: list[str], name: str) -> None:
+        self.said, self.name = said, name
+
+    def __enter__(self) -> None:
+        self.said.append(f"enter {self.name}")
+
+    def __exit__(self, *_: object) -> None:
+        self.said.append(f"leave {self.name}")
+
+    def record_event(self) -> SimpleNamespace:
+        self.said.append(f"{self.name} records")
+        return SimpleNamespace(of=self.name, synchronize=lambda: self.said.append(f"host waits for {self.name}"))
+
+    def wait_event(self, event: SimpleNamespace) -> None:
+        self.said.append(f"{self.name} waits for {event.of}")
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What streams and CUDA's page-locking are asked for, in order."""
+    found: list[str] = []
+
+    def register(pointer: int, size: int, flags: int) -> int:
+        found.append(f"lock {size}")
+        return 0
+
+    cudart = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda pointer: found.append("unlock"))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch, "Stream", lambda device: Stream(found, "copies"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: Stream(found, "main"))
+    return found
+
+
+def piece(name: str, tensor: torch.Tensor) -> TensorSlice:
+    return TensorSlice(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
+
+
+def test_a_copy_beside_the_next_step_which_waits_for_it_on_the_device(said: list[str]) -> None:
+    weight = torch.arange(6.0).as_subclass(OnDevice)
+    snapshot = Snapshot()
+    snapshot.take([piece("weight", weight)])
+    assert said == [
+        "lock 24",
+        "main records",
+        "copies waits for main",
+        "enter copies",
+        "leave copies",
+        "copies records",
+    ]
+    snapshot.hold()
+    assert said[6:] == ["main waits for copies"]
+    assert snapshot.not_finite() is None
+    assert said[7:] == ["host waits for copies"]
+    assert bytes(snapshot.data()) == torch.arange(6.0).numpy().tobytes()
+
+
+def test_a_larger_save_gives_its_page_locked_memory_back(said: list[str]) -> None:
+    snapshot = Snapshot()
+    for size in (3, 3, 5):
+        snapshot.take([piece("weight", torch.ones(size).as_subclass(OnDevice))])
+    assert [what for what in said if "lock" in what] == ["lock 12", "unlock", "lock 20"]
+    assert said.count("host waits for copies") == 2  # of a save that nobody wrote: its buffer is free before it is used
+
+
+def test_memory_that_cannot_be_locked_is_used_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
+    buffer = HostBuffer()
+    buffer.grow(2**20, locked=True)
+    assert buffer.bytes.numel() == 2**20
+    assert "cannot be page-locked (CUDA error 2)" in caplog.text
+    buffer.grow(2**21, locked=False)  # nothing to unlock
+
+
+def test_on_a_cpu_nothing_is_held(said: list[str]) -> None:
+    snapshot = Snapshot()
+    weight = torch.ones(3)
+    snapshot.take([piece("weight", weight)])
+    weight.zero_()  # the copy is there already
+    snapshot.hold()
+    assert snapshot.not_finite() is None and said == []
+    assert bytes(snapshot.data()) == torch.ones(3).numpy().tobytes()
