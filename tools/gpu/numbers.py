@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megarec.config.load import load_config
 from megarec.config.sections import EmbeddingConfig
+from megarec.kernels.launch import triton_problem
 from megarec.parity.cases import BF16_TOLERANCE, Case
 from megarec.parity.reference import reference_losses
 from megarec.parity.run import case_losses, write_base
@@ -27,7 +28,8 @@ TOWERS = "parallel.towers=2"
 def backends(device: str) -> list[str]:
     """Table backends that this installation has on a device."""
     names = [name for name in get_args(EmbeddingConfig.model_fields["backend"].annotation) if name != "auto"]
-    return [name for name in names if name != "fbgemm" or _fbgemm_problem(device) is None]
+    missing = {"fbgemm": _fbgemm_problem(device), "triton": triton_problem(device)}
+    return [name for name in names if missing.get(name) is None]
 
 
 def _zero(stage: int) -> str:

@@ -193,7 +193,8 @@ class LocalTables:
             for part, own in zip(parts, gradient.split(columns, dim=1), strict=True):
                 part.update(own)
 
-        return Pooled(parts[0].values if len(parts) == 1 else torch.cat([part.values for part in parts], dim=1), update)
+        shown = [part.values for part, width in zip(parts, columns, strict=True) if width] or [parts[0].values]
+        return Pooled(shown[0] if len(shown) == 1 else torch.cat(shown, dim=1), update)
 
     def set_learning_rate(self, rate: float) -> None:
         for _, tables in self._groups:
