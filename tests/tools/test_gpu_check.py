@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megarec.parity.cases import Case
 from tests.processes import python
+from tools.gpu import numbers
 from tools.gpu.context import SIZES, Context
 from tools.gpu.runner import PARTS, expected
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "COLUMNS": "200"}
 # Parts of its own in the place of the real ones: the forks have them too.
@@ -95,8 +99,21 @@ def test_sizes_are_those_of_the_review() -> None:
     assert sum(part.seconds for part in PARTS) < 600
 
 
+def test_ranks_go_on_together_after_a_case_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = numbers.dist.HashStore()
+    monkeypatch.setattr(numbers, "case_losses", lambda path, overrides, steps: [1.0] if "good" in overrides else 1 / 0)
+    bad, good = Case(2, topology=("bad",)), Case(2, topology=("good",))
+    for case in (bad, good):
+        store.set(f"{case.name}/1", "")  # the other rank
+    kept = {"path": tmp_path, "cases": [bad, good], "references": {(): [1.0]}, "store": store}
+    context = Context(CPU, SIZES["tiny"], tmp_path, tmp_path, rank=0, kept=kept)
+    with pytest.raises(AssertionError, match="2 ranks, bad: ZeroDivisionError"):
+        numbers.run_parity(context)
+    assert [row["value"] for row in kept["rows"]] == ["failed", 0.0]
+
+
 def test_a_limit_takes_no_nan(tmp_path: Path) -> None:
-    context = Context(device=None, sizes=SIZES["tiny"], directory=tmp_path, shared=tmp_path, rank=0)  # type: ignore[arg-type]
+    context = Context(CPU, SIZES["tiny"], tmp_path, tmp_path, rank=0)
     context.emit("fine", 1.0, limit=1.0)
     context.check_limits()
     context.emit("not", float("nan"), limit=1.0)

@@ -22,7 +22,7 @@ def prepare(context: Context) -> None:
     prepare_like(schema_of(config.data), data, examples=sizes.run_examples, seed=1, max_rows=sizes.run_rows)
     overrides = [f"data.path={data}", "data.schema=null", f"data.batch_size={sizes.run_batch}"]
     overrides += ["train.epochs=100", f"train.max_steps={STEPS}", f"train.checkpoint_every={STEPS}"]
-    overrides += ["train.log_every=4", f"train.output_dir={context.directory / 'run'}"]
+    overrides += [f"train.evaluate_every={STEPS}", "train.log_every=4", f"train.output_dir={context.directory / 'run'}"]
     context.kept["config"] = ladder_row(sizes, sizes.run_row, *ALONE, *overrides)[0]
 
 
