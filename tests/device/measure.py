@@ -31,6 +31,7 @@ from megarec.sparse.towers.assignment import assign_towers
 from megarec.sparse.towers.sizes import NO_TOWERS, ResolvedTowers
 from megarec.training.faults.step_check import HealthGather
 from megarec.training.step import StepTensors
+from tests.device.check_part import tables_part
 from tests.device.glue import GLUE, glue_bytes
 from tests.device.simulated import DEVICE, simulated
 from tests.sparse.plain import LAYOUT, SEED, SINGLE_LAYOUT, global_batch
@@ -128,4 +129,5 @@ if __name__ == "__main__":
     measured: dict[str, Any] = {name: measure(*CASES[name]) for name in names}
     if not sys.argv[1:]:
         measured["glue"] = {name: glue_bytes(*case) for name, case in GLUE.items()}
+        measured["part of gpu_check"] = tables_part()
     print(json.dumps(measured))

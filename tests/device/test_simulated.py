@@ -100,6 +100,10 @@ def test_a_batch_is_one_copy_without_waiting(measured: dict[str, Any], case: str
     assert measured[case]["launches"]["H2D"] == 1
 
 
+def test_a_part_of_gpu_check_runs_there(measured: dict[str, Any]) -> None:
+    assert len(measured["part of gpu_check"]) == 2 * 2 * 2, "time and rate of lookup and update, two spreads of ids"
+
+
 HOT = ["sparse/exchange", "sparse/tables", "sparse/side.py", "training/step.py", "models", "dense/layers.py"]
 ALLOWED = {  # where the host may wait, or where no accelerator is involved
     ("sparse/exchange/ids.py", "tolist"): "lengths of lists: sizes of the next message",
