@@ -27,7 +27,7 @@ from megarec.planning import roofline
 from megarec.planning.op_counts import OpCounter, fused
 from megarec.planning.zero import zero_of
 from megarec.run.spec import ModelSpec, resolve
-from tests.device.dense_bytes import EMBEDDINGS, EXAMPLES, WUKONG
+from tests.device.small_wukong import EMBEDDINGS, EXAMPLES, WUKONG
 from tests.processes import python
 
 ROOT = Path(__file__).resolve().parents[2]
