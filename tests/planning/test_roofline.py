@@ -222,8 +222,8 @@ def test_the_tool_prints_parts_and_json() -> None:
     assert found["training_flop_per_example"] > 0
     for words, said in (
         (["--ladder", "--roofline", "H200"], "--roofline goes with --config"),
-        (command[1:3] + ["--batch", "4"], "--batch goes with --roofline"),
-        (command[1:5] + ["--batch", "0"], "--batch 0: expected at least 1"),
+        ([*command[1:3], "--batch", "4"], "--batch goes with --roofline"),
+        ([*command[1:5], "--batch", "0"], "--batch 0: expected at least 1"),
     ):
         refused = python("tools/flops.py", *words, cwd=ROOT)
         assert (refused.returncode, refused.stdout) == (2, "") and said in refused.stderr
