@@ -34,6 +34,7 @@ rows = open_split(Path("data/movielens-100k"), "test", model.schema, "error")
 loader = EvalLoader(rows, model.schema, batch_size=100, rank=0, world_size=1, seed=1, prefetch=1, pin_memory=False)
 print(json.dumps(model.predict(next(iter(loader.batches()))).tolist()))
 """
+PIP = "pip==26.3"
 pytestmark = [pytest.mark.network, pytest.mark.timeout(1800)]  # minutes on a busy machine
 
 
@@ -86,6 +87,23 @@ def programs(tmp_path_factory: pytest.TempPathFactory, removed_meanwhile: Callab
     run(new, directory, "python", *install, downloads=True)
     yield new
     removed_meanwhile(directory)
+
+
+def test_the_requirements_of_gpu_machines_resolve(tmp_path: Path) -> None:
+    """To torch's CUDA build and an FBGEMM of its own, wherever this machine's pip looks; only metadata are read."""
+    own, report = Path(sys.executable).parent, tmp_path / "report.json"
+    # A pip that downloads nothing in a dry run, apart from that of the environment.
+    run(own, tmp_path, "python", "-m", "pip", "install", "--quiet", "--target", tmp_path, PIP, downloads=True)
+    options = ["--quiet", "--dry-run", "--ignore-installed", "--use-feature=fast-deps", "--report", report]
+    requirements = ["-r", ROOT / "requirements-gpu.txt"]
+    run(own, tmp_path, "python", tmp_path / "pip", "install", *options, *requirements, downloads=True)
+    found = [package["metadata"] for package in json.loads(report.read_text(encoding="utf-8"))["install"]]
+    versions = {package["name"].lower().replace("_", "-"): package["version"] for package in found}
+    assert "fbgemm-gpu" in versions and "fbgemm-gpu-cpu" not in versions
+    needs = next(package["requires_dist"] for package in found if package["name"] == "torch")
+    assert "nvidia-nccl-cu13" in versions and any("nvidia-nccl" in need for need in needs), versions["torch"]
+    pinned = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    assert f"triton=={versions['triton']}" in pinned, "the tests' Triton is the one that torch asks for"
 
 
 def test_from_raw_data_to_a_prediction(programs: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A forked script ends as one of a fresh interpreter does, and has found everything imported."""
 
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -96,3 +97,16 @@ def test_signals_reach_a_fork_and_it_ends_with_who_asked_for_it(warm_venv: Path)
             assert asking.wait(60) == code_of_its_own
         psutil.wait_procs([fork], timeout=60)
         assert not fork.is_running()
+
+
+def test_no_test_gives_up_the_private_backend_of_its_process() -> None:
+    """The simulated accelerator takes it for good: only scripts of tests/device may import it, in their own process."""
+    tests = Path(__file__).parent
+    importing = {
+        str(path.relative_to(tests))
+        for path in tests.rglob("*.py")
+        if re.search(
+            r"^from tests\.device\.(simulated|measure|glue|dense_bytes) import", path.read_text(), re.MULTILINE
+        )
+    }
+    assert {path for path in importing if not path.startswith("device/") or "/test_" in path} == set()

@@ -183,8 +183,8 @@ def _check_across_fields(config: RunConfig, path: Path) -> None:
     def fail(message: str) -> typing.NoReturn:
         raise UserError(f"{path}: {message}")
 
-    if config.embedding.optimizer == "adam" and config.embedding.backend == "fbgemm":
-        fail("embedding.optimizer='adam' needs embedding.backend='torch' (or 'auto'): FBGEMM has no lazy Adam")
+    if config.embedding.optimizer == "adam" and (backend := config.embedding.backend) in ("fbgemm", "triton"):
+        fail(f"embedding.optimizer='adam' needs embedding.backend='torch' (or 'auto'): {backend} has no lazy Adam")
     if "optimizer" in config.deepspeed and config.dense.model_fields_set:
         given = ", ".join(f"dense.{name}" for name in sorted(config.dense.model_fields_set))
         fail(f"deepspeed.optimizer and {given} both describe the dense optimizer; keep one of them")

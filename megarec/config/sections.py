@@ -58,8 +58,8 @@ class EmbeddingConfig(Section):
     )
     learning_rate: Rate = 0.05
     eps: Above0 = 1e-8
-    backend: Literal["auto", "fbgemm", "torch"] = Field(
-        "auto", description="auto: FBGEMM where it can (optimizer, widths), else torch"
+    backend: Literal["auto", "fbgemm", "triton", "torch"] = Field(
+        "auto", description="auto: FBGEMM where it can (optimizer, widths), else Triton on a GPU, else torch"
     )
     weights: Literal["fp32", "fp16"] = Field("fp32", description="stored type of the tables")
     placement: Placement = Field(

@@ -22,6 +22,17 @@ def triton_problem(device: str) -> str | None:
     """Why kernels in Triton cannot run on this kind of device ("cuda" stands for ROCm as well); None: they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Triton has no kernels for CPUs; TRITON_INTERPRET=1 interprets them, slowly"
+    try:
+        import triton
+    except (ImportError, OSError) as error:
+        return f"triton cannot be imported ({' '.join(str(error).split())})"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device == "cpu":
+        return "Triton has no kernels for CPUs (with TRITON_INTERPRET=1 it interprets them, slowly)"
+    if device == "cuda":
+        try:
+            triton.runtime.driver.active.get_current_target()
+        except Exception as error:  # whatever it needs: a C compiler, headers, a driver
+            return f"Triton does not start ({' '.join(str(error).split())})"
     return None

@@ -4,27 +4,25 @@ It moves columns, changes their type, divides sums by the lengths of their bags,
 one pass: torch would need a pass for each, and several launches for hundreds of features.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["size"])
 def shuffle(
-    blocks: Any,
-    values: Any,
-    sums: Any,
-    before: Any,
-    widths: Any,
-    offsets: Any,
-    divisor_of: Any,
-    divisors: Any,
-    size: Any,
-    stride: Any,
-    divide: Any,
-    units: Any,
-    unit_blocks: Any,
+    blocks: tl.tensor,
+    values: tl.tensor,
+    sums: tl.tensor,
+    before: tl.tensor,
+    widths: tl.tensor,
+    offsets: tl.tensor,
+    divisor_of: tl.tensor,
+    divisors: tl.tensor,
+    size: tl.tensor,
+    stride: tl.tensor,
+    divide: tl.tensor,
+    units: tl.tensor,
+    unit_blocks: tl.tensor,
     TO_BLOCKS: tl.constexpr,
     MEAN: tl.constexpr,
     UNIT: tl.constexpr,

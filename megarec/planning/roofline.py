@@ -87,7 +87,7 @@ class StepBytes(NamedTuple):
 
     Attributes:
         copies: in the backward pass, of gradients into buckets and back; every rank for all of its parameters.
-        step: conversions, overflow check (stage 0), norm, weights back; of the partition.
+        step: conversions, overflow check, norm, weights back; of the partition.
         clip: more, with gradient_clipping.
         launches: operations for a parameter, of whatever size.
     """
@@ -98,15 +98,15 @@ class StepBytes(NamedTuple):
     launches: int
 
 
-STEP_BYTES = {  # by (ZeRO stage, low precision); DeepSpeed 0.19.8
-    (0, False): StepBytes(16, 0, 12, 3),
-    (0, True): StepBytes(8, 26, 8, 19),
-    (1, False): StepBytes(32, 36, 8, 5),
+STEP_BYTES = {  # by (ZeRO stage, low precision); DeepSpeed 0.19.8, with what dense/engine.py sets
+    (0, False): StepBytes(16, 0, 12, 4),
+    (0, True): StepBytes(8, 26, 8, 21),
+    (1, False): StepBytes(32, 36, 8, 6),
     (1, True): StepBytes(16, 34, 8, 6),
-    (2, False): StepBytes(32, 36, 8, 5),
+    (2, False): StepBytes(32, 36, 8, 6),
     (2, True): StepBytes(16, 34, 8, 6),
-    (3, False): StepBytes(40, 36, 8, 5),
-    (3, True): StepBytes(20, 34, 8, 5),
+    (3, False): StepBytes(40, 36, 8, 6),
+    (3, True): StepBytes(20, 34, 8, 6),
 }
 Bound = Literal["compute", "memory", "link", "launches"]
 

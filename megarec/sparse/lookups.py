@@ -1,9 +1,9 @@
 """Who looks up what, worked out once: slots per rank, and where their columns belong in the matrix [B, width].
 
 A slot is one feature looked up in one shard. A rank's slots are sorted so that features which share a table are
-neighbours (both table backends update such a table once), each backend's tables lie together, and those of the torch
-backend by width. Slots of tables that are split by rows lie together as well, in the same order on every rank: FBGEMM's
-last, then torch's first. All ranks derive the same routes from the same layout and shards.
+neighbours (every backend updates such a table once), each backend's tables lie together, and those of the torch backend
+by width. Slots of tables that are split by rows lie together as well, in the same order on every rank: FBGEMM's last,
+then Triton's, then torch's first. All ranks derive the same routes from the same layout and shards.
 """
 
 import dataclasses
@@ -60,12 +60,17 @@ class LookupPlan:
 
 
 def plan_lookups(
-    layout: EmbeddingLayout, shards: Sequence[Shard], world_size: int, fused: Collection[str]
+    layout: EmbeddingLayout,
+    shards: Sequence[Shard],
+    world_size: int,
+    fused: Collection[str] = (),
+    triton: Collection[str] = (),
 ) -> LookupPlan:
     """Routes for a placement.
 
     Args:
-        fused: tables whose slots come before the others of a rank (FBGEMM's before those of torch).
+        fused: the tables of FBGEMM.
+        triton: those of Triton; the others are torch's, whose slots come last.
     """
     position = {table.name: index for index, table in enumerate(layout.tables)}
     features = {name: [f for f in layout.features if f.table == name] for name in position}
@@ -75,7 +80,7 @@ def plan_lookups(
         mine = sorted((shard for shard in shards if shard.rank == rank), key=lambda shard: position[shard.table])
         offsets = {True: 0, False: 0}
         slots: list[Lookup] = []
-        for shard in _in_order(mine, fused, by_rows):
+        for shard in _in_order(mine, fused, triton, by_rows):
             split = shard.table in by_rows
             for feature in features[shard.table]:
                 slots.append(Lookup(feature, shard, feature.start + shard.column_start, offsets[split], split))
@@ -85,20 +90,27 @@ def plan_lookups(
     return LookupPlan(tuple(by_rank), torch.int32 if small else torch.int64)
 
 
-def _in_order(shards: Sequence[Shard], fused: Collection[str], by_rows: Collection[str]) -> list[Shard]:
-    """FBGEMM's whole rows, FBGEMM's parts of tables split by rows, torch's of those, torch's whole rows.
+def _in_order(
+    shards: Sequence[Shard], fused: Collection[str], triton: Collection[str], by_rows: Collection[str]
+) -> list[Shard]:
+    """Whole rows of Triton and FBGEMM, parts of tables split by rows (FBGEMM, Triton, torch), whole rows of torch.
 
     Within one of these kinds in the order given, torch's by width; every rank has the same tables of the middle kinds.
     """
 
     def kind(shard: Shard) -> int:
-        return int(shard.table in by_rows) if shard.table in fused else 3 - int(shard.table in by_rows)
+        split = shard.table in by_rows
+        if shard.table in triton:
+            return 3 if split else 0
+        if shard.table in fused:
+            return 2 if split else 1
+        return 4 if split else 5
 
     widths: dict[tuple[int, int], int] = {}
     for shard in shards:
         widths.setdefault((kind(shard), shard.columns), len(widths))
 
     def rank(shard: Shard) -> tuple[int, int]:
-        return kind(shard), 0 if shard.table in fused else widths[kind(shard), shard.columns]
+        return kind(shard), widths[kind(shard), shard.columns] if kind(shard) > 3 else 0
 
     return sorted(shards, key=rank)

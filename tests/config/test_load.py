@@ -121,8 +121,10 @@ def test_conflicting_fields_name_both(tmp_path: Path) -> None:
     path = write(tmp_path, {**RUN, "dense": {"learning_rate": 0.1}, "deepspeed": {"optimizer": {"type": "AdamW"}}})
     with pytest.raises(UserError, match=r"deepspeed\.optimizer and dense\.learning_rate both"):
         load_config(path)
-    with pytest.raises(UserError, match=r"embedding\.optimizer='adam' needs embedding\.backend='torch'"):
-        load_config(write(tmp_path, RUN), ["embedding.optimizer=adam", "embedding.backend=fbgemm"])
+    for backend in ("fbgemm", "triton"):
+        expected = rf"embedding\.optimizer='adam' needs embedding\.backend='torch' \(or 'auto'\): {backend} has no lazy"
+        with pytest.raises(UserError, match=expected):
+            load_config(write(tmp_path, RUN), ["embedding.optimizer=adam", f"embedding.backend={backend}"])
 
 
 def test_scale_and_the_sizes_it_derives_exclude_each_other(tmp_path: Path) -> None:

@@ -12,13 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megarec.config.models import WukongConfig
 from megarec.models.initial import initialize, materialize
 from megarec.models.wukong import Wukong
 from tests.device.simulated import DEVICE, VIEWS, SimulatedTensor, simulated
+from tests.device.small_wukong import EMBEDDINGS, EXAMPLES, WUKONG
 
-EMBEDDINGS, EXAMPLES = 20, 6
-WUKONG = WukongConfig(dim=8, layers=2, num_fm=4, num_lcb=4, rank=4, mlp=[24, 16], head=[8])
 MAKES_NOTHING = ("empty", "empty_like", "new_empty", "new_zeros", "empty_strided")
 
 

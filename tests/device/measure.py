@@ -5,6 +5,7 @@ A process of its own: the simulated device takes the place of torch's private ba
 
 import json
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from megarec.sparse.towers.assignment import assign_towers
 from megarec.sparse.towers.sizes import NO_TOWERS, ResolvedTowers
 from megarec.training.faults.step_check import HealthGather
 from megarec.training.step import StepTensors
+from tests.device.check_part import tables_part
 from tests.device.glue import GLUE, glue_bytes
 from tests.device.simulated import DEVICE, simulated
 from tests.sparse.plain import LAYOUT, SEED, SINGLE_LAYOUT, global_batch
@@ -39,6 +41,8 @@ CASES: dict[str, tuple[EmbeddingLayout, dict[str, Any], dict[str, Any]]] = {
     "fused": (SINGLE_LAYOUT, {}, {}),
     "fused, lists": (LAYOUT, {}, {}),
     "fused, messages in 16 bits": (SINGLE_LAYOUT, {}, {"messages": WireDtypes(torch.float16, torch.bfloat16)}),
+    "triton": (SINGLE_LAYOUT, {"backend": "triton"}, {"messages": WireDtypes(torch.float16, torch.bfloat16)}),
+    "triton, lists": (LAYOUT, {"backend": "triton"}, {}),
     "torch": (SINGLE_LAYOUT, {"backend": "torch"}, {}),
     "torch, lists": (LAYOUT, {"backend": "torch"}, {}),
     "torch, fp16 weights": (LAYOUT, {"backend": "torch", "weights": "fp16"}, {}),
@@ -120,8 +124,10 @@ def one_step(sparse: SparseSide, model: Recommender, health: HealthGather, batch
 if __name__ == "__main__":
     local._fbgemm_problem = lambda device: None  # type: ignore[assignment]
     fbgemm_backend.FbgemmTables = FusedTables  # type: ignore[assignment,misc]
-    names = sys.argv[1:] or list(CASES)
+    here = find_spec("triton") is not None
+    names = sys.argv[1:] or [name for name in CASES if here or not name.startswith("triton")]
     measured: dict[str, Any] = {name: measure(*CASES[name]) for name in names}
     if not sys.argv[1:]:
         measured["glue"] = {name: glue_bytes(*case) for name, case in GLUE.items()}
+        measured["part of gpu_check"] = tables_part()
     print(json.dumps(measured))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -51,10 +52,14 @@ EVERYTHING += [(o, p, "fbgemm") for o in ("adagrad", "sgd") for p in ("table", "
 EVERYTHING += [("rowwise_adagrad", "table", "fbgemm")]
 EVERYTHING += [(o, "row", "torch") for o in ("rowwise_adagrad", "adam")]
 EVERYTHING += [(o, "row", "fbgemm") for o in ("rowwise_adagrad", "sgd")]
+TRITON = [("rowwise_adagrad", "table", "triton"), ("adagrad", "column", "triton"), ("sgd", "row", "triton")]
+TRITON = TRITON if find_spec("triton") else []
+EVERYTHING += TRITON
 EVERYTHING += [(o, "replicated", "auto") for o in ("rowwise_adagrad", "adam")]
 EVERYTHING += [(o, "mixed", "auto") for o in OPTIMIZERS] + [("rowwise_adagrad", "mixed", "torch")]
 EVERYTHING += [("rowwise_adagrad", "auto", "auto")]
 HALF = [("rowwise_adagrad", p, "torch") for p in ("table", "column")] + [("sgd", "table", "torch")]
+HALF += TRITON[:1]
 HALF += [("rowwise_adagrad", p, "auto") for p in ("row", "replicated")]
 HALF += [(o, "table", "fbgemm") for o in ("rowwise_adagrad", "sgd")]
 SINGLE = [("rowwise_adagrad", "table", "fbgemm"), ("rowwise_adagrad", "column", "auto"), ("sgd", "table", "auto")]

@@ -1,8 +1,5 @@
 """The kernel of the local shuffle, interpreted on the CPU, against the plain path."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,19 +8,9 @@ from hypothesis import strategies as st
 from megarec.data.batch import Ids
 from megarec.sparse.exchange.fused_regroup import FusedRegroup
 from megarec.sparse.exchange.regroup import ColumnBlock, Regroup
-from tests.processes import python
 
-ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("triton", reason="triton is not installed")
 CPU = torch.device("cpu")
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1"  # what triton reads when a kernel is defined: hence another process
-
-
-@pytest.mark.skipif(INSIDE, reason="this is the inner process")
-def test_kernel_is_the_plain_path() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # a fork would have imported triton without it
-    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, cwd=ROOT, env=environment, real=True)
-    assert done.returncode == 0, done.stdout
 
 
 @st.composite
@@ -52,7 +39,6 @@ def shuffles(draw: st.DrawFn) -> tuple[Regroup, FusedRegroup, int, int]:
 TYPES = [(torch.float32, torch.float32), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float32)]
 
 
-@pytest.mark.skipif(not INSIDE, reason="runs in a process with TRITON_INTERPRET=1")
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(shuffles(), st.sampled_from(TYPES), st.sampled_from([1, 3, 4]))
 def test_both_ways(

@@ -1,5 +1,6 @@
 """Which backend holds which table, and that both backends do the same."""
 
+import importlib.util
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.errors import UserError
+from megarec.kernels.launch import triton_problem
 from megarec.sparse.layout import EmbeddingLayout, Feature, Table
 from megarec.sparse.lookups import plan_lookups
 from megarec.sparse.placement import place
@@ -39,7 +41,7 @@ def test_auto_by_placement() -> None:
     def wished(optimizer: str, placement: str, table: str) -> local.Choice:
         config = EmbeddingConfig(optimizer=optimizer, placement=placement)  # type: ignore[arg-type]
         shards = [shard for shard in place(LAYOUT, config.placement, 2) if shard.table == table]
-        return requested_backend(shards, config)
+        return requested_backend(shards, config, "cpu")
 
     assert wished("rowwise_adagrad", "table", "user").backend == "fbgemm"
     assert wished("adagrad", "column", "user").backend == "fbgemm"
@@ -74,7 +76,7 @@ def test_a_cpu_build_is_not_used_on_cuda() -> None:
         pytest.skip("this installation has CUDA kernels")
     config = EmbeddingConfig(optimizer="sgd")
     choice = choose_backends(LAYOUT, place(LAYOUT, "table", 1), config, torch.device("cuda"))["user"]
-    assert (choice.backend, "without CUDA" in choice.reason) == ("torch", True)
+    assert (choice.backend != "fbgemm", "without CUDA" in choice.reason) == (True, True)
 
 
 @st.composite
@@ -112,20 +114,88 @@ def test_both_backends_train_as_plain_torch(layout: EmbeddingLayout, optimizer: 
             torch.testing.assert_close(found.state[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_on_a_gpu_wide_tables_are_torchs_and_a_missing_fbgemm_is_loud(
+GPU = torch.device("cuda")
+
+
+def one_table(columns: int) -> EmbeddingLayout:
+    return EmbeddingLayout(columns, (Table("t", 9, columns),), (Feature("t", "t", "sum", False, 0, columns),), 1, 0)
+
+
+def on_gpu(layout: EmbeddingLayout, **embedding: object) -> dict[str, local.Choice]:
+    config = EmbeddingConfig(**embedding)  # type: ignore[arg-type]
+    return choose_backends(
+        layout, place(layout, config.placement, 1 if config.placement == "table" else 2), config, GPU
+    )
+
+
+def test_on_a_gpu_triton_holds_what_fbgemm_cannot(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wide = EmbeddingLayout(1028, (Table("wide", 9, 1028),), (Feature("w", "wide", "sum", False, 0, 1028),), 1, 0)
-    shards, gpu = place(wide, "table", 1), torch.device("cuda")
     monkeypatch.setattr(local, "_fbgemm_problem", lambda device: None)
-    choice = choose_backends(wide, shards, EmbeddingConfig(), gpu)["wide"]
-    assert (choice.backend, choice.reason) == ("torch", "FBGEMM's CUDA kernels take at most 1024 columns, not 1028")
-    assert choose_backends(wide, shards, EmbeddingConfig(), CPU)["wide"].backend == "fbgemm"
-    monkeypatch.setattr(local, "_fbgemm_problem", lambda device: "fbgemm_gpu cannot be imported (undefined symbol)")
-    choose_backends(wide, shards, EmbeddingConfig(), CPU)
+    monkeypatch.setattr(local, "triton_problem", lambda device: None)
+    assert on_gpu(one_table(1024))["t"].backend == "fbgemm"
+    wide = "FBGEMM's CUDA kernels take at most 1024 columns, not 1028"
+    assert on_gpu(one_table(1028))["t"] == local.Choice("triton", wide)
+    assert on_gpu(one_table(6))["t"] == local.Choice("triton", "FBGEMM wants multiples of 4 columns, not 6")
+    assert on_gpu(one_table(1024), backend="triton")["t"] == local.Choice("triton", 'embedding.backend="triton"')
+    assert on_gpu(one_table(8196))["t"].reason == "a Triton kernel holds at most 8192 columns, not 8196"
+    for torchs in ({"backend": "torch"}, {"optimizer": "adam"}, {"placement": "column"}, {"placement": "replicated"}):
+        assert on_gpu(one_table(1028), **torchs)["t"].backend == "torch"
     assert not caplog.records
-    choose_backends(LAYOUT, place(LAYOUT, "table", 1), EmbeddingConfig(), gpu)
-    assert "SLOW TABLES: 5 tables are held by plain torch, because fbgemm_gpu cannot be imported" in caplog.text
+    for backend, columns, why in (("fbgemm", 1028, wide), ("triton", 8196, "a Triton kernel holds at most 8192")):
+        with pytest.raises(UserError, match=f'backend="{backend}" cannot hold table \'t\': {why}.*; use "auto"'):
+            on_gpu(one_table(columns), backend=backend)
+
+
+def test_on_a_gpu_a_missing_fbgemm_is_made_up_by_triton_or_is_loud(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = "fbgemm_gpu cannot be imported (undefined symbol)"
+    monkeypatch.setattr(local, "_fbgemm_problem", lambda device: broken)
+    monkeypatch.setattr(local, "triton_problem", lambda device: None)
+    assert set(on_gpu(LAYOUT).values()) == {local.Choice("triton", broken)}
+    with pytest.raises(UserError, match=r"cannot hold table 'item': fbgemm_gpu cannot be imported"):
+        on_gpu(LAYOUT, backend="fbgemm")
+    assert not caplog.records
+    monkeypatch.setattr(local, "triton_problem", lambda device: "Triton does not start (no compiler)")
+    assert {choice.backend for choice in on_gpu(LAYOUT).values()} == {"torch"}
+    assert f"SLOW TABLES: 5 tables are held by plain torch, because {broken}, and Triton does not start" in caplog.text
+    with pytest.raises(UserError, match=r"cannot hold table 'item': Triton does not start \(no compiler\)"):
+        on_gpu(LAYOUT, backend="triton")
+
+
+def test_on_a_cpu_auto_takes_no_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    assert choices(layout=one_table(1028))["t"].backend == "fbgemm"
+    assert choices(layout=one_table(6))["t"].backend == "torch"
+    monkeypatch.setattr(local, "_fbgemm_problem", lambda device: "fbgemm_gpu cannot be imported")
+    assert choices(layout=one_table(8))["t"].backend == "torch"
+    assert not caplog.records
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    triton_problem.cache_clear()
+    try:
+        assert choices(optimizer="sgd")["user"].backend == "fbgemm"
+        with pytest.raises(UserError, match=r"backend=\"triton\" cannot hold table 'item': triton is not installed"):
+            choices(backend="triton")
+    finally:
+        triton_problem.cache_clear()
+
+
+def test_where_triton_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    try:
+        for device, without in (("cpu", "Triton has no kernels for CPUs"), ("cuda", "Triton does not start")):
+            triton_problem.cache_clear()
+            assert triton_problem(device) is None  # interpreted
+            triton_problem.cache_clear()
+            with monkeypatch.context() as patch:
+                patch.delenv("TRITON_INTERPRET")
+                problem = triton_problem(device)
+            assert torch.cuda.is_available() or (problem is not None and problem.startswith(without))
+    finally:
+        triton_problem.cache_clear()
 
 
 def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +225,7 @@ def test_ids_are_checked_where_fbgemms_variable_asks_for_it(monkeypatch: pytest.
     outside = LocalIds(torch.tensor([1, 5]), torch.arange(3), (2,), 2)
     monkeypatch.setenv(fbgemm_backend.BOUNDS_CHECK, "0")
     with pytest.raises(RuntimeError, match="idx < num_rows"):
-        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).forward(outside)
+        fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).pool(outside)
     monkeypatch.setenv(fbgemm_backend.BOUNDS_CHECK, "fatal")
     with pytest.raises(UserError, match=r"FBGEMM_TBE_BOUNDS_CHECK_MODE='fatal': expected one of 0 \(fatal\), 1"):
         fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU)

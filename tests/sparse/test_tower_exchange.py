@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -51,6 +52,8 @@ def embedding(optimizer: str, placement: str, backend: str) -> EmbeddingConfig:
 CONFIGS = [embedding(o, "table", "torch") for o in ("rowwise_adagrad", "adagrad", "sgd", "adam")]
 CONFIGS += [embedding(o, "table", "fbgemm") for o in ("rowwise_adagrad", "sgd")]
 CONFIGS += [embedding("adagrad", "column", "torch"), embedding("sgd", "column", "fbgemm")]
+if find_spec("triton"):
+    CONFIGS += [embedding("rowwise_adagrad", "table", "triton"), embedding("adagrad", "column", "triton")]
 MIXED = {"item": "row", "user": "column", "clicks": "replicated", "small": "row", "wide": "table"}
 PARTIAL_SUMS = [embedding(o, "row", "torch") for o in ("rowwise_adagrad", "adam")]
 PARTIAL_SUMS += [embedding("rowwise_adagrad", "row", "fbgemm"), embedding("rowwise_adagrad", "replicated", "auto")]

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megarec.parity.cases import Case
 from tests.processes import python
+from tools.gpu import numbers
 from tools.gpu.context import SIZES, Context
 from tools.gpu.runner import PARTS, expected
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "COLUMNS": "200"}
 # Parts of its own in the place of the real ones: the forks have them too.
@@ -83,7 +87,8 @@ def test_a_part_that_fails_is_told_of_and_ends_no_other(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = python("tools/gpu_check.py", "--out", tmp_path / "gpu.json", *arguments, cwd=ROOT, env=ENVIRONMENT)
+    words = ["tools/gpu_check.py", "--out", tmp_path / "gpu.json", *arguments]
+    done = python(*words, cwd=ROOT, env=ENVIRONMENT, real="--part" in arguments)
     assert (done.returncode, done.stdout) == (2, "") and message in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "gpu.json").exists()
 
@@ -95,8 +100,21 @@ def test_sizes_are_those_of_the_review() -> None:
     assert sum(part.seconds for part in PARTS) < 600
 
 
+def test_ranks_go_on_together_after_a_case_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = numbers.dist.HashStore()
+    monkeypatch.setattr(numbers, "case_losses", lambda path, overrides, steps: [1.0] if "good" in overrides else 1 / 0)
+    bad, good = Case(2, topology=("bad",)), Case(2, topology=("good",))
+    for case in (bad, good):
+        store.set(f"{case.name}/1", "")  # the other rank
+    kept = {"path": tmp_path, "cases": [bad, good], "references": {(): [1.0]}, "store": store}
+    context = Context(CPU, SIZES["tiny"], tmp_path, tmp_path, rank=0, kept=kept)
+    with pytest.raises(AssertionError, match="2 ranks, bad: ZeroDivisionError"):
+        numbers.run_parity(context)
+    assert [row["value"] for row in kept["rows"]] == ["failed", 0.0]
+
+
 def test_a_limit_takes_no_nan(tmp_path: Path) -> None:
-    context = Context(device=None, sizes=SIZES["tiny"], directory=tmp_path, shared=tmp_path, rank=0)  # type: ignore[arg-type]
+    context = Context(CPU, SIZES["tiny"], tmp_path, tmp_path, rank=0)
     context.emit("fine", 1.0, limit=1.0)
     context.check_limits()
     context.emit("not", float("nan"), limit=1.0)

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -141,6 +142,8 @@ class Context:
         Args:
             limit: the most that `value` may be; `check_limits` tells of those beyond.
         """
+        if isinstance(value, float) and not math.isfinite(value):
+            value = str(value)  # JSON has no number for it
         row = {"what": what, "value": value, "unit": unit} | ({} if limit is None else {"limit": limit})
         self.kept.setdefault("rows", []).append(row)
         if self.rank == 0:
@@ -150,12 +153,12 @@ class Context:
     def check_limits(self) -> None:
         """Raise an AssertionError that names the rows beyond their limits (NaN is beyond any)."""
         rows = [row for row in self.kept.get("rows", []) if "limit" in row]
-        beyond = [f"{row['what']}: {row['value']:.2g} > {row['limit']:g}" for row in rows if not _within(row)]
+        beyond = [f"{row['what']}: {row['value']} > {row['limit']:g}" for row in rows if not _within(row)]
         assert not beyond, f"{len(beyond)} of {len(rows)} beyond their limits: {'; '.join(beyond)}"
 
 
 def _within(row: dict[str, Any]) -> bool:
-    return bool(row["value"] <= row["limit"])
+    return isinstance(row["value"], float) and row["value"] <= row["limit"]
 
 
 def ladder_row(sizes: Sizes, row: str, *overrides: str) -> tuple[RunConfig, ModelSpec]:

@@ -22,18 +22,18 @@ def prepare(context: Context) -> None:
     prepare_like(schema_of(config.data), data, examples=sizes.run_examples, seed=1, max_rows=sizes.run_rows)
     overrides = [f"data.path={data}", "data.schema=null", f"data.batch_size={sizes.run_batch}"]
     overrides += ["train.epochs=100", f"train.max_steps={STEPS}", f"train.checkpoint_every={STEPS}"]
-    overrides += ["train.log_every=4", f"train.output_dir={context.directory / 'run'}"]
+    overrides += [f"train.evaluate_every={STEPS}", "train.log_every=4", f"train.output_dir={context.directory / 'run'}"]
     context.kept["config"] = ladder_row(sizes, sizes.run_row, *ALONE, *overrides)[0]
 
 
 def run(context: Context) -> None:
     config: RunConfig = context.kept["config"]
-    told: list[dict[str, float]] = []
+    reported: list[dict[str, float]] = []
     milliseconds = StepTimer.milliseconds
 
     def noted(timer: StepTimer) -> dict[str, float]:
-        told.append(milliseconds(timer))
-        return told[-1]
+        reported.append(milliseconds(timer))
+        return reported[-1]
 
     started = time.time()
     with patch.object(StepTimer, "milliseconds", noted):
@@ -42,6 +42,6 @@ def run(context: Context) -> None:
     context.emit(f"{context.sizes.run_row} examples/s", of_train["examples_per_second"], "1/s")
     context.emit(f"{context.sizes.run_row} MFU", 100 * of_train["mfu"], "%")
     context.emit("first step after", of_train["first_step_seconds"], "s")
-    for part, value in (told[-1] if told else {}).items():
+    for part, value in (reported[-1] if reported else {}).items():
         context.emit(f"step: {part}", value, "ms")
     context.emit("whole run, with its save and its test", time.time() - started, "s")

@@ -8,15 +8,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import get_args
 
+import torch
 import torch.distributed as dist
 
 from megarec.config.load import load_config
 from megarec.config.sections import EmbeddingConfig
+from megarec.errors import UserError
 from megarec.parity.cases import BF16_TOLERANCE, Case
 from megarec.parity.reference import reference_losses
 from megarec.parity.run import case_losses, write_base
-from megarec.sparse.tables.local import _fbgemm_problem
+from megarec.sparse.placement import place
+from megarec.sparse.tables.local import choose_backends
 from megarec.training.trainer import train
+from tools.benchmarks.workload import equal_tables
 from tools.gpu.context import Context
 
 LIMIT = 1e-5
@@ -26,8 +30,15 @@ TOWERS = "parallel.towers=2"
 
 def backends(device: str) -> list[str]:
     """Table backends that this installation has on a device."""
-    names = [name for name in get_args(EmbeddingConfig.model_fields["backend"].annotation) if name != "auto"]
-    return [name for name in names if name != "fbgemm" or _fbgemm_problem(device) is None]
+    layout = equal_tables(1, 8, 8)
+    shards, found = place(layout, "table", 1), []
+    for name in get_args(EmbeddingConfig.model_fields["backend"].annotation):
+        try:
+            choose_backends(layout, shards, EmbeddingConfig(backend=name), torch.device(device))
+        except UserError:
+            continue
+        found += [name] if name != "auto" else []
+    return found
 
 
 def _zero(stage: int) -> str:
@@ -79,22 +90,40 @@ def run_parity(context: Context) -> None:
         limit = case.tolerance if case.tolerance > LIMIT else LIMIT
         try:
             losses = case_losses(path, [*case.numbers, *case.topology], len(reference))
-        except Exception as error:  # the others are worth having; among ranks the others would wait
-            if case.ranks > 1:
-                raise
-            failed.append(f"{case.name}: {type(error).__name__}: {error}")
+        except Exception as error:  # the others are worth having
+            failed.append(f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             context.emit(case.name, "failed")
+            _meet(context, case)
             continue
+        _meet(context, case)
         deviation = max(abs(mine - its) / abs(its) for mine, its in zip(losses, reference, strict=True))
         context.emit(case.name, deviation, limit=limit)
     assert not failed, "; ".join(failed)
     context.check_limits()
 
 
+def _meet(context: Context, case: Case) -> None:
+    """Go on with the next case when the other rank does, whether it failed as well or not.
+
+    Raises:
+        RuntimeError: it does not come: it waits in an operation for this rank, or is gone.
+    """
+    if case.ranks == 1:
+        return
+    store: dist.Store = context.kept["store"]
+    store.set(f"{case.name}/{context.rank}", "")
+    try:
+        store.wait([f"{case.name}/{rank}" for rank in range(case.ranks)], timedelta(seconds=10))
+    except RuntimeError:
+        said = f"{case.name}: the other rank is not done with it"
+        raise RuntimeError(said) from None
+
+
 def run_ranks(context: Context) -> None:
     """Both ranks compute on one device, and meet over gloo: NCCL takes one rank a device."""
     os.environ.update(RANK=str(context.rank), WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2")
     store = dist.FileStore(str(context.shared / "store"), 2)
+    context.kept["store"] = store
     dist.init_process_group("gloo", store=store, rank=context.rank, world_size=2, timeout=timedelta(seconds=60))
     run_parity(context)
 

@@ -47,7 +47,7 @@ class ReplicatedTables:
         channel: Channel,
         device: torch.device,
     ) -> None:
-        slots = plan_lookups(layout, shards, channel.size, fused=()).slots[channel.rank]
+        slots = plan_lookups(layout, shards, channel.size).slots[channel.rank]
         alone = Channel(channel.name, None, 0, 1, Ledger())
         self._ids = IdExchange([[slot.feature for slot in slots]], alone, torch.int64, device)
         self.tables = LocalTables(slots, layout, shards, choices, config, channel, device, replicated=True)
@@ -86,13 +86,15 @@ class ShardedTables:
         self._channel, self._blocks = channel, blocks
         self.messages = messages if channel.size > 1 else FP32
         by_table = {table: [s for s in shards if s.table == table] for table in {s.table for s in shards}}
-        fused = {table for table, own in by_table.items() if requested_backend(own, config).backend == "fbgemm"}
-        routes = plan_lookups(layout, shards, channel.size, fused)
+        backends = {table: requested_backend(own, config, device.type).backend for table, own in by_table.items()}
+        fused, triton = ([t for t, backend in backends.items() if backend == kind] for kind in ("fbgemm", "triton"))
+        routes = plan_lookups(layout, shards, channel.size, fused, triton)
         self._split = RowSplitter(routes.slots, device)
         sources = [[slot.source for slot in slots] for slots in routes.slots]
         self._ids = IdExchange(sources, channel, routes.index_dtype, device, blocks)
         mine = routes.slots[channel.rank]
-        self.tables = LocalTables(mine, layout, shards, choices, config, channel, device)
+        emitted = self.messages.forward
+        self.tables = LocalTables(mine, layout, shards, choices, config, channel, device, output=emitted)
 
         whole = [[slot for slot in slots if not slot.by_rows] for slots in routes.slots]
         by_rows = [slot for slot in mine if slot.by_rows]

@@ -1,6 +1,7 @@
 """Tables of one rank: which backend holds which table and why, and the record of touched rows."""
 
 import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,66 +13,81 @@ from torch import Tensor
 from megarec.config.sections import EmbeddingConfig
 from megarec.distributed.collectives import Channel
 from megarec.errors import UserError
+from megarec.kernels.launch import triton_problem
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.lookups import Lookup
 from megarec.sparse.placement import COLUMN_UNIT, Shard, replicated
-from megarec.sparse.tables.base import LocalIds, Pooled, State, Tables, group_lookups
+from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State, Tables, group_lookups
 from megarec.sparse.tables.initial import fill_initial
 from megarec.sparse.tables.torch_backend import ColumnShardSum, ReplicatedTorchTables, TorchTables
 
 FBGEMM_COLUMNS_ON_GPU = 1024
+TRITON_COLUMNS = 8192  # a program holds a row in registers
 _log = logging.getLogger(__name__)
+
+
+Backend = Literal["fbgemm", "triton", "torch"]
 
 
 @dataclass(frozen=True)
 class Choice:
     """The backend of a table and why."""
 
-    backend: Literal["fbgemm", "torch"]
+    backend: Backend
     reason: str
 
 
 def choose_backends(
     layout: EmbeddingLayout, shards: Sequence[Shard], config: EmbeddingConfig, device: torch.device
 ) -> dict[str, Choice]:
-    """The backend of every table.
+    """The backend of every table on this machine.
 
     Raises:
-        UserError: embedding.backend is "fbgemm" and a table cannot be held by it.
+        UserError: embedding.backend names a backend that cannot hold a table, or that does not work here.
     """
     choices = {}
-    missing: dict[str, list[str]] = {}  # tables by what keeps FBGEMM from holding them
+    slow: dict[str, list[str]] = {}  # tables by what keeps both fast backends from holding them
     for table in layout.tables:
-        choice = requested_backend([shard for shard in shards if shard.table == table.name], config)
+        choice = requested_backend([shard for shard in shards if shard.table == table.name], config, device.type)
         if choice.backend == "fbgemm" and (problem := _fbgemm_problem(device.type)) is not None:
-            choice = Choice("torch", problem)
-            missing.setdefault(problem, []).append(table.name)
-        elif choice.backend == "fbgemm" and device.type != "cpu" and table.columns > FBGEMM_COLUMNS_ON_GPU:
-            choice = Choice(
-                "torch", f"FBGEMM's CUDA kernels take at most {FBGEMM_COLUMNS_ON_GPU} columns, not {table.columns}"
+            choice = Choice("torch" if device.type == "cpu" or config.backend == "fbgemm" else "triton", problem)
+        if choice.backend == "triton" and (problem := triton_problem(device.type)) is not None:
+            reason = problem if config.backend == "triton" else f"{choice.reason}, and {problem}"
+            choice = Choice("torch", reason)
+            slow.setdefault(reason, []).append(table.name)
+        if config.backend in ("fbgemm", "triton") and choice.backend != config.backend:
+            raise UserError(
+                f'embedding.backend="{config.backend}" cannot hold table {table.name!r}: {choice.reason}; use "auto"'
             )
-        if config.backend == "fbgemm" and choice.backend == "torch":
-            raise UserError(f'embedding.backend="fbgemm" cannot hold table {table.name!r}: {choice.reason}; use "auto"')
         choices[table.name] = choice
-    for problem, names in missing.items() if device.type != "cpu" else ():
-        _log.warning("SLOW TABLES: %d tables are held by plain torch, because %s", len(names), problem)
+    for reason, names in slow.items():
+        _log.warning("SLOW TABLES: %d tables are held by plain torch, because %s", len(names), reason)
     return choices
 
 
-def requested_backend(shards: Sequence[Shard], config: EmbeddingConfig) -> Choice:
-    """The backend of a table that is placed as these shards, by the config alone: the same on every rank."""
+def requested_backend(shards: Sequence[Shard], config: EmbeddingConfig, device: str) -> Choice:
+    """The backend of a table that is placed as these shards, by config and type of device: the same on every rank."""
     if config.backend == "torch":
         return Choice("torch", 'embedding.backend="torch"')
     if replicated(shards):
         return Choice("torch", "a copy on every rank: the gradients of all ranks are summed before its update")
     if config.optimizer == "adam":
-        return Choice("torch", "Adam over touched rows, bias-corrected by the global step, is not FBGEMM's")
+        return Choice("torch", "Adam over touched rows, bias-corrected by the global step, is torch's alone")
     if config.optimizer == "rowwise_adagrad" and any(shard.column_start > 0 for shard in shards):
         return Choice("torch", "row-wise Adagrad needs the gradient's whole row, and the table is split by columns")
-    odd = [shard.columns for shard in shards if shard.columns % COLUMN_UNIT]
-    if odd:
-        return Choice("torch", f"FBGEMM wants multiples of {COLUMN_UNIT} columns, not {odd[0]}")
-    return Choice("fbgemm", f'embedding.backend="{config.backend}"')
+    widest, reason = max(shard.columns for shard in shards), f'embedding.backend="{config.backend}"'
+    if config.backend != "triton":
+        odd = [shard.columns for shard in shards if shard.columns % COLUMN_UNIT]
+        if not odd and (device == "cpu" or widest <= FBGEMM_COLUMNS_ON_GPU):
+            return Choice("fbgemm", reason)
+        reason = f"FBGEMM's CUDA kernels take at most {FBGEMM_COLUMNS_ON_GPU} columns, not {widest}"
+        if odd:
+            reason = f"FBGEMM wants multiples of {COLUMN_UNIT} columns, not {odd[0]}"
+        if device == "cpu" or config.backend == "fbgemm":
+            return Choice("torch", reason)
+    if widest > TRITON_COLUMNS:
+        return Choice("torch", f"a Triton kernel holds at most {TRITON_COLUMNS} columns, not {widest}")
+    return Choice("triton", reason)
 
 
 @functools.cache
@@ -93,6 +109,7 @@ class LocalTables:
         slots: of this rank.
         shards: of all ranks.
         replicated: whether every rank of the channel holds these tables whole.
+        output: the type in which summed rows are asked for; a backend may emit float32 instead.
     """
 
     def __init__(
@@ -106,35 +123,54 @@ class LocalTables:
         device: torch.device,
         *,
         replicated: bool = False,
+        output: torch.dtype = torch.float32,
     ) -> None:
         self._layout, self.replicated = layout, replicated
         local = group_lookups(slots)
-        fused = [part for part in local if choices[part.shard.table].backend == "fbgemm"]
-        plain = [part for part in local if choices[part.shard.table].backend == "torch"]
-        self._groups: list[tuple[int, Tables]] = []  # (slots, tables), in slot order: the routes put FBGEMM's first
-        if fused:
-            from megarec.sparse.tables.fbgemm_backend import FbgemmTables  # takes a second and may not be installed
-
-            self._groups.append((sum(len(part.slots) for part in fused), FbgemmTables(fused, config, device)))
         # Row-wise Adagrad over column slices needs every rank in its exchange, one without such slices as well.
         split = config.optimizer == "rowwise_adagrad" and any(shard.column_start > 0 for shard in shards)
-        if replicated:
-            assert not fused and not split
-            columns = [part.shard.columns for part in plain]
-            self._groups.append(
-                (len(slots), ReplicatedTorchTables(plain, columns, config, device, channel, self._mark))
-            )
-        elif plain or split or not fused:
-            owners = ColumnShardSum([part.shard for part in plain], shards, channel, device)
-            columns = [layout.table(part.shard.table).columns for part in plain]
-            tables = TorchTables(plain, columns, config, device, owners.sum if split else None)
-            self._groups.append((sum(len(part.slots) for part in plain), tables))
+        self._groups: list[tuple[int, Tables]] = []  # (slots, tables), in slot order
+        made = set()
+        for backend, group in itertools.groupby(local, key=lambda part: choices[part.shard.table].backend):
+            parts = list(group)
+            count = sum(len(part.slots) for part in parts)
+            made.add(backend)
+            if backend == "fbgemm":
+                from megarec.sparse.tables.fbgemm_backend import FbgemmTables  # takes a second, may not be installed
+
+                self._groups.append((count, FbgemmTables(parts, config, device)))
+            elif backend == "triton":
+                from megarec.sparse.tables.triton_backend import TritonTables  # may not be installed
+
+                self._groups.append((count, TritonTables(parts, config, device, output)))
+            else:
+                self._groups.append((count, self._torch_tables(parts, shards, config, channel, device, split=split)))
+        if not local or (split and "torch" not in made):
+            self._groups.append((0, self._torch_tables([], shards, config, channel, device, split=split)))
         rows = [part.shard.rows for part in local]
         flags = torch.zeros(sum(rows), dtype=torch.bool, device=device)  # one buffer: a step marks all its rows at once
         self._flags = flags
         self._touched = {part.shard: view.unsqueeze(1) for part, view in zip(local, flags.split(rows), strict=True)}
         first_row = {part.shard: sum(rows[:index]) for index, part in enumerate(local)}
         self._first_rows = torch.tensor([first_row[slot.shard] for slot in slots], dtype=torch.int64, device=device)
+
+    def _torch_tables(
+        self,
+        parts: Sequence[LocalShard],
+        shards: Sequence[Shard],
+        config: EmbeddingConfig,
+        channel: Channel,
+        device: torch.device,
+        *,
+        split: bool,
+    ) -> Tables:
+        """The only ones of a rank: the routes put torch's slots last."""
+        columns = [self._layout.table(part.shard.table).columns for part in parts]
+        if self.replicated:
+            assert not split
+            return ReplicatedTorchTables(parts, columns, config, device, channel, self._mark)
+        owners = ColumnShardSum([part.shard for part in parts], shards, channel, device)
+        return TorchTables(parts, columns, config, device, owners.sum if split else None)
 
     def fill(self, seed: int, std: float | None) -> None:
         """Initial weights (initial.py)."""
@@ -157,7 +193,8 @@ class LocalTables:
             for part, own in zip(parts, gradient.split(columns, dim=1), strict=True):
                 part.update(own)
 
-        return Pooled(parts[0].values if len(parts) == 1 else torch.cat([part.values for part in parts], dim=1), update)
+        shown = [part.values for part, width in zip(parts, columns, strict=True) if width] or [parts[0].values]
+        return Pooled(shown[0] if len(shown) == 1 else torch.cat(shown, dim=1), update)
 
     def set_learning_rate(self, rate: float) -> None:
         for _, tables in self._groups:
