@@ -5,7 +5,7 @@ python tools/gpu_check.py --out gpu.json --device cpu        # the same parts, s
 python tools/gpu_check.py --out gpu.json --part ladder --part tables
 
 Predictions are those of tools/gpu/predictions.py for an H200, made before a part runs. A part that fails, or takes
-longer than its time, is told of in the table, and ends no other; the exit code is then 1.
+longer than its time, stands in the table with its cause, and ends no other; the exit code is then 1.
 """
 
 import importlib

@@ -36,8 +36,10 @@ def main() -> None:
         raise UserError("--set goes with --config: the published figures are those of the ladder as it is")
     if arguments.ladder and arguments.roofline:
         raise UserError("--roofline goes with --config: a prediction is one of a config and a batch")
-    if arguments.batch is not None and (arguments.roofline is None or arguments.batch < 1):
-        raise UserError(f"--batch {arguments.batch}: expected at least 1, beside --roofline DEVICE")
+    if arguments.batch is not None and arguments.roofline is None:
+        raise UserError("--batch goes with --roofline DEVICE: counts are those of one example")
+    if arguments.batch is not None and arguments.batch < 1:
+        raise UserError(f"--batch {arguments.batch}: expected at least 1")
     if arguments.ladder:
         count_ladder(arguments.json)
     elif arguments.roofline:
@@ -93,7 +95,8 @@ def show_roofline(path: Path, overrides: list[str], device: str, batch: int | No
         table.add_row(name, f"{1e3 * part.seconds:,.2f}", part.bound, *numbers, f"{1e3 * part.fused_seconds:,.2f}")
     Console().print(table)
     known = roofline.DEVICES[device]
-    print(f"PREDICTED, NOT MEASURED: {step.examples:,} examples a rank, {step.ranks} ranks of one host, {device}")
+    ranks = f"{step.ranks} rank{'s' * (step.ranks > 1)} of one host"
+    print(f"PREDICTED, NOT MEASURED: {step.examples:,} examples a rank, {ranks}, {device}")
     print(f"{step.examples / step.seconds:,.0f} examples/s a rank, MFU {step.mfu:.1%}; fused {step.fused_mfu:.1%}")
     print(f"{known.gemm:.0f} TFLOP/s in 16 bits, {known.memory:.2f} TB/s, link {known.link:.0f} GB/s: {known.source}")
     print("fused: each run of operations that only move memory as one kernel, which is what a compiler could reach")

@@ -191,18 +191,19 @@ class _Products(torch.autograd.Function):
     """W X, and X itself: what comes back for X is the matrix that the product behind dX is added to."""
 
     @staticmethod
-    def forward(ctx: Any, x_BND: Tensor, rank: int, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x_BND: Tensor, interact: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+        assert interact
         ctx.rows = [len(weight) for weight in weights]
         weight_ON = stacked(weights)
         ctx.save_for_backward(x_BND, weight_ON)
-        all_BOD = torch.bmm(weight_ON.expand(len(x_BND), -1, -1), x_BND)
-        return all_BOD[:, rank:], all_BOD[:, :rank].contiguous(), x_BND.view_as(x_BND)
+        y_BKD, *parts = torch.bmm(weight_ON.expand(len(x_BND), -1, -1), x_BND).split(ctx.rows, dim=1)
+        return *parts, y_BKD.contiguous(), x_BND.view_as(x_BND)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dprojected_BRD, dy_BKD, dx_BND = grads
+        *dparts, dy_BKD, dx_BND = grads
         x_BND, weight_ON = ctx.saved_tensors
-        dp_BOD = torch.cat([dy_BKD, dprojected_BRD], dim=1)
+        dp_BOD = torch.cat([dy_BKD, *dparts], dim=1)
         dx_BND = torch.baddbmm(dx_BND, weight_ON.T.expand(len(x_BND), -1, -1), dp_BOD)
         return dx_BND, None, *weight_gradient(dp_BOD, x_BND).split(ctx.rows)
 

@@ -7,6 +7,7 @@ import torch
 
 from megarec.checkpoint.snapshot import HostBuffer, Snapshot
 from megarec.slices import TensorSlice
+from tests.streams import Stream
 
 
 class OnDevice(torch.Tensor):
@@ -15,24 +16,6 @@ class OnDevice(torch.Tensor):
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return torch.device("cuda:0")
-
-
-class Stream:
-    def __init__(self, said: list[str], name: str) -> None:
-        self.said, self.name = said, name
-
-    def __enter__(self) -> None:
-        self.said.append(f"enter {self.name}")
-
-    def __exit__(self, *_: object) -> None:
-        self.said.append(f"leave {self.name}")
-
-    def record_event(self) -> SimpleNamespace:
-        self.said.append(f"{self.name} records")
-        return SimpleNamespace(of=self.name, synchronize=lambda: self.said.append(f"host waits for {self.name}"))
-
-    def wait_event(self, event: SimpleNamespace) -> None:
-        self.said.append(f"{self.name} waits for {event.of}")
 
 
 @pytest.fixture

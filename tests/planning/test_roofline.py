@@ -220,5 +220,10 @@ def test_the_tool_prints_parts_and_json() -> None:
     found: dict[str, Any] = json.loads(python(*command, "--json", cwd=ROOT).stdout)
     assert found["roofline"]["parts"]["optimizer"]["bound"] in ("memory", "launches")
     assert found["training_flop_per_example"] > 0
-    refused = python("tools/flops.py", "--ladder", "--roofline", "H200", cwd=ROOT)
-    assert (refused.returncode, refused.stdout) == (2, "") and "--roofline goes with --config" in refused.stderr
+    for words, said in (
+        (["--ladder", "--roofline", "H200"], "--roofline goes with --config"),
+        ([*command[1:3], "--batch", "4"], "--batch goes with --roofline"),
+        ([*command[1:5], "--batch", "0"], "--batch 0: expected at least 1"),
+    ):
+        refused = python("tools/flops.py", *words, cwd=ROOT)
+        assert (refused.returncode, refused.stdout) == (2, "") and said in refused.stderr

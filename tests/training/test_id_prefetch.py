@@ -17,6 +17,7 @@ from megarec.run.build import build_run
 from megarec.training.id_prefetch import IdPrefetcher
 from megarec.training.profiling import StepTimer, tracing
 from megarec.training.step import predict, train_step
+from tests.streams import Stream
 
 STEPS = 6
 TOWERS = 'parallel.towers=[["single_0", "single_1", "multi_0", "multi_1"], ["single_2", "single_3"]]'
@@ -87,26 +88,6 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for() -> None
         pending()
 
 
-class Stream:
-    """torch.Stream on a machine without one: notes what happens, in order."""
-
-    def __init__(self, said: list[str], name: str) -> None:
-        self.said, self.name = said, name
-
-    def __enter__(self) -> None:
-        self.said.append(f"enter {self.name}")
-
-    def __exit__(self, *_: object) -> None:
-        self.said.append(f"leave {self.name}")
-
-    def record_event(self) -> str:
-        self.said.append(f"record in {self.name}")
-        return f"event of {self.name}"
-
-    def wait_event(self, event: str) -> None:
-        self.said.append(f"{self.name} waits for {event}")
-
-
 class Sending:
     def __init__(self, said: list[str]) -> None:
         self.said = said
@@ -126,9 +107,9 @@ def test_on_an_accelerator_the_main_thread_sends_in_a_stream_and_the_host_does_n
     ahead = IdPrefetcher(Sending(said), torch.device("cuda"), overlap=True)  # type: ignore[arg-type]
     assert not ahead.threaded
     pending = ahead.start(Batch(torch.empty(1, 0), {}, torch.zeros(1), torch.arange(1), 1))
-    assert said == ["enter ids", "send in MainThread", "leave ids", "record in ids"]
+    assert said == ["enter ids", "send in MainThread", "leave ids", "ids records"]
     pending()
-    assert said[4:] == ["main waits for event of ids", *["kept for main"] * 3]
+    assert said[4:] == ["main waits for ids", *["kept for main"] * 3]
     ahead.drain()
     ahead.close()
 

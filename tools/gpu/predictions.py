@@ -24,7 +24,7 @@ EVERY_ROW = {  # of a part, where all of its rows are expected to be alike
     "repeatability": "some may differ",
     "repeatability, deterministic": "0",
 }
-TABLES = {"lookup, of a copy's rate": ">= 70 % (Triton)", "update, of a copy's rate": ">= 50 % (Triton)"}
+TABLES = {"triton: lookup, of a copy's rate": ">= 70 %", "triton: update, of a copy's rate": ">= 50 %"}
 
 
 def predictions(size: str) -> dict[str, dict[str, str]]:

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megarec.files import parse_json
+
 TOOL = Path(__file__).resolve().parents[1] / "gpu_check.py"
 PREPARING = 180.0  # seconds that a part may import and prepare before it is its turn, at most
 STEP = 0.02
@@ -87,7 +89,7 @@ class Started:
         cut = self._running()
         self.stop()
         rows = self.directory / "0/rows.jsonl"
-        found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+        found = [parse_json(line, str(rows)) for line in rows.read_text().splitlines()] if rows.exists() else []
         failure = next(filter(None, map(self._said, range(self.part.ranks))), None)
         if failure is None and cut:
             failure = {"failed": f"cut off after {seconds:.0f} s"}
@@ -97,7 +99,7 @@ class Started:
 
     def _said(self, rank: int) -> dict[str, Any] | None:
         path = self.directory / f"{rank}/failed.json"
-        return None if not path.exists() else json.loads(path.read_text())
+        return None if not path.exists() else parse_json(path.read_text(), str(path))
 
     def _running(self) -> bool:
         return any(_code(process) is None for process in self._processes)
@@ -191,7 +193,7 @@ def run_parts(parts: Sequence[Part], device: str, size: str, directory: Path, mo
     try:
         answer = coming[0].finish(PREDICTIONS.seconds)
         made = coming.pop(0).directory / "0/predictions.json"
-        predicted = json.loads(made.read_text()) if made.exists() else {}
+        predicted = parse_json(made.read_text(), str(made)) if made.exists() else {}
         if "failed" in answer:
             found["predictions"] = answer
         for index, part in enumerate(parts):
