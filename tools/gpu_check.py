@@ -48,13 +48,19 @@ def main() -> None:
     machine = describe_machine(arguments.device)
     parts = [part for part in PARTS if not arguments.part or part.name in arguments.part]
     size = "tiny" if arguments.tiny else arguments.device
+    problem: UserError | None = None
+
+    def keep(found: dict[str, Any]) -> None:
+        nonlocal problem
+        problem = None
+        try:
+            write_whole(arguments.out, json.dumps({"machine": machine, **found}, indent=1).encode())
+        except OSError as error:  # a disk that has filled up meanwhile: the table has been paid for
+            problem = UserError(f"--out {arguments.out}: cannot be written ({error.strerror}); what was found is above")
+
     with tempfile.TemporaryDirectory(prefix="megarec-gpu-") as directory:
-        result = {"machine": machine, **run_parts(parts, arguments.device, size, Path(directory), SECONDS)}
-    problem = None
-    try:
-        write_whole(arguments.out, json.dumps(result, indent=1).encode())
-    except OSError as error:  # a disk that has filled up meanwhile; the table has been paid for
-        problem = UserError(f"--out {arguments.out}: cannot be written ({error.strerror}); what was found is above")
+        result = {"machine": machine, **run_parts(parts, arguments.device, size, Path(directory), SECONDS, keep)}
+    keep(result)
     show(result)
     if problem is not None:
         raise problem

@@ -93,9 +93,14 @@ def hang(name, device, size, shared, directory, rank):
     (shared / "pid.partial").write_text(str(os.getpid()))
     (shared / "pid.partial").rename(shared / "pid")
     time.sleep(600)
-runner._work = hang
 runner.PREDICTIONS = runner.Part("predictions", 0.1, "")
-runner.run_parts([runner.Part("hang", 300, "")], "cpu", "tiny", Path(sys.argv[1]), 300.0)
+def quick(name, *rest):
+    (rest[3] / "ready").touch()
+runner._work = lambda name, *rest: (hang if name == "hang" else quick)(name, *rest)
+def keep(result):
+    Path(sys.argv[1], "kept").write_text(" ".join(result["parts"]))
+parts = [runner.Part("quick", 60, ""), runner.Part("hang", 300, "")]
+runner.run_parts(parts, "cpu", "tiny", Path(sys.argv[1]), 300.0, keep)
 """
 
 
@@ -112,6 +117,7 @@ def test_no_part_outlives_the_check(tmp_path: Path, signum: signal.Signals) -> N
         check.send_signal(signum)
         assert check.wait(30) == -signum
     assert not psutil.wait_procs([part], timeout=10)[1]
+    assert (tmp_path / "kept").read_text() == "quick"  # what there is, is kept
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,14 +74,15 @@ class Started:
             return process
         return subprocess.Popen([sys.executable, "-u", str(TOOL), "--serve", *words])
 
-    def finish(self, seconds: float) -> dict[str, Any]:
-        """Let it run for so many seconds at most; its rows, and why it failed."""
-        waiting = time.monotonic() + PREPARING
+    def finish(self, end: float) -> dict[str, Any]:
+        """Let it run for its seconds, and until `end` at most (time.monotonic()); its rows, and why it failed."""
+        waiting = min(time.monotonic() + PREPARING, end)
         ready = [self.directory / f"{rank}/ready" for rank in range(self.part.ranks)]
         while not all(path.exists() for path in ready) and self._running() and time.monotonic() < waiting:
             time.sleep(STEP)
         (self.directory / "go").touch()
         started = time.monotonic()
+        seconds = min(self.part.seconds, max(0.0, end - started))
         while self._running() and time.monotonic() < started + seconds:
             if any(self._said(rank) for rank in range(self.part.ranks)):
                 seconds = min(seconds, time.monotonic() - started + 5)  # the other ranks would wait for one that failed
@@ -180,18 +181,26 @@ def _work(name: str, device: str, size: str, shared: Path, directory: Path, rank
     getattr(module, part.function)(context)
 
 
-def run_parts(parts: Sequence[Part], device: str, size: str, directory: Path, most: float) -> dict[str, Any]:
+def run_parts(
+    parts: Sequence[Part],
+    device: str,
+    size: str,
+    directory: Path,
+    most: float,
+    keep: Callable[[dict[str, Any]], object] = lambda result: None,
+) -> dict[str, Any]:
     """All parts, one after the other; what failed is in the answer, as `failed`, and ends nothing else.
 
     Args:
         most: seconds for all of them; what then has not begun is left out, and said to be.
+        keep: takes what was found so far, after every part.
     """
     end = time.monotonic() + most
     found: dict[str, Any] = {}
     coming = [Started(PREDICTIONS, "cpu" if device == "cpu" else device, size, directory)]
     coming += [Started(part, device, size, directory) for part in parts[:1]]
     try:
-        answer = coming[0].finish(PREDICTIONS.seconds)
+        answer = coming[0].finish(time.monotonic() + PREDICTIONS.seconds)
         made = coming.pop(0).directory / "0/predictions.json"
         predicted = parse_json(made.read_text(), str(made)) if made.exists() else {}
         if "failed" in answer:
@@ -203,8 +212,9 @@ def run_parts(parts: Sequence[Part], device: str, size: str, directory: Path, mo
                 coming.pop(0).stop()
                 found[part.name] = {"rows": [], "seconds": 0.0, "failed": f"left out: {most:.0f} s are over"}
                 continue
-            found[part.name] = coming[0].finish(min(part.seconds, left))
+            found[part.name] = coming[0].finish(end)
             coming.pop(0)
+            keep({"predictions": predicted, "parts": found})
             print(f"{part.name}: {found[part.name].get('failed', 'done')}", file=sys.stderr, flush=True)
     finally:
         for started in coming:  # the one that runs as well, where Ctrl-C ends the check
