@@ -5,7 +5,7 @@ python tools/gpu_check.py --out gpu.json --device cpu        # the same parts, s
 python tools/gpu_check.py --out gpu.json --part ladder --part tables
 
 Predictions are those of tools/gpu/predictions.py for an H200, made before a part runs. A part that fails, or takes
-longer than its time, is told of in the table, and ends no other; the exit code is then 1.
+longer than its time, stands in the table with its cause, and ends no other; the exit code is then 1.
 """
 
 import importlib
@@ -41,8 +41,7 @@ def main() -> None:
     for name in arguments.part:
         if name not in names:
             raise UserError(f"--part {name!r}: no part is called so; {did_you_mean(name, names)}")
-    if not arguments.out.parent.is_dir():
-        raise UserError(f"--out {arguments.out}: there is no directory {arguments.out.parent}")
+    check_out(arguments.out)
     if arguments.device == "cpu":
         # Two ranks share the cores: threads that spin while they wait would take them all.
         os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive"}
@@ -51,9 +50,25 @@ def main() -> None:
     size = "tiny" if arguments.tiny else arguments.device
     with tempfile.TemporaryDirectory(prefix="megarec-gpu-") as directory:
         result = {"machine": machine, **run_parts(parts, arguments.device, size, Path(directory), SECONDS)}
-    write_whole(arguments.out, json.dumps(result, indent=1).encode())
+    problem = None
+    try:
+        write_whole(arguments.out, json.dumps(result, indent=1).encode())
+    except OSError as error:  # a disk that has filled up meanwhile; the table has been paid for
+        problem = UserError(f"--out {arguments.out}: cannot be written ({error.strerror}); what was found is above")
     show(result)
+    if problem is not None:
+        raise problem
     sys.exit(1 if any("failed" in part for part in result["parts"].values()) else 0)
+
+
+def check_out(out: Path) -> None:
+    """Raise a UserError, before minutes of a GPU are spent, where the result could not be written."""
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no directory {out.parent}")
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out {out}: is no regular file; expected the name of a file to write, as gpu.json")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out}: {out.parent} cannot be written into; take another directory")
 
 
 def describe_machine(device: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from megarec.config.sections import DenseConfig
 from megarec.dense.settings import settings_of
 from megarec.dense.tensor_parallel import TensorParallelMLP
 from megarec.errors import UserError
-from megarec.models.cpu_gemm import fast_cpu_gemm, in_blocks
+from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.models.projection import Projection
 from megarec.models.wukong import InteractionLayer
 
@@ -99,7 +99,7 @@ def compile_layers(model: nn.Module, dense: DenseConfig, section: dict[str, Any]
     # Each layer's dropouts have numbers of their own, and each is compiled for training and for evaluation; beyond
     # its limit dynamo would run them uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(layers))
-    opaque = (Projection, TensorParallelMLP) if in_blocks(device) else (TensorParallelMLP,)
+    opaque = (Projection, TensorParallelMLP) if device.type == "cpu" else (TensorParallelMLP,)
     for layer in layers:
         for part in layer.modules():
             if isinstance(part, opaque):

@@ -58,9 +58,10 @@ def shuffle(
     numbers = tl.load(in_values if TO_BLOCKS else in_blocks, mask, other=0.0).to(tl.float32)
     if TO_BLOCKS:
         tl.store(sums + tl.program_id(0), tl.sum(numbers))
+    # As the plain way: first the number, then the length, each rounded as IEEE wants (Triton's `/` is not).
+    numbers = tl.div_rn(numbers, divide)
     if MEAN:
         row = tl.load(divisor_of + unit, known, other=-1).to(tl.int64)[None, :]
         divisor = tl.load(divisors + row * size + example[:, None], inside & (row >= 0), other=1.0)
-        numbers = numbers / divisor[:, :, None]
-    numbers = numbers / divide
+        numbers = tl.div_rn(numbers, divisor[:, :, None])
     tl.store(in_blocks if TO_BLOCKS else in_values, numbers, mask)

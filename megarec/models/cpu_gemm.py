@@ -29,9 +29,12 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if _is_slow(x.device, x.dtype) else x
 
 
-def in_blocks(device: torch.device) -> bool:
-    """Whether the batch is cut into blocks for the cache, of a CPU; elsewhere it is taken whole."""
-    return device.type == "cpu"
+def in_blocks(x: Tensor) -> bool:
+    """Whether a batch is cut into blocks for the cache: on a CPU, but not where it multiplies bf16 itself.
+
+    There oneDNN copies what is shared by the examples for every block, and what blocks save is less.
+    """
+    return x.device.type == "cpu" and (x.dtype != torch.bfloat16 or _is_slow(x.device, x.dtype))
 
 
 def example_blocks(x: Tensor) -> list[slice]:

@@ -8,9 +8,10 @@ weight shared: nothing is transposed in memory, and X is read by a few products 
 would materialise the shared weight's gradient for every example, and the gradient of X once a product; hence a
 backward pass of its own.
 
-A CPU goes through the batch in blocks that stay in its cache. An accelerator takes it whole: its GEMMs read 16 bytes at
-a time where rows start at a multiple of 16, so W's are padded to one (N = 723 is odd). The sum over examples that is dW
-is one GEMM there, over dP and X with the examples side by side.
+A CPU goes through the batch in blocks that stay in its cache. An accelerator takes it whole, and so does a CPU in bf16:
+outputs are then not copied, and the sum over examples that is dW is one GEMM, over dP and X with the examples side by
+side. An accelerator's GEMMs read 16 bytes at a time where rows start at a multiple of 16, so W's are padded to one
+(N = 723 is odd).
 
 Shape suffixes: B examples, N embeddings that enter, D width of an embedding, O = K + R rows of W.
 """
@@ -65,59 +66,65 @@ class Projection(nn.Module):
         """
         weights = dict(self.named_parameters(recurse=False))
         first = [weights.pop("fm")] if interact else []
-        rank = len(first[0]) if first else 0
-        projected_BRD, *others = self.products(x_BND, rank, *first, *weights.values())
-        parts = projected_BRD.split([len(weight) for weight in weights.values()], dim=1)
-        return dict(zip(weights, parts, strict=True)), *(others if interact else ())
+        made = self.products(x_BND, interact, *first, *weights.values())
+        parts = dict(zip(weights, made, strict=False))
+        return parts, *made[len(weights) :]
 
 
-def project(x_BND: Tensor, rank: int, *weights: Tensor) -> tuple[Tensor, Tensor]:
-    """W X without its first `rank` rows, [B, R, D], and X (W_rank X)^T, [B, N, rank]; `weights`: W's rows in order."""
-    projected_BRD, fm_BNK = _Project.apply(x_BND, rank, *weights)
-    return projected_BRD, fm_BNK
+def project(x_BND: Tensor, interact: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+    """W X for each of the weights; with `interact` of all but the first, and behind them X (W_first X)^T, [B, N, K]."""
+    made: tuple[Tensor, ...] = _Project.apply(x_BND, interact, *weights)
+    return made
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BND: Tensor, rank: int, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.rows = [len(weight) for weight in weights]
+    def forward(ctx: Any, x_BND: Tensor, interact: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.interact, ctx.rows = interact, [len(weight) for weight in weights]
         weight_ON = stacked(weights)
-        y_BKD, projected_BRD, fm_BNK = (_forward_in_blocks if in_blocks(x_BND.device) else _forward)(
-            x_BND, weight_ON, rank
-        )
+        rank = ctx.rows[0] if interact else 0
+        forward = _forward_in_blocks if in_blocks(x_BND) else _forward
+        projected_BRD, y_BKD, fm_BNK = forward(x_BND, weight_ON, rank)
         ctx.save_for_backward(x_BND, weight_ON, y_BKD)
-        return projected_BRD, fm_BNK
+        return *projected_BRD.split(ctx.rows[interact:], dim=1), *([fm_BNK] if interact else ())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_BND, weight_ON, y_BKD = ctx.saved_tensors
-        backward = _backward_in_blocks if in_blocks(x_BND.device) else _backward
-        dx_BND, dweight_ON = backward(x_BND, weight_ON, y_BKD, *grads)
+        dparts, dfm_BNK = (list(grads[:-1]), grads[-1]) if ctx.interact else (list(grads), None)
+        backward = _backward_in_blocks if in_blocks(x_BND) else _backward
+        dx_BND, dweight_ON = backward(x_BND, weight_ON, y_BKD, dfm_BNK, dparts)
         return dx_BND, None, *dweight_ON.split(ctx.rows)
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor:
     """W from its parts [rows, N]; on an accelerator every row starts at a multiple of 16 bytes."""
     whole = torch.cat(list(weights))
-    if in_blocks(whole.device) or whole.is_meta:  # on the meta device bytes are counted, those of a CPU as well
-        return whole
-    n = whole.shape[1]
-    return F.pad(whole, (0, -n % _ALIGNMENT))[:, :n]
+    # On the meta device bytes are counted, those of a CPU as well.
+    return whole if whole.device.type in ("cpu", "meta") else padded(whole)
+
+
+def padded(weight_ON: Tensor) -> Tensor:
+    """The same numbers in rows that start at multiples of 16 bytes."""
+    n = weight_ON.shape[1]
+    return F.pad(weight_ON, (0, -n % _ALIGNMENT))[:, :n]
 
 
 def _forward(x_BND: Tensor, weight_ON: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     all_BOD = torch.bmm(weight_ON.expand(len(x_BND), -1, -1), x_BND)
     y_BKD = all_BOD[:, :rank].contiguous()  # kept for the backward pass, without the rest
-    return y_BKD, all_BOD[:, rank:], torch.bmm(x_BND, y_BKD.mT)
+    return all_BOD[:, rank:], y_BKD, torch.bmm(x_BND, y_BKD.mT)
 
 
 def _backward(
-    x_BND: Tensor, weight_ON: Tensor, y_BKD: Tensor, dprojected_BRD: Tensor, dfm_BNK: Tensor
+    x_BND: Tensor, weight_ON: Tensor, y_BKD: Tensor, dfm_BNK: Tensor | None, dparts: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    dy_BKD = torch.bmm(dfm_BNK.mT, x_BND)
-    dp_OBD = torch.cat([dy_BKD.transpose(0, 1), dprojected_BRD.transpose(0, 1)])
+    dy = [] if dfm_BNK is None else [torch.bmm(dfm_BNK.mT, x_BND)]
+    dp_OBD = torch.cat([part.transpose(0, 1) for part in [*dy, *dparts]])
     dx_BND = torch.bmm(weight_ON.T.expand(len(x_BND), -1, -1), dp_OBD.transpose(0, 1))
-    return torch.baddbmm(dx_BND, dfm_BNK, y_BKD), summed_over_examples(dp_OBD, x_BND)
+    if dfm_BNK is not None:
+        dx_BND = torch.baddbmm(dx_BND, dfm_BNK, y_BKD)
+    return dx_BND, summed_over_examples(dp_OBD, x_BND)
 
 
 def summed_over_examples(dp_OBD: Tensor, x_BND: Tensor) -> Tensor:
@@ -135,22 +142,25 @@ def _forward_in_blocks(x_BND: Tensor, weight_ON: Tensor, rank: int) -> tuple[Ten
         y, projected = torch.bmm(weight.expand(len(x), -1, -1), x).split([rank, others], dim=1)
         y_BKD[block], projected_BRD[block] = y, projected
         fm_BNK[block] = torch.bmm(x, widened(y_BKD[block]).mT)
-    return y_BKD, projected_BRD, fm_BNK
+    return projected_BRD, y_BKD, fm_BNK
 
 
 def _backward_in_blocks(
-    x_BND: Tensor, weight_ON: Tensor, y_BKD: Tensor, dprojected_BRD: Tensor, dfm_BNK: Tensor
+    x_BND: Tensor, weight_ON: Tensor, y_BKD: Tensor, dfm_BNK: Tensor | None, dparts: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     dx_BND = torch.empty_like(x_BND)
     weight = widened(weight_ON)
     dweight = torch.zeros_like(weight)
     for block in example_blocks(x_BND):
-        x, dfm = widened(x_BND[block]), widened(dfm_BNK[block])
-        dp = torch.cat([torch.bmm(dfm.mT, x), widened(dprojected_BRD[block])], dim=1)
+        x = widened(x_BND[block])
+        dfm = None if dfm_BNK is None else widened(dfm_BNK[block])
+        dy = [] if dfm is None else [torch.bmm(dfm.mT, x)]
+        dp = torch.cat([*dy, *(widened(part[block]) for part in dparts)], dim=1)
         dweight += summed_products(dp, x)
         dx = dx_BND[block] if x.dtype == dx_BND.dtype else torch.empty_like(x)
         torch.bmm(weight.T.expand(len(x), -1, -1), dp, out=dx)
-        torch.baddbmm(dx, dfm, widened(y_BKD[block]), out=dx)
+        if dfm is not None:
+            torch.baddbmm(dx, dfm, widened(y_BKD[block]), out=dx)
         if dx.dtype != dx_BND.dtype:
             dx_BND[block] = dx
     return dx_BND, dweight.to(weight_ON.dtype)

@@ -2,8 +2,10 @@
 
 A slot is one feature looked up in one shard. A rank's slots are sorted so that features which share a table are
 neighbours (every backend updates such a table once), each backend's tables lie together, and those of the torch backend
-by width. Slots of tables that are split by rows lie together as well, in the same order on every rank: FBGEMM's last,
-then Triton's, then torch's first. All ranks derive the same routes from the same layout and shards.
+by width. Slots of tables that are split by rows lie together as well, in the same order on every rank: FBGEMM's, then
+Triton's, then torch's. What Triton cannot hold here goes to torch, and then lies beside torch's own: its tables of a
+rank are one group, which takes part in one exchange of row-wise Adagrad a step, as every other rank's does. All ranks
+derive the same routes from the same layout and shards.
 """
 
 import dataclasses
@@ -70,7 +72,7 @@ def plan_lookups(
 
     Args:
         fused: the tables of FBGEMM.
-        triton: those of Triton; the others are torch's, whose slots come last.
+        triton: those of Triton; the others are torch's.
     """
     position = {table.name: index for index, table in enumerate(layout.tables)}
     features = {name: [f for f in layout.features if f.table == name] for name in position}
@@ -93,7 +95,7 @@ def plan_lookups(
 def _in_order(
     shards: Sequence[Shard], fused: Collection[str], triton: Collection[str], by_rows: Collection[str]
 ) -> list[Shard]:
-    """Whole rows of Triton and FBGEMM, parts of tables split by rows (FBGEMM, Triton, torch), whole rows of torch.
+    """Whole rows of FBGEMM, parts of tables split by rows (FBGEMM, Triton, torch), whole rows of torch, of Triton.
 
     Within one of these kinds in the order given, torch's by width; every rank has the same tables of the middle kinds.
     """
@@ -101,16 +103,16 @@ def _in_order(
     def kind(shard: Shard) -> int:
         split = shard.table in by_rows
         if shard.table in triton:
-            return 3 if split else 0
+            return 2 if split else 5
         if shard.table in fused:
-            return 2 if split else 1
-        return 4 if split else 5
+            return 1 if split else 0
+        return 3 if split else 4
 
     widths: dict[tuple[int, int], int] = {}
     for shard in shards:
         widths.setdefault((kind(shard), shard.columns), len(widths))
 
     def rank(shard: Shard) -> tuple[int, int]:
-        return kind(shard), widths[kind(shard), shard.columns] if kind(shard) > 3 else 0
+        return kind(shard), widths[kind(shard), shard.columns] if kind(shard) in (3, 4) else 0
 
     return sorted(shards, key=rank)

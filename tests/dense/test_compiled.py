@@ -50,7 +50,7 @@ def test_off_changes_nothing() -> None:
 @pytest.mark.parametrize("variant", [{}, {"fm": "full"}, {"projection": "attentive"}, {"bias": False}], ids=str)
 def test_an_accelerator_sees_a_layer_as_one_graph(variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward pass without a graph break, and the numbers of the layer as it is; no code is generated."""
-    monkeypatch.setattr(projection, "in_blocks", lambda device: False)
+    monkeypatch.setattr(projection, "in_blocks", lambda x: False)
     torch._dynamo.reset()
     torch.manual_seed(0)
     layer = Wukong(7, WUKONG.model_copy(update={**variant, "dropout": 0.1})).layers[0].double()

@@ -23,8 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megarec.config.sections import EmbeddingConfig
-from megarec.kernels import launch
-from megarec.models import fused_fm
+from megarec.kernels import fm, launch
 from megarec.sparse.exchange.fused_regroup import FusedRegroup
 from megarec.sparse.layout import EmbeddingLayout, Feature, Table
 from megarec.sparse.lookups import plan_lookups
@@ -136,17 +135,17 @@ def regroup(to_blocks: bool) -> dict[str, Any]:
 
 
 def fm_norm(n: int, k: int, dim: int) -> dict[str, Any]:
-    kernel = fused_fm.fm_norm_kernel
+    kernel = fm.fm_norm_kernel
     wide = dict.fromkeys(("means", "rstds"), "*fp32")
     pointers = dict.fromkeys(("x", "y", "weight", "bias", "fm", "output"), "*bf16") | wide
-    sizes = {"N": n, "K": k, "D": dim, "BIAS": True, "FLAT": fused_fm._FLAT, **fused_fm.tile(n, k, dim)}
+    sizes = {"N": n, "K": k, "D": dim, "BIAS": True, "FLAT": fm.FLAT, **fm.tile(n, k, dim)}
     return usage(kernel, pointers, {"eps": "fp32"}, sizes)
 
 
 def weight_gradient(rows: int, n: int, dim: int) -> dict[str, Any]:
-    kernel = fused_fm.weight_gradient_kernel
+    kernel = fm.weight_gradient_kernel
     pointers, scalars = {"dp": "*bf16", "x": "*bf16", "sums": "*fp32"}, {"examples": "i32", "in_group": "i32"}
-    return usage(kernel, pointers, scalars, {"O": rows, "N": n, "D": dim, **fused_fm.tile(rows, n, dim)})
+    return usage(kernel, pointers, scalars, {"O": rows, "N": n, "D": dim, **fm.tile(rows, n, dim)})
 
 
 if __name__ == "__main__":

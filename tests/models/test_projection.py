@@ -11,14 +11,18 @@ from megarec.models import cpu_gemm, projection
 from megarec.models.projection import Projection, project
 
 
-def plain(x: Tensor, rank: int, *weights: Tensor) -> tuple[Tensor, Tensor]:
-    projected = torch.einsum("on,bnd->bod", torch.cat(weights), x)
-    return projected[:, rank:], torch.einsum("bnd,bkd->bnk", x, projected[:, :rank])
+def plain(x: Tensor, interact: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+    parts = [torch.einsum("on,bnd->bod", weight, x) for weight in weights]
+    return *parts[interact:], *([torch.einsum("bnd,bkd->bnk", x, parts[0])] if interact else ())
 
 
 def gradients(function: object, x: Tensor, weight: Tensor, rank: int, upstream: tuple[Tensor, Tensor]) -> list[Tensor]:
-    outputs = function(x, rank, *weight.tensor_split([1]))  # type: ignore[operator]
-    loss = sum((out * up.to(out)).sum() for out, up in zip(outputs, upstream, strict=True))
+    """Of the map of `rank` rows that interacts and two others, which share `upstream`."""
+    others, fm = upstream
+    weights = weight.tensor_split([rank, rank + 1] if rank else [1])
+    outputs = function(x, rank > 0, *weights)  # type: ignore[operator]
+    gradient = [*others.tensor_split([1], dim=1), *([fm] if rank else [])]
+    loss = sum((out * up.to(out)).sum() for out, up in zip(outputs, gradient, strict=True))
     return [*outputs, *torch.autograd.grad(loss, (x, weight))]
 
 
@@ -70,7 +74,8 @@ def test_what_an_accelerator_does(batch: int, n: int, rank: int, others: int) ->
     """The batch whole, W with padded rows; its numbers here."""
     x, weight, upstream = case(batch, n, 4, rank, others)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(projection, "in_blocks", lambda device: False)
+        patch.setattr(projection, "in_blocks", lambda x: False)
+        patch.setattr(projection, "stacked", lambda weights: projection.padded(torch.cat(list(weights))))
         assert projection.stacked([weight]).stride(0) % 8 == 0
         actual = gradients(project, x, weight, rank, upstream)
     for mine, its in zip(actual, gradients(plain, x, weight, rank, upstream), strict=True):

@@ -49,7 +49,8 @@ def test_both_ways(
     names = plain.mean
     ids = {name: Ids(torch.zeros(0), torch.randint(0, 4, (size,))) for name in names}
     divisors = plain.divisors(ids)
-    close = {"rtol": 1e-6, "atol": 1e-7} if there == torch.float32 else {"rtol": 2**-7, "atol": 1e-6}  # one bit of bf16
+    # In float32 the same bits: so the flat and the tower exchange, which divide in two kernels, give the same as well.
+    close = {"rtol": 0, "atol": 0} if there == torch.float32 else {"rtol": 2**-7, "atol": 1e-6}  # one bit of bf16
     blocks = torch.randn(size * columns).to(here)
     torch.testing.assert_close(
         fused.assemble(blocks, divisors, size, there), plain.assemble(blocks, divisors, size, there), **close

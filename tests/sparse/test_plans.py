@@ -1,5 +1,6 @@
 """The placer: what it gives to whom, that nothing is lost, and that it says why."""
 
+import itertools
 import json
 import math
 import runpy
@@ -17,6 +18,7 @@ from megarec.data.schema import CategoricalFeature, Schema
 from megarec.distributed.topology import Topology
 from megarec.errors import UserError
 from megarec.sparse.layout import EmbeddingLayout, Feature, Table, build_layout
+from megarec.sparse.lookups import plan_lookups
 from megarec.sparse.placement import (
     Requested,
     Shard,
@@ -55,6 +57,32 @@ def check_cells(layout: EmbeddingLayout, shards: tuple[Shard, ...], ranks: int) 
         assert (holders == (ranks if table.name in copies else 1)).all()
         assert len({shard.rank for shard in mine}) == len(mine), "at most one shard of a table on a rank"
         assert all(0 <= shard.rank < ranks and shard.rows > 0 and shard.columns > 0 for shard in mine)
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(9, 20), st.sampled_from([4, 8])), min_size=1, max_size=6),
+    wishes=st.lists(st.sampled_from(["table", "column", "row"]), min_size=6, max_size=6),
+    backends=st.lists(st.sampled_from(["fbgemm", "triton", "torch"]), min_size=6, max_size=6),
+    ranks=st.integers(1, 4),
+)
+@settings(deadline=None)
+def test_torch_has_one_group_a_rank_whatever_falls_back_to_it(
+    sizes: list[tuple[int, int]], wishes: list[Requested], backends: list[str], ranks: int
+) -> None:
+    """It may take part in one exchange of row-wise Adagrad over column slices a step, as every other rank does."""
+    layout = layout_of(sizes)
+    names = [table.name for table in layout.tables]
+    shards = place(layout, "table", ranks, idle_ranks=True, tables=dict(zip(names, wishes, strict=False)))
+    held = dict(zip(names, backends, strict=False))
+    fused, triton = ([name for name in names if held[name] == backend] for backend in ("fbgemm", "triton"))
+    split_by_rows = []
+    for slots in plan_lookups(layout, shards, ranks, fused, triton).slots:
+        chosen = [held[slot.shard.table] for slot in slots]
+        for row in (chosen, ["torch" if backend == "triton" else backend for backend in chosen]):
+            assert [backend for backend, _ in itertools.groupby(row)].count("torch") <= 1
+        assert [by_rows for by_rows, _ in itertools.groupby(slot.by_rows for slot in slots)].count(True) <= 1
+        split_by_rows.append([slot.feature.name for slot in slots if slot.by_rows])
+    assert all(of_rank == split_by_rows[0] for of_rank in split_by_rows)
 
 
 @given(

@@ -2,9 +2,14 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -79,16 +84,48 @@ def test_a_part_that_fails_is_told_of_and_ends_no_other(tmp_path: Path) -> None:
     assert "FAILED" in done.stdout and "division by zero" in done.stdout
 
 
+HANGING = """
+import os, sys, time
+from pathlib import Path
+from tools.gpu import runner
+def hang(name, device, size, shared, directory, rank):
+    (directory / "ready").touch()
+    (shared / "pid.partial").write_text(str(os.getpid()))
+    (shared / "pid.partial").rename(shared / "pid")
+    time.sleep(600)
+runner._work = hang
+runner.PREDICTIONS = runner.Part("predictions", 0.1, "")
+runner.run_parts([runner.Part("hang", 300, "")], "cpu", "tiny", Path(sys.argv[1]), 300.0)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_part_outlives_the_check(tmp_path: Path, signum: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGING, tmp_path], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE
+    ) as check:
+        told = tmp_path / "hang/pid"
+        while not told.exists() or not (tmp_path / "hang/go").exists():
+            assert check.poll() is None
+            time.sleep(0.01)
+        part = psutil.Process(int(told.read_text()))
+        check.send_signal(signum)
+        assert check.wait(30) == -signum
+    assert not psutil.wait_procs([part], timeout=10)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--device", "cuda"], "finds no GPU here; --device cpu runs the same parts, small"),
+        (["--device", "cpu", "--out", "."], "--out .: is no regular file; expected the name of a file to write"),
+        (["--device", "cpu", "--out", "none/gpu.json"], "--out none/gpu.json: there is no directory none"),
         (["--device", "cpu", "--part", "ladders"], "--part 'ladders': no part is called so; did you mean 'ladder'?"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
-    words = ["tools/gpu_check.py", "--out", tmp_path / "gpu.json", *arguments]
-    done = python(*words, cwd=ROOT, env=ENVIRONMENT, real="--part" in arguments)
+    out = [] if "--out" in arguments else ["--out", tmp_path / "gpu.json"]
+    done = python("tools/gpu_check.py", *out, *arguments, cwd=ROOT, env=ENVIRONMENT, real="--part" in arguments)
     assert (done.returncode, done.stdout) == (2, "") and message in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "gpu.json").exists()
 

@@ -28,12 +28,12 @@ def prepare(context: Context) -> None:
 
 def run(context: Context) -> None:
     config: RunConfig = context.kept["config"]
-    told: list[dict[str, float]] = []
+    reported: list[dict[str, float]] = []
     milliseconds = StepTimer.milliseconds
 
     def noted(timer: StepTimer) -> dict[str, float]:
-        told.append(milliseconds(timer))
-        return told[-1]
+        reported.append(milliseconds(timer))
+        return reported[-1]
 
     started = time.time()
     with patch.object(StepTimer, "milliseconds", noted):
@@ -42,6 +42,6 @@ def run(context: Context) -> None:
     context.emit(f"{context.sizes.run_row} examples/s", of_train["examples_per_second"], "1/s")
     context.emit(f"{context.sizes.run_row} MFU", 100 * of_train["mfu"], "%")
     context.emit("first step after", of_train["first_step_seconds"], "s")
-    for part, value in (told[-1] if told else {}).items():
+    for part, value in (reported[-1] if reported else {}).items():
         context.emit(f"step: {part}", value, "ms")
     context.emit("whole run, with its save and its test", time.time() - started, "s")

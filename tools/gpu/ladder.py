@@ -25,15 +25,21 @@ from tools.benchmarks.workload import quick_tables
 from tools.gpu.context import ALONE, Context, forget, ladder_row, largest_allocation, seconds_of
 
 RATE = 1e-4
+PLAIN, FUSED = "train.fused_kernels=torch", "train.fused_kernels=auto"
+VARIANTS = {  # compilers come last: they may use up the time
+    "eager": (PLAIN, "dense.compile=false"),
+    "Triton": (FUSED, "dense.compile=false"),  # the kernels of models/fused_fm.py: no prediction is made of them
+    "compiled": (PLAIN, "dense.compile=true"),
+}
 
 
 def run_mfu(context: Context) -> None:
     """MFU of forward, backward and DeepSpeed's step; embeddings are random numbers that are there already."""
     failed = []
-    for variant in ("eager", "compiled") if context.sizes.compiled else ("eager",):  # compilers may use up the time
+    for variant in VARIANTS if context.sizes.compiled else ("eager",):
         for row, examples in context.sizes.ladder:
-            setting = f"dense.compile={str(variant == 'compiled').lower()}"
-            config, spec = ladder_row(context.sizes, row, *ALONE, setting, f"data.batch_size={examples}")
+            settings = (*VARIANTS[variant], f"data.batch_size={examples}")
+            config, spec = ladder_row(context.sizes, row, *ALONE, *settings)
             try:
                 _measure_row(context, f"{row} {variant}", config, spec)
             except Exception as error:  # out of memory, a compiler that fails: the other rows are worth having

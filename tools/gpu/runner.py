@@ -12,11 +12,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from megarec.files import parse_json
 
 TOOL = Path(__file__).resolve().parents[1] / "gpu_check.py"
 PREPARING = 180.0  # seconds that a part may import and prepare before it is its turn, at most
@@ -86,7 +89,7 @@ class Started:
         cut = self._running()
         self.stop()
         rows = self.directory / "0/rows.jsonl"
-        found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+        found = [parse_json(line, str(rows)) for line in rows.read_text().splitlines()] if rows.exists() else []
         failure = next(filter(None, map(self._said, range(self.part.ranks))), None)
         if failure is None and cut:
             failure = {"failed": f"cut off after {seconds:.0f} s"}
@@ -96,7 +99,7 @@ class Started:
 
     def _said(self, rank: int) -> dict[str, Any] | None:
         path = self.directory / f"{rank}/failed.json"
-        return None if not path.exists() else json.loads(path.read_text())
+        return None if not path.exists() else parse_json(path.read_text(), str(path))
 
     def _running(self) -> bool:
         return any(_code(process) is None for process in self._processes)
@@ -125,13 +128,14 @@ def serve(words: Sequence[str]) -> None:
     """The life of a process of a part. Writes into its directory: rows.jsonl, and `done` or failed.json."""
     name, device, size, shared, rank, parent = words
     os.setsid()
+    threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     directory = Path(shared) / rank
     directory.mkdir()
     log = os.open(directory / "log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        _work(name, device, size, Path(shared), directory, int(rank), int(parent))
+        _work(name, device, size, Path(shared), directory, int(rank))
         (directory / "done").touch()
     except BaseException as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -143,7 +147,14 @@ def serve(words: Sequence[str]) -> None:
     os._exit(0)  # beside threads of gloo and CUDA an interpreter that shuts down may hang
 
 
-def _work(name: str, device: str, size: str, shared: Path, directory: Path, rank: int, parent: int) -> None:
+def _end_with(parent: int) -> None:
+    """End this process, and what it has started, once the check is gone: killed, it can end nothing itself."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _work(name: str, device: str, size: str, shared: Path, directory: Path, rank: int) -> None:
     part = next(part for part in (*PARTS, PREDICTIONS) if part.name == name)
     module = importlib.import_module(f"tools.gpu.{part.module}")
     if part is PREDICTIONS:
@@ -163,8 +174,6 @@ def _work(name: str, device: str, size: str, shared: Path, directory: Path, rank
         getattr(module, part.prepare)(context)
     (directory / "ready").touch()
     while not (shared / "go").exists():
-        if os.getppid() != parent:
-            raise RuntimeError("the check that this part belongs to is gone")
         time.sleep(STEP)
     if where.type != "cpu":
         torch.accelerator.set_device_index(0)
@@ -182,23 +191,23 @@ def run_parts(parts: Sequence[Part], device: str, size: str, directory: Path, mo
     coming = [Started(PREDICTIONS, "cpu" if device == "cpu" else device, size, directory)]
     coming += [Started(part, device, size, directory) for part in parts[:1]]
     try:
-        of_predictions = coming.pop(0)
-        answer = of_predictions.finish(PREDICTIONS.seconds)
-        made = of_predictions.directory / "0/predictions.json"
-        predicted = json.loads(made.read_text()) if made.exists() else {}
+        answer = coming[0].finish(PREDICTIONS.seconds)
+        made = coming.pop(0).directory / "0/predictions.json"
+        predicted = parse_json(made.read_text(), str(made)) if made.exists() else {}
         if "failed" in answer:
             found["predictions"] = answer
         for index, part in enumerate(parts):
             coming += [Started(later, device, size, directory) for later in parts[index + 1 : index + 2]]
-            running, left = coming.pop(0), end - time.monotonic()
+            left = end - time.monotonic()
             if left < min(10.0, part.seconds):
-                running.stop()
+                coming.pop(0).stop()
                 found[part.name] = {"rows": [], "seconds": 0.0, "failed": f"left out: {most:.0f} s are over"}
                 continue
-            found[part.name] = running.finish(min(part.seconds, left))
+            found[part.name] = coming[0].finish(min(part.seconds, left))
+            coming.pop(0)
             print(f"{part.name}: {found[part.name].get('failed', 'done')}", file=sys.stderr, flush=True)
     finally:
-        for started in coming:
+        for started in coming:  # the one that runs as well, where Ctrl-C ends the check
             started.stop()
     return {"predictions": predicted, "parts": found}
 

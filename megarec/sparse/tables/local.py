@@ -164,7 +164,7 @@ class LocalTables:
         *,
         split: bool,
     ) -> Tables:
-        """The only ones of a rank: the routes put torch's slots last."""
+        """The only ones of a rank: the routes keep them together (lookups.py)."""
         columns = [self._layout.table(part.shard.table).columns for part in parts]
         if self.replicated:
             assert not split
