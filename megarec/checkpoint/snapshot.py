@@ -6,6 +6,7 @@ weight and no optimizer state. What does, waits on the device for the copy (`Sna
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -42,6 +43,16 @@ class HostBuffer:
                 _log.warning(
                     "%.1f GiB cannot be page-locked (CUDA error %d): saves wait for copies", size / 2**30, result
                 )
+                forget_cuda_error()
+
+
+def forget_cuda_error() -> None:
+    """Take the error of a call that torch leaves to its caller out of CUDA's runtime, which keeps the last one.
+
+    The next kernel would report it as its own, and end the run: so one is started that may.
+    """
+    with suppress(RuntimeError):
+        torch.ones((), device="cuda")
 
 
 class Snapshot:

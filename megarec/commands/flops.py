@@ -34,7 +34,7 @@ def main() -> None:
         raise UserError("give one of --config C.json and --ladder")
     if arguments.ladder and arguments.set:
         raise UserError("--set goes with --config: the published figures are those of the ladder as it is")
-    if arguments.ladder and arguments.roofline:
+    if arguments.ladder and arguments.roofline is not None:
         raise UserError("--roofline goes with --config: a prediction is one of a config and a batch")
     if arguments.batch is not None and arguments.roofline is None:
         raise UserError("--batch goes with --roofline DEVICE: counts are those of one example")
@@ -42,7 +42,7 @@ def main() -> None:
         raise UserError(f"--batch {arguments.batch}: expected at least 1")
     if arguments.ladder:
         count_ladder(arguments.json)
-    elif arguments.roofline:
+    elif arguments.roofline is not None:
         show_roofline(arguments.config, arguments.set, arguments.roofline, arguments.batch, arguments.json)
     else:
         count_one(arguments.config, arguments.set, arguments.json)

@@ -196,6 +196,10 @@ def predict_step(config: RunConfig, spec: ModelSpec, name: str, batch: int | Non
     check_divides(ranks, ranks, config.parallel.tensor)
     topology = Topology(0, ranks, ranks, config.parallel.tensor)
     zero = zero_of(config, topology)
+    if batch is None and config.data.batch_size % ranks:
+        raise UserError(
+            f"--roofline: data.batch_size={config.data.batch_size} does not divide by {ranks} ranks: give --batch"
+        )
     batch = config.data.batch_size // ranks if batch is None else batch
     micro, rest = divmod(batch, zero.accumulation)
     if rest or not micro:
@@ -296,7 +300,7 @@ def optimizer_bytes(config: RunConfig, parameters: int, zero: Zero) -> int:
 def exchange_messages(config: RunConfig, spec: ModelSpec, examples: int, ranks: int) -> list[int]:
     """Bytes that a rank sends in each message of the flat exchange: lengths, ids, embeddings, gradients."""
     features = spec.layout.features
-    index = 4 if max(table.rows for table in spec.layout.tables) < 2**31 else 8
+    index = 4 if all(table.rows < 2**31 for table in spec.layout.tables) else 8
     lists = sum(feature.multi_valued for feature in features) * examples
     columns = spec.layout.width * examples
     sent = [4 * lists, index * sum(_ids(feature, examples) for feature in features)]

@@ -68,11 +68,19 @@ def test_a_larger_save_gives_its_page_locked_memory_back(said: list[str]) -> Non
 def test_memory_that_cannot_be_locked_is_used_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
+    pending = [2]  # CUDA's runtime keeps the last error, and the kernel that meets it fails
+    asked = SimpleNamespace(cudaHostRegister=lambda *_: pending[0])
+
+    def kernel(*_: object, device: str) -> None:
+        if pending.pop():
+            raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: asked)
+    monkeypatch.setattr(torch, "ones", kernel)
     buffer = HostBuffer()
     buffer.grow(2**20, locked=True)
     assert buffer.bytes.numel() == 2**20
-    assert "cannot be page-locked (CUDA error 2)" in caplog.text
+    assert "cannot be page-locked (CUDA error 2)" in caplog.text and not pending
     buffer.grow(2**21, locked=False)  # nothing to unlock
 
 

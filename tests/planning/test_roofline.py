@@ -194,6 +194,8 @@ def test_ranks_of_a_host_share_and_talk() -> None:
 @pytest.mark.parametrize(
     ("device", "overrides", "batch", "message"),
     [
+        ("", [], 64, r"--roofline : its memory bandwidth is not known"),
+        ("H200", ["data.batch_size=6", "parallel.ranks_per_host=4"], None, r"size=6 does not divide by 4 ranks"),
         ("H20", [], 64, r"--roofline H20: its memory bandwidth is not known.*did you mean 'H200'.*all: V100, A100"),
         ("H200", ["deepspeed.gradient_accumulation_steps=4"], 6, r"--batch 6 does not divide.*steps=4: take 8"),
         ("B200", ["deepspeed.bf16.enabled=false"], 64, r"fp32 rate is not known here; enable deepspeed\.bf16"),
@@ -205,7 +207,7 @@ def test_ranks_of_a_host_share_and_talk() -> None:
         ),
     ],
 )
-def test_what_is_not_known_is_said(device: str, overrides: list[str], batch: int, message: str) -> None:
+def test_what_is_not_known_is_said(device: str, overrides: list[str], batch: int | None, message: str) -> None:
     config, spec = ladder("0.53", *overrides)
     with pytest.raises(UserError, match=message):
         roofline.predict_step(config, spec, device, batch)

@@ -87,6 +87,10 @@ def test_tools_count_it(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(sys, "argv", ["flops", "--config", str(run), "--json"])
     flops.main()
     assert json.loads(capsys.readouterr().out)["parameters"]["sparse"] == 0
+    words = ["--roofline", "H200", "--set", "parallel.ranks_per_host=2", "--json"]
+    monkeypatch.setattr(sys, "argv", ["flops", "--config", str(run), *words])
+    flops.main()
+    assert json.loads(capsys.readouterr().out)["roofline"]["parts"]["exchange links"]["bytes"] == 0
     monkeypatch.setattr(sys, "argv", ["placement", "--config", str(run), "--hosts", "2", "--ranks-per-host", "2"])
     placement.main()
     capsys.readouterr()
