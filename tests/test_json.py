@@ -167,6 +167,7 @@ ELSEWHERE = {  # where another reader stands, and why
     "megarec/launching/rank_process.py": "the launcher's own word; a path in it may hold any byte",
     "megarec/launching/probe.py": "runs on hosts without this package, on the launcher's own words",
     "megarec/launching/probe_client.py": "a path in an answer may hold any byte; what is no JSON is a host's failure",
+    "tools/benchmarks/groups.py": "what the tools print",
     "tools/benchmarks/testbed.py": "what `ip -json` says",
     "tools/benchmarks/towers.py": "what its own ranks say",
     "tools/benchmarks/towers_rank.py": "what the benchmark says, and a trace that it wrote",

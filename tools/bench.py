@@ -8,6 +8,7 @@ python tools/bench.py recompute       # what activation checkpointing saves and 
 python tools/bench.py towers           # flat and tower exchange over shaped links, and TorchRec's (as root)
 python tools/bench.py checkpoint       # saving and loading over plain writes and reads; steps beside a save
 python tools/bench.py overlap          # waiting for ids, with and without overlap (as root)
+python tools/bench.py groups           # does the partitioner find the hidden groups of made-up data
 """
 
 import difflib
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megarec.errors import ArgumentParser, UserError, exits_cleanly
 
-NAMES = ("tables", "flat", "dense", "tensor", "recompute", "towers", "overlap", "checkpoint")
+NAMES = ("tables", "flat", "dense", "tensor", "recompute", "towers", "overlap", "checkpoint", "groups")
 
 
 @exits_cleanly

@@ -8,6 +8,7 @@ python tools/prepare_data.py synthetic --output data/synthetic --examples 10000
 python tools/prepare_data.py synthetic --schema ds_configs/schemas/wukong-ladder.json --max-rows 1000 \
     --examples 20000 --output data/ladder
 python tools/prepare_data.py synthetic --order 8 --single 16 --rows 8 --groups 4 --examples 400000 --output data/planted
+python tools/prepare_data.py grouped --features 64 --groups 4 --output data/grouped
 """
 
 import sys

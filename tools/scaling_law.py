@@ -2,6 +2,7 @@
 
 python tools/scaling_law.py sweep --study ds_configs/studies/planted.json --jobs 2 --hours 8
 python tools/scaling_law.py table --points runs/planted/runs.parquet
+python tools/scaling_law.py towers --points runs/towers/runs.parquet --plot towers.png
 python tools/scaling_law.py fit                                   # the published ladder
 python tools/scaling_law.py fit --points runs.parquet --against parameters --family wukong --json
 python tools/scaling_law.py plot --points runs.csv --output figures --tensorboard runs/tensorboard

@@ -29,7 +29,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, metavar="C.json", help="the JSON of a run")
     parser.add_argument("--towers", type=int, required=True, metavar="T", help="a multiple of the hosts")
     parser.add_argument("--output", type=Path, required=True, metavar="towers.json", help="for parallel.towers")
-    parser.add_argument("--strategy", default="coherent", help="coherent (default), diverse, strided, greedy, random")
+    parser.add_argument(
+        "--strategy", default="coherent", help="coherent (default), diverse, strided, greedy, random, planted"
+    )
     parser.add_argument(
         "--balance",
         type=float,
@@ -90,6 +92,7 @@ def as_json(found: Partition, files: list[Path]) -> dict[str, Any]:
         "over_mean": {kind: [_over_mean(costs, cost) for cost in costs] for kind, costs in found.cost.items()},
         "stress": found.picture and found.picture.stress,
         "interaction": {"inside": inside, "across": across},
+        "adjusted_rand": found.agreement,
         "seconds": found.seconds,
         "choices": found.reasons,
         "files": [str(path) for path in files],
@@ -114,6 +117,8 @@ def show(found: Partition, files: list[Path]) -> None:
         print(
             f"mean interaction {inside} inside towers, {across} across; stress of the plane {found.picture.stress:.3f}"
         )
+    if found.agreement is not None:
+        print(f"adjusted Rand index {found.agreement:.3f} with the data's hidden groups (1: found, near 0: chance)")
     print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.seconds.items()))
     print("wrote", *files)
 

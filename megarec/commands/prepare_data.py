@@ -1,11 +1,12 @@
 """Raw data -> parquet shards + schema.json, whole or not at all."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 from megarec.data.schema import SPLITS, Schema, read_schema
-from megarec.data.sources import planted
+from megarec.data.sources import grouped, planted
 from megarec.data.sources.movielens import prepare_movielens
 from megarec.data.sources.movielens_wheels import SOURCES, TERMS
 from megarec.data.sources.synthetic import Shape, prepare_like, prepare_synthetic
@@ -19,7 +20,16 @@ FEATURES = {
     "numeric": "numeric features",
     "rows": "rows of a table",
 }
-
+GROUPED = {
+    "examples": "over all splits, 8:1:1",
+    "features": "single-valued features",
+    "groups": "hidden groups",
+    "alone": "features in no group",
+    "order": "highest order of an interaction inside a group",
+    "rows": "values of each feature, by a power law",
+    "signal": "variance of the logit; less is more noise",
+    "seed": "of all that is drawn",
+}
 
 HIGH = 0.25  # share of unknown values from which a warning names the feature
 
@@ -79,11 +89,23 @@ def parser() -> argparse.ArgumentParser:
             f"--{name}", type=int, help=f"without --schema: {what} (default: {getattr(default, name)})"
         )
 
+    add_grouped(sources.add_parser("grouped", help="made-up examples whose features interact in hidden groups"))
+
     for command in sources.choices.values():
         command.add_argument(
             "--output", type=user_path, required=True, metavar="DIR", help="where the data set shall lie"
         )
     return top
+
+
+def add_grouped(command: argparse.ArgumentParser) -> None:
+    for field in dataclasses.fields(grouped.Shape):
+        command.add_argument(
+            f"--{field.name}",
+            type=float if field.name == "signal" else int,
+            default=field.default,
+            help=f"{GROUPED[field.name]} (default: {field.default:,})",
+        )
 
 
 def prepare(args: argparse.Namespace) -> Schema:
@@ -99,6 +121,9 @@ def prepare(args: argparse.Namespace) -> Schema:
             raise UserError(f"{missing[0]} is missing; name the files of every split, or --vocabulary DIR and some")
         check_files(files)
         return prepare_table(args.schema, files, args.output, args.vocabulary)
+    if args.source == "grouped":
+        sizes = {field.name: getattr(args, field.name) for field in dataclasses.fields(grouped.Shape)}
+        return grouped.prepare_grouped(grouped.Shape(**sizes), args.output)
     return synthetic_data(args)
 
 

@@ -9,7 +9,8 @@ from megarec.errors import ArgumentParser, UserError, exits_cleanly
 from megarec.scaling.ladder import LADDER
 from megarec.scaling.points import COLUMN, QUALITIES, read_points
 from megarec.scaling.study import Study, as_json, study
-from megarec.scaling.tables import in_words, markdown
+from megarec.scaling.tables import Split, in_words, markdown
+from megarec.scaling.towers import cost_table, costs, plot_costs
 from megarec.signals import unwinding
 
 MOST_JOBS = 4_096
@@ -35,6 +36,10 @@ def main() -> None:
     table = commands.add_parser("table", help="mean and deviation over the seeds of every model, in Markdown")
     table.add_argument("--points", type=Path, required=True, metavar="FILE", help="the parquet of a sweep")
     table.add_argument("--split", choices=("test", "valid"), default="test", help="whose quality; valid to choose by")
+    towers = commands.add_parser("towers", help="what models with towers lose to the flat one of their family")
+    towers.add_argument("--points", type=Path, required=True, metavar="FILE", help="the parquet of a sweep")
+    towers.add_argument("--split", choices=("test", "valid"), default="test", help="whose quality; valid to choose by")
+    towers.add_argument("--plot", type=Path, metavar="FILE", help="a figure as well, .png or .svg")
     fit = commands.add_parser("fit", help="the law of a family, and the families beside it")
     fit.add_argument("--json", action="store_true", help="one JSON object on standard output")
     plot = commands.add_parser("plot", help="scaling_law.png, scaling_law.svg and report.html")
@@ -51,6 +56,9 @@ def main() -> None:
         return
     if arguments.command == "table":
         print(*markdown(arguments.points, arguments.split), sep="\n")
+        return
+    if arguments.command == "towers":
+        print_costs(arguments.points, arguments.split, arguments.plot)
         return
     result = study(read_points(arguments.points, arguments.against, arguments.quality), arguments.family)
     if arguments.command == "fit":
@@ -93,6 +101,13 @@ def run_study(arguments: argparse.Namespace) -> None:
             f"error: {len(failed)} runs failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr
         )
         sys.exit(1)
+
+
+def print_costs(points: Path, split: Split, plot: Path | None) -> None:
+    found = costs(points, split)
+    if plot is not None:
+        plot_costs(found, plot)
+    print(*cost_table(found), sep="\n")
 
 
 def say(text: str) -> None:

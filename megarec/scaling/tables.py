@@ -43,7 +43,7 @@ def markdown(path: Path, split: Split = "test") -> Iterator[str]:
     """
     names = _QUALITY[split]
     models: dict[str, list[dict[str, Any]]] = {}
-    for row in _chosen_rows(path):
+    for row in chosen_rows(path):
         models.setdefault(row["model"], []).append(row)
     yield f"| model | seeds | {split} AUC | LogLoss | NE | parameters | GFLOP/example | examples/s | chosen rates |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -58,7 +58,12 @@ def markdown(path: Path, split: Split = "test") -> Iterator[str]:
         )
 
 
-def _chosen_rows(path: Path) -> list[dict[str, Any]]:
+def chosen_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a sweep's table at their models' chosen learning rates.
+
+    Raises:
+        UserError: the file is no table of a sweep.
+    """
     if path.suffix != ".parquet":
         raise UserError(f"{path}: expected the runs.parquet of a sweep")
     columns, rows = read_rows(path)
@@ -68,21 +73,21 @@ def _chosen_rows(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["chosen"]]
 
 
-def _values(rows: list[dict[str, Any]], name: str) -> list[float]:
-    """Without those of runs whose split has one label or no rows."""
+def values(rows: list[dict[str, Any]], name: str) -> list[float]:
+    """Of a column, without those of runs whose split has one label or no rows."""
     return [row[name] for row in rows if row[name] is not None]
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> float:
-    return statistics.mean(_values(rows, name) or [0.0])
+    return statistics.mean(values(rows, name) or [0.0])
 
 
 def _in_words(rows: list[dict[str, Any]], name: str) -> str:
-    values = _values(rows, name)
-    if not values:
+    found = values(rows, name)
+    if not found:
         return "none"
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
+    deviation = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.4f}{deviation}"
 
 
 def _rates(overrides: str) -> str:

@@ -75,6 +75,7 @@ SHIPPED = [
     Shipped("studies/movielens-100k-base.json", "movielens-100k.json", BATCH_128, (RELU, LONE_L2), SMOOTH),
     Shipped("studies/movielens-1m-base.json", "movielens-1m.json", ("data.batch_size=512",), (RELU,), SILU),
     Shipped("studies/planted-base.json", None, ("data.batch_size=64",), (RELU,), SILU),
+    Shipped("studies/towers-base.json", None, ("data.batch_size=64",), (RELU,), SILU),
 ]  # fmt: skip
 
 

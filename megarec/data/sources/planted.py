@@ -11,6 +11,7 @@ k, a learner finds that of order k + 1 as an interaction of two. An order-8 term
 which gradient descent does not find at these sizes (Abbe et al. 2021, arXiv 2108.10573).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,23 +143,48 @@ def prepare_planted(shape: Shape, output: Path) -> Schema:
     return write_dataset(output, lambda partial: _write(partial, shape))
 
 
-def _write(directory: Path, shape: Shape) -> Schema:
-    planted, rows = Planted(shape), split_rows(shape.examples)
-    names = [f"f{index:02d}" for index in range(shape.features)]
+def write_drawn(
+    directory: Path,
+    rows: dict[str, int],
+    seed: int,
+    names: list[str],
+    draw: Callable[[np.random.Generator, int], tuple[NDArray[np.int64], Floats]],
+) -> dict[str, Optimum]:
+    """Write the shards of every split, with labels drawn from known logits; the same seed writes the same rows.
+
+    Args:
+        rows: examples by split.
+        names: of the features, in the order of the values' columns.
+        draw: n -> values [n, F] and logits [n].
+
+    Returns:
+        The Bayes LogLoss by split.
+    """
     optimum = {}
     for number, (split, count) in enumerate(rows.items()):
         expected = drawn = 0.0
         with SplitWriter(directory / split) as writer:
             for start in range(0, count, _CHUNK_ROWS):
-                random = np.random.default_rng([shape.seed, number, start])
-                ids = random.integers(0, shape.rows, (min(_CHUNK_ROWS, count - start), shape.features))
-                logits = planted.logits(ids)
+                random = np.random.default_rng([seed, number, start])
+                ids, logits = draw(random, min(_CHUNK_ROWS, count - start))
                 labels = random.random(len(ids)) < 1 / (1 + np.exp(-logits))
                 expected += float(entropy(logits).sum())
                 drawn += float(log_loss(logits, labels.astype(np.float64)).sum())
                 columns = {name: pa.array(ids[:, place]) for place, name in enumerate(names)}
                 writer.write(pa.table({**columns, "label": pa.array(labels.astype(np.int8))}))
         optimum[split] = Optimum(entropy=expected / count, drawn=drawn / count)
+    return optimum
+
+
+def _write(directory: Path, shape: Shape) -> Schema:
+    planted, rows = Planted(shape), split_rows(shape.examples)
+    names = [f"f{index:02d}" for index in range(shape.features)]
+
+    def draw(random: np.random.Generator, count: int) -> tuple[NDArray[np.int64], Floats]:
+        ids = random.integers(0, shape.rows, (count, shape.features))
+        return ids, planted.logits(ids)
+
+    optimum = write_drawn(directory, rows, shape.seed, names, draw)
     categorical = tuple(CategoricalFeature(name=name, rows=shape.rows) for name in names)
     schema = Schema(
         name="planted",

@@ -4,8 +4,9 @@
     strided              table i to tower i mod T
     greedy               largest first, to the tower with the least cost so far
     random               tables dealt out at random, as many to each tower
+    planted              the hidden groups of made-up data (`tools/prepare_data.py grouped`), whole
 
-The last three look at no interactions and keep no balance; they are what the first two are compared with.
+The last four look at no interactions and keep no balance; they are what the first two are compared with.
 """
 
 import time
@@ -41,12 +42,13 @@ from megarec.planning.partition.limits import (
     units_of,
 )
 from megarec.planning.partition.mds import Kind, place_in_plane, wanted_distances
+from megarec.planning.partition.planted import agreement, planted_assignment
 from megarec.run.spec import resolve
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.towers.assignment import Towers, assign_towers
 
 LEARNED = get_args(Kind)
-STRATEGIES = (*LEARNED, "strided", "greedy", "random")
+STRATEGIES = (*LEARNED, "strided", "greedy", "random", "planted")
 PROBE_STEPS = 300
 
 
@@ -89,6 +91,7 @@ class Partition:
     Attributes:
         cost: by kind (bytes, lookups, flop), of each tower.
         picture: None: a baseline, and no interactions were given.
+        agreement: adjusted Rand index with the data's hidden groups; None: the data have none.
         reasons: what was chosen and why.
     """
 
@@ -98,6 +101,7 @@ class Partition:
     layout: EmbeddingLayout
     cost: dict[str, list[float]]
     picture: Picture | None
+    agreement: float | None
     reasons: tuple[str, ...]
     seconds: dict[str, float]
 
@@ -133,7 +137,10 @@ def partition(config: RunConfig, requested: Requested, say: Callable[[str], None
         assignment = _assign(config, requested, layout, units, picture, strided, reasons)
     towers = assign_towers(layout, _lists(layout, units, assignment))
     cost = tower_costs(config, layout, units, towers)
-    return Partition(towers, requested.strategy, config.train.seed, layout, cost, picture, tuple(reasons), seconds)
+    return Partition(
+        towers, requested.strategy, config.train.seed, layout, cost, picture,
+        agreement(towers.features, config.data.path), tuple(reasons), seconds,
+    )  # fmt: skip
 
 
 def _picture(requested: Requested, interactions: Matrix | None, seed: int, reasons: list[str]) -> Picture | None:
@@ -158,7 +165,7 @@ def _assign(
     """Units to towers, by the strategy."""
     memory = None if requested.host_memory_gib is None else requested.host_memory_gib * GIB
     if requested.strategy not in LEARNED:
-        assignment = _baseline(requested, units, layout, strided, config.train.seed)
+        assignment = _baseline(config, requested, units, layout, strided)
         check_memory(units, assignment, requested.towers, memory)
         return assignment
     assert picture is not None
@@ -226,13 +233,18 @@ def _unit_points(units: Units, points: Floats) -> Floats:
     return np.stack([points[list(features)].mean(0) for features in units.features])
 
 
-def _baseline(requested: Requested, units: Units, layout: EmbeddingLayout, strided: Towers, seed: int) -> Assignment:
+def _baseline(
+    config: RunConfig, requested: Requested, units: Units, layout: EmbeddingLayout, strided: Towers
+) -> Assignment:
+    names = [layout.features[features[0]].name for features in units.features]
     if requested.strategy == "greedy":
         return largest_first(units.shares(requested.towers).sum(1), requested.towers)
     if requested.strategy == "random":
-        return dealt_round_robin(len(units), requested.towers, np.random.default_rng([seed, 5]))
+        return dealt_round_robin(len(units), requested.towers, np.random.default_rng([config.train.seed, 5]))
+    if requested.strategy == "planted":
+        return planted_assignment(names, requested.towers, config.data.path)
     tower_of = {name: tower for tower, names in enumerate(strided.features) for name in names}
-    return np.array([tower_of[layout.features[features[0]].name] for features in units.features], dtype=np.int64)
+    return np.array([tower_of[name] for name in names], dtype=np.int64)
 
 
 def _lists(layout: EmbeddingLayout, units: Units, assignment: Assignment) -> list[list[str]]:
