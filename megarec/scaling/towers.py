@@ -147,7 +147,8 @@ def plot_costs(found: list[Cost], output: Path) -> None:
             axes.set_xlabel("compression")
             axes.set_title(f"{family}: {title} less flat's")
             axes.grid(color="0.9")
-    grid[0][0].legend(fontsize=8)
+    drawn = {text: handle for axes in grid.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=4, fontsize=8)
     content = as_png(figure) if output.suffix == ".png" else as_svg(figure).encode()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
