@@ -85,9 +85,10 @@ def test_a_part_that_fails_is_told_of_and_ends_no_other(tmp_path: Path) -> None:
 
 
 HANGING = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from tools.gpu import runner
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 def hang(name, device, size, shared, directory, rank):
     (directory / "ready").touch()
     (shared / "pid.partial").write_text(str(os.getpid()))
