@@ -30,11 +30,8 @@ def widened(x: Tensor) -> Tensor:
 
 
 def in_blocks(x: Tensor) -> bool:
-    """Whether a batch is cut into blocks for the cache: on a CPU, but not where it multiplies bf16 itself.
-
-    There oneDNN copies what is shared by the examples for every block, and what blocks save is less.
-    """
-    return x.device.type == "cpu" and (x.dtype != torch.bfloat16 or _is_slow(x.device, x.dtype))
+    """Whether a batch is cut into blocks for the cache: on a CPU."""
+    return x.device.type == "cpu"
 
 
 def example_blocks(x: Tensor) -> list[slice]:

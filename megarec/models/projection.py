@@ -8,10 +8,9 @@ weight shared: nothing is transposed in memory, and X is read by a few products 
 would materialise the shared weight's gradient for every example, and the gradient of X once a product; hence a
 backward pass of its own.
 
-A CPU goes through the batch in blocks that stay in its cache. An accelerator takes it whole, and so does a CPU in bf16:
-outputs are then not copied, and the sum over examples that is dW is one GEMM, over dP and X with the examples side by
-side. An accelerator's GEMMs read 16 bytes at a time where rows start at a multiple of 16, so W's are padded to one
-(N = 723 is odd).
+A CPU goes through the batch in blocks that stay in its cache. An accelerator takes it whole: outputs are then not
+copied, and the sum over examples that is dW is one GEMM, over dP and X with the examples side by side. Its GEMMs read
+16 bytes at a time where rows start at a multiple of 16, so W's are padded to one (N = 723 is odd).
 
 Shape suffixes: B examples, N embeddings that enter, D width of an embedding, O = K + R rows of W.
 """

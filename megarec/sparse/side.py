@@ -55,6 +55,7 @@ class StepLookup:
     ) -> None:
         self.values = pooling.values
         self._pooling, self._leaf, self._ids, self._features, self._modules = pooling, leaf, ids, features, modules
+        self._gradient: Tensor | None = None
         self._made: Scattered | None = None
 
     def backward(self, gradient: Tensor) -> None:
@@ -64,7 +65,7 @@ class StepLookup:
             gradient: [B, columns], of the mean over this rank's examples; that of the mean over the global batch is
                 made of it here.
         """
-        self._made = self._pooling.scatter(gradient)
+        self._gradient, self._made = gradient, self._pooling.scatter(gradient)
 
     def apply(self) -> None:
         """The gradients of tables, and the change of tables and tower modules; collective."""
@@ -80,8 +81,8 @@ class StepLookup:
 
     def gradient_total(self) -> Tensor:
         """Float32 scalar, finite only if every element of the gradient that `backward` took is."""
-        assert self._made is not None, "backward comes first"
-        return self._made.total
+        assert self._made is not None and self._gradient is not None, "backward comes first"
+        return self._gradient.sum(dtype=torch.float32) if self._made.total is None else self._made.total
 
     def gradients(self) -> dict[str, Tensor]:
         """What `backward` has made, by name: the gradients of this rank's tower modules, not yet summed over their
@@ -214,8 +215,7 @@ class SparseSide:
         made, back = change(inner.values)
 
         def scatter(gradient: Tensor) -> Scattered:
-            total = gradient.sum(dtype=torch.float32)
-            return Scattered(inner.scatter(back(gradient.float() / self._topology.world_size)).blocks, total)
+            return Scattered(inner.scatter(back(gradient.float() / self._topology.world_size)).blocks, None)
 
         return Pooling(made.detach().to(self._dtype), scatter, inner.update)
 

@@ -66,11 +66,11 @@ class Scattered(NamedTuple):
 
     Attributes:
         blocks: [sum over senders of B x columns(sender)].
-        total: float32 scalar, finite only if every element of the gradient is.
+        total: float32 scalar, finite only if every element of the gradient is; None: it would be a pass of its own.
     """
 
     blocks: Tensor
-    total: Tensor
+    total: Tensor | None
 
 
 class Regroup:
@@ -133,10 +133,10 @@ class Regroup:
         """The gradient of `assemble`, divided by a number besides, in the type in which it travels."""
         if self._fused is not None:
             return Scattered(*self._fused.scatter(gradient, divisors, size, dtype, divide))
-        total = gradient.sum(dtype=torch.float32)
-        gradient = gradient.float().div(divide) if divide > 1 else gradient.float()
+        last = divide > 1 and divisors is None and not self._in_place  # then in place, not in a copy of the gradient
+        gradient = gradient.float().div(divide) if divide > 1 and not last else gradient.float()
         if self._in_place:
-            return Scattered(gradient.to(dtype).reshape(-1), total)
+            return Scattered(gradient.to(dtype).reshape(-1), None)
 
         def columns(piece: ColumnBlock) -> Tensor:
             part = gradient[:, piece.start : piece.start + piece.columns]
@@ -148,7 +148,7 @@ class Regroup:
         for block, own in zip(self._split(blocks, size), self.pieces, strict=True):
             if own:
                 torch.cat([columns(piece) for piece in own], dim=1, out=block)
-        return Scattered(blocks.to(dtype), total)
+        return Scattered((blocks.div_(divide) if last else blocks).to(dtype), None)
 
     def _split(self, blocks: Tensor, size: int) -> list[Tensor]:
         """Views [B, columns(sender)] of the senders' blocks."""
