@@ -63,6 +63,7 @@ class Snapshot:
         self.pieces: list[TensorSlice] = []
         self._failure: Exception | None = None
         self._copied: torch.Event | None = None
+        self._changes_wait = False  # whether the next change has to wait for the copy
         self._size = 0
 
     def take(self, pieces: Sequence[TensorSlice]) -> None:
@@ -90,7 +91,7 @@ class Snapshot:
         stream.wait_event(torch.accelerator.current_stream().record_event())  # what is queued may still change them
         with stream:
             self._fill()
-        self._copied = stream.record_event()
+        self._copied, self._changes_wait = stream.record_event(), True
 
     def _fill(self) -> None:
         for piece, target in zip(self.pieces, self._targets(), strict=True):
@@ -106,8 +107,9 @@ class Snapshot:
 
     def hold(self) -> None:
         """Whatever the current stream does from here on comes after the copy; the host waits for nothing."""
-        if self._copied is not None:
+        if self._changes_wait and self._copied is not None:
             torch.accelerator.current_stream().wait_event(self._copied)
+        self._changes_wait = False
 
     def not_finite(self) -> str | None:
         """Wait for the copy; the name of a piece with a number that is not finite, if there is one."""

@@ -30,6 +30,7 @@ from megarec.config.sections import DenseConfig
 from megarec.dense.settings import settings_of
 from megarec.dense.tensor_parallel import TensorParallelMLP
 from megarec.errors import UserError
+from megarec.kernels.launch import triton_problem
 from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.models.projection import Projection
 from megarec.models.wukong import InteractionLayer
@@ -75,11 +76,7 @@ def _why_not_fused(layers: list[InteractionLayer], dtype: torch.dtype, device: t
         return f"Triton's kernels are for GPUs, this is a {device.type}"
     if dtype == torch.float32:
         return "in fp32 Triton multiplies without tensor cores"
-    try:
-        importlib.import_module("triton").runtime.driver.active.get_current_target()
-    except Exception as error:  # not installed, or without what it needs: a C compiler, headers, a driver
-        return f"Triton does not start ({' '.join(str(error).split())})"
-    return ""
+    return triton_problem(device.type) or ""
 
 
 def compile_layers(model: nn.Module, dense: DenseConfig, section: dict[str, Any], device: torch.device) -> None:

@@ -16,7 +16,7 @@ from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch, Ids
 from megarec.distributed.collectives import FP32, Ledger, WireDtypes, build_channel
 from megarec.distributed.topology import Topology
-from megarec.sparse.exchange.group import Distributed, Pooling, TableGroup
+from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup
 from megarec.sparse.exchange.regroup import Scattered
 from megarec.sparse.exchange.tower_exchange import (
     Back,
@@ -37,7 +37,7 @@ class StepLookup:
     """What one step looked up, and the way back of its gradient: `backward`, then `apply` or `skip`.
 
     Args:
-        pooling: its values [B, columns] are what the dense model sees of this rank's examples: [B, layout.width], or
+        exchanged: its values [B, columns] are what the dense model sees of this rank's examples: [B, layout.width], or
             the columns that the tower modules emit.
         leaf: what the tower modules took in; None: there are none, or no gradients.
         ids: what was looked up.
@@ -47,14 +47,14 @@ class StepLookup:
 
     def __init__(
         self,
-        pooling: Pooling,
+        exchanged: Exchanged,
         leaf: Tensor | None,
         ids: Distributed,
         features: tuple[Feature, ...],
         modules: TowerReplicas | None,
     ) -> None:
-        self.values = pooling.values
-        self._pooling, self._leaf, self._ids, self._features, self._modules = pooling, leaf, ids, features, modules
+        self.values = exchanged.values
+        self._exchanged, self._leaf, self._ids, self._features, self._modules = exchanged, leaf, ids, features, modules
         self._gradient: Tensor | None = None
         self._made: Scattered | None = None
 
@@ -65,12 +65,12 @@ class StepLookup:
             gradient: [B, columns], of the mean over this rank's examples; that of the mean over the global batch is
                 made of it here.
         """
-        self._gradient, self._made = gradient, self._pooling.scatter(gradient)
+        self._gradient, self._made = gradient, self._exchanged.scatter(gradient)
 
     def apply(self) -> None:
         """The gradients of tables, and the change of tables and tower modules; collective."""
         assert self._made is not None, "backward comes first"
-        self._pooling.update(self._made.blocks)
+        self._exchanged.update(self._made.blocks)
         if self._modules is not None:
             self._modules.update()
 
@@ -198,26 +198,26 @@ class SparseSide:
             return made, lambda gradient: self._add_l2(_through(made, leaf, gradient), pooled.detach())
 
         if self._exchange is not None:
-            pooling = self._exchange.pool(ids, change, self._dtype, self._topology.world_size)
+            exchanged = self._exchange.pool(ids, change, self._dtype, self._topology.world_size)
         elif self.modules is None and not self._l2:
-            pooling = self._group.pool(ids, self._dtype, self._topology.world_size)
+            exchanged = self._group.pool(ids, self._dtype, self._topology.world_size)
         else:
-            pooling = self._changed(self._group.pool(ids), change)
+            exchanged = self._changed(self._group.pool(ids), change)
         features = (self._layout if leaf is None else self._group.layout).features
-        return StepLookup(pooling, leaf, ids, features, self.modules)
+        return StepLookup(exchanged, leaf, ids, features, self.modules)
 
     def look_up(self, batch: Batch) -> StepLookup:
         """`distribute` and `forward`."""
         return self.forward(self.distribute(batch))
 
-    def _changed(self, inner: Pooling, change: Change) -> Pooling:
+    def _changed(self, inner: Exchanged, change: Change) -> Exchanged:
         """The flat exchange, with tower modules or L2 behind it."""
         made, back = change(inner.values)
 
         def scatter(gradient: Tensor) -> Scattered:
             return Scattered(inner.scatter(back(gradient.float() / self._topology.world_size)).blocks, None)
 
-        return Pooling(made.detach().to(self._dtype), scatter, inner.update)
+        return Exchanged(made.detach().to(self._dtype), scatter, inner.update)
 
     def _add_l2(self, gradient: Tensor, pooled: Tensor) -> Tensor:
         """Adds l2 x mean over the global batch of |e|^2 to the objective, by its gradient 2 l2 e / global batch.

@@ -199,7 +199,7 @@ class Distributed:
 
 
 @dataclass(frozen=True)
-class Pooling:
+class Exchanged:
     """What an exchange brings, and the way back in two steps.
 
     Attributes:
@@ -271,7 +271,7 @@ class TableGroup:
         same = None if self._replicated is None else self._replicated.distribute(ids, size)
         return Distributed(ids, size, local, same)
 
-    def pool(self, batch: Distributed, dtype: torch.dtype = torch.float32, divide: int = 1) -> Pooling:
+    def pool(self, batch: Distributed, dtype: torch.dtype = torch.float32, divide: int = 1) -> Exchanged:
         """Pooled embeddings of this rank's examples, [B, width of the group's features] in layout order; collective.
 
         Args:
@@ -296,6 +296,6 @@ class TableGroup:
             for part, own in zip(parts, gradient.split(sizes), strict=True):
                 part.update(own.view(part.values.shape))
 
-        return Pooling(
+        return Exchanged(
             values, lambda gradient: self._assembly.scatter(gradient, divisors, size, self._wire, divide), update
         )

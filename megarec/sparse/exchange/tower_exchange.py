@@ -17,7 +17,7 @@ from torch import Tensor
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch
 from megarec.distributed.collectives import FP32, Channel, WireDtypes, all_to_all
-from megarec.sparse.exchange.group import Distributed, Pooling, TableGroup
+from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup
 from megarec.sparse.exchange.ids import IdExchange
 from megarec.sparse.exchange.regroup import ColumnBlock, Regroup, Scattered
 from megarec.sparse.layout import EmbeddingLayout
@@ -67,7 +67,9 @@ class TowerExchange:
         ids = {f.name: arrived.of_slot(slot, f) for slot, f in enumerate(self._features)}
         return self.group.distribute_ids(ids, batch.size * self._peer.size)
 
-    def pool(self, batch: Distributed, towers: Change, dtype: torch.dtype = torch.float32, divide: int = 1) -> Pooling:
+    def pool(
+        self, batch: Distributed, towers: Change, dtype: torch.dtype = torch.float32, divide: int = 1
+    ) -> Exchanged:
         """The rest of hop b, then c and d: [B, outputs of all hosts]; collective, and so is `scatter` of the result.
 
         Args:
@@ -88,7 +90,7 @@ class TowerExchange:
             arrived = all_to_all(gradient, sent, received, self._peer, "towers", "backward")
             return Scattered(inner.scatter(back(arrived.view(batch.size, own))).blocks, total)
 
-        return Pooling(self._assembly.assemble(blocks, None, size, dtype), scatter, inner.update)
+        return Exchanged(self._assembly.assemble(blocks, None, size, dtype), scatter, inner.update)
 
 
 def host_layouts(layout: EmbeddingLayout, towers: Sequence[Sequence[str]], hosts: int) -> list[EmbeddingLayout]:
