@@ -5,6 +5,7 @@ Arabie 1985) counts such pairs and is 1 for the same partition and 0 on average 
 group are left out of it: wherever they lie is right.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from math import comb
 from pathlib import Path
@@ -70,7 +71,4 @@ def adjusted_rand(first: Sequence[int], second: Sequence[int]) -> float:
 
 def _pairs(labels: Sequence[object]) -> int:
     """Pairs of things with the same label."""
-    counts: dict[object, int] = {}
-    for label in labels:
-        counts[label] = counts.get(label, 0) + 1
-    return sum(comb(count, 2) for count in counts.values())
+    return sum(comb(count, 2) for count in Counter(labels).values())
