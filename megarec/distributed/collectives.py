@@ -140,18 +140,34 @@ FP32 = WireDtypes()
 MESSAGE_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def all_to_all(
+class Message(NamedTuple):
+    """What is on its way to this rank, and the work to wait for before it is read (None: it is there).
+
+    Whoever lets go of it before has to wait all the same: its memory is still written to.
+    """
+
+    received: Tensor
+    work: "dist.Work | None"
+
+    def wait(self) -> Tensor:
+        """The host waits on a CPU, the current stream on an accelerator."""
+        if self.work is not None:
+            self.work.wait()
+        return self.received
+
+
+def start_all_to_all(
     tensor: Tensor,
     output_sizes: Sequence[int],
     input_sizes: Sequence[int],
     channel: Channel,
     purpose: str,
     direction: Direction = "forward",
-) -> Tensor:
-    """Send block r of `tensor` to rank r; no gradient.
+) -> Message:
+    """Start sending block r of `tensor` to rank r; no gradient.
 
     Args:
-        tensor: [sum(input_sizes)], contiguous: the blocks for rank 0, 1, ...
+        tensor: [sum(input_sizes)], contiguous: the blocks for rank 0, 1, ...; unchanged until it is sent.
         output_sizes: elements that rank r sends to this rank.
         input_sizes: elements that this rank sends to rank r.
         purpose: what the message is, for the ledger: the operation is recorded as "all_to_all <purpose>".
@@ -160,52 +176,54 @@ def all_to_all(
         [sum(output_sizes)]: the blocks of rank 0, 1, ...
     """
     if channel.size == 1:
-        return tensor
+        return Message(tensor, None)
     received = tensor.new_empty(sum(output_sizes))
-    dist.all_to_all_single(received, tensor, list(output_sizes), list(input_sizes), group=channel.group)
+    work = dist.all_to_all_single(
+        received, tensor, list(output_sizes), list(input_sizes), group=channel.group, async_op=True
+    )
     kept = input_sizes[channel.rank]
     across = sum(size for size, remote in zip(input_sizes, channel.remote, strict=False) if remote)
     width = tensor.element_size()
     sent = (sum(input_sizes) - kept) * width
     _record(channel, f"all_to_all {purpose}", tensor, direction, sent, kept * width, across * width)
-    return received
+    return Message(received, work)
 
 
-def all_gather_rows(
-    tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward"
-) -> tuple[Tensor, "dist.Work | None"]:
-    """Start gathering [B, ...] of every rank into [size x B, ...], in rank order; no gradient.
+def all_to_all(
+    tensor: Tensor,
+    output_sizes: Sequence[int],
+    input_sizes: Sequence[int],
+    channel: Channel,
+    purpose: str,
+    direction: Direction = "forward",
+) -> Tensor:
+    """`start_all_to_all`, waited for."""
+    return start_all_to_all(tensor, output_sizes, input_sizes, channel, purpose, direction).wait()
 
-    Returns:
-        The result, and the work to wait for before it is read (None: it is there).
-    """
+
+def all_gather_rows(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Message:
+    """Start gathering [B, ...] of every rank into [size x B, ...], in rank order; no gradient."""
     if channel.size == 1:
-        return tensor, None
+        return Message(tensor, None)
     gathered = tensor.new_empty(channel.size * tensor.shape[0], *tensor.shape[1:])
     work = _all_gather(gathered, tensor.contiguous(), group=channel.group, async_op=True)
     own = tensor.numel() * tensor.element_size()
     _record(
         channel, f"all_gather {purpose}", tensor, direction, (channel.size - 1) * own, own, sum(channel.remote) * own
     )
-    return gathered, work
+    return Message(gathered, work)
 
 
-def reduce_scatter_rows(
-    tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward"
-) -> tuple[Tensor, "dist.Work | None"]:
-    """Start summing [size x B, ...] over the ranks; this rank receives its own [B, ...]; no gradient.
-
-    Returns:
-        The result, and the work to wait for before it is read (None: it is there).
-    """
+def reduce_scatter_rows(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Message:
+    """Start summing [size x B, ...] over the ranks; this rank receives its own [B, ...]; no gradient."""
     if channel.size == 1:
-        return tensor, None
+        return Message(tensor, None)
     own = tensor.new_empty(tensor.shape[0] // channel.size, *tensor.shape[1:])
     work = _reduce_scatter(own, tensor.contiguous(), group=channel.group, async_op=True)
     kept = own.numel() * own.element_size()
     sent, across = (channel.size - 1) * kept, sum(channel.remote) * kept
     _record(channel, f"reduce_scatter {purpose}", tensor, direction, sent, kept, across)
-    return own, work
+    return Message(own, work)
 
 
 def all_reduce_mean_(

@@ -6,8 +6,7 @@ A process of its own: the simulated device takes the place of torch's private ba
 import json
 import sys
 from importlib.util import find_spec
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,8 +114,8 @@ def one_step(sparse: SparseSide, model: Recommender, health: HealthGather, batch
     loss = binary_cross_entropy_with_logits(logits, batch.labels)
     loss.backward()
     lookup.backward(gradients[0])
-    made = cast(DenseResult, SimpleNamespace(losses=[loss.detach()], gradient=gradients[0]))
-    health(StepTensors(batch, lookup, made))()
+    made = DenseResult(logits.detach(), loss.detach(), gradients[0])
+    health(StepTensors(batch, lookup, [made]))()
     health.clear()
     lookup.apply()
 

@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 RATE, EPS = 0.05, 1e-8
+HALVES = ", two halves"  # of the batch: one travels while the other computes
 
 
 @dataclass
@@ -123,14 +124,15 @@ def exposed_ids(overlap: bool, steps: int) -> dict[str, Any]:
 
 
 def _config(model: str, variant: str) -> RunConfig:
-    """`variant` is "flat", "tower" (SPTT alone) or "tower, compression C"; overlap of ids where it says so."""
+    """`variant`: "flat", "tower" (SPTT alone), "tower, compression C"; overlap of ids or of two halves as it says."""
     parallel: dict[str, Any] = {"exchange": "flat"}
     section: dict[str, Any] = {"name": "identity"}
     if variant.startswith("tower"):
         parallel = {"exchange": "tower", "towers": 2}
-    parallel["overlap"] = variant.endswith(", overlap")
+    halves = variant.endswith(HALVES)
+    parallel["overlap"] = variant.endswith(", overlap") or halves
     if "compression" in variant:
-        section = {"name": model, "compression": float(variant.split()[-1])}
+        section = {"name": model, "compression": float(variant.removesuffix(HALVES).split()[-1])}
         if model == "wukong":
             section |= {"rank": 8, "mlp": [128]}
     return RunConfig.model_validate(
@@ -142,7 +144,11 @@ def _config(model: str, variant: str) -> RunConfig:
             "parallel": parallel,
             "tower_module": section,
             "train": {"threads": 1},
-            "deepspeed": {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0},
+            "deepspeed": {
+                "zero_optimization": {"stage": 0},
+                "gradient_clipping": 0.0,
+                "gradient_accumulation_steps": 2 if halves else 1,
+            },
         }
     )
 
