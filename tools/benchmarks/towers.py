@@ -4,7 +4,8 @@
     .venv-bench/bin/python tools/bench.py towers       # as root: needs network namespaces
 
 Two hosts of two single-thread ranks (testbed.py), 26 tables x 20,000 x 64, batch 2,048 a rank, float32 messages,
-row-wise Adagrad; DLRM (MLPs 512-256-64 and 512-512-256-1) and a small Wukong, dense gradients averaged in float32. Two
+row-wise Adagrad; DLRM (MLPs 512-256-64 and 512-512-256-1) and a small Wukong, dense gradients averaged in float32.
+"Two halves" are micro-batches, of which one travels while the other computes; their exchange alone is as without. Two
 cores stand for four ranks, on a machine with a GPU as well (NCCL takes one rank a GPU), so that slow links are what
 makes network and compute weigh as they do on GPUs: each row has its compute/network ratio.
 """
@@ -27,7 +28,8 @@ HOSTS, LOCAL = 2, 2
 LINKS = (0.25, 0.5, 1.0, 2.5, 0.0)  # Gbit/s; 0: unshaped
 STEPS = 7
 VARIANTS = ("flat", "tower", "tower, compression 2", "tower, compression 4", "tower, compression 8")
-CONTESTANTS = {"dlrm": (*VARIANTS, "torchrec flat"), "wukong": VARIANTS}
+OVERLAPPED = ("flat, two halves", "tower, compression 4, two halves", "tower, compression 8, two halves")
+CONTESTANTS = {"dlrm": (*VARIANTS, *OVERLAPPED, "torchrec flat"), "wukong": (*VARIANTS, *OVERLAPPED[:2])}
 # One H100 at half its bf16 peak, one NIC of 50 GB/s a GPU; the same model and batch a rank, two hosts of eight.
 H100_FLOP, H100_NIC = 0.5 * 989e12, 50e9
 
