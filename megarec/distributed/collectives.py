@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarec.distributed.pieces import exchange
 from megarec.distributed.topology import Topology, group_ranks
 from megarec.errors import DamagedCheckpoint, UserError
 
@@ -162,13 +163,33 @@ def all_to_all(
     if channel.size == 1:
         return tensor
     received = tensor.new_empty(sum(output_sizes))
-    dist.all_to_all_single(received, tensor, list(output_sizes), list(input_sizes), group=channel.group)
-    kept = input_sizes[channel.rank]
-    across = sum(size for size, remote in zip(input_sizes, channel.remote, strict=False) if remote)
-    width = tensor.element_size()
-    sent = (sum(input_sizes) - kept) * width
-    _record(channel, f"all_to_all {purpose}", tensor, direction, sent, kept * width, across * width)
+    all_to_all_into(received, tensor, output_sizes, input_sizes, channel, purpose, direction)
     return received
+
+
+def all_to_all_into(
+    received: Tensor,
+    sent: Tensor,
+    output_sizes: Sequence[int],
+    input_sizes: Sequence[int],
+    channel: Channel,
+    purpose: str,
+    direction: Direction = "forward",
+    blocks: int = 1,
+) -> None:
+    """`all_to_all` of so many blocks of these sizes, in one message; of more than one rank.
+
+    Args:
+        received: filled: [blocks x sum(output_sizes)], by rank and within a rank by block, or [blocks,
+            sum(output_sizes)], by block.
+        sent: the same, of the input sizes.
+    """
+    assert channel.group is not None
+    exchange(sent, received, input_sizes, output_sizes, channel.group, blocks)
+    width = blocks * sent.element_size()
+    kept = input_sizes[channel.rank] * width
+    across = sum(size for size, remote in zip(input_sizes, channel.remote, strict=False) if remote) * width
+    _record(channel, f"all_to_all {purpose}", sent, direction, sum(input_sizes) * width - kept, kept, across)
 
 
 def all_gather_rows(
