@@ -19,6 +19,7 @@ from megarec.dense import masters
 from megarec.dense.engine import backward, compute_dtype, gradient_norm, loss_scale, loss_scale_can_shrink, skip_step
 from megarec.dense.memory import Parts, dense_bytes
 from megarec.dense.monitor import Monitor
+from megarec.dense.reduction import GradientReduction
 from megarec.dense.tensor_parallel import is_sharded
 from megarec.distributed.topology import Topology
 from megarec.slices import Ints, ParameterShard, TensorSlice
@@ -61,6 +62,7 @@ class DenseSide:
         engine: DeepSpeed's, around the model.
         learning_rate: the base rate that the schedule scales.
         reason: which optimizer and which kernels were taken and why, for the log.
+        reduction: averages gradients over the data group where DeepSpeed does not (dense/reduction.py); collective.
         average_replicated: called after the last backward pass of a step (dense/replicated.py); collective.
 
     Attributes:
@@ -73,11 +75,12 @@ class DenseSide:
         topology: Topology,
         learning_rate: float,
         reason: str,
+        reduction: GradientReduction,
         average_replicated: Callable[[], None],
     ) -> None:
         self.engine, self.learning_rate, self.reason = engine, learning_rate, reason
         self._topology = topology
-        self._average_replicated = average_replicated
+        self._reduction, self._average_replicated = reduction, average_replicated
         self.monitor = Monitor(engine.monitor)
 
     @property
@@ -115,9 +118,12 @@ class DenseSide:
             rows = slice(micro * size, (micro + 1) * size)
             out = engine(batch.numeric[rows], keep_gradient(values[rows], gradients), batch.keys[rows])
             loss = binary_cross_entropy_with_logits(out, batch.labels[rows])
+            if micro + 1 == accumulation:
+                self._reduction.begin()
             backward(engine, loss)
             logits.append(out.detach())
             losses.append(loss.detach())
+        self._reduction.finish()
         self._average_replicated()
         gradient = gradients[0] if accumulation == 1 else torch.cat(gradients)
         return DenseResult(torch.cat(logits), losses, gradient if scale == 1.0 else gradient / scale)
@@ -163,7 +169,7 @@ class DenseSide:
 
     def memory_bytes(self, messages: Iterable[Tensor] = ()) -> Parts:
         """Bytes that this rank holds now, by part (dense/memory.py)."""
-        return dense_bytes(self.engine, messages)
+        return dense_bytes(self.engine, [*messages, *self._reduction.messages()])
 
     def loss_scale(self) -> float | None:
         """What fp16 scales the loss by; None in other precisions."""

@@ -128,7 +128,8 @@ def _config(model: str, variant: str) -> RunConfig:
     section: dict[str, Any] = {"name": "identity"}
     if variant.startswith("tower"):
         parallel = {"exchange": "tower", "towers": 2}
-    parallel["overlap"] = variant.endswith(", overlap")
+    if variant.endswith("overlap"):
+        parallel["overlap"] = variant.endswith(", overlap")
     if "compression" in variant:
         section = {"name": model, "compression": float(variant.split()[-1])}
         if model == "wukong":
