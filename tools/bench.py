@@ -52,7 +52,8 @@ def main() -> None:
             )
         )
     for key, value in result["ratios"].items():
-        print(f"{key} {value:.3f}")
+        aim = result.get("aims", {}).get(key)
+        print(f"{key} {value:.3f}" + (f" (aim: {aim})" if aim else ""))
 
 
 if __name__ == "__main__":

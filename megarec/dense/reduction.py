@@ -1,4 +1,4 @@
-"""Dense gradients averaged over the data group while the backward pass runs, bucket by bucket.
+"""Dense gradients averaged over the data group while the backward pass and the exchange run, bucket by bucket.
 
 At ZeRO 0 DeepSpeed 0.19.8 does it when the backward pass has ended, in one message. Here a gradient goes into its
 bucket as it arrives, and a full bucket is on its way while the layers before it still compute. Buckets are filled from
@@ -25,7 +25,8 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from megarec.distributed.collectives import Channel, Ledger, Levels, all_reduce_sum_, data_levels
+from megarec.distributed.collectives import Channel, Ledger
+from megarec.distributed.levels import Levels, all_reduce_sum_, data_levels
 from megarec.distributed.topology import Topology
 
 PURPOSE = "dense gradients"

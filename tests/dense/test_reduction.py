@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from megarec.config.load import load_config
 from megarec.dense import reduction
 from megarec.dense.reduction import LEAST_BYTES, MOST_BYTES, GradientReduction, Scaling, bucket_bytes, buckets_of
-from megarec.distributed.collectives import Channel, Ledger, Levels, all_reduce_sum_, build_channel, data_levels
+from megarec.distributed.collectives import Channel, Ledger, build_channel
+from megarec.distributed.levels import Levels, all_reduce_sum_, data_levels
 from megarec.distributed.process import start_process
 from megarec.distributed.rank_pool import RankPool
 from megarec.distributed.topology import build_topology
