@@ -128,14 +128,17 @@ def _config(model: str, variant: str) -> RunConfig:
     """`variant` is "flat", "tower" (SPTT alone) or "tower, compression C"; then "overlap" of ids, "16-bit messages"
     and "N micro-batches" that travel one by one, where it says so."""
     exchange, *more = variant.split(", ")
-    parallel: dict[str, Any] = {"exchange": exchange, "overlap": "overlap" in more}
+    parallel: dict[str, Any] = {"exchange": exchange}
+    if "overlap" in more or "no overlap" in more:
+        parallel["overlap"] = "overlap" in more
     section: dict[str, Any] = {"name": "identity"}
     if exchange == "tower":
         parallel["towers"] = 2
     if "16-bit messages" in more:
         parallel["messages"] = ["fp16", "fp16"]
     micro_batches = next((int(part.split()[0]) for part in more if part.endswith("micro-batches")), 1)
-    parallel["overlap"] |= micro_batches > 1
+    if micro_batches > 1:
+        parallel["overlap"] = True
     for compression in (float(part.split()[-1]) for part in more if part.startswith("compression")):
         section = {"name": model, "compression": compression}
         if model == "wukong":
