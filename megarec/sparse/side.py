@@ -153,17 +153,18 @@ class SparseSide:
         parts = layouts_by_host(layout, topology, exchange, towers)
         self.shards = place_shards(parts, config, topology, exchange) if shards is None else shards
         if exchange == "flat":
-            self._group = TableGroup(parts[0], self.shards, config, world, blocks=1, messages=messages, device=device)
+            self._group = TableGroup(parts[0], self.shards, config, world, peers=1, messages=messages, device=device)
         else:
-            outputs = [part.width for part in parts]
-            assembly = canonical_assembly(layout, parts, device)
             if towers.towers is not None and towers.modules is not None:
                 of_host = [towers.towers.of_host(host, topology.hosts) for host in range(topology.hosts)]
                 outputs = [towers.modules.output_columns(held) for held in of_host]
                 assembly = tower_order_assembly(outputs, device)
+            else:
+                outputs = [part.width for part in parts]
+                assembly = canonical_assembly(layout, parts, self.shards, config, topology, device)
             self._exchange = TowerExchange(
                 parts, on_host(self.shards, topology), config, tower=tower, peer=peer, outputs=outputs,
-                assembly=assembly, messages=messages, device=device,
+                assembly=assembly, through=towers.modules is not None, messages=messages, device=device,
             )  # fmt: skip
             self._group = self._exchange.group
         for tables in self._group.tables:
@@ -197,12 +198,12 @@ class SparseSide:
             made = self.modules(leaf)
             return made, lambda gradient: self._add_l2(_through(made, leaf, gradient), pooled.detach())
 
-        if self._exchange is not None:
-            exchanged = self._exchange.pool(ids, change, self._dtype, self._topology.world_size)
+        if self._exchange is not None and self.modules is not None:
+            exchanged = self._exchange.pool_through(ids, change, self._dtype, self._topology.world_size)
         elif self.modules is None and not self._l2:
-            exchanged = self._group.pool(ids, self._dtype, self._topology.world_size)
+            exchanged = (self._exchange or self._group).pool(ids, self._dtype, self._topology.world_size)
         else:
-            exchanged = self._changed(self._group.pool(ids), change)
+            exchanged = self._changed((self._exchange or self._group).pool(ids), change)
         features = (self._layout if leaf is None else self._group.layout).features
         return StepLookup(exchanged, leaf, ids, features, self.modules)
 
@@ -211,7 +212,7 @@ class SparseSide:
         return self.forward(self.distribute(batch))
 
     def _changed(self, inner: Exchanged, change: Change) -> Exchanged:
-        """The flat exchange, with tower modules or L2 behind it."""
+        """An exchange with L2, or the flat one with tower modules, behind it."""
         made, back = change(inner.values)
 
         def scatter(gradient: Tensor) -> Scattered:
@@ -226,7 +227,7 @@ class SparseSide:
         """
         if not self._l2:
             return gradient
-        peers = self._topology.hosts if self._exchange is not None else 1
+        peers = self._topology.hosts if self._exchange is not None and self.modules is not None else 1
         global_batch = pooled.shape[0] // peers * self._topology.world_size
         return gradient.float().add(pooled, alpha=2 * self._l2 / global_batch)
 

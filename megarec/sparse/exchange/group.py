@@ -9,7 +9,7 @@ the global batch in order, so that the gradient of a row is summed in the same o
 mirrors the exchange and updates the tables.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch, Ids
-from megarec.distributed.collectives import FP32, Channel, Ledger, WireDtypes, all_to_all
+from megarec.distributed.collectives import FP32, Channel, Ledger, WireDtypes, all_to_all_into
 from megarec.sparse.exchange.ids import IdExchange, RowSplitter
 from megarec.sparse.exchange.regroup import ColumnBlock, Regroup, Scattered, gradient_for_owners, sum_over_owners
 from megarec.sparse.layout import EmbeddingLayout
-from megarec.sparse.lookups import Lookup, plan_lookups
+from megarec.sparse.lookups import Lookup, LookupPlan, plan_lookups
 from megarec.sparse.placement import Shard, replicated
 from megarec.sparse.tables.base import LocalIds, Pooled
 from megarec.sparse.tables.local import Choice, LocalTables, choose_backends, requested_backend
@@ -33,9 +33,6 @@ class ReplicatedTables:
     Args:
         shards: this rank's.
         channel: whose ranks hold the same tables.
-
-    Attributes:
-        pieces: what lies where in the block that `pool` returns.
     """
 
     def __init__(
@@ -51,23 +48,22 @@ class ReplicatedTables:
         alone = Channel(channel.name, None, 0, 1, Ledger())
         self._ids = IdExchange([[slot.feature for slot in slots]], alone, torch.int64, device)
         self.tables = LocalTables(slots, layout, shards, choices, config, channel, device, replicated=True)
-        self.pieces = [[ColumnBlock(slot.feature.name, slot.start, slot.offset, slot.columns) for slot in slots]]
 
     def distribute(self, ids: Mapping[str, Ids], size: int) -> LocalIds:
         """Ids of `size` examples by feature -> what is looked up in them."""
         return self._ids(ids, size)
 
-    def pool(self, local: LocalIds) -> Pooled:
-        """[size, columns of all slots]."""
-        return self.tables.pool(local)
+    def pool(self, local: LocalIds, peers: int) -> Pooled:
+        """The columns of all slots, of the examples of each peer: [peers, examples of one x columns]."""
+        pooled = self.tables.pool(local)
+        shape = pooled.values.shape
+        return Pooled(pooled.values.reshape(peers, -1), lambda gradient: pooled.update(gradient.reshape(shape)))
 
 
 class ShardedTables:
     """This rank's part of the tables; see TableGroup for the arguments.
 
     Attributes:
-        pieces: what lies where in the blocks that `pool` returns: those of every rank, then the sum of those split by
-            rows.
         messages: the types in which embeddings and their gradients travel; with one rank, nothing does.
     """
 
@@ -79,68 +75,72 @@ class ShardedTables:
         config: EmbeddingConfig,
         channel: Channel,
         *,
-        blocks: int,
+        peers: int,
         messages: WireDtypes,
         device: torch.device,
     ) -> None:
-        self._channel, self._blocks = channel, blocks
+        self._channel, self._peers = channel, peers
         self.messages = messages if channel.size > 1 else FP32
-        by_table = {table: [s for s in shards if s.table == table] for table in {s.table for s in shards}}
-        backends = {table: requested_backend(own, config, device.type).backend for table, own in by_table.items()}
-        fused, triton = ([t for t, backend in backends.items() if backend == kind] for kind in ("fbgemm", "triton"))
-        routes = plan_lookups(layout, shards, channel.size, fused, triton)
+        routes = _routes(layout, shards, config, channel.size, device)
         self._split = RowSplitter(routes.slots, device)
         sources = [[slot.source for slot in slots] for slots in routes.slots]
-        self._ids = IdExchange(sources, channel, routes.index_dtype, device, blocks)
+        self._ids = IdExchange(sources, channel, routes.index_dtype, device, peers)
         mine = routes.slots[channel.rank]
         emitted = self.messages.forward
         self.tables = LocalTables(mine, layout, shards, choices, config, channel, device, output=emitted)
-
-        whole = [[slot for slot in slots if not slot.by_rows] for slots in routes.slots]
-        by_rows = [slot for slot in mine if slot.by_rows]
-        self._columns = [sum(slot.columns for slot in slots) for slots in whole]
-        self._row_columns = sum(slot.columns for slot in by_rows)
+        self._columns = [sum(slot.columns for slot in slots if not slot.by_rows) for slots in routes.slots]
+        self._row_columns = sum(slot.columns for slot in mine if slot.by_rows)
         leading = next((index for index, slot in enumerate(mine) if slot.by_rows), len(mine))
         self._before_rows = sum(slot.columns for slot in mine[:leading])
-        senders = [*(whole if any(self._columns) else []), *([by_rows] if by_rows else [])]
-        self.pieces = [[_column_block(slot) for slot in slots] for slots in senders]
 
     def distribute(self, ids: Mapping[str, Ids], size: int) -> LocalIds:
         """Ids of `size` examples by feature -> what this rank looks up."""
         return self._ids(self._split(ids, size), size)
 
-    def pool(self, local: LocalIds, size: int) -> Pooled:
-        """The blocks of embeddings of this rank's `size` examples (see `pieces`), one after another; collective, as is
-        the update."""
+    def pool(self, local: LocalIds, size: int, by_peer: bool) -> Pooled:
+        """The blocks of embeddings of this rank's `size` examples, as `TableGroup.blocks`; collective, as is the
+        update."""
         pooled = self.tables.pool(local)
         whole, by_rows = self._parts(pooled.values)
+        lines = self._peers if by_peer else 1
         blocks = []
         if any(self._columns):
-            flat = self._by_rank(whole, size).reshape(-1).to(self.messages.forward)
-            sent, received = self._sizes(size)
-            blocks.append(all_to_all(flat, received, sent, self._channel, "embeddings"))
+            blocks.append(self._to_examples(whole.to(self.messages.forward), size, by_peer).view(lines, -1))
         if self._row_columns:
             partial = self._by_rank(by_rows, size).reshape(-1, self._row_columns)
-            blocks.append(sum_over_owners(partial, self._channel, self.messages).reshape(-1))
-        sizes = [block.numel() for block in blocks]
+            blocks.append(sum_over_owners(partial, self._channel, self.messages).view(lines, -1))
+        widths = [block.shape[1] for block in blocks]
 
         def update(gradient: Tensor) -> None:
-            pooled.update(self._to_owners(list(gradient.split(sizes)), size))
+            pooled.update(self._to_owners(list(gradient.split(widths, dim=1)), size, by_peer))
 
-        return Pooled(blocks[0] if len(blocks) == 1 else torch.cat(blocks), update)
+        return Pooled(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1), update)
 
-    def _to_owners(self, gradients: list[Tensor], size: int) -> Tensor:
+    def _to_examples(self, whole: Tensor, size: int, by_peer: bool) -> Tensor:
+        """Columns of whole rows of all examples, in the order of the global batch -> all columns of this rank's."""
+        if self._channel.size == 1:
+            return whole
+        sent, received = self._sizes(size)
+        embeddings = whole.new_empty((self._peers, sum(received)) if by_peer else self._peers * sum(received))
+        by_block = whole.view(self._peers, sum(sent))
+        all_to_all_into(embeddings, by_block, received, sent, self._channel, "embeddings", "forward", self._peers)
+        return embeddings
+
+    def _to_owners(self, gradients: list[Tensor], size: int, by_peer: bool) -> Tensor:
         """The gradients of the blocks -> that of what this rank looked up."""
         whole = by_rows = None
         if self._row_columns:
-            gathered = gradient_for_owners(gradients.pop().view(-1, self._row_columns), self._channel, self.messages)
-            by_rows = self._in_batch_order(gathered, size)
+            of_sums = gradients.pop().reshape(-1, self._row_columns)
+            by_rows = self._in_batch_order(gradient_for_owners(of_sums, self._channel, self.messages), size)
         if gradients:
-            sent, received = self._sizes(size)
-            message = gradients[0].to(self.messages.backward)
-            flat = all_to_all(message, sent, received, self._channel, "embeddings", "backward")
             columns = self._columns[self._channel.rank]
-            whole = self._in_batch_order(flat.view(self._channel.size * size, columns), size)
+            whole = gradients[0].to(self.messages.backward)
+            if self._channel.size > 1:
+                sent, received = self._sizes(size)
+                message = whole if by_peer else whole.reshape(-1)
+                whole = message.new_empty(self._peers, sum(sent))
+                all_to_all_into(whole, message, sent, received, self._channel, "embeddings", "backward", self._peers)
+            whole = whole.reshape(self._channel.size * size, columns)
         if whole is None or by_rows is None:
             found = by_rows if whole is None else whole
             assert found is not None
@@ -150,9 +150,11 @@ class ShardedTables:
         return torch.cat([first, by_rows, last], dim=1)
 
     def _sizes(self, size: int) -> tuple[list[int], list[int]]:
-        """Numbers that this rank sends to every rank, and that it receives from each, on the way forward."""
+        """Numbers that this rank sends to every rank for the examples of one peer, and that it receives from each, on
+        the way forward."""
+        of_peer = size // self._peers
         columns = self._columns[self._channel.rank]
-        return [size * columns] * self._channel.size, [size * width for width in self._columns]
+        return [of_peer * columns] * self._channel.size, [of_peer * width for width in self._columns]
 
     def _parts(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """The columns of whole rows, and those of tables split by rows, which lie together."""
@@ -164,21 +166,61 @@ class ShardedTables:
 
     def _by_rank(self, pooled: Tensor, size: int) -> Tensor:
         """Rows in the order of the global batch -> by the rank whose examples they are."""
-        if self._blocks == 1:
+        if self._peers == 1:
             return pooled
-        blocks, ranks = self._blocks, self._channel.size
-        return pooled.reshape(blocks, ranks, size // blocks, pooled.shape[1]).transpose(0, 1)
+        peers, ranks = self._peers, self._channel.size
+        return pooled.reshape(peers, ranks, size // peers, pooled.shape[1]).transpose(0, 1)
 
     def _in_batch_order(self, gradient: Tensor, size: int) -> Tensor:
         """The reverse of `_by_rank`."""
-        if self._blocks == 1:
+        if self._peers == 1:
             return gradient
-        blocks, ranks = self._blocks, self._channel.size
-        return gradient.view(ranks, blocks, size // blocks, gradient.shape[1]).transpose(0, 1).reshape(gradient.shape)
+        peers, ranks = self._peers, self._channel.size
+        return gradient.view(ranks, peers, size // peers, gradient.shape[1]).transpose(0, 1).reshape(gradient.shape)
 
 
-def _column_block(slot: Lookup) -> ColumnBlock:
-    return ColumnBlock(slot.feature.name, slot.start, slot.offset, slot.columns)
+def _routes(
+    layout: EmbeddingLayout, shards: Sequence[Shard], config: EmbeddingConfig, ranks: int, device: torch.device
+) -> LookupPlan:
+    """Who looks up what of tables that are spread over a group."""
+    by_table = {table: [s for s in shards if s.table == table] for table in {s.table for s in shards}}
+    backends = {table: requested_backend(own, config, device.type).backend for table, own in by_table.items()}
+    fused, triton = ([t for t, backend in backends.items() if backend == kind] for kind in ("fbgemm", "triton"))
+    return plan_lookups(layout, shards, ranks, fused, triton)
+
+
+def _spread(shards: Sequence[Shard], rank: int) -> tuple[tuple[Shard, ...], tuple[Shard, ...]]:
+    """The shards of tables that are spread over a group, and those of replicated ones that a rank has."""
+    names = replicated(shards)
+    spread = tuple(shard for shard in shards if shard.table not in names)
+    return spread, tuple(shard for shard in shards if shard.table in names and shard.rank == rank)
+
+
+def column_blocks(
+    layout: EmbeddingLayout,
+    shards: Sequence[Shard],
+    config: EmbeddingConfig,
+    ranks: int,
+    rank: int,
+    device: torch.device,
+) -> list[list[ColumnBlock]]:
+    """What lies where in the blocks that a rank of a group has of its examples (`TableGroup.blocks`): the columns that
+    every rank of the group sends to it, the sums of tables split by rows, and the columns of replicated tables.
+
+    Args:
+        shards: of the group's tables; their ranks are places in the group.
+        ranks: of the group.
+    """
+    spread, own = _spread(shards, rank)
+    senders: list[list[Lookup]] = []
+    if spread:
+        slots = _routes(layout, spread, config, ranks, device).slots
+        whole = [[slot for slot in of_rank if not slot.by_rows] for of_rank in slots]
+        by_rows = [slot for slot in slots[rank] if slot.by_rows]
+        senders += [*(whole if any(whole) else []), *([by_rows] if by_rows else [])]
+    if own:
+        senders.append(list(plan_lookups(layout, own, ranks).slots[rank]))
+    return [[ColumnBlock(s.feature.name, s.start, s.offset, s.columns) for s in slots] for slots in senders]
 
 
 @dataclass(frozen=True)
@@ -186,8 +228,8 @@ class Distributed:
     """A batch whose ids have reached their owners.
 
     Attributes:
-        ids: of this rank's own examples.
-        size: B, how many examples those are.
+        ids: of the examples whose embeddings are assembled: this rank's own, or what its tower modules take in.
+        size: how many examples those are.
         local: what this rank looks up in tables that are spread over the group; None: there are none.
         replicated: what it looks up in replicated tables; None: there are none.
     """
@@ -219,12 +261,14 @@ class TableGroup:
     Args:
         layout: of the group's features.
         shards: of the group's tables; their ranks are places in the channel.
-        blocks: of how many equal blocks, in the order of the global batch, the examples of a rank consist: one for
-            each peer that handed them over.
+        peers: of how many equal blocks, in the order of the global batch, the examples of a rank consist: one for each
+            peer that handed them over.
 
     Attributes:
         layout: of the group's features.
         tables: this rank's, those that are spread over the group before the replicated ones.
+        wire: the type of the gradient of `blocks`: that of its message, as it only travels; with replicated tables,
+            whose gradients are summed, float32.
     """
 
     def __init__(
@@ -234,32 +278,26 @@ class TableGroup:
         config: EmbeddingConfig,
         channel: Channel,
         *,
-        blocks: int,
+        peers: int,
         messages: WireDtypes,
         device: torch.device,
     ) -> None:
-        self.layout, self._device = layout, device
+        self.layout, self._device, self._peers = layout, device, peers
         self.choices = choose_backends(layout, shards, config, device)
-        names = replicated(shards)
-        spread = tuple(shard for shard in shards if shard.table not in names)
-        own = tuple(s for s in shards if s.table in names and s.rank == channel.rank)
+        spread, own = _spread(shards, channel.rank)
         self._sharded = self._replicated = None
         if spread:
             self._sharded = ShardedTables(
-                layout, spread, self.choices, config, channel, blocks=blocks, messages=messages, device=device
+                layout, spread, self.choices, config, channel, peers=peers, messages=messages, device=device
             )
         if own:
             self._replicated = ReplicatedTables(layout, own, self.choices, config, channel, device)
-        # A gradient that only travels takes the type of its message; those of replicated tables are summed in float32.
         travels = self._sharded is not None and self._replicated is None
-        self._wire = self._sharded.messages.backward if self._sharded is not None and travels else torch.float32
+        self.wire = self._sharded.messages.backward if self._sharded is not None and travels else torch.float32
         parts = [part for part in (self._sharded, self._replicated) if part is not None]
         self.tables: tuple[LocalTables, ...] = tuple(part.tables for part in parts)
-        self._assembly = Regroup(
-            [block for part in parts for block in part.pieces],
-            device,
-            [f.name for f in layout.features if f.multi_valued and f.pooling == "mean"],
-        )
+        pieces = column_blocks(layout, shards, config, channel.size, channel.rank, device)
+        self._assembly = Regroup(pieces, device, mean_features(layout))
 
     def distribute(self, batch: Batch) -> Distributed:
         """Send the ids of a batch to the owners; reads no table."""
@@ -279,23 +317,41 @@ class TableGroup:
             divide: what the gradient is divided by besides.
         """
         size, divisors = batch.size, self._assembly.divisors(batch.ids)
+        blocks = self.blocks(batch, size, by_peer=False)
+        values = self._assembly.assemble(blocks.values.view(-1), divisors, size, dtype)
+        return Exchanged(
+            values,
+            lambda gradient: self._assembly.scatter(gradient, divisors, size, self.wire, divide),
+            lambda gradient: blocks.update(gradient.view(blocks.values.shape)),
+        )
+
+    def blocks(self, batch: Distributed, size: int, by_peer: bool) -> Pooled:
+        """The blocks of embeddings of this rank's examples (see `column_blocks`), sums where a mean is wanted;
+        collective, as is the update.
+
+        Args:
+            size: how many examples.
+            by_peer: whether the blocks of each peer's examples lie together: [peers, blocks of its examples]; else
+                [1, blocks of all examples], and in a block the examples of all peers.
+        """
         parts = []
         if self._sharded is not None:
             assert batch.local is not None
-            parts.append(self._sharded.pool(batch.local, size))
+            parts.append(self._sharded.pool(batch.local, size, by_peer))
         if self._replicated is not None:
             assert batch.replicated is not None
-            parts.append(self._replicated.pool(batch.replicated))
-        flat = [part.values.reshape(-1) for part in parts]
-        sizes = [values.numel() for values in flat]
-        if not parts:  # nothing but numeric features: [B, 0], with a way back that leads nowhere
-            flat = [torch.empty(0, device=self._device)]
-        values = self._assembly.assemble(flat[0] if len(flat) == 1 else torch.cat(flat), divisors, size, dtype)
+            parts.append(self._replicated.pool(batch.replicated, self._peers if by_peer else 1))
+        widths = [part.values.shape[1] for part in parts]
 
         def update(gradient: Tensor) -> None:
-            for part, own in zip(parts, gradient.split(sizes), strict=True):
-                part.update(own.view(part.values.shape))
+            for part, own in zip(parts, gradient.split(widths, dim=1), strict=True):
+                part.update(own)
 
-        return Exchanged(
-            values, lambda gradient: self._assembly.scatter(gradient, divisors, size, self._wire, divide), update
-        )
+        if not parts:  # nothing but numeric features: [B, 0], with a way back that leads nowhere
+            return Pooled(torch.empty(self._peers if by_peer else 1, 0, device=self._device), lambda gradient: None)
+        return Pooled(parts[0].values if len(parts) == 1 else torch.cat([p.values for p in parts], dim=1), update)
+
+
+def mean_features(layout: EmbeddingLayout) -> list[str]:
+    """Whose sums become means."""
+    return [f.name for f in layout.features if f.multi_valued and f.pooling == "mean"]

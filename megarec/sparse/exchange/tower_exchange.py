@@ -6,6 +6,9 @@ Rank (t, q) is local rank q of host t; H hosts, B examples a rank:
     b. inside the host (group.py): ids to table owners, pooled embeddings back: [H B, columns of host t]
     c. what the host's towers make of them: [H B, outputs of host t]
     d. over the peer group: (t, q) receives what every host made of its own examples: [B, outputs of all]
+
+Without tower modules nothing is assembled in the middle: the blocks that b brings for the examples of a peer lie
+together, and d sends them on as they are.
 """
 
 import dataclasses
@@ -17,7 +20,8 @@ from torch import Tensor
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch
 from megarec.distributed.collectives import FP32, Channel, WireDtypes, all_to_all
-from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup
+from megarec.distributed.topology import Topology
+from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup, column_blocks, mean_features
 from megarec.sparse.exchange.ids import IdExchange
 from megarec.sparse.exchange.regroup import ColumnBlock, Regroup, Scattered
 from megarec.sparse.layout import EmbeddingLayout
@@ -35,7 +39,8 @@ class TowerExchange:
         hosts: by host, the layout of the features of its towers (see `host_layouts`).
         shards: of this host's tables; their ranks are local ranks.
         outputs: columns that each host hands on for an example.
-        assembly: turns the hosts' blocks [sum over hosts of B x outputs] into one matrix.
+        assembly: turns what the hosts hand on into one matrix.
+        through: whether tower modules stand in the middle: then `pool_through`, else `pool`.
     """
 
     def __init__(
@@ -48,26 +53,54 @@ class TowerExchange:
         peer: Channel,
         outputs: Sequence[int],
         assembly: Regroup,
+        through: bool,
         messages: WireDtypes,
         device: torch.device,
     ) -> None:
-        self._peer, self._outputs, self._assembly = peer, outputs, assembly
+        self._peer, self._outputs, self._assembly, self._through = peer, outputs, assembly, through
         self._messages = messages if peer.size > 1 else FP32
         self._features = hosts[peer.rank].features
         small = all(table.rows < 2**31 for layout in hosts for table in layout.tables)
         dtype = torch.int32 if small and tower.size * peer.size > 1 else torch.int64
         self._ids = IdExchange([layout.features for layout in hosts], peer, dtype, device)
         self.group = TableGroup(
-            hosts[peer.rank], shards, config, tower, blocks=peer.size, messages=messages, device=device
+            hosts[peer.rank], shards, config, tower, peers=peer.size, messages=messages, device=device
         )
 
     def distribute(self, batch: Batch) -> Distributed:
         """Hop a and the ids of hop b; reads no table."""
         arrived = self._ids(batch.ids, batch.size)
         ids = {f.name: arrived.of_slot(slot, f) for slot, f in enumerate(self._features)}
-        return self.group.distribute_ids(ids, batch.size * self._peer.size)
+        there = self.group.distribute_ids(ids, batch.size * self._peer.size)
+        return there if self._through else dataclasses.replace(there, ids=batch.ids, size=batch.size)
 
-    def pool(
+    def pool(self, batch: Distributed, dtype: torch.dtype = torch.float32, divide: int = 1) -> Exchanged:
+        """The rest of hop b, and d: the owners' blocks travel on as they lie, and are assembled at the end.
+
+        Args:
+            dtype: of the result, [B, columns of all hosts].
+            divide: what the gradient is divided by besides.
+        """
+        assert not self._through
+        peers, size, divisors = self._peer.size, batch.size, self._assembly.divisors(batch.ids)
+        received, sent = self._sizes(size)
+        inner = self.group.blocks(batch, size * peers, by_peer=True)
+        message, wire = inner.values.view(-1), self.group.wire
+        if peers > 1:
+            message, wire = message.to(self._messages.forward), self._messages.backward
+        blocks = all_to_all(message, received, sent, self._peer, "towers")
+
+        def update(gradient: Tensor) -> None:
+            arrived = all_to_all(gradient, sent, received, self._peer, "towers", "backward")
+            inner.update(arrived.view(inner.values.shape))
+
+        return Exchanged(
+            self._assembly.assemble(blocks, divisors, size, dtype),
+            lambda gradient: self._assembly.scatter(gradient, divisors, size, wire, divide),
+            update,
+        )
+
+    def pool_through(
         self, batch: Distributed, towers: Change, dtype: torch.dtype = torch.float32, divide: int = 1
     ) -> Exchanged:
         """The rest of hop b, then c and d: [B, outputs of all hosts]; collective, and so is `scatter` of the result.
@@ -77,20 +110,24 @@ class TowerExchange:
             dtype: of the result.
             divide: what the gradient is divided by besides.
         """
+        assert self._through
         inner = self.group.pool(batch)
         made, back = towers(inner.values)
-        size, own = batch.size // self._peer.size, self._outputs[self._peer.rank]
-        received = [size * columns for columns in self._outputs]
-        sent = [size * own] * self._peer.size
+        size = batch.size // self._peer.size
+        received, sent = self._sizes(size)
         message = made.detach().reshape(-1).to(self._messages.forward)
         blocks = all_to_all(message, received, sent, self._peer, "towers")
 
         def scatter(gradient: Tensor) -> Scattered:
             gradient, total = self._assembly.scatter(gradient, None, size, self._messages.backward, divide)
             arrived = all_to_all(gradient, sent, received, self._peer, "towers", "backward")
-            return Scattered(inner.scatter(back(arrived.view(batch.size, own))).blocks, total)
+            return Scattered(inner.scatter(back(arrived.view(batch.size, -1))).blocks, total)
 
         return Exchanged(self._assembly.assemble(blocks, None, size, dtype), scatter, inner.update)
+
+    def _sizes(self, size: int) -> tuple[list[int], list[int]]:
+        """Numbers that this rank receives from every peer, and that it sends to each, on the way forward."""
+        return [size * columns for columns in self._outputs], [size * self._outputs[self._peer.rank]] * self._peer.size
 
 
 def host_layouts(layout: EmbeddingLayout, towers: Sequence[Sequence[str]], hosts: int) -> list[EmbeddingLayout]:
@@ -113,11 +150,28 @@ def host_layouts(layout: EmbeddingLayout, towers: Sequence[Sequence[str]], hosts
     return parts
 
 
-def canonical_assembly(layout: EmbeddingLayout, hosts: Sequence[EmbeddingLayout], device: torch.device) -> Regroup:
-    """For embeddings that no tower module changed: every feature to its columns of the whole layout."""
-    start = {feature.name: feature.start for feature in layout.features}
-    pieces = [[ColumnBlock(f.name, start[f.name], f.start, f.columns) for f in part.features] for part in hosts]
-    return Regroup(pieces, device)
+def canonical_assembly(
+    layout: EmbeddingLayout,
+    hosts: Sequence[EmbeddingLayout],
+    shards: Sequence[Shard],
+    config: EmbeddingConfig,
+    topology: Topology,
+    device: torch.device,
+) -> Regroup:
+    """For embeddings that no tower module changed: every column of the owners' blocks to its place in the whole layout.
+
+    Args:
+        shards: of all hosts' tables; their ranks are those of the whole job.
+    """
+    whole = {feature.name: feature.start for feature in layout.features}
+    local, pieces = topology.ranks_per_host, []
+    for host, part in enumerate(hosts):
+        inside = {feature.name: feature.start for feature in part.features}
+        first = host * local
+        held = [dataclasses.replace(s, rank=s.rank - first) for s in shards if first <= s.rank < first + local]
+        for block in column_blocks(part, held, config, local, topology.rank % local, device):
+            pieces.append([dataclasses.replace(p, start=whole[p.feature] + p.start - inside[p.feature]) for p in block])
+    return Regroup(pieces, device, mean_features(layout))
 
 
 def tower_order_assembly(outputs: Sequence[int], device: torch.device) -> Regroup:
