@@ -43,6 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--probe-steps", type=int, metavar="N", help="of training, one epoch at most (300)")
     parser.add_argument(
+        "--measure", metavar="M", help="of the probe: difference (default) of a small DCNv2; cosine, as in DMT's paper"
+    )
+    parser.add_argument(
         "--interactions", type=Path, metavar="FILE.npy", help="what an earlier probe found, in its place"
     )
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override the config")
@@ -73,6 +76,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Part
         host_memory_gib=arguments.host_memory_gib,
         probe_steps=arguments.probe_steps,
         interactions=arguments.interactions,
+        measure=arguments.measure,
     )
     check_requested(requested)
     # Ours comes first: a parallel.towers of the config may be the file that is about to be written.

@@ -28,6 +28,7 @@ GROUPED = {
     "order": "highest order of an interaction inside a group",
     "rows": "values of each feature, by a power law",
     "signal": "variance of the logit; less is more noise",
+    "inside": "what interactions inside a group are made of: products of sums over members, or chains of members",
     "seed": "of all that is drawn",
 }
 
@@ -102,9 +103,9 @@ def add_grouped(command: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(grouped.Shape):
         command.add_argument(
             f"--{field.name}",
-            type=float if field.name == "signal" else int,
+            type=type(field.default),
             default=field.default,
-            help=f"{GROUPED[field.name]} (default: {field.default:,})",
+            help=f"{GROUPED[field.name]} (default: {field.default})",
         )
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarec.distributed.pieces import exchange
+from megarec.distributed.pieces import Wait, start_exchange
 from megarec.distributed.topology import Topology, group_ranks
 from megarec.errors import DamagedCheckpoint, UserError
 
@@ -141,18 +141,37 @@ FP32 = WireDtypes()
 MESSAGE_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def all_to_all(
+class Message(NamedTuple):
+    """What is on its way to this rank.
+
+    Whoever lets go of it has to wait all the same: its memory is still written to.
+    """
+
+    received: Tensor
+    ready: Wait
+
+    def wait(self) -> Tensor:
+        """What was received; the host waits for it on a CPU, the current stream on an accelerator."""
+        self.ready()
+        return self.received
+
+
+def _here() -> None:
+    """Nothing to wait for."""
+
+
+def start_all_to_all(
     tensor: Tensor,
     output_sizes: Sequence[int],
     input_sizes: Sequence[int],
     channel: Channel,
     purpose: str,
     direction: Direction = "forward",
-) -> Tensor:
-    """Send block r of `tensor` to rank r; no gradient.
+) -> Message:
+    """Start sending block r of `tensor` to rank r; no gradient.
 
     Args:
-        tensor: [sum(input_sizes)], contiguous: the blocks for rank 0, 1, ...
+        tensor: [sum(input_sizes)], contiguous: the blocks for rank 0, 1, ...; it stays as it is until the wait.
         output_sizes: elements that rank r sends to this rank.
         input_sizes: elements that this rank sends to rank r.
         purpose: what the message is, for the ledger: the operation is recorded as "all_to_all <purpose>".
@@ -161,10 +180,49 @@ def all_to_all(
         [sum(output_sizes)]: the blocks of rank 0, 1, ...
     """
     if channel.size == 1:
-        return tensor
+        return Message(tensor, _here)
     received = tensor.new_empty(sum(output_sizes))
-    all_to_all_into(received, tensor, output_sizes, input_sizes, channel, purpose, direction)
-    return received
+    return Message(
+        received, start_all_to_all_into(received, tensor, output_sizes, input_sizes, channel, purpose, direction)
+    )
+
+
+def all_to_all(
+    tensor: Tensor,
+    output_sizes: Sequence[int],
+    input_sizes: Sequence[int],
+    channel: Channel,
+    purpose: str,
+    direction: Direction = "forward",
+) -> Tensor:
+    """`start_all_to_all`, waited for."""
+    return start_all_to_all(tensor, output_sizes, input_sizes, channel, purpose, direction).wait()
+
+
+def start_all_to_all_into(
+    received: Tensor,
+    sent: Tensor,
+    output_sizes: Sequence[int],
+    input_sizes: Sequence[int],
+    channel: Channel,
+    purpose: str,
+    direction: Direction = "forward",
+    blocks: int = 1,
+) -> Wait:
+    """`start_all_to_all` of so many blocks of these sizes, in one message; of more than one rank.
+
+    Args:
+        received: filled: [blocks x sum(output_sizes)], by rank and within a rank by block, or [blocks,
+            sum(output_sizes)], by block.
+        sent: the same, of the input sizes.
+    """
+    assert channel.group is not None
+    wait = start_exchange(sent, received, input_sizes, output_sizes, channel.group, blocks)
+    width = blocks * sent.element_size()
+    kept = input_sizes[channel.rank] * width
+    across = sum(size for size, remote in zip(input_sizes, channel.remote, strict=False) if remote) * width
+    _record(channel, f"all_to_all {purpose}", sent, direction, sum(input_sizes) * width - kept, kept, across)
+    return wait
 
 
 def all_to_all_into(
@@ -177,56 +235,33 @@ def all_to_all_into(
     direction: Direction = "forward",
     blocks: int = 1,
 ) -> None:
-    """`all_to_all` of so many blocks of these sizes, in one message; of more than one rank.
-
-    Args:
-        received: filled: [blocks x sum(output_sizes)], by rank and within a rank by block, or [blocks,
-            sum(output_sizes)], by block.
-        sent: the same, of the input sizes.
-    """
-    assert channel.group is not None
-    exchange(sent, received, input_sizes, output_sizes, channel.group, blocks)
-    width = blocks * sent.element_size()
-    kept = input_sizes[channel.rank] * width
-    across = sum(size for size, remote in zip(input_sizes, channel.remote, strict=False) if remote) * width
-    _record(channel, f"all_to_all {purpose}", sent, direction, sum(input_sizes) * width - kept, kept, across)
+    """`start_all_to_all_into`, waited for."""
+    start_all_to_all_into(received, sent, output_sizes, input_sizes, channel, purpose, direction, blocks)()
 
 
-def all_gather_rows(
-    tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward"
-) -> tuple[Tensor, "dist.Work | None"]:
-    """Start gathering [B, ...] of every rank into [size x B, ...], in rank order; no gradient.
-
-    Returns:
-        The result, and the work to wait for before it is read (None: it is there).
-    """
+def all_gather_rows(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Message:
+    """Start gathering [B, ...] of every rank into [size x B, ...], in rank order; no gradient."""
     if channel.size == 1:
-        return tensor, None
+        return Message(tensor, _here)
     gathered = tensor.new_empty(channel.size * tensor.shape[0], *tensor.shape[1:])
     work = _all_gather(gathered, tensor.contiguous(), group=channel.group, async_op=True)
     own = tensor.numel() * tensor.element_size()
     _record(
         channel, f"all_gather {purpose}", tensor, direction, (channel.size - 1) * own, own, sum(channel.remote) * own
     )
-    return gathered, work
+    return Message(gathered, work.wait)
 
 
-def reduce_scatter_rows(
-    tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward"
-) -> tuple[Tensor, "dist.Work | None"]:
-    """Start summing [size x B, ...] over the ranks; this rank receives its own [B, ...]; no gradient.
-
-    Returns:
-        The result, and the work to wait for before it is read (None: it is there).
-    """
+def reduce_scatter_rows(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Message:
+    """Start summing [size x B, ...] over the ranks; this rank receives its own [B, ...]; no gradient."""
     if channel.size == 1:
-        return tensor, None
+        return Message(tensor, _here)
     own = tensor.new_empty(tensor.shape[0] // channel.size, *tensor.shape[1:])
     work = _reduce_scatter(own, tensor.contiguous(), group=channel.group, async_op=True)
     kept = own.numel() * own.element_size()
     sent, across = (channel.size - 1) * kept, sum(channel.remote) * kept
     _record(channel, f"reduce_scatter {purpose}", tensor, direction, sent, kept, across)
-    return own, work
+    return Message(own, work.wait)
 
 
 def all_reduce_mean_(

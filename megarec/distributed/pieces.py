@@ -6,18 +6,21 @@ link that takes both at a time. So on gloo the messages are posted one by one, t
 without a copy. Another backend (NCCL) gets one all-to-all, and one copy on a side that is not in the order of ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Wait = Callable[[], object]
+"""Waits for what is on its way, to and from this rank: the host on a CPU, the current stream on an accelerator."""
 
-def exchange(
+
+def start_exchange(
     sent: Tensor, received: Tensor, sent_sizes: Sequence[int], received_sizes: Sequence[int],
     group: dist.ProcessGroup, blocks: int = 1,
-) -> None:  # fmt: skip
-    """Send block after block to every rank, and fill `received`, both contiguous.
+) -> Wait:  # fmt: skip
+    """Start to send block after block to every rank, and to fill `received`, both contiguous.
 
     Args:
         sent: [blocks x sum of sizes], by rank and within a rank by block; or [blocks, sum of sizes], by block.
@@ -27,16 +30,20 @@ def exchange(
         blocks: how many; the same on all ranks.
     """
     if _piece_by_piece(group):
-        _post(_pieces(sent, sent_sizes, blocks), _pieces(received, received_sizes, blocks), group)
-        return
+        return _post(_pieces(sent, sent_sizes, blocks), _pieces(received, received_sizes, blocks), group)
     if blocks == 1:
         sent, received = sent.view(-1), received.view(-1)
     outgoing = _by_rank(sent, sent_sizes) if sent.dim() == 2 else sent
     incoming = received.new_empty(received.numel()) if received.dim() == 2 else received
     expected, given = ([size * blocks for size in sizes] for sizes in (received_sizes, sent_sizes))
-    dist.all_to_all_single(incoming, outgoing, expected, given, group=group)
-    if received.dim() == 2:
-        _copy(_pieces(incoming, received_sizes, blocks), _pieces(received, received_sizes, blocks))
+    work = dist.all_to_all_single(incoming, outgoing, expected, given, group=group, async_op=True)
+
+    def wait() -> None:
+        work.wait()
+        if received.dim() == 2:
+            _copy(_pieces(incoming, received_sizes, blocks), _pieces(received, received_sizes, blocks))
+
+    return wait
 
 
 def _piece_by_piece(group: dist.ProcessGroup) -> bool:
@@ -65,7 +72,7 @@ def _copy(source: list[list[Tensor]], target: list[list[Tensor]]) -> None:
     torch._foreach_copy_([piece for own in target for piece in own], [piece for own in source for piece in own])
 
 
-def _post(sent: list[list[Tensor]], received: list[list[Tensor]], group: dist.ProcessGroup) -> None:
+def _post(sent: list[list[Tensor]], received: list[list[Tensor]], group: dist.ProcessGroup) -> Wait:
     """Pieces of a pair of ranks arrive in the order in which they are posted."""
     rank, size = dist.get_rank(group), len(sent)
     work: list[dist.Work | None] = []
@@ -77,6 +84,10 @@ def _post(sent: list[list[Tensor]], received: list[list[Tensor]], group: dist.Pr
         work += [dist.isend(piece, target, group) for piece in sent[(rank + turn) % size] if piece.numel()]
     for own, into in zip(sent[rank], received[rank], strict=True):
         into.copy_(own)
-    for posted in work:
-        if posted is not None:
-            posted.wait()
+
+    def wait() -> None:
+        for posted in work:
+            if posted is not None:
+                posted.wait()
+
+    return wait

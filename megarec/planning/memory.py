@@ -19,6 +19,7 @@ from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
 from megarec.planning.held_memory import runtime_bytes
 from megarec.planning.zero import MASTER, dense_parts, zero_of
+from megarec.run.build import overlaps
 from megarec.run.fits import activation_bytes
 from megarec.run.spec import ModelSpec
 from megarec.sparse.layout import EmbeddingLayout
@@ -61,7 +62,10 @@ def predict(
     zero = zero_of(config, topology)
     sizes = parameter_sizes(spec, topology)
     parts = dense_parts(sizes, zero)
-    parts["communication"] += exchange_bytes(spec.layout, shards, micro_batch * zero.accumulation, topology)
+    by_micro_batch = zero.accumulation > 1 and overlaps(config, topology, device)
+    parts["communication"] += exchange_bytes(
+        spec.layout, shards, micro_batch * zero.accumulation, topology, by_micro_batch=by_micro_batch
+    )
     parts["activations"] = activation_bytes(config, spec, micro_batch)
     parts["tables"] = table_bytes(own, config.embedding)
     parts["towers"] = tower_bytes(config, spec.towers, micro_batch * zero.accumulation, topology)
@@ -110,7 +114,14 @@ def tower_bytes(config: RunConfig, resolved: ResolvedTowers, examples: int, topo
     return 4 * copies * sum(parameter.numel() for parameter in bank.parameters()) + kept["bytes"]
 
 
-def exchange_bytes(layout: EmbeddingLayout, shards: Sequence[Shard], examples: int, topology: Topology) -> int:
+def exchange_bytes(
+    layout: EmbeddingLayout,
+    shards: Sequence[Shard],
+    examples: int,
+    topology: Topology,
+    *,
+    by_micro_batch: bool = False,
+) -> int:
     """What the exchange holds around its backward message, float32, all of it as large as its forward one.
 
     The rank's matrix of looked-up embeddings and its gradient, cut up by owner; the pooled rows of its own tables for
@@ -120,10 +131,12 @@ def exchange_bytes(layout: EmbeddingLayout, shards: Sequence[Shard], examples: i
     Args:
         shards: of all ranks.
         examples: of this rank in one step.
+        by_micro_batch: gradients arrive in parts, which are put together: they are there twice.
     """
     names = replicated(shards)
     mine = [shard for shard in shards if shard.rank == topology.rank]
     lookups = sum(s.columns * sum(f.table == s.table for f in layout.features) for s in mine if s.table not in names)
     gradients = sum(shard.rows * (shard.columns + 1) for shard in mine if shard.table in names)
     own, owned = examples * layout.width, examples * topology.world_size * lookups
-    return 4 * (2 * own + own + 2 * owned + 2 * gradients) if topology.world_size > 1 else 4 * 2 * own
+    owned *= 3 if by_micro_batch else 2
+    return 4 * (2 * own + own + owned + 2 * gradients) if topology.world_size > 1 else 4 * 2 * own

@@ -4,7 +4,8 @@
     .venv-bench/bin/python tools/bench.py towers       # as root: needs network namespaces
 
 Two hosts of two single-thread ranks (testbed.py), 26 tables x 20,000 x 64, batch 2,048 a rank, float32 messages,
-row-wise Adagrad; on two of the links also with messages of 16 bits, TorchRec's by its own codecs. DLRM (MLPs 512-256-64
+row-wise Adagrad; on two of the links also with messages of 16 bits, TorchRec's by its own codecs; some also in
+micro-batches, each of which travels while another computes (their exchange alone is as without). DLRM (MLPs 512-256-64
 and 512-512-256-1) and a small Wukong, dense gradients averaged in float32. Two cores stand for four ranks, on a machine
 with a GPU as well (NCCL takes one rank a GPU), so that slow links are what makes network and compute weigh as they do
 on GPUs: each row has its compute/network ratio.
@@ -28,7 +29,8 @@ HOSTS, LOCAL = 2, 2
 LINKS = (0.25, 0.5, 1.0, 2.5, 0.0)  # Gbit/s; 0: unshaped
 STEPS = 7
 VARIANTS = ("flat", "tower", "tower, compression 2", "tower, compression 4", "tower, compression 8")
-CONTESTANTS = {"dlrm": (*VARIANTS, "torchrec flat"), "wukong": VARIANTS}
+OVERLAPPED = tuple(f"{name}, 4 micro-batches" for name in ("flat", "tower, compression 4", "tower, compression 8"))
+CONTESTANTS = {"dlrm": (*VARIANTS, *OVERLAPPED, "torchrec flat"), "wukong": (*VARIANTS, *OVERLAPPED)}
 BITS_16 = ", 16-bit messages"  # fp16 each way: gloo's codec of TorchRec has no bf16
 IN_16_BITS = {"dlrm": [name + BITS_16 for name in ("flat", "tower", "tower, compression 4", "torchrec flat")]}
 LINKS_IN_16_BITS = (0.25, 1.0)

@@ -125,8 +125,8 @@ def exposed_ids(overlap: bool, steps: int) -> dict[str, Any]:
 
 
 def _config(model: str, variant: str) -> RunConfig:
-    """`variant` is "flat", "tower" (SPTT alone) or "tower, compression C"; then "overlap" of ids and "16-bit messages"
-    where it says so."""
+    """`variant` is "flat", "tower" (SPTT alone) or "tower, compression C"; then "overlap" of ids, "16-bit messages"
+    and "N micro-batches" that travel one by one, where it says so."""
     exchange, *more = variant.split(", ")
     parallel: dict[str, Any] = {"exchange": exchange, "overlap": "overlap" in more}
     section: dict[str, Any] = {"name": "identity"}
@@ -134,6 +134,8 @@ def _config(model: str, variant: str) -> RunConfig:
         parallel["towers"] = 2
     if "16-bit messages" in more:
         parallel["messages"] = ["fp16", "fp16"]
+    micro_batches = next((int(part.split()[0]) for part in more if part.endswith("micro-batches")), 1)
+    parallel["overlap"] |= micro_batches > 1
     for compression in (float(part.split()[-1]) for part in more if part.startswith("compression")):
         section = {"name": model, "compression": compression}
         if model == "wukong":
@@ -147,7 +149,11 @@ def _config(model: str, variant: str) -> RunConfig:
             "parallel": parallel,
             "tower_module": section,
             "train": {"threads": 1},
-            "deepspeed": {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0},
+            "deepspeed": {
+                "zero_optimization": {"stage": 0},
+                "gradient_clipping": 0.0,
+                "gradient_accumulation_steps": micro_batches,
+            },
         }
     )
 

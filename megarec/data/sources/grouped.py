@@ -4,8 +4,10 @@ What a partition of features into towers should find, and what it costs where it
 law, P(v) ~ 1 / (v + 1). Every feature has LATENTS unrelated levels, so that one number does not hold a value. A level
 z_fl(v) takes two values, of mean 0 and variance 1 under the power law. With s = z of a feature's drawn latent:
 
-    inside    chains of `order` members f_1, f_2, .. of a group: w_k s_1 s_2 .. s_k for k = 2 .. order; the members lie
-              on a circle, and each chain starts where the one before ended, once around
+    inside    "products": for each k = 2 .. order the members of a group are dealt at random into k parts; w_k times the
+              product of the k sums of s, each scaled to variance 1. Many pairs interact, each a little
+              "chains": `order` members f_1, f_2, .. of a group: w_k s_1 s_2 .. s_k for k = 2 .. order; the members lie
+              on a circle, and each chain starts where the one before ended, once around. Few pairs interact, strongly
     across    for each feature a pair s s' with one outside its group
     alone     for each feature w s, the only strong term of those in no group
 
@@ -20,6 +22,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,12 +36,15 @@ from megarec.data.writing import write_dataset
 from megarec.errors import UserError
 from megarec.files import read_object
 
+Inside = Literal["products", "chains"]
+INSIDE = get_args(Inside)
+
 GROUPS_FILE = "groups.json"
 LATENTS = 2
 MOST_LEVELS = 1 << 28  # of all features together: 2 GiB
 MOST_SIGNAL = 1_000.0
 _INSIDE, _ACROSS = 0.75, 0.1  # of the logit's variance; the rest is that of single features
-_ORDER_DECAY = 0.7  # of the variance from an order to the next
+_ORDER_DECAY = {"products": 0.5, "chains": 0.7}  # of the variance from an order to the next
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Shape:
         order: the highest order of an interaction inside a group.
         rows: values of each feature.
         signal: the logit's variance; less is more noise in the labels.
+        inside: what the interactions inside a group are made of.
     """
 
     examples: int = 500_000
@@ -62,6 +69,7 @@ class Shape:
     order: int = 4
     rows: int = 64
     signal: float = 8.0
+    inside: Inside = "products"
     seed: int = 1
 
 
@@ -79,6 +87,18 @@ class Term:
     weights: Floats
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """weight x the product of its parts' scores, each the sum of levels of its features over the root of their number.
+
+    Attributes:
+        parts: (features [K], latents [K]) of each, without a common feature.
+    """
+
+    weight: float
+    parts: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
+
+
 class Grouped:
     """The groups, levels and terms behind the labels.
 
@@ -86,6 +106,7 @@ class Grouped:
         groups: features of each, ascending.
         levels: [F, LATENTS, R], mean 0 and variance 1 over a feature's values.
         terms: chains of all kinds.
+        products: inside groups.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -95,7 +116,11 @@ class Grouped:
         frequency = 1 / (1 + np.arange(shape.rows))
         self._below = np.cumsum(frequency / frequency.sum())
         self.levels = _levels(random, shape, frequency / frequency.sum())
-        self.terms = [*self._inside(random, shape), *self._across(random, shape), *self._single(random, shape)]
+        shares = _ORDER_DECAY[shape.inside] ** np.arange(shape.order - 1)
+        variances = _INSIDE * shape.signal * shares / shares.sum()
+        chains = list(self._chains(random, variances)) if shape.inside == "chains" else []
+        self.products = list(self._products(random, variances)) if shape.inside == "products" else []
+        self.terms = [*chains, *self._across(random, shape), *self._single(random, shape)]
 
     def draw(self, random: np.random.Generator, examples: int) -> tuple[NDArray[np.int64], Floats]:
         """Values [n, F], and logits [n]."""
@@ -111,16 +136,29 @@ class Grouped:
             for feature, latent, weight in zip(term.features, term.latents, term.weights, strict=True):
                 product *= self.levels[feature, latent][ids[:, feature]]
                 total += weight * product
+        for made in self.products:
+            product = np.full(len(ids), made.weight)
+            for features, latents in made.parts:
+                drawn = zip(features, latents, strict=True)
+                product *= sum(self.levels[f, k][ids[:, f]] for f, k in drawn) / np.sqrt(len(features))
+            total += product
         return total
 
-    def _inside(self, random: np.random.Generator, shape: Shape) -> Iterator[Term]:
-        shares = np.concatenate([[0.0], _ORDER_DECAY ** np.arange(shape.order - 1)])
+    def _products(self, random: np.random.Generator, variances: Floats) -> Iterator[Product]:
+        for members in self.groups:
+            for order, variance in enumerate(variances, 2):
+                dealt = np.array_split(random.permutation(members), order)
+                parts = tuple((part, random.integers(0, LATENTS, len(part))) for part in dealt)
+                yield Product(float(np.sqrt(variance / len(self.groups))), parts)
+
+    def _chains(self, random: np.random.Generator, variances: Floats) -> Iterator[Term]:
+        order = len(variances) + 1
         circles = [random.permutation(members) for members in self.groups]
-        starts = [range(0, len(circle), shape.order - 1) for circle in circles]
-        weights = np.sqrt(_INSIDE * shape.signal * shares / shares.sum() / sum(map(len, starts)))
+        starts = [range(0, len(circle), order - 1) for circle in circles]
+        weights = np.sqrt(np.concatenate([[0.0], variances]) / sum(map(len, starts)))
         for circle, places in zip(circles, starts, strict=True):
             for start in places:
-                yield _term(random, np.take(circle, range(start, start + shape.order), mode="wrap"), weights)
+                yield _term(random, np.take(circle, range(start, start + order), mode="wrap"), weights)
 
     def _across(self, random: np.random.Generator, shape: Shape) -> Iterator[Term]:
         group_of = np.arange(shape.features) + shape.groups  # whoever is alone is a group of its own
@@ -190,6 +228,8 @@ def prepare_grouped(shape: Shape, output: Path) -> Schema:
         ("seed", shape.seed, 0, MOST_ROWS),
     ):
         check_size(option, value, least, most)
+    if shape.inside not in INSIDE:
+        raise UserError(f"--inside {shape.inside}: expected {' or '.join(INSIDE)}")
     if not 0 < shape.signal <= MOST_SIGNAL:
         raise UserError(f"--signal {shape.signal}: expected more than 0 and at most {MOST_SIGNAL:,.0f}")
     smallest = max(0, shape.features - shape.alone) // shape.groups
@@ -212,7 +252,8 @@ def _write(directory: Path, shape: Shape) -> Schema:
     (directory / GROUPS_FILE).write_text(json.dumps({"groups": hidden, "alone": alone}, indent=2) + "\n")
     categorical = tuple(CategoricalFeature(name=name, rows=shape.rows) for name in names)
     what = (
-        f"{shape.groups} hidden groups and {shape.alone} features alone, order {shape.order}, signal {shape.signal:g}"
+        f"{shape.groups} hidden groups and {shape.alone} features alone, {shape.inside} of order {shape.order}, "
+        f"signal {shape.signal:g}"
     )
     schema = Schema(
         name="grouped",

@@ -1,44 +1,72 @@
-"""How strongly features interact: the mean |cosine| of their pooled embeddings (DMT, arXiv 2403.00877).
+"""How strongly features interact, measured on a trained dense model and the pooled embeddings in front of it.
 
-Embeddings of different widths (several embeddings of one feature, flattened, or small ones) are compared over the
-columns that both have: the narrower one is filled up with zeros. Two random vectors of widths m and n have a mean
-|cosine| near sqrt(2 / (pi max(m, n))), so a narrow pair looks closer than a wide one by chance alone.
+difference    the mean |mixed second difference| of the logit: how much of a feature's effect another one changes. It is
+              ours, and asks nothing of the model's form
+cosine        the mean |cosine| of their pooled embeddings (DMT, arXiv 2403.00877). It means something where the model
+              multiplies embeddings with each other, as DLRM does
 
-They are taken from a short training of the flat model (`probe`), or from a file.
+Shape suffixes: B examples, C columns of the layout, F features.
 """
 
-import math
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
-from megarec.config.deepspeed import MONITORS
-from megarec.config.sections import RunConfig
-from megarec.config.towers import IdentityTowerConfig
-from megarec.data.schema import load_schema
-from megarec.distributed.process import start_process
 from megarec.errors import UserError
-from megarec.planning.partition.limits import measure_lengths
-from megarec.run.build import Run, build_run
 from megarec.sparse.layout import EmbeddingLayout
-from megarec.training.profiling import StepTimer
-from megarec.training.step import train_step
 
 Matrix = NDArray[np.float64]
+Measure = Literal["difference", "cosine"]
+MEASURES = get_args(Measure)
 
 CHUNK_COSINES = 1 << 24  # cosines held at a time: 64 MiB
-EXAMPLES = 8_192  # whose embeddings are compared; the mean |cosine| is then known to about 0.003
-REPORT_EVERY = 50  # steps
-# DeepSpeed sections that report about a run, and batch sizes stated for the run's number of ranks.
-NOT_OF_A_PROBE = (*MONITORS, "flops_profiler", "train_batch_size", "train_micro_batch_size_per_gpu")
+CHUNK_COLUMNS = 1 << 22  # embedding numbers that pass through the dense model at a time
+
+Logits = Callable[[Tensor], Tensor]
+
+
+def second_differences(logits: Logits, layout: EmbeddingLayout, x_BC: Tensor, other_BC: Tensor) -> Matrix:
+    """[F, F], symmetric, features in layout order, 0 on the diagonal: how much features change each other's effect.
+
+    With x \\ i an example x whose feature i has the embedding of another example x':
+
+        D_ij = mean over examples |(grad_j f(x) - grad_j f(x \\ i)) . (x_j - x'_j)|
+
+    the mixed second difference f(x) - f(x \\ i) - f(x \\ j) + f(x \\ i, j), to first order in j: F + 1 backward passes
+    in place of F^2 / 2 forward passes. The result is the mean of D and its transpose.
+
+    Args:
+        logits: [B, C] -> [B]; row by row, no row sees another.
+        x_BC, other_BC: pooled embeddings of different examples.
+    """
+    features = layout.features
+    owner = torch.empty(layout.width, dtype=torch.int64, device=x_BC.device)
+    for place, feature in enumerate(features):
+        owner[feature.start : feature.start + feature.columns] = place
+    total = torch.zeros(len(features), len(features), dtype=torch.float64)
+    rows = max(1, CHUNK_COLUMNS // layout.width)
+    for x_bC, other_bC in zip(x_BC.split(rows), other_BC.split(rows), strict=True):
+        here_bC, step_bC = _gradient(logits, x_bC), x_bC - other_bC
+        for place, feature in enumerate(features):
+            columns = slice(feature.start, feature.start + feature.columns)
+            without_bC = x_bC.clone()
+            without_bC[:, columns] = other_bC[:, columns]
+            change_bC = (here_bC - _gradient(logits, without_bC)) * step_bC
+            of_feature_bF = change_bC.new_zeros(len(change_bC), len(features)).index_add_(1, owner, change_bC)
+            total[place] += of_feature_bF.abs().sum(0).double().cpu()
+    mean = (total + total.T) / (2 * len(x_BC))
+    return mean.fill_diagonal_(0).numpy()
+
+
+def _gradient(logits: Logits, x_BC: Tensor) -> Tensor:
+    x_BC = x_BC.detach().clone().requires_grad_(True)
+    (found,) = torch.autograd.grad(logits(x_BC).float().sum(), x_BC)
+    return found.float()
 
 
 class InteractionMean:
@@ -46,6 +74,10 @@ class InteractionMean:
 
     A zero embedding, such as that of an empty list, has no direction. A pair that never met counts as 0, a feature
     with itself as 1.
+
+    Embeddings of different widths (several embeddings of one feature, flattened, or small ones) are compared over the
+    columns that both have: the narrower one is filled up with zeros. Two random vectors of widths m and n have a mean
+    |cosine| near sqrt(2 / (pi max(m, n))), so a narrow pair looks closer than a wide one by chance alone.
     """
 
     def __init__(self, layout: EmbeddingLayout) -> None:
@@ -82,7 +114,7 @@ def read_interactions(path: Path, features: int) -> Matrix:
     """[F, F] of an .npy file, such as a probe wrote.
 
     Raises:
-        UserError: no such file, or it holds no symmetric matrix of so many features with values in [0, 1].
+        UserError: no such file, or it holds no symmetric matrix of so many features without negative values.
     """
     try:
         matrix = np.load(path, allow_pickle=False)
@@ -97,79 +129,8 @@ def read_interactions(path: Path, features: int) -> Matrix:
             f"expected [{features}, {features}], in schema order, those of smaller width last"
         )
     matrix = matrix.astype(np.float64)
-    if not (np.isfinite(matrix).all() and matrix.min() >= 0 and matrix.max() <= 1 and np.allclose(matrix, matrix.T)):
-        raise UserError(f"--interactions {path}: expected a symmetric matrix of values in [0, 1], the mean |cosine|")
+    if not (np.isfinite(matrix).all() and matrix.min() >= 0 and np.allclose(matrix, matrix.T)):
+        raise UserError(
+            f"--interactions {path}: expected a symmetric matrix of finite values, 0 or more, as a probe writes it"
+        )
     return matrix
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a probe found.
-
-    Attributes:
-        interactions: [F, F], features in layout order.
-        mean_lengths: ids an example of the multi-valued features.
-        reason: what was done, for the log.
-    """
-
-    interactions: Matrix
-    mean_lengths: dict[str, float]
-    reason: str
-
-
-def probe(config: RunConfig, steps: int, say: Callable[[str], None]) -> Probe:
-    """Train briefly on the training data in this process, then compare the pooled embeddings of features.
-
-    Args:
-        config: of any topology and exchange; the model is trained without towers on one rank.
-        steps: at most so many; one epoch at most.
-
-    Raises:
-        UserError: data are missing, the config cannot train, or this is one process of many.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"the probe runs in one process, but WORLD_SIZE={os.environ['WORLD_SIZE']}: start it by python")
-    load_schema(Path(config.data.path))  # data that are missing are told before a process group is there
-    config = probe_config(config, steps)
-    run = build_run(config, start_process(config))
-    loss = _train(run, say)
-    mean = InteractionMean(run.spec.layout)
-    with torch.no_grad():
-        for batch in islice(run.train.batches(epoch=0), math.ceil(EXAMPLES / config.data.batch_size)):
-            mean.add(run.sparse.look_up(batch.to(run.device)).values)
-    reason = (
-        f"probe: {run.schedule.total_steps} steps of {config.data.batch_size} training examples, loss of the last "
-        f"{loss:.4f}; interactions over {mean.examples:,} training examples"
-    )
-    return Probe(mean.mean(), measure_lengths(run.train.store), reason)
-
-
-def probe_config(config: RunConfig, steps: int) -> RunConfig:
-    """The flat model of a config on one rank, trained for at most so many steps of one epoch."""
-    one_rank = {"tensor": 1, "ranks_per_host": None, "exchange": "flat", "towers": None}
-    return config.model_copy(
-        update={
-            "parallel": config.parallel.model_copy(update=one_rank),
-            "tower_module": IdentityTowerConfig(),
-            "train": config.train.model_copy(update={"epochs": 1, "max_steps": steps}),
-            "deepspeed": {key: value for key, value in config.deepspeed.items() if key not in NOT_OF_A_PROBE},
-        }
-    )
-
-
-def _train(run: Run, say: Callable[[str], None]) -> float:
-    """As the trainer's loop steps; returns the loss of the last batch."""
-    timer = StepTimer(run.device)
-    steps = run.schedule.total_steps
-    loss = torch.tensor(float("nan"))
-    for step, batch in enumerate(islice(run.train.batches(epoch=0), steps)):
-        batch = batch.to(run.device)
-        timer.next_step(sampled=False)
-        factor = run.schedule.factor(step)
-        run.dense.scale_learning_rate(factor)
-        run.sparse.scale_learning_rate(factor)
-        result = train_step(run.dense, run.sparse, batch, timer=timer)
-        if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
-            loss = binary_cross_entropy_with_logits(result.logits.float(), batch.labels)
-            say(f"probe: step {step + 1}/{steps}, loss {loss:.4f}")
-    return float(loss)

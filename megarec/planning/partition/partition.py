@@ -1,12 +1,13 @@
 """Features to towers (DMT, arXiv 2403.00877, tower partitioner): one ordered recipe.
 
-    coherent, diverse    probe -> interactions -> distances -> plane -> k-means within limits
+    coherent             probe -> interactions -> spectral coordinates -> k-means within limits
+    diverse              probe -> interactions -> distances -> plane -> k-means within limits
     strided              table i to tower i mod T
     greedy               largest first, to the tower with the least cost so far
     random               tables dealt out at random, as many to each tower
     planted              the hidden groups of made-up data (`tools/prepare_data.py grouped`), whole
 
-The last four look at no interactions and keep no balance; they are what the first two are compared with.
+The others look at no interactions and keep no balance; they are what the first two are compared with.
 """
 
 import time
@@ -30,7 +31,7 @@ from megarec.planning.partition.balanced_kmeans import (
     dealt_round_robin,
     largest_first,
 )
-from megarec.planning.partition.interactions import Matrix, read_interactions
+from megarec.planning.partition.interactions import MEASURES, Matrix, Measure, read_interactions
 from megarec.planning.partition.limits import (
     GIB,
     KINDS,
@@ -43,6 +44,7 @@ from megarec.planning.partition.limits import (
 )
 from megarec.planning.partition.mds import Kind, place_in_plane, wanted_distances
 from megarec.planning.partition.planted import agreement, planted_assignment
+from megarec.planning.partition.spectral import coordinates
 from megarec.run.spec import resolve
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.towers.assignment import Towers, assign_towers
@@ -58,6 +60,7 @@ class Requested:
 
     Attributes:
         interactions: an .npy file in place of a probe.
+        measure: of MEASURES.
     """
 
     towers: int
@@ -66,6 +69,7 @@ class Requested:
     host_memory_gib: float | None = None
     probe_steps: int | None = None
     interactions: Path | None = None
+    measure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,10 +151,14 @@ def _picture(requested: Requested, interactions: Matrix | None, seed: int, reaso
     """Features in the plane, where interactions are known."""
     if interactions is None:
         return None
-    kind: Kind = "diverse" if requested.strategy == "diverse" else "coherent"
+    kind = _kind(requested)
     points, stress = place_in_plane(wanted_distances(interactions, kind), seed)
     reasons.append(f"plane: distances of {kind}, stress {stress:.3f}")
     return Picture(interactions, points, stress, requested.interactions is None)
+
+
+def _kind(requested: Requested) -> Kind:
+    return "diverse" if requested.strategy == "diverse" else "coherent"
 
 
 def _assign(
@@ -171,8 +179,10 @@ def _assign(
     assert picture is not None
     limits = find_limits(config, layout, units, requested.towers, balance=requested.balance, host_memory=memory)
     reasons.append(limits.reason)
+    coherent = _kind(requested) == "coherent"
+    points = coordinates(picture.interactions, requested.towers) if coherent else picture.points
     return constrained_kmeans(
-        _unit_points(units, picture.points), np.array([float(len(f)) for f in units.features]),
+        _unit_points(units, points), np.array([float(len(f)) for f in units.features]),
         units.shares(requested.towers), limits.loads, limits.even, requested.towers, config.train.seed,
     )  # fmt: skip
 
@@ -192,9 +202,13 @@ def check_requested(options: Requested) -> None:
         raise UserError(f"--host-memory-gib {options.host_memory_gib}: expected more than 0")
     if options.strategy not in LEARNED and options.balance is not None:
         raise UserError(f"--balance goes with {' and '.join(LEARNED)}: --strategy {options.strategy} keeps no balance")
-    if options.probe_steps is not None and (options.interactions is not None or options.strategy not in LEARNED):
+    if options.measure is not None and options.measure not in MEASURES:
+        raise UserError(f"--measure {options.measure}: no such measure; {did_you_mean(options.measure, MEASURES)}")
+    of_probe = {"probe-steps": options.probe_steps, "measure": options.measure}
+    given = next((name for name, value in of_probe.items() if value is not None), None)
+    if given is not None and (options.interactions is not None or options.strategy not in LEARNED):
         other = "--interactions" if options.interactions is not None else f"--strategy {options.strategy}"
-        raise UserError(f"--probe-steps: there is no probe with {other}; leave one of them out")
+        raise UserError(f"--{given}: there is no probe with {other}; leave one of them out")
 
 
 def _look(
@@ -202,11 +216,10 @@ def _look(
 ) -> tuple[Matrix | None, dict[str, float], list[str]]:
     """Interactions [F, F], ids an example of multi-valued features, and how they were found."""
     if requested.interactions is None and requested.strategy in LEARNED:
-        from megarec.planning.partition.interactions import (
-            probe,  # seconds of imports that everything else does without
-        )
+        from megarec.planning.partition.probe import probe  # seconds of imports that everything else does without
 
-        found = probe(config, requested.probe_steps or PROBE_STEPS, say)
+        measure: Measure = "cosine" if requested.measure == "cosine" else "difference"
+        found = probe(config, requested.probe_steps or PROBE_STEPS, measure, say)
         return found.interactions, found.mean_lengths, [found.reason]
     interactions = None
     reasons = []
@@ -229,7 +242,7 @@ def _look(
 
 
 def _unit_points(units: Units, points: Floats) -> Floats:
-    """[U, 2]: features that move together lie in the middle of them."""
+    """[U, axes]: features that move together lie in the middle of them."""
     return np.stack([points[list(features)].mean(0) for features in units.features])
 
 

@@ -40,13 +40,13 @@ def plane_figure(partition: Partition, picture: Picture) -> Figure:
 
 
 def matrix_figure(partition: Partition, picture: Picture) -> Figure:
-    """The mean |cosine| of every pair of features, tower after tower."""
+    """How strongly every pair of features interacts, tower after tower."""
     figure = Figure(figsize=(8, 7), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
     tower_of = partition.tower_of_features()
     order = np.argsort(tower_of, kind="stable")
     shown = picture.interactions[np.ix_(order, order)].copy()
-    np.fill_diagonal(shown, np.nan)  # 1 by definition; it would take up the scale
+    np.fill_diagonal(shown, np.nan)  # no pair; it would take up the scale
     image = axes.imshow(shown, cmap="viridis", interpolation="nearest")
     for edge in np.flatnonzero(np.diff(tower_of[order])) + 0.5:
         axes.axhline(edge, color="white", linewidth=1)
@@ -58,7 +58,7 @@ def matrix_figure(partition: Partition, picture: Picture) -> Figure:
     else:
         axes.set_xticks([])
         axes.set_yticks([])
-    figure.colorbar(image, ax=axes, label="mean |cosine| of pooled embeddings")
+    figure.colorbar(image, ax=axes, label="interaction")
     axes.set_title(_title(partition))
     return figure
 

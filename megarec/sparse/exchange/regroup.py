@@ -26,10 +26,7 @@ def sum_over_owners(partial: Tensor, channel: Channel, messages: WireDtypes) -> 
     Both send the same bytes.
     """
     if messages.forward == torch.float32:
-        own, work = reduce_scatter_rows(partial.float().contiguous(), channel, "embeddings")
-        if work is not None:
-            work.wait()
-        return own
+        return reduce_scatter_rows(partial.float().contiguous(), channel, "embeddings").wait()
     message, ranks = partial.to(messages.forward).reshape(-1), channel.size
     sizes = [message.numel() // ranks] * ranks
     received = all_to_all(message, sizes, sizes, channel, "embeddings")
@@ -38,10 +35,8 @@ def sum_over_owners(partial: Tensor, channel: Channel, messages: WireDtypes) -> 
 
 def gradient_for_owners(gradient: Tensor, channel: Channel, messages: WireDtypes) -> Tensor:
     """Of `sum_over_owners`, [B, columns] -> [size x B, columns]: no sum, hence any type."""
-    gathered, work = all_gather_rows(gradient.to(messages.backward).contiguous(), channel, "embeddings", "backward")
-    if work is not None:
-        work.wait()
-    return gathered
+    message = gradient.to(messages.backward).contiguous()
+    return all_gather_rows(message, channel, "embeddings", "backward").wait()
 
 
 @dataclass(frozen=True)

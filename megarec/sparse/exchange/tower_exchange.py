@@ -7,8 +7,7 @@ Rank (t, q) is local rank q of host t; H hosts, B examples a rank:
     c. what the host's towers make of them: [H B, outputs of host t]
     d. over the peer group: (t, q) receives what every host made of its own examples: [B, outputs of all]
 
-Without tower modules nothing is assembled in the middle: the blocks that b brings for the examples of a peer lie
-together, and d sends them on as they are.
+Without tower modules, and in one part, nothing is assembled between b and d (direct.py).
 """
 
 import dataclasses
@@ -19,11 +18,12 @@ from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch
-from megarec.distributed.collectives import FP32, Channel, WireDtypes, all_to_all
-from megarec.distributed.topology import Topology
-from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup, column_blocks, mean_features
+from megarec.distributed.collectives import FP32, Channel, WireDtypes
+from megarec.sparse.exchange.direct import DirectLookup
+from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup
 from megarec.sparse.exchange.ids import IdExchange
-from megarec.sparse.exchange.regroup import ColumnBlock, Regroup, Scattered
+from megarec.sparse.exchange.parts import PartedExchange
+from megarec.sparse.exchange.regroup import ColumnBlock, Regroup
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.placement import Shard
 
@@ -39,8 +39,8 @@ class TowerExchange:
         hosts: by host, the layout of the features of its towers (see `host_layouts`).
         shards: of this host's tables; their ranks are local ranks.
         outputs: columns that each host hands on for an example.
-        assembly: turns what the hosts hand on into one matrix.
-        through: whether tower modules stand in the middle: then `pool_through`, else `pool`.
+        assembly: turns the hosts' blocks [sum over hosts of B x outputs] into one matrix.
+        direct: the same of the owners' blocks (direct.py), where no tower modules stand in the middle.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class TowerExchange:
         peer: Channel,
         outputs: Sequence[int],
         assembly: Regroup,
-        through: bool,
+        direct: Regroup | None,
         messages: WireDtypes,
         device: torch.device,
     ) -> None:
-        self._peer, self._outputs, self._assembly, self._through = peer, outputs, assembly, through
+        self._peer, self._outputs, self._assembly, self._direct = peer, outputs, assembly, direct
         self._messages = messages if peer.size > 1 else FP32
         self._features = hosts[peer.rank].features
         small = all(table.rows < 2**31 for layout in hosts for table in layout.tables)
         dtype = torch.int32 if small and tower.size * peer.size > 1 else torch.int64
         self._ids = IdExchange([layout.features for layout in hosts], peer, dtype, device)
         self.group = TableGroup(
-            hosts[peer.rank], shards, config, tower, peers=peer.size, messages=messages, device=device
+            hosts[peer.rank], shards, config, tower, blocks=peer.size, messages=messages, device=device
         )
 
     def distribute(self, batch: Batch) -> Distributed:
@@ -72,62 +72,94 @@ class TowerExchange:
         arrived = self._ids(batch.ids, batch.size)
         ids = {f.name: arrived.of_slot(slot, f) for slot, f in enumerate(self._features)}
         there = self.group.distribute_ids(ids, batch.size * self._peer.size)
-        return there if self._through else dataclasses.replace(there, ids=batch.ids, size=batch.size)
+        return dataclasses.replace(there, own=batch.ids)
 
-    def pool(self, batch: Distributed, dtype: torch.dtype = torch.float32, divide: int = 1) -> Exchanged:
-        """The rest of hop b, and d: the owners' blocks travel on as they lie, and are assembled at the end.
+    def pool_direct(self, batch: Distributed, dtype: torch.dtype = torch.float32, divide: int = 1) -> Exchanged:
+        """The rest of hop b, and d, in one part and without assembly in the middle: [B, columns of all hosts].
 
         Args:
-            dtype: of the result, [B, columns of all hosts].
+            dtype: of the result.
             divide: what the gradient is divided by besides.
         """
-        assert not self._through
-        peers, size, divisors = self._peer.size, batch.size, self._assembly.divisors(batch.ids)
-        received, sent = self._sizes(size)
-        inner = self.group.blocks(batch, size * peers, by_peer=True)
-        message, wire = inner.values.view(-1), self.group.wire
-        if peers > 1:
-            message, wire = message.to(self._messages.forward), self._messages.backward
-        blocks = all_to_all(message, received, sent, self._peer, "towers")
+        assert self._direct is not None and batch.own is not None
+        size, own = batch.size // self._peer.size, self._outputs[self._peer.rank]
+        sizes = [size * columns for columns in self._outputs], [size * own] * self._peer.size
+        return DirectLookup(
+            self.group.by_peer(batch), self._direct, sizes, self._peer, self._messages, self.group.wire,
+            self._direct.divisors(batch.own), size, dtype, divide,
+        )  # fmt: skip
 
-        def update(gradient: Tensor) -> None:
-            arrived = all_to_all(gradient, sent, received, self._peer, "towers", "backward")
-            inner.update(arrived.view(inner.values.shape))
-
-        return Exchanged(
-            self._assembly.assemble(blocks, divisors, size, dtype),
-            lambda gradient: self._assembly.scatter(gradient, divisors, size, wire, divide),
-            update,
-        )
-
-    def pool_through(
-        self, batch: Distributed, towers: Change, dtype: torch.dtype = torch.float32, divide: int = 1
+    def pool(
+        self,
+        batch: Distributed,
+        towers: Change,
+        dtype: torch.dtype = torch.float32,
+        divide: int = 1,
+        parts: int = 1,
     ) -> Exchanged:
-        """The rest of hop b, then c and d: [B, outputs of all hosts]; collective, and so is `scatter` of the result.
+        """The rest of hop b, then c and d: [B, outputs of all hosts]; collective.
 
         Args:
             towers: [H B, columns of this host, tower after tower] -> [H B, outputs of this host].
             dtype: of the result.
             divide: what the gradient is divided by besides.
+            parts: in how many parts hop d travels, while others compute; divides B.
         """
-        assert self._through
         inner = self.group.pool(batch)
-        made, back = towers(inner.values)
-        size = batch.size // self._peer.size
-        received, sent = self._sizes(size)
-        message = made.detach().reshape(-1).to(self._messages.forward)
-        blocks = all_to_all(message, received, sent, self._peer, "towers")
+        made, back = towers(inner.arrive(0))
+        size, own = batch.size // self._peer.size, self._outputs[self._peer.rank]
+        peers = PartedExchange(
+            made.detach().reshape(-1),
+            [size * own] * self._peer.size,
+            [size * columns for columns in self._outputs],
+            self._peer,
+            "towers",
+            self._messages,
+            parts,
+        )
+        return TowerLookup(inner, back, peers, self._assembly, size // parts, (batch.size, own), dtype, divide)
 
-        def scatter(gradient: Tensor) -> Scattered:
-            gradient, total = self._assembly.scatter(gradient, None, size, self._messages.backward, divide)
-            arrived = all_to_all(gradient, sent, received, self._peer, "towers", "backward")
-            return Scattered(inner.scatter(back(arrived.view(batch.size, -1))).blocks, total)
 
-        return Exchanged(self._assembly.assemble(blocks, None, size, dtype), scatter, inner.update)
+class TowerLookup:
+    """An `Exchanged` of the tower exchange: hop d by parts; hops b and c, inside the host, for all of them at once.
 
-    def _sizes(self, size: int) -> tuple[list[int], list[int]]:
-        """Numbers that this rank receives from every peer, and that it sends to each, on the way forward."""
-        return [size * columns for columns in self._outputs], [size * self._outputs[self._peer.rank]] * self._peer.size
+    Args:
+        back: the gradient of what the towers made -> that of what they took in.
+        assembly: see TowerExchange.
+        size: examples of a part.
+        made: shape of what the towers made.
+    """
+
+    def __init__(
+        self,
+        inner: Exchanged,
+        back: Back,
+        peers: PartedExchange,
+        assembly: Regroup,
+        size: int,
+        made: tuple[int, int],
+        dtype: torch.dtype,
+        divide: int,
+    ) -> None:
+        self._inner, self._back, self._peers, self._assembly = inner, back, peers, assembly
+        self._size, self._made, self._dtype, self._divide = size, made, dtype, divide
+
+    def arrive(self, part: int) -> Tensor:
+        return self._assembly.assemble(self._peers.arrive(part), None, self._size, self._dtype)
+
+    def leave(self, part: int, gradient: Tensor) -> Tensor | None:
+        wire = self._peers.messages.backward
+        blocks, total = self._assembly.scatter(gradient, None, self._size, wire, self._divide)
+        self._peers.leave(blocks)
+        if part + 1 == self._peers.parts:
+            self._inner.leave(0, self._back(self._peers.gradient().view(self._made)))
+        return total
+
+    def update(self) -> None:
+        self._inner.update()
+
+    def forget(self) -> None:
+        self._inner.forget()
 
 
 def host_layouts(layout: EmbeddingLayout, towers: Sequence[Sequence[str]], hosts: int) -> list[EmbeddingLayout]:
@@ -150,28 +182,11 @@ def host_layouts(layout: EmbeddingLayout, towers: Sequence[Sequence[str]], hosts
     return parts
 
 
-def canonical_assembly(
-    layout: EmbeddingLayout,
-    hosts: Sequence[EmbeddingLayout],
-    shards: Sequence[Shard],
-    config: EmbeddingConfig,
-    topology: Topology,
-    device: torch.device,
-) -> Regroup:
-    """For embeddings that no tower module changed: every column of the owners' blocks to its place in the whole layout.
-
-    Args:
-        shards: of all hosts' tables; their ranks are those of the whole job.
-    """
-    whole = {feature.name: feature.start for feature in layout.features}
-    local, pieces = topology.ranks_per_host, []
-    for host, part in enumerate(hosts):
-        inside = {feature.name: feature.start for feature in part.features}
-        first = host * local
-        held = [dataclasses.replace(s, rank=s.rank - first) for s in shards if first <= s.rank < first + local]
-        for block in column_blocks(part, held, config, local, topology.rank % local, device):
-            pieces.append([dataclasses.replace(p, start=whole[p.feature] + p.start - inside[p.feature]) for p in block])
-    return Regroup(pieces, device, mean_features(layout))
+def canonical_assembly(layout: EmbeddingLayout, hosts: Sequence[EmbeddingLayout], device: torch.device) -> Regroup:
+    """For embeddings that no tower module changed: every feature to its columns of the whole layout."""
+    start = {feature.name: feature.start for feature in layout.features}
+    pieces = [[ColumnBlock(f.name, start[f.name], f.start, f.columns) for f in part.features] for part in hosts]
+    return Regroup(pieces, device)
 
 
 def tower_order_assembly(outputs: Sequence[int], device: torch.device) -> Regroup:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from megarec.commands import prepare_data
 from megarec.data.schema import load_schema
-from megarec.data.sources.grouped import GROUPS_FILE, LATENTS, Grouped, Shape, prepare_grouped, read_groups
+from megarec.data.sources.grouped import GROUPS_FILE, LATENTS, Grouped, Inside, Shape, prepare_grouped, read_groups
 from megarec.data.store import open_split
 from megarec.errors import UserError
 
@@ -27,14 +28,20 @@ def plain_logit(grouped: Grouped, row: list[int]) -> float:
     for term in grouped.terms:
         levels = [grouped.levels[f][latent][row[f]] for f, latent in zip(term.features, term.latents, strict=True)]
         total += sum(weight * float(np.prod(levels[: k + 1])) for k, weight in enumerate(term.weights))
+    for made in grouped.products:
+        sums = [sum(grouped.levels[f][k][row[f]] for f, k in zip(*part, strict=True)) for part in made.parts]
+        sizes = [len(features) for features, _ in made.parts]
+        total += made.weight * float(np.prod(sums)) / float(np.sqrt(np.prod(sizes)))
     return total
 
 
-def test_the_schema_states_the_bayes_logloss_of_labels_that_follow_it(tmp_path: Path) -> None:
-    schema = prepare_grouped(SMALL, tmp_path / "out")
+@pytest.mark.parametrize("inside", ["products", "chains"])
+def test_the_schema_states_the_bayes_logloss_of_labels_that_follow_it(inside: Inside, tmp_path: Path) -> None:
+    shape = replace(SMALL, inside=inside)
+    schema = prepare_grouped(shape, tmp_path / "out")
     assert schema == load_schema(tmp_path / "out") and "made up" in schema.source
     assert len(open_split(tmp_path / "out", "train", schema, "error")) == 16_000
-    grouped = Grouped(SMALL)
+    grouped = Grouped(shape)
     for split, optimum in schema.optimum.items():
         table = pq.read_table(tmp_path / "out" / split)
         ids = np.stack([table[f.name].to_numpy() for f in schema.categorical], axis=1)
@@ -69,8 +76,8 @@ def test_levels_have_mean_0_and_variance_1_under_the_power_law() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_strong_terms_stay_inside_a_group_and_reach_every_member(seed: int) -> None:
-    shape = Shape(features=20 + seed, groups=3, alone=seed, order=2 + seed % 3, rows=8, seed=seed)
+def test_chains_stay_inside_a_group_and_reach_every_member(seed: int) -> None:
+    shape = Shape(features=20 + seed, groups=3, alone=seed, order=2 + seed % 3, rows=8, inside="chains", seed=seed)
     grouped = Grouped(shape)
     groups, strong = group_of(grouped), set()
     sizes = [len(members) for members in grouped.groups]
@@ -88,6 +95,18 @@ def test_strong_terms_stay_inside_a_group_and_reach_every_member(seed: int) -> N
         assert first != second and groups.get(first, -1) != groups.get(second, -2)
         assert 2 * term.weights[1] < min(term.weights[1] for term in inside)
     variance = sum(float((term.weights**2).sum()) for term in grouped.terms)
+    assert variance == pytest.approx(shape.signal)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_products_deal_out_a_group_for_each_order(seed: int) -> None:
+    shape = Shape(features=20 + seed, groups=3, alone=seed, order=2 + seed % 3, rows=8, seed=seed)
+    grouped = Grouped(shape)
+    members = [[sorted(int(f) for features, _ in made.parts for f in features)] for made in grouped.products]
+    assert members == [[group.tolist()] for group in grouped.groups for _ in range(shape.order - 1)]
+    assert [len(made.parts) for made in grouped.products] == list(range(2, shape.order + 1)) * 3
+    variance = sum(made.weight**2 for made in grouped.products)
+    variance += sum(float((term.weights**2).sum()) for term in grouped.terms)
     assert variance == pytest.approx(shape.signal)
 
 
@@ -120,6 +139,7 @@ def test_groups_lie_beside_the_schema_and_the_seed_fixes_all(tmp_path: Path) -> 
     [
         (["--order", "6", "--features", "20", "--alone", "0"], "(--features 20 - --alone 0) / --groups 4 leaves 5"),
         (["--signal", "nan"], "--signal nan: expected more than 0"),
+        (["--inside", "rings"], "--inside rings: expected products or chains"),
         (["--order", "1"], "--order 1: expected at least 2"),
         (["--groups", "1"], "--groups 1: expected at least 2"),
         (["--alone", "99"], "leaves 0"),

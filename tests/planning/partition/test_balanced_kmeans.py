@@ -16,6 +16,7 @@ from megarec.planning.partition.balanced_kmeans import (
     loads_of,
 )
 from megarec.planning.partition.mds import Kind, place_in_plane, wanted_distances
+from megarec.planning.partition.spectral import coordinates
 
 FREE = np.full(3, np.inf)
 
@@ -103,7 +104,8 @@ def assigned(interactions: np.ndarray, kind: Kind, towers: int) -> np.ndarray:
     units = len(interactions)
     costs = np.ones((units, 1)) * towers / units
     limits = np.array([1.1])
-    points, _ = place_in_plane(wanted_distances(interactions, kind), seed=1)
+    plane, _ = place_in_plane(wanted_distances(interactions, kind), seed=1)
+    points = coordinates(interactions, towers) if kind == "coherent" else plane
     even = even_assignment(costs, limits, towers, 1)
     return constrained_kmeans(points, np.ones(units), costs, limits, even, towers, 1)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megarec.errors import UserError
 from megarec.planning.partition import interactions
-from megarec.planning.partition.interactions import InteractionMean, read_interactions
+from megarec.planning.partition.interactions import InteractionMean, read_interactions, second_differences
 from megarec.planning.partition.mds import wanted_distances
 from megarec.sparse.layout import EmbeddingLayout
 from tests.models.layouts import layout
@@ -59,6 +59,38 @@ def test_interactions_are_those_of_a_plain_loop(
     np.testing.assert_allclose(mean.mean(), plainly(pooled, of), atol=2e-6)
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    full=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    small=st.lists(st.integers(1, 3), max_size=3),
+    examples=st.integers(1, 9),
+    chunk=st.sampled_from([1, 60, 1 << 24]),
+    seed=st.integers(0, 1000),
+)
+def test_a_bilinear_logit_has_its_own_second_differences(
+    full: list[int], small: list[int], examples: int, chunk: int, seed: int
+) -> None:
+    """f(x) = x' W x / 2 + w x: the mixed difference is (x_i - x'_i)' W_ij (x_j - x'_j), exactly."""
+    of = layout(4, full, small)
+    random = torch.Generator().manual_seed(seed)
+    weights, linear = torch.randn(of.width, of.width, generator=random), torch.randn(of.width, generator=random)
+    x, other = torch.randn(2, examples, of.width, generator=random)
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        return ((x @ (weights + weights.T)) * x).sum(1) / 2 + x @ linear
+
+    step = (x - other).double().numpy()
+    both = (weights + weights.T).double().numpy()
+    parts = [slice(feature.start, feature.start + feature.columns) for feature in of.features]
+    expected = np.array([
+        [0.0 if i is j else np.mean([abs(row[i] @ both[i, j] @ row[j]) for row in step]) for j in parts] for i in parts
+    ])  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interactions, "CHUNK_COLUMNS", chunk)
+        found = second_differences(logits, of, x, other)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_size_of_an_embedding_does_not_count() -> None:
     of = layout(8, [1, 1, 1], [])
     pooled = torch.randn(50, of.width, generator=torch.Generator().manual_seed(1))
@@ -84,9 +116,9 @@ def test_distance_falls_or_rises_with_interaction_over_its_whole_range() -> None
         (b"not an array", "cannot be read (no .npy file of numbers)"),
         (np.eye(2), "a matrix [2, 2], but the run has 3 categorical features: expected [3, 3]"),
         (np.full((3, 3), "x"), "holds no numbers"),
-        (np.full((3, 3), np.nan), "expected a symmetric matrix of values in [0, 1]"),
-        (np.full((3, 3), -0.5), "expected a symmetric matrix of values in [0, 1]"),
-        (np.triu(np.ones((3, 3))), "expected a symmetric matrix of values in [0, 1]"),
+        (np.full((3, 3), np.nan), "expected a symmetric matrix of finite values, 0 or more"),
+        (np.full((3, 3), -0.5), "expected a symmetric matrix of finite values, 0 or more"),
+        (np.triu(np.ones((3, 3))), "expected a symmetric matrix of finite values, 0 or more"),
     ],
 )
 def test_files_without_interactions_are_told(content: np.ndarray | bytes | None, expected: str, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from megarec.data.schema import CategoricalFeature, Schema, save_schema
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
-from megarec.planning.partition.interactions import probe_config
 from megarec.planning.partition.partition import Requested, check_requested, inside_and_across, partition
+from megarec.planning.partition.probe import probe_config
 from megarec.planning.partition.report import check_partition_output, write_partition
 from megarec.run.cost import count_towers
 from megarec.sparse.towers.sizes import resolve_towers
@@ -175,6 +175,8 @@ def test_baselines_need_neither_probe_nor_data(config: RunConfig, strategy: str)
         (Requested(2, probe_steps=0), "--probe-steps 0: expected at least 1"),
         (Requested(2, probe_steps=5, interactions=Path("x.npy")), "there is no probe with --interactions"),
         (Requested(2, "random", probe_steps=5), "there is no probe with --strategy random"),
+        (Requested(2, "random", measure="cosine"), "--measure: there is no probe with --strategy random"),
+        (Requested(2, measure="cosin"), "--measure cosin: no such measure"),
     ],
 )
 def test_wishes_that_mean_nothing(requested: Requested, expected: str) -> None:
@@ -194,7 +196,11 @@ def test_a_probe_is_of_the_flat_model_on_one_rank(config: RunConfig, tmp_path: P
     config = with_modules(config, tmp_path)
     parallel = config.parallel.model_copy(update={"tensor": 4, "ranks_per_host": 8, "exchange": "tower"})
     section = {**config.deepspeed, "train_micro_batch_size_per_gpu": 3}
-    found = probe_config(config.model_copy(update={"parallel": parallel, "deepspeed": section}), 7)
+    asked = config.model_copy(update={"parallel": parallel, "deepspeed": section})
+    small = probe_config(asked, 7, "difference")
+    assert (small.model.name, small.model.dim, small.deepspeed) == ("dcn", config.model.dim, {})
+    found = probe_config(asked, 7, "cosine")
+    assert found.model == config.model
     assert (found.parallel.tensor, found.parallel.exchange, found.parallel.towers) == (1, "flat", None)
     assert found.tower_module.name == "identity"
     assert (found.train.epochs, found.train.max_steps) == (1, 7)
