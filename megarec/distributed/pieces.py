@@ -31,11 +31,10 @@ def start_exchange(
     """
     if _piece_by_piece(group):
         return _post(_pieces(sent, sent_sizes, blocks), _pieces(received, received_sizes, blocks), group)
-    outgoing, incoming = sent, received
-    if sent.dim() == 2:
-        outgoing = _by_rank(sent, sent_sizes)
-    if received.dim() == 2:
-        incoming = received.new_empty(received.numel())
+    if blocks == 1:
+        sent, received = sent.view(-1), received.view(-1)
+    outgoing = _by_rank(sent, sent_sizes) if sent.dim() == 2 else sent
+    incoming = received.new_empty(received.numel()) if received.dim() == 2 else received
     expected, given = ([size * blocks for size in sizes] for sizes in (received_sizes, sent_sizes))
     work = dist.all_to_all_single(incoming, outgoing, expected, given, group=group, async_op=True)
 

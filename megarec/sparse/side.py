@@ -16,7 +16,10 @@ from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch, Ids
 from megarec.distributed.collectives import FP32, Ledger, WireDtypes, build_channel
 from megarec.distributed.topology import Topology
-from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup, joined, rows_of
+from megarec.sparse.exchange.direct import direct_assembly
+from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup
+from megarec.sparse.exchange.parts import joined, rows_of
+from megarec.sparse.exchange.regroup import Regroup
 from megarec.sparse.exchange.tower_exchange import (
     Back,
     Change,
@@ -192,13 +195,16 @@ class SparseSide:
         else:
             outputs = [part.width for part in parts]
             assembly = canonical_assembly(layout, parts, device)
+            direct: Regroup | None = None
             if towers.towers is not None and towers.modules is not None:
                 of_host = [towers.towers.of_host(host, topology.hosts) for host in range(topology.hosts)]
                 outputs = [towers.modules.output_columns(held) for held in of_host]
                 assembly = tower_order_assembly(outputs, device)
+            else:
+                direct = direct_assembly(layout, parts, self.shards, config, topology, device)
             self._exchange = TowerExchange(
                 parts, on_host(self.shards, topology), config, tower=tower, peer=peer, outputs=outputs,
-                assembly=assembly, messages=messages, device=device,
+                assembly=assembly, direct=direct, messages=messages, device=device,
             )  # fmt: skip
             self._group = self._exchange.group
         for tables in self._group.tables:
@@ -241,7 +247,13 @@ class SparseSide:
 
         world_size = self._topology.world_size
         exchanged: Exchanged
-        if self._exchange is not None:
+        if self._exchange is not None and self.modules is None and parts == 1:
+            exchanged = (
+                ChangedLookup(self._exchange.pool_direct(ids), change, self._dtype, world_size)
+                if self._l2
+                else self._exchange.pool_direct(ids, self._dtype, world_size)
+            )
+        elif self._exchange is not None:
             exchanged = self._exchange.pool(ids, change, self._dtype, world_size, parts)
         elif self.modules is None and not self._l2:
             exchanged = self._group.pool(ids, self._dtype, world_size, parts)
@@ -299,7 +311,7 @@ class SparseSide:
 
 
 class ChangedLookup:
-    """An `Exchanged` of the flat exchange with tower modules or L2 behind it, part by part."""
+    """An `Exchanged` with L2, or of the flat exchange with tower modules, behind it, part by part."""
 
     def __init__(self, inner: Exchanged, change: Change, dtype: torch.dtype, divide: int) -> None:
         self._inner, self._change, self._dtype, self._divide = inner, change, dtype, divide

@@ -21,7 +21,7 @@ from megarec.distributed.topology import build_topology
 from megarec.models.initial import initialize, materialize
 from megarec.models.recommender import Recommender
 from megarec.planning.fake_job import fake_job
-from megarec.sparse.exchange.group import rows_of
+from megarec.sparse.exchange.parts import rows_of
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.run_placement import layouts_by_host, place_shards
 from megarec.sparse.side import SparseSide

@@ -9,7 +9,7 @@ the global batch in order, so that the gradient of a row is summed in the same o
 mirrors the exchange and updates the tables.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch, Ids
-from megarec.distributed.collectives import FP32, Channel, Ledger, WireDtypes
+from megarec.distributed.collectives import FP32, Channel, Ledger, WireDtypes, all_to_all_into
 from megarec.sparse.exchange.ids import IdExchange, RowSplitter
-from megarec.sparse.exchange.parts import PartedExchange
+from megarec.sparse.exchange.parts import PartedExchange, joined, rows_of
 from megarec.sparse.exchange.regroup import ColumnBlock, Regroup, gradient_for_owners, sum_over_owners
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.lookups import Lookup, plan_lookups
-from megarec.sparse.placement import Shard, replicated
+from megarec.sparse.placement import Shard
 from megarec.sparse.tables.base import LocalIds, Pooled
-from megarec.sparse.tables.local import Choice, LocalTables, choose_backends, requested_backend
+from megarec.sparse.tables.local import Choice, LocalTables, choose_backends, routes_of, split_replicated
 
 
 class ReplicatedTables:
@@ -87,10 +87,7 @@ class ShardedTables:
     ) -> None:
         self._channel, self._blocks = channel, blocks
         self.messages = messages if channel.size > 1 else FP32
-        by_table = {table: [s for s in shards if s.table == table] for table in {s.table for s in shards}}
-        backends = {table: requested_backend(own, config, device.type).backend for table, own in by_table.items()}
-        fused, triton = ([t for t, backend in backends.items() if backend == kind] for kind in ("fbgemm", "triton"))
-        routes = plan_lookups(layout, shards, channel.size, fused, triton)
+        routes = routes_of(layout, shards, config, channel.size, device)
         self._split = RowSplitter(routes.slots, device)
         sources = [[slot.source for slot in slots] for slots in routes.slots]
         self._ids = IdExchange(sources, channel, routes.index_dtype, device, blocks)
@@ -137,12 +134,47 @@ class ShardedTables:
             by_rows = self._in_batch_order(gradient_for_owners(by_rows, self._channel, self.messages), size)
         if whole is not None:
             whole = self._in_batch_order(whole.view(self._channel.size * size, columns), size)
+        return self._together(whole, by_rows)
+
+    def _together(self, whole: Tensor | None, by_rows: Tensor | None) -> Tensor:
+        """Both kinds of columns in the order of the slots."""
         if whole is None or by_rows is None:
             found = by_rows if whole is None else whole
             assert found is not None
             return found
-        first, last = whole.split([self._before_rows, columns - self._before_rows], dim=1)
+        first, last = whole.split([self._before_rows, whole.shape[1] - self._before_rows], dim=1)
         return torch.cat([first, by_rows, last], dim=1)
+
+    def by_peer(self, local: LocalIds, size: int) -> Pooled:
+        """Of `TableGroup.by_peer`; collective, as is the update."""
+        pooled, peers = self.tables.pool(local), self._blocks
+        sent, received = self._sizes(size // peers)
+        blocks = []
+        if any(self._columns):
+            message = self._parts(pooled.values)[0].to(self.messages.forward).view(peers, sum(sent))
+            if self._channel.size > 1:
+                by_rank, message = message, message.new_empty(peers, sum(received))
+                all_to_all_into(message, by_rank, received, sent, self._channel, "embeddings", "forward", peers)
+            blocks.append(message)
+        if (sums := self.rows_of_all(pooled.values, size)) is not None:
+            blocks.append(sums.view(peers, -1))
+        widths = [block.shape[1] for block in blocks]
+
+        def update(gradient: Tensor) -> None:
+            gradients = list(gradient.split(widths, dim=1))
+            own = by_rows = None
+            if self._row_columns:
+                of_sums = gradients.pop().reshape(-1, self._row_columns)
+                by_rows = self._in_batch_order(gradient_for_owners(of_sums, self._channel, self.messages), size)
+            if gradients:
+                own = gradients[0].to(self.messages.backward)
+                if self._channel.size > 1:
+                    message, own = own, own.new_empty(peers, sum(sent))
+                    all_to_all_into(own, message, sent, received, self._channel, "embeddings", "backward", peers)
+                own = own.reshape(self._channel.size * size, self._columns[self._channel.rank])
+            pooled.update(self._together(own, by_rows))
+
+        return Pooled(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1), update)
 
     def _sizes(self, size: int) -> tuple[list[int], list[int]]:
         """Numbers that this rank sends to every rank, and that it receives from each, on the way forward."""
@@ -226,12 +258,14 @@ class Distributed:
         size: B, how many examples those are.
         local: what this rank looks up in tables that are spread over the group; None: there are none.
         replicated: what it looks up in replicated tables; None: there are none.
+        own: ids of this rank's examples alone, where `ids` are those of its peers' as well.
     """
 
     ids: Mapping[str, Ids]
     size: int
     local: LocalIds | None
     replicated: LocalIds | None
+    own: Mapping[str, Ids] | None = None
 
 
 class Exchanged(Protocol):
@@ -316,17 +350,6 @@ class GroupLookup:
         return None if self._divisors is None else rows_of(self._divisors.T, part, self._parts).T.contiguous()
 
 
-def rows_of(values: Tensor, part: int, parts: int) -> Tensor:
-    """The rows of a part, of as many as there are examples."""
-    size = values.shape[0] // parts
-    return values[part * size : (part + 1) * size]
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts; those of one without a copy."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
 class TableGroup:
     """The tables of a group and this rank's part of them.
 
@@ -352,11 +375,9 @@ class TableGroup:
         messages: WireDtypes,
         device: torch.device,
     ) -> None:
-        self.layout, self._device = layout, device
+        self.layout, self._device, self._blocks = layout, device, blocks
         self.choices = choose_backends(layout, shards, config, device)
-        names = replicated(shards)
-        spread = tuple(shard for shard in shards if shard.table not in names)
-        own = tuple(s for s in shards if s.table in names and s.rank == channel.rank)
+        spread, own = split_replicated(shards, channel.rank)
         self._sharded = self._replicated = None
         if spread:
             self._sharded = ShardedTables(
@@ -366,7 +387,7 @@ class TableGroup:
             self._replicated = ReplicatedTables(layout, own, self.choices, config, channel, device)
         # A gradient that only travels takes the type of its message; those of replicated tables are summed in float32.
         travels = self._sharded is not None and self._replicated is None
-        self._wire = self._sharded.messages.backward if self._sharded is not None and travels else torch.float32
+        self.wire = self._sharded.messages.backward if self._sharded is not None and travels else torch.float32
         parts = [part for part in (self._sharded, self._replicated) if part is not None]
         self.tables: tuple[LocalTables, ...] = tuple(part.tables for part in parts)
         self._assembly = Regroup(
@@ -404,5 +425,26 @@ class TableGroup:
             replicated = self._replicated.pool(batch.replicated)
         return GroupLookup(
             self._assembly, sharded, replicated, self._assembly.divisors(batch.ids), batch.size,
-            parts=parts, dtype=dtype, wire=self._wire, divide=divide, device=self._device,
+            parts=parts, dtype=dtype, wire=self.wire, divide=divide, device=self._device,
         )  # fmt: skip
+
+    def by_peer(self, batch: Distributed) -> Pooled:
+        """[peers, blocks of the examples of each], sums where a mean is wanted; collective, as is the update."""
+        parts: list[Pooled] = []
+        if self._sharded is not None:
+            assert batch.local is not None
+            parts.append(self._sharded.by_peer(batch.local, batch.size))
+        if self._replicated is not None:
+            assert batch.replicated is not None
+            same = self._replicated.pool(batch.replicated)
+            shape = same.values.shape
+            parts.append(Pooled(same.values.reshape(self._blocks, -1), lambda g: same.update(g.reshape(shape))))
+        widths = [part.values.shape[1] for part in parts]
+
+        def update(gradient: Tensor) -> None:
+            for part, own in zip(parts, gradient.split(widths, dim=1), strict=True):
+                part.update(own)
+
+        if not parts:  # nothing but numeric features
+            return Pooled(torch.empty(self._blocks, 0, device=self._device), lambda gradient: None)
+        return Pooled(parts[0].values if len(parts) == 1 else torch.cat([p.values for p in parts], dim=1), update)

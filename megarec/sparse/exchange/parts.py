@@ -79,3 +79,14 @@ class PartedExchange:
         assert self._blocks is not None
         message = self._blocks[:, part].to(self.messages.forward).reshape(-1)
         return start_all_to_all(message, self._received, self._sent, self._channel, self._purpose)
+
+
+def rows_of(values: Tensor, part: int, parts: int) -> Tensor:
+    """The rows of a part, of as many as there are examples."""
+    size = values.shape[0] // parts
+    return values[part * size : (part + 1) * size]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts; those of one without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

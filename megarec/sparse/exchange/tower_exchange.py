@@ -6,6 +6,8 @@ Rank (t, q) is local rank q of host t; H hosts, B examples a rank:
     b. inside the host (group.py): ids to table owners, pooled embeddings back: [H B, columns of host t]
     c. what the host's towers make of them: [H B, outputs of host t]
     d. over the peer group: (t, q) receives what every host made of its own examples: [B, outputs of all]
+
+Without tower modules, and in one part, nothing is assembled between b and d (direct.py).
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from torch import Tensor
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch
 from megarec.distributed.collectives import FP32, Channel, WireDtypes
+from megarec.sparse.exchange.direct import DirectLookup
 from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup
 from megarec.sparse.exchange.ids import IdExchange
 from megarec.sparse.exchange.parts import PartedExchange
@@ -37,6 +40,7 @@ class TowerExchange:
         shards: of this host's tables; their ranks are local ranks.
         outputs: columns that each host hands on for an example.
         assembly: turns the hosts' blocks [sum over hosts of B x outputs] into one matrix.
+        direct: the same of the owners' blocks (direct.py), where no tower modules stand in the middle.
     """
 
     def __init__(
@@ -49,10 +53,11 @@ class TowerExchange:
         peer: Channel,
         outputs: Sequence[int],
         assembly: Regroup,
+        direct: Regroup | None,
         messages: WireDtypes,
         device: torch.device,
     ) -> None:
-        self._peer, self._outputs, self._assembly = peer, outputs, assembly
+        self._peer, self._outputs, self._assembly, self._direct = peer, outputs, assembly, direct
         self._messages = messages if peer.size > 1 else FP32
         self._features = hosts[peer.rank].features
         small = all(table.rows < 2**31 for layout in hosts for table in layout.tables)
@@ -66,7 +71,23 @@ class TowerExchange:
         """Hop a and the ids of hop b; reads no table."""
         arrived = self._ids(batch.ids, batch.size)
         ids = {f.name: arrived.of_slot(slot, f) for slot, f in enumerate(self._features)}
-        return self.group.distribute_ids(ids, batch.size * self._peer.size)
+        there = self.group.distribute_ids(ids, batch.size * self._peer.size)
+        return dataclasses.replace(there, own=batch.ids)
+
+    def pool_direct(self, batch: Distributed, dtype: torch.dtype = torch.float32, divide: int = 1) -> Exchanged:
+        """The rest of hop b, and d, in one part and without assembly in the middle: [B, columns of all hosts].
+
+        Args:
+            dtype: of the result.
+            divide: what the gradient is divided by besides.
+        """
+        assert self._direct is not None and batch.own is not None
+        size, own = batch.size // self._peer.size, self._outputs[self._peer.rank]
+        sizes = [size * columns for columns in self._outputs], [size * own] * self._peer.size
+        return DirectLookup(
+            self.group.by_peer(batch), self._direct, sizes, self._peer, self._messages, self.group.wire,
+            self._direct.divisors(batch.own), size, dtype, divide,
+        )  # fmt: skip
 
     def pool(
         self,
