@@ -21,8 +21,8 @@ from megarec.distributed.topology import Topology, group_ranks
 from megarec.errors import DamagedCheckpoint, UserError
 
 # Since torch 2.13; before, under names that it deprecates. A GPU machine may have an older torch.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 TEXT_BYTES = 64 * 1024  # of an error or a remark: more is not for people
 Direction = Literal["forward", "backward"]
 
@@ -221,7 +221,7 @@ def start_all_to_all_into(
     width = blocks * sent.element_size()
     kept = input_sizes[channel.rank] * width
     across = sum(size for size, remote in zip(input_sizes, channel.remote, strict=False) if remote) * width
-    _record(channel, f"all_to_all {purpose}", sent, direction, sum(input_sizes) * width - kept, kept, across)
+    record_traffic(channel, f"all_to_all {purpose}", sent, direction, sum(input_sizes) * width - kept, kept, across)
     return wait
 
 
@@ -244,9 +244,9 @@ def all_gather_rows(tensor: Tensor, channel: Channel, purpose: str, direction: D
     if channel.size == 1:
         return Message(tensor, _here)
     gathered = tensor.new_empty(channel.size * tensor.shape[0], *tensor.shape[1:])
-    work = _all_gather(gathered, tensor.contiguous(), group=channel.group, async_op=True)
+    work = all_gather_flat(gathered, tensor.contiguous(), group=channel.group, async_op=True)
     own = tensor.numel() * tensor.element_size()
-    _record(
+    record_traffic(
         channel, f"all_gather {purpose}", tensor, direction, (channel.size - 1) * own, own, sum(channel.remote) * own
     )
     return Message(gathered, work.wait)
@@ -257,10 +257,10 @@ def reduce_scatter_rows(tensor: Tensor, channel: Channel, purpose: str, directio
     if channel.size == 1:
         return Message(tensor, _here)
     own = tensor.new_empty(tensor.shape[0] // channel.size, *tensor.shape[1:])
-    work = _reduce_scatter(own, tensor.contiguous(), group=channel.group, async_op=True)
+    work = reduce_scatter_flat(own, tensor.contiguous(), group=channel.group, async_op=True)
     kept = own.numel() * own.element_size()
     sent, across = (channel.size - 1) * kept, sum(channel.remote) * kept
-    _record(channel, f"reduce_scatter {purpose}", tensor, direction, sent, kept, across)
+    record_traffic(channel, f"reduce_scatter {purpose}", tensor, direction, sent, kept, across)
     return Message(own, work.wait)
 
 
@@ -278,7 +278,7 @@ def all_reduce_mean_(
     flat = torch.empty(sum(len(view) for view in views), dtype=torch.float32, device=tensors[0].device)
     parts = flat.split([len(view) for view in views])
     torch._foreach_copy_(parts, views)
-    _all_reduce(flat, channel, purpose, direction)
+    sum_in_place(flat, channel, purpose, direction)
     flat.div_(channel.size)
     torch._foreach_copy_(views, parts)
 
@@ -287,19 +287,22 @@ def all_reduce_sum(tensor: Tensor, channel: Channel, purpose: str, direction: Di
     """The sum over the ranks, in float32, the same to the last bit on all of them; no gradient."""
     total = tensor.float() if tensor.dtype != torch.float32 else tensor.clone()
     if channel.size > 1:
-        _all_reduce(total, channel, purpose, direction)
+        sum_in_place(total, channel, purpose, direction)
     return total
 
 
-def _all_reduce(total: Tensor, channel: Channel, purpose: str, direction: Direction) -> None:
+def sum_in_place(total: Tensor, channel: Channel, purpose: str, direction: Direction) -> None:
     """Sum a tensor over the ranks, in place."""
     dist.all_reduce(total, group=channel.group)
     kept = total.numel() * total.element_size() // channel.size  # a ring: reduce-scatter, then all-gather
     across = 2 * sum(channel.remote) * kept
-    _record(channel, f"all_reduce {purpose}", total, direction, 2 * (channel.size - 1) * kept, 2 * kept, across)
+    record_traffic(channel, f"all_reduce {purpose}", total, direction, 2 * (channel.size - 1) * kept, 2 * kept, across)
 
 
-def _record(channel: Channel, op: str, tensor: Tensor, direction: Direction, sent: int, kept: int, across: int) -> None:
+def record_traffic(
+    channel: Channel, op: str, tensor: Tensor, direction: Direction, sent: int, kept: int, across: int
+) -> None:
+    """Count a message of this rank: bytes that leave it, those of them for other hosts, and those for itself."""
     key = TrafficKey(channel.name, op, str(tensor.dtype).removeprefix("torch."), direction)
     channel.ledger.record(key, sent, across, kept)
 
@@ -350,7 +353,7 @@ def raise_together(error: UserError | None, topology: Topology, device: torch.de
     kind = 0 if error is None else 1 if isinstance(error, DamagedCheckpoint) else 2
     mine = torch.tensor([kind, len(text)], device=device)
     kinds = torch.empty(topology.world_size * 2, dtype=mine.dtype, device=device)
-    _all_gather(kinds, mine, group=topology.world)
+    all_gather_flat(kinds, mine, group=topology.world)
     for rank, (kind, size) in enumerate(kinds.view(-1, 2).tolist()):
         if kind:
             message = _text_of(rank, size, text, topology, device)
@@ -371,7 +374,7 @@ def gather_numbers(numbers: Sequence[float], topology: Topology, device: torch.d
         return [list(numbers)]
     mine = torch.tensor(numbers, dtype=torch.float32, device=device)
     gathered = mine.new_empty(topology.world_size * len(numbers))
-    _all_gather(gathered, mine, group=topology.world)
+    all_gather_flat(gathered, mine, group=topology.world)
     rows: list[list[float]] = gathered.view(topology.world_size, -1).tolist()
     return rows
 
@@ -383,7 +386,7 @@ def gather_texts(text: str, topology: Topology, device: torch.device, most: int 
     letters = _bytes_of(text)
     mine = torch.tensor([len(letters)], device=device)
     sizes = mine.new_empty(topology.world_size)
-    _all_gather(sizes, mine, group=topology.world)
+    all_gather_flat(sizes, mine, group=topology.world)
     texts: dict[int, str] = {}
     for rank, size in enumerate(sizes.tolist()):
         if size and len(texts) < most:

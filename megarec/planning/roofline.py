@@ -47,7 +47,8 @@ class StepBytes(NamedTuple):
     """Bytes that DeepSpeed moves for an element of a parameter, beside the optimizer's own, and how often.
 
     Attributes:
-        copies: in the backward pass, of gradients into buckets and back; every rank for all of its parameters.
+        copies: in the backward pass, of gradients into buckets and back; every rank for all of its parameters. At
+            stage 0, where there are other ranks: into buckets, and their scaling (dense/reduction.py).
         step: conversions, overflow check, norm, weights back; of the partition.
         clip: more, with gradient_clipping.
         launches: operations for a parameter, of whatever size.
@@ -60,7 +61,7 @@ class StepBytes(NamedTuple):
 
 
 STEP_BYTES = {  # by (ZeRO stage, low precision); DeepSpeed 0.19.8, with what dense/engine.py sets
-    (0, False): StepBytes(16, 0, 12, 4),
+    (0, False): StepBytes(16, 0, 12, 3),
     (0, True): StepBytes(8, 26, 8, 21),
     (1, False): StepBytes(32, 36, 8, 6),
     (1, True): StepBytes(16, 34, 8, 6),
@@ -238,7 +239,8 @@ def optimizer_bytes(config: RunConfig, parameters: int, zero: Zero) -> int:
     moved = STEP_BYTES[zero.stage, zero.width < 4]
     clip = moved.clip if config.deepspeed.get("gradient_clipping") else 0
     own = parameters // (zero.ranks if zero.stage else 1)
-    return moved.copies * parameters + (12 + 8 * zero.moments + moved.step + clip) * own
+    copies = moved.copies if zero.stage or zero.ranks > 1 else 0
+    return copies * parameters + (12 + 8 * zero.moments + moved.step + clip) * own
 
 
 def zero_messages(parameters: int, zero: Zero) -> list[int]:

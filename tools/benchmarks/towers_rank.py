@@ -132,14 +132,17 @@ def _config(model: str, variant: str, ranks: int | None = None) -> RunConfig:
         ranks: of the job; None: of this one.
     """
     exchange, *more = variant.split(", ")
-    parallel: dict[str, Any] = {"exchange": exchange, "overlap": "overlap" in more}
+    parallel: dict[str, Any] = {"exchange": exchange}
+    if "overlap" in more or "no overlap" in more:
+        parallel["overlap"] = "overlap" in more
     section: dict[str, Any] = {"name": "identity"}
     if exchange == "tower":
         parallel["towers"] = 2
     if "16-bit messages" in more:
         parallel["messages"] = ["fp16", "fp16"]
     micro_batches = next((int(part.split()[0]) for part in more if part.endswith("micro-batches")), 1)
-    parallel["overlap"] |= micro_batches > 1
+    if micro_batches > 1:
+        parallel["overlap"] = True
     for compression in (float(part.split()[-1]) for part in more if part.startswith("compression")):
         section = {"name": model, "compression": compression}
         if model == "wukong":
