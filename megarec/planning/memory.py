@@ -8,10 +8,12 @@ Parts: `parameters`, `gradients`, `optimizer` and `step` of the dense side and i
 is an accelerator: no part of the total, which a run reaches before its first one.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 
+from megarec.config.deepspeed import micro_batch_size
 from megarec.config.sections import RunConfig
 from megarec.dense.memory import Parts, saved_activations
 from megarec.dense.tensor_parallel import shard_mlps
@@ -72,6 +74,21 @@ def predict(
     parts["runtime"], parts["cached"] = runtime_bytes(topology, device, connected), 0
     parts["snapshot"] = MASTER * (1 + zero.moments) * sum(sizes) // zero.ranks + parts["tables"]
     return parts
+
+
+def largest_rank(config: RunConfig, spec: ModelSpec, topology: Topology, device: torch.device = CPU) -> Parts:
+    """`predict` with totals, of the rank whose tables take most; the topology's own rank does not matter.
+
+    Raises:
+        UserError: ranks, batch and tables do not fit together.
+    """
+    shards = place_run(config, spec.layout, spec.towers, topology)
+    held = dict.fromkeys(range(topology.world_size), 0)
+    for shard in shards:
+        held[shard.rank] += table_bytes([shard], config.embedding)
+    largest = dataclasses.replace(topology, rank=max(held, key=lambda rank: held[rank]))
+    micro = micro_batch_size(config, topology.world_size)
+    return with_totals(predict(config, spec, largest, micro, shards, device))
 
 
 def with_totals(parts: Parts) -> Parts:

@@ -124,9 +124,13 @@ def exposed_ids(overlap: bool, steps: int) -> dict[str, Any]:
     return {"exposed_ms": sum(waited) / 1e3 / steps, "step_ms": step_ms, "waits": len(waited)}
 
 
-def _config(model: str, variant: str) -> RunConfig:
+def _config(model: str, variant: str, ranks: int | None = None) -> RunConfig:
     """`variant` is "flat", "tower" (SPTT alone) or "tower, compression C"; then "overlap" of ids, "16-bit messages"
-    and "N micro-batches" that travel one by one, where it says so."""
+    and "N micro-batches" that travel one by one, where it says so.
+
+    Args:
+        ranks: of the job; None: of this one.
+    """
     exchange, *more = variant.split(", ")
     parallel: dict[str, Any] = {"exchange": exchange}
     if "overlap" in more or "no overlap" in more:
@@ -146,7 +150,7 @@ def _config(model: str, variant: str) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": MODELS[model],
-            "data": {"path": "-", "batch_size": BATCH * dist.get_world_size()},
+            "data": {"path": "-", "batch_size": BATCH * (ranks or dist.get_world_size())},
             "embedding": {"optimizer": "rowwise_adagrad", "learning_rate": RATE, "eps": EPS},
             "dense": {"optimizer": "sgd"},
             "parallel": parallel,
