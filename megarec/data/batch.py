@@ -103,7 +103,7 @@ def carve(parts: Sequence[tuple[Sequence[int], torch.dtype]], pinned: bool) -> t
     return buffer, views
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
+def end_to_end(parts: Sequence[Tensor]) -> Tensor:
     """Contiguous vectors one after another; where they lie so in memory, nothing is copied."""
     first, end = parts[0], parts[0].storage_offset()
     memory = first.untyped_storage().data_ptr()

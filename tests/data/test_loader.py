@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from megarec.data.batch import Batch, joined
+from megarec.data.batch import Batch, end_to_end
 from megarec.data.loader import EvalLoader, TrainLoader, example_keys
 from megarec.data.store import Store, open_split
 from megarec.errors import UserError
@@ -173,11 +173,11 @@ def test_ids_lie_in_the_order_in_which_they_are_sent(tmp_path: Path) -> None:
         ("values", ("item", "user")), ("lengths", ("history", "tags")),
     ))  # fmt: skip
     for parts in (values, lengths, [batch.ids["history"].values, batch.ids["tags"].values], values[:1]):
-        found = joined(parts)
+        found = end_to_end(parts)
         assert found.untyped_storage().data_ptr() == batch.buffer.untyped_storage().data_ptr()
         assert torch.equal(found, torch.cat(parts))
     for parts in (values[::-1], [values[0], values[0]], [values[0], values[1].long()], [values[0].clone(), values[1]]):
-        assert torch.equal(joined(parts), torch.cat(parts))
+        assert torch.equal(end_to_end(parts), torch.cat(parts))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")

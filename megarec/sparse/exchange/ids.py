@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megarec.data.batch import Ids, joined
+from megarec.data.batch import Ids, end_to_end
 from megarec.distributed.collectives import Channel, all_to_all
 from megarec.sparse.layout import Feature
 from megarec.sparse.lookups import Lookup
@@ -82,7 +82,7 @@ class IdExchange:
         """Those of weighted slots from all ranks, ones for the others: float32, in the order of the values."""
         parts = [[_weights(ids, name) for name in names] for names in self._weighted]
         sizes = [sum(part.shape[0] for part in own) for own in parts]
-        flat = joined([part for own in parts for part in own])
+        flat = end_to_end([part for own in parts for part in own])
         slots = self._weighted_slots
         expected = [sum(sums[s][b][r] for s, b in self._segments(slots)) for r in range(self._channel.size)]
         received = all_to_all(flat, expected, sizes, self._channel, "weights")
@@ -115,7 +115,7 @@ class IdExchange:
         parts = [_lengths(ids, name) for names in self._jagged for name in names]
         mine = self._jagged_slots.numel()
         return all_to_all(
-            joined(parts).to(self._dtype),
+            end_to_end(parts).to(self._dtype),
             [mine * size] * self._channel.size,
             [len(names) * size for names in self._jagged],
             self._channel,
@@ -125,7 +125,7 @@ class IdExchange:
     def _send_values(self, ids: Mapping[str, Ids], output_sizes: Sequence[int]) -> Tensor:
         by_rank = [[ids[name].values for name in names] for names in self._features]
         sizes = [sum(values.shape[0] for values in parts) for parts in by_rank]
-        flat = joined([values for parts in by_rank for values in parts]).to(self._dtype)
+        flat = end_to_end([values for parts in by_rank for values in parts]).to(self._dtype)
         return all_to_all(flat, output_sizes, sizes, self._channel, "ids")
 
 
