@@ -15,6 +15,7 @@ def interleave(
     warmup: int = 3,
     before: Callable[[], object] = lambda: None,
     device: torch.device = CPU,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every repetition of each contestant, `repetitions` rounds after `warmup` rounds that do not count.
 
@@ -23,6 +24,7 @@ def interleave(
     Args:
         before: called before each measurement and not timed (a barrier).
         device: whose clock counts: an accelerator's own, between two events.
+        clock: of the CPU; `time.thread_time` where the calling thread does everything, so that other jobs count less.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -30,18 +32,20 @@ def interleave(
         shift = repetition % len(names)
         for name in names[shift:] + names[:shift]:
             before()
-            taken = seconds_of(contestants[name], device)
+            taken = seconds_of(contestants[name], device, clock)
             if repetition >= 0:
                 seconds[name].append(taken)
     return seconds
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+def seconds_of(
+    work: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Of one call of `work`, by the clock of the device that it runs on."""
     if device.type == "cpu":
-        start = time.perf_counter()
+        start = clock()
         work()
-        return time.perf_counter() - start
+        return clock() - start
     first, last = (torch.Event(device=device, enable_timing=True) for _ in range(2))
     first.record()
     work()
