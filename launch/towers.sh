@@ -9,7 +9,7 @@ cd "$root"
 study=ds_configs/studies/${2:-towers}.json
 towers=data/grouped-towers
 if [ ! -f data/grouped/schema.json ]; then
-  python tools/prepare_data.py grouped --features 64 --groups 4 --rows 16 --examples 300000 --output data/grouped
+  python tools/prepare_data.py grouped --features 64 --groups 4 --rows 8 --examples 300000 --output data/grouped
 fi
 partition() {  # NAME and options of tools/partition_towers.py
   local output=$towers/$1.json
@@ -19,15 +19,7 @@ partition() {  # NAME and options of tools/partition_towers.py
 }
 partition planted --strategy planted
 partition random --strategy random
-# Each family learns its partition by a probe of its own flat model, the first that the study names.
-python -c 'import json, sys
-for name, sets in json.load(open(sys.argv[1]))["models"].items():
-    if name.endswith("-flat"):
-        print(name[: -len("-flat")], json.dumps(sets["model"]))' "$study" |
-  while read -r family model; do
-    partition "$family-coherent" --set "model=$model" </dev/null
-    partition "$family-diverse" --set "model=$model" --strategy diverse \
-      --interactions "$towers/$family-coherent-interactions.npy" </dev/null
-  done
+partition coherent
+partition diverse --strategy diverse --interactions "$towers/coherent-interactions.npy"
 python tools/scaling_law.py sweep --study "$study" --output runs/towers --jobs "${1:-2}"
 python tools/scaling_law.py towers --points runs/towers/runs.parquet --plot runs/towers/towers.png

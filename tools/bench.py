@@ -6,6 +6,7 @@ python tools/bench.py dense           # the dense model against the machine's GE
 python tools/bench.py tensor          # tensor parallelism against data parallelism on two ranks
 python tools/bench.py recompute       # what activation checkpointing saves and costs
 python tools/bench.py towers           # flat and tower exchange over shaped links, and TorchRec's (as root)
+python tools/bench.py plan             # the planner's steps beside those that towers measured
 python tools/bench.py checkpoint       # saving and loading over plain writes and reads; steps beside a save
 python tools/bench.py overlap          # waiting for ids, with and without overlap (as root)
 python tools/bench.py groups           # does the partitioner find the hidden groups of made-up data
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megarec.errors import ArgumentParser, UserError, exits_cleanly
 
-NAMES = ("tables", "flat", "dense", "tensor", "recompute", "towers", "overlap", "checkpoint", "groups")
+NAMES = ("tables", "flat", "dense", "tensor", "recompute", "towers", "overlap", "checkpoint", "groups", "plan")
 
 
 @exits_cleanly
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="towers only: a picture as well, .png or .svg")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="plan only: what `towers --json` printed")
     arguments = parser.parse_args()
     if arguments.name not in NAMES:
         near = difflib.get_close_matches(arguments.name, NAMES, n=1)
@@ -37,7 +39,10 @@ def main() -> None:
         raise UserError(f"no benchmark is called {arguments.name!r}; {hint}")
     if arguments.plot and arguments.name != "towers":
         raise UserError(f"--plot {arguments.plot}: there is a picture of the benchmark 'towers' only")
-    result = importlib.import_module(f"tools.benchmarks.{arguments.name}").run()
+    if arguments.results and arguments.name != "plan":
+        raise UserError(f"--results {arguments.results}: only the benchmark 'plan' reads another one's results")
+    given = [arguments.results] if arguments.results else []
+    result = importlib.import_module(f"tools.benchmarks.{arguments.name}").run(*given)
     if arguments.plot:
         from tools.benchmarks.towers_plot import plot  # matplotlib takes a second to import
 
@@ -52,7 +57,8 @@ def main() -> None:
             )
         )
     for key, value in result["ratios"].items():
-        print(f"{key} {value:.3f}")
+        aim = result.get("aims", {}).get(key)
+        print(f"{key} {value:.3f}" + (f" (aim: {aim})" if aim else ""))
 
 
 if __name__ == "__main__":

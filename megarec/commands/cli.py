@@ -40,6 +40,7 @@ COMMANDS = {
     "partition-towers": Command("megarec.commands.partition_towers", "assign the categorical features to towers"),
     "evaluate": Command("megarec.commands.evaluate", "score a trained model on a prepared split"),
     "rehearse": Command("megarec.commands.rehearse", "rehearse one true rank of a larger job in one process"),
+    "plan": Command("megarec.commands.plan", "predict a run's step on a cluster, and whether towers pay there"),
     "parity": Command("megarec.commands.parity", "compare loss curves under many topologies with one process"),
     "checkpoint": Command("megarec.commands.checkpoint", "inspect, verify, reshape and export checkpoints"),
     "scaling-law": Command("megarec.commands.scaling_law", "sweep, fit and draw quality as a power of compute"),

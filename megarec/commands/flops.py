@@ -76,6 +76,7 @@ def resolved(path: Path, overrides: list[str] | None = None) -> ModelSpec:
 def show_roofline(path: Path, overrides: list[str], device: str, batch: int | None, in_json: bool) -> None:
     """A predicted step, by part; the import takes seconds, which counting alone need not wait for."""
     from megarec.planning import roofline
+    from megarec.planning.hardware import load_hardware
 
     config = load_config(path, overrides)
     spec = resolve(config, schema_of(config.data))
@@ -94,11 +95,14 @@ def show_roofline(path: Path, overrides: list[str], device: str, batch: int | No
         numbers = f"{part.flop / 1e9:,.1f}", f"{part.bytes / 1e9:,.2f}", f"{part.launches:,}"
         table.add_row(name, f"{1e3 * part.seconds:,.2f}", part.bound, *numbers, f"{1e3 * part.fused_seconds:,.2f}")
     Console().print(table)
-    known = roofline.DEVICES[device]
+    known = load_hardware(device)
     ranks = f"{step.ranks} rank{'s' * (step.ranks > 1)} of one host"
-    print(f"PREDICTED, NOT MEASURED: {step.examples:,} examples a rank, {ranks}, {device}")
+    print(f"PREDICTED, NOT MEASURED: {step.examples:,} examples a rank, {ranks}, {known.name}")
     print(f"{step.examples / step.seconds:,.0f} examples/s a rank, MFU {step.mfu:.1%}; fused {step.fused_mfu:.1%}")
-    print(f"{known.gemm:.0f} TFLOP/s in 16 bits, {known.memory:.2f} TB/s, link {known.link:.0f} GB/s: {known.source}")
+    for key in ("gemm_tflops", "memory_tb_s", "host_link_gb_s"):
+        figure = getattr(known, key)
+        if figure is not None:
+            print(f"{key} {figure.value:.4g}: {figure.source}")
     print("fused: each run of operations that only move memory as one kernel, which is what a compiler could reach")
 
 

@@ -120,8 +120,8 @@ class ParallelConfig(Section):
     )
     overlap: bool | None = Field(
         None,
-        description="the ids of the next batch travel while a step computes; null: where they cross hosts, and on "
-        "accelerators",
+        description="the ids of the next batch, the embeddings of micro-batches and, at ZeRO 0, dense gradients travel "
+        "while a step computes; null: where they cross hosts, and on accelerators",
     )
     messages: tuple[MessageType, MessageType] = Field(
         ("fp32", "fp32"), strict=False, description="types in which embeddings and their gradients travel between ranks"

@@ -128,8 +128,6 @@ def build_engine(
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section, mpu=mpu)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer | FP16_Optimizer):
         _forget_warm_up_step(engine.optimizer.optimizer)
-    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
-        _mark_gradients_of_shards(engine)
     if engine.fp16_enabled() and not isinstance(engine.optimizer, ZeROOptimizer):
         _grow_scale_after_step(engine.optimizer)
     return engine, reason
@@ -190,9 +188,11 @@ def _grow_scale_after_step(optimizer: Any) -> None:
     optimizer._update_scale, optimizer.unscale_and_clip_grads = update_after_skip, unscale_then_update
 
 
-def _mark_gradients_of_shards(engine: Any) -> None:
+def mark_gradients_of_shards(engine: Any) -> None:
     """At stage 0 in bf16 DeepSpeed 0.19.8 looks for the mark of a shard on the gradients instead of the parameters;
-    without it the norm leaves out every shard but the first."""
+    without it the norm leaves out every shard but the first. After every hook that puts others in their place."""
+    if not isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        return
 
     def mark(parameter: nn.Parameter) -> None:
         parameter.grad.tensor_model_parallel = True  # type: ignore[union-attr]

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from megarec.config.sections import RunConfig
-from megarec.dense.engine import base_learning_rate, build_engine, prepare_deepspeed
+from megarec.dense.engine import base_learning_rate, build_engine, mark_gradients_of_shards, prepare_deepspeed
 from megarec.dense.groups import ModelParallelUnit, model_parallel_unit, set_deepspeed_groups
 from megarec.dense.layers import compile_layers, fuse_layers, recompute_layers
+from megarec.dense.reduction import gradient_reduction
 from megarec.dense.replicated import replicated_average
 from megarec.dense.settings import check_precision, refusals_of_deepspeed, settings_of
 from megarec.dense.side import DenseSide
@@ -58,14 +59,15 @@ def materialize_and_fill(
 
 
 def parallelize(
-    model: nn.Module, config: RunConfig, topology: Topology, device: torch.device, ledger: Ledger
+    model: nn.Module, config: RunConfig, topology: Topology, device: torch.device, ledger: Ledger, overlap: bool = False
 ) -> DenseSide:
     """Shard, fill and wrap a dense model; collective.
 
     Args:
         model: built on the meta device, so that no rank ever holds more than its part.
         device: where the parameters go.
-        ledger: counts the bytes that tensor parallelism sends.
+        ledger: counts the bytes that tensor parallelism sends, and the gradients that DeepSpeed does not reduce.
+        overlap: these travel while the backward pass runs.
 
     Raises:
         UserError: widths or batch do not divide, or DeepSpeed refuses its section.
@@ -82,5 +84,7 @@ def parallelize(
     with refusals_of_deepspeed():
         materialize_and_fill(model, config.train.seed, device, config.deepspeed, mpu)
     engine, reason = build_engine(model, config, topology, mpu)
+    reduction = gradient_reduction(engine, topology, ledger, overlap)
+    mark_gradients_of_shards(engine)
     average = replicated_average(engine, tensor)
-    return DenseSide(engine, topology, base_learning_rate(engine, config), f"{reason}; {fused}", average)
+    return DenseSide(engine, topology, base_learning_rate(engine, config), f"{reason}; {fused}", reduction, average)

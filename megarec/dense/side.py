@@ -19,6 +19,7 @@ from megarec.dense import masters
 from megarec.dense.engine import backward, compute_dtype, gradient_norm, loss_scale, loss_scale_can_shrink, skip_step
 from megarec.dense.memory import Parts, dense_bytes
 from megarec.dense.monitor import Monitor
+from megarec.dense.reduction import GradientReduction
 from megarec.dense.tensor_parallel import is_sharded
 from megarec.distributed.topology import Topology
 from megarec.slices import Ints, ParameterShard, TensorSlice
@@ -30,13 +31,13 @@ class DenseResult:
 
     Attributes:
         logits: [B].
-        losses: mean loss of each micro-batch.
-        gradient: [B, columns], of the embeddings: that of the mean over this rank's examples; may be part of a wider
-            matrix.
+        loss: their mean.
+        gradient: [B, columns], of the embeddings: that of the mean over this rank's examples of all micro-batches; may
+            be part of a wider matrix.
     """
 
     logits: Tensor
-    losses: list[Tensor]
+    loss: Tensor
     gradient: Tensor
 
 
@@ -61,7 +62,10 @@ class DenseSide:
         engine: DeepSpeed's, around the model.
         learning_rate: the base rate that the schedule scales.
         reason: which optimizer and which kernels were taken and why, for the log.
-        average_replicated: called after the last backward pass of a step (dense/replicated.py); collective.
+        reduction: averages gradients over the data group where DeepSpeed does not (dense/reduction.py), from the last
+            backward pass of a step on; collective.
+        average_replicated: called between the last backward pass of a step and what reads its gradients
+            (dense/replicated.py); collective.
 
     Attributes:
         monitor: TensorBoard and the like, as the deepspeed section says.
@@ -73,11 +77,12 @@ class DenseSide:
         topology: Topology,
         learning_rate: float,
         reason: str,
+        reduction: GradientReduction,
         average_replicated: Callable[[], None],
     ) -> None:
         self.engine, self.learning_rate, self.reason = engine, learning_rate, reason
         self._topology = topology
-        self._average_replicated = average_replicated
+        self._reduction, self._average_replicated = reduction, average_replicated
         self.monitor = Monitor(engine.monitor)
 
     @property
@@ -96,31 +101,29 @@ class DenseSide:
         """Micro-batches of one step."""
         return int(self.engine.gradient_accumulation_steps())
 
-    def forward_backward(self, batch: Batch, values: Tensor) -> DenseResult:
-        """Forward and backward of all micro-batches; collective. `apply` or `skip` must follow.
+    def forward_backward(self, micro: int, batch: Batch, values: Tensor) -> DenseResult:
+        """Forward and backward of one micro-batch, the next one in turn; collective. After the last one `apply` or
+        `skip` must follow.
 
         Args:
-            batch: B examples of this rank; B x the number of ranks is the global batch.
-            values: [B, columns], their embeddings.
+            micro: which one, from 0.
+            batch: the examples of this rank, all micro-batches of them; as many on every rank.
+            values: [B, columns], the embeddings of this micro-batch.
         """
-        engine, accumulation = self.engine, self.accumulation
-        engine.train()
-        gradients: list[Tensor] = []
-        size = batch.size // accumulation
+        engine = self.engine
+        if micro:
+            engine.step()  # not at the boundary: it only counts
+        else:
+            engine.train()
+        kept: list[Tensor] = []
+        rows = slice(micro * values.shape[0], (micro + 1) * values.shape[0])
+        out = engine(batch.numeric[rows], keep_gradient(values, kept), batch.keys[rows])
+        loss = binary_cross_entropy_with_logits(out, batch.labels[rows])
+        if micro + 1 == self.accumulation:
+            self._reduction.begin()
+        backward(engine, loss)
         scale = self.loss_scale() or 1.0
-        logits, losses = [], []
-        for micro in range(accumulation):
-            if micro:
-                engine.step()  # not at the boundary: it only counts
-            rows = slice(micro * size, (micro + 1) * size)
-            out = engine(batch.numeric[rows], keep_gradient(values[rows], gradients), batch.keys[rows])
-            loss = binary_cross_entropy_with_logits(out, batch.labels[rows])
-            backward(engine, loss)
-            logits.append(out.detach())
-            losses.append(loss.detach())
-        self._average_replicated()
-        gradient = gradients[0] if accumulation == 1 else torch.cat(gradients)
-        return DenseResult(torch.cat(logits), losses, gradient if scale == 1.0 else gradient / scale)
+        return DenseResult(out.detach(), loss.detach(), kept[0] if scale == 1.0 else kept[0] / scale)
 
     def apply(self, want_norm: bool = False) -> DenseUpdate:
         """One optimizer step; collective.
@@ -128,6 +131,8 @@ class DenseSide:
         Args:
             want_norm: return the norm of the gradient; at ZeRO 0 in fp32 it costs a pass over the gradients.
         """
+        self._reduction.finish()
+        self._average_replicated()
         norm = gradient_norm(self.engine) if want_norm else None
         overflow = self.loss_scale_can_shrink()
         self.engine.step()
@@ -139,6 +144,7 @@ class DenseSide:
 
     def skip(self, cause: str) -> DenseUpdate:
         """In place of `apply`: forget the gradients; after an "overflow" the loss scale of fp16 shrinks."""
+        self._reduction.finish()  # its messages are on their way
         skip_step(self.engine, overflow=cause == "overflow")
         return DenseUpdate(cause)
 
@@ -163,7 +169,7 @@ class DenseSide:
 
     def memory_bytes(self, messages: Iterable[Tensor] = ()) -> Parts:
         """Bytes that this rank holds now, by part (dense/memory.py)."""
-        return dense_bytes(self.engine, messages)
+        return dense_bytes(self.engine, [*messages, *self._reduction.messages()])
 
     def loss_scale(self) -> float | None:
         """What fp16 scales the loss by; None in other precisions."""

@@ -40,7 +40,7 @@ class _ColumnParallel(torch.autograd.Function):
     def forward(ctx: Any, x_BI: Tensor, weight_oI: Tensor, bias_o: Tensor | None, channel: Channel) -> Tensor:
         ctx.save_for_backward(x_BI, weight_oI)
         ctx.channel, ctx.has_bias = channel, bias_o is not None
-        x_GI = _finished(all_gather_rows(x_BI, channel, "activations"))
+        x_GI = all_gather_rows(x_BI, channel, "activations").wait()
         return F.linear(x_GI, weight_oI, bias_o)
 
     @staticmethod
@@ -54,9 +54,9 @@ class _ColumnParallel(torch.autograd.Function):
         with fast_cpu_gemm(dy_Go.device, dy_Go.dtype):
             if ctx.needs_input_grad[0]:
                 scattering = reduce_scatter_rows(dy_Go @ weight_oI, channel, "gradients", "backward")
-            dweight_oI = scaled_product(dy_Go.T, _finished(gathering), 1 / channel.size)
+            dweight_oI = scaled_product(dy_Go.T, gathering.wait(), 1 / channel.size)
         dbias_o = dy_Go.sum(0).div_(channel.size) if ctx.has_bias else None
-        return _finished(scattering) if scattering else None, dweight_oI, dbias_o, None
+        return scattering.wait() if scattering else None, dweight_oI, dbias_o, None
 
 
 class _RowParallel(torch.autograd.Function):
@@ -66,23 +66,16 @@ class _RowParallel(torch.autograd.Function):
     def forward(ctx: Any, x_Gi: Tensor, weight_Oi: Tensor, channel: Channel) -> Tensor:
         ctx.save_for_backward(x_Gi, weight_Oi)
         ctx.channel = channel
-        return _finished(reduce_scatter_rows(F.linear(x_Gi, weight_Oi), channel, "activations"))
+        return reduce_scatter_rows(F.linear(x_Gi, weight_Oi), channel, "activations").wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_Gi, weight_Oi = ctx.saved_tensors
-        dy_GO = _finished(all_gather_rows(grads[0], ctx.channel, "gradients", "backward"))
+        dy_GO = all_gather_rows(grads[0], ctx.channel, "gradients", "backward").wait()
         with fast_cpu_gemm(dy_GO.device, dy_GO.dtype):
             dx_Gi = dy_GO @ weight_Oi
             dweight_Oi = scaled_product(dy_GO.T, x_Gi, 1 / ctx.channel.size)
         return dx_Gi, dweight_Oi, None
-
-
-def _finished(started: tuple[Tensor, Any]) -> Tensor:
-    tensor, work = started
-    if work is not None:
-        work.wait()
-    return tensor
 
 
 class ColumnParallelLinear(nn.Module):
@@ -157,7 +150,7 @@ class TensorParallelMLP(nn.Module):
         """[B, inputs] and the examples' dropout keys int64 [B] -> [B, outputs]."""
         group_keys = None
         if keys is not None and self.training and any(dropout.p for dropout in self.dropouts):
-            group_keys = _finished(all_gather_rows(keys, self.channel, "dropout keys"))
+            group_keys = all_gather_rows(keys, self.channel, "dropout keys").wait()
         last = len(self.linears) - 1
         for index, linear in enumerate(self.linears):
             if index == last and index % 2 == 0:

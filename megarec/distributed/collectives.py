@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarec.distributed.pieces import Wait, start_exchange
 from megarec.distributed.topology import Topology, group_ranks
 from megarec.errors import DamagedCheckpoint, UserError
 
 # Since torch 2.13; before, under names that it deprecates. A GPU machine may have an older torch.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 TEXT_BYTES = 64 * 1024  # of an error or a remark: more is not for people
 Direction = Literal["forward", "backward"]
 
@@ -140,18 +141,37 @@ FP32 = WireDtypes()
 MESSAGE_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def all_to_all(
+class Message(NamedTuple):
+    """What is on its way to this rank.
+
+    Whoever lets go of it has to wait all the same: its memory is still written to.
+    """
+
+    received: Tensor
+    ready: Wait
+
+    def wait(self) -> Tensor:
+        """What was received; the host waits for it on a CPU, the current stream on an accelerator."""
+        self.ready()
+        return self.received
+
+
+def _here() -> None:
+    """Nothing to wait for."""
+
+
+def start_all_to_all(
     tensor: Tensor,
     output_sizes: Sequence[int],
     input_sizes: Sequence[int],
     channel: Channel,
     purpose: str,
     direction: Direction = "forward",
-) -> Tensor:
-    """Send block r of `tensor` to rank r; no gradient.
+) -> Message:
+    """Start sending block r of `tensor` to rank r; no gradient.
 
     Args:
-        tensor: [sum(input_sizes)], contiguous: the blocks for rank 0, 1, ...
+        tensor: [sum(input_sizes)], contiguous: the blocks for rank 0, 1, ...; it stays as it is until the wait.
         output_sizes: elements that rank r sends to this rank.
         input_sizes: elements that this rank sends to rank r.
         purpose: what the message is, for the ledger: the operation is recorded as "all_to_all <purpose>".
@@ -160,52 +180,88 @@ def all_to_all(
         [sum(output_sizes)]: the blocks of rank 0, 1, ...
     """
     if channel.size == 1:
-        return tensor
+        return Message(tensor, _here)
     received = tensor.new_empty(sum(output_sizes))
-    dist.all_to_all_single(received, tensor, list(output_sizes), list(input_sizes), group=channel.group)
-    kept = input_sizes[channel.rank]
-    across = sum(size for size, remote in zip(input_sizes, channel.remote, strict=False) if remote)
-    width = tensor.element_size()
-    sent = (sum(input_sizes) - kept) * width
-    _record(channel, f"all_to_all {purpose}", tensor, direction, sent, kept * width, across * width)
-    return received
+    return Message(
+        received, start_all_to_all_into(received, tensor, output_sizes, input_sizes, channel, purpose, direction)
+    )
 
 
-def all_gather_rows(
-    tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward"
-) -> tuple[Tensor, "dist.Work | None"]:
-    """Start gathering [B, ...] of every rank into [size x B, ...], in rank order; no gradient.
+def all_to_all(
+    tensor: Tensor,
+    output_sizes: Sequence[int],
+    input_sizes: Sequence[int],
+    channel: Channel,
+    purpose: str,
+    direction: Direction = "forward",
+) -> Tensor:
+    """`start_all_to_all`, waited for."""
+    return start_all_to_all(tensor, output_sizes, input_sizes, channel, purpose, direction).wait()
 
-    Returns:
-        The result, and the work to wait for before it is read (None: it is there).
+
+def start_all_to_all_into(
+    received: Tensor,
+    sent: Tensor,
+    output_sizes: Sequence[int],
+    input_sizes: Sequence[int],
+    channel: Channel,
+    purpose: str,
+    direction: Direction = "forward",
+    blocks: int = 1,
+) -> Wait:
+    """`start_all_to_all` of so many blocks of these sizes, in one message; of more than one rank.
+
+    Args:
+        received: filled: [blocks x sum(output_sizes)], by rank and within a rank by block, or [blocks,
+            sum(output_sizes)], by block.
+        sent: the same, of the input sizes.
     """
+    assert channel.group is not None
+    wait = start_exchange(sent, received, input_sizes, output_sizes, channel.group, blocks)
+    width = blocks * sent.element_size()
+    kept = input_sizes[channel.rank] * width
+    across = sum(size for size, remote in zip(input_sizes, channel.remote, strict=False) if remote) * width
+    record_traffic(channel, f"all_to_all {purpose}", sent, direction, sum(input_sizes) * width - kept, kept, across)
+    return wait
+
+
+def all_to_all_into(
+    received: Tensor,
+    sent: Tensor,
+    output_sizes: Sequence[int],
+    input_sizes: Sequence[int],
+    channel: Channel,
+    purpose: str,
+    direction: Direction = "forward",
+    blocks: int = 1,
+) -> None:
+    """`start_all_to_all_into`, waited for."""
+    start_all_to_all_into(received, sent, output_sizes, input_sizes, channel, purpose, direction, blocks)()
+
+
+def all_gather_rows(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Message:
+    """Start gathering [B, ...] of every rank into [size x B, ...], in rank order; no gradient."""
     if channel.size == 1:
-        return tensor, None
+        return Message(tensor, _here)
     gathered = tensor.new_empty(channel.size * tensor.shape[0], *tensor.shape[1:])
-    work = _all_gather(gathered, tensor.contiguous(), group=channel.group, async_op=True)
+    work = all_gather_flat(gathered, tensor.contiguous(), group=channel.group, async_op=True)
     own = tensor.numel() * tensor.element_size()
-    _record(
+    record_traffic(
         channel, f"all_gather {purpose}", tensor, direction, (channel.size - 1) * own, own, sum(channel.remote) * own
     )
-    return gathered, work
+    return Message(gathered, work.wait)
 
 
-def reduce_scatter_rows(
-    tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward"
-) -> tuple[Tensor, "dist.Work | None"]:
-    """Start summing [size x B, ...] over the ranks; this rank receives its own [B, ...]; no gradient.
-
-    Returns:
-        The result, and the work to wait for before it is read (None: it is there).
-    """
+def reduce_scatter_rows(tensor: Tensor, channel: Channel, purpose: str, direction: Direction = "forward") -> Message:
+    """Start summing [size x B, ...] over the ranks; this rank receives its own [B, ...]; no gradient."""
     if channel.size == 1:
-        return tensor, None
+        return Message(tensor, _here)
     own = tensor.new_empty(tensor.shape[0] // channel.size, *tensor.shape[1:])
-    work = _reduce_scatter(own, tensor.contiguous(), group=channel.group, async_op=True)
+    work = reduce_scatter_flat(own, tensor.contiguous(), group=channel.group, async_op=True)
     kept = own.numel() * own.element_size()
     sent, across = (channel.size - 1) * kept, sum(channel.remote) * kept
-    _record(channel, f"reduce_scatter {purpose}", tensor, direction, sent, kept, across)
-    return own, work
+    record_traffic(channel, f"reduce_scatter {purpose}", tensor, direction, sent, kept, across)
+    return Message(own, work.wait)
 
 
 def all_reduce_mean_(
@@ -222,7 +278,7 @@ def all_reduce_mean_(
     flat = torch.empty(sum(len(view) for view in views), dtype=torch.float32, device=tensors[0].device)
     parts = flat.split([len(view) for view in views])
     torch._foreach_copy_(parts, views)
-    _all_reduce(flat, channel, purpose, direction)
+    sum_in_place(flat, channel, purpose, direction)
     flat.div_(channel.size)
     torch._foreach_copy_(views, parts)
 
@@ -231,19 +287,22 @@ def all_reduce_sum(tensor: Tensor, channel: Channel, purpose: str, direction: Di
     """The sum over the ranks, in float32, the same to the last bit on all of them; no gradient."""
     total = tensor.float() if tensor.dtype != torch.float32 else tensor.clone()
     if channel.size > 1:
-        _all_reduce(total, channel, purpose, direction)
+        sum_in_place(total, channel, purpose, direction)
     return total
 
 
-def _all_reduce(total: Tensor, channel: Channel, purpose: str, direction: Direction) -> None:
+def sum_in_place(total: Tensor, channel: Channel, purpose: str, direction: Direction) -> None:
     """Sum a tensor over the ranks, in place."""
     dist.all_reduce(total, group=channel.group)
     kept = total.numel() * total.element_size() // channel.size  # a ring: reduce-scatter, then all-gather
     across = 2 * sum(channel.remote) * kept
-    _record(channel, f"all_reduce {purpose}", total, direction, 2 * (channel.size - 1) * kept, 2 * kept, across)
+    record_traffic(channel, f"all_reduce {purpose}", total, direction, 2 * (channel.size - 1) * kept, 2 * kept, across)
 
 
-def _record(channel: Channel, op: str, tensor: Tensor, direction: Direction, sent: int, kept: int, across: int) -> None:
+def record_traffic(
+    channel: Channel, op: str, tensor: Tensor, direction: Direction, sent: int, kept: int, across: int
+) -> None:
+    """Count a message of this rank: bytes that leave it, those of them for other hosts, and those for itself."""
     key = TrafficKey(channel.name, op, str(tensor.dtype).removeprefix("torch."), direction)
     channel.ledger.record(key, sent, across, kept)
 
@@ -294,7 +353,7 @@ def raise_together(error: UserError | None, topology: Topology, device: torch.de
     kind = 0 if error is None else 1 if isinstance(error, DamagedCheckpoint) else 2
     mine = torch.tensor([kind, len(text)], device=device)
     kinds = torch.empty(topology.world_size * 2, dtype=mine.dtype, device=device)
-    _all_gather(kinds, mine, group=topology.world)
+    all_gather_flat(kinds, mine, group=topology.world)
     for rank, (kind, size) in enumerate(kinds.view(-1, 2).tolist()):
         if kind:
             message = _text_of(rank, size, text, topology, device)
@@ -315,7 +374,7 @@ def gather_numbers(numbers: Sequence[float], topology: Topology, device: torch.d
         return [list(numbers)]
     mine = torch.tensor(numbers, dtype=torch.float32, device=device)
     gathered = mine.new_empty(topology.world_size * len(numbers))
-    _all_gather(gathered, mine, group=topology.world)
+    all_gather_flat(gathered, mine, group=topology.world)
     rows: list[list[float]] = gathered.view(topology.world_size, -1).tolist()
     return rows
 
@@ -327,7 +386,7 @@ def gather_texts(text: str, topology: Topology, device: torch.device, most: int 
     letters = _bytes_of(text)
     mine = torch.tensor([len(letters)], device=device)
     sizes = mine.new_empty(topology.world_size)
-    _all_gather(sizes, mine, group=topology.world)
+    all_gather_flat(sizes, mine, group=topology.world)
     texts: dict[int, str] = {}
     for rank, size in enumerate(sizes.tolist()):
         if size and len(texts) < most:

@@ -162,6 +162,19 @@ def separate_groups(topology: Topology) -> Topology:
     return dataclasses.replace(topology, world=world, tower=tower, peer=peer)
 
 
+def data_of_hosts(topology: Topology) -> list[list[int]]:
+    """The ranks of one host with the same place in their tensor group: what of every data group lies on a host."""
+    local, tensor = topology.ranks_per_host, topology.tensor_size
+    firsts = range(0, topology.world_size, local)
+    return [list(range(first + place, first + local, tensor)) for first in firsts for place in range(tensor)]
+
+
+def separate_data_groups(topology: Topology) -> tuple[Group | None, Group | None]:
+    """Groups of their own of this rank's data ranks on its host, and of its peers; collective."""
+    peers = group_ranks(topology.world_size, topology.ranks_per_host, topology.tensor_size)["peer"]
+    return _my_group(topology.rank, 0, data_of_hosts(topology)), _my_group(topology.rank, 0, peers)
+
+
 def _ranks_of_a_machine(world_size: int) -> int:
     names = _gathered_names(world_size)
     counts = {name: names.count(name) for name in names}

@@ -46,6 +46,7 @@ def _tensor(ways: int) -> tuple[str, ...]:
 
 
 ACCUMULATION = "deepspeed.gradient_accumulation_steps=4"
+OVERLAP = (ACCUMULATION, "parallel.overlap=true")
 BF16, OFFLOAD = "deepspeed.bf16.enabled=true", 'deepspeed.zero_optimization.offload_optimizer={"device": "cpu"}'
 SECONDARY = "deepspeed.zero_optimization.zero_hpz_partition_size=2"
 COMPILE = "dense.compile=true"
@@ -112,7 +113,19 @@ def _small_towers() -> list[Case]:
             chosen += [Case(2, (*numbers, UNEVEN_FOUR), (_zero(stage - 1), *_hosts(1)))]
         chosen += [Case(4, (*numbers, UNEVEN_FOUR), (_zero(stage), *_tensor(2), *_hosts(2)))]
         chosen += [Case(1, (*numbers, UNEVEN_TWO), (_zero(stage),)), Case(2, (*numbers, UNEVEN_TWO), (_zero(0),))]
-    return [*chosen, Case(4, (*numbers, UNEVEN_FOUR), (_zero(2), *_hosts(1)))]
+    chosen += [Case(4, (*numbers, UNEVEN_FOUR), (_zero(2), *_hosts(1)))]
+    return chosen + _small_micro_batches()
+
+
+def _small_micro_batches() -> list[Case]:
+    """The exchange by micro-batches, each beside the compute of another: flat with every placement, SPTT alone, and
+    tower modules, under SGD and AdamW."""
+    chosen = [Case(2, topology=(_zero(0), MIXED, *OVERLAP)), Case(4, (UNEVEN_TWO,), (_zero(1), *_hosts(2), *OVERLAP))]
+    for dense, (model, module) in zip(((), (*DENSE_SGD, "embedding.optimizer=sgd")), FAMILIES[1:], strict=True):
+        numbers = (*model, *dense, FULL_WIDTH, LARGE_ROWS, TOWER_MODULES[module])
+        chosen += [Case(4, (*numbers, UNEVEN_TWO), (_zero(2), *_hosts(2), *OVERLAP))]
+        chosen += [Case(2, (*numbers, UNEVEN_FOUR), (_zero(0), *_hosts(1), *OVERLAP))]
+    return chosen
 
 
 def _small_sparse() -> list[Case]:

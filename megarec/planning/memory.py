@@ -8,10 +8,12 @@ Parts: `parameters`, `gradients`, `optimizer` and `step` of the dense side and i
 is an accelerator: no part of the total, which a run reaches before its first one.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 
+from megarec.config.deepspeed import micro_batch_size
 from megarec.config.sections import RunConfig
 from megarec.dense.memory import Parts, saved_activations
 from megarec.dense.tensor_parallel import shard_mlps
@@ -19,6 +21,7 @@ from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
 from megarec.planning.held_memory import runtime_bytes
 from megarec.planning.zero import MASTER, dense_parts, zero_of
+from megarec.run.build import overlaps
 from megarec.run.fits import activation_bytes
 from megarec.run.spec import ModelSpec
 from megarec.sparse.layout import EmbeddingLayout
@@ -61,13 +64,31 @@ def predict(
     zero = zero_of(config, topology)
     sizes = parameter_sizes(spec, topology)
     parts = dense_parts(sizes, zero)
-    parts["communication"] += exchange_bytes(spec.layout, shards, micro_batch * zero.accumulation, topology)
+    by_micro_batch = zero.accumulation > 1 and overlaps(config, topology, device)
+    parts["communication"] += exchange_bytes(
+        spec.layout, shards, micro_batch * zero.accumulation, topology, by_micro_batch=by_micro_batch
+    )
     parts["activations"] = activation_bytes(config, spec, micro_batch)
     parts["tables"] = table_bytes(own, config.embedding)
     parts["towers"] = tower_bytes(config, spec.towers, micro_batch * zero.accumulation, topology)
     parts["runtime"], parts["cached"] = runtime_bytes(topology, device, connected), 0
     parts["snapshot"] = MASTER * (1 + zero.moments) * sum(sizes) // zero.ranks + parts["tables"]
     return parts
+
+
+def largest_rank(config: RunConfig, spec: ModelSpec, topology: Topology, device: torch.device = CPU) -> Parts:
+    """`predict` with totals, of the rank whose tables take most; the topology's own rank does not matter.
+
+    Raises:
+        UserError: ranks, batch and tables do not fit together.
+    """
+    shards = place_run(config, spec.layout, spec.towers, topology)
+    held = dict.fromkeys(range(topology.world_size), 0)
+    for shard in shards:
+        held[shard.rank] += table_bytes([shard], config.embedding)
+    largest = dataclasses.replace(topology, rank=max(held, key=lambda rank: held[rank]))
+    micro = micro_batch_size(config, topology.world_size)
+    return with_totals(predict(config, spec, largest, micro, shards, device))
 
 
 def with_totals(parts: Parts) -> Parts:
@@ -110,7 +131,14 @@ def tower_bytes(config: RunConfig, resolved: ResolvedTowers, examples: int, topo
     return 4 * copies * sum(parameter.numel() for parameter in bank.parameters()) + kept["bytes"]
 
 
-def exchange_bytes(layout: EmbeddingLayout, shards: Sequence[Shard], examples: int, topology: Topology) -> int:
+def exchange_bytes(
+    layout: EmbeddingLayout,
+    shards: Sequence[Shard],
+    examples: int,
+    topology: Topology,
+    *,
+    by_micro_batch: bool = False,
+) -> int:
     """What the exchange holds around its backward message, float32, all of it as large as its forward one.
 
     The rank's matrix of looked-up embeddings and its gradient, cut up by owner; the pooled rows of its own tables for
@@ -120,10 +148,12 @@ def exchange_bytes(layout: EmbeddingLayout, shards: Sequence[Shard], examples: i
     Args:
         shards: of all ranks.
         examples: of this rank in one step.
+        by_micro_batch: gradients arrive in parts, which are put together: they are there twice.
     """
     names = replicated(shards)
     mine = [shard for shard in shards if shard.rank == topology.rank]
     lookups = sum(s.columns * sum(f.table == s.table for f in layout.features) for s in mine if s.table not in names)
     gradients = sum(shard.rows * (shard.columns + 1) for shard in mine if shard.table in names)
     own, owned = examples * layout.width, examples * topology.world_size * lookups
-    return 4 * (2 * own + own + 2 * owned + 2 * gradients) if topology.world_size > 1 else 4 * 2 * own
+    owned *= 3 if by_micro_batch else 2
+    return 4 * (2 * own + own + owned + 2 * gradients) if topology.world_size > 1 else 4 * 2 * own

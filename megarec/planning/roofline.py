@@ -4,8 +4,8 @@ Operations of the dense model and of tower modules are those that the real modul
 (op_counts.py); bytes of the optimizer's step those that DeepSpeed's operations move (tests hold them to a count of its
 engines). A part takes as long as its work at the device's rates, or as the host needs to start it. Parts follow one
 another, messages as well: what a run hides behind other work is won over this. Not in it: batches from the host,
-metrics, waits of the host, its launches for the sparse side, waves of thread blocks that do not fill the chip, more
-hosts than one.
+metrics, waits of the host, its launches for the sparse side, waves of thread blocks that do not fill the chip. Rates
+and delays are a machine's own (hardware/); several hosts are towers_pay.py's.
 """
 
 import dataclasses
@@ -19,74 +19,36 @@ from torch import nn
 from megarec.config.sections import RunConfig
 from megarec.dense.layers import recompute_layers
 from megarec.dense.settings import settings_of
-from megarec.distributed.collectives import MESSAGE_TYPES
 from megarec.distributed.topology import Topology, check_divides
-from megarec.errors import UserError, did_you_mean
+from megarec.errors import UserError
 from megarec.models.blocks import MLP
+from megarec.planning.hardware import Figure, Hardware, load_hardware
+from megarec.planning.links import message_seconds, ring_seconds
 from megarec.planning.memory import parameter_sizes
 from megarec.planning.op_counts import Op, OpCounter, fused
+from megarec.planning.traffic import Message, mean_ids, sparse_messages, touched_rows
 from megarec.planning.zero import Zero, zero_of
 from megarec.run.spec import ModelSpec
-from megarec.sparse.layout import EmbeddingLayout, Feature
+from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.placement import Shard
 from megarec.sparse.tables.optimizers import table_bytes
 from megarec.sparse.towers.modules import TowerModules
-from megarec.training.profiling import PEAK_TFLOPS
 
-
-class Device(NamedTuple):
-    """Rates of one accelerator.
-
-    Attributes:
-        gemm: TFLOP/s that a large product in 16 bits reaches.
-        fp32: TFLOP/s of fp32 without TF32, by the data sheet; None: not known here.
-        memory: TB/s that a copy reaches, read and written bytes together.
-        link: GB/s of a rank to the others of its host, each way.
-        source: where `gemm` and `memory` come from.
-    """
-
-    gemm: float
-    fp32: float | None
-    memory: float
-    link: float
-    source: str
-
-
-_MEASURED = Device(790.0, 67.0, 4.3, 371.0, "measured on one H200: a product of 8,192 and a copy on random data")
-_SHEET = {  # HBM TB/s, fp32 TFLOP/s, NVLink GB/s as NCCL gets it
-    "V100": (0.9, 15.7, 120.0),
-    "A100": (2.0, 19.5, 240.0),
-    "H100": (3.35, 67.0, 371.0),
-    "B200": (7.7, None, 722.0),
-    "GB200": (8.0, None, 722.0),
-}
-
-
-def _of_sheet(name: str) -> Device:
-    """What a device may reach of its data sheet is what the H200 reaches of its own: 989 TFLOP/s and 4.8 TB/s."""
-    memory, fp32, link = _SHEET[name]
-    gemm = PEAK_TFLOPS[name] * _MEASURED.gemm / PEAK_TFLOPS["H200"]
-    return Device(gemm, fp32, memory * _MEASURED.memory / 4.8, link, "its data sheet, times what an H200 reaches of it")
-
-
-DEVICES = {**{name: _of_sheet(name) for name in _SHEET}, "H200": _MEASURED}
-
-# Assumptions, from a review of the code for CUDA; gpu_check.py is there to hold them to a device.
+# Assumptions, from a review of the code for CUDA; gpu_check.py is there to hold them to a device. Rates and delays of
+# the device itself are in its JSON (hardware/).
 GEMM_SHARE, BATCHED_SHARE = 0.9, 0.4  # of the GEMM rate: the products of a model, and those example by example
-LAUNCH_SECONDS = 6e-6  # of the host, for an operation of PyTorch
-LINK_SECONDS = 50e-6  # of a message among the ranks of a host, beside its bytes
 GLUE_BYTES_A_COLUMN, GLUE_BYTES_IN_FP32 = 24, 48
 """Read and written between tables and first product, both ways, for a column of the looked-up embeddings of an
 example, with messages in 16 bits that the tables take and give, and in fp32; tests/device counts them."""
 SORT_BYTES_AN_ID = 96  # a radix sort of ids, with their places, before the update
-IDS_OF_A_LIST = 2.5  # on average, as in synthetic data
 
 
 class StepBytes(NamedTuple):
     """Bytes that DeepSpeed moves for an element of a parameter, beside the optimizer's own, and how often.
 
     Attributes:
-        copies: in the backward pass, of gradients into buckets and back; every rank for all of its parameters.
+        copies: in the backward pass, of gradients into buckets and back; every rank for all of its parameters. At
+            stage 0, where there are other ranks: into buckets, and their scaling (dense/reduction.py).
         step: conversions, overflow check, norm, weights back; of the partition.
         clip: more, with gradient_clipping.
         launches: operations for a parameter, of whatever size.
@@ -99,7 +61,7 @@ class StepBytes(NamedTuple):
 
 
 STEP_BYTES = {  # by (ZeRO stage, low precision); DeepSpeed 0.19.8, with what dense/engine.py sets
-    (0, False): StepBytes(16, 0, 12, 4),
+    (0, False): StepBytes(16, 0, 12, 3),
     (0, True): StepBytes(8, 26, 8, 21),
     (1, False): StepBytes(32, 36, 8, 6),
     (1, True): StepBytes(16, 34, 8, 6),
@@ -162,20 +124,6 @@ class Roofline:
         }
 
 
-def device_named(name: str) -> Device:
-    """The rates of a device.
-
-    Raises:
-        UserError: they are not known here.
-    """
-    if name not in DEVICES:
-        raise UserError(
-            f"--roofline {name}: its memory bandwidth is not known here; {did_you_mean(name, DEVICES)} "
-            f"(all: {', '.join(DEVICES)})"
-        )
-    return DEVICES[name]
-
-
 def predict_step(config: RunConfig, spec: ModelSpec, name: str, batch: int | None = None) -> Roofline:
     """Predict a step of one rank; all ranks are on one host.
 
@@ -183,15 +131,14 @@ def predict_step(config: RunConfig, spec: ModelSpec, name: str, batch: int | Non
 
     Args:
         spec: the model that `config` asks for.
-        name: of the device, as in DEVICES.
+        name: of the device (hardware/).
         batch: examples of the rank; None: its share of data.batch_size.
 
     Raises:
         UserError: the device or its fp32 rate is not known, ranks or batch do not divide, or optimizer states lie in
             host memory.
     """
-    device, settings = device_named(name), settings_of(config.deepspeed)
-    low_precision, fp32 = settings.dtype.itemsize < 4, device.fp32 or 0.0
+    device = load_hardware(name, "--roofline")
     ranks = config.parallel.ranks_per_host or config.parallel.tensor
     check_divides(ranks, ranks, config.parallel.tensor)
     topology = Topology(0, ranks, ranks, config.parallel.tensor)
@@ -209,24 +156,23 @@ def predict_step(config: RunConfig, spec: ModelSpec, name: str, batch: int | Non
         )
     if zero.offloaded:
         raise UserError("--roofline: deepspeed.zero_optimization.offload_optimizer is not in its model; leave it out")
-    if device.fp32 is None and (not low_precision or spec.towers.modules is not None):
-        raise UserError(f"--roofline {name}: its fp32 rate is not known here; enable deepspeed.bf16, or take an H200")
-    clock = _Clock(device)
+    clock = Clock(device)
     sizes = parameter_sizes(spec, topology)
-    parts = clock.dense(dense_ops(config, spec, micro), zero.accumulation, device.gemm if low_precision else fp32)
+    parts = clock.dense(dense_ops(config, spec, micro), zero.accumulation, clock.gemm(zero.width))
     if spec.towers.modules is not None:
-        parts["tower modules"] = clock.whole(tower_ops(spec, batch), fp32)
+        parts["tower modules"] = clock.whole(tower_ops(spec, batch), clock.gemm(4))
     parts["exchange glue"] = clock.memory(glue_bytes(config, spec.layout, batch))
     parts["table lookup"] = clock.memory(lookup_bytes(config, spec.layout, batch))
     parts["table update"] = clock.memory(update_bytes(config, spec.layout, batch * ranks) // ranks)
-    launches = STEP_BYTES[zero.stage, low_precision].launches * len(sizes)
+    launches = STEP_BYTES[zero.stage, zero.width < 4].launches * len(sizes)
     parts["optimizer"] = clock.memory(optimizer_bytes(config, sum(sizes), zero), launches)
     if ranks > 1:
-        parts["exchange links"] = clock.link(exchange_messages(config, spec, batch, ranks))
-        parts["dense links"] = clock.link(dense_messages(spec, sum(sizes), zero, topology, batch))
-    peak = 1e12 * (PEAK_TFLOPS[name] if low_precision else fp32)
-    flop = spec.cost.flop * batch
-    made = Roofline(name, batch, ranks, parts, 0.0, 0.0)
+        of_batch = config.model_copy(update={"data": config.data.model_copy(update={"batch_size": batch * ranks})})
+        parts["exchange links"] = clock.messages(sparse_messages(of_batch, spec, topology), topology)
+        passes = zero_messages(sum(sizes), zero) + hpz_messages(sum(sizes), zero)
+        parts["dense links"] = clock.rings(passes + tensor_messages(spec, zero, topology, batch))
+    peak, flop = 1e12 * clock.peak(zero.width), spec.cost.flop * batch
+    made = Roofline(device.name, batch, ranks, parts, 0.0, 0.0)
     return dataclasses.replace(made, mfu=flop / made.seconds / peak, fused_mfu=flop / made.fused_seconds / peak)
 
 
@@ -251,13 +197,16 @@ def dense_ops(config: RunConfig, spec: ModelSpec, examples: int) -> list[Op]:
     return own + second.ops
 
 
-def tower_ops(spec: ModelSpec, examples: int) -> list[Op]:
-    """Forward and backward of all tower modules on some examples; ranks share the towers, and see as many more."""
+def tower_ops(spec: ModelSpec, examples: int, towers: Sequence[int] | None = None) -> list[Op]:
+    """Forward and backward of some towers' modules on some examples; None: of all, as each rank of a host sees them
+    on its own examples, or its share of them on as many more."""
     modules = spec.towers.modules
     assert modules is not None
+    own = range(len(modules.inputs)) if towers is None else towers
     with torch.device("meta"), OpCounter() as counter:
-        bank = TowerModules(modules, range(len(modules.inputs)))
-        bank(torch.empty(examples, sum(modules.inputs) * modules.width, requires_grad=True)).sum().backward()
+        bank = TowerModules(modules, own)
+        columns = sum(modules.inputs[tower] for tower in own) * modules.width
+        bank(torch.empty(examples, columns, requires_grad=True)).sum().backward()
     return counter.ops
 
 
@@ -267,14 +216,11 @@ def glue_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> int
     return (GLUE_BYTES_IN_FP32 if in_fp32 else GLUE_BYTES_A_COLUMN) * layout.width * examples
 
 
-def _ids(feature: Feature, examples: int) -> int:
-    return int(examples * (IDS_OF_A_LIST if feature.multi_valued else 1))
-
-
 def lookup_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> int:
     """Ids and rows that are read; what is written belongs to the glue."""
     element = 2 if config.embedding.weights == "fp16" else 4
-    return sum(_ids(f, examples) * (layout.table(f.table).columns * element + 4) for f in layout.features)
+    of_table = {table.name: table.columns for table in layout.tables}
+    return int(sum(mean_ids(f, examples) * (of_table[f.table] * element + 4) for f in layout.features))
 
 
 def update_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> int:
@@ -282,10 +228,9 @@ def update_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> i
     rows. What is read of gradients belongs to the glue."""
     total = 0
     for table in layout.tables:
-        ids = sum(_ids(feature, examples) for feature in layout.features if feature.table == table.name)
-        touched = round(-table.rows * torch.tensor(-ids / table.rows, dtype=torch.float64).expm1().item())
-        rows = Shard(table.name, 0, 0, max(1, touched), 0, table.columns)
-        total += ids * SORT_BYTES_AN_ID + 2 * table_bytes([rows], config.embedding)
+        ids = sum(mean_ids(feature, examples) for feature in layout.features if feature.table == table.name)
+        rows = Shard(table.name, 0, 0, max(1, round(touched_rows(table.rows, ids))), 0, table.columns)
+        total += int(ids * SORT_BYTES_AN_ID) + 2 * table_bytes([rows], config.embedding)
     return total
 
 
@@ -294,31 +239,37 @@ def optimizer_bytes(config: RunConfig, parameters: int, zero: Zero) -> int:
     moved = STEP_BYTES[zero.stage, zero.width < 4]
     clip = moved.clip if config.deepspeed.get("gradient_clipping") else 0
     own = parameters // (zero.ranks if zero.stage else 1)
-    return moved.copies * parameters + (12 + 8 * zero.moments + moved.step + clip) * own
+    copies = moved.copies if zero.stage or zero.ranks > 1 else 0
+    return copies * parameters + (12 + 8 * zero.moments + moved.step + clip) * own
 
 
-def exchange_messages(config: RunConfig, spec: ModelSpec, examples: int, ranks: int) -> list[int]:
-    """Bytes that a rank sends in each message of the flat exchange: lengths, ids, embeddings, gradients."""
-    features = spec.layout.features
-    index = 4 if all(table.rows < 2**31 for table in spec.layout.tables) else 8
-    lists = sum(feature.multi_valued for feature in features) * examples
-    columns = spec.layout.width * examples
-    sent = [4 * lists, index * sum(_ids(feature, examples) for feature in features)]
-    sent += [columns * MESSAGE_TYPES[name].itemsize for name in config.parallel.messages]
-    return [size * (ranks - 1) // ranks for size in sent if size]
+def zero_messages(parameters: int, zero: Zero) -> list[int]:
+    """Bytes that a rank sends for ZeRO, by pass of a ring over its data group.
+
+    Stage 0: an all-reduce; 1, 2: gradients to their owners, weights back; 3: weights gathered twice. ZeRO++'s second
+    gathering is not among them: see `hpz_messages`.
+    """
+    if zero.ranks == 1:
+        return []
+    passes = 3 if zero.stage == 3 and not hpz_messages(parameters, zero) else 2
+    return passes * [zero.width * parameters * (zero.ranks - 1) // zero.ranks]
 
 
-def dense_messages(spec: ModelSpec, parameters: int, zero: Zero, topology: Topology, examples: int) -> list[float]:
-    """Bytes that a rank sends for ZeRO, and for the tensor-parallel layers."""
-    messages: list[float] = []
-    if zero.ranks > 1:  # stage 0: an all-reduce; 1, 2: gradients to their owners, weights back; 3: gathered twice
-        passes = 3 if zero.stage == 3 else 2
-        messages += passes * [zero.width * parameters * (zero.ranks - 1) // zero.ranks]
-    if topology.tensor_size > 1:
-        sent = zero.width * examples * (topology.tensor_size - 1)
-        mlps = [module for module in spec.meta_model().modules() if isinstance(module, MLP)]
-        messages += [sent * columns for mlp in mlps for columns in tensor_columns(mlp, topology.tensor_size)]
-    return messages
+def hpz_messages(parameters: int, zero: Zero) -> list[int]:
+    """What ZeRO++ gathers among the ranks that share a second copy of the weights, which are those of a host."""
+    sharers = zero.settings.zero_hpz_partition_size
+    if zero.stage < 3 or min(sharers, zero.ranks) == 1:
+        return []
+    return [zero.width * parameters * (sharers - 1) // sharers]
+
+
+def tensor_messages(spec: ModelSpec, zero: Zero, topology: Topology, examples: int) -> list[float]:
+    """Bytes that a rank sends for the tensor-parallel layers."""
+    if topology.tensor_size == 1:
+        return []
+    sent = zero.width * examples * (topology.tensor_size - 1)
+    mlps = [module for module in spec.meta_model().modules() if isinstance(module, MLP)]
+    return [sent * columns for mlp in mlps for columns in tensor_columns(mlp, topology.tensor_size)]
 
 
 def tensor_columns(mlp: MLP, size: int) -> list[float]:
@@ -336,18 +287,54 @@ def tensor_columns(mlp: MLP, size: int) -> list[float]:
     return columns
 
 
-class _Clock:
+class Clock:
     """Work at the rates of a device."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Hardware) -> None:
         self.device = device
 
-    def memory(self, moved: int, launches: int = 0) -> PartTime:
-        return self._part(0, moved, launches, 0.0, moved / self.device.memory / 1e12)
+    def gemm(self, width: int) -> float:
+        """TFLOP/s that a large product of elements of so many bytes reaches.
 
-    def link(self, messages: Sequence[float]) -> PartTime:
-        seconds = sum(size / self.device.link / 1e9 + LINK_SECONDS for size in messages)
-        return PartTime(0, int(sum(messages)), len(messages), seconds, "link", seconds)
+        Raises:
+            UserError: the device's rate is not known.
+        """
+        figure, kind, key = (
+            (self.device.gemm_tflops, "16-bit", "gemm_tflops")
+            if width < 4
+            else (self.device.fp32_tflops, "fp32", "fp32_tflops")
+        )
+        if figure is None:
+            other = "enable deepspeed.bf16" if width == 4 else "switch deepspeed.bf16 off"
+            raise UserError(
+                f"hardware {self.device.name}: its {kind} rate is not known here ({key}); give it in its JSON, or "
+                f"{other} (tower modules compute in fp32)"
+            )
+        return figure.value
+
+    def peak(self, width: int) -> float:
+        """TFLOP/s that an MFU is a share of."""
+        sheet = self.device.peak_tflops
+        return sheet.value if sheet is not None and width < 4 else self.gemm(width)
+
+    def memory(self, moved: int, launches: int = 0, rate: Figure | None = None) -> PartTime:
+        """Bytes at the rate of a copy, or at another one in GB/s."""
+        seconds = moved / (self._copy if rate is None else 1e9 * rate.value)
+        return self._part(0, moved, launches, 0.0, seconds)
+
+    def messages(self, messages: Sequence[Message], topology: Topology) -> PartTime:
+        """Of the sparse side, one after the other."""
+        seconds = sum(message_seconds(message, topology, self.device) for message in messages)
+        return PartTime(0, sum(m.bytes for m in messages), len(messages), seconds, "link", seconds)
+
+    def rings(self, passes: Sequence[float], hosts: int = 1, ranks_of_a_host: int = 1) -> PartTime:
+        """Passes of a ring by the bytes that a rank sends."""
+        seconds = sum(ring_seconds(sent, hosts, ranks_of_a_host, self.device) for sent in passes)
+        return PartTime(0, int(sum(passes)), len(passes), seconds, "link", seconds)
+
+    @property
+    def _copy(self) -> float:
+        return 1e12 * self.device.memory_tb_s.value
 
     def whole(self, ops: Sequence[Op], tflops: float) -> PartTime:
         """All operations as one part."""
@@ -367,12 +354,12 @@ class _Clock:
         compute = memory = 0.0
         share = {"gemm": GEMM_SHARE, "batched": BATCHED_SHARE, "memory": 1.0}
         for op in ops:
-            computing, moving = op.flop / (1e12 * tflops * share[op.kind]), op.bytes / self.device.memory / 1e12
+            computing, moving = op.flop / (1e12 * tflops * share[op.kind]), op.bytes / self._copy
             compute += computing if computing > moving else 0.0
             memory += moving if computing <= moving else 0.0
         return self._part(sum(op.flop for op in ops), sum(op.bytes for op in ops), len(ops), compute, memory)
 
     def _part(self, flop: int, moved: int, launches: int, compute: float, memory: float) -> PartTime:
-        started, on_device = launches * LAUNCH_SECONDS, compute + memory
+        started, on_device = launches * 1e-6 * self.device.launch_us.value, compute + memory
         bound: Bound = "launches" if started > on_device else "compute" if compute > memory else "memory"
         return PartTime(flop, moved, launches, max(started, on_device), bound, max(started, on_device))

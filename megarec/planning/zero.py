@@ -22,12 +22,12 @@ from typing import Any
 
 from megarec.config.sections import RunConfig
 from megarec.dense.memory import Parts
+from megarec.dense.reduction import buckets_of
 from megarec.dense.settings import DeepSpeedZeroConfig, settings_of
 from megarec.distributed.topology import Topology
 from megarec.errors import UserError
 
 MASTER = 4  # bytes of a master weight, a moment, and of the gradient that the optimizer steps with
-ALLREDUCE_BUCKET = 500_000_000  # elements; engine.py: MEMORY_OPT_ALLREDUCE_SIZE
 MOMENTS = {"adam": 2, "adamw": 2, "fusedadam": 2, "lamb": 2, "adagrad": 1, "lion": 1}
 
 
@@ -41,6 +41,8 @@ class Zero:
         width: bytes of an element in which the model computes.
         moments: elements of optimizer state per parameter.
         accumulation: micro-batches of one step.
+        of_host: how many of the data group's ranks are on one host.
+        sent: bytes of an element of a gradient under way, at stage 0.
     """
 
     settings: DeepSpeedZeroConfig
@@ -49,6 +51,8 @@ class Zero:
     width: int
     moments: int
     accumulation: int
+    of_host: int
+    sent: int
 
     @property
     def stage(self) -> int:
@@ -76,6 +80,10 @@ def zero_of(config: RunConfig, topology: Topology) -> Zero:
         width=settings.dtype.itemsize,
         moments=_moments(config),
         accumulation=section.get("gradient_accumulation_steps", 1),
+        of_host=topology.ranks_per_host // topology.tensor_size,
+        sent={"fp32": 4, "fp16": 2, "bf16": 2}.get(
+            str(section.get("communication_data_type")), settings.dtype.itemsize
+        ),
     )
 
 
@@ -111,8 +119,7 @@ def dense_parts(sizes: Sequence[int], zero: Zero) -> Parts:
             "gradients": zero.width * total,
             "optimizer": (zero.moments + low_precision) * MASTER * total,
             "step": low_precision * MASTER * total,
-            # engine.py, allreduce_bucket: one flat copy of at most a bucket, over more than one rank
-            "communication": zero.width * min(total, ALLREDUCE_BUCKET) if zero.ranks > 1 else 0,
+            "communication": _reduction(sizes, zero),
         }
     return {
         "parameters": _parameters(sizes, zero, partition),
@@ -175,6 +182,18 @@ def _step(sizes: Sequence[int], zero: Zero, partition: int) -> int:
     if zero.stage == 3 and not zero.offloaded:  # zero/stage3.py steps sub-group by sub-group
         return MASTER * min(partition, int(zero.settings.sub_group_size))
     return MASTER * partition
+
+
+def _reduction(sizes: Sequence[int], zero: Zero) -> int:
+    """Stage 0, dense/reduction.py: buckets hold the gradients themselves, unless these travel in another type; and over
+    several hosts a rank receives as much as a bucket (on an accelerator only its share)."""
+    if zero.ranks == 1:
+        return 0
+    buckets = 0 if zero.sent == zero.width else zero.sent * sum(sizes)
+    if zero.of_host == 1 or zero.of_host == zero.ranks:
+        return buckets
+    largest = max(sum(sizes[index] for index in bucket) for bucket in buckets_of(sizes, zero.sent))
+    return buckets + zero.sent * largest
 
 
 def _communication(sizes: Sequence[int], zero: Zero) -> int:

@@ -128,8 +128,8 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
 
 
 def overlaps(config: RunConfig, topology: Topology, device: torch.device) -> bool:
-    """Whether the ids of the next batch travel while a step computes: as configured, else where they cross hosts or
-    have to be copied to an accelerator."""
+    """Whether the ids of the next batch, the embeddings of micro-batches, and dense gradients travel while a step
+    computes: as configured, else where they cross hosts or an accelerator computes."""
     if config.parallel.overlap is not None:
         return config.parallel.overlap
     return topology.hosts > 1 or device.type != "cpu"
@@ -183,10 +183,12 @@ def build_model(
         dtype=torch.bfloat16 if settings_of(config.deepspeed).dtype is torch.bfloat16 else torch.float32,
         ids=separate_groups(topology) if overlaps(config, topology, device) else None,
         shards=place_run(config, layout, towers, topology) if shards is None else shards,
+        overlap=overlaps(config, topology, device),
     )
 
     norm, norm_reason = layer_norm_factory(config.train.fused_kernels == "auto" and spec.sizes.bias)
-    dense = parallelize(spec.meta_model(norm), config, topology, device, ledger)
+    overlap = overlaps(config, topology, device)
+    dense = parallelize(spec.meta_model(norm), config, topology, device, ledger, overlap)
 
     choices = (
         f"model: {spec.sizes.name}, {cost.dense_parameters:,} dense + {cost.sparse_parameters:,} sparse parameters, "

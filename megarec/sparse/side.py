@@ -16,8 +16,10 @@ from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch, Ids
 from megarec.distributed.collectives import FP32, Ledger, WireDtypes, build_channel
 from megarec.distributed.topology import Topology
+from megarec.sparse.exchange.direct import direct_assembly
 from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup
-from megarec.sparse.exchange.regroup import Scattered
+from megarec.sparse.exchange.parts import joined, rows_of
+from megarec.sparse.exchange.regroup import Regroup
 from megarec.sparse.exchange.tower_exchange import (
     Back,
     Change,
@@ -34,11 +36,15 @@ from megarec.sparse.towers.sizes import NO_TOWERS, ResolvedTowers
 
 
 class StepLookup:
-    """What one step looked up, and the way back of its gradient: `backward`, then `apply` or `skip`.
+    """What one step looked up, and the way back of its gradient, by micro-batches: `micro_batch` and `send_back` of
+    each in turn, then `apply` or `skip`.
 
     Args:
-        exchanged: its values [B, columns] are what the dense model sees of this rank's examples: [B, layout.width], or
-            the columns that the tower modules emit.
+        exchanged: brings what the dense model sees of this rank's examples: [B, layout.width], or the columns that the
+            tower modules emit.
+        size: B.
+        micro_batches: divides B.
+        parts: in how many parts they travel: one for each micro-batch, or 1.
         leaf: what the tower modules took in; None: there are none, or no gradients.
         ids: what was looked up.
         features: whose columns those of `leaf`, else of `values`, are.
@@ -52,44 +58,74 @@ class StepLookup:
         ids: Distributed,
         features: tuple[Feature, ...],
         modules: TowerReplicas | None,
+        micro_batches: int,
+        parts: int,
     ) -> None:
-        self.values = exchanged.values
         self._exchanged, self._leaf, self._ids, self._features, self._modules = exchanged, leaf, ids, features, modules
-        self._gradient: Tensor | None = None
-        self._made: Scattered | None = None
+        self._micro_batches, self._parts = micro_batches, parts
+        self._arrived: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+        self._totals: list[Tensor] = []
 
-    def backward(self, gradient: Tensor) -> None:
-        """The gradients of tower modules and of what the ranks sent; changes nothing; collective.
+    def micro_batch(self, micro: int) -> Tensor:
+        """[B / micro-batches, columns]: the embeddings of a micro-batch, waited for; the next ones start on their way;
+        collective."""
+        if self._parts == 1:
+            return rows_of(self.values, micro, self._micro_batches)
+        self._arrived.append(self._exchanged.arrive(micro))
+        return self._arrived[micro]
+
+    @property
+    def values(self) -> Tensor:
+        """[B, columns], those of all micro-batches; collective."""
+        self._arrived += [self._exchanged.arrive(part) for part in range(len(self._arrived), self._parts)]
+        return joined(self._arrived)
+
+    def send_back(self, micro: int, gradient: Tensor) -> None:
+        """Start the gradient of a micro-batch on its way; after the last one, the gradients of tower modules and of
+        what the ranks sent are made; changes nothing; collective.
 
         Args:
-            gradient: [B, columns], of the mean over this rank's examples; that of the mean over the global batch is
-                made of it here.
+            gradient: [B / micro-batches, columns], of the mean over this rank's examples; that of the mean over the
+                global batch is made of it here.
         """
-        self._gradient, self._made = gradient, self._exchanged.scatter(gradient)
+        self._gradients.append(gradient)
+        if self._parts > 1:
+            self._leave(micro, gradient)
+        elif micro + 1 == self._micro_batches:
+            self._leave(0, joined(self._gradients))
+
+    def backward(self, gradient: Tensor) -> None:
+        """`send_back` of all micro-batches: [B, columns]."""
+        for micro in range(self._micro_batches):
+            self.send_back(micro, rows_of(gradient, micro, self._micro_batches))
+
+    def _leave(self, part: int, gradient: Tensor) -> None:
+        total = self._exchanged.leave(part, gradient)
+        self._totals.append(gradient.sum(dtype=torch.float32) if total is None else total)
 
     def apply(self) -> None:
         """The gradients of tables, and the change of tables and tower modules; collective."""
-        assert self._made is not None, "backward comes first"
-        self._exchanged.update(self._made.blocks)
+        self._exchanged.update()
         if self._modules is not None:
             self._modules.update()
 
     def skip(self) -> None:
         """In place of `apply`: forget the gradients."""
+        self._exchanged.forget()
         if self._modules is not None:
             self._modules.skip()
 
     def gradient_total(self) -> Tensor:
-        """Float32 scalar, finite only if every element of the gradient that `backward` took is."""
-        assert self._made is not None and self._gradient is not None, "backward comes first"
-        return self._gradient.sum(dtype=torch.float32) if self._made.total is None else self._made.total
+        """Float32 scalar, finite only if every element of the gradients that were sent back is."""
+        return self._totals[0] if len(self._totals) == 1 else torch.stack(self._totals).sum()
 
     def gradients(self) -> dict[str, Tensor]:
-        """What `backward` has made, by name: the gradients of this rank's tower modules, not yet summed over their
+        """What came of those sent back, by name: the gradients of this rank's tower modules, not yet summed over their
         replicas, and of the embeddings that the modules take in."""
         if self._modules is None or self._leaf is None:
             return {}
-        assert self._leaf.grad is not None, "backward comes first"
+        assert self._leaf.grad is not None, "the gradients come first"
         return self._modules.gradients() | {"embeddings before the tower modules": self._leaf.grad}
 
     def looked_up(self, batch: Batch) -> tuple[Tensor, tuple[Feature, ...], Mapping[str, Ids]]:
@@ -123,6 +159,7 @@ class SparseSide:
             while other messages travel; None: ids share the groups.
         shards: where the tables lie, all of them (`place_run`); None: as the config places them, no table replicated by
             "auto", which judges them by the batch.
+        overlap: micro-batches travel one by one, each while another computes; else all at once.
 
     Raises:
         UserError: the tables cannot be placed on so many ranks, or not held by the backend that the config names; or
@@ -145,9 +182,10 @@ class SparseSide:
         dtype: torch.dtype = torch.float32,
         ids: Topology | None = None,
         shards: tuple[Shard, ...] | None = None,
+        overlap: bool = False,
     ) -> None:
         self._layout, self._topology, self._l2, self._rate = layout, topology, config.l2, config.learning_rate
-        self._dtype = dtype
+        self._dtype, self._overlap = dtype, overlap
         self._exchange: TowerExchange | None = None
         world, tower, peer = (build_channel(topology, name, ledger, ids) for name in ("world", "tower", "peer"))
         parts = layouts_by_host(layout, topology, exchange, towers)
@@ -157,13 +195,16 @@ class SparseSide:
         else:
             outputs = [part.width for part in parts]
             assembly = canonical_assembly(layout, parts, device)
+            direct: Regroup | None = None
             if towers.towers is not None and towers.modules is not None:
                 of_host = [towers.towers.of_host(host, topology.hosts) for host in range(topology.hosts)]
                 outputs = [towers.modules.output_columns(held) for held in of_host]
                 assembly = tower_order_assembly(outputs, device)
+            else:
+                direct = direct_assembly(layout, parts, self.shards, config, topology, device)
             self._exchange = TowerExchange(
                 parts, on_host(self.shards, topology), config, tower=tower, peer=peer, outputs=outputs,
-                assembly=assembly, messages=messages, device=device,
+                assembly=assembly, direct=direct, messages=messages, device=device,
             )  # fmt: skip
             self._group = self._exchange.group
         for tables in self._group.tables:
@@ -179,56 +220,51 @@ class SparseSide:
         """Send the ids of a batch to the owners of the tables (TorchRec's input_dist); reads no table; collective."""
         return (self._exchange or self._group).distribute(batch)
 
-    def forward(self, ids: Distributed) -> StepLookup:
-        """Look up, pool and send back (TorchRec's lookup and output_dist); collective.
+    def forward(self, ids: Distributed, micro_batches: int = 1) -> StepLookup:
+        """Look up, pool and start to send back (TorchRec's lookup and output_dist); collective.
 
-        With gradients enabled the lookup carries the update: its `backward`, then its `apply` or `skip` must follow.
+        With gradients enabled the lookup carries the update: `send_back` of every micro-batch, then its `apply` or
+        `skip` must follow.
         """
         leaf: Tensor | None = None
+        # Tower modules take all examples at once, so that the sums of their gradients do not depend on the parts. What
+        # they make is what travels under the tower exchange; under the flat one it is what they take.
+        overlap = self._overlap and (self.modules is None or self._exchange is not None)
+        parts = micro_batches if overlap else 1
+        peers = self._topology.hosts if self._exchange is not None else 1
+        l2 = 2 * self._l2 / (ids.size // peers * self._topology.world_size)
 
         def change(pooled: Tensor) -> tuple[Tensor, Back]:
             """What happens to looked-up embeddings before they go on, and to their gradient on its way back."""
             nonlocal leaf
             if self.modules is None:
-                return pooled, lambda gradient: self._add_l2(gradient, pooled)
+                return pooled, lambda gradient: _add_l2(gradient, pooled, l2)
             if not torch.is_grad_enabled():
                 return self.modules(pooled), lambda gradient: gradient
             leaf = pooled.requires_grad_()
             made = self.modules(leaf)
-            return made, lambda gradient: self._add_l2(_through(made, leaf, gradient), pooled.detach())
+            return made, lambda gradient: _add_l2(_through(made, leaf, gradient), pooled.detach(), l2)
 
-        if self._exchange is not None:
-            exchanged = self._exchange.pool(ids, change, self._dtype, self._topology.world_size)
+        world_size = self._topology.world_size
+        exchanged: Exchanged
+        if self._exchange is not None and self.modules is None and parts == 1:
+            exchanged = (
+                ChangedLookup(self._exchange.pool_direct(ids), change, self._dtype, world_size)
+                if self._l2
+                else self._exchange.pool_direct(ids, self._dtype, world_size)
+            )
+        elif self._exchange is not None:
+            exchanged = self._exchange.pool(ids, change, self._dtype, world_size, parts)
         elif self.modules is None and not self._l2:
-            exchanged = self._group.pool(ids, self._dtype, self._topology.world_size)
+            exchanged = self._group.pool(ids, self._dtype, world_size, parts)
         else:
-            exchanged = self._changed(self._group.pool(ids), change)
+            exchanged = ChangedLookup(self._group.pool(ids, parts=parts), change, self._dtype, world_size)
         features = (self._layout if leaf is None else self._group.layout).features
-        return StepLookup(exchanged, leaf, ids, features, self.modules)
+        return StepLookup(exchanged, leaf, ids, features, self.modules, micro_batches, parts)
 
     def look_up(self, batch: Batch) -> StepLookup:
         """`distribute` and `forward`."""
         return self.forward(self.distribute(batch))
-
-    def _changed(self, inner: Exchanged, change: Change) -> Exchanged:
-        """The flat exchange, with tower modules or L2 behind it."""
-        made, back = change(inner.values)
-
-        def scatter(gradient: Tensor) -> Scattered:
-            return Scattered(inner.scatter(back(gradient.float() / self._topology.world_size)).blocks, None)
-
-        return Exchanged(made.detach().to(self._dtype), scatter, inner.update)
-
-    def _add_l2(self, gradient: Tensor, pooled: Tensor) -> Tensor:
-        """Adds l2 x mean over the global batch of |e|^2 to the objective, by its gradient 2 l2 e / global batch.
-
-        On the looked-up embeddings, so that it acts on every backend: FBGEMM ignores its own weight decay on CPUs.
-        """
-        if not self._l2:
-            return gradient
-        peers = self._topology.hosts if self._exchange is not None else 1
-        global_batch = pooled.shape[0] // peers * self._topology.world_size
-        return gradient.float().add(pooled, alpha=2 * self._l2 / global_batch)
 
     def scale_learning_rate(self, factor: float) -> None:
         """Set the rates of tables and tower modules to `factor` x their base rates."""
@@ -272,6 +308,40 @@ class SparseSide:
         return at_most_ten(lines) + [
             f"tables: {', '.join(at_most_ten(tables))} in {reason}" for reason, tables in reasons.items()
         ]
+
+
+class ChangedLookup:
+    """An `Exchanged` with L2, or of the flat exchange with tower modules, behind it, part by part."""
+
+    def __init__(self, inner: Exchanged, change: Change, dtype: torch.dtype, divide: int) -> None:
+        self._inner, self._change, self._dtype, self._divide = inner, change, dtype, divide
+        self._back: list[Back] = []
+
+    def arrive(self, part: int) -> Tensor:
+        made, back = self._change(self._inner.arrive(part))
+        self._back.append(back)
+        return made.detach().to(self._dtype)
+
+    def leave(self, part: int, gradient: Tensor) -> Tensor | None:
+        self._inner.leave(part, self._back[part](gradient.float() / self._divide))
+        return None
+
+    def update(self) -> None:
+        self._inner.update()
+
+    def forget(self) -> None:
+        self._inner.forget()
+
+
+def _add_l2(gradient: Tensor, pooled: Tensor, l2: float) -> Tensor:
+    """Adds L2 to the objective, the mean over the global batch of |e|^2, by its gradient.
+
+    On the looked-up embeddings, so that it acts on every backend: FBGEMM ignores its own weight decay on CPUs.
+
+    Args:
+        l2: embedding.l2 x 2 / global batch.
+    """
+    return gradient.float().add(pooled, alpha=l2) if l2 else gradient
 
 
 def _through(made: Tensor, leaf: Tensor, gradient: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """One optimizer step and one prediction: where the sparse and the dense side meet.
 
-The sparse side runs once a step over all of the rank's examples, whatever the gradient accumulation: the dense side
-takes the embeddings as a leaf, divides them into micro-batches, and the leaf's gradient then goes back through the
-exchange into the tables. So accumulation divides only the dense work, and its numbers are exact for every table
-optimizer.
+The sparse side looks up and updates once a step, over all of the rank's examples: the dense side takes the embeddings
+of a micro-batch as a leaf, whose gradient goes back through the exchange. So accumulation divides only the dense work
+and what travels, a micro-batch beside the compute of another, and its numbers are exact for every table optimizer.
 
 Nothing has changed before the check has seen every gradient; then all of it changes, or nothing.
 """
@@ -39,11 +38,15 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepTensors:
-    """What one step has made on this rank before anything is changed."""
+    """What one step has made on this rank before anything is changed.
+
+    Attributes:
+        made: by micro-batch.
+    """
 
     batch: Batch
     lookup: StepLookup
-    made: DenseResult
+    made: list[DenseResult]
 
 
 Check = Callable[[StepTensors], Callable[[], str | None]]
@@ -74,13 +77,17 @@ def train_step(
         want_norm: return the norm of the dense gradient; at ZeRO 0 in fp32 it costs a pass over the gradients.
         check: asked once; collective.
     """
+    made: list[DenseResult] = []
     with timer.part("exchange"):
-        lookup = sparse.forward(sparse.distribute(batch) if ids is None else ids)
+        lookup = sparse.forward(sparse.distribute(batch) if ids is None else ids, dense.accumulation)
     after_lookup()
-    with timer.part("dense"):
-        made = dense.forward_backward(batch, lookup.values)
-    with timer.part("exchange"):
-        lookup.backward(made.gradient)  # tower modules, messages; nothing has changed yet
+    for micro in range(dense.accumulation):
+        with timer.part("exchange"):
+            values = lookup.micro_batch(micro)  # those of the next one start on their way
+        with timer.part("dense"):
+            made.append(dense.forward_backward(micro, batch, values))
+        with timer.part("exchange"):
+            lookup.send_back(micro, made[micro].gradient)  # after the last: tower modules; nothing has changed yet
     with timer.part("check"):
         answer = check(StepTensors(batch, lookup, made))
     meanwhile()
@@ -93,7 +100,7 @@ def train_step(
             lookup.apply()
         else:
             lookup.skip()
-    return StepResult(made.logits, update.gradient_norm, update.cause)
+    return StepResult(torch.cat([result.logits for result in made]), update.gradient_norm, update.cause)
 
 
 @torch.no_grad()

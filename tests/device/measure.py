@@ -6,8 +6,7 @@ A process of its own: the simulated device takes the place of torch's private ba
 import json
 import sys
 from importlib.util import find_spec
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from megarec.distributed.topology import build_topology
 from megarec.models.initial import initialize, materialize
 from megarec.models.recommender import Recommender
 from megarec.planning.fake_job import fake_job
+from megarec.sparse.exchange.parts import rows_of
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.run_placement import layouts_by_host, place_shards
 from megarec.sparse.side import SparseSide
@@ -50,6 +50,8 @@ CASES: dict[str, tuple[EmbeddingLayout, dict[str, Any], dict[str, Any]]] = {
     "row": (LAYOUT, {"placement": "row"}, {}),
     "replicated": (LAYOUT, {"placement": "replicated"}, {}),
     "tower, lists": (LAYOUT, {}, {"exchange": "tower"}),
+    "fused, lists, two micro-batches": (LAYOUT, {}, {"overlap": True}),
+    "tower, lists, two micro-batches": (LAYOUT, {}, {"exchange": "tower", "overlap": True}),
 }
 
 
@@ -100,22 +102,25 @@ def measure(layout: EmbeddingLayout, embedding: dict[str, Any], options: dict[st
         health = HealthGather(model, build_channel(topology, "world", Ledger()), lambda: 0)
         for step in range(2):
             seen.clear()
-            one_step(sparse, model, health, global_batch(layout, EXAMPLES, step))
+            one_step(sparse, model, health, global_batch(layout, EXAMPLES, step), 2 if options.get("overlap") else 1)
     waits = {f"{what} at {place}": count for (what, place), count in seen.waits.items()}
     return {"waits": waits, "launches": dict(seen.launches)}
 
 
-def one_step(sparse: SparseSide, model: Recommender, health: HealthGather, batch: Batch) -> None:
+def one_step(sparse: SparseSide, model: Recommender, health: HealthGather, batch: Batch, micro_batches: int) -> None:
     """`megarec.training.step.train_step` without the engine, which does not run on the simulated device."""
     numeric = torch.ones(batch.size, 2)
     batch = Batch(numeric, batch.ids, batch.labels, batch.keys, batch.valid).in_one_buffer(pinned=False).to(DEVICE)
-    lookup = sparse.look_up(batch)
-    gradients: list[Tensor] = []
-    logits = model(batch.numeric, keep_gradient(lookup.values, gradients), batch.keys)
-    loss = binary_cross_entropy_with_logits(logits, batch.labels)
-    loss.backward()
-    lookup.backward(gradients[0])
-    made = cast(DenseResult, SimpleNamespace(losses=[loss.detach()], gradient=gradients[0]))
+    lookup = sparse.forward(sparse.distribute(batch), micro_batches)
+    made = []
+    for micro in range(micro_batches):
+        gradients: list[Tensor] = []
+        numeric, labels, keys = (rows_of(t, micro, micro_batches) for t in (batch.numeric, batch.labels, batch.keys))
+        logits = model(numeric, keep_gradient(lookup.micro_batch(micro), gradients), keys)
+        loss = binary_cross_entropy_with_logits(logits, labels)
+        loss.backward()
+        lookup.send_back(micro, gradients[0])
+        made.append(DenseResult(logits.detach(), loss.detach(), gradients[0]))
     health(StepTensors(batch, lookup, made))()
     health.clear()
     lookup.apply()

@@ -1,11 +1,22 @@
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarec.distributed.collectives import Channel, Ledger, Traffic, TrafficKey, all_to_all, all_to_all_with_grad
+from megarec.distributed import pieces
+from megarec.distributed.collectives import (
+    Channel,
+    Ledger,
+    Traffic,
+    TrafficKey,
+    all_to_all,
+    all_to_all_into,
+    all_to_all_with_grad,
+)
 from megarec.distributed.rank_pool import RankPool
 
 
@@ -52,6 +63,47 @@ def test_uneven_blocks_and_their_gradients(rank_pool: Callable[[int], RankPool])
                 "self_bytes": 2,
             },
         ]
+
+
+def numbers(source: int, target: int, part: int) -> list[float]:
+    return [1000.0 * part + number for number in block(source, target)]
+
+
+def exchange_two_parts(sent_by_part: bool, received_by_part: bool, in_one: bool) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Two parts to every rank, posted piece by piece or as one all-to-all."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    channel = Channel("world", dist.group.WORLD, rank, size, Ledger(), tuple(other > rank for other in range(size)))
+    inputs = [len(block(rank, target)) for target in range(size)]
+    outputs = [len(block(source, rank)) for source in range(size)]
+    sent = torch.tensor([x for part in range(2) for target in range(size) for x in numbers(rank, target, part)])
+    received = torch.empty(2, sum(outputs))
+    if not sent_by_part:
+        sent = torch.tensor([x for target in range(size) for part in range(2) for x in numbers(rank, target, part)])
+    with patch.object(pieces, "_piece_by_piece", lambda group: not in_one):
+        all_to_all_into(
+            received if received_by_part else received.view(-1), sent.view(2, -1) if sent_by_part else sent, outputs,
+            inputs, channel, "embeddings", "forward", 2,
+        )  # fmt: skip
+    return received.flatten(), channel.ledger.rows()
+
+
+@pytest.mark.parametrize("sent_by_part", [False, True])
+@pytest.mark.parametrize("received_by_part", [False, True])
+def test_parts_in_any_order(rank_pool: Callable[[int], RankPool], sent_by_part: bool, received_by_part: bool) -> None:
+    size = 3
+    by_way = [rank_pool(size).run(exchange_two_parts, sent_by_part, received_by_part, way) for way in (False, True)]
+    for rank, ((received, rows), (in_one, same)) in enumerate(zip(*by_way, strict=True)):
+        pairs = [(part, source) for part in range(2) for source in range(size)]
+        if not received_by_part:
+            pairs.sort(key=lambda pair: pair[1])
+        assert received.tolist() == [x for part, source in pairs for x in numbers(source, rank, part)]
+        assert torch.equal(received, in_one)
+        assert rows == same
+        (row,) = rows
+        count = {target: 2 * 4 * len(block(rank, target)) for target in range(size)}
+        assert (row["calls"], row["self_bytes"]) == (1, count[rank])
+        assert row["bytes"] == sum(count.values()) - count[rank]
+        assert row["cross_host_bytes"] == sum(own for target, own in count.items() if target > rank)
 
 
 def test_one_rank_needs_no_group_and_counts_nothing() -> None:

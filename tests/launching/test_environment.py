@@ -55,9 +55,9 @@ def test_the_planted_study_runs_so_many_at_a_time(arguments: list[str], jobs: st
 
 
 def test_the_study_of_towers_partitions_before_it_runs(tmp_path: Path) -> None:
-    prepared, *partitioned, named, swept, table = calls(tmp_path, "towers.sh", "3", "towers-first")
+    prepared, *partitioned, swept, table = calls(tmp_path, "towers.sh", "3", "towers-first")
     assert prepared[1:3] == ["tools/prepare_data.py", "grouped"]
-    assert [call[1] for call in partitioned] == ["tools/partition_towers.py"] * 2  # no family: `python` is a stand-in
-    assert named[1] == "-c" and named[-1] == "ds_configs/studies/towers-first.json"
+    assert [call[1] for call in partitioned] == ["tools/partition_towers.py"] * 4
+    assert swept[swept.index("--study") + 1] == "ds_configs/studies/towers-first.json"
     assert swept[1:3] == ["tools/scaling_law.py", "sweep"] and swept[-2:] == ["--jobs", "3"]
     assert table[1:3] == ["tools/scaling_law.py", "towers"]

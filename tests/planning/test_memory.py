@@ -22,8 +22,10 @@ from megarec.run.fits import activation_bytes
 from megarec.run.spec import resolve
 from megarec.sparse.layout import build_layout
 from megarec.sparse.placement import Shard
+from megarec.sparse.run_placement import place_run
 from megarec.sparse.side import SparseSide
 from megarec.sparse.tables.optimizers import table_bytes
+from megarec.sparse.towers.sizes import NO_TOWERS
 
 SCHEMA = Schema(
     name="made up",
@@ -125,3 +127,17 @@ def test_the_step_counts_where_it_needs_more_than_the_backward_pass() -> None:
     parts["towers"] = 7
     assert with_totals({**parts, "step": 10})["total"] == 17 + 11
     assert with_totals({**parts, "step": 20})["total"] == 17 + 20
+
+
+def test_micro_batches_on_the_wire_hold_what_arrives_twice() -> None:
+    sections: dict[str, Any] = {"embedding": {"backend": "torch"}, "deepspeed": {"gradient_accumulation_steps": 2}}
+    topology = Topology(rank=0, world_size=2, ranks_per_host=1, tensor_size=1)
+    held = {}
+    for overlap in (False, True):
+        config = config_of(MODELS[2], **sections, parallel={"overlap": overlap})
+        shards = place_run(config, resolve(config, SCHEMA).layout, NO_TOWERS, topology)
+        held[overlap] = predict(config, resolve(config, SCHEMA), topology, 16, shards)["communication"]
+    lookups = sum(
+        shard.columns * (2 if shard.table == "item" else 1) for shard in shards if shard.rank == topology.rank
+    )
+    assert held[True] - held[False] == 4 * 2 * 32 * lookups

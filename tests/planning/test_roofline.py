@@ -194,11 +194,11 @@ def test_ranks_of_a_host_share_and_talk() -> None:
 @pytest.mark.parametrize(
     ("device", "overrides", "batch", "message"),
     [
-        ("", [], 64, r"--roofline : its memory bandwidth is not known"),
+        ("", [], 64, r"--roofline : no such machine is known"),
         ("H200", ["data.batch_size=6", "parallel.ranks_per_host=4"], None, r"size=6 does not divide by 4 ranks"),
-        ("H20", [], 64, r"--roofline H20: its memory bandwidth is not known.*did you mean 'H200'.*all: V100, A100"),
+        ("H20", [], 64, r"--roofline H20: no such machine.*did you mean 'h200'.*all: a100, b200"),
         ("H200", ["deepspeed.gradient_accumulation_steps=4"], 6, r"--batch 6 does not divide.*steps=4: take 8"),
-        ("B200", ["deepspeed.bf16.enabled=false"], 64, r"fp32 rate is not known here; enable deepspeed\.bf16"),
+        ("B200", ["deepspeed.bf16.enabled=false"], 64, r"B200: its fp32 rate is not known.*enable deepspeed\.bf16"),
         (
             "H200",
             ['deepspeed={"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}'],

@@ -28,14 +28,16 @@ BUCKET = (
 )
 
 
-def run_config(ranks: int, *, tensor: int = 1, accumulation: int = 1, **section: Any) -> RunConfig:
+def run_config(
+    ranks: int, *, tensor: int = 1, accumulation: int = 1, ranks_per_host: int | None = None, **section: Any
+) -> RunConfig:
     zero = {"reduce_bucket_size": BUCKET, **section.pop("zero")}
     return RunConfig.model_validate(
         {
             "model": {"name": "wukong"},
             "data": {"path": "", "batch_size": MICRO * ranks * accumulation},
             "dense": {"optimizer": section.pop("optimizer", "adamw")},
-            "parallel": {"tensor": tensor, "ranks_per_host": ranks},
+            "parallel": {"tensor": tensor, "ranks_per_host": ranks_per_host or ranks},
             "deepspeed": {
                 "zero_optimization": zero,
                 "gradient_accumulation_steps": accumulation,
@@ -52,11 +54,12 @@ def measured(config: RunConfig) -> Parts:
     topology = build_topology(config.parallel.ranks_per_host, config.parallel.tensor)
     with torch.device("meta"):
         model = Wukong(EMBEDDINGS, WUKONG)
-    engine = parallelize(model, config, topology, device, Ledger()).engine
+    dense = parallelize(model, config, topology, device, Ledger())
+    engine = dense.engine
     peak = {"step": 0, "communication": 0}
 
     def observe(messages: Any = ()) -> None:
-        now = dense_bytes(engine, messages)
+        now = dense_bytes(engine, [*messages, *dense._reduction.messages()])
         peak.update({part: max(peak[part], now[part]) for part in peak})
 
     stepped = getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -65,7 +68,10 @@ def measured(config: RunConfig) -> Parts:
     x = torch.randn(MICRO, EMBEDDINGS, DIM, dtype=dtype)
     with CollectiveRecorder(topology, observe), fast_cpu_gemm(device, dtype):
         for _ in range(2 * engine.gradient_accumulation_steps()):
-            engine.backward(engine(x).float().square().mean())
+            out = engine(x).float().square().mean()
+            dense._reduction.begin()
+            engine.backward(out)
+            dense._reduction.finish()
             parts = dense_bytes(engine)
             engine.step()
     engine.destroy()
@@ -73,7 +79,7 @@ def measured(config: RunConfig) -> Parts:
 
 
 def predicted(config: RunConfig, ranks: int, rank: int) -> Parts:
-    topology = Topology(rank, ranks, ranks, config.parallel.tensor)
+    topology = Topology(rank, ranks, config.parallel.ranks_per_host or ranks, config.parallel.tensor)
     with torch.device("meta"):
         model = Wukong(EMBEDDINGS, WUKONG)
     size = topology.tensor_size
@@ -113,8 +119,21 @@ def test_shards_of_tensor_parallelism(stage: int, rank_pool: Callable[[int], Ran
         {"zero": {"stage": 3, "zero_hpz_partition_size": 2}, "tensor": 1},
         {"zero": {"stage": 2}, "optimizer": "sgd"},
         {"zero": {"stage": 1}, "accumulation": 3},
+        {"zero": {"stage": 0}, "ranks_per_host": 2},
+        {"zero": {"stage": 0}, "ranks_per_host": 2, "bf16": False, "communication_data_type": "bf16"},
     ],
-    ids=["offload-2", "offload-3", "overlap", "few-live", "none-persistent", "hpz", "sgd", "accumulation"],
+    ids=[
+        "offload-2",
+        "offload-3",
+        "overlap",
+        "few-live",
+        "none-persistent",
+        "hpz",
+        "sgd",
+        "accumulation",
+        "hosts",
+        "types",
+    ],
 )
 def test_settings_that_move_memory(settings: dict[str, Any], rank_pool: Callable[[int], RankPool]) -> None:
     compare(run_config(4, **{"bf16": True, **settings}), 4, rank_pool(4))

@@ -237,19 +237,15 @@ def embedding_bytes(outcome: Outcome, group: str, direction: str) -> tuple[int, 
     return sum(row["bytes"] for row in rows), sum(row["cross_host_bytes"] for row in rows)
 
 
-# L2 is added where the embeddings are looked up: after one message on the way back, or before it.
-NO_L2 = CONFIGS[2].model_copy(update={"l2": 0.0})
-
-
 def with_messages(ranks_per_host: int, towers: Towers) -> list[Outcome]:
     messages = WireDtypes(torch.float16, torch.bfloat16)
-    return [train(EQUAL, NO_L2, ranks_per_host, chosen, messages) for chosen in (None, towers)]
+    return [train(LAYOUT, CONFIGS[2], ranks_per_host, chosen, messages) for chosen in (None, towers)]
 
 
 def test_low_precision_messages(rank_pool: Callable[[int], RankPool]) -> None:
-    """Sums are rounded once in both exchanges: the second hop finds numbers that its type holds exactly."""
-    by_rank = rank_pool(4).run(with_messages, 2, EIGHT)
-    exact = rank_pool(4).run(train, EQUAL, NO_L2, 2, None)
+    """Numbers are rounded once in both exchanges: the second hop sends on what the first one brought."""
+    by_rank = rank_pool(4).run(with_messages, 2, FOUR)
+    exact = rank_pool(4).run(train, LAYOUT, CONFIGS[2], 2, None)
     for (flat, tower), full in zip(by_rank, exact, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(flat.embedded, tower.embedded, strict=True))
         assert not torch.equal(flat.embedded[0], full.embedded[0])

@@ -229,7 +229,7 @@ def test_backends_side_by_side(monkeypatch: pytest.MonkeyPatch, mixed: tuple[str
     def choose(shards: Sequence[Shard], *_: object) -> Choice:
         return Choice(kinds[shards[0].table] if asked else "fbgemm", "")  # type: ignore[arg-type]
 
-    monkeypatch.setattr(group, "requested_backend", choose)
+    monkeypatch.setattr("megarec.sparse.tables.local.requested_backend", choose)
     monkeypatch.setattr(group, "choose_backends", lambda *_: {name: Choice(kind, "") for name, kind in kinds.items()})  # type: ignore[arg-type]
     config = EmbeddingConfig(optimizer="rowwise_adagrad", learning_rate=0.1, eps=1e-2)
     found, plain = together(LAYOUT, [train(LAYOUT, config, 6)]), train_plain(LAYOUT, config, 6)

@@ -1,9 +1,13 @@
-"""Ids that travel while a step computes change no number."""
+"""What travels while a step computes, ids of the next batch and embeddings of micro-batches, changes no number."""
 
 import json
+import os
+import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from megarec.config.load import load_config
 from megarec.data.batch import Batch
 from megarec.distributed.process import start_process
 from megarec.distributed.rank_pool import RankPool
+from megarec.parity.cases import COLUMN, FULL_WIDTH, MIXED, TOWER_MODULES, UNEVEN_TWO
 from megarec.parity.run import write_base
 from megarec.run.build import build_run
 from megarec.training.id_prefetch import IdPrefetcher
@@ -20,11 +25,23 @@ from megarec.training.step import predict, train_step
 from tests.streams import Stream
 
 STEPS = 6
-TOWERS = 'parallel.towers=[["single_0", "single_1", "multi_0", "multi_1"], ["single_2", "single_3"]]'
 
 
-def train(path: Path, overrides: list[str], traces: Path | None = None) -> list[torch.Tensor]:
-    """On every rank: logits of each step, and of a batch predicted in the middle while the next one is on its way."""
+class Trained(NamedTuple):
+    """What a rank has made of some steps.
+
+    Attributes:
+        tensors: logits of each step, and of a batch predicted in the middle while the next one is on its way; then the
+            tables and tower modules.
+        sent: calls and bytes by operation, its type and direction, without ids.
+    """
+
+    tensors: list[torch.Tensor]
+    sent: dict[tuple[str, str, str], tuple[int, int]]
+
+
+def train(path: Path, overrides: list[str], traces: Path | None = None) -> Trained:
+    """On every rank."""
     config = load_config(path, overrides)
     device = start_process(config)
     run = build_run(config, device)
@@ -45,19 +62,76 @@ def train(path: Path, overrides: list[str], traces: Path | None = None) -> list[
             if len(seen) > STEPS:
                 break
     ahead.close()
-    return seen
+    modules = {} if run.sparse.modules is None else run.sparse.modules.state_dict()
+    tensors = [*seen, *(tensor for _, tensor in run.sparse.state().values()), *modules.values()]
+    sent = {
+        (row["op"], row["dtype"], row["direction"]): (row["calls"], row["bytes"])
+        for row in run.ledger.rows()
+        if row["op"] not in ("all_to_all ids", "all_to_all lengths")  # a batch more is on its way at the end
+    }
+    return Trained(tensors, sent)
 
 
-@pytest.mark.parametrize("exchange", ["flat", "tower"])
-def test_overlap_changes_no_bit(rank_pool: Callable[[int], RankPool], tmp_path: Path, exchange: str) -> None:
+MICRO_BATCHES = "deepspeed.gradient_accumulation_steps=2"
+OVERLAPPED: dict[str, list[str]] = {
+    "flat": [],
+    "tower": ["parallel.exchange=tower"],
+    # Whole tables, rows of all ranks and copies; lists.
+    "flat by micro-batch": [MIXED, "deepspeed.gradient_accumulation_steps=3", "data.batch_size=60"],
+    "flat by micro-batch, 16 bits, no L2": [MICRO_BATCHES, 'parallel.messages=["fp16", "bf16"]', "embedding.l2=0.0"],
+    "tower by micro-batch": [MICRO_BATCHES, "parallel.exchange=tower", COLUMN],
+    "tower by micro-batch, modules": [MICRO_BATCHES, "parallel.exchange=tower", FULL_WIDTH, TOWER_MODULES["dcn"]],
+    "flat, modules": [MICRO_BATCHES, FULL_WIDTH, TOWER_MODULES["dlrm"]],
+}
+BY_PART = {
+    "flat by micro-batch": {"all_to_all embeddings"},
+    "flat by micro-batch, 16 bits, no L2": {"all_to_all embeddings"},
+    "tower by micro-batch": {"all_to_all towers"},
+    "tower by micro-batch, modules": {"all_to_all towers"},
+}
+"""What travels in more messages then."""
+
+
+@pytest.mark.parametrize("case", OVERLAPPED)
+def test_overlap_changes_no_bit(rank_pool: Callable[[int], RankPool], tmp_path: Path, case: str) -> None:
     path = write_base(tmp_path)
-    overrides = [TOWERS, f"parallel.exchange={exchange}", "parallel.ranks_per_host=2"]
+    overrides = [UNEVEN_TWO, "parallel.ranks_per_host=2", *OVERLAPPED[case]]
     plain, overlapped = (
         rank_pool(4).run(train, path, [*overrides, f"parallel.overlap={json.dumps(on)}"]) for on in (False, True)
     )
     for mine, its in zip(overlapped, plain, strict=True):
-        assert len(mine) == STEPS + 1
-        assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+        assert len(mine.tensors) > STEPS + 1
+        assert all(torch.equal(a, b) for a, b in zip(mine.tensors, its.tensors, strict=True))
+        assert {op: size for op, (_, size) in mine.sent.items()} == {op: size for op, (_, size) in its.sent.items()}
+        more = {op for op, (calls, _) in mine.sent.items() if calls > its.sent[op][0]}
+        assert {op for op, _, _ in more} == BY_PART.get(case, set())
+
+
+def lose_a_rank(path: Path) -> str:
+    """On every rank: what the other says when rank 1 is gone from the network between two micro-batches."""
+    config = load_config(path, [MICRO_BATCHES, "parallel.overlap=true"])
+    run = build_run(config, start_process(config))
+    lookup = run.sparse.forward(run.sparse.distribute(next(run.train.batches(epoch=0))), 2)
+    values = lookup.micro_batch(0)
+    if run.topology.rank == 1:
+        for descriptor in Path("/proc/self/fd").iterdir():
+            with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor.name))) as mine:
+                listens = mine.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if mine.family in (socket.AF_INET, socket.AF_INET6) and not listens:
+                    mine.shutdown(socket.SHUT_RDWR)
+        return ""
+    try:
+        lookup.send_back(0, values)
+        lookup.send_back(1, lookup.micro_batch(1))
+        lookup.apply()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_rank_lost_while_micro_batches_travel_is_an_error_of_the_others(tmp_path: Path) -> None:
+    with RankPool(2) as pool:
+        assert "closed" in pool.run(lose_a_rank, write_base(tmp_path))[0].lower()
 
 
 def test_the_trace_shows_ids_in_a_thread_of_their_own(rank_pool: Callable[[int], RankPool], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Does the partitioner find the hidden groups of made-up data, as features, probe steps and noise grow?
 
-One thing grows at a time. Each row is a data set of its own, a probe of a flat DLRM on it and the partition into as
-many towers as there are groups, with the random partition as the reference.
+One thing changes at a time. Each case is a data set of its own and the partition into as many towers as there are
+groups: coherent, by the default measure and by the cosine (on a flat DLRM), diverse, and random as the reference.
 """
 
 import json
@@ -18,7 +18,7 @@ from megarec.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "ds_configs/studies/towers-base.json"
 MODEL = {"name": "dlrm", "dim": 16, "head": [64, 64]}
-BATCH = 512
+BATCH = 128
 GROUP = 16  # features for each group, two of them in none
 TRAIN_SHARE = 0.8
 SEED = 1
@@ -31,17 +31,20 @@ class Case:
     Attributes:
         steps: of the probe, each of BATCH examples that it has not seen before.
         signal: variance of the logit; less is more noise.
+        inside: what the interactions inside a group are made of.
     """
 
     features: int = 64
     steps: int = 300
     signal: float = 8.0
+    inside: str = "products"
 
 
 CASES = (
     *(Case(steps=steps) for steps in (100, 300, 1_000)),
-    *(Case(features=features) for features in (128, 256)),
+    *(Case(features=features, steps=3_000) for features in (128, 256)),
     *(Case(signal=signal) for signal in (2.0, 32.0)),
+    Case(steps=3_000, inside="chains"),
 )
 
 
@@ -67,33 +70,35 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
         examples = round(case.steps * BATCH / TRAIN_SHARE) + BATCH
         _call(
             "prepare_data.py", "grouped", "--features", case.features, "--groups", groups, "--alone", 2 * groups,
-            "--rows", 16, "--signal", case.signal, "--seed", SEED, "--examples", examples,
+            "--rows", 8, "--signal", case.signal, "--inside", case.inside, "--seed", SEED, "--examples", examples,
             "--output", directory / "data",
         )  # fmt: skip
-        found = []
-        for strategy in ("coherent", "diverse", "random"):
-            options: list[object] = ["--strategy", strategy, "--output", directory / f"{strategy}.json"]
-            if strategy == "coherent":
-                options += ["--probe-steps", case.steps]
-            else:
-                options += ["--interactions", directory / "coherent-interactions.npy"]
-            found.append(json.loads(_call(
+        found = {}
+        for strategy, options in (
+            ("coherent", ["--probe-steps", case.steps]),
+            ("cosine", ["--probe-steps", case.steps, "--measure", "cosine"]),
+            ("diverse", ["--strategy", "diverse", "--interactions", directory / "coherent-interactions.npy"]),
+            ("random", ["--strategy", "random", "--interactions", directory / "coherent-interactions.npy"]),
+        ):
+            found[strategy] = json.loads(_call(
                 "partition_towers.py", "--config", CONFIG, "--towers", groups, "--json", *options,
+                "--output", directory / f"{strategy}.json",
                 "--set", f"model={json.dumps(MODEL)}", "--set", f"data.path={directory / 'data'}",
                 "--set", f"data.batch_size={BATCH}", "--set", f"train.output_dir={directory / 'run'}",
-            )))  # fmt: skip
+            ))  # fmt: skip
     return [
         {
             "features": case.features,
             "groups": groups,
             "probe_steps": case.steps,
             "signal": case.signal,
-            "strategy": one["strategy"],
+            "made_of": case.inside,
+            "strategy": strategy,
             "adjusted_rand": one["adjusted_rand"],
             "inside": one["interaction"]["inside"],
             "across": one["interaction"]["across"],
         }
-        for one in found
+        for strategy, one in found.items()
     ]
 
 

@@ -4,9 +4,11 @@
     .venv-bench/bin/python tools/bench.py towers       # as root: needs network namespaces
 
 Two hosts of two single-thread ranks (testbed.py), 26 tables x 20,000 x 64, batch 2,048 a rank, float32 messages,
-row-wise Adagrad; DLRM (MLPs 512-256-64 and 512-512-256-1) and a small Wukong, dense gradients averaged in float32. Two
-cores stand for four ranks, on a machine with a GPU as well (NCCL takes one rank a GPU), so that slow links are what
-makes network and compute weigh as they do on GPUs: each row has its compute/network ratio.
+row-wise Adagrad; on two of the links also with messages of 16 bits, TorchRec's by its own codecs; some also in
+micro-batches, each of which travels while another computes (their exchange alone is as without). DLRM (MLPs 512-256-64
+and 512-512-256-1) and a small Wukong, dense gradients averaged in float32. Two cores stand for four ranks, on a machine
+with a GPU as well (NCCL takes one rank a GPU), so that slow links are what makes network and compute weigh as they do
+on GPUs: each row has its compute/network ratio.
 """
 
 import importlib.util
@@ -27,7 +29,38 @@ HOSTS, LOCAL = 2, 2
 LINKS = (0.25, 0.5, 1.0, 2.5, 0.0)  # Gbit/s; 0: unshaped
 STEPS = 7
 VARIANTS = ("flat", "tower", "tower, compression 2", "tower, compression 4", "tower, compression 8")
-CONTESTANTS = {"dlrm": (*VARIANTS, "torchrec flat"), "wukong": VARIANTS}
+OVERLAPPED = tuple(f"{name}, 4 micro-batches" for name in ("flat", "tower, compression 4", "tower, compression 8"))
+CONTESTANTS = {"dlrm": (*VARIANTS, *OVERLAPPED, "torchrec flat"), "wukong": (*VARIANTS, *OVERLAPPED)}
+BITS_16 = ", 16-bit messages"  # fp16 each way: gloo's codec of TorchRec has no bf16
+IN_16_BITS = {"dlrm": [name + BITS_16 for name in ("flat", "tower", "tower, compression 4", "torchrec flat")]}
+LINKS_IN_16_BITS = (0.25, 1.0)
+
+
+class Speedup(NamedTuple):
+    """The time of one variant over that of another.
+
+    Attributes:
+        aim: what it should be at least.
+    """
+
+    model: str
+    slow: str
+    fast: str
+    link: float
+    aim: float
+    key: str = "step_ms"
+
+
+SPEEDUPS = {
+    "step_compression_4_over_torchrec_at_0.25": Speedup("dlrm", "torchrec flat", "tower, compression 4", 0.25, 2.2),
+    "step_compression_4_over_flat_at_0.25": Speedup("dlrm", "flat", "tower, compression 4", 0.25, 2.1),
+    "step_compression_4_over_torchrec_at_1": Speedup("dlrm", "torchrec flat", "tower, compression 4", 1.0, 1.6),
+    "exchange_compression_4_over_flat_at_1": Speedup("dlrm", "flat", "tower, compression 4", 1.0, 2.0, "exchange_ms"),
+    "step_compression_8_over_torchrec_at_0.25": Speedup("dlrm", "torchrec flat", "tower, compression 8", 0.25, 2.8),
+    "step_compression_8_over_torchrec_at_1": Speedup("dlrm", "torchrec flat", "tower, compression 8", 1.0, 1.8),
+    "wukong_step_compression_4_over_flat_at_0.25": Speedup("wukong", "flat", "tower, compression 4", 0.25, 2.3),
+}
+SPTT_AT_MOST, FLAT_AT_MOST = 1.05, 0.95  # of the step of our flat exchange, of TorchRec's
 # One H100 at half its bf16 peak, one NIC of 50 GB/s a GPU; the same model and batch a rank, two hosts of eight.
 H100_FLOP, H100_NIC = 0.5 * 989e12, 50e9
 
@@ -49,10 +82,12 @@ def run(links: tuple[float, ...] = LINKS, steps: int = STEPS) -> dict[str, Any]:
             with ranks(lab, Path(directory)) as processes:
                 for link in links:
                     lab.rate(1000 * link)
-                    rows += [measure(lab, processes, model, variant, link, steps) for variant in variants]
+                    chosen = [*variants, *(IN_16_BITS.get(model, []) if link in LINKS_IN_16_BITS else [])]
+                    rows += [measure(lab, processes, model, variant, link, steps) for variant in chosen]
                 lab.rate(0)
     with_ratios = [row | _weights(row, rows) for row in rows]
-    return {"name": "towers", "rows": with_ratios, "ratios": ratios(rows)}
+    found, aims = ratios(rows)
+    return {"name": "towers", "rows": with_ratios, "ratios": found, "aims": aims}
 
 
 class Rank(NamedTuple):
@@ -147,21 +182,27 @@ def _step(row: dict[str, Any]) -> float:
     return float(row["step_ms"])
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Speed-ups that the project aims at, where the links were measured."""
+def ratios(rows: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, str]]:
+    """What the project aims at, where it was measured, and the aim of each; without an aim, the same in 16 bits."""
     found = {(row["model"], row["variant"], row["link_gbit"]): row for row in rows}
-    wanted = {
-        "step_compression_4_over_flat_at_0.25": ("flat", "tower, compression 4", 0.25, "step_ms"),
-        "step_compression_4_over_torchrec_at_0.25": ("torchrec flat", "tower, compression 4", 0.25, "step_ms"),
-        "exchange_compression_4_over_flat_at_1": ("flat", "tower, compression 4", 1.0, "exchange_ms"),
-        "step_compression_4_over_torchrec_at_1": ("torchrec flat", "tower, compression 4", 1.0, "step_ms"),
-    }
-    result = {}
-    for name, (slow, fast, link, key) in wanted.items():
-        if ("dlrm", slow, link) in found:
-            result[name] = found["dlrm", slow, link][key] / found["dlrm", fast, link][key]
-    for link in sorted({row["link_gbit"] for row in rows}):
-        if ("dlrm", "torchrec flat", link) in found:
-            name = f"flat_over_torchrec_at_{link:g}" if link else "flat_over_torchrec_unshaped"
-            result[name] = found["dlrm", "flat", link]["step_ms"] / found["dlrm", "torchrec flat", link]["step_ms"]
-    return result
+    result: dict[str, float] = {}
+    aims: dict[str, str] = {}
+    for bits, suffix in (("", ""), (BITS_16, "_in_16_bits")):
+        for name, (model, slow, fast, link, aim, key) in SPEEDUPS.items():
+            pair = [found.get((model, variant + bits, link)) for variant in (slow, fast)]
+            if pair[0] is not None and pair[1] is not None:
+                result[name + suffix] = pair[0][key] / pair[1][key]
+                aims |= {} if bits else {name: f"at least {aim:g}"}
+        for model, link in sorted({(row["model"], row["link_gbit"]) for row in rows}):
+            prefix = "" if model == "dlrm" else f"{model}_"
+            place = f"at_{link:g}" if link else "unshaped"
+            for ours, theirs, name, aim in (
+                ("tower", "flat", "sptt_over_flat", SPTT_AT_MOST),
+                ("flat", "torchrec flat", "flat_over_torchrec", FLAT_AT_MOST),
+            ):
+                pair = [found.get((model, variant + bits, link)) for variant in (ours, theirs)]
+                if pair[0] is not None and pair[1] is not None:
+                    full = f"{prefix}{name}_{place}{suffix}"
+                    result[full] = pair[0]["step_ms"] / pair[1]["step_ms"]
+                    aims |= {} if bits else {full: f"at most {aim:g}"}
+    return result, aims

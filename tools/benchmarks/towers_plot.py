@@ -1,4 +1,7 @@
-"""The rows of `bench.py towers` as one picture: step and exchange over the links, a line for each variant."""
+"""The rows of `bench.py towers` as one picture: step and exchange over the links, a line for each variant.
+
+Crosses, on some of the links, are messages of 16 bits.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,9 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
     for variant in dict.fromkeys(row["variant"] for row in rows):
         found = {row["link_gbit"]: row[key] for row in rows if row["variant"] == variant}
         style = "--" if variant.startswith("torchrec") else "-"
-        axes.plot(range(len(links)), [found[link] for link in links], style, marker="o", markersize=4, label=variant)
+        bits = {"marker": "x", "alpha": 0.6} if "16-bit" in variant else {"marker": "o"}
+        measured = [place for place, link in enumerate(links) if link in found]
+        axes.plot(measured, [found[links[p]] for p in measured], style, markersize=4, label=variant, **bits)
     axes.set_xticks(range(len(links)), [f"{link:g}" if link else "unshaped" for link in links])
     axes.set_xlabel("link between the hosts, Gbit/s")
     axes.set_ylabel("ms, median of the slowest rank")

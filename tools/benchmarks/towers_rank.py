@@ -75,7 +75,9 @@ def main() -> None:
 
 
 def build(model: str, variant: str) -> Contestant:
-    return _torchrec(model) if variant == "torchrec flat" else _megarec(model, variant)
+    if variant.startswith("torchrec flat"):
+        return _torchrec(model, "16-bit messages" in variant)
+    return _megarec(model, variant)
 
 
 def measure(contestant: Contestant, work: Literal["exchange", "step"], repetitions: int) -> dict[str, Any]:
@@ -122,27 +124,43 @@ def exposed_ids(overlap: bool, steps: int) -> dict[str, Any]:
     return {"exposed_ms": sum(waited) / 1e3 / steps, "step_ms": step_ms, "waits": len(waited)}
 
 
-def _config(model: str, variant: str) -> RunConfig:
-    """`variant` is "flat", "tower" (SPTT alone) or "tower, compression C"; overlap of ids where it says so."""
-    parallel: dict[str, Any] = {"exchange": "flat"}
+def _config(model: str, variant: str, ranks: int | None = None) -> RunConfig:
+    """`variant` is "flat", "tower" (SPTT alone) or "tower, compression C"; then "overlap" of ids, "16-bit messages"
+    and "N micro-batches" that travel one by one, where it says so.
+
+    Args:
+        ranks: of the job; None: of this one.
+    """
+    exchange, *more = variant.split(", ")
+    parallel: dict[str, Any] = {"exchange": exchange}
+    if "overlap" in more or "no overlap" in more:
+        parallel["overlap"] = "overlap" in more
     section: dict[str, Any] = {"name": "identity"}
-    if variant.startswith("tower"):
-        parallel = {"exchange": "tower", "towers": 2}
-    parallel["overlap"] = variant.endswith(", overlap")
-    if "compression" in variant:
-        section = {"name": model, "compression": float(variant.split()[-1])}
+    if exchange == "tower":
+        parallel["towers"] = 2
+    if "16-bit messages" in more:
+        parallel["messages"] = ["fp16", "fp16"]
+    micro_batches = next((int(part.split()[0]) for part in more if part.endswith("micro-batches")), 1)
+    if micro_batches > 1:
+        parallel["overlap"] = True
+    for compression in (float(part.split()[-1]) for part in more if part.startswith("compression")):
+        section = {"name": model, "compression": compression}
         if model == "wukong":
             section |= {"rank": 8, "mlp": [128]}
     return RunConfig.model_validate(
         {
             "model": MODELS[model],
-            "data": {"path": "-", "batch_size": BATCH * dist.get_world_size()},
+            "data": {"path": "-", "batch_size": BATCH * (ranks or dist.get_world_size())},
             "embedding": {"optimizer": "rowwise_adagrad", "learning_rate": RATE, "eps": EPS},
             "dense": {"optimizer": "sgd"},
             "parallel": parallel,
             "tower_module": section,
             "train": {"threads": 1},
-            "deepspeed": {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0},
+            "deepspeed": {
+                "zero_optimization": {"stage": 0},
+                "gradient_clipping": 0.0,
+                "gradient_accumulation_steps": micro_batches,
+            },
         }
     )
 
@@ -205,13 +223,15 @@ def _batch(seed: int, lists: bool = False) -> Batch:
     return Batch(numeric, ids, labels, torch.arange(BATCH), BATCH)
 
 
-def _torchrec(model: str) -> Contestant:
-    """TorchRec's own DLRM as its documentation trains it: whole tables, fused row-wise Adagrad, DDP for the MLPs."""
+def _torchrec(model: str, in_16_bits: bool) -> Contestant:
+    """TorchRec's own DLRM as its documentation trains it: whole tables, fused row-wise Adagrad, DDP for the MLPs; in 16
+    bits with its own codecs around the all-to-all of embeddings and gradients."""
     assert model == "dlrm", "TorchRec has no Wukong"
     world_size = dist.get_world_size()
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+    from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
     from torchrec.distributed.model_parallel import DistributedModelParallel
     from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
     from torchrec.distributed.planner.types import ParameterConstraints
@@ -228,7 +248,9 @@ def _torchrec(model: str) -> Contestant:
     collection = EmbeddingBagCollection(device=torch.device("meta"), tables=tables)
     apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": RATE, "eps": EPS})
     dlrm = DLRM(collection, NUMERIC, [512, 256, COLUMNS], [512, 512, 256, 1], dense_device=torch.device("cpu"))
-    sharders: list[Any] = [EmbeddingBagCollectionSharder()]
+    codecs = QCommsConfig(CommType.FP16, CommType.FP16) if in_16_bits else QCommsConfig()
+    registry = get_qcomm_codecs_registry(codecs, device=torch.device("cpu"))
+    sharders: list[Any] = [EmbeddingBagCollectionSharder(qcomm_codecs_registry=registry)]
     local = int(os.environ["LOCAL_SIZE"])
     world = dist.group.WORLD
     planner = EmbeddingShardingPlanner(

@@ -75,7 +75,7 @@ def dense_step(dense: DenseSide, spec: ModelSpec, examples: int, device: torch.d
     values = torch.randn(examples, spec.columns.width, device=device, dtype=dense.dtype)
 
     def step() -> None:
-        dense.forward_backward(batch, values)
+        dense.forward_backward(0, batch, values)
         dense.apply()
 
     return step

@@ -9,22 +9,24 @@ the global batch in order, so that the gradient of a row is summed in the same o
 mirrors the exchange and updates the tables.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch, Ids
-from megarec.distributed.collectives import FP32, Channel, Ledger, WireDtypes, all_to_all
+from megarec.distributed.collectives import FP32, Channel, Ledger, WireDtypes, all_to_all_into
 from megarec.sparse.exchange.ids import IdExchange, RowSplitter
-from megarec.sparse.exchange.regroup import ColumnBlock, Regroup, Scattered, gradient_for_owners, sum_over_owners
+from megarec.sparse.exchange.parts import PartedExchange, joined, rows_of
+from megarec.sparse.exchange.regroup import ColumnBlock, Regroup, gradient_for_owners, sum_over_owners
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.lookups import Lookup, plan_lookups
-from megarec.sparse.placement import Shard, replicated
+from megarec.sparse.placement import Shard
 from megarec.sparse.tables.base import LocalIds, Pooled
-from megarec.sparse.tables.local import Choice, LocalTables, choose_backends, requested_backend
+from megarec.sparse.tables.local import Choice, LocalTables, choose_backends, routes_of, split_replicated
 
 
 class ReplicatedTables:
@@ -85,10 +87,7 @@ class ShardedTables:
     ) -> None:
         self._channel, self._blocks = channel, blocks
         self.messages = messages if channel.size > 1 else FP32
-        by_table = {table: [s for s in shards if s.table == table] for table in {s.table for s in shards}}
-        backends = {table: requested_backend(own, config, device.type).backend for table, own in by_table.items()}
-        fused, triton = ([t for t, backend in backends.items() if backend == kind] for kind in ("fbgemm", "triton"))
-        routes = plan_lookups(layout, shards, channel.size, fused, triton)
+        routes = routes_of(layout, shards, config, channel.size, device)
         self._split = RowSplitter(routes.slots, device)
         sources = [[slot.source for slot in slots] for slots in routes.slots]
         self._ids = IdExchange(sources, channel, routes.index_dtype, device, blocks)
@@ -109,45 +108,73 @@ class ShardedTables:
         """Ids of `size` examples by feature -> what this rank looks up."""
         return self._ids(self._split(ids, size), size)
 
-    def pool(self, local: LocalIds, size: int) -> Pooled:
-        """The blocks of embeddings of this rank's `size` examples (see `pieces`), one after another; collective, as is
-        the update."""
-        pooled = self.tables.pool(local)
-        whole, by_rows = self._parts(pooled.values)
-        blocks = []
-        if any(self._columns):
-            flat = self._by_rank(whole, size).reshape(-1).to(self.messages.forward)
-            sent, received = self._sizes(size)
-            blocks.append(all_to_all(flat, received, sent, self._channel, "embeddings"))
-        if self._row_columns:
-            partial = self._by_rank(by_rows, size).reshape(-1, self._row_columns)
-            blocks.append(sum_over_owners(partial, self._channel, self.messages).reshape(-1))
-        sizes = [block.numel() for block in blocks]
+    def pool(self, local: LocalIds, size: int, parts: int) -> "ShardedLookup":
+        """The embeddings of this rank's `size` examples, in so many parts; collective."""
+        return ShardedLookup(self, self.tables.pool(local), size, parts)
 
-        def update(gradient: Tensor) -> None:
-            pooled.update(self._to_owners(list(gradient.split(sizes)), size))
+    def whole_rows(self, pooled: Tensor, size: int, parts: int) -> PartedExchange | None:
+        """Send those of whole rows on their way; None: there are none."""
+        if not any(self._columns):
+            return None
+        sent, received = self._sizes(size)
+        blocks = self._by_rank(self._parts(pooled)[0], size).reshape(-1)
+        return PartedExchange(blocks, sent, received, self._channel, "embeddings", self.messages, parts)
 
-        return Pooled(blocks[0] if len(blocks) == 1 else torch.cat(blocks), update)
+    def rows_of_all(self, pooled: Tensor, size: int) -> Tensor | None:
+        """[size, columns]: the sums of tables that are split by rows, over their owners; None: there are none."""
+        if not self._row_columns:
+            return None
+        partial = self._by_rank(self._parts(pooled)[1], size).reshape(-1, self._row_columns)
+        return sum_over_owners(partial, self._channel, self.messages)
 
-    def _to_owners(self, gradients: list[Tensor], size: int) -> Tensor:
-        """The gradients of the blocks -> that of what this rank looked up."""
-        whole = by_rows = None
-        if self._row_columns:
-            gathered = gradient_for_owners(gradients.pop().view(-1, self._row_columns), self._channel, self.messages)
-            by_rows = self._in_batch_order(gathered, size)
-        if gradients:
-            sent, received = self._sizes(size)
-            message = gradients[0].to(self.messages.backward)
-            flat = all_to_all(message, sent, received, self._channel, "embeddings", "backward")
-            columns = self._columns[self._channel.rank]
-            whole = self._in_batch_order(flat.view(self._channel.size * size, columns), size)
+    def to_owners(self, whole: Tensor | None, by_rows: Tensor | None, size: int) -> Tensor:
+        """The gradients of both, as they came back and [size, columns] -> that of what this rank looked up."""
+        columns = self._columns[self._channel.rank]
+        if by_rows is not None:
+            by_rows = self._in_batch_order(gradient_for_owners(by_rows, self._channel, self.messages), size)
+        if whole is not None:
+            whole = self._in_batch_order(whole.view(self._channel.size * size, columns), size)
+        return self._together(whole, by_rows)
+
+    def _together(self, whole: Tensor | None, by_rows: Tensor | None) -> Tensor:
+        """Both kinds of columns in the order of the slots."""
         if whole is None or by_rows is None:
             found = by_rows if whole is None else whole
             assert found is not None
             return found
-        own, before = self._columns[self._channel.rank], self._before_rows
-        first, last = whole.split([before, own - before], dim=1)
+        first, last = whole.split([self._before_rows, whole.shape[1] - self._before_rows], dim=1)
         return torch.cat([first, by_rows, last], dim=1)
+
+    def by_peer(self, local: LocalIds, size: int) -> Pooled:
+        """Of `TableGroup.by_peer`; collective, as is the update."""
+        pooled, peers = self.tables.pool(local), self._blocks
+        sent, received = self._sizes(size // peers)
+        blocks = []
+        if any(self._columns):
+            message = self._parts(pooled.values)[0].to(self.messages.forward).view(peers, sum(sent))
+            if self._channel.size > 1:
+                by_rank, message = message, message.new_empty(peers, sum(received))
+                all_to_all_into(message, by_rank, received, sent, self._channel, "embeddings", "forward", peers)
+            blocks.append(message)
+        if (sums := self.rows_of_all(pooled.values, size)) is not None:
+            blocks.append(sums.view(peers, -1))
+        widths = [block.shape[1] for block in blocks]
+
+        def update(gradient: Tensor) -> None:
+            gradients = list(gradient.split(widths, dim=1))
+            own = by_rows = None
+            if self._row_columns:
+                of_sums = gradients.pop().reshape(-1, self._row_columns)
+                by_rows = self._in_batch_order(gradient_for_owners(of_sums, self._channel, self.messages), size)
+            if gradients:
+                own = gradients[0].to(self.messages.backward)
+                if self._channel.size > 1:
+                    message, own = own, own.new_empty(peers, sum(sent))
+                    all_to_all_into(own, message, sent, received, self._channel, "embeddings", "backward", peers)
+                own = own.reshape(self._channel.size * size, self._columns[self._channel.rank])
+            pooled.update(self._together(own, by_rows))
+
+        return Pooled(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1), update)
 
     def _sizes(self, size: int) -> tuple[list[int], list[int]]:
         """Numbers that this rank sends to every rank, and that it receives from each, on the way forward."""
@@ -177,6 +204,47 @@ class ShardedTables:
         return gradient.view(ranks, blocks, size // blocks, gradient.shape[1]).transpose(0, 1).reshape(gradient.shape)
 
 
+class ShardedLookup:
+    """What a step looked up in spread tables, part by part of this rank's examples, and the way back.
+
+    What is split by rows is one message of all parts: a sum over ranks may take another order in smaller messages.
+    """
+
+    def __init__(self, tables: ShardedTables, pooled: Pooled, size: int, parts: int) -> None:
+        self._tables, self._update, self._size, self._parts = tables, pooled.update, size, parts
+        self._whole = tables.whole_rows(pooled.values, size, parts)
+        self._by_rows = tables.rows_of_all(pooled.values, size)
+        self._row_gradients: list[Tensor] = []
+
+    def arrive(self, part: int) -> Tensor:
+        """The blocks of a part (see `ShardedTables.pieces`), one after another."""
+        blocks = [] if self._whole is None else [self._whole.arrive(part)]
+        if self._by_rows is not None:
+            blocks.append(rows_of(self._by_rows, part, self._parts).reshape(-1))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def leave(self, gradient: Tensor) -> None:
+        """Take the gradient of the blocks of a part."""
+        columns = 0 if self._by_rows is None else self._by_rows.shape[1]
+        of_rows = columns * self._size // self._parts
+        whole, by_rows = gradient.split([gradient.numel() - of_rows, of_rows])
+        if self._whole is not None:
+            self._whole.leave(whole)
+        if self._by_rows is not None:
+            self._row_gradients.append(by_rows.view(-1, columns))
+
+    def update(self) -> None:
+        """Change the tables; collective."""
+        whole = None if self._whole is None else self._whole.gradient()
+        by_rows = None if self._by_rows is None else joined(self._row_gradients)
+        self._update(self._tables.to_owners(whole, by_rows, self._size))
+
+    def forget(self) -> None:
+        """In place of `update`: wait for what is on its way."""
+        if self._whole is not None:
+            self._whole.gradient()
+
+
 def _column_block(slot: Lookup) -> ColumnBlock:
     return ColumnBlock(slot.feature.name, slot.start, slot.offset, slot.columns)
 
@@ -190,27 +258,96 @@ class Distributed:
         size: B, how many examples those are.
         local: what this rank looks up in tables that are spread over the group; None: there are none.
         replicated: what it looks up in replicated tables; None: there are none.
+        own: ids of this rank's examples alone, where `ids` are those of its peers' as well.
     """
 
     ids: Mapping[str, Ids]
     size: int
     local: LocalIds | None
     replicated: LocalIds | None
+    own: Mapping[str, Ids] | None = None
 
 
-@dataclass(frozen=True)
-class Exchanged:
-    """What an exchange brings, and the way back in two steps.
+class Exchanged(Protocol):
+    """What an exchange brings, part by part of this rank's examples, and the way back; every method is collective."""
 
-    Attributes:
-        values: [B, columns].
-        scatter: takes the gradient of `values` and returns that of what the ranks sent; changes nothing.
-        update: takes what `scatter` made: the gradients travel and the tables change; collective.
+    def arrive(self, part: int) -> Tensor:
+        """The embeddings of a part, [examples, columns]; parts are asked for in their order, each once."""
+
+    def leave(self, part: int, gradient: Tensor) -> Tensor | None:
+        """Take the gradient of a part; with the last one the gradients of all that lies on the way are made; changes
+        nothing.
+
+        Returns:
+            Float32 scalar, finite only if every element of the gradient is; None: it would be a pass of its own.
+        """
+
+    def update(self) -> None:
+        """The tables change."""
+
+    def forget(self) -> None:
+        """In place of `update`."""
+
+
+class GroupLookup:
+    """An `Exchanged` of the tables of a group.
+
+    Args:
+        divide: what gradients are divided by besides.
+        divisors: see `Regroup.divisors`.
     """
 
-    values: Tensor
-    scatter: Callable[[Tensor], Scattered]
-    update: Callable[[Tensor], None]
+    def __init__(
+        self,
+        assembly: Regroup,
+        sharded: ShardedLookup | None,
+        replicated: Pooled | None,
+        divisors: Tensor | None,
+        size: int,
+        *,
+        parts: int,
+        dtype: torch.dtype,
+        wire: torch.dtype,
+        divide: int,
+        device: torch.device,
+    ) -> None:
+        self._assembly, self._sharded, self._replicated = assembly, sharded, replicated
+        self._divisors, self._size, self._parts = divisors, size, parts
+        self._dtype, self._wire, self._divide, self._device = dtype, wire, divide, device
+        self._replicated_gradients: list[Tensor] = []
+
+    def arrive(self, part: int) -> Tensor:
+        flat = [] if self._sharded is None else [self._sharded.arrive(part)]
+        if self._replicated is not None:
+            flat.append(rows_of(self._replicated.values, part, self._parts).reshape(-1))
+        if not flat:  # nothing but numeric features: [B, 0], with a way back that leads nowhere
+            flat = [torch.empty(0, device=self._device)]
+        blocks = flat[0] if len(flat) == 1 else torch.cat(flat)
+        return self._assembly.assemble(blocks, self._divisors_of(part), self._size // self._parts, self._dtype)
+
+    def leave(self, part: int, gradient: Tensor) -> Tensor | None:
+        size = self._size // self._parts
+        blocks, total = self._assembly.scatter(gradient, self._divisors_of(part), size, self._wire, self._divide)
+        if self._replicated is not None:
+            columns = self._replicated.values.shape[1]
+            blocks, own = blocks.split([blocks.numel() - size * columns, size * columns])
+            self._replicated_gradients.append(own.view(size, columns))
+        if self._sharded is not None:
+            self._sharded.leave(blocks)
+        return total
+
+    def update(self) -> None:
+        if self._sharded is not None:
+            self._sharded.update()
+        if self._replicated is not None:
+            self._replicated.update(joined(self._replicated_gradients))
+
+    def forget(self) -> None:
+        if self._sharded is not None:
+            self._sharded.forget()
+
+    def _divisors_of(self, part: int) -> Tensor | None:
+        return None if self._divisors is None else rows_of(self._divisors.T, part, self._parts).T.contiguous()
 
 
 class TableGroup:
@@ -238,11 +375,9 @@ class TableGroup:
         messages: WireDtypes,
         device: torch.device,
     ) -> None:
-        self.layout, self._device = layout, device
+        self.layout, self._device, self._blocks = layout, device, blocks
         self.choices = choose_backends(layout, shards, config, device)
-        names = replicated(shards)
-        spread = tuple(shard for shard in shards if shard.table not in names)
-        own = tuple(s for s in shards if s.table in names and s.rank == channel.rank)
+        spread, own = split_replicated(shards, channel.rank)
         self._sharded = self._replicated = None
         if spread:
             self._sharded = ShardedTables(
@@ -252,7 +387,7 @@ class TableGroup:
             self._replicated = ReplicatedTables(layout, own, self.choices, config, channel, device)
         # A gradient that only travels takes the type of its message; those of replicated tables are summed in float32.
         travels = self._sharded is not None and self._replicated is None
-        self._wire = self._sharded.messages.backward if self._sharded is not None and travels else torch.float32
+        self.wire = self._sharded.messages.backward if self._sharded is not None and travels else torch.float32
         parts = [part for part in (self._sharded, self._replicated) if part is not None]
         self.tables: tuple[LocalTables, ...] = tuple(part.tables for part in parts)
         self._assembly = Regroup(
@@ -271,31 +406,45 @@ class TableGroup:
         same = None if self._replicated is None else self._replicated.distribute(ids, size)
         return Distributed(ids, size, local, same)
 
-    def pool(self, batch: Distributed, dtype: torch.dtype = torch.float32, divide: int = 1) -> Exchanged:
+    def pool(
+        self, batch: Distributed, dtype: torch.dtype = torch.float32, divide: int = 1, parts: int = 1
+    ) -> Exchanged:
         """Pooled embeddings of this rank's examples, [B, width of the group's features] in layout order; collective.
 
         Args:
             dtype: of the result.
             divide: what the gradient is divided by besides.
+            parts: in how many parts they travel, while others compute; divides B.
         """
-        size, divisors = batch.size, self._assembly.divisors(batch.ids)
-        parts = []
+        sharded = replicated = None
         if self._sharded is not None:
             assert batch.local is not None
-            parts.append(self._sharded.pool(batch.local, size))
+            sharded = self._sharded.pool(batch.local, batch.size, parts)
         if self._replicated is not None:
             assert batch.replicated is not None
-            parts.append(self._replicated.pool(batch.replicated))
-        flat = [part.values.reshape(-1) for part in parts]
-        sizes = [values.numel() for values in flat]
-        if not parts:  # nothing but numeric features: [B, 0], with a way back that leads nowhere
-            flat = [torch.empty(0, device=self._device)]
-        values = self._assembly.assemble(flat[0] if len(flat) == 1 else torch.cat(flat), divisors, size, dtype)
+            replicated = self._replicated.pool(batch.replicated)
+        return GroupLookup(
+            self._assembly, sharded, replicated, self._assembly.divisors(batch.ids), batch.size,
+            parts=parts, dtype=dtype, wire=self.wire, divide=divide, device=self._device,
+        )  # fmt: skip
+
+    def by_peer(self, batch: Distributed) -> Pooled:
+        """[peers, blocks of the examples of each], sums where a mean is wanted; collective, as is the update."""
+        parts: list[Pooled] = []
+        if self._sharded is not None:
+            assert batch.local is not None
+            parts.append(self._sharded.by_peer(batch.local, batch.size))
+        if self._replicated is not None:
+            assert batch.replicated is not None
+            same = self._replicated.pool(batch.replicated)
+            shape = same.values.shape
+            parts.append(Pooled(same.values.reshape(self._blocks, -1), lambda g: same.update(g.reshape(shape))))
+        widths = [part.values.shape[1] for part in parts]
 
         def update(gradient: Tensor) -> None:
-            for part, own in zip(parts, gradient.split(sizes), strict=True):
-                part.update(own.view(part.values.shape))
+            for part, own in zip(parts, gradient.split(widths, dim=1), strict=True):
+                part.update(own)
 
-        return Exchanged(
-            values, lambda gradient: self._assembly.scatter(gradient, divisors, size, self._wire, divide), update
-        )
+        if not parts:  # nothing but numeric features
+            return Pooled(torch.empty(self._blocks, 0, device=self._device), lambda gradient: None)
+        return Pooled(parts[0].values if len(parts) == 1 else torch.cat([p.values for p in parts], dim=1), update)

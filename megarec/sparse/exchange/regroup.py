@@ -26,10 +26,7 @@ def sum_over_owners(partial: Tensor, channel: Channel, messages: WireDtypes) -> 
     Both send the same bytes.
     """
     if messages.forward == torch.float32:
-        own, work = reduce_scatter_rows(partial.float().contiguous(), channel, "embeddings")
-        if work is not None:
-            work.wait()
-        return own
+        return reduce_scatter_rows(partial.float().contiguous(), channel, "embeddings").wait()
     message, ranks = partial.to(messages.forward).reshape(-1), channel.size
     sizes = [message.numel() // ranks] * ranks
     received = all_to_all(message, sizes, sizes, channel, "embeddings")
@@ -38,10 +35,8 @@ def sum_over_owners(partial: Tensor, channel: Channel, messages: WireDtypes) -> 
 
 def gradient_for_owners(gradient: Tensor, channel: Channel, messages: WireDtypes) -> Tensor:
     """Of `sum_over_owners`, [B, columns] -> [size x B, columns]: no sum, hence any type."""
-    gathered, work = all_gather_rows(gradient.to(messages.backward).contiguous(), channel, "embeddings", "backward")
-    if work is not None:
-        work.wait()
-    return gathered
+    message = gradient.to(messages.backward).contiguous()
+    return all_gather_rows(message, channel, "embeddings", "backward").wait()
 
 
 @dataclass(frozen=True)
@@ -133,22 +128,22 @@ class Regroup:
         """The gradient of `assemble`, divided by a number besides, in the type in which it travels."""
         if self._fused is not None:
             return Scattered(*self._fused.scatter(gradient, divisors, size, dtype, divide))
-        last = divide > 1 and divisors is None and not self._in_place  # then in place, not in a copy of the gradient
-        gradient = gradient.float().div(divide) if divide > 1 and not last else gradient.float()
         if self._in_place:
-            return Scattered(gradient.to(dtype).reshape(-1), None)
-
-        def columns(piece: ColumnBlock) -> Tensor:
-            part = gradient[:, piece.start : piece.start + piece.columns]
-            if divisors is None or piece.feature not in self._divisor_of:
-                return part
-            return part / divisors[self._divisor_of[piece.feature]].unsqueeze(1)
-
-        blocks = gradient.new_empty(size * sum(self._columns))
+            return Scattered((gradient.float() / divide if divide > 1 else gradient).to(dtype).reshape(-1), None)
+        gradient = gradient.float()
+        blocks = gradient.new_empty(size * sum(self._columns), dtype=dtype)
         for block, own in zip(self._split(blocks, size), self.pieces, strict=True):
-            if own:
-                torch.cat([columns(piece) for piece in own], dim=1, out=block)
-        return Scattered((blocks.div_(divide) if last else blocks).to(dtype), None)
+            for piece in own:  # one pass: division, type and place
+                part = gradient[:, piece.start : piece.start + piece.columns]
+                into = block[:, piece.offset : piece.offset + piece.columns]
+                if divisors is not None and piece.feature in self._divisor_of:
+                    part = part / divide if divide > 1 else part
+                    torch.div(part, divisors[self._divisor_of[piece.feature]].unsqueeze(1), out=into)
+                elif divide > 1:
+                    torch.div(part, divide, out=into)
+                else:
+                    into.copy_(part)
+        return Scattered(blocks, None)
 
     def _split(self, blocks: Tensor, size: int) -> list[Tensor]:
         """Views [B, columns(sender)] of the senders' blocks."""

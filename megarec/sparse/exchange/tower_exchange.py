@@ -6,6 +6,8 @@ Rank (t, q) is local rank q of host t; H hosts, B examples a rank:
     b. inside the host (group.py): ids to table owners, pooled embeddings back: [H B, columns of host t]
     c. what the host's towers make of them: [H B, outputs of host t]
     d. over the peer group: (t, q) receives what every host made of its own examples: [B, outputs of all]
+
+Without tower modules, and in one part, nothing is assembled between b and d (direct.py).
 """
 
 import dataclasses
@@ -16,10 +18,12 @@ from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch
-from megarec.distributed.collectives import FP32, Channel, WireDtypes, all_to_all
+from megarec.distributed.collectives import FP32, Channel, WireDtypes
+from megarec.sparse.exchange.direct import DirectLookup
 from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup
 from megarec.sparse.exchange.ids import IdExchange
-from megarec.sparse.exchange.regroup import ColumnBlock, Regroup, Scattered
+from megarec.sparse.exchange.parts import PartedExchange
+from megarec.sparse.exchange.regroup import ColumnBlock, Regroup
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.placement import Shard
 
@@ -36,6 +40,7 @@ class TowerExchange:
         shards: of this host's tables; their ranks are local ranks.
         outputs: columns that each host hands on for an example.
         assembly: turns the hosts' blocks [sum over hosts of B x outputs] into one matrix.
+        direct: the same of the owners' blocks (direct.py), where no tower modules stand in the middle.
     """
 
     def __init__(
@@ -48,10 +53,11 @@ class TowerExchange:
         peer: Channel,
         outputs: Sequence[int],
         assembly: Regroup,
+        direct: Regroup | None,
         messages: WireDtypes,
         device: torch.device,
     ) -> None:
-        self._peer, self._outputs, self._assembly = peer, outputs, assembly
+        self._peer, self._outputs, self._assembly, self._direct = peer, outputs, assembly, direct
         self._messages = messages if peer.size > 1 else FP32
         self._features = hosts[peer.rank].features
         small = all(table.rows < 2**31 for layout in hosts for table in layout.tables)
@@ -65,32 +71,95 @@ class TowerExchange:
         """Hop a and the ids of hop b; reads no table."""
         arrived = self._ids(batch.ids, batch.size)
         ids = {f.name: arrived.of_slot(slot, f) for slot, f in enumerate(self._features)}
-        return self.group.distribute_ids(ids, batch.size * self._peer.size)
+        there = self.group.distribute_ids(ids, batch.size * self._peer.size)
+        return dataclasses.replace(there, own=batch.ids)
+
+    def pool_direct(self, batch: Distributed, dtype: torch.dtype = torch.float32, divide: int = 1) -> Exchanged:
+        """The rest of hop b, and d, in one part and without assembly in the middle: [B, columns of all hosts].
+
+        Args:
+            dtype: of the result.
+            divide: what the gradient is divided by besides.
+        """
+        assert self._direct is not None and batch.own is not None
+        size, own = batch.size // self._peer.size, self._outputs[self._peer.rank]
+        sizes = [size * columns for columns in self._outputs], [size * own] * self._peer.size
+        return DirectLookup(
+            self.group.by_peer(batch), self._direct, sizes, self._peer, self._messages, self.group.wire,
+            self._direct.divisors(batch.own), size, dtype, divide,
+        )  # fmt: skip
 
     def pool(
-        self, batch: Distributed, towers: Change, dtype: torch.dtype = torch.float32, divide: int = 1
+        self,
+        batch: Distributed,
+        towers: Change,
+        dtype: torch.dtype = torch.float32,
+        divide: int = 1,
+        parts: int = 1,
     ) -> Exchanged:
-        """The rest of hop b, then c and d: [B, outputs of all hosts]; collective, and so is `scatter` of the result.
+        """The rest of hop b, then c and d: [B, outputs of all hosts]; collective.
 
         Args:
             towers: [H B, columns of this host, tower after tower] -> [H B, outputs of this host].
             dtype: of the result.
             divide: what the gradient is divided by besides.
+            parts: in how many parts hop d travels, while others compute; divides B.
         """
         inner = self.group.pool(batch)
-        made, back = towers(inner.values)
+        made, back = towers(inner.arrive(0))
         size, own = batch.size // self._peer.size, self._outputs[self._peer.rank]
-        received = [size * columns for columns in self._outputs]
-        sent = [size * own] * self._peer.size
-        message = made.detach().reshape(-1).to(self._messages.forward)
-        blocks = all_to_all(message, received, sent, self._peer, "towers")
+        peers = PartedExchange(
+            made.detach().reshape(-1),
+            [size * own] * self._peer.size,
+            [size * columns for columns in self._outputs],
+            self._peer,
+            "towers",
+            self._messages,
+            parts,
+        )
+        return TowerLookup(inner, back, peers, self._assembly, size // parts, (batch.size, own), dtype, divide)
 
-        def scatter(gradient: Tensor) -> Scattered:
-            gradient, total = self._assembly.scatter(gradient, None, size, self._messages.backward, divide)
-            arrived = all_to_all(gradient, sent, received, self._peer, "towers", "backward")
-            return Scattered(inner.scatter(back(arrived.view(batch.size, own))).blocks, total)
 
-        return Exchanged(self._assembly.assemble(blocks, None, size, dtype), scatter, inner.update)
+class TowerLookup:
+    """An `Exchanged` of the tower exchange: hop d by parts; hops b and c, inside the host, for all of them at once.
+
+    Args:
+        back: the gradient of what the towers made -> that of what they took in.
+        assembly: see TowerExchange.
+        size: examples of a part.
+        made: shape of what the towers made.
+    """
+
+    def __init__(
+        self,
+        inner: Exchanged,
+        back: Back,
+        peers: PartedExchange,
+        assembly: Regroup,
+        size: int,
+        made: tuple[int, int],
+        dtype: torch.dtype,
+        divide: int,
+    ) -> None:
+        self._inner, self._back, self._peers, self._assembly = inner, back, peers, assembly
+        self._size, self._made, self._dtype, self._divide = size, made, dtype, divide
+
+    def arrive(self, part: int) -> Tensor:
+        return self._assembly.assemble(self._peers.arrive(part), None, self._size, self._dtype)
+
+    def leave(self, part: int, gradient: Tensor) -> Tensor | None:
+        wire = self._peers.messages.backward
+        blocks, total = self._assembly.scatter(gradient, None, self._size, wire, self._divide)
+        self._peers.leave(blocks)
+        if part + 1 == self._peers.parts:
+            self._inner.leave(0, self._back(self._peers.gradient().view(self._made)))
+        return total
+
+    def update(self) -> None:
+        self._inner.update()
+
+    def forget(self) -> None:
+        self._inner.forget()
 
 
 def host_layouts(layout: EmbeddingLayout, towers: Sequence[Sequence[str]], hosts: int) -> list[EmbeddingLayout]:

@@ -15,7 +15,7 @@ from megarec.distributed.collectives import Channel
 from megarec.errors import UserError
 from megarec.kernels.launch import triton_problem
 from megarec.sparse.layout import EmbeddingLayout
-from megarec.sparse.lookups import Lookup
+from megarec.sparse.lookups import Lookup, LookupPlan, plan_lookups
 from megarec.sparse.placement import COLUMN_UNIT, Shard, replicated
 from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State, Tables, group_lookups
 from megarec.sparse.tables.initial import fill_initial
@@ -88,6 +88,23 @@ def requested_backend(shards: Sequence[Shard], config: EmbeddingConfig, device: 
     if widest > TRITON_COLUMNS:
         return Choice("torch", f"a Triton kernel holds at most {TRITON_COLUMNS} columns, not {widest}")
     return Choice("triton", reason)
+
+
+def routes_of(
+    layout: EmbeddingLayout, shards: Sequence[Shard], config: EmbeddingConfig, ranks: int, device: torch.device
+) -> LookupPlan:
+    """Who looks up what of tables that are spread over a group."""
+    by_table = {table: [s for s in shards if s.table == table] for table in {s.table for s in shards}}
+    backends = {table: requested_backend(own, config, device.type).backend for table, own in by_table.items()}
+    fused, triton = ([t for t, backend in backends.items() if backend == kind] for kind in ("fbgemm", "triton"))
+    return plan_lookups(layout, shards, ranks, fused, triton)
+
+
+def split_replicated(shards: Sequence[Shard], rank: int) -> tuple[tuple[Shard, ...], tuple[Shard, ...]]:
+    """The shards of tables that are spread over a group, and those of replicated ones that a rank has."""
+    names = replicated(shards)
+    spread = tuple(shard for shard in shards if shard.table not in names)
+    return spread, tuple(shard for shard in shards if shard.table in names and shard.rank == rank)
 
 
 @functools.cache

@@ -35,9 +35,7 @@ def _differences(run: Run) -> Iterator[str]:
     for channel, ranks, tensors in replicated_tensors(run):
         # Wherever they lie: lazy Adam counts its steps on the CPU.
         hashes = torch.stack([hash_of(tensor).to(run.device) for tensor in tensors.values()])
-        gathered, work = all_gather_rows(hashes.unsqueeze(0), channel, "hashes")
-        if work is not None:
-            work.wait()
+        gathered = all_gather_rows(hashes.unsqueeze(0), channel, "hashes").wait()
         by_tensor: dict[str, list[str]] = {}
         for name, values in zip(tensors, gathered.T.tolist(), strict=True):
             if len(set(values)) > 1:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from megarec.data.batch import Ids
@@ -38,11 +39,11 @@ def diagnose(
 def _nonfinite_tensors(health: RankHealth, tensors: StepTensors, dense: list[tuple[str, Tensor]]) -> Iterator[str]:
     """The first cause alone: what is downstream of it is not finite either."""
     if not health.finite_loss:
-        rows = _bad_rows(tensors.made.logits.unsqueeze(1))
+        rows = _bad_rows(torch.cat([made.logits for made in tensors.made]).unsqueeze(1))
         where = f", logits of {len(rows)} of {tensors.batch.size} examples, first {rows[0]}" if rows else ""
         yield f"loss is {health.loss}{where}"
     elif not math.isfinite(health.embeddings):
-        rows = _bad_rows(tensors.made.gradient)
+        rows = _bad_rows(torch.cat([made.gradient for made in tensors.made]))
         yield f"gradient of the embeddings is not finite in {len(rows)} of {tensors.batch.size} examples"
     elif not math.isfinite(health.dense):
         names = dict.fromkeys(name for name, total in dense if not total.isfinite())

@@ -55,22 +55,21 @@ class HealthGather:
         Returns:
             Waits for the answers: the health of every rank, the same on all of them.
         """
-        device = tensors.made.gradient.device
+        device = tensors.made[0].loss.device
         mine = torch.stack(
             [
-                torch.stack(tensors.made.losses).mean(dtype=torch.float32),
+                torch.stack([made.loss for made in tensors.made]).mean(dtype=torch.float32),
                 tensors.lookup.gradient_total(),
                 _total([total for _, total in self.dense], device),
                 _total([gradient.sum() for gradient in tensors.lookup.gradients().values()], device),
                 torch.full((), float(self._signum()), device=device),  # a kernel; a copy would make the host wait
             ]
         )
-        gathered, work = all_gather_rows(mine.unsqueeze(0), self._world, "health")
+        gathered = all_gather_rows(mine.unsqueeze(0), self._world, "health")
 
         def answer() -> list[RankHealth]:
-            if work is not None:
-                work.wait()
-            return [RankHealth(*row) for row in gathered.tolist()]  # the one wait of a step for an accelerator
+            rows = gathered.wait().tolist()  # the one wait of a step for an accelerator
+            return [RankHealth(*row) for row in rows]
 
         return answer
 

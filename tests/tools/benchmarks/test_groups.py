@@ -11,7 +11,7 @@ from tools.benchmarks import groups
 from tools.benchmarks.groups import BATCH, Case
 
 
-def test_a_case_is_one_probe_and_three_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_is_two_probes_and_four_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
 
     def call(tool: str, *options: object) -> str:
@@ -22,8 +22,8 @@ def test_a_case_is_one_probe_and_three_partitions(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(groups, "_call", call)
     result = groups.run((Case(features=128, steps=10, signal=2.0),))
-    assert [row["strategy"] for row in result["rows"]] == ["coherent", "diverse", "random"]
-    assert [row["adjusted_rand"] for row in result["rows"]] == [2, 3, 4] and result["ratios"] == {}
+    assert [row["strategy"] for row in result["rows"]] == ["coherent", "cosine", "diverse", "random"]
+    assert [row["adjusted_rand"] for row in result["rows"]] == [2, 3, 4, 5] and result["ratios"] == {}
     assert {(row["features"], row["groups"], row["probe_steps"]) for row in result["rows"]} == {(128, 8, 10)}
     made, *partitioned = called
     parsed = prepare_data.parser().parse_args(made[1:])
@@ -32,7 +32,8 @@ def test_a_case_is_one_probe_and_three_partitions(monkeypatch: pytest.MonkeyPatc
     for command in partitioned:
         monkeypatch.setattr("sys.argv", command)
         assert partition_towers.parse_arguments().towers == 8
-    assert sum("--probe-steps" in command for command in partitioned) == 1
+    assert sum("--probe-steps" in command for command in partitioned) == 2
+    assert [command[command.index("--measure") + 1] for command in partitioned if "--measure" in command] == ["cosine"]
 
 
 def test_a_tool_that_fails_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""Seconds of a collective on the links of a machine: each formula once, its constants in the machine's JSON.
+
+    all-to-all in a host       delay + bytes / link
+    all-to-all over H hosts    delay(H) + bytes to other hosts / (network x (1 - incast / H) x ramp(bytes a pair)),
+                               or its bytes inside the hosts at the link's rate, whichever takes longer
+    ring over H hosts          H x delay + bytes / (share x the network of all ranks of a host that are in the ring)
+
+After fits of nccl-tests (hardware/h100.json). NCCL sends an all-to-all over NVLink to the rank whose NIC is on the rail
+of the receiver (PXN), so that a flat all-to-all loses nothing by its many pairs but their smaller messages: the ramp.
+"""
+
+from megarec.distributed.topology import Topology
+from megarec.planning.hardware import Hardware, needed
+from megarec.planning.traffic import Message
+
+
+def message_seconds(message: Message, topology: Topology, hardware: Hardware) -> float:
+    """Of a message of the sparse side.
+
+    Raises:
+        UserError: a figure that it needs is not known of this machine.
+    """
+    if message.op.startswith("all_reduce"):
+        in_host = message.cross_host_bytes == 0
+        return ring_seconds(message.bytes, 1 if in_host else topology.hosts, topology.ranks_per_host, hardware)
+    inside = (message.bytes - message.cross_host_bytes) / _bytes(needed(hardware, "host_link_gb_s"))
+    if not message.cross_host_bytes:
+        return _us(needed(hardware, "host_link_us")) + inside
+    return network_delay(topology.hosts, hardware) + max(inside, across_seconds(message, topology.hosts, hardware))
+
+
+def across_seconds(message: Message, hosts: int, hardware: Hardware) -> float:
+    """Of the bytes of an all-to-all to other hosts, without its delay."""
+    ramp = hardware.network_ramp
+    reached = 1.0 if ramp is None else ramp.at(message.cross_host_bytes / message.pairs, hosts)
+    rate = _bytes(needed(hardware, "network_gb_s")) * reached
+    return message.cross_host_bytes / (rate * (1 - needed(hardware, "network_incast") / hosts))
+
+
+def network_delay(hosts: int, hardware: Hardware) -> float:
+    """Of an all-to-all over hosts."""
+    return _us(hardware.network_us.at(hosts)) if hardware.network_us is not None else 0.0
+
+
+def ring_seconds(sent: float, hosts: int, ranks_of_a_host: int, hardware: Hardware) -> float:
+    """Of a pass of a ring in which each rank sends so many bytes.
+
+    Args:
+        ranks_of_a_host: that are in the ring: the bytes leave a host over the network of all of them.
+    """
+    if not sent:
+        return 0.0
+    if hosts == 1:
+        return _us(needed(hardware, "host_link_us")) + sent / _bytes(needed(hardware, "host_link_gb_s"))
+    rate = _bytes(needed(hardware, "network_gb_s")) * needed(hardware, "ring_share") * ranks_of_a_host
+    return _us(hosts * needed(hardware, "ring_us_per_host")) + sent / rate
+
+
+def _bytes(gigabytes: float) -> float:
+    return 1e9 * gigabytes
+
+
+def _us(microseconds: float) -> float:
+    return 1e-6 * microseconds

@@ -1,0 +1,44 @@
+"""`bench.py plan` sets predictions beside measured steps, and counts the order of those that differ."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megarec.errors import UserError
+from megarec.planning.hardware import load_hardware
+from tools.benchmarks import plan
+
+
+def test_the_published_table() -> None:
+    """What docs/where_towers_pay.md says of it; a new table or new constants come with new words there."""
+    result = plan.run()
+    assert len(result["rows"]) == 50
+    ratios = result["ratios"]
+    assert ratios["order_right"] == 1.0 and ratios["pairs_that_differ"] > 50
+    assert ratios["within_20_percent"] >= 0.8
+
+
+def test_order_counts_where_steps_differ() -> None:
+    def row(measured: float, predicted: float, link: float = 1.0) -> dict[str, object]:
+        error = predicted / measured - 1
+        return {"model": "dlrm", "link_gbit": link, "step_ms": measured, "predicted_ms": predicted, "error": error}
+
+    found = plan.ratios([row(100, 100), row(110, 90), row(200, 50), row(1000, 1, link=2.5)])
+    assert found["pairs_that_differ"] == 2 and found["order_right"] == 0
+    assert found["largest_error"] == pytest.approx(0.999) and found["within_20_percent"] == 0.5
+
+
+def test_links_are_shared_and_no_faster_than_the_machine() -> None:
+    machine = load_hardware(plan.MACHINE)
+    assert plan.over(machine, 0.0) is machine
+    rates = [plan.over(machine, link).network_gb_s for link in (0.25, 1000.0)]
+    assert [rate and rate.value for rate in rates] == [0.25 / 16, machine.network_gb_s and machine.network_gb_s.value]
+
+
+@pytest.mark.parametrize("rows", [[], [{"model": "dlrm", "variant": "flat"}], [3]])
+def test_another_file(rows: list[object], tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"rows": rows}))
+    with pytest.raises(UserError, match=r"rows\.json: .*`bench.py towers`"):
+        plan.read_rows(path)
