@@ -13,6 +13,7 @@ from megarec.data.sources import grouped, planted
 from megarec.data.sources.criteo import criteo_spec
 from megarec.data.sources.movielens import prepare_movielens
 from megarec.data.sources.movielens_wheels import SOURCES, TERMS
+from megarec.data.sources.scan import Shares
 from megarec.data.sources.synthetic import Shape, check_size, prepare_like, prepare_synthetic
 from megarec.data.sources.table import QUARANTINE_FILE, MaxBad, prepare_spec, prepare_table
 from megarec.errors import ArgumentParser, UserError, exits_cleanly
@@ -111,6 +112,18 @@ def add_files(command: argparse.ArgumentParser) -> None:
             help="one file or several, directories of them or patterns ('day_*')",
         )
     command.add_argument(
+        "--data", type=user_path, nargs="+", action="extend", metavar="FILE", help="in place of these: to be split"
+    )
+    command.add_argument("--split", choices=("random",), help="of --data: how (default: random)")
+    command.add_argument(
+        "--fractions",
+        type=float,
+        nargs=3,
+        metavar="F",
+        help="of --data: shares of train, valid and test (default: 0.8 0.1 0.1)",
+    )
+    command.add_argument("--seed", type=int, help="of the random split (default: 1)")
+    command.add_argument(
         "--vocabulary",
         type=user_path,
         metavar="DIR",
@@ -166,7 +179,9 @@ def from_files(args: argparse.Namespace) -> Schema:
     """People's own files, by the spec that they wrote or by Criteo's."""
     given = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
     missing = [f"--{split}" for split in SPLITS if split not in given]
-    if missing and (args.vocabulary is None or not given):
+    if (shares := split_shares(args, list(given))) is not None:
+        given = {"all": args.data}
+    elif missing and (args.vocabulary is None or not given):
         raise UserError(f"{missing[0]} is missing; name the files of every split, or --vocabulary DIR and some")
     files = {split: listed(paths) for split, paths in given.items()}
     check_files(files)
@@ -174,14 +189,38 @@ def from_files(args: argparse.Namespace) -> Schema:
         check_size("workers", args.workers, 1, 1024)
     workers = args.workers or len(os.sched_getaffinity(0))
     if args.source == "table":
-        return prepare_table(args.schema, files, args.output, args.vocabulary, workers=workers, max_bad=args.max_bad)
+        return prepare_table(
+            args.schema, files, args.output, args.vocabulary, workers=workers, max_bad=args.max_bad, shares=shares
+        )
     check_size("min-count", args.min_count, 1, 1 << 40)
     if args.hash is not None:
         check_size("hash", args.hash, 2, 1 << 31)
         if args.min_count > 1:
             raise UserError("--hash and --min-count exclude each other; keep one")
     spec = criteo_spec(args.output.name, args.min_count, args.hash)
-    return prepare_spec(spec, "--min-count and --hash", files, args.output, args.vocabulary, workers, args.max_bad)
+    named = "--min-count and --hash"
+    return prepare_spec(spec, named, files, args.output, args.vocabulary, workers, args.max_bad, shares)
+
+
+def split_shares(args: argparse.Namespace, given: list[str]) -> Shares | None:
+    """How the rows of --data are split; None: without --data.
+
+    Raises:
+        UserError: options that do not go together, or fractions that make no whole.
+    """
+    if args.data is None:
+        for option in ("split", "fractions", "seed"):
+            if getattr(args, option) is not None:
+                raise UserError(f"--{option} says how to split --data; name its files")
+        return None
+    if given:
+        raise UserError(f"--data is split, --{given[0]} is one split already; keep one of them")
+    fractions = tuple(args.fractions or (0.8, 0.1, 0.1))
+    if not all(0 < share < 1 for share in fractions) or abs(sum(fractions) - 1) > 1e-6:
+        raise UserError(f"--fractions {' '.join(map(str, fractions))}: expected three shares above 0 that add up to 1")
+    seed = 1 if args.seed is None else args.seed
+    check_size("seed", seed, 0, (1 << 31) - 1)
+    return Shares((fractions[0], fractions[1], fractions[2]), seed)
 
 
 def listed(paths: list[Path]) -> list[Path]:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from megarec.data.schema import SPLITS
 from megarec.data.sources.table_reader import Part, RowRefused, Unit, read_unit
 from megarec.data.sources.table_spec import Categorical, Numeric, TableSpec
 from megarec.data.sources.text_files import BadRow
@@ -27,7 +28,28 @@ from megarec.files import write_whole
 PIECE_ROWS = 1 << 18
 PIECE_BYTES = 1 << 26
 _Key = str | tuple[str, str]  # a column; what belongs to it
+_ODD, _ALL = 0x9E3779B97F4A7C15, (1 << 64) - 1
 _FEW_ROWS = 256  # rows among which a bad one is looked for by itself
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which split a row goes to, by chance.
+
+    Attributes:
+        fractions: of train, valid and test.
+    """
+
+    fractions: tuple[float, float, float]
+    seed: int = 1
+
+    def places(self, unit: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Int64 [n], the place in SPLITS of rows of a unit: a function of seed, unit and row alone."""
+        mixed = numbers.astype(np.uint64) + np.uint64(((self.seed << 32) + unit) * _ODD & _ALL)
+        for shift, odd in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+            mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(odd)
+        drawn = (mixed ^ mixed >> np.uint64(31)).astype(np.float64) / 2.0**64
+        return np.searchsorted(np.cumsum(self.fractions)[:2], drawn, side="right")
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,7 @@ class Piece:
         files: bytes of each of its files, by name.
     """
 
+    split: str
     rows: int
     present: dict[str, int]
     files: dict[str, int]
@@ -76,12 +99,15 @@ def scanned_file(directory: Path, number: int) -> Path:
     return directory / f"{number:06d}.json"
 
 
-def scan(spec: TableSpec, directory: Path, most_bad: int | None, task: tuple[int, Unit]) -> Scanned:
+def scan(
+    spec: TableSpec, directory: Path, most_bad: int | None, shares: Shares | None, task: tuple[int, Unit]
+) -> Scanned:
     """Read a unit into pieces: a pure function of the unit and the spec.
 
     Args:
         directory: of pieces; a unit that lies there already is not read again.
         most_bad: bad rows after which reading on is in vain; None: never.
+        shares: how rows are split; None: all are of the unit's split.
         task: the number of the unit, and the unit.
 
     Raises:
@@ -93,21 +119,35 @@ def scan(spec: TableSpec, directory: Path, most_bad: int | None, task: tuple[int
         return before
     pieces: list[Piece] = []
     bad: list[BadRow] = []
-    gathered, read = _Gathered(spec), 0
+    gathered, read = dict[str, _Gathered](), 0
+
+    def save(split: str) -> None:
+        pieces.append(gathered.pop(split).save(directory, f"{number:06d}-{len(pieces):04d}", split))
+
     for part, read in read_unit(unit, spec, bad):
-        for rows, encoded in _usable(part, spec, bad, most_bad):
-            gathered.add(rows, encoded, part.rows.nbytes)
+        for split, some in _divided(part, number, unit.split, shares):
+            for rows, encoded in _usable(some, spec, bad, most_bad):
+                gathered.setdefault(split, _Gathered(spec)).add(rows, encoded, some.rows.nbytes)
+            if split in gathered and gathered[split].full:
+                save(split)
         if most_bad is not None and len(bad) > most_bad:
             return Scanned(read, [], bad)
-        if gathered.full:
-            pieces.append(gathered.save(directory, f"{number:06d}-{len(pieces):04d}"))
-            gathered = _Gathered(spec)
-    if gathered.rows:
-        pieces.append(gathered.save(directory, f"{number:06d}-{len(pieces):04d}"))
+    for split in sorted(gathered):
+        save(split)
     found = Scanned(read, pieces, sorted(bad))
     value = {"rows": read, "pieces": [vars(piece) for piece in pieces], "bad": found.bad}
     write_whole(done, json.dumps(value).encode())
     return found
+
+
+def _divided(part: Part, unit: int, split: str, shares: Shares | None) -> Iterator[tuple[str, Part]]:
+    if shares is None:
+        yield split, part
+        return
+    places = shares.places(unit, part.numbers)
+    for place, name in enumerate(SPLITS):
+        if (keep := places == place).any():
+            yield name, part.only(keep)
 
 
 def _usable(
@@ -167,7 +207,7 @@ class _Gathered:
         self.rows += rows
         self._bytes += size
 
-    def save(self, directory: Path, stem: str) -> Piece:
+    def save(self, directory: Path, stem: str, split: str) -> Piece:
         rows: dict[str, pa.Array] = {}
         words: dict[str, pa.Array] = {}
         present = Counter[str]()
@@ -196,7 +236,7 @@ class _Gathered:
                 (directory / f"{stem}.words.arrow", words),
             )
         }
-        return Piece(self.rows, present, files)
+        return Piece(split, self.rows, present, files)
 
     def _joined(self, name: _Key) -> NDArray[Any]:
         return np.concatenate(self._values.pop(name))

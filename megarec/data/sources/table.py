@@ -18,7 +18,7 @@ from megarec.data.schema import SPLITS, CategoricalFeature, Schema, identity_dif
 from megarec.data.sources import table_reader
 from megarec.data.sources.encode import Encoder, shards_of
 from megarec.data.sources.merge import MergeTask, Table, merge, runs_of
-from megarec.data.sources.scan import Piece, Scanned, scan, scanned_file
+from megarec.data.sources.scan import Piece, Scanned, Shares, scan, scanned_file
 from megarec.data.sources.table_reader import Unit, units_of
 from megarec.data.sources.table_spec import Categorical, Numeric, TableSpec, load_table_spec
 from megarec.data.sources.text_files import BadRow
@@ -52,20 +52,22 @@ def prepare_table(
     *,
     workers: int = 1,
     max_bad: MaxBad = MaxBad(),
+    shares: Shares | None = None,
 ) -> Schema:
     """Write people's own files as a prepared data set; the bytes depend on the files and the spec alone.
 
     Args:
         spec_file: JSON of a TableSpec.
-        files: the files of train, valid and test; with `vocabulary` some of these will do.
+        files: the files of train, valid and test; with `vocabulary` some of these will do, with `shares` "all" is one.
         vocabulary: a prepared data set whose vocabularies are used; None: they are counted on the training files.
         workers: processes; 1: this one.
         max_bad: rows that may be bad; they are written to quarantine.csv.
+        shares: how the rows of files["all"] are split.
 
     Raises:
         UserError: names the file, and the key or the row and column, with the value seen and what was expected.
     """
-    return prepare_spec(load_table_spec(spec_file), spec_file, files, output, vocabulary, workers, max_bad)
+    return prepare_spec(load_table_spec(spec_file), spec_file, files, output, vocabulary, workers, max_bad, shares)
 
 
 def prepare_spec(
@@ -76,14 +78,19 @@ def prepare_spec(
     vocabulary: Path | None,
     workers: int,
     max_bad: MaxBad,
+    shares: Shares | None = None,
 ) -> Schema:
     """`prepare_table` of a spec that is at hand; `named` is how messages call it."""
     check_output(output)
     old = None if vocabulary is None else _compatible(spec, named, vocabulary)
     units = [
-        unit for split in SPLITS if split in files for path in files[split] for unit in units_of(path, split, spec)
+        unit
+        for split in (*SPLITS, "all")
+        if split in files
+        for path in files[split]
+        for unit in units_of(path, split, spec)
     ]
-    plan = _plan(spec, units, vocabulary)
+    plan = _plan(spec, units, vocabulary, shares)
     if output.is_symlink():
         output = output.resolve()
     if sum(unit.size for unit in units) < table_reader.UNIT_BYTES:
@@ -91,7 +98,7 @@ def prepare_spec(
     with writable(output), work_directory(output, plan) as work, Workers(workers) as pool:
         for name in ("pieces", "tables", "done", "data"):
             (work / name).mkdir(exist_ok=True)
-        schema = _Preparation(spec, files, units, work, pool, max_bad).run(old, vocabulary)
+        schema = _Preparation(spec, files, units, work, pool, max_bad, shares).run(old, vocabulary)
         publish(work / "data", output)
     return schema
 
@@ -106,15 +113,18 @@ class _Preparation:
     work: Path
     pool: Workers
     max_bad: MaxBad
+    shares: Shares | None
 
     def run(self, old: Schema | None, vocabulary: Path | None) -> Schema:
         """Carry out what is not done yet; everything then lies below work/data."""
         self._progress = Progress()
         pieces = self._scan()
-        rows = {split: sum(piece.rows for piece in pieces[split]) for split in SPLITS if split in self.files}
+        rows = {split: sum(piece.rows for piece in pieces[split]) for split in self.splits}
         for split, count in rows.items():
             if count == 0:
-                raise UserError(f"{', '.join(map(str, self.files[split]))}: no rows; every split needs some")
+                named = ", ".join(map(str, self.files[split if self.shares is None else "all"]))
+                by_chance = "" if self.shares is None else f" and {split} got none by chance"
+                raise UserError(f"{named}: no rows; every split needs some{by_chance}")
         tables = self._merge(pieces, vocabulary)
         known = self._encode(pieces, tables)
         self._progress.end()
@@ -140,6 +150,10 @@ class _Preparation:
         save_schema(schema, self.work / "data")
         return schema
 
+    @property
+    def splits(self) -> list[str]:
+        return [split for split in SPLITS if split in self.files or self.shares is not None]
+
     def _table(self, name: str) -> str:
         """The feature whose table a feature uses."""
         return self.spec.ids[name].table or name
@@ -154,7 +168,7 @@ class _Preparation:
         self._rows: list[int] = []  # of each unit, bad ones included
         self._reasons = Counter[str]()
         first: tuple[int, BadRow] | None = None
-        task = partial(scan, self.spec, self.work / "pieces", most)
+        task = partial(scan, self.spec, self.work / "pieces", most, self.shares)
         for (number, unit), found in self.pool.run(task, enumerate(self.units)):
             self._rows.append(found.rows)
             self._reasons.update(bad.reason for bad in found.bad)
@@ -162,7 +176,8 @@ class _Preparation:
                 first = number, min(found.bad)
             if most is not None and self._reasons.total() > most:
                 self._refuse(first)
-            pieces[unit.split] += found.pieces
+            for piece in found.pieces:
+                pieces[piece.split].append(piece)
             self._progress.add(unit.size, found.rows)
         if not self.max_bad.check(self._reasons.total(), sum(self._rows)):
             self._refuse(first)
@@ -229,22 +244,23 @@ class _Preparation:
             self.work / "data",
             self.work / "done",
         )
-        shards = [shard for split in self.files for shard in shards_of(split, pieces[split])]
+        shards = [shard for split in self.splits for shard in shards_of(split, pieces[split])]
         self._progress.begin("writing", sum(shard.rows for shard in shards))
-        known = {split: Counter[str]() for split in self.files}
+        known = {split: Counter[str]() for split in self.splits}
         for shard, found in self.pool.run(encoder, shards):
             known[shard.split].update(found)
             self._progress.add(shard.rows, shard.rows)
         return known
 
 
-def _plan(spec: TableSpec, units: list[Unit], vocabulary: Path | None) -> dict[str, Any]:
+def _plan(spec: TableSpec, units: list[Unit], vocabulary: Path | None, shares: Shares | None) -> dict[str, Any]:
     """What decides every byte that is written."""
     files = {unit.path: unit.path.stat() for unit in units}
     return {
         "format": FORMAT,
         "pyarrow": pa.__version__,
         "spec": spec.model_dump(),
+        "shares": None if shares is None else [*shares.fractions, shares.seed],
         "files": [[str(path.resolve()), status.st_size, status.st_mtime_ns] for path, status in files.items()],
         "units": [[str(unit.path), unit.split, unit.span, unit.groups] for unit in units],
         "vocabulary": None if vocabulary is None else load_schema(vocabulary).identity,

@@ -55,7 +55,10 @@ class Part:
 
     def without(self, row: int) -> "Part":
         """All rows but one."""
-        keep = np.arange(len(self.numbers)) != row
+        return self.only(np.arange(len(self.numbers)) != row)
+
+    def only(self, keep: NDArray[np.bool_]) -> "Part":
+        """Some of the rows."""
         return Part(self.path, self.rows.filter(pa.array(keep)), self.numbers[keep])
 
     def cut(self, rows: int) -> Iterator["Part"]:

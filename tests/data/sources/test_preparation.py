@@ -16,9 +16,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from megarec.commands.prepare_data import listed, main
 from megarec.data.schema import load_schema
 from megarec.data.sources import encode, merge, scan, table_reader, text_files
 from megarec.data.sources.criteo import CATEGORICAL, NUMERIC, criteo_spec, write_made_up
+from megarec.data.sources.scan import Shares
 from megarec.data.sources.table import MaxBad, prepare_spec, prepare_table
 from megarec.data.sources.vocabulary import Hashing
 from megarec.errors import UserError
@@ -284,3 +286,67 @@ def test_the_row_of_a_later_unit_is_counted_in_its_file(days: Path, tmp_path: Pa
     ):
         prepare_spec(criteo_spec("c"), "c", paths | {"train": [broken]}, tmp_path / "out", None, 2, MaxBad())
     assert [path.name for path in tmp_path.iterdir()] == ["day_9"]
+
+
+@pytest.mark.usefixtures("small")
+def test_one_input_is_split_by_chance(days: Path, tmp_path: Path) -> None:
+    """Every row once; the same rows for any number of workers; vocabularies of the training rows alone."""
+    paths = {"all": [days / name for name in ROWS]}
+    outs = []
+    for workers, seed in ((1, 1), (2, 1), (1, 2)):
+        outs.append(tmp_path / f"{workers}-{seed}")
+        shares = Shares((0.6, 0.3, 0.1), seed)
+        prepare_spec(criteo_spec("c"), "c", paths, outs[-1], None, workers, MaxBad(), shares)
+    assert content(outs[0]) == content(outs[1]) != content(outs[2])
+    rows = load_schema(outs[0]).rows
+    assert sum(rows.values()) == sum(ROWS.values())
+    assert abs(rows["train"] / 2750 - 0.6) < 0.04 and abs(rows["test"] / 2750 - 0.1) < 0.03
+    raw = Counter(
+        tuple(np.float32(np.log1p(float(row[i] or 0))) if float(row[i] or 0) >= 0 else None for i in (1, 2, 3))
+        for name in ROWS
+        for row in lines(days / name)
+    )
+    found = Counter()
+    for split in rows:
+        table = pq.read_table(outs[0] / split).to_pydict()
+        found.update(
+            tuple(np.float32(x) if x >= 0 else None for x in row)
+            for row in zip(table["I1"], table["I2"], table["I3"], strict=True)
+        )
+    assert found == raw
+    for name in ("C1", "C4"):
+        words = pq.read_table(outs[0] / "vocabulary" / f"{name}.parquet")
+        ids = Counter(pq.read_table(outs[0] / "train")[name].to_pylist())
+        assert [ids[row] for row in words["row"].to_pylist()] == sorted(
+            (n for row, n in ids.items() if row), reverse=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--data", "x", "--train", "y"], "--data is split, --train is one split already; keep one of them"),
+        (["--train", "y", "--seed", "2"], "--seed says how to split --data; name its files"),
+        (["--data", "x", "--fractions", "0.5", "0.4", "0.2"], "--fractions 0.5 0.4 0.2: expected three shares above 0"),
+        (["--data", "x", "--max-bad", "1.5"], "'1.5' is neither a number of rows nor a share below 1"),
+        (["--data", "x*"], "no file is there"),
+        (["--data", "x", "--workers", "0"], "--workers 0: expected at least 1"),
+        (["--data", "x", "--hash", "9", "--min-count", "2"], "--hash and --min-count exclude each other"),
+    ],
+)
+def test_options_that_make_no_sense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["prepare", "criteo", "--output", "out", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and told in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_days_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("day_10", "day_9", "day_0", ".hidden", "_SUCCESS"):
+        (tmp_path / name).touch()
+    in_order = [tmp_path / name for name in ("day_0", "day_9", "day_10")]
+    assert listed([tmp_path]) == listed([tmp_path / "day_*"]) == listed(in_order) == in_order
