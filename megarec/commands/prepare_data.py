@@ -11,6 +11,7 @@ from pathlib import Path
 from megarec.data.schema import SPLITS, Schema, read_schema
 from megarec.data.sources import grouped, planted
 from megarec.data.sources.criteo import criteo_spec
+from megarec.data.sources.infer import infer
 from megarec.data.sources.movielens import prepare_movielens
 from megarec.data.sources.movielens_wheels import SOURCES, TERMS
 from megarec.data.sources.scan import Shares
@@ -67,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
 
     table = sources.add_parser("table", help="your own CSV, TSV or parquet files")
     table.add_argument("--schema", type=user_path, required=True, metavar="FILE", help="JSON: what the columns are")
+    table.add_argument(
+        "--infer",
+        type=user_path,
+        metavar="FILE",
+        help="write --schema from a sample of this file, to be edited, and end",
+    )
     add_files(table)
 
     criteo = sources.add_parser("criteo", help="Criteo's click logs, Kaggle's or Terabyte's files")
@@ -93,9 +100,13 @@ def parser() -> argparse.ArgumentParser:
 
     add_grouped(sources.add_parser("grouped", help="made-up examples whose features interact in hidden groups"))
 
-    for command in sources.choices.values():
+    for name, command in sources.choices.items():
         command.add_argument(
-            "--output", type=user_path, required=True, metavar="DIR", help="where the data set shall lie"
+            "--output",
+            type=user_path,
+            required=name != "table",
+            metavar="DIR",
+            help="where the data set shall lie",
         )
     return top
 
@@ -177,6 +188,8 @@ def prepare(args: argparse.Namespace) -> Schema:
 
 def from_files(args: argparse.Namespace) -> Schema:
     """People's own files, by the spec that they wrote or by Criteo's."""
+    if args.output is None:
+        raise UserError("--output is missing: where the data set shall lie")
     given = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
     missing = [f"--{split}" for split in SPLITS if split not in given]
     if (shares := split_shares(args, list(given))) is not None:
@@ -289,12 +302,25 @@ def planted_data(args: argparse.Namespace, sizes: dict[str, int]) -> Schema:
 @unwinding()
 def main() -> None:
     args = parser().parse_args()
+    if args.source == "table" and args.infer is not None:
+        first_spec(args.infer, args.schema)
+        return
     schema = prepare(args)
     rows = ", ".join(f"{count:,} {split}" for split, count in schema.rows.items())
     features = f"{len(schema.categorical)} categorical and {len(schema.numeric)} numeric features"
     print(f"{args.output}: {schema.name}: {rows} examples; {features}; label: {schema.label_rule or schema.label}")
     report_bad(schema, args.output)
     report_unknown(schema)
+
+
+def first_spec(path: Path, target: Path) -> None:
+    """Write a first spec and print the reason of each choice."""
+    guesses = infer(path, target)
+    width = max(len(guess.name) for guess in guesses)
+    for guess in guesses:
+        name = guess.name if guess.name.isprintable() else repr(guess.name)
+        print(f"  {name:{width}}  {guess.column['type']:12}  {guess.reason}")
+    print(f"{target}: a first spec, from a sample of {path}: read it, correct it, then prepare with it")
 
 
 def report_bad(schema: Schema, output: Path) -> None:

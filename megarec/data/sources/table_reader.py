@@ -100,7 +100,7 @@ def units_of(path: Path, split: str, spec: TableSpec) -> list[Unit]:
     suffix, compressed = kind_of(path, spec.delimiter)
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is no regular file; a pipe cannot be read again after a stop: write it to a file")
-    with _readable(path):
+    with readable(path):
         size = path.stat().st_size
         if suffix == ".parquet":
             with pq.ParquetFile(path) as file:
@@ -174,7 +174,7 @@ def read_unit(unit: Unit, spec: TableSpec, bad: list[BadRow]) -> Iterator[tuple[
     """
     used = [name for name, column in spec.columns.items() if column.type != "ignored"]
     read = 0
-    with _readable(unit.path):
+    with readable(unit.path):
         if unit.groups is not None:
             with pq.ParquetFile(unit.path) as file:
                 _check_columns(unit.path, file.schema_arrow.names, spec)
@@ -193,7 +193,8 @@ def read_unit(unit: Unit, spec: TableSpec, bad: list[BadRow]) -> Iterator[tuple[
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Inside, whatever makes a file unreadable is a `UserError` that names it."""
     try:
         yield
     except FileNotFoundError as error:
