@@ -1,16 +1,22 @@
 """Raw data -> parquet shards + schema.json, whole or not at all."""
 
 import argparse
+import contextlib
 import dataclasses
+import os
+import re
 import sys
 from pathlib import Path
 
 from megarec.data.schema import SPLITS, Schema, read_schema
 from megarec.data.sources import grouped, planted
+from megarec.data.sources.criteo import criteo_spec
+from megarec.data.sources.infer import infer
 from megarec.data.sources.movielens import prepare_movielens
 from megarec.data.sources.movielens_wheels import SOURCES, TERMS
-from megarec.data.sources.synthetic import Shape, prepare_like, prepare_synthetic
-from megarec.data.sources.table import prepare_table
+from megarec.data.sources.scan import Shares
+from megarec.data.sources.synthetic import Shape, check_size, prepare_like, prepare_synthetic
+from megarec.data.sources.table import QUARANTINE_FILE, MaxBad, prepare_spec, prepare_table
 from megarec.errors import ArgumentParser, UserError, exits_cleanly
 from megarec.signals import unwinding
 
@@ -62,16 +68,18 @@ def parser() -> argparse.ArgumentParser:
 
     table = sources.add_parser("table", help="your own CSV, TSV or parquet files")
     table.add_argument("--schema", type=user_path, required=True, metavar="FILE", help="JSON: what the columns are")
-    for split in ("train", "valid", "test"):
-        table.add_argument(
-            f"--{split}", type=user_path, nargs="+", action="extend", metavar="FILE", help="one file or several"
-        )
     table.add_argument(
-        "--vocabulary",
+        "--infer",
         type=user_path,
-        metavar="DIR",
-        help="a prepared data set whose vocabularies to use: the files then need no --train, or no other split",
+        metavar="FILE",
+        help="write --schema from a sample of this file, to be edited, and end",
     )
+    add_files(table)
+
+    criteo = sources.add_parser("criteo", help="Criteo's click logs, Kaggle's or Terabyte's files")
+    criteo.add_argument("--min-count", type=int, default=1, metavar="N", help="rarer values share row 0 (default: 1)")
+    criteo.add_argument("--hash", type=int, metavar="ROWS", help="hash every category to so many rows")
+    add_files(criteo)
 
     synthetic = sources.add_parser("synthetic", help="made-up examples with a planted signal, for tests and benchmarks")
     default = Shape()
@@ -92,11 +100,66 @@ def parser() -> argparse.ArgumentParser:
 
     add_grouped(sources.add_parser("grouped", help="made-up examples whose features interact in hidden groups"))
 
-    for command in sources.choices.values():
+    for name, command in sources.choices.items():
         command.add_argument(
-            "--output", type=user_path, required=True, metavar="DIR", help="where the data set shall lie"
+            "--output",
+            type=user_path,
+            required=name != "table",
+            metavar="DIR",
+            help="where the data set shall lie",
         )
     return top
+
+
+def add_files(command: argparse.ArgumentParser) -> None:
+    """The options of people's own files."""
+    for split in SPLITS:
+        command.add_argument(
+            f"--{split}",
+            type=user_path,
+            nargs="+",
+            action="extend",
+            metavar="FILE",
+            help="one file or several, directories of them or patterns ('day_*')",
+        )
+    command.add_argument(
+        "--data", type=user_path, nargs="+", action="extend", metavar="FILE", help="in place of these: to be split"
+    )
+    command.add_argument("--split", choices=("random",), help="of --data: how (default: random)")
+    command.add_argument(
+        "--fractions",
+        type=float,
+        nargs=3,
+        metavar="F",
+        help="of --data: shares of train, valid and test (default: 0.8 0.1 0.1)",
+    )
+    command.add_argument("--seed", type=int, help="of the random split (default: 1)")
+    command.add_argument(
+        "--vocabulary",
+        type=user_path,
+        metavar="DIR",
+        help="a prepared data set whose vocabularies to use: the files then need no --train, or no other split",
+    )
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="processes (default: one a core); the bytes are the same for any"
+    )
+    command.add_argument(
+        "--max-bad",
+        type=max_bad,
+        default=MaxBad(),
+        metavar="N|SHARE",
+        help="rows that may be bad, a count or a share (100, 0.001); they go to quarantine.csv (default: 0)",
+    )
+
+
+def max_bad(text: str) -> MaxBad:
+    """A count, or a share of all rows."""
+    with contextlib.suppress(ValueError):
+        if text.isdecimal():
+            return MaxBad(int(text))
+        if 0 <= (share := float(text)) < 1:
+            return MaxBad(share=share)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of rows nor a share below 1")
 
 
 def add_grouped(command: argparse.ArgumentParser) -> None:
@@ -115,17 +178,85 @@ def prepare(args: argparse.Namespace) -> Schema:
         return prepare_movielens(
             args.source, args.output, split=args.split, seed=args.seed, history=args.history, wheel=args.wheel
         )
-    if args.source == "table":
-        files = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
-        missing = [f"--{split}" for split in SPLITS if split not in files]
-        if missing and (args.vocabulary is None or not files):
-            raise UserError(f"{missing[0]} is missing; name the files of every split, or --vocabulary DIR and some")
-        check_files(files)
-        return prepare_table(args.schema, files, args.output, args.vocabulary)
+    if args.source in ("table", "criteo"):
+        return from_files(args)
     if args.source == "grouped":
         sizes = {field.name: getattr(args, field.name) for field in dataclasses.fields(grouped.Shape)}
         return grouped.prepare_grouped(grouped.Shape(**sizes), args.output)
     return synthetic_data(args)
+
+
+def from_files(args: argparse.Namespace) -> Schema:
+    """People's own files, by the spec that they wrote or by Criteo's."""
+    if args.output is None:
+        raise UserError("--output is missing: where the data set shall lie")
+    given = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
+    missing = [f"--{split}" for split in SPLITS if split not in given]
+    if (shares := split_shares(args, list(given))) is not None:
+        given = {"all": args.data}
+    elif missing and (args.vocabulary is None or not given):
+        raise UserError(f"{missing[0]} is missing; name the files of every split, or --vocabulary DIR and some")
+    files = {split: listed(paths) for split, paths in given.items()}
+    check_files(files)
+    if args.workers is not None:
+        check_size("workers", args.workers, 1, 1024)
+    workers = args.workers or len(os.sched_getaffinity(0))
+    if args.source == "table":
+        return prepare_table(
+            args.schema, files, args.output, args.vocabulary, workers=workers, max_bad=args.max_bad, shares=shares
+        )
+    check_size("min-count", args.min_count, 1, 1 << 40)
+    if args.hash is not None:
+        check_size("hash", args.hash, 2, 1 << 31)
+        if args.min_count > 1:
+            raise UserError("--hash and --min-count exclude each other; keep one")
+    spec = criteo_spec(args.output.name, args.min_count, args.hash)
+    named = "--min-count and --hash"
+    return prepare_spec(spec, named, files, args.output, args.vocabulary, workers, args.max_bad, shares)
+
+
+def split_shares(args: argparse.Namespace, given: list[str]) -> Shares | None:
+    """How the rows of --data are split; None: without --data.
+
+    Raises:
+        UserError: options that do not go together, or fractions that make no whole.
+    """
+    if args.data is None:
+        for option in ("split", "fractions", "seed"):
+            if getattr(args, option) is not None:
+                raise UserError(f"--{option} says how to split --data; name its files")
+        return None
+    if given:
+        raise UserError(f"--data is split, --{given[0]} is one split already; keep one of them")
+    fractions = tuple(args.fractions or (0.8, 0.1, 0.1))
+    if not all(0 < share < 1 for share in fractions) or abs(sum(fractions) - 1) > 1e-6:
+        raise UserError(f"--fractions {' '.join(map(str, fractions))}: expected three shares above 0 that add up to 1")
+    seed = 1 if args.seed is None else args.seed
+    check_size("seed", seed, 0, (1 << 31) - 1)
+    return Shares((fractions[0], fractions[1], fractions[2]), seed)
+
+
+def listed(paths: list[Path]) -> list[Path]:
+    """Files; those of a directory and of a pattern, day_2 before day_10.
+
+    Raises:
+        UserError: a directory or pattern without a file.
+    """
+    found = []
+    for path in paths:
+        if path.is_dir():
+            some = [inside for inside in path.iterdir() if inside.is_file() and not inside.name.startswith((".", "_"))]
+        elif any(sign in path.name for sign in "*?[") and not path.exists():
+            some = [match for match in path.parent.glob(path.name) if match.is_file()]
+        else:
+            found.append(path)
+            continue
+        if not some:
+            raise UserError(f"{path}: no file is there")
+        found += sorted(
+            some, key=lambda file: [(len(n), n) if n.isdecimal() else n for n in re.split(r"(\d+)", file.name)]
+        )
+    return found
 
 
 def check_files(files: dict[str, list[Path]]) -> None:
@@ -171,11 +302,34 @@ def planted_data(args: argparse.Namespace, sizes: dict[str, int]) -> Schema:
 @unwinding()
 def main() -> None:
     args = parser().parse_args()
+    if args.source == "table" and args.infer is not None:
+        first_spec(args.infer, args.schema)
+        return
     schema = prepare(args)
     rows = ", ".join(f"{count:,} {split}" for split, count in schema.rows.items())
     features = f"{len(schema.categorical)} categorical and {len(schema.numeric)} numeric features"
     print(f"{args.output}: {schema.name}: {rows} examples; {features}; label: {schema.label_rule or schema.label}")
+    report_bad(schema, args.output)
     report_unknown(schema)
+
+
+def first_spec(path: Path, target: Path) -> None:
+    """Write a first spec and print the reason of each choice."""
+    guesses = infer(path, target)
+    width = max(len(guess.name) for guess in guesses)
+    for guess in guesses:
+        name = guess.name if guess.name.isprintable() else repr(guess.name)
+        print(f"  {name:{width}}  {guess.column['type']:12}  {guess.reason}")
+    print(f"{target}: a first spec, from a sample of {path}: read it, correct it, then prepare with it")
+
+
+def report_bad(schema: Schema, output: Path) -> None:
+    """Print what was left out, and where hashed values share rows."""
+    if schema.bad_rows:
+        reasons = ", ".join(f"{count:,} for {reason!r}" for reason, count in sorted(schema.bad_rows.items()))
+        print(f"{sum(schema.bad_rows.values()):,} bad rows left out ({reasons}): {output / QUARANTINE_FILE}")
+    for name, share in schema.sharing.items():
+        print(f"{name!r}: {share:.2%} of its distinct values share their row with another")
 
 
 def report_unknown(schema: Schema) -> None:

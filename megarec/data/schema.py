@@ -82,6 +82,10 @@ class Schema(BaseModel):
     unknown: dict[str, dict[str, float]] = Field(
         {}, description="by split and feature, the share of the values there that the vocabulary does not know"
     )
+    sharing: dict[str, float] = Field(
+        {}, description="by hashed table, the share of its distinct values whose row is another value's as well"
+    )
+    bad_rows: dict[str, int] = Field({}, description="by reason, rows of the files that were left out")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Schema":

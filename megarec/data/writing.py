@@ -1,7 +1,8 @@
 """Write a prepared data set so that it is there whole or not at all."""
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
@@ -31,20 +32,31 @@ def write_dataset(output: Path, write: Callable[[Path], Schema]) -> Schema:
     check_output(output)
     if output.is_symlink():
         output = output.resolve()  # what the link points to is replaced; the link stays
-    try:
+    with writable(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         # Absolute: pyarrow takes file:x or s3:x for an address, and wrote there.
         partial = output.parent.absolute() / f".{output.name}.partial-{uuid4().hex[:8]}"
         partial.mkdir()
         try:
             schema = write(partial)
-            _move_into_place(partial, output)
+            publish(partial, output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+    return schema
+
+
+@contextlib.contextmanager
+def writable(output: Path) -> Iterator[None]:
+    """Inside, an error of the file system is one of `--output`.
+
+    Raises:
+        UserError: says so.
+    """
+    try:
+        yield
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"--output {output}: cannot be written ({why}); choose another directory") from error
-    return schema
 
 
 def check_output(output: Path) -> None:
@@ -61,12 +73,12 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output {output}: is a file; choose a directory")
 
 
-def _move_into_place(partial: Path, output: Path) -> None:
-    """Swap directories by renames: a reader finds the old data set, for an instant none, or the new one."""
+def publish(partial: Path, output: Path) -> None:
+    """Move a data set into place by renames: a reader finds the old one, for an instant none, or the new one."""
     if not output.is_dir() or not any(output.iterdir()):
         partial.rename(output)
         return
-    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
+    old = output.parent.absolute() / f".{output.name}.old-{uuid4().hex[:8]}"
     output.rename(old)
     try:
         partial.rename(output)

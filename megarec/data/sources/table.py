@@ -1,104 +1,302 @@
-"""People's own CSV, TSV or parquet files -> a prepared data set: one pass to count, one to write."""
+"""People's own CSV, TSV or parquet files -> a prepared data set, in several processes and bounded memory.
 
+Three phases of tasks, each a pure function of its input: units of the files become pieces (scan.py), the values of
+each table are merged into a vocabulary (merge.py), pieces become shards (encode.py). Tasks follow from the files and
+the spec, never from the number of workers; a finished one is a file, so that a killed preparation goes on.
+"""
+
+import csv
 from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from megarec.data.schema import SPLITS, CategoricalFeature, Schema, identity_difference, load_schema, save_schema
-from megarec.data.sources.table_reader import Part, read_parts
+from megarec.data.sources import table_reader
+from megarec.data.sources.encode import Encoder, shards_of
+from megarec.data.sources.merge import MergeTask, Table, merge, runs_of
+from megarec.data.sources.scan import Piece, Scanned, Shares, scan, scanned_file
+from megarec.data.sources.table_reader import Unit, units_of
 from megarec.data.sources.table_spec import Categorical, Numeric, TableSpec, load_table_spec
-from megarec.data.sources.values import id_lists, id_values, labels, numbers, weights
-from megarec.data.sources.vocabulary import Encoder, Hashing, Vocabulary, VocabularyCounter
-from megarec.data.writing import SplitWriter, check_output, write_dataset
+from megarec.data.sources.text_files import BadRow
+from megarec.data.sources.vocabulary import Hashing, identity_of, read_values
+from megarec.data.sources.work import Progress, Workers, work_directory
+from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
 
-_KINDS = {"string": pa.string(), "integer": pa.int64()}
+FORMAT = 1  # of pieces and look-ups: what another version left is not taken up
+QUARANTINE_FILE = "quarantine.csv"
+_KINDS = {"string": pa.string(), "integer": pa.int64(), "hexadecimal": pa.int64()}
+
+
+@dataclass(frozen=True)
+class MaxBad:
+    """How many rows may be bad: so many, or that share of all."""
+
+    count: int = 0
+    share: float | None = None
+
+    def check(self, bad: int, rows: int) -> bool:
+        """Whether so many bad rows, of so many, are within it."""
+        return bad <= self.count if self.share is None else bad <= self.share * rows
 
 
 def prepare_table(
-    spec_file: Path, files: dict[str, list[Path]], output: Path, vocabulary: Path | None = None
+    spec_file: Path,
+    files: dict[str, list[Path]],
+    output: Path,
+    vocabulary: Path | None = None,
+    *,
+    workers: int = 1,
+    max_bad: MaxBad = MaxBad(),
+    shares: Shares | None = None,
 ) -> Schema:
-    """Write people's own files as a prepared data set, streamed: memory grows with the vocabularies only.
+    """Write people's own files as a prepared data set; the bytes depend on the files and the spec alone.
 
     Args:
         spec_file: JSON of a TableSpec.
-        files: the files of train, valid and test; with `vocabulary` some of these will do.
+        files: the files of train, valid and test; with `vocabulary` some of these will do, with `shares` "all" is one.
         vocabulary: a prepared data set whose vocabularies are used; None: they are counted on the training files.
+        workers: processes; 1: this one.
+        max_bad: rows that may be bad; they are written to quarantine.csv.
+        shares: how the rows of files["all"] are split.
 
     Raises:
         UserError: names the file, and the key or the row and column, with the value seen and what was expected.
     """
-    check_output(output)
-    spec = load_table_spec(spec_file)
-    old = None if vocabulary is None else load_schema(vocabulary)
-    encoders = _encoders(spec, files["train"]) if vocabulary is None else _loaded(spec, vocabulary)
-    if old is not None and (other := identity_difference(old.identity, _identity(spec, encoders))):
-        raise UserError(f"--vocabulary {vocabulary}: {other.partition(';')[0]}; correct {spec_file}")
-    return write_dataset(output, lambda partial: _write(partial, spec, files, encoders, old))
+    return prepare_spec(load_table_spec(spec_file), spec_file, files, output, vocabulary, workers, max_bad, shares)
 
 
-def _write(
-    directory: Path,
+def prepare_spec(
     spec: TableSpec,
+    named: Path | str,
     files: dict[str, list[Path]],
-    encoders: dict[str, Encoder],
-    old: Schema | None,
+    output: Path,
+    vocabulary: Path | None,
+    workers: int,
+    max_bad: MaxBad,
+    shares: Shares | None = None,
 ) -> Schema:
-    for name, encoder in encoders.items():
-        if isinstance(encoder, Vocabulary) and spec.ids[name].table is None:
-            encoder.save(directory, name)
-    rows: dict[str, int] = {}
-    lengths: Counter[str] = Counter()  # ids of the training split, or else of all
-    unknown: dict[str, dict[str, float]] = {}
-    for split in (split for split in SPLITS if split in files):
-        values, missed = Counter[str](), Counter[str]()
-        with SplitWriter(directory / split) as writer:
-            for part in read_parts(files[split], spec):
-                encoded, present = _encoded(part, spec, encoders)
-                writer.write(encoded)
-                for name, count in present.items():
-                    values[name] += count
-                    missed[name] += count - _known(encoded.column(name))
-                if split == "train":
-                    lengths.update({name: _count_ids(encoded.column(name)) for name in spec.ids})
-        rows[split] = writer.rows
-        unknown[split] = {
-            name: round(missed[name] / max(values[name], 1), 6)
-            for name in spec.ids
-            if isinstance(encoders[name], Vocabulary)
-        }
-    means = {name: count / rows["train"] for name, count in lengths.items()}
-    if old is not None:
-        means |= {feature.name: feature.mean_length for feature in old.categorical}
-    schema = _schema(spec, encoders, rows, means).model_copy(update={"unknown": unknown})
-    save_schema(schema, directory)
+    """`prepare_table` of a spec that is at hand; `named` is how messages call it."""
+    check_output(output)
+    old = None if vocabulary is None else _compatible(spec, named, vocabulary)
+    units = [
+        unit
+        for split in (*SPLITS, "all")
+        if split in files
+        for path in files[split]
+        for unit in units_of(path, split, spec)
+    ]
+    plan = _plan(spec, units, vocabulary, shares)
+    if output.is_symlink():
+        output = output.resolve()
+    if sum(unit.size for unit in units) < table_reader.UNIT_BYTES:
+        workers = 1  # starting others would take longer
+    with writable(output), work_directory(output, plan) as work, Workers(workers) as pool:
+        for name in ("pieces", "tables", "done", "data"):
+            (work / name).mkdir(exist_ok=True)
+        schema = _Preparation(spec, files, units, work, pool, max_bad, shares).run(old, vocabulary)
+        publish(work / "data", output)
     return schema
 
 
-def _loaded(spec: TableSpec, vocabulary: Path) -> dict[str, Encoder]:
-    """The encoders of a data set that was prepared before."""
-    encoders: dict[str, Encoder] = {}
+@dataclass
+class _Preparation:
+    """What the phases of a preparation share."""
+
+    spec: TableSpec
+    files: dict[str, list[Path]]
+    units: list[Unit]
+    work: Path
+    pool: Workers
+    max_bad: MaxBad
+    shares: Shares | None
+
+    def run(self, old: Schema | None, vocabulary: Path | None) -> Schema:
+        """Carry out what is not done yet; everything then lies below work/data."""
+        self._progress = Progress()
+        pieces = self._scan()
+        rows = {split: sum(piece.rows for piece in pieces[split]) for split in self.splits}
+        for split, count in rows.items():
+            if count == 0:
+                named = ", ".join(map(str, self.files[split if self.shares is None else "all"]))
+                by_chance = "" if self.shares is None else f" and {split} got none by chance"
+                raise UserError(f"{named}: no rows; every split needs some{by_chance}")
+        tables = self._merge(pieces, vocabulary)
+        known = self._encode(pieces, tables)
+        self._progress.end()
+        present = {split: sum((Counter(p.present) for p in pieces[split]), Counter[str]()) for split in rows}
+        unknown = {
+            split: {
+                name: round((present[split][name] - known[split][name]) / max(present[split][name], 1), 6)
+                for name in self.spec.ids
+                if self._owner(name).hash is None
+            }
+            for split in rows
+        }
+        means = {name: present["train"][name] / rows["train"] for name in self.spec.ids} if "train" in rows else {}
+        if old is not None:
+            means |= {feature.name: feature.mean_length for feature in old.categorical}
+        schema = _schema(self.spec, {name: tables[self._table(name)] for name in self.spec.ids}, rows, means)
+        shared = {
+            name: round(tables[name].shared / max(tables[name].values, 1), 6)  # type: ignore[operator]
+            for name in tables
+            if tables[name].shared is not None
+        }
+        schema = schema.model_copy(update={"unknown": unknown, "sharing": shared, "bad_rows": dict(self._reasons)})
+        save_schema(schema, self.work / "data")
+        return schema
+
+    @property
+    def splits(self) -> list[str]:
+        return [split for split in SPLITS if split in self.files or self.shares is not None]
+
+    def _table(self, name: str) -> str:
+        """The feature whose table a feature uses."""
+        return self.spec.ids[name].table or name
+
+    def _owner(self, name: str) -> Any:
+        return self.spec.ids[self._table(name)]
+
+    def _scan(self) -> dict[str, list[Piece]]:
+        pieces: dict[str, list[Piece]] = {split: [] for split in SPLITS}
+        self._progress.begin("reading", sum(unit.size for unit in self.units))
+        most = self.max_bad.count if self.max_bad.share is None else None
+        self._rows: list[int] = []  # of each unit, bad ones included
+        self._reasons = Counter[str]()
+        first: tuple[int, BadRow] | None = None
+        task = partial(scan, self.spec, self.work / "pieces", most, self.shares)
+        for (number, unit), found in self.pool.run(task, enumerate(self.units)):
+            self._rows.append(found.rows)
+            self._reasons.update(bad.reason for bad in found.bad)
+            if found.bad and first is None:
+                first = number, min(found.bad)
+            if most is not None and self._reasons.total() > most:
+                self._refuse(first)
+            for piece in found.pieces:
+                pieces[piece.split].append(piece)
+            self._progress.add(unit.size, found.rows)
+        if not self.max_bad.check(self._reasons.total(), sum(self._rows)):
+            self._refuse(first)
+        if self._reasons:
+            self._quarantine()
+        return pieces
+
+    def _before(self, number: int) -> int:
+        """Rows of the file that come before a unit."""
+        unit = self.units[number]
+        earlier = (i for i in range(number) if (self.units[i].path, self.units[i].split) == (unit.path, unit.split))
+        return sum(self._rows[i] for i in earlier)
+
+    def _refuse(self, first: tuple[int, BadRow] | None) -> None:
+        assert first is not None
+        number, bad = first
+        unit = self.units[number]
+        told = f"{unit.path}: row {self._before(number) + bad.row} ({unit.counted}): {bad.what}"
+        if self.max_bad == MaxBad():
+            raise UserError(told)
+        most = self.max_bad.count if self.max_bad.share is None else f"{self.max_bad.share:.6g}"
+        reasons = ", ".join(f"{count:,} for {reason}" for reason, count in sorted(self._reasons.items()))
+        raise UserError(
+            f"{self._reasons.total():,} of {sum(self._rows):,} rows read are bad ({reasons}), "
+            f"more than --max-bad {most} allows; the first: {told}"
+        )
+
+    def _quarantine(self) -> None:
+        """Write the bad rows for people: file, row, reason, what was seen."""
+        with (self.work / "data" / QUARANTINE_FILE).open("w", newline="", encoding="utf-8") as file:
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerow(["file", "row", "reason", "found"])
+            for number, unit in enumerate(self.units):
+                found = Scanned.load(scanned_file(self.work / "pieces", number))
+                before = self._before(number)
+                for bad in found.bad if found is not None else ():
+                    lines.writerow([unit.path, before + bad.row, bad.reason, bad.what])
+
+    def _merge(self, pieces: dict[str, list[Piece]], vocabulary: Path | None) -> dict[str, Table]:
+        owners = [name for name, column in self.spec.ids.items() if column.table is None]
+        tasks = []
+        for number, name in enumerate(owners):
+            column = self.spec.ids[name]
+            hashing = None if column.hash is None else Hashing(column.hash)
+            some = [piece for split in SPLITS for piece in pieces[split]] if hashing else pieces["train"]
+            features = [n for n in self.spec.ids if self._table(n) == name] if hashing else [name]
+            runs = runs_of(some, self.work / "pieces", features)
+            given = None if hashing else vocabulary
+            tasks.append(MergeTask(number, name, _KINDS[column.dtype], runs, column.min_count, hashing, given))
+        self._progress.begin("counting", len(tasks))
+        found = {}
+        for task, table in self.pool.run(partial(merge, self.work / "tables", self.work / "data"), tasks):
+            found[task.name] = table
+            self._progress.add(1)
+        return found
+
+    def _encode(self, pieces: dict[str, list[Piece]], tables: dict[str, Table]) -> dict[str, Counter[str]]:
+        number_of = {name: number for number, name in enumerate(tables)}
+        encoder = Encoder(
+            self.spec,
+            self.work / "pieces",
+            self.work / "tables",
+            {name: number_of[self._table(name)] for name in self.spec.ids},
+            self.work / "data",
+            self.work / "done",
+        )
+        shards = [shard for split in self.splits for shard in shards_of(split, pieces[split])]
+        self._progress.begin("writing", sum(shard.rows for shard in shards))
+        known = {split: Counter[str]() for split in self.splits}
+        for shard, found in self.pool.run(encoder, shards):
+            known[shard.split].update(found)
+            self._progress.add(shard.rows, shard.rows)
+        return known
+
+
+def _plan(spec: TableSpec, units: list[Unit], vocabulary: Path | None, shares: Shares | None) -> dict[str, Any]:
+    """What decides every byte that is written."""
+    files = {unit.path: unit.path.stat() for unit in units}
+    return {
+        "format": FORMAT,
+        "pyarrow": pa.__version__,
+        "spec": spec.model_dump(),
+        "shares": None if shares is None else [*shares.fractions, shares.seed],
+        "files": [[str(path.resolve()), status.st_size, status.st_mtime_ns] for path, status in files.items()],
+        "units": [[str(unit.path), unit.split, unit.span, unit.groups] for unit in units],
+        "vocabulary": None if vocabulary is None else load_schema(vocabulary).identity,
+    }
+
+
+def _compatible(spec: TableSpec, named: Path | str, vocabulary: Path) -> Schema:
+    """The schema of a data set that was prepared before, whose vocabularies fit the spec.
+
+    Raises:
+        UserError: they do not.
+    """
+    old = load_schema(vocabulary)
+    identities = {}
     for name, column in spec.ids.items():
         if column.table is not None:
             continue
         if column.hash is not None:
-            encoders[name] = Hashing(column.hash)
+            identities[name] = Hashing(column.hash).identity
             continue
-        encoders[name] = words = Vocabulary.load(vocabulary, name)
-        if words.values.type != _KINDS[column.dtype]:
-            found = "integer" if words.values.type == pa.int64() else "string"
+        values, _ = read_values(vocabulary, name)
+        if values.type != _KINDS[column.dtype]:
+            found = "integer" if values.type == pa.int64() else "string"
             raise UserError(
                 f"--vocabulary {vocabulary}: {name} was prepared as dtype {found!r}, the spec says {column.dtype!r}"
             )
-    return encoders | {name: encoders[c.table] for name, c in spec.ids.items() if c.table is not None}
+        identities[name] = identity_of(values.type, [values])
+    by_feature = {name: identities[column.table or name] for name, column in spec.ids.items()}
+    if other := identity_difference(old.identity, _identity(spec, by_feature)):
+        raise UserError(f"--vocabulary {vocabulary}: {other.partition(';')[0]}; correct {named}")
+    return old
 
 
-def _identity(spec: TableSpec, encoders: dict[str, Encoder]) -> dict[str, str]:
+def _identity(spec: TableSpec, of_ids: dict[str, str]) -> dict[str, str]:
     """By feature, how raw values become numbers."""
-    found = {name: encoders[name].identity for name in spec.ids}
+    found = dict(of_ids)
     for name, column in spec.columns.items():
         if isinstance(column, Numeric):
             transform = "sign(x) log(1 + |x|)" if column.log else "x"
@@ -106,60 +304,7 @@ def _identity(spec: TableSpec, encoders: dict[str, Encoder]) -> dict[str, str]:
     return found
 
 
-def _encoders(spec: TableSpec, train: list[Path]) -> dict[str, Encoder]:
-    """How each column's values become rows; vocabularies are counted on the training split alone."""
-    owners = {name: column for name, column in spec.ids.items() if column.table is None}
-    encoders: dict[str, Encoder] = {n: Hashing(column.hash) for n, column in owners.items() if column.hash is not None}
-    counters = {n: VocabularyCounter(_KINDS[column.dtype]) for n, column in owners.items() if n not in encoders}
-    if counters:
-        for part in read_parts(train, spec):
-            for name, counter in counters.items():
-                column = owners[name]
-                if isinstance(column, Categorical):
-                    counter.add(id_values(part, name, column))
-                else:
-                    counter.add(id_lists(part, name, column)[0])
-    encoders |= {name: counter.vocabulary(owners[name].min_count) for name, counter in counters.items()}
-    return encoders | {name: encoders[c.table] for name, c in spec.ids.items() if c.table is not None}
-
-
-def _encoded(part: Part, spec: TableSpec, encoders: dict[str, Encoder]) -> tuple[pa.Table, dict[str, int]]:
-    """The rows as numbers, and how many values of each categorical feature are there (not missing)."""
-    columns: dict[str, pa.Array] = {}
-    present = {}
-    for name, column in spec.columns.items():
-        if isinstance(column, Categorical):
-            values = id_values(part, name, column)
-            present[name] = len(values) - values.null_count
-            columns[name] = pa.array(encoders[name].encode(values))
-        elif column.type == "multi_valued":
-            values, lengths = id_lists(part, name, column)
-            present[name] = len(values)
-            offsets = pa.array(np.append(0, np.cumsum(lengths)).astype(np.int32))
-            columns[name] = pa.ListArray.from_arrays(offsets, pa.array(encoders[name].encode(values)))
-            if name in spec.weights:
-                found = pa.array(weights(part, spec.weights[name], name, column))
-                columns[f"{name}:weights"] = pa.ListArray.from_arrays(offsets, found)
-        elif isinstance(column, Numeric):
-            columns[name] = pa.array(numbers(part, name, column))
-        elif column.type == "label":
-            columns[name] = pa.array(labels(part, name))
-    return pa.table(columns), present
-
-
-def _known(column: pa.ChunkedArray) -> int:
-    """How many ids are not row 0."""
-    chunks = [chunk.flatten() if pa.types.is_list(chunk.type) else chunk for chunk in column.chunks]
-    return sum(int(np.count_nonzero(chunk.to_numpy(zero_copy_only=False))) for chunk in chunks)
-
-
-def _count_ids(column: pa.ChunkedArray) -> int:
-    return sum(len(chunk.flatten()) if pa.types.is_list(chunk.type) else len(chunk) for chunk in column.chunks)
-
-
-def _schema(
-    spec: TableSpec, encoders: dict[str, Encoder], rows: dict[str, int], mean_lengths: dict[str, float]
-) -> Schema:
+def _schema(spec: TableSpec, tables: dict[str, Table], rows: dict[str, int], mean_lengths: dict[str, float]) -> Schema:
     features = []
     for name, column in spec.ids.items():
         many: dict[str, Any] = {}
@@ -170,7 +315,7 @@ def _schema(
                 "weighted": name in spec.weights,
                 "mean_length": round(mean_lengths.get(name, 1.0), 3),
             }
-        features.append(CategoricalFeature(name=name, rows=encoders[name].rows, table=column.table, **many))
+        features.append(CategoricalFeature(name=name, rows=tables[name].rows, table=column.table, **many))
     return Schema(
         name=spec.name,
         label=spec.label,
@@ -178,6 +323,6 @@ def _schema(
         categorical=tuple(features),
         numeric=tuple(name for name, column in spec.columns.items() if isinstance(column, Numeric)),
         rows=rows,
-        identity=_identity(spec, encoders),
+        identity=_identity(spec, {name: table.identity for name, table in tables.items()}),
         source=f"table: prepared from the user's files of {spec.name}",
     )

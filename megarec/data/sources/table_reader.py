@@ -1,67 +1,202 @@
-"""Stream people's own CSV, TSV or parquet files; what cannot be used is named by file, row and column."""
+"""People's own CSV, TSV or parquet files in units of work: what cannot be used is named by file, row and column.
 
+A unit is a part of a file that one process reads by itself: a range of whole lines of plain TSV, some row groups of
+parquet, or a file that can only be read from its beginning (gzip; CSV, whose quoted values may hold line breaks). Units
+follow from the files alone, never from the number of processes.
+"""
+
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from megarec.data.sources.table_spec import TableSpec
-from megarec.data.sources.text_files import DELIMITERS, TextFile, kind_of
+from megarec.data.sources.text_files import COUNTED, DELIMITERS, BadRow, TextFile, kind_of
 from megarec.errors import UserError, did_you_mean
 
+UNIT_BYTES = 1 << 26
+UNIT_ROWS = 1 << 18
 _PARQUET_ROWS = 1 << 16
+
+
+class RowRefused(UserError):
+    """A row of a part that cannot be used.
+
+    Attributes:
+        index: of the row in the part.
+    """
+
+    def __init__(self, index: int, bad: BadRow) -> None:
+        super().__init__(bad.what)
+        self.index = index
+        self.bad = bad
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some consecutive rows of a file.
+    """Some rows of a file.
 
     Attributes:
-        start: the number of the first of them in the file, from 0.
+        numbers: int64 [n], the number of each of them in the unit, from 0.
     """
 
     path: Path
-    start: int
     rows: pa.RecordBatch
+    numbers: NDArray[np.int64]
 
     def fail(self, row: int, column: str, value: Any, expected: str) -> NoReturn:
-        counted = "from 0" if kind_of(self.path)[0] == ".parquet" else "from 0, header not counted"
-        raise UserError(f"{self.path}: row {self.start + row} ({counted}): {column}={value!r}, expected {expected}")
+        raise RowRefused(row, BadRow(int(self.numbers[row]), column, f"{column}={value!r}, expected {expected}"))
+
+    def without(self, row: int) -> "Part":
+        """All rows but one."""
+        return self.only(np.arange(len(self.numbers)) != row)
+
+    def only(self, keep: NDArray[np.bool_]) -> "Part":
+        """Some of the rows."""
+        return Part(self.path, self.rows.filter(pa.array(keep)), self.numbers[keep])
+
+    def cut(self, rows: int) -> Iterator["Part"]:
+        """Parts of at most so many rows."""
+        for start in range(0, len(self.numbers), rows):
+            yield Part(self.path, self.rows.slice(start, rows), self.numbers[start : start + rows])
 
 
-def read_parts(paths: list[Path], spec: TableSpec) -> Iterator[Part]:
-    """All rows of the files of a split, in order, in bounded memory.
+@dataclass(frozen=True)
+class Unit:
+    """A part of a file that one process reads by itself.
+
+    Attributes:
+        size: bytes of the file that it is.
+        span: (first byte, byte after the last) of plain text; None: all of the file.
+        names: of the columns, where the unit does not begin with them.
+        groups: row groups of parquet.
+    """
+
+    path: Path
+    split: str
+    size: int
+    span: tuple[int, int] | None = None
+    names: tuple[str, ...] | None = None
+    groups: tuple[int, ...] | None = None
+
+    @property
+    def counted(self) -> str:
+        """How rows are numbered, for messages."""
+        return "from 0" if self.groups is not None else COUNTED
+
+
+def units_of(path: Path, split: str, spec: TableSpec) -> list[Unit]:
+    """The units of a file, in order.
 
     Raises:
-        UserError: a file cannot be read, columns are missing or undeclared, or there is no row at all.
+        UserError: the file cannot be read.
     """
-    rows = 0
-    for path in paths:
-        start = 0
-        for batch in _record_batches(path, spec):
-            yield Part(path, start, batch)
-            start += len(batch)
-        rows += start
-    if rows == 0:
-        raise UserError(f"{', '.join(map(str, paths))}: no rows; every split needs some")
-
-
-def _record_batches(path: Path, spec: TableSpec) -> Iterator[pa.RecordBatch]:
-    suffix, _ = kind_of(path)
+    suffix, compressed = kind_of(path, spec.delimiter)
     if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no regular file; files are read twice, so write a pipe to a file first")
-    used = [name for name, column in spec.columns.items() if column.type != "ignored"]
-    try:
+        raise UserError(f"{path}: is no regular file; a pipe cannot be read again after a stop: write it to a file")
+    with readable(path):
+        size = path.stat().st_size
         if suffix == ".parquet":
             with pq.ParquetFile(path) as file:
-                _check_columns(path, file.schema_arrow.names, spec)
-                yield from file.iter_batches(_PARQUET_ROWS, columns=used)
-        else:
-            text = TextFile(path, DELIMITERS[suffix], None if spec.header else list(spec.columns))
-            yield from text.tables(used, lambda names: _check_columns(path, names, spec))
+                groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            return [
+                Unit(path, split, size * sum(groups[i] for i in some) // max(sum(groups), 1), groups=some)
+                for some in _together(groups)
+            ]
+        if compressed or size <= UNIT_BYTES or _text(path, spec).delimiter != "\t":
+            return [Unit(path, split, size)]
+        cuts = _line_starts(path, size)
+        names = tuple(spec.columns) if not spec.header else _names(path, spec)
+        spans = zip([0, *cuts], [*cuts, size], strict=True)
+        return [
+            Unit(path, split, end - start, (start, end), names if start or not spec.header else None)
+            for start, end in spans
+        ]
+
+
+def _together(groups: list[int]) -> list[tuple[int, ...]]:
+    """Numbers of neighbouring row groups with at least UNIT_ROWS rows together."""
+    found: list[tuple[int, ...]] = []
+    some: tuple[int, ...] = ()
+    rows = 0
+    for number, count in enumerate(groups):
+        some, rows = (*some, number), rows + count
+        if rows >= UNIT_ROWS:
+            found.append(some)
+            some, rows = (), 0
+    return [*found, some] if some or not found else found
+
+
+def _line_starts(path: Path, size: int) -> list[int]:
+    """Where a line starts, about every UNIT_BYTES; none where no line ends in a line feed."""
+    found: list[int] = []
+    with path.open("rb") as file:
+        if b"\n" not in file.read(1 << 22):
+            return []
+        for target in range(UNIT_BYTES, size, UNIT_BYTES):
+            if found and found[-1] >= target:
+                continue
+            file.seek(target - 1)
+            file.readline(1 << 25)
+            if file.tell() < size:
+                found.append(file.tell())
+    return found
+
+
+def _names(path: Path, spec: TableSpec) -> tuple[str, ...]:
+    for names, _ in _text(path, spec).blocks(lambda names: _check_columns(path, names, spec)):
+        return tuple(names)
+    raise AssertionError("a file above UNIT_BYTES has a block")
+
+
+def _text(path: Path, spec: TableSpec, unit: Unit | None = None) -> TextFile:
+    suffix, compressed = kind_of(path, spec.delimiter)
+    names = None if spec.header else list(spec.columns)
+    if unit is not None and unit.names is not None:
+        names = list(unit.names)
+    return TextFile(path, spec.delimiter or DELIMITERS[suffix], names, compressed, unit.span if unit else None)
+
+
+def read_unit(unit: Unit, spec: TableSpec, bad: list[BadRow]) -> Iterator[tuple[Part, int]]:
+    """The rows of a unit, in order, in bounded memory, and how many rows of the unit have been read so far.
+
+    Args:
+        bad: takes rows that are not whole.
+
+    Raises:
+        UserError: the file cannot be read, or columns are missing or undeclared.
+    """
+    used = [name for name, column in spec.columns.items() if column.type != "ignored"]
+    read = 0
+    with readable(unit.path):
+        if unit.groups is not None:
+            with pq.ParquetFile(unit.path) as file:
+                _check_columns(unit.path, file.schema_arrow.names, spec)
+                for batch in file.iter_batches(_PARQUET_ROWS, list(unit.groups), columns=used, use_threads=False):
+                    numbers = np.arange(read, read + len(batch), dtype=np.int64)
+                    read += len(batch)
+                    yield Part(unit.path, batch, numbers), read
+            return
+        text = _text(unit.path, spec, unit)
+        for names, block in text.blocks(lambda names: _check_columns(unit.path, names, spec)):
+            rows = text.rows(block, names, used)
+            bad += [row._replace(row=row.row + read) for row in rows.bad]
+            numbers = rows.numbers + read
+            read += rows.read
+            yield Part(unit.path, rows.table, numbers), read
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Inside, whatever makes a file unreadable is a `UserError` that names it."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -14,7 +14,10 @@ class _Strict(BaseModel):
 
 
 class _Ids(_Strict):
-    dtype: Literal["string", "integer"] = Field("string", description="what the values are; integers equal by number")
+    dtype: Literal["string", "integer", "hexadecimal"] = Field(
+        "string",
+        description="what the values are; integers, and hexadecimal ones of at most 15 digits, equal by number",
+    )
     min_count: Annotated[int, Field(ge=1)] = Field(1, description="rarer values in the training split share row 0")
     hash: Annotated[int, Field(ge=2)] | None = Field(None, description="rows to hash to; null: count a vocabulary")
     table: str | None = Field(None, description="another column whose values and table this one shares")
@@ -85,6 +88,9 @@ class TableSpec(_Strict):
     name: str
     label_rule: str = Field("", description="how the label was made, for people")
     header: bool = Field(True, description="CSV and TSV start with a line of names; false: columns come in this order")
+    delimiter: Annotated[str, Field(pattern="^[\t -~]$")] | None = Field(
+        None, description="what separates values of text, in files of any name; a tab: no quoting; null: by the suffix"
+    )
     columns: dict[str, Column]
 
     @property

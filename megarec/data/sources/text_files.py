@@ -7,30 +7,45 @@ compressed by gzip.
 """
 
 import contextlib
+import functools
 import gzip
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NoReturn, cast
+from typing import BinaryIO, NamedTuple, NoReturn, cast
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
+from numpy.typing import NDArray
 
 from megarec.errors import UserError
 
+COUNTED = "from 0, header not counted"
+"""How rows of text are numbered, for messages."""
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _BLOCK_BYTES = 1 << 22
 _LONGEST_ROW = 1 << 24
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# A value that begins with a quote, and the quote that ends it: the group is empty where the text ends first. The
-# quantifiers give nothing back, so that the time is linear.
-_QUOTED = re.compile(rb'(?:(?<=[,\r\n])|\A)"(?:[^"]++|"")*+("?)')
 
 
-def kind_of(path: Path) -> tuple[str, bool]:
+@functools.cache
+def _quoted_value(delimiter: str) -> re.Pattern[bytes]:
+    """A value that begins with a quote, and the quote that ends it: the group is empty where the text ends first.
+
+    The quantifiers give nothing back, so that the time is linear.
+    """
+    return re.compile(rb"(?:(?<=[\r\n" + re.escape(delimiter.encode()) + rb'])|\A)"(?:[^"]++|"")*+("?)')
+
+
+def kind_of(path: Path, delimiter: str | None = None) -> tuple[str, bool]:
     """(suffix without .gz, whether the file is compressed), in lower case.
+
+    Args:
+        delimiter: of text, where the spec says it; a file of any other name is text then.
 
     Raises:
         UserError: no suffix of a file that can be read; says what to do.
@@ -38,13 +53,41 @@ def kind_of(path: Path) -> tuple[str, bool]:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compressed = suffixes[-1:] == [".gz"]
     suffix = suffixes[-1 - compressed] if len(suffixes) > compressed else ""
-    if suffix in DELIMITERS or (suffix == ".parquet" and not compressed):
+    if suffix in DELIMITERS or (suffix == ".parquet" and not compressed) or delimiter is not None:
         return suffix, compressed
     remedy = "convert it, or decompress it"
     if suffix == ".txt":
-        remedy = "call it .tsv if tabs separate its values, .csv if commas do"
+        remedy = "call it .tsv if tabs separate its values, .csv if commas do, or say delimiter in the spec"
     expected = "expected .csv, .tsv or .parquet (.csv.gz and .tsv.gz as well)"
     raise UserError(f"{path}: suffix {path.suffix!r}, {expected}; {remedy}")
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be used.
+
+    Attributes:
+        row: its number, from 0, in the part of the file that was read.
+        reason: the column, or what is wrong with the row as a whole: what bad rows are counted by.
+        what: the value seen and what was expected.
+    """
+
+    row: int
+    reason: str
+    what: str
+
+
+class Rows(NamedTuple):
+    """The rows of a block that are whole.
+
+    Attributes:
+        numbers: int64 [n], where each stands among the rows of the block.
+        read: rows of the block, those that are not whole included.
+    """
+
+    table: pa.RecordBatch
+    numbers: NDArray[np.int64]
+    bad: list[BadRow]
+    read: int
 
 
 @dataclass(frozen=True)
@@ -53,22 +96,31 @@ class TextFile:
 
     Attributes:
         names: of its columns where it has no line of names; None: its first row has them.
+        compressed: whether it is gzip.
+        span: (first byte, byte after the last) of the whole rows to read; None: all.
     """
 
     path: Path
     delimiter: str
     names: list[str] | None
+    compressed: bool = False
+    span: tuple[int, int] | None = None
 
-    def tables(self, used: list[str], check: Callable[[list[str]], None]) -> Iterator[pa.RecordBatch]:
-        """The rows in order, in blocks: the columns in use as UTF-8 text, an empty value as null.
+    @property
+    def quotes(self) -> bool:
+        """Whether a value that begins with a quote ends with one."""
+        return self.delimiter != "\t"
+
+    def blocks(self, check: Callable[[list[str]], None]) -> Iterator[tuple[list[str], bytes]]:
+        """The names of the columns and whole rows, in order, some MiB at a time; `rows` reads them.
 
         Args:
             check: is given the names of the columns once they are known.
 
         Raises:
-            UserError: names the file and line, or row and column, of what cannot be read.
+            UserError: names the file and line of what cannot be read.
         """
-        names, row = self.names, 0
+        names = self.names
         if names is not None:
             check(names)
         with self._open() as file:
@@ -76,36 +128,57 @@ class TextFile:
                 if names is None:
                     names, block = self._header(block)
                     check(names)
-                table = self._parsed(block, names, used, row)
-                row += len(table)
-                yield table
+                yield names, block
         if names is None:
             raise UserError(f"{self.path}: is empty; expected a line of names")
 
+    def rows(self, block: bytes, names: list[str], used: list[str]) -> Rows:
+        """The rows of a block: the columns in use as UTF-8 text, an empty value as null."""
+        if not block.strip(b"\r\n"):
+            empty = pa.RecordBatch.from_pylist([], pa.schema([(name, pa.string()) for name in used]))
+            return Rows(empty, np.zeros(0, np.int64), [], 0)
+        with contextlib.suppress(pa.ArrowInvalid):
+            table = self._read(block, names, used).combine_chunks()
+            columns = [table.column(name).combine_chunks().cast(pa.string()) for name in used]
+            return Rows(
+                pa.RecordBatch.from_arrays(columns, names=used), np.arange(len(table), dtype=np.int64), [], len(table)
+            )
+        return self._whole_rows(block, names, used)
+
     @contextlib.contextmanager
     def _open(self) -> Iterator[BinaryIO]:
-        _, compressed = kind_of(self.path)
         try:
-            with gzip.open(self.path, "rb") if compressed else self.path.open("rb") as file:
+            with gzip.open(self.path, "rb") if self.compressed else self.path.open("rb") as file:
+                if self.span:
+                    file.seek(self.span[0])
                 yield cast(BinaryIO, file)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{self.path}: cannot be read: damaged gzip data ({error})") from error
 
     def _blocks(self, file: BinaryIO) -> Iterator[bytes]:
         """Whole rows, some MiB at a time."""
-        chunk = file.read(_BLOCK_BYTES)
-        if chunk[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            self._fail(1, "is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
-        rest, chunk = b"", chunk.removeprefix(_BYTE_ORDER_MARK)
-        end_of_row, line = b"", 1
+        left = self.span[1] - self.span[0] if self.span else -1
+
+        def more() -> bytes:
+            nonlocal left
+            chunk = file.read(_BLOCK_BYTES if left < 0 else min(_BLOCK_BYTES, left))
+            left -= len(chunk) if left > 0 else 0
+            return chunk
+
+        chunk = more()
+        if self.span is None or self.span[0] == 0:
+            if chunk[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                self._fail(1, "is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+            chunk = chunk.removeprefix(_BYTE_ORDER_MARK)
+        rest, end_of_row, line = b"", b"", 1
         while chunk:
             block = rest + chunk
-            chunk = file.read(_BLOCK_BYTES)
+            chunk = more()
             if not end_of_row and (b"\n" in block or b"\r" in block[:-1] or not chunk):
                 end_of_row = b"\n" if b"\n" in block else b"\r"
             end = self._end(block, end_of_row, line, last=not chunk) if end_of_row else 0
             if end == 0 and len(block) > _LONGEST_ROW:
-                why = "is a quote never closed?" if self.delimiter == "," else "is the file what its name says?"
+                why = "is a quote never closed?" if self.quotes else "is the file what its name says?"
                 self._fail(line, f"a row of more than {_LONGEST_ROW >> 20} MiB; {why}")
             rest = block[end:]
             if end:
@@ -115,7 +188,7 @@ class TextFile:
     def _end(self, block: bytes, end_of_row: bytes, line: int, last: bool) -> int:
         """Where the last whole row ends; of the last block, its end."""
         outside, end = 0, 0  # where the last quoted value ended; where the last row did
-        quoted = _QUOTED.finditer(block) if self.delimiter == "," and b'"' in block else iter(())
+        quoted = _quoted_value(self.delimiter).finditer(block) if self.quotes and b'"' in block else iter(())
         for value in quoted:
             end = max(end, block.rfind(end_of_row, outside, value.start()) + 1)
             outside = value.end()
@@ -124,11 +197,12 @@ class TextFile:
             at = line + block.count(end_of_row, 0, value.start())
             if not value[1]:
                 self._fail(at, f"the quote of {_shown(value[0])} is never closed")
-            if block[outside : outside + 1] not in (b"", b",", b"\r", b"\n"):
+            if block[outside : outside + 1] not in (b"", self.delimiter.encode(), b"\r", b"\n"):
                 found = _shown(block[outside : outside + 20])
+                between = "a comma" if self.delimiter == "," else repr(self.delimiter)
                 self._fail(
                     at,
-                    f"{found} follows the closing quote of {_shown(value[0])}, expected a comma or the end of the "
+                    f"{found} follows the closing quote of {_shown(value[0])}, expected {between} or the end of the "
                     "row; a quote in a value is doubled, or write the file as .tsv, which has no quoting",
                 )
         return len(block) if last else max(end, block.rfind(end_of_row, outside) + 1)
@@ -140,7 +214,9 @@ class TextFile:
             found = re.compile(rb"\r\n|\n|\r").search(block, end)
             end = found.end() if found else len(block)
             row = block[:end]
-            if row.strip(b"\r\n") and (self.delimiter != "," or all(value[1] for value in _QUOTED.finditer(row))):
+            if row.strip(b"\r\n") and (
+                not self.quotes or all(value[1] for value in _quoted_value(self.delimiter).finditer(row))
+            ):
                 break
         try:
             row.decode()
@@ -151,46 +227,60 @@ class TextFile:
         except pa.ArrowInvalid as error:
             raise UserError(f"{self.path}: line 1: expected a line of names ({error})") from error
 
-    def _parsed(self, block: bytes, names: list[str], used: list[str], start: int) -> pa.RecordBatch:
-        if not block.strip(b"\r\n"):
-            return pa.RecordBatch.from_pylist([], pa.schema([(name, pa.string()) for name in used]))
-        try:
-            table = self._read(block, names, used).combine_chunks()
-        except pa.ArrowInvalid as error:
-            row = self._ragged_row(block, names, used)
-            if row is None:
-                raise
-            raise UserError(
-                f"{self.path}: row {start + row.number - 1} (from 0, header not counted): {row.actual_columns} values "
-                f"({_shown(row.text.encode())}), expected {row.expected_columns}, one for each column"
-            ) from error
-        columns = []
-        for name in used:
-            values = table.column(name).combine_chunks()
-            try:
-                columns.append(values.cast(pa.string()))
-            except pa.ArrowInvalid as error:
-                bad = first_failing(values, pa.string())
-                raise UserError(
-                    f"{self.path}: row {start + bad} (from 0, header not counted): {name}={values[bad].as_py()!r}, "
-                    "expected UTF-8; convert the file: iconv -f LATIN1 -t UTF-8"
-                ) from error
-        return pa.RecordBatch.from_arrays(columns, names=used)
+    def _whole_rows(self, block: bytes, names: list[str], used: list[str]) -> Rows:
+        """`rows`, of a block in which some row has too few or too many values, or a value is not UTF-8.
 
-    def _ragged_row(self, block: bytes, names: list[str], used: list[str]) -> pyarrow.csv.InvalidRow | None:
-        """The first row with too few or too many values, if a block has one.
-
-        pyarrow hands such a row over as text and fails where it is not UTF-8, so it gets text: the same rows.
+        pyarrow hands a ragged row over as text and fails where it is not UTF-8, so it gets text: the same rows.
         """
         ragged: list[pyarrow.csv.InvalidRow] = []
 
         def note(row: pyarrow.csv.InvalidRow) -> str:
             ragged.append(row)
-            return "error"
+            return "skip"
 
-        with contextlib.suppress(pa.ArrowInvalid):
-            self._read(block.decode(errors="replace").encode(), names, used, note)
-        return ragged[0] if ragged else None
+        text = self._read(block.decode(errors="replace").encode(), names, used, note).combine_chunks()
+        bad = [
+            BadRow(
+                row.number - 1,
+                "number of values",
+                f"{row.actual_columns} values ({_shown(row.text.encode())}), expected {row.expected_columns}, one for "
+                "each column",
+            )
+            for row in ragged
+        ]
+        read = len(text) + len(bad)
+        numbers = np.delete(np.arange(read, dtype=np.int64), [row.row for row in bad])
+        keep = np.ones(len(text), bool)
+        # Any bytes are Latin-1, so that pyarrow can hand these rows over, and come back from it as they were.
+        given = self._read(block.decode("latin-1").encode(), names, used, lambda row: "skip").combine_chunks()
+        text = self._without_broken_text(given, text, numbers, used, bad, keep)
+        kept = pa.RecordBatch.from_arrays([text.column(n).combine_chunks() for n in used], names=used)
+        return Rows(kept.filter(pa.array(keep)), numbers[keep], sorted(bad), read)
+
+    @staticmethod
+    def _without_broken_text(
+        given: pa.Table,
+        replaced: pa.Table,
+        numbers: NDArray[np.int64],
+        used: list[str],
+        bad: list[BadRow],
+        keep: NDArray[np.bool_],
+    ) -> pa.Table:
+        """`replaced` as text; rows whose values are not UTF-8 are noted in `bad` and `keep`."""
+        columns = []
+        for name in used:
+            text = replaced.column(name).cast(pa.string())
+            columns.append(text)
+            marked = pc.fill_null(pc.match_substring(text, "\ufffd"), False)
+            for row in np.flatnonzero(marked.to_numpy(zero_copy_only=False)):
+                value = given.column(name)[row].as_py().decode().encode("latin-1")
+                if _is_text(value):
+                    continue
+                if keep[row]:
+                    told = f"{name}={value!r}, expected UTF-8; convert the file: iconv -f LATIN1 -t UTF-8"
+                    bad.append(BadRow(int(numbers[row]), "not UTF-8", told))
+                keep[row] = False
+        return pa.table(columns, names=used)
 
     def _read(
         self,
@@ -199,15 +289,14 @@ class TextFile:
         used: list[str] | None,
         note: Callable[[pyarrow.csv.InvalidRow], str] | None = None,
     ) -> pa.Table:
-        quoted = self.delimiter == ","
         return pyarrow.csv.read_csv(
             pa.BufferReader(block),
             # One thread: only then are rows numbered.
             pyarrow.csv.ReadOptions(block_size=len(block) + 1, column_names=names, use_threads=False),
             pyarrow.csv.ParseOptions(
                 delimiter=self.delimiter,
-                quote_char='"' if quoted else False,
-                newlines_in_values=quoted,
+                quote_char='"' if self.quotes else False,
+                newlines_in_values=self.quotes,
                 invalid_row_handler=note,
             ),
             pyarrow.csv.ConvertOptions(
@@ -220,6 +309,14 @@ class TextFile:
 
     def _fail(self, line: int, what: str) -> NoReturn:
         raise UserError(f"{self.path}: line {line}: {what}")
+
+
+def _is_text(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def first_failing(values: pa.Array, kind: pa.DataType) -> int:

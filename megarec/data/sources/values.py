@@ -18,6 +18,8 @@ Owner = NDArray[np.int64] | None
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_DIGIT = np.full(256, 255, np.uint8)
+_DIGIT[np.frombuffer(b"0123456789ABCDEFabcdef", np.uint8)] = [*range(16), *range(10, 16)]
 _EXACT = {16: 2**11, 32: 2**24, 64: 2**53}  # below, a float of so many bits holds every whole number
 
 
@@ -146,6 +148,8 @@ def _typed(part: Part, name: str, values: pa.Array, dtype: str, owner: Owner) ->
             f"{part.path}: column {name!r} is {values.type}, whose text and number depend on the unit; "
             "store integers or text"
         )
+    if dtype == "hexadecimal":
+        return _hexadecimal(part, name, values, owner)
     if dtype == "string":
         text = values if pa.types.is_string(values.type) else _cast(part, name, values, pa.string(), "text", owner)
         return canonical_text(text)
@@ -156,6 +160,43 @@ def _typed(part: Part, name: str, values: pa.Array, dtype: str, owner: Owner) ->
     if pc.any(odd).as_py():
         _fail(part, name, values, pc.index(odd, True).as_py(), "an integer", owner)
     return _cast(part, name, text, pa.int64(), "an integer of 64 bits", owner)
+
+
+def _hexadecimal(part: Part, name: str, values: pa.Array, owner: Owner) -> pa.Array:
+    """Hexadecimal digits, 1 to 15 of them, as int64; an empty text is missing."""
+    if not pa.types.is_string(values.type):
+        raise UserError(f"{part.path}: column {name!r} is {values.type}, expected text of hexadecimal digits")
+    if (eight := _eight_digits(values)) is not None:
+        return eight
+    values = pc.if_else(pc.equal(values, ""), None, values)
+    odd = pc.invert(pc.match_substring_regex(values, r"^[0-9A-Fa-f]{1,15}$"))
+    if pc.any(odd).as_py():
+        _fail(part, name, values, pc.index(odd, True).as_py(), "1 to 15 hexadecimal digits", owner)
+    return _each_distinct(
+        values,
+        lambda words: pa.array([None if word is None else int(word, 16) for word in words.to_pylist()], pa.int64()),
+    )
+
+
+def _eight_digits(values: pa.Array) -> pa.Array | None:
+    """`_hexadecimal`, many digits at once, where all values that are there have eight; None: some have not."""
+    valid = values.is_valid().to_numpy(zero_copy_only=False)
+    count = int(np.count_nonzero(valid))
+    text = values.drop_null() if count < len(values) else values
+    _, ends, data = text.buffers()
+    if not count or data is None:
+        return None
+    offsets = np.frombuffer(ends, np.int32)[text.offset : text.offset + count + 1]
+    if not (np.diff(offsets) == 8).all():
+        return None
+    digits = np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]]
+    low = _DIGIT[digits]
+    if (low > 15).any():
+        return None
+    pairs = low[0::2] << 4 | low[1::2]
+    found = np.zeros(len(values), np.int64)
+    found[valid] = pairs.view(">u4")
+    return pa.array(found, mask=~valid) if count < len(values) else pa.array(found)
 
 
 def _whole(part: Part, name: str, values: pa.Array, owner: Owner) -> pa.Array:

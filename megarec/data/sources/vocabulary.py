@@ -1,7 +1,9 @@
 """Raw values -> rows of a table: by a vocabulary counted on the training split, or by a hash."""
 
+import functools
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,51 @@ from megarec.files import file_name
 
 OUT_OF_VOCABULARY = 0
 VOCABULARY_DIRECTORY = "vocabulary"
+IDENTITY_VALUES = 1 << 16
 _PENDING_LIMIT = 1 << 21
+
+
+def vocabulary_file(directory: Path, name: str) -> Path:
+    """vocabulary/<name>.parquet of a data set, the name as file_name() writes it."""
+    return directory / VOCABULARY_DIRECTORY / file_name(name, ".parquet")
+
+
+def identity_of(kind: pa.DataType, values: Iterable[pa.Array]) -> str:
+    """The same for the same values in the same order, on every machine.
+
+    Args:
+        values: in parts, each but the last of a whole number of IDENTITY_VALUES.
+    """
+    digest, count = hashlib.sha256(str(kind).encode()), 0
+    for whole in values:
+        count += len(whole)
+        for start in range(0, len(whole), IDENTITY_VALUES):
+            part = whole.slice(start, IDENTITY_VALUES)
+            if pa.types.is_string(part.type):
+                digest.update(pc.binary_length(part).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+                digest.update("".join(part.to_pylist()).encode())
+            else:
+                digest.update(part.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+    return f"vocabulary {digest.hexdigest()[:16]} of {count} values"
+
+
+def read_values(directory: Path, name: str) -> tuple[pa.Array, pa.Array]:
+    """The values of a saved vocabulary, and of text each as the rules spell it: earlier versions kept 7.0 and True.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = vocabulary_file(directory, name)
+    try:
+        table = pq.read_table(path, columns=["value", "row"], use_threads=False)
+        values = table["value"].combine_chunks()
+        good = values.type in (pa.string(), pa.int64()) and not values.null_count
+        if not good or not np.array_equal(table["row"].to_numpy(), np.arange(1, len(table) + 1)):
+            raise pa.ArrowInvalid("not the columns value and row of a vocabulary")
+    except (OSError, pa.ArrowException, KeyError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"--vocabulary {directory}: {path} cannot be read: {why}") from error
+    return values, canonical_text(values) if values.type == pa.string() else values.slice(0, 0)
 
 
 def _each_distinct(values: pa.Array, row_of: Any) -> NDArray[np.int64]:
@@ -32,10 +78,10 @@ class Vocabulary:
     """Known values, most frequent first; value i has row i + 1, whatever is unknown or null has row 0."""
 
     values: pa.Array
-    _row: dict[Any, int] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_row", {value: row for row, value in enumerate(self.values.to_pylist(), start=1)})
+    @functools.cached_property
+    def _row(self) -> dict[Any, int]:
+        return {value: row for row, value in enumerate(self.values.to_pylist(), start=1)}
 
     @property
     def rows(self) -> int:
@@ -44,15 +90,7 @@ class Vocabulary:
     @property
     def identity(self) -> str:
         """The same for the same values in the same order, on every machine."""
-        digest = hashlib.sha256(str(self.values.type).encode())
-        for start in range(0, len(self.values), 1 << 16):
-            part = self.values.slice(start, 1 << 16)
-            if pa.types.is_string(part.type):
-                digest.update(pc.binary_length(part).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-                digest.update("".join(part.to_pylist()).encode())
-            else:
-                digest.update(part.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-        return f"vocabulary {digest.hexdigest()[:16]} of {len(self.values)} values"
+        return identity_of(self.values.type, [self.values])
 
     def encode(self, values: pa.Array) -> NDArray[np.int64]:
         """Int64 [n]: the row of every value."""
@@ -62,30 +100,7 @@ class Vocabulary:
         """Write vocabulary/<name>.parquet, the name as file_name() writes it, with the columns value and row."""
         (directory / VOCABULARY_DIRECTORY).mkdir(exist_ok=True)
         table = pa.table({"value": self.values, "row": np.arange(1, self.rows, dtype=np.int64)})
-        pq.write_table(table, directory / VOCABULARY_DIRECTORY / file_name(name, ".parquet"))
-
-    @staticmethod
-    def load(directory: Path, name: str) -> "Vocabulary":
-        """What `save` wrote.
-
-        Raises:
-            UserError: it is missing or damaged.
-        """
-        path = directory / VOCABULARY_DIRECTORY / file_name(name, ".parquet")
-        try:
-            table = pq.read_table(path, columns=["value", "row"])
-            values = table["value"].combine_chunks()
-            good = values.type in (pa.string(), pa.int64()) and not values.null_count
-            if not good or table["row"].to_pylist() != list(range(1, len(table) + 1)):
-                raise pa.ArrowInvalid("not the columns value and row of a vocabulary")
-        except (OSError, pa.ArrowException, KeyError) as error:
-            why = str(error).splitlines()[0]
-            raise UserError(f"--vocabulary {directory}: {path} cannot be read: {why}") from error
-        words = Vocabulary(values)
-        if values.type == pa.string():  # an earlier version kept 7.0 and True as they stood
-            for row, value in enumerate(canonical_text(values).to_pylist(), start=1):
-                words._row.setdefault(value, row)
-        return words
+        pq.write_table(table, vocabulary_file(directory, name))
 
 
 @dataclass(frozen=True)
@@ -135,6 +150,3 @@ class VocabularyCounter:
         kept = self._counted.filter(pc.greater_equal(self._counted["count"], min_count))
         ordered = kept.sort_by([("count", "descending"), ("value", "ascending")])
         return Vocabulary(ordered["value"].combine_chunks())
-
-
-Encoder = Vocabulary | Hashing

@@ -1,0 +1,326 @@
+"""Sorted runs of values and counts -> the vocabulary of a table, in bounded memory.
+
+Every piece has its distinct values in their order (scan.py), so that a range of values is a slice of each. Ranges of
+about MERGE_VALUES values are merged one after the other; each gives a sorted run of kept values. The row of a value
+follows from how many values are more frequent, or as frequent and smaller: numbers of values by count say that without
+sorting all of them at once. What comes out depends on the values and counts alone, not on pieces or ranges.
+"""
+
+import json
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from megarec.data.sources.scan import Piece, load
+from megarec.data.sources.vocabulary import OUT_OF_VOCABULARY, Hashing, identity_of, read_values, vocabulary_file
+from megarec.files import write_whole
+
+MERGE_VALUES = 1 << 21
+_MOST_TALLIED = 1 << 28  # rows of a hashed table
+_SAMPLES = 64  # of every piece, from which ranges are cut
+_LOOK_UP = 1 << 20  # values of a range of text that are compared at a time
+
+
+@dataclass(frozen=True)
+class Table:
+    """How the values of a table become rows.
+
+    Attributes:
+        values: distinct values that were merged.
+        shared: of hashed values, how many share their row with another.
+    """
+
+    rows: int
+    identity: str
+    values: int
+    shared: int | None = None
+
+    @staticmethod
+    def load(path: Path) -> "Table | None":
+        try:
+            return Table(**json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+@dataclass(frozen=True)
+class MergeTask:
+    """The work of one table.
+
+    Attributes:
+        number: of the table; names its files.
+        runs: `words` files of the pieces whose values count, with the features whose values these are.
+        hashing: rows by hash; None: a vocabulary of what is seen `min_count` times.
+        given: a prepared data set whose vocabulary is used.
+    """
+
+    number: int
+    name: str
+    kind: pa.DataType
+    runs: tuple[tuple[Path, str], ...]
+    min_count: int = 1
+    hashing: Hashing | None = None
+    given: Path | None = None
+
+
+def runs_of(pieces: list[Piece], directory: Path, features: list[str]) -> tuple[tuple[Path, str], ...]:
+    return tuple((piece.path(directory, "words"), feature) for piece in pieces for feature in features)
+
+
+def look_up_file(directory: Path, number: int) -> Path:
+    """Where `merge` leaves values in their order, beside their rows."""
+    return directory / f"{number:06d}.arrow"
+
+
+def merge(directory: Path, data: Path, task: MergeTask) -> Table:
+    """Merge the values of one table; what lies there already is not merged again.
+
+    Args:
+        directory: of look-up files.
+        data: the data set in the making; the vocabulary goes below it.
+    """
+    done = directory / f"{task.number:06d}.json"
+    before = Table.load(done)
+    if before is not None and (task.hashing is not None or vocabulary_file(data, task.name).is_file()):
+        return before
+    found = _given(directory, data, task) if task.given is not None else _merged(directory, data, task)
+    write_whole(done, json.dumps(vars(found)).encode())
+    return found
+
+
+def _given(directory: Path, data: Path, task: MergeTask) -> Table:
+    """The vocabulary of another data set, with its rows."""
+    assert task.given is not None
+    values, spelled = read_values(task.given, task.name)
+    rows = np.arange(1, len(values) + 1, dtype=np.int64)
+    known, known_rows = pa.concat_arrays([values, spelled]), np.concatenate([rows, rows[: len(spelled)]])
+    order = pc.sort_indices(known).to_numpy().astype(np.int64)  # stable: a value as it stands comes first
+    known, known_rows = known.take(pa.array(order)), known_rows[order]
+    if len(known) > len(values):
+        first = np.append(True, pc.not_equal(known.slice(1), known.slice(0, len(known) - 1)).to_numpy(False))
+        known, known_rows = known.filter(pa.array(first)), known_rows[first]
+    with _Runs(look_up_file(directory, task.number), task.kind, "row") as runs:
+        runs.write(known, known_rows)
+    identity = _write_vocabulary(data, task.name, task.kind, [values], [rows], len(values))
+    return Table(len(values) + 1, identity, len(values))
+
+
+def _merged(directory: Path, data: Path, task: MergeTask) -> Table:
+    counted = directory / f"{task.number:06d}.counted"
+    seen, histogram = 0, dict[int, int]()
+    sharing = _Sharing(task.hashing)
+    with _Runs(counted, task.kind, "count") as runs:
+        for values, counts in _ranges(task):
+            seen += len(values)
+            if task.hashing is not None:
+                counts = task.hashing.encode(values)
+                sharing.add(counts)
+            else:
+                keep = counts >= task.min_count
+                values, counts = values.filter(pa.array(keep)), counts[keep]
+                for count, times in zip(*np.unique(counts, return_counts=True), strict=True):
+                    histogram[int(count)] = histogram.get(int(count), 0) + int(times)
+            runs.write(values, counts)
+    target = look_up_file(directory, task.number)
+    if task.hashing is not None:
+        counted.replace(target)
+        return Table(task.hashing.rows, task.hashing.identity, seen, sharing.shared)
+    kept = sum(histogram.values())
+    with pa.memory_map(str(counted)) as file, _Runs(target, task.kind, "row") as runs:
+        reader = pa.ipc.open_file(file)
+        rank = _Ranking(histogram)
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            runs.write(batch.column(0), rank.rows(batch.column(1).to_numpy()))
+    counted.unlink()
+    with pa.memory_map(str(target)) as file:
+        reader = pa.ipc.open_file(file)
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        rows = [batch.column(1).to_numpy() for batch in batches]
+        identity = _write_vocabulary(data, task.name, task.kind, [batch.column(0) for batch in batches], rows, kept)
+    return Table(kept + 1, identity, seen)
+
+
+class _Sharing:
+    """Counts hashed values whose row is another's as well, by a byte a row; None where that were too many bytes."""
+
+    def __init__(self, hashing: Hashing | None) -> None:
+        self._used = np.zeros(hashing.rows if hashing and hashing.rows <= _MOST_TALLIED else 0, np.uint8)
+        self._values = 0
+
+    def add(self, rows: NDArray[np.int64]) -> None:
+        self._values += len(rows)
+        if len(self._used):
+            here, times = np.unique(rows, return_counts=True)
+            self._used[here] = np.minimum(self._used[here] + np.minimum(times, 2), 2)
+
+    @property
+    def shared(self) -> int | None:
+        return self._values - int(np.count_nonzero(self._used == 1)) if len(self._used) else None
+
+
+def _ranges(task: MergeTask) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
+    """Distinct values and their counts, range by range in the order of the values."""
+    runs = []
+    for path, feature in task.runs:
+        words = load(path)
+        values = words.column(f"{feature}:values").flatten()
+        if len(values):
+            runs.append((values, words.column(f"{feature}:counts").flatten()))
+    starts = [0] * len(runs)
+    for bound in [*_bounds([values for values, _ in runs]), None]:
+        ends = [len(values) if bound is None else _place(values, bound) for values, _ in runs]
+        parts = [
+            (run[0].slice(start, end - start), run[1].slice(start, end - start))
+            for run, start, end in zip(runs, starts, ends, strict=True)
+            if end > start
+        ]
+        starts = ends
+        if parts:
+            values, counts = (pa.chunked_array([part[i] for part in parts]) for i in (0, 1))
+            table = pa.table([values, counts], names=["value", "n"])
+            if len(parts) > 1:
+                summed = table.group_by("value", use_threads=False).aggregate([("n", "sum")])
+                table = summed.rename_columns(["value", "n"]).sort_by("value")
+            yield table["value"].combine_chunks(), table["n"].combine_chunks().to_numpy()
+
+
+def _bounds(runs: list[pa.Array]) -> list[Any]:
+    """Values that cut all runs into ranges of about MERGE_VALUES values."""
+    total = sum(map(len, runs))
+    ranges = -(-total // MERGE_VALUES)
+    if ranges <= 1:
+        return []
+    weighted = sorted(
+        (values[i * len(values) // _SAMPLES].as_py(), len(values)) for values in runs for i in range(_SAMPLES)
+    )
+    found: list[Any] = []
+    below = 0.0
+    for value, size in weighted:
+        if below >= total * (len(found) + 1) / ranges and (not found or value > found[-1]):
+            found.append(value)
+        below += size / _SAMPLES
+    return found
+
+
+def _place(values: pa.Array, bound: Any) -> int:
+    """How many of sorted values are less."""
+    if pa.types.is_integer(values.type):
+        return int(np.searchsorted(values.to_numpy(), bound))
+    return bisect_left(range(len(values)), bound, key=lambda place: values[place].as_py())
+
+
+class _Ranking:
+    """Rows of values that come in their order: 1 for the most frequent, ties in the order of the values."""
+
+    def __init__(self, histogram: dict[int, int]) -> None:
+        self._counts = np.array(sorted(histogram, reverse=True), np.int64)
+        values = np.array([histogram[int(count)] for count in self._counts], np.int64)
+        self._next = 1 + np.cumsum(values) - values
+
+    def rows(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        group = np.searchsorted(-self._counts, -counts)
+        order = np.argsort(group, kind="stable")
+        sizes = np.bincount(group, minlength=len(self._counts))
+        ordered = group[order]
+        within = np.arange(len(counts)) - (np.cumsum(sizes) - sizes)[ordered]
+        rows = np.empty(len(counts), np.int64)
+        rows[order] = self._next[ordered] + within
+        self._next += sizes
+        return rows
+
+
+class _Runs:
+    """An Arrow file of values and a number beside each, written range by range."""
+
+    def __init__(self, path: Path, kind: pa.DataType, what: str) -> None:
+        self._path, self._schema = path, pa.schema([("value", kind), (what, pa.int64())])
+
+    def __enter__(self) -> "_Runs":
+        self._file = pa.OSFile(str(self._path), "wb")
+        self._writer = pa.ipc.new_file(self._file, self._schema)
+        return self
+
+    def write(self, values: pa.Array, numbers: NDArray[np.int64]) -> None:
+        if len(values):
+            self._writer.write_batch(pa.record_batch([values, pa.array(numbers)], schema=self._schema))
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.close()
+        self._file.close()
+
+
+def _write_vocabulary(
+    data: Path, name: str, kind: pa.DataType, values: list[pa.Array], rows: list[NDArray[np.int64]], count: int
+) -> str:
+    """Write vocabulary/<name>.parquet in the order of rows; returns its identity."""
+
+    def in_order() -> Iterator[pa.Array]:
+        for start in range(1, count + 1, MERGE_VALUES):
+            inside = [(part >= start) & (part < start + MERGE_VALUES) for part in rows]
+            some = pa.chunked_array(
+                [part.filter(pa.array(keep)) for part, keep in zip(values, inside, strict=True)], kind
+            ).combine_chunks()
+            order = np.argsort(np.concatenate([part[keep] for part, keep in zip(rows, inside, strict=True)]))
+            yield some.take(pa.array(order))
+
+    def written() -> Iterator[pa.Array]:
+        path = vocabulary_file(data, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        schema = pa.schema([("value", kind), ("row", pa.int64())])
+        start = 1
+        with pq.ParquetWriter(path, schema) as writer:
+            for part in in_order():
+                numbers = np.arange(start, start + len(part), dtype=np.int64)
+                start += len(part)
+                writer.write_table(pa.table([part, numbers], schema=schema))
+                yield part
+
+    return identity_of(kind, written())
+
+
+class LookUp:
+    """The rows of values, from a file of `merge`; the file is mapped, so that memory is what is touched."""
+
+    def __init__(self, path: Path) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+
+    def rows(self, values: pa.Array) -> NDArray[np.int64]:
+        """Int64 [n]: the row of every one of sorted, distinct values; row 0 of one that is unknown."""
+        found = np.full(len(values), OUT_OF_VOCABULARY, np.int64)
+        start = 0
+        for batch in self._batches:
+            known = batch.column(0)
+            end = start + _place_after(values.slice(start), known[len(known) - 1].as_py())
+            if end > start:
+                found[start:end] = _rows_in(known, batch.column(1).to_numpy(), values.slice(start, end - start))
+            start = end
+        return found
+
+
+def _place_after(values: pa.Array, bound: Any) -> int:
+    """How many of sorted values are at most `bound`."""
+    place = _place(values, bound)
+    return place + int(place < len(values) and values[place].as_py() == bound)
+
+
+def _rows_in(known: pa.Array, rows: NDArray[np.int64], values: pa.Array) -> NDArray[np.int64]:
+    if pa.types.is_integer(known.type):
+        numbers, wanted = known.to_numpy(), values.to_numpy()
+        place = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
+        return np.where(numbers[place] == wanted, rows[place], OUT_OF_VOCABULARY)
+    found = np.full(len(values), OUT_OF_VOCABULARY, np.int64)
+    for start in range(0, len(known), _LOOK_UP):
+        at = pc.index_in(known.slice(start, _LOOK_UP), value_set=values)
+        there = at.is_valid().to_numpy(zero_copy_only=False)
+        found[at.drop_null().to_numpy(zero_copy_only=False)] = rows[start : start + _LOOK_UP][there]
+    return found

@@ -1,0 +1,278 @@
+"""The first half of a preparation: a unit of input -> pieces, in which every id is a number of the piece's own.
+
+A piece is two Arrow files. `words` has, by feature, the piece's distinct values in their order, and how often each is
+there; `rows` has, row by row, the place of each value among them (the number of values where it is missing), numbers
+and labels as they will be written. What follows (merge.py, encode.py) never sees text again: the vocabulary is merged
+from sorted runs, and encoding is one look-up a distinct value and one gather a row.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from megarec.data.schema import SPLITS
+from megarec.data.sources.table_reader import Part, RowRefused, Unit, read_unit
+from megarec.data.sources.table_spec import Categorical, Numeric, TableSpec
+from megarec.data.sources.text_files import BadRow
+from megarec.data.sources.values import id_lists, id_values, labels, numbers, weights
+from megarec.files import write_whole
+
+PIECE_ROWS = 1 << 18
+PIECE_BYTES = 1 << 26
+_Key = str | tuple[str, str]  # a column; what belongs to it
+_ODD, _ALL = 0x9E3779B97F4A7C15, (1 << 64) - 1
+_FEW_ROWS = 256  # rows among which a bad one is looked for by itself
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which split a row goes to, by chance.
+
+    Attributes:
+        fractions: of train, valid and test.
+    """
+
+    fractions: tuple[float, float, float]
+    seed: int = 1
+
+    def places(self, unit: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Int64 [n], the place in SPLITS of rows of a unit: a function of seed, unit and row alone."""
+        mixed = numbers.astype(np.uint64) + np.uint64(((self.seed << 32) + unit) * _ODD & _ALL)
+        for shift, odd in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+            mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(odd)
+        drawn = (mixed ^ mixed >> np.uint64(31)).astype(np.float64) / 2.0**64
+        return np.searchsorted(np.cumsum(self.fractions)[:2], drawn, side="right")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a split whose values are numbers of the piece's own.
+
+    Attributes:
+        present: by feature, values that are there (not missing).
+        files: bytes of each of its files, by name.
+    """
+
+    split: str
+    rows: int
+    present: dict[str, int]
+    files: dict[str, int]
+
+    def path(self, directory: Path, what: str) -> Path:
+        return next(directory / name for name in self.files if name.endswith(f".{what}.arrow"))
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What became of a unit.
+
+    Attributes:
+        rows: rows read, bad ones included.
+    """
+
+    rows: int
+    pieces: list[Piece]
+    bad: list[BadRow]
+
+    @staticmethod
+    def load(path: Path) -> "Scanned | None":
+        """What an earlier process finished; None: it is not there as a whole."""
+        try:
+            value = json.loads(path.read_bytes())
+            pieces = [Piece(**piece) for piece in value["pieces"]]
+            whole = all((path.parent / n).stat().st_size == size for p in pieces for n, size in p.files.items())
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return Scanned(value["rows"], pieces, [BadRow(*row) for row in value["bad"]]) if whole else None
+
+
+def scanned_file(directory: Path, number: int) -> Path:
+    """The file that says that unit `number` is done."""
+    return directory / f"{number:06d}.json"
+
+
+def scan(
+    spec: TableSpec, directory: Path, most_bad: int | None, shares: Shares | None, task: tuple[int, Unit]
+) -> Scanned:
+    """Read a unit into pieces: a pure function of the unit and the spec.
+
+    Args:
+        directory: of pieces; a unit that lies there already is not read again.
+        most_bad: bad rows after which reading on is in vain; None: never.
+        shares: how rows are split; None: all are of the unit's split.
+        task: the number of the unit, and the unit.
+
+    Raises:
+        UserError: the file cannot be read, or does not have the columns of the spec.
+    """
+    number, unit = task
+    done = scanned_file(directory, number)
+    if (before := Scanned.load(done)) is not None:
+        return before
+    pieces: list[Piece] = []
+    bad: list[BadRow] = []
+    gathered, read = dict[str, _Gathered](), 0
+
+    def save(split: str) -> None:
+        pieces.append(gathered.pop(split).save(directory, f"{number:06d}-{len(pieces):04d}", split))
+
+    for part, read in read_unit(unit, spec, bad):
+        for split, some in _divided(part, number, unit.split, shares):
+            for rows, encoded in _usable(some, spec, bad, most_bad):
+                gathered.setdefault(split, _Gathered(spec)).add(rows, encoded, some.rows.nbytes)
+            if split in gathered and gathered[split].full:
+                save(split)
+        if most_bad is not None and len(bad) > most_bad:
+            return Scanned(read, [], bad)
+    for split in sorted(gathered):
+        save(split)
+    found = Scanned(read, pieces, sorted(bad))
+    value = {"rows": read, "pieces": [vars(piece) for piece in pieces], "bad": found.bad}
+    write_whole(done, json.dumps(value).encode())
+    return found
+
+
+def _divided(part: Part, unit: int, split: str, shares: Shares | None) -> Iterator[tuple[str, Part]]:
+    if shares is None:
+        yield split, part
+        return
+    places = shares.places(unit, part.numbers)
+    for place, name in enumerate(SPLITS):
+        if (keep := places == place).any():
+            yield name, part.only(keep)
+
+
+def _usable(
+    part: Part, spec: TableSpec, bad: list[BadRow], most_bad: int | None
+) -> Iterator[tuple[int, dict[_Key, Any]]]:
+    """(rows, their values by column) of the rows that can be used; the others are noted in `bad`."""
+    try:
+        yield len(part.numbers), _values(part, spec)
+        return
+    except RowRefused as refused:
+        if most_bad is not None and len(bad) >= most_bad:
+            bad.append(refused.bad)
+            return
+    for few in part.cut(_FEW_ROWS):
+        while len(few.numbers):
+            try:
+                yield len(few.numbers), _values(few, spec)
+                break
+            except RowRefused as refused:
+                bad.append(refused.bad)
+                few = few.without(refused.index)
+
+
+def _values(part: Part, spec: TableSpec) -> dict[_Key, Any]:
+    """By column, what its rule makes of the values: the ids of a list with their lengths."""
+    found: dict[_Key, Any] = {}
+    for name, column in spec.columns.items():
+        if isinstance(column, Categorical):
+            found[name] = id_values(part, name, column)
+        elif column.type == "multi_valued":
+            found[name], found[name, "lengths"] = id_lists(part, name, column)
+            if name in spec.weights:
+                found[name, "weights"] = weights(part, spec.weights[name], name, column)
+        elif isinstance(column, Numeric):
+            found[name] = numbers(part, name, column)
+        elif column.type == "label":
+            found[name] = labels(part, name)
+    return found
+
+
+@dataclass
+class _Gathered:
+    """Rows on their way into a piece."""
+
+    spec: TableSpec
+    rows: int = 0
+    _bytes: int = 0
+    _values: dict[_Key, list[Any]] = field(default_factory=dict)
+
+    @property
+    def full(self) -> bool:
+        return self.rows >= PIECE_ROWS or self._bytes >= PIECE_BYTES
+
+    def add(self, rows: int, values: dict[_Key, Any], size: int) -> None:
+        for name, part in values.items():
+            self._values.setdefault(name, []).append(part)
+        self.rows += rows
+        self._bytes += size
+
+    def save(self, directory: Path, stem: str, split: str) -> Piece:
+        rows: dict[str, pa.Array] = {}
+        words: dict[str, pa.Array] = {}
+        present = Counter[str]()
+        for name, column in self.spec.columns.items():
+            if name in self.spec.ids:
+                values = pa.concat_arrays(self._values.pop(name))
+                present[name] = len(values) - values.null_count
+                distinct, places, counts = places_of(values)
+                words[f"{name}:values"] = _one_row(distinct)
+                words[f"{name}:counts"] = _one_row(pa.array(counts))
+                codes = pa.array(places.astype(np.min_scalar_type(len(distinct))))
+                if isinstance(column, Categorical):
+                    rows[name] = codes
+                    continue
+                offsets = pa.array(np.append(0, np.cumsum(self._joined((name, "lengths")))).astype(np.int32))
+                rows[name] = pa.ListArray.from_arrays(offsets, codes)
+                if name in self.spec.weights:
+                    found = pa.array(self._joined((name, "weights")))
+                    rows[f"{name}:weights"] = pa.ListArray.from_arrays(offsets, found)
+            elif name in self._values:
+                rows[name] = pa.array(self._joined(name))
+        files = {
+            path.name: _save(path, columns)
+            for path, columns in (
+                (directory / f"{stem}.rows.arrow", rows),
+                (directory / f"{stem}.words.arrow", words),
+            )
+        }
+        return Piece(split, self.rows, present, files)
+
+    def _joined(self, name: _Key) -> NDArray[Any]:
+        return np.concatenate(self._values.pop(name))
+
+
+def places_of(values: pa.Array) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:
+    """(the distinct values in their order, the place of each value among them, how often each is there).
+
+    A missing value has the place after the last.
+    """
+    encoded = values.dictionary_encode()
+    distinct, count = encoded.dictionary, len(encoded.dictionary)
+    order = pc.sort_indices(distinct).to_numpy().astype(np.int64)
+    rank = np.empty(count + 1, np.int64)
+    rank[order] = np.arange(count)
+    rank[count] = count
+    places = rank[pc.fill_null(encoded.indices, count).to_numpy(zero_copy_only=False)]
+    return distinct.take(pa.array(order)), places, np.bincount(places, minlength=count + 1)[:count]
+
+
+def _one_row(values: pa.Array) -> pa.Array:
+    """An array as the only row of a column of lists: arrays of different lengths then share a file."""
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+
+
+def _save(path: Path, columns: dict[str, pa.Array]) -> int:
+    """Write an Arrow file that is there whole or not at all; its size in bytes."""
+    partial = path.with_suffix(".partial")
+    batch = pa.RecordBatch.from_pydict(columns)
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    size = partial.stat().st_size
+    partial.replace(path)
+    return size
+
+
+def load(path: Path) -> pa.RecordBatch:
+    """The columns of a file of a piece, mapped, not read."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)

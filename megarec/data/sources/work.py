@@ -1,0 +1,190 @@
+"""Work in processes that a kill cannot harm: a directory of finished tasks, workers, and a line of progress."""
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from megarec.errors import UserError
+from megarec.files import write_whole
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+_PATIENCE = 60.0  # seconds for the processes of a killed preparation to end
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+class WorkerDied(UserError):
+    """A worker was killed: what is finished stays, and the same command goes on."""
+
+
+@contextlib.contextmanager
+def work_directory(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
+    """The directory beside an output where finished tasks lie until the output is whole.
+
+    What an earlier preparation finished stays, if it was stopped and its plan was the same; else it is removed. At the
+    end, and on an error, the directory goes.
+
+    Args:
+        plan: what decides every byte of the tasks.
+
+    Raises:
+        UserError: another preparation writes the same output.
+    """
+    path = output.parent.absolute() / f".{output.name}.partial-work"
+    path.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plan, sort_keys=True).encode()
+    with _alone(path, output):
+        if not (path / "plan.json").is_file() or (path / "plan.json").read_bytes() != text:
+            for inside in path.iterdir():
+                shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
+            write_whole(path / "plan.json", text)
+        try:
+            yield path
+        except (WorkerDied, KeyboardInterrupt, SystemExit):
+            raise  # what is finished stays
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(path: Path, output: Path) -> Iterator[None]:
+    """Hold the directory itself locked; workers inherit the lock, so that it is free when all are gone."""
+    descriptor = os.open(path, os.O_RDONLY)
+    deadline = time.monotonic() + _PATIENCE
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"--output {output}: another preparation writes it; wait for it, or choose another directory"
+                    ) from None
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Workers:
+    """Processes that carry out tasks; 1: this process does.
+
+    Results come in the order of the tasks, so that the first error is the same however many workers there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        if self._count > 1:
+            self._pool = ProcessPoolExecutor(
+                self._count, multiprocessing.get_context("fork"), initializer=_begin, initargs=(os.getpid(),)
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            processes = list((self._pool._processes or {}).values())
+            self._pool.shutdown(wait=error[0] is None, cancel_futures=True)
+            for process in processes if error[0] is not None else ():
+                process.kill()
+                process.join()
+
+    def run(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
+        """(task, what the function makes of it), in the order of the tasks.
+
+        Raises:
+            WorkerDied: a worker was killed.
+        """
+        if self._pool is None:
+            for task in tasks:
+                yield task, function(task)
+            return
+        waiting: deque[tuple[Task, Future[Result]]] = deque()
+        try:
+            for task in tasks:
+                waiting.append((task, self._pool.submit(function, task)))
+                if len(waiting) >= 2 * self._count:
+                    first, result = waiting.popleft()
+                    yield first, result.result()
+            while waiting:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        except BrokenProcessPool as error:
+            raise WorkerDied(
+                f"one of {self._count} worker processes was killed (too little memory?); the same command goes on with "
+                "what is left, fewer --workers need less memory"
+            ) from error
+
+
+def _begin(parent: int) -> None:
+    """In a new worker: one thread, and an end with its parent, also by kill -9."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends them
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+    pa.set_cpu_count(1)
+
+
+class Progress:
+    """A line on standard error that says how far a preparation is: on a terminal each second, else each half minute."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+        self._told = self._start
+        self._shown = False
+
+    def begin(self, what: str, total: float) -> None:
+        self._what, self._total, self._done, self._rows = what, total or 1.0, 0.0, 0
+        self._start = time.monotonic()
+
+    def add(self, amount: float, rows: int = 0) -> None:
+        """So much more of `total` is done, and so many rows."""
+        self._done, self._rows = self._done + amount, self._rows + rows
+        now = time.monotonic()
+        if now - self._told < (1 if self._terminal else 30):
+            return
+        self._told, self._shown = now, True
+        seconds = now - self._start
+        left = seconds * (self._total / self._done - 1) if self._done else 0
+        rate = f", {self._rows / seconds:,.0f} rows/s" if self._rows else ""
+        text = f"{self._what}: {self._done / self._total:4.0%}{rate}, {_clock(left)} left"
+        print(
+            f"\r\033[K{text}" if self._terminal else text,
+            end="" if self._terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def end(self) -> None:
+        if self._terminal and self._shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

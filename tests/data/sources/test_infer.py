@@ -1,0 +1,99 @@
+"""A first spec from a sample: what it takes columns for, and that the spec prepares the file it was made from."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megarec.data.schema import load_schema
+from megarec.data.sources.infer import infer
+from megarec.data.sources.scan import Shares
+from megarec.data.sources.table import prepare_table
+from megarec.errors import UserError
+
+ROWS = 2000
+EXPECTED = {
+    "user_id": {"type": "categorical", "dtype": "integer"},
+    "hour": {"type": "categorical", "dtype": "integer"},
+    "site": {"type": "categorical"},
+    "C1": {"type": "categorical", "dtype": "hexadecimal"},
+    "tags": {"type": "multi_valued", "separator": "|"},
+    "price": {"type": "numeric"},
+    "views": {"type": "numeric", "log": True, "missing": 0.0},
+    "note": {"type": "ignored"},
+    "empty": {"type": "ignored"},
+    "clicked": {"type": "label"},
+}
+
+
+def rows() -> dict[str, list[str]]:
+    random = np.random.default_rng(1)
+    return {
+        "user_id": [str(x) for x in random.integers(0, 500, ROWS)],
+        "hour": [str(x) for x in random.integers(0, 24, ROWS)],
+        "site": [f"site {x}" for x in random.integers(0, 30, ROWS)],
+        "C1": [f"{x:08x}" for x in random.integers(0, 2**32, ROWS)],
+        "tags": ["|".join(random.choice(["a", "b", "c", "d"], n, replace=False)) for n in random.integers(1, 4, ROWS)],
+        "price": [f"{x:.2f}" for x in random.uniform(1, 50, ROWS)],
+        "views": ["" if i % 9 == 0 else str(int(x)) for i, x in enumerate(10 ** random.uniform(0, 6, ROWS))],
+        "note": [f"remark number {i}" for i in range(ROWS)],
+        "empty": [""] * ROWS,
+        "clicked": [str(x) for x in random.integers(0, 2, ROWS)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter", "keys"), [("log.csv", ",", {}), ("log.tsv", "\t", {}), ("log.txt", ";", {"delimiter": ";"})]
+)
+def test_columns_are_what_they_look_like(tmp_path: Path, name: str, delimiter: str, keys: dict[str, str]) -> None:
+    columns = rows()
+    lines = [delimiter.join(row) for row in [list(columns), *zip(*columns.values(), strict=True)]]
+    (tmp_path / name).write_text("\n".join(lines) + "\n")
+    guesses = infer(tmp_path / name, tmp_path / "spec.json")
+    spec = json.loads((tmp_path / "spec.json").read_text())
+    assert spec == {"name": "log", **keys, "columns": EXPECTED}
+    assert all(guess.reason for guess in guesses)
+    files = {"all": [tmp_path / name]}
+    prepare_table(tmp_path / "spec.json", files, tmp_path / "out", shares=Shares((0.8, 0.1, 0.1)))
+    assert sum(load_schema(tmp_path / "out").rows.values()) == ROWS
+
+
+def test_without_names_and_parquet(tmp_path: Path) -> None:
+    (tmp_path / "day.tsv").write_text("1\t5.5\tapple\n0\t7.25\tpear\n")
+    infer(tmp_path / "day.tsv", tmp_path / "a.json")
+    spec = json.loads((tmp_path / "a.json").read_text())
+    assert spec["header"] is False and list(spec["columns"]) == ["column_1", "column_2", "column_3"]
+    assert [column["type"] for column in spec["columns"].values()] == ["label", "numeric", "categorical"]
+    table = pa.table({"seen": [[1, 2], [3]], "x": [0.5, 1.5], "y": [True, False]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    infer(tmp_path / "rows.parquet", tmp_path / "b.json")
+    assert json.loads((tmp_path / "b.json").read_text())["columns"] == {
+        "seen": {"type": "multi_valued", "dtype": "integer"},
+        "x": {"type": "numeric"},
+        "y": {"type": "label"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a,b\n1,2\n3,4\n", "no column of the sample has 0 and 1 alone"),
+        ("a,y\n", "no rows to infer from"),
+        ("", "is empty; expected a line of names"),
+    ],
+)
+def test_what_cannot_be_inferred(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(UserError, match=told):
+        infer(tmp_path / "x.csv", tmp_path / "spec.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text("edited")
+    with pytest.raises(UserError, match="is there already"):
+        infer(tmp_path / "x.csv", tmp_path / "spec.json")
+    assert (tmp_path / "spec.json").read_text() == "edited"
