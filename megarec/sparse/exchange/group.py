@@ -51,18 +51,13 @@ class ReplicatedTables:
     ) -> None:
         slots = plan_lookups(layout, shards, channel.size).slots[channel.rank]
         alone = Channel(channel.name, None, 0, 1, Ledger())
-        self._ids = IdExchange([[slot.feature for slot in slots]], alone, torch.int64, device)
+        self.ids = IdExchange([[slot.feature for slot in slots]], alone, torch.int64, device)
         self.tables = LocalTables(slots, layout, shards, choices, config, channel, device, replicated=True)
         self.pieces = [[ColumnBlock(slot.feature.name, slot.start, slot.offset, slot.columns) for slot in slots]]
 
-    @property
-    def id_order(self) -> list[str]:
-        """See `IdExchange.order`."""
-        return self._ids.order
-
     def distribute(self, ids: Mapping[str, Ids], size: int) -> LocalIds:
         """Ids of `size` examples by feature -> what is looked up in them."""
-        return self._ids(ids, size)
+        return self.ids(ids, size)
 
     def pool(self, local: LocalIds) -> Pooled:
         """[size, columns of all slots]."""
@@ -95,7 +90,7 @@ class ShardedTables:
         routes = routes_of(layout, shards, config, channel.size, device)
         self._split = RowSplitter(routes.slots, device)
         sources = [[slot.source for slot in slots] for slots in routes.slots]
-        self._ids = IdExchange(sources, channel, routes.index_dtype, device, blocks)
+        self.ids = IdExchange(sources, channel, routes.index_dtype, device, blocks)
         mine = routes.slots[channel.rank]
         emitted = self.messages.forward
         self.tables = LocalTables(mine, layout, shards, choices, config, channel, device, output=emitted)
@@ -109,14 +104,9 @@ class ShardedTables:
         senders = [*(whole if any(self._columns) else []), *([by_rows] if by_rows else [])]
         self.pieces = [[_column_block(slot) for slot in slots] for slots in senders]
 
-    @property
-    def id_order(self) -> list[str]:
-        """See `IdExchange.order`; parts of features whose rows are split are among them."""
-        return self._ids.order
-
     def distribute(self, ids: Mapping[str, Ids], size: int) -> LocalIds:
         """Ids of `size` examples by feature -> what this rank looks up."""
-        return self._ids(self._split(ids, size), size)
+        return self.ids(self._split(ids, size), size)
 
     def pool(self, local: LocalIds, size: int, parts: int) -> "ShardedLookup":
         """The embeddings of this rank's `size` examples, in so many parts; collective."""
@@ -372,6 +362,7 @@ class TableGroup:
     Attributes:
         layout: of the group's features.
         tables: this rank's, those that are spread over the group before the replicated ones.
+        id_order: features in the order in which their ids are sent (`IdExchange.order`), then those that are not sent.
     """
 
     def __init__(
@@ -400,16 +391,9 @@ class TableGroup:
         self.wire = self._sharded.messages.backward if self._sharded is not None and travels else torch.float32
         parts = [part for part in (self._sharded, self._replicated) if part is not None]
         self.tables: tuple[LocalTables, ...] = tuple(part.tables for part in parts)
-        self._assembly = Regroup(
-            [block for part in parts for block in part.pieces],
-            device,
-            [f.name for f in layout.features if f.multi_valued and f.pooling == "mean"],
-        )
-
-    @property
-    def id_order(self) -> list[str]:
-        """See `IdExchange.order`; those that are looked up on the spot come last."""
-        return [name for part in (self._sharded, self._replicated) if part is not None for name in part.id_order]
+        self.id_order = [name for part in parts for name in part.ids.order]
+        mean = [f.name for f in layout.features if f.multi_valued and f.pooling == "mean"]
+        self._assembly = Regroup([block for part in parts for block in part.pieces], device, mean)
 
     def distribute(self, batch: Batch) -> Distributed:
         """Send the ids of a batch to the owners; reads no table."""
