@@ -14,7 +14,6 @@ from typing import Any
 
 from megarec.config.base import Section
 from megarec.config.deepspeed import micro_batch_size
-from megarec.config.models import OverArchConfig
 from megarec.config.sections import RunConfig
 from megarec.config.towers import TOWER_MODULES, IdentityTowerConfig, TowerModule
 from megarec.data.schema import Schema
@@ -104,7 +103,13 @@ def compare(config: RunConfig, schema: Schema, hosts: int, ranks_per_host: int, 
         except UserError as error:
             variants.append(Variant(name, compression, impossible=str(error)))
     best, pays = choose(variants)
-    return TowersPay(run, tuple(variants), best, pays, sentence(config.model, variants, best, pays, hosts))
+    return TowersPay(
+        run,
+        tuple(variants),
+        best,
+        pays,
+        sentence((config.model.name, module_name(config)), variants, best, pays, hosts),
+    )
 
 
 def _flat(config: RunConfig, schema: Schema) -> tuple[RunConfig, ModelSpec]:
@@ -113,18 +118,24 @@ def _flat(config: RunConfig, schema: Schema) -> tuple[RunConfig, ModelSpec]:
     return flat, resolve(flat, schema)
 
 
+def module_name(config: RunConfig) -> str:
+    """Of the config's tower module, or of its model family's own (else DLRM's)."""
+    if not isinstance(config.tower_module, IdentityTowerConfig):
+        return config.tower_module.name
+    return config.model.name if config.model.name in TOWER_MODULES else "dlrm"
+
+
 def with_towers(config: RunConfig, hosts: int, compression: float | None) -> RunConfig:
     """The run under the tower exchange, with the config's towers, or one strided tower a host.
 
     Args:
-        compression: of the config's tower module, or of its model family's own (else DLRM's); None: no modules.
+        compression: of the tower module (`module_name`); None: no modules.
     """
     towers = hosts if config.parallel.towers is None else config.parallel.towers
     module: TowerModule | IdentityTowerConfig = IdentityTowerConfig()
     if compression is not None:
         given = config.tower_module
-        name = config.model.name if config.model.name in TOWER_MODULES else "dlrm"
-        kept: dict[str, Any] = {"name": name}
+        kept: dict[str, Any] = {"name": module_name(config)}
         if not isinstance(given, IdentityTowerConfig):
             kept = given.model_dump(exclude={"compression", "dim", *given.EMITTED}, exclude_unset=True) | {
                 "name": given.name
@@ -298,17 +309,23 @@ def choose(variants: Sequence[Variant]) -> tuple[Variant | None, bool]:
     return best, best.total <= PAYS * flat.total and flat.links - best.links >= gain / 2
 
 
-# AUC of a learned partition less flat's, by family and compression; docs/results/towers.md, docs/results/quality.md.
+# By model, tower module and compression, with a learned partition; docs/results/towers.md, docs/results/quality.md.
 KNOWN_COSTS = {
-    ("dlrm", 2.0): "0.0016 AUC on MovieLens-1M",
-    ("wukong", 2.0): "0.0037 AUC on MovieLens-1M",
-    ("dlrm", 4.0): "0.015 AUC with a learned partition and 0.001 with the right one, on synthetic data",
-    ("dcn", 4.0): "0.012 AUC with a learned partition and none with the right one, on synthetic data",
-}
+    ("dlrm", "dlrm", 2): "0.0016 AUC on MovieLens-1M",
+    ("wukong", "wukong", 2): "0.0037 AUC on MovieLens-1M",
+    ("dlrm", "dlrm", 4): "no AUC on synthetic data",
+    ("dlrm", "dlrm", 8): "0.005 AUC on synthetic data",
+    ("wukong", "wukong", 4): "0.016 AUC on synthetic data",
+    ("wukong", "wukong", 8): "0.017 AUC on synthetic data",
+} | {(model, "dcn", times): "no AUC on synthetic data" for model in ("wukong", "dlrm", "dcn") for times in (4, 8)}
 
 
-def sentence(model: OverArchConfig, variants: Sequence[Variant], best: Variant | None, pays: bool, hosts: int) -> str:
-    """The answer."""
+def sentence(names: tuple[str, str], variants: Sequence[Variant], best: Variant | None, pays: bool, hosts: int) -> str:
+    """The answer.
+
+    Args:
+        names: of the model and of its tower modules.
+    """
     flat = variants[0]
     if hosts == 1:
         return "No: towers do not pay on one host, because nothing crosses between hosts."
@@ -324,6 +341,7 @@ def sentence(model: OverArchConfig, variants: Sequence[Variant], best: Variant |
         return f"No: towers do not pay; at best {said}{smaller}; flat's exchange is {share:.0%} of its step."
     if best.compression is None:
         return f"Yes: {said}, at no cost in quality: SPTT alone changes no number."
-    cost = KNOWN_COSTS.get((model.name, float(round(best.compression))))
-    known = f"it cost {cost}" if cost else f"what it costs {model.name} in quality was not measured"
+    model, module = names
+    cost = KNOWN_COSTS.get((model, module, round(best.compression)))
+    known = f"it cost {cost}" if cost else f"what {module} modules cost {model} in quality was not measured"
     return f"Yes: towers pay; {said}, and {known} (docs/results/towers.md)."

@@ -69,13 +69,15 @@ def test_the_mildest_compression_near_the_shortest_step() -> None:
     assert choose([flat, Variant("SPTT alone", impossible="no")]) == (None, False)
     smaller = Variant("compression 4", 4, {"exchange": 0.48, "dense compute": 0.2})
     assert choose([flat, sptt, smaller]) == (smaller, False), "it is the dense model that is smaller"
-    model = criteo().model
-    assert "mostly by a smaller dense model" in sentence(model, [flat, smaller], smaller, False, 8)
-    assert "0.015 AUC with a learned partition" in sentence(model, [flat, sptt, four], four, True, 8)
-    assert "was not measured" in sentence(model, [flat, sptt, eight], eight, True, 8)
-    assert sentence(model, [flat], None, False, 1).startswith("No: towers do not pay on one host")
+    names = ("dlrm", "dlrm")
+    assert "mostly by a smaller dense model" in sentence(names, [flat, smaller], smaller, False, 8)
+    assert "it cost no AUC on synthetic data" in sentence(names, [flat, sptt, four], four, True, 8)
+    assert "what dlrm modules cost dcn in quality was not measured" in sentence(
+        ("dcn", "dlrm"), [flat, sptt, eight], eight, True, 8
+    )
+    assert sentence(names, [flat], None, False, 1).startswith("No: towers do not pay on one host")
     refused = [flat, Variant("SPTT alone", impossible="too few")]
-    assert sentence(model, refused, None, False, 8) == "No: this model cannot be run with towers on 8 hosts (too few)."
+    assert sentence(names, refused, None, False, 8) == "No: this model cannot be run with towers on 8 hosts (too few)."
 
 
 def test_towers_of_the_config_or_of_its_family() -> None:
