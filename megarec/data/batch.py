@@ -1,7 +1,9 @@
 """One batch of examples on one rank; lists of different lengths are jagged, stored one after another."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +17,8 @@ class Ids:
     """The ids of one categorical feature for B examples: jagged, as values + lengths.
 
     Attributes:
-        values: int64 [sum(lengths)], example after example.
-        lengths: int64 [B]; None when every example has exactly one id, so that values is [B].
+        values: int32 or int64 [sum(lengths)], example after example.
+        lengths: int32 or int64 [B]; None when every example has exactly one id, so that values is [B].
         weights: float32 [sum(lengths)], by which the rows of the values are multiplied; None: not weighted.
     """
 
@@ -36,7 +38,7 @@ class Batch:
         keys: int64 [B], a number per example and epoch that is the same on every topology: dropout hashes it.
         valid: how many leading examples count; fewer than B only in the last evaluation batches, whose rest is
             padding so that every rank runs the same number of equal batches.
-        buffer: bytes that all the tensors are views of (`in_one_buffer`); None: each has its own memory.
+        buffer: uint8, at the start of its memory: all the tensors are views of it; None: each has its own memory.
     """
 
     numeric: Tensor
@@ -54,39 +56,28 @@ class Batch:
         """The batch on a device, by one copy where it lies in one buffer; copies from pinned memory do not wait."""
         if self.buffer is None:
             return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-        return self._over(self.buffer.to(device, non_blocking=True))
+        if self.buffer.device == device:
+            return self
+        buffer = self.buffer.to(device, non_blocking=True)
+        typed = {dtype: buffer.view(dtype) for dtype in {tensor.dtype for tensor in self._tensors()}}
+        moved = self._map(lambda t: typed[t.dtype].as_strided(t.shape, t.stride(), t.storage_offset()))
+        return dataclasses.replace(moved, buffer=buffer)
 
     def in_one_buffer(self, pinned: bool) -> "Batch":
-        """A copy whose tensors lie in one buffer: a batch of hundreds of features is one copy to an accelerator.
+        """A copy whose tensors lie in one buffer, as the loaders make them: one copy to an accelerator.
 
         Args:
             pinned: in page-locked memory, from which copies to a GPU do not wait; needs CUDA.
         """
         tensors = list(self._tensors())
-        buffer = torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8, pin_memory=pinned)
-        packed = self._over(buffer)
-        for view, tensor in zip(packed._tensors(), tensors, strict=True):
-            view.copy_(tensor)
-        return packed
+        buffer, views = carve([(tensor.shape, tensor.dtype) for tensor in tensors], pinned)
+        place = {id(tensor): view.copy_(tensor) for tensor, view in zip(tensors, views, strict=True)}
+        return dataclasses.replace(self._map(lambda tensor: place[id(tensor)]), buffer=buffer)
 
     def _tensors(self) -> Iterator[Tensor]:
         yield from (self.numeric, self.labels, self.keys)
         for ids in self.ids.values():
             yield from (tensor for tensor in (ids.values, ids.lengths, ids.weights) if tensor is not None)
-
-    def _over(self, buffer: Tensor) -> "Batch":
-        """The same shapes and types as views of a buffer, wide types first, so that each is aligned."""
-        views: dict[int, Tensor] = {}
-        offset = 0
-        tensors = list(self._tensors())
-        for dtype in sorted({tensor.dtype for tensor in tensors}, key=lambda dtype: (-dtype.itemsize, str(dtype))):
-            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-            sizes = [tensor.numel() for tensor in alike]
-            end = offset + sum(sizes) * dtype.itemsize
-            for tensor, view in zip(alike, buffer[offset:end].view(dtype).split(sizes), strict=True):
-                views[id(tensor)] = view.view(tensor.shape) if tensor.dim() > 1 else view
-            offset = end
-        return dataclasses.replace(self._map(lambda tensor: views[id(tensor)]), buffer=buffer)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         def changed(tensor: Tensor | None) -> Tensor | None:
@@ -94,6 +85,39 @@ class Batch:
 
         ids = {name: Ids(change(f.values), changed(f.lengths), changed(f.weights)) for name, f in self.ids.items()}
         return Batch(change(self.numeric), ids, change(self.labels), change(self.keys), self.valid)
+
+
+def carve(parts: Sequence[tuple[Sequence[int], torch.dtype]], pinned: bool) -> tuple[Tensor, list[Tensor]]:
+    """One buffer, and tensors of these shapes and types in it, one after another, each at a multiple of 8 bytes.
+
+    Args:
+        pinned: in page-locked memory; needs CUDA.
+    """
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
+    starts = list(itertools.accumulate((-(-size // 8) * 8 for size in sizes), initial=0))
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
+    views = [
+        buffer[start : start + size].view(dtype).view(*shape)
+        for (shape, dtype), start, size in zip(parts, starts, sizes, strict=False)
+    ]
+    return buffer, views
+
+
+def end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    """Contiguous vectors one after another; where they lie so in memory, nothing is copied."""
+    first, end = parts[0], parts[0].storage_offset()
+    memory = first.untyped_storage().data_ptr()
+    for part in parts:
+        if (
+            part.storage_offset() != end
+            or part.dtype != first.dtype
+            or part.untyped_storage().data_ptr() != memory
+            or not part.is_contiguous()
+        ):
+            return torch.cat(list(parts))
+        end += part.numel()
+    start = first.storage_offset()
+    return first.as_strided((end - start,), (1,), start)
 
 
 def flat_positions(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,10 +1,10 @@
 """The Arrow cache of a split: checked rows in the layout that random access wants, built once, memory-mapped by all.
 
-`DIR/.arrow/<split>-<fingerprint>/rows.arrow` is an Arrow IPC stream with, per row, `ids` (all single-valued
-features side by side), `numeric`, `label`, a list column for each multi-valued feature and for each one's weights, and
-`checksum` over all of them; `built.json` beside it says what that file is and counts the rows left out, by reason. The
-fingerprint covers shards, columns and policy, so a cache is never stale. It is derived: whoever finds that it is not
-what was built, when he opens it or at a row that he reads (store.py), builds it anew.
+`DIR/.arrow/<split>-<fingerprint>/rows.arrow` is an Arrow IPC stream with a record per row and, where there are lists,
+all of a row's ids in one list and all of its weights in another (records.py); `built.json` beside it says what that
+file is and counts the rows left out, by reason. The fingerprint covers shards, columns and policy, so a cache is never
+stale. It is derived: whoever finds that it is not what was built, when he opens it or at a row that he reads
+(store.py), builds it anew.
 """
 
 import fcntl
@@ -17,19 +17,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from xxhash import xxh3_64
 
 from megarec.data.mapped import MappedFile
+from megarec.data.records import RecordLayout
 from megarec.data.row_checks import as_numbers, check_columns, find_defects
-from megarec.data.row_checksums import StoredRows, row_checksums
 from megarec.data.schema import SCHEMA_FILE, Schema, Split
 from megarec.errors import UserError
 from megarec.files import read_json
@@ -38,18 +36,8 @@ BadRows = Literal["error", "skip"]
 CACHE_DIRECTORY = ".arrow"
 ROWS_FILE = "rows.arrow"
 BUILT_FILE = "built.json"
-_LAYOUT = 3
+_LAYOUT = 4
 _ROWS_PER_RECORD_BATCH = 65_536
-
-
-def list_column(feature: str) -> str:
-    """The cache's column of a multi-valued feature; the prefix keeps it apart from ids, numeric and label."""
-    return f"list:{feature}"
-
-
-def weights_column(feature: str) -> str:
-    """The cache's column of a weighted feature's weights."""
-    return f"weights:{feature}"
 
 
 class Built(BaseModel):
@@ -59,6 +47,7 @@ class Built(BaseModel):
         fingerprint: of the cache; the checksums of its rows start from it.
         bytes: size of rows.arrow.
         layout: of rows.arrow (`MappedFile.layout`).
+        labels: those that occur, in order.
         skipped: rows left out, by reason.
         xxh3: of all the above: XXH3 of 64 bits in hexadecimal, enough against accidents.
     """
@@ -68,6 +57,7 @@ class Built(BaseModel):
     fingerprint: str
     bytes: int
     layout: str
+    labels: list[float]
     skipped: dict[str, int]
     xxh3: str = ""
 
@@ -172,16 +162,18 @@ def _fingerprint(split: Split, shards: list[Path], schema: Schema, bad_rows: Bad
 
 def _build(cache: Path, fingerprint: str, split: Split, shards: list[Path], schema: Schema, bad_rows: BadRows) -> Built:
     skipped: Counter[str] = Counter()
-    written, salt = 0, int(fingerprint, 16)
+    labels: set[float] = set()
+    written, salt, records = 0, int(fingerprint, 16), RecordLayout(schema)
     with (cache / ROWS_FILE).open("wb") as file:
-        with pa.ipc.new_stream(file, _cache_schema(schema)) as stream:
+        with pa.ipc.new_stream(file, records.arrow_schema) as stream:
             for shard in shards:
                 start = 0
                 for batch in _record_batches(shard, schema):
                     good = _good_rows(batch, schema, bad_rows, shard, start, skipped)
                     start += len(batch)
                     if len(good):
-                        stream.write_batch(_packed(good, schema, salt, written))
+                        stream.write_batch(records.pack(good, salt, written))
+                        labels.update(np.unique(as_numbers(good.column(schema.label), np.float32)).tolist())
                     written += len(good)
         file.flush()
         os.fsync(file.fileno())
@@ -198,9 +190,11 @@ def _build(cache: Path, fingerprint: str, split: Split, shards: list[Path], sche
         )
     rows = cache / ROWS_FILE
     with pa.memory_map(str(rows)) as file, pa.ipc.open_stream(file) as stream:
-        layout = MappedFile(stream.read_all()).layout
+        layout = MappedFile(stream.read_all(), records).layout
     size = rows.stat().st_size
-    built = Built(fingerprint=fingerprint, bytes=size, layout=layout, skipped=dict(skipped)).sealed()
+    built = Built(
+        fingerprint=fingerprint, bytes=size, layout=layout, labels=sorted(labels), skipped=dict(skipped)
+    ).sealed()
     (cache / BUILT_FILE).write_text(built.model_dump_json(), encoding="utf-8")
     return built
 
@@ -231,40 +225,3 @@ def _good_rows(
         skipped[defect.reason] += int((defect.rows & good).sum())
         good &= ~defect.rows
     return batch if good.all() else batch.filter(pa.array(good))
-
-
-def _cache_schema(schema: Schema) -> pa.Schema:
-    singles = sum(not f.multi_valued for f in schema.categorical)
-    fields = [("label", pa.float32()), ("checksum", pa.int32())]
-    if singles:
-        fields.append(("ids", pa.list_(pa.int64(), singles)))
-    if schema.numeric:
-        fields.append(("numeric", pa.list_(pa.float32(), len(schema.numeric))))
-    fields += [(list_column(f.name), pa.list_(pa.int64())) for f in schema.categorical if f.multi_valued]
-    fields += [(weights_column(f.name), pa.list_(pa.float32())) for f in schema.categorical if f.weighted]
-    return pa.schema(fields)
-
-
-def _packed(batch: pa.RecordBatch, schema: Schema, salt: int, first: int) -> pa.RecordBatch:
-    """A record batch in the cache's layout, from its row `first` on: what one example needs lies side by side."""
-    label = as_numbers(batch.column(schema.label), np.float32)
-    columns: list[pa.Array] = []
-    singles = numeric = None
-    if names := [f.name for f in schema.categorical if not f.multi_valued]:
-        singles = np.stack([as_numbers(batch.column(name), np.int64) for name in names])
-        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(singles.T.reshape(-1)), len(names)))
-    if schema.numeric:
-        numeric = np.stack([as_numbers(batch.column(name), np.float32) for name in schema.numeric], axis=1)
-        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(numeric.reshape(-1)), len(schema.numeric)))
-    lists = [batch.column(f.name).cast(pa.list_(pa.int64())) for f in schema.categorical if f.multi_valued]
-    lists += [batch.column(f.weights_column).cast(pa.list_(pa.float32())) for f in schema.categorical if f.weighted]
-    stored = StoredRows(label, singles, numeric, tuple(map(_jagged, lists)))
-    checksums = row_checksums(salt, np.arange(first, first + len(batch)), stored)
-    return pa.RecordBatch.from_arrays(
-        [pa.array(label), pa.array(checksums), *columns, *lists], schema=_cache_schema(schema)
-    )
-
-
-def _jagged(lists: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
-    return lists.flatten().to_numpy(zero_copy_only=False), lengths

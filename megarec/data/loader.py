@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from megarec.data.batch import Batch
-from megarec.data.row_checksums import mix64
+from megarec.data.records import mix64
 from megarec.data.schema import Schema
 from megarec.data.store import Store
 from megarec.errors import UserError
@@ -127,7 +126,7 @@ class _Loader:
         schema: the features of its batches.
         batch_size: examples of a global batch, over all ranks; `share` of them are this rank's.
         prefetch: batches prepared ahead in a background thread.
-        pin_memory: hand out batches in one page-locked buffer each (needs CUDA).
+        pin_memory: hand out batches in page-locked memory (needs CUDA).
 
     Raises:
         UserError: the ranks do not divide the batch size.
@@ -161,10 +160,7 @@ class _Loader:
         return np.arange(start, start + self.share, dtype=np.int64)
 
     def _batch(self, rows: Int64, epoch: int, valid: int) -> Batch:
-        numeric, ids, labels = self.store.gather(rows)
-        keys = torch.from_numpy(example_keys(rows, self.seed, epoch))
-        batch = Batch(numeric, ids, labels, keys, valid)
-        return batch.in_one_buffer(pinned=True) if self.pin_memory else batch
+        return self.store.read(rows, example_keys(rows, self.seed, epoch), valid, self.pin_memory)
 
 
 class TrainLoader(_Loader):
@@ -190,13 +186,16 @@ class TrainLoader(_Loader):
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch, from global batch `start` on: resuming is starting there."""
+        indices = range(start, self.steps_per_epoch)
+        return prefetched((self.batch(epoch, index) for index in indices), self.prefetch)
 
-        def rank_batches() -> Iterator[Batch]:
-            for index in range(start, self.steps_per_epoch):
-                rows = permuted(self._positions(index), len(self.store), self.seed, epoch)
-                yield self._batch(rows, epoch, self.share)
+    def batch(self, epoch: int, index: int) -> Batch:
+        """This rank's part of global batch `index` of an epoch."""
+        return self._batch(self.rows(epoch, index), epoch, self.share)
 
-        return prefetched(rank_batches(), self.prefetch)
+    def rows(self, epoch: int, index: int) -> Int64:
+        """Int64 [share]: which rows those are."""
+        return permuted(self._positions(index), len(self.store), self.seed, epoch)
 
 
 class EvalLoader(_Loader):

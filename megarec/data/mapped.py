@@ -1,5 +1,6 @@
-"""NumPy views of a memory-mapped Arrow file, for random access by row."""
+"""NumPy views of a memory-mapped Arrow file of records and blocks (records.py), for random access by row."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from xxhash import xxh3_64
 
+from megarec.data.records import RECORD, RecordLayout
+
 Rows = NDArray[np.int64]
-_STORED: tuple[type[np.generic], ...] = (np.int32, np.int64, np.float32)
+_WORD = 8
 
 
 class Damaged(Exception):
@@ -16,53 +19,71 @@ class Damaged(Exception):
 
 
 class MappedFile:
-    """Where in the file each column's buffers begin, per record batch, and views of the whole file.
+    """Where in the file each column's values begin, per record batch, and views of the whole file.
 
-    Level 0 of a list column is its offsets; level 1, and a plain column's level 0, is data.
+    The views have elements of one size and begin at the file's first buffer, so that a row is found whatever the number
+    of record batches: element = base[record batch] + place in the record batch.
 
     Attributes:
-        starts: int64, the first row of each record batch.
+        rows: how many it has.
+        records: uint64 [any word, words of a record]: the record that begins at that word. Its rows overlap.
         layout: a checksum of all that a reader goes by: columns, types, rows and places of buffers.
 
     Raises:
         Damaged: it is no file that cache.py writes.
     """
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, layout: RecordLayout) -> None:
+        if not table.schema.equals(layout.arrow_schema):
+            raise Damaged(f"columns {table.schema}")
         sizes = [batch.num_rows for batch in table.to_batches()]
-        self.starts = np.cumsum([0, *sizes[:-1]])
-        buffers = {}
-        for name in table.column_names:
-            chunks = table.column(name).chunks
-            if any(chunk.offset or chunk.null_count for chunk in chunks):
-                raise Damaged(f"column {name}")
-            buffers[name, 0] = [chunk.buffers()[1] for chunk in chunks]  # Arrow's columnar format, "buffer listing"
-            buffers[name, 1] = [chunk.buffers()[-1] for chunk in chunks]
+        self.rows = sum(sizes)
+        self._starts, self._words = np.cumsum([0, *sizes[:-1]]), layout.words
+        buffers = {name: list(_values(name, table.column(name).chunks)) for name in table.column_names}
         filled = [buffer for column in buffers.values() for buffer in column if buffer is not None and buffer.size]
         if not filled:
             raise Damaged("no rows")
         first = min(buffer.address for buffer in filled)
         size = max(buffer.address + buffer.size for buffer in filled) - first
-        mapped = pa.foreign_buffer(first, size, base=table)
-        self._views = {kind: np.frombuffer(mapped, kind, size // np.dtype(kind).itemsize) for kind in _STORED}
+        self._mapped = pa.foreign_buffer(first, size, base=table)
         self._bases = {
-            column: np.array([b.address - first if b is not None and b.size else 0 for b in column_buffers])
-            for column, column_buffers in buffers.items()
+            name: np.array([b.address - first if b is not None and b.size else 0 for b in column])
+            for name, column in buffers.items()
         }
         self._sizes = {
-            column: np.array([b.size if b is not None else 0 for b in column_buffers])
-            for column, column_buffers in buffers.items()
+            name: np.array([b.size if b is not None else 0 for b in column]) for name, column in buffers.items()
         }
+        # Arrow aligns buffers to 8 bytes; a record batch whose records end early would let a window read beyond them.
+        if any((bases % _WORD).any() for bases in self._bases.values()) or any(
+            have != rows * self._words * _WORD for have, rows in zip(self._sizes[RECORD].tolist(), sizes, strict=True)
+        ):
+            raise Damaged("places of buffers")
+        words = self.view(np.dtype(np.uint64))
+        self.records = np.lib.stride_tricks.as_strided(
+            words, (len(words) - self._words + 1, self._words), (_WORD, _WORD), writeable=False
+        )
         described = xxh3_64(repr((table.schema.names, table.schema.types, sizes)).encode())
         for numbers in (*self._bases.values(), *self._sizes.values()):
             described.update(numbers.astype(np.int64).tobytes())
         self.layout = described.hexdigest()
 
-    def read(self, column: str, level: int, kind: type[np.generic], batch: Rows, element: Rows) -> NDArray[Any]:
-        """Elements of a column's buffers in these record batches; `batch` and `element` broadcast."""
-        width = np.dtype(kind).itemsize
-        return self._views[kind][self._bases[column, level][batch] // width + element]
+    def view(self, kind: np.dtype[Any]) -> NDArray[Any]:
+        """The whole file from its first buffer on, as numbers of this kind."""
+        return np.frombuffer(self._mapped, kind, self._mapped.size // kind.itemsize)
 
-    def elements(self, column: str, level: int, kind: type[np.generic], batch: Rows) -> Rows:
-        """How many elements a column's buffer has in these record batches."""
-        return self._sizes[column, level][batch] // np.dtype(kind).itemsize
+    def find(self, rows: Rows) -> tuple[Rows, Rows]:
+        """Of these rows, the record batch and the place in `records`."""
+        batch = np.searchsorted(self._starts, rows, side="right") - 1
+        return batch, self._bases[RECORD][batch] // _WORD + (rows - self._starts[batch]) * self._words
+
+    def block(self, column: str, kind: np.dtype[Any], batch: Rows) -> tuple[Rows, Rows]:
+        """Where in `view(kind)` a block of these record batches begins, and how many elements it has."""
+        return self._bases[column][batch] // kind.itemsize, self._sizes[column][batch] // kind.itemsize
+
+
+def _values(name: str, chunks: Iterable[pa.Array]) -> Iterable[pa.Buffer | None]:
+    """The values of list columns, the last of their buffers (Arrow's columnar format, "buffer listing")."""
+    for chunk in chunks:
+        if chunk.offset or chunk.null_count:
+            raise Damaged(f"column {name}")
+        yield chunk.buffers()[-1]

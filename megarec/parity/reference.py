@@ -135,11 +135,11 @@ class PlainTables:
             ids = batch.ids[feature.name]
             lengths = torch.ones(batch.size, dtype=torch.int64) if ids.lengths is None else ids.lengths
             offsets = lengths.cumsum(0) - lengths
-            weight = self.weights[feature.table]
+            weight, values = self.weights[feature.table], ids.values.long()
             if ids.weights is None:
-                pooled.append(embedding_bag(ids.values, weight, offsets, mode=feature.pooling))
+                pooled.append(embedding_bag(values, weight, offsets, mode=feature.pooling))
                 continue
-            summed = embedding_bag(ids.values, weight, offsets, mode="sum", per_sample_weights=ids.weights)
+            summed = embedding_bag(values, weight, offsets, mode="sum", per_sample_weights=ids.weights)
             mean = feature.pooling == "mean"  # over the number of ids, whatever their weights
             pooled.append(summed / lengths.clamp(min=1).unsqueeze(1) if mean else summed)
         return torch.cat(pooled, dim=1) if pooled else torch.empty(batch.size, 0)
@@ -174,4 +174,4 @@ class PlainTables:
 
 def _touched(batch: Batch, features: list[str]) -> Tensor:
     ids: list[Ids] = [batch.ids[name] for name in features]
-    return torch.cat([i.values for i in ids]).unique()
+    return torch.cat([i.values for i in ids]).long().unique()

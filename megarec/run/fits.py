@@ -103,7 +103,8 @@ def host_needs(
     """What so many ranks of one machine hold in its memory, whatever the device."""
     share = config.data.batch_size // topology.world_size
     batches = min(config.data.prefetch, examples["train"] // config.data.batch_size)
-    row = 8 + 4 + 4 * spec.numeric + 8 * sum(not feature.multi_valued for feature in spec.layout.features)
+    width = 4 if all(table.rows < 2**31 for table in spec.layout.tables) else 8  # of an id, or a list's length
+    row = 8 + 4 + 4 * spec.numeric + width * len(spec.layout.features)
     return [Need(f"data.prefetch {batches:,} batches", ranks * batches * share * row)]
 
 

@@ -216,6 +216,11 @@ class SparseSide:
             here = towers.towers.of_host(host, hosts)
             self.modules = TowerReplicas(towers.modules, here, tower_optimizer, replicas, seed, device)
 
+    @property
+    def id_order(self) -> list[str]:
+        """Features in the order in which `distribute` sends their ids: a batch in which they lie so is not copied."""
+        return (self._exchange or self._group).id_order
+
     def distribute(self, batch: Batch) -> Distributed:
         """Send the ids of a batch to the owners of the tables (TorchRec's input_dist); reads no table; collective."""
         return (self._exchange or self._group).distribute(batch)

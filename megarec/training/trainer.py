@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import pyarrow.compute as pc
-
 from megarec.checkpoint.store import Checkpoints
 from megarec.config.sections import RunConfig
 from megarec.data.loader import EvalLoader
@@ -171,11 +169,11 @@ def _nothing_to_train(run: Run, state: TrainState) -> str | None:
 
 def _check_validation(run: Run) -> None:
     """Raise a UserError where no validation could ever choose a best model."""
-    found = pc.min_max(run.valid.store.dataset.data.column("label")).as_py()
-    if run.config.train.best_by == "auc" and found["min"] is not None and found["min"] == found["max"]:
+    labels = run.valid.store.labels
+    if run.config.train.best_by == "auc" and len(labels) == 1:
         raise UserError(
             f"train.best_by='auc': all {len(run.valid.store):,} labels of the split valid of {run.config.data.path} "
-            f"are {found['min']:g}, and one class has no AUC; use train.best_by='logloss', or prepare a split valid "
+            f"are {labels[0]:g}, and one class has no AUC; use train.best_by='logloss', or prepare a split valid "
             "with both labels"
         )
 

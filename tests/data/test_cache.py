@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from megarec.data.cache import BUILT_FILE, ROWS_FILE, ensure_cache
+from megarec.data.records import RECORD, RecordLayout
 from megarec.data.store import open_split
 from megarec.errors import UserError
 from tests.data.prepared import SCHEMA, make_rows, write_prepared, write_split
@@ -21,9 +22,10 @@ BUILDER = """
 import sys, time
 from pathlib import Path
 from megarec.data import cache
+from megarec.data.records import RecordLayout
 from megarec.data.schema import load_schema
 directory, hang = Path(sys.argv[1]), sys.argv[2] == "hang"
-build, packed = cache._build, cache._packed
+build, pack = cache._build, RecordLayout.pack
 def noted(*args):
     with (directory / "builds").open("a") as file:
         file.write("built\\n")
@@ -31,8 +33,8 @@ def noted(*args):
 def slowly(*args):
     print("building", flush=True)
     time.sleep(1000 if hang else 0.5)
-    return packed(*args)
-cache._build, cache._packed = noted, slowly
+    return pack(*args)
+cache._build, RecordLayout.pack = noted, slowly
 print(cache.ensure_cache(directory, "train", load_schema(directory), "error")[0], flush=True)
 """
 
@@ -175,10 +177,14 @@ def damage(cache: Path, how: str) -> None:
     elif how.startswith("bit"):
         data[len(data) * int(how[3:]) // 100] ^= 4
         rows.write_bytes(data)
-    elif how == "seven":  # of the label; an id one past its table
+    elif how == "seven":  # for a label
         with pa.ipc.open_stream(bytes(data)) as stream:
             table = stream.read_all()
-        table = table.set_column(0, table.schema.field("label"), pa.array([7.0] * len(table), pa.float32()))
+        layout = RecordLayout(SCHEMA)
+        records = table.column(RECORD).combine_chunks().values.to_numpy().copy().view(np.uint64)
+        layout.floats(records.reshape(-1, layout.words))[:, -1] = 7
+        column = pa.FixedSizeListArray.from_arrays(pa.array(records.view(np.int32)), 2 * layout.words)
+        table = table.set_column(0, table.schema.field(0), column)
         with pa.ipc.new_stream(rows, table.schema) as writer:
             writer.write_table(table)
     elif how == "unbuilt":
@@ -193,7 +199,7 @@ def damage(cache: Path, how: str) -> None:
 HOW = ["truncated", "empty", "longer", "gone", "seven", "unbuilt", "file", "no json", "list", "nan", "more"]
 
 
-@pytest.mark.parametrize("how", [*HOW, "bit50", "bit80"])
+@pytest.mark.parametrize("how", [*HOW, "bit50", "bit90"])
 def test_a_damaged_cache_is_built_anew(tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_prepared(tmp_path)
     cache, _ = ensure_cache(tmp_path, "train", SCHEMA, "error")
@@ -231,18 +237,17 @@ def test_no_flipped_bit_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_damage_is_seen_when_the_row_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two ranks have the cache open; the first to read the row builds it anew, the other reads what that one built."""
     rows = write_prepared(tmp_path)
-    for what in (
-        np.array([row["label"] for row in rows], np.float32),
-        np.array([[row["user"], row["item"]] for row in rows]),
-        np.array([[row["price"], row["age"]] for row in rows], np.float32),
-        np.array([item for row in rows for item in row["history"]]),
-    ):
+    lists = np.array([*rows[39]["tags"], *rows[39]["history"]], np.int32).tobytes()
+    places = {"id": 0, "length": 8, "number": 16, "label": 24, "span": 32, "hash": 48, "checksum": 56}
+    for what in (*places, "lists"):
         stores = [open_split(tmp_path, "train", SCHEMA, "error") for _ in range(2)]
         cache, _ = ensure_cache(tmp_path, "train", SCHEMA, "error")
+        record = stores[0]._file.records[stores[0]._file.find(np.array([39]))[1]].tobytes()
         with (cache / ROWS_FILE).open("r+b") as file:  # in place: in the memory of both
-            end = file.read().index(what.tobytes()) + what.nbytes
-            file.seek(end - 8)
-            file.write(b"\1\2\3\4\5\6\7\0")  # of the last row; an id far outside its table
+            data = file.read()
+            place = data.index(lists) if what == "lists" else data.index(record) + places[what]
+            file.seek(place)
+            file.write(b"\1\2\3\4")  # in the last row; an id far outside its table
         for store in stores:
             assert store.gather(np.arange(10))[2].tolist() == [row["label"] for row in rows[:10]]
         assert capsys.readouterr().err == ""
@@ -257,7 +262,9 @@ def test_damage_is_seen_when_the_row_is_read(tmp_path: Path, capsys: pytest.Capt
 
 def test_damage_that_comes_back_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_prepared(tmp_path)
-    monkeypatch.setattr("megarec.data.cache.row_checksums", lambda salt, rows, stored: rows.astype(np.int32))
+    monkeypatch.setattr(
+        "megarec.data.records.hashes", lambda values, starts, stops, size: np.zeros(len(starts), np.uint64)
+    )
     store = open_split(tmp_path, "train", SCHEMA, "error")
     with pytest.raises(UserError, match=r"rows\.arrow is damaged just after it was built: check this machine's disk"):
         store.gather(np.arange(3))

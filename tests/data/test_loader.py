@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from megarec.data.batch import Batch
+from megarec.data.batch import Batch, end_to_end
 from megarec.data.loader import EvalLoader, TrainLoader, example_keys
 from megarec.data.store import Store, open_split
 from megarec.errors import UserError
@@ -124,10 +124,10 @@ def test_fewer_rows_than_a_batch(store: Store) -> None:
 
 
 def test_an_error_in_the_background_reaches_the_consumer(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(rows: object) -> None:
+    def broken(*rows: object) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(store, "gather", broken)
+    monkeypatch.setattr(store, "read", broken)
     with pytest.raises(OSError, match="the disk is gone"):
         next(train(store).batches(0))
 
@@ -143,7 +143,12 @@ def test_a_batch_moves_as_a_whole(store: Store) -> None:
 
 def test_a_batch_in_one_buffer_is_the_same_batch(store: Store) -> None:
     batch = next(train(store).batches(0))
-    packed = batch.in_one_buffer(pinned=False)
+    loose = Batch(batch.numeric.clone(), batch.ids, batch.labels.clone(), batch.keys.clone(), batch.valid)
+    for packed in (batch, loose.in_one_buffer(pinned=False)):
+        check_buffer(packed, loose)
+
+
+def check_buffer(packed: Batch, batch: Batch) -> None:
     assert packed.buffer is not None
     storage = packed.buffer.untyped_storage().data_ptr()
     assert packed.to(torch.device("meta")).keys.is_meta
@@ -155,6 +160,24 @@ def test_a_batch_in_one_buffer_is_the_same_batch(store: Store) -> None:
             assert torch.equal(copy.ids[name].values, ids.values)
             assert (copy.ids[name].lengths is None) == (ids.lengths is None)
             assert ids.lengths is None or torch.equal(copy.ids[name].lengths, ids.lengths)
+
+
+def test_ids_lie_in_the_order_in_which_they_are_sent(tmp_path: Path) -> None:
+    """So that sending them copies nothing; features that are sent nowhere come last."""
+    write_split(tmp_path, "train", make_rows(ROWS))
+    store = open_split(tmp_path, "train", SCHEMA, "error")
+    store.arrange(["history", "item", "user[0:25]", "user"])
+    batch = next(train(store).batches(0))
+    assert batch.buffer is not None and list(batch.ids) == ["user", "tags", "item", "history"]
+    values, lengths = ([getattr(batch.ids[name], what) for name in names] for what, names in (
+        ("values", ("item", "user")), ("lengths", ("history", "tags")),
+    ))  # fmt: skip
+    for parts in (values, lengths, [batch.ids["history"].values, batch.ids["tags"].values], values[:1]):
+        found = end_to_end(parts)
+        assert found.untyped_storage().data_ptr() == batch.buffer.untyped_storage().data_ptr()
+        assert torch.equal(found, torch.cat(parts))
+    for parts in (values[::-1], [values[0], values[0]], [values[0], values[1].long()], [values[0].clone(), values[1]]):
+        assert torch.equal(end_to_end(parts), torch.cat(parts))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")

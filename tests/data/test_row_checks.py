@@ -4,13 +4,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from megarec.data.batch import Batch, Ids
-from megarec.data.cache import ROWS_FILE, Built, ensure_cache
+from megarec.data.cache import Built, ensure_cache
 from megarec.data.row_checks import check_batch
+from megarec.data.store import open_split
 from megarec.errors import UserError
 from tests.data.prepared import SCHEMA, TYPES, make_rows, write_shard, write_split
 
@@ -90,12 +92,12 @@ def test_other_types_that_fit_are_read(tmp_path: Path, kind: pa.DataType) -> Non
     rows = [row | {"label": bool(row["label"])} for row in make_rows(12)]
     types = TYPES | {"user": kind, "tags": pa.large_list(kind), "label": pa.bool_(), "price": pa.float64()}
     write_shard(tmp_path / "train" / "000.parquet", rows, types)
-    with pa.ipc.open_stream((build(tmp_path) / ROWS_FILE).read_bytes()) as stream:
-        cached = stream.read_all().to_pylist()
-    assert [row["ids"] for row in cached] == [[row["user"], row["item"]] for row in rows]
-    assert [row["list:tags"] for row in cached] == [row["tags"] for row in rows]
-    assert [row["numeric"] for row in cached] == [[row["price"], row["age"]] for row in rows]
-    assert [row["label"] for row in cached] == [row["label"] for row in rows]
+    numeric, ids, labels = open_split(tmp_path, "train", SCHEMA, "error").gather(np.arange(12))
+    for name in ("user", "item"):
+        assert ids[name].values.tolist() == [row[name] for row in rows]
+    assert ids["tags"].values.tolist() == [tag for row in rows for tag in row["tags"]]
+    assert numeric.tolist() == [[row["price"], row["age"]] for row in rows]
+    assert labels.tolist() == [row["label"] for row in rows]
 
 
 def test_a_missing_column(tmp_path: Path) -> None:

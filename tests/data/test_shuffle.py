@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarec.data.loader import example_keys, permuted
-from megarec.data.row_checksums import mix64
+from megarec.data.records import mix64
 
 
 def test_mix64_is_splitmix64() -> None:

@@ -3,15 +3,17 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarec.data import cache
+from megarec.data import store as store_module
 from megarec.data.schema import load_schema, select_features
 from megarec.data.store import Store, open_split
 from megarec.errors import UserError
-from tests.data.prepared import SCHEMA, Row, make_rows, write_prepared, write_split
+from tests.data.prepared import SCHEMA, TYPES, Row, make_rows, write_prepared, write_shard, write_split
 
 
 def read_back(store: Store, rows: list[int]) -> list[Row]:
@@ -50,14 +52,23 @@ row_of_test = st.fixed_dictionaries(
     rows=st.lists(row_of_test, min_size=1, max_size=60),
     shards=st.integers(1, 3),
     per_batch=st.integers(1, 20),
+    per_tile=st.integers(1, 40),
     data=st.data(),
 )
-def test_gather_returns_the_rows_asked_for(rows: list[Row], shards: int, per_batch: int, data: st.DataObject) -> None:
+def test_gather_returns_the_rows_asked_for(
+    rows: list[Row], shards: int, per_batch: int, per_tile: int, data: st.DataObject
+) -> None:
     wanted = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=30))
-    with tempfile.TemporaryDirectory() as name, mock.patch.object(cache, "_ROWS_PER_RECORD_BATCH", per_batch):
+    order = data.draw(st.permutations(["user", "tags", "item", "history"]))
+    with (
+        tempfile.TemporaryDirectory() as name,
+        mock.patch.object(cache, "_ROWS_PER_RECORD_BATCH", per_batch),
+        mock.patch.multiple(store_module, _TILE_BYTES=0, _FEWEST_ROWS=per_tile),
+    ):
         write_split(Path(name), "train", rows, shards)
         store = open_split(Path(name), "train", SCHEMA, "error")
         assert len(store) == len(rows)
+        store.arrange(order)
         assert read_back(store, wanted) == [rows[i] for i in wanted]
 
 
@@ -67,7 +78,7 @@ def test_types_and_order(tmp_path: Path) -> None:
     numeric, ids, labels = store.gather(np.array([3, 3]))
     assert (str(numeric.dtype), str(labels.dtype)) == ("torch.float32", "torch.float32")
     assert list(ids) == ["user", "tags", "item", "history"]
-    assert {str(feature.values.dtype) for feature in ids.values()} == {"torch.int64"}
+    assert {str(feature.values.dtype) for feature in ids.values()} == {"torch.int32"}
     assert store.skipped == {}
     assert store.dataset.num_rows == len(store) == 40
     with pytest.raises(AssertionError):
@@ -84,6 +95,33 @@ def test_a_selection_reads_its_columns_only(tmp_path: Path, names: list[str]) ->
     assert labels.tolist() == [row["label"] for row in rows]
     if "item" in ids:
         assert ids["item"].values.tolist() == [row["item"] for row in rows]
+
+
+def test_a_table_beyond_32_bits(tmp_path: Path) -> None:
+    schema = SCHEMA.model_copy(
+        update={"categorical": (SCHEMA.categorical[0].model_copy(update={"rows": 2**33}), *SCHEMA.categorical[1:])}
+    )
+    rows = [row | {"user": 2**33 - 1 - i} for i, row in enumerate(make_rows(20))]
+    write_split(tmp_path, "train", rows)
+    store = open_split(tmp_path, "train", schema, "error")
+    assert read_back(store, [19, 3, 3]) == [rows[19], rows[3], rows[3]]
+    _, ids, _ = store.gather(np.arange(2))
+    assert {str(t.dtype) for of in ids.values() for t in (of.values, of.lengths) if t is not None} == {"torch.int64"}
+
+
+def test_weights_follow_their_lists(tmp_path: Path) -> None:
+    features = [f.model_copy(update={"weighted": f.name == "history"}) for f in SCHEMA.categorical]
+    schema = SCHEMA.model_copy(update={"categorical": tuple(features)})
+    rows = [row | {"history:weights": [i + j / 8 for j in range(i * 5 % 6)]} for i, row in enumerate(make_rows(30))]
+    write_shard(tmp_path / "train" / "000.parquet", rows, TYPES | {"history:weights": pa.list_(pa.float32())})
+    store = open_split(tmp_path, "train", schema, "error")
+    store.arrange(["history", "user", "tags"])
+    assert read_back(store, [7, 29, 0]) == [
+        {name: value for name, value in rows[i].items() if name != "history:weights"} for i in (7, 29, 0)
+    ]
+    _, ids, _ = store.gather(np.array([7, 29, 0]))
+    assert ids["history"].weights is not None and ids["tags"].weights is None
+    assert ids["history"].weights.tolist() == [w for i in (7, 29, 0) for w in rows[i]["history:weights"]]
 
 
 def test_lists_that_are_all_empty(tmp_path: Path) -> None:

@@ -189,6 +189,19 @@ def test_l2_shrinks_what_was_looked_up(backend: str) -> None:
     assert not torch.equal(expected, before)
 
 
+def test_ids_that_lie_as_they_are_sent_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = sparse_side(LAYOUT, embedding("sgd", "column", "torch"))
+    assert sorted(sparse.id_order) == sorted(feature.name for feature in LAYOUT.features)
+    sparse = sparse_side(SINGLE_LAYOUT, embedding("sgd", "table", "torch"))
+    values = torch.arange(8 * len(sparse.id_order)).view(-1, 8)
+    sent = []
+    monkeypatch.setattr("megarec.sparse.exchange.ids.all_to_all", lambda flat, *rest: sent.append(flat) or flat)
+    batch = global_batch(SINGLE_LAYOUT, 8, step=0)
+    ids = {name: Ids(own) for name, own in zip(sparse.id_order, values.unbind(), strict=True)}
+    sparse.distribute(dataclasses.replace(batch, ids=ids))
+    assert sent[0].data_ptr() == values.data_ptr() and torch.equal(sent[0], values.view(-1))
+
+
 @pytest.mark.parametrize("backend", ["fbgemm", "torch"])
 def test_order_within_a_list_does_not_matter(backend: str) -> None:
     """A sequence pools as any list: ids and weights reversed within every example give the same sums."""

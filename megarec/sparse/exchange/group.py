@@ -55,6 +55,11 @@ class ReplicatedTables:
         self.tables = LocalTables(slots, layout, shards, choices, config, channel, device, replicated=True)
         self.pieces = [[ColumnBlock(slot.feature.name, slot.start, slot.offset, slot.columns) for slot in slots]]
 
+    @property
+    def id_order(self) -> list[str]:
+        """See `IdExchange.order`."""
+        return self._ids.order
+
     def distribute(self, ids: Mapping[str, Ids], size: int) -> LocalIds:
         """Ids of `size` examples by feature -> what is looked up in them."""
         return self._ids(ids, size)
@@ -103,6 +108,11 @@ class ShardedTables:
         self._before_rows = sum(slot.columns for slot in mine[:leading])
         senders = [*(whole if any(self._columns) else []), *([by_rows] if by_rows else [])]
         self.pieces = [[_column_block(slot) for slot in slots] for slots in senders]
+
+    @property
+    def id_order(self) -> list[str]:
+        """See `IdExchange.order`; parts of features whose rows are split are among them."""
+        return self._ids.order
 
     def distribute(self, ids: Mapping[str, Ids], size: int) -> LocalIds:
         """Ids of `size` examples by feature -> what this rank looks up."""
@@ -395,6 +405,11 @@ class TableGroup:
             device,
             [f.name for f in layout.features if f.multi_valued and f.pooling == "mean"],
         )
+
+    @property
+    def id_order(self) -> list[str]:
+        """See `IdExchange.order`; those that are looked up on the spot come last."""
+        return [name for part in (self._sharded, self._replicated) if part is not None for name in part.id_order]
 
     def distribute(self, batch: Batch) -> Distributed:
         """Send the ids of a batch to the owners; reads no table."""

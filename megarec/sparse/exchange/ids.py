@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megarec.data.batch import Ids
+from megarec.data.batch import Ids, end_to_end
 from megarec.distributed.collectives import Channel, all_to_all
 from megarec.sparse.layout import Feature
 from megarec.sparse.lookups import Lookup
@@ -45,6 +45,11 @@ class IdExchange:
         self._jagged_slots = torch.tensor(mine, dtype=torch.int64, device=device)
         self._offsets = torch.zeros(1, dtype=dtype, device=device)  # of bags with one id each
 
+    @property
+    def order(self) -> list[str]:
+        """Features in the order in which their ids are sent; a batch in which they lie so is sent without a copy."""
+        return [name for names in self._features for name in names]
+
     def __call__(self, ids: Mapping[str, Ids], size: int) -> LocalIds:
         """The ids of `size` examples by feature -> those of this rank's slots over all ranks' examples."""
         return self._exchange_jagged(ids, size) if any(self._jagged) else self._exchange_single(ids, size)
@@ -77,7 +82,7 @@ class IdExchange:
         """Those of weighted slots from all ranks, ones for the others: float32, in the order of the values."""
         parts = [[_weights(ids, name) for name in names] for names in self._weighted]
         sizes = [sum(part.shape[0] for part in own) for own in parts]
-        flat = torch.cat([part for own in parts for part in own])
+        flat = end_to_end([part for own in parts for part in own])
         slots = self._weighted_slots
         expected = [sum(sums[s][b][r] for s, b in self._segments(slots)) for r in range(self._channel.size)]
         received = all_to_all(flat, expected, sizes, self._channel, "weights")
@@ -110,7 +115,7 @@ class IdExchange:
         parts = [_lengths(ids, name) for names in self._jagged for name in names]
         mine = self._jagged_slots.numel()
         return all_to_all(
-            torch.cat(parts).to(self._dtype),
+            end_to_end(parts).to(self._dtype),
             [mine * size] * self._channel.size,
             [len(names) * size for names in self._jagged],
             self._channel,
@@ -120,7 +125,7 @@ class IdExchange:
     def _send_values(self, ids: Mapping[str, Ids], output_sizes: Sequence[int]) -> Tensor:
         by_rank = [[ids[name].values for name in names] for names in self._features]
         sizes = [sum(values.shape[0] for values in parts) for parts in by_rank]
-        flat = torch.cat([values for parts in by_rank for values in parts]).to(self._dtype)
+        flat = end_to_end([values for parts in by_rank for values in parts]).to(self._dtype)
         return all_to_all(flat, output_sizes, sizes, self._channel, "ids")
 
 

@@ -67,6 +67,11 @@ class TowerExchange:
             hosts[peer.rank], shards, config, tower, blocks=peer.size, messages=messages, device=device
         )
 
+    @property
+    def id_order(self) -> list[str]:
+        """See `IdExchange.order`: of hop a."""
+        return self._ids.order
+
     def distribute(self, batch: Batch) -> Distributed:
         """Hop a and the ids of hop b; reads no table."""
         arrived = self._ids(batch.ids, batch.size)
