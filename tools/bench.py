@@ -9,6 +9,7 @@ python tools/bench.py towers           # flat and tower exchange over shaped lin
 python tools/bench.py plan             # the planner's steps beside those that towers measured
 python tools/bench.py checkpoint       # saving and loading over plain writes and reads; steps beside a save
 python tools/bench.py overlap          # waiting for ids, with and without overlap (as root)
+python tools/bench.py prepare          # files of Criteo's format, made up, at two sizes: rows/s and memory
 python tools/bench.py groups           # does the partitioner find the hidden groups of made-up data
 python tools/bench.py loader           # the loader's examples a second over bare takes of Arrow
 """
@@ -35,6 +36,7 @@ NAMES = (
     "groups",
     "plan",
     "loader",
+    "prepare",
 )
 
 
