@@ -201,6 +201,7 @@ def _megarec(model: str, variant: str) -> Contestant:
 
     def exchange() -> None:
         lookup = built.sparse.look_up(batch)
+        _ = lookup.values  # waits for them and lays them out
         lookup.backward(gradient)
         lookup.apply()
 
