@@ -80,6 +80,7 @@ def _ours(layout: EmbeddingLayout, gradient: Tensor, backend: Literal["auto", "t
 
     def step() -> None:
         lookup = sparse.look_up(batch)
+        _ = lookup.values  # waits for them and lays them out
         lookup.backward(gradient)
         lookup.apply()
 

@@ -80,6 +80,7 @@ def _sparse_side(
 
     def step(number: int) -> None:
         lookup = sparse.look_up(batches[number])
+        _ = lookup.values  # waits for them and lays them out
         lookup.backward(gradient)
         lookup.apply()
 
