@@ -100,7 +100,9 @@ def _tables(config: EmbeddingConfig, device: torch.device, topology: Topology) -
     gradient = torch.ones(EXAMPLES, TABLES * COLUMNS, device=device)
 
     def look_up() -> Any:
-        return side.look_up(batch)
+        lookup = side.look_up(batch)
+        _ = lookup.values  # lays them out
+        return lookup
 
     def whole() -> None:
         lookup = look_up()

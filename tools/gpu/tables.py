@@ -52,6 +52,7 @@ def _measure(
 
     def look_up() -> None:
         held["lookup"] = sparse.look_up(batch)
+        _ = held["lookup"].values  # lays them out
 
     def update() -> None:
         lookup = held.pop("lookup")
