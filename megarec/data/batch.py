@@ -106,12 +106,12 @@ def carve(parts: Sequence[tuple[Sequence[int], torch.dtype]], pinned: bool) -> t
 def end_to_end(parts: Sequence[Tensor]) -> Tensor:
     """Contiguous vectors one after another; where they lie so in memory, nothing is copied."""
     first, end = parts[0], parts[0].storage_offset()
-    memory = first.untyped_storage().data_ptr()
+    memory = first.untyped_storage()._cdata  # which storage it is; one without memory of its own has no address
     for part in parts:
         if (
             part.storage_offset() != end
             or part.dtype != first.dtype
-            or part.untyped_storage().data_ptr() != memory
+            or part.untyped_storage()._cdata != memory
             or not part.is_contiguous()
         ):
             return torch.cat(list(parts))

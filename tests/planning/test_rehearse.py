@@ -47,7 +47,7 @@ def real_collectives(path: Path, overrides: list[str]) -> list[dict[str, Any]]:
 
     Every rank makes the same examples, as a rehearsal takes the other ranks to be copies of its own.
     """
-    config = load_config(path, [*overrides, "parallel.overlap=false"])  # the recorder does not see other threads
+    config = load_config(path, overrides)
     device = start_process(config)
     topology = build_topology(config.parallel.ranks_per_host, config.parallel.tensor)
     schema = schema_of(config.data)
@@ -97,7 +97,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_rehearsal_tells_what_the_real_job_does(case: str, base: Path, rank_pool: Callable[[int], RankPool]) -> None:
     rank, overrides = CASES[case]
-    overrides = [*overrides, "parallel.ranks_per_host=2"]
+    # Without overlap: the recorder of the real job does not see other threads.
+    overrides = [*overrides, "parallel.ranks_per_host=2", "parallel.overlap=false"]
     run = rehearse(base, *sets(overrides), "--hosts", "2", "--ranks-per-host", "2", "--rank", str(rank), "--json")
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
