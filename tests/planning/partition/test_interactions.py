@@ -15,6 +15,14 @@ from megarec.planning.partition.mds import wanted_distances
 from megarec.sparse.layout import EmbeddingLayout
 from tests.models.layouts import layout
 
+OF_ANY_LAYOUT = given(
+    full=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    small=st.lists(st.integers(1, 3), max_size=3),
+    examples=st.integers(1, 9),
+    chunk=st.sampled_from([1, 60, 1 << 24]),
+    seed=st.integers(0, 1000),
+)
+
 
 def plainly(pooled: torch.Tensor, features: EmbeddingLayout) -> np.ndarray:
     """Mean |cosine| over examples in which both vectors are not zero; the narrower is filled up with zeros."""
@@ -34,13 +42,7 @@ def plainly(pooled: torch.Tensor, features: EmbeddingLayout) -> np.ndarray:
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    full=st.lists(st.integers(1, 3), min_size=1, max_size=4),
-    small=st.lists(st.integers(1, 3), max_size=3),
-    examples=st.integers(1, 9),
-    chunk=st.sampled_from([1, 60, 1 << 24]),
-    seed=st.integers(0, 1000),
-)
+@OF_ANY_LAYOUT
 def test_interactions_are_those_of_a_plain_loop(
     full: list[int], small: list[int], examples: int, chunk: int, seed: int
 ) -> None:
@@ -60,13 +62,7 @@ def test_interactions_are_those_of_a_plain_loop(
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    full=st.lists(st.integers(1, 3), min_size=1, max_size=4),
-    small=st.lists(st.integers(1, 3), max_size=3),
-    examples=st.integers(1, 9),
-    chunk=st.sampled_from([1, 60, 1 << 24]),
-    seed=st.integers(0, 1000),
-)
+@OF_ANY_LAYOUT
 def test_a_bilinear_logit_has_its_own_second_differences(
     full: list[int], small: list[int], examples: int, chunk: int, seed: int
 ) -> None:
