@@ -16,8 +16,8 @@ from megarec.checkpoint.format import Index, read_export, read_index
 from megarec.checkpoint.offline import said_of
 from megarec.config.load import load_config
 from megarec.data.cache import _whole
+from megarec.data.preparation.table_spec import load_table_spec
 from megarec.data.schema import read_schema
-from megarec.data.sources.table_spec import load_table_spec
 from megarec.errors import UserError
 from megarec.files import parse_json, read_json, write_whole
 from megarec.launching.exit_report import parse
@@ -167,9 +167,9 @@ ELSEWHERE = {  # where another reader stands, and why
     "megarec/launching/rank_process.py": "the launcher's own word; a path in it may hold any byte",
     "megarec/launching/probe.py": "runs on hosts without this package, on the launcher's own words",
     "megarec/launching/probe_client.py": "a path in an answer may hold any byte; what is no JSON is a host's failure",
-    "megarec/data/sources/encode.py": "the work's own note; what is not whole is made again",
-    "megarec/data/sources/merge.py": "the work's own note; what is not whole is made again",
-    "megarec/data/sources/scan.py": "the work's own note; what is not whole is made again",
+    "megarec/data/preparation/encode.py": "the work's own note; what is not whole is made again",
+    "megarec/data/preparation/merge.py": "the work's own note; what is not whole is made again",
+    "megarec/data/preparation/scan.py": "the work's own note; what is not whole is made again",
     "tools/benchmarks/groups.py": "what the tools print",
     "tools/benchmarks/testbed.py": "what `ip -json` says",
     "tools/benchmarks/towers.py": "what its own ranks say",

@@ -8,15 +8,15 @@ import re
 import sys
 from pathlib import Path
 
+from megarec.data.preparation.infer import infer
+from megarec.data.preparation.prepare import QUARANTINE_FILE, MaxBad, prepare_spec, prepare_table
+from megarec.data.preparation.scan import Shares
 from megarec.data.schema import SPLITS, Schema, read_schema
 from megarec.data.sources import grouped, planted
 from megarec.data.sources.criteo import criteo_spec
-from megarec.data.sources.infer import infer
 from megarec.data.sources.movielens import prepare_movielens
 from megarec.data.sources.movielens_wheels import SOURCES, TERMS
-from megarec.data.sources.scan import Shares
 from megarec.data.sources.synthetic import Shape, check_size, prepare_like, prepare_synthetic
-from megarec.data.sources.table import QUARANTINE_FILE, MaxBad, prepare_spec, prepare_table
 from megarec.errors import ArgumentParser, UserError, exits_cleanly
 from megarec.signals import unwinding
 

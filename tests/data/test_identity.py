@@ -10,13 +10,13 @@ import pytest
 
 from megarec.checkpoint.compatibility import check_schema
 from megarec.commands.evaluate import fitting_schema
+from megarec.data.preparation.prepare import prepare_table
 from megarec.data.schema import Schema, load_schema, select_features
 from megarec.data.sources import planted
 from megarec.data.sources.planted import prepare_planted
 from megarec.data.sources.synthetic import Shape, _schema, prepare_like, prepare_synthetic
-from megarec.data.sources.table import prepare_table
 from megarec.errors import UserError
-from tests.data.sources.test_table import write_spec
+from tests.data.preparation.test_prepare import write_spec
 
 COLUMNS: dict[str, Any] = {
     "user": {"type": "categorical"},

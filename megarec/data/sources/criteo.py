@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from numpy.typing import NDArray
 
-from megarec.data.sources.table_spec import Categorical, Column, Label, Numeric, TableSpec
+from megarec.data.preparation.table_spec import Categorical, Column, Label, Numeric, TableSpec
 
 NUMERIC = tuple(f"I{i}" for i in range(1, 14))
 CATEGORICAL = tuple(f"C{i}" for i in range(1, 27))

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from megarec.data.batch import flat_positions
 from megarec.data.loader import permuted
+from megarec.data.preparation.vocabulary import Vocabulary, VocabularyCounter
 from megarec.data.schema import SPLITS, CategoricalFeature, Schema, save_schema
 from megarec.data.sources.movielens_wheels import SOURCES, TERMS, Ratings, Source, read_ratings
-from megarec.data.sources.vocabulary import Vocabulary, VocabularyCounter
 from megarec.data.writing import SplitWriter, check_output, write_dataset
 from megarec.errors import UserError
 

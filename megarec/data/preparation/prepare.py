@@ -14,16 +14,16 @@ from typing import Any
 
 import pyarrow as pa
 
+from megarec.data.preparation import table_reader
+from megarec.data.preparation.encode import Encoder, shards_of
+from megarec.data.preparation.merge import MergeTask, Table, merge, runs_of
+from megarec.data.preparation.scan import Piece, Scanned, Shares, scan, scanned_file
+from megarec.data.preparation.table_reader import Unit, units_of
+from megarec.data.preparation.table_spec import Categorical, Numeric, TableSpec, load_table_spec
+from megarec.data.preparation.text_files import BadRow
+from megarec.data.preparation.vocabulary import Hashing, identity_of, read_values
+from megarec.data.preparation.work import Progress, Workers, work_directory
 from megarec.data.schema import SPLITS, CategoricalFeature, Schema, identity_difference, load_schema, save_schema
-from megarec.data.sources import table_reader
-from megarec.data.sources.encode import Encoder, shards_of
-from megarec.data.sources.merge import MergeTask, Table, merge, runs_of
-from megarec.data.sources.scan import Piece, Scanned, Shares, scan, scanned_file
-from megarec.data.sources.table_reader import Unit, units_of
-from megarec.data.sources.table_spec import Categorical, Numeric, TableSpec, load_table_spec
-from megarec.data.sources.text_files import BadRow
-from megarec.data.sources.vocabulary import Hashing, identity_of, read_values
-from megarec.data.sources.work import Progress, Workers, work_directory
 from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
 

@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from megarec.commands.prepare_data import listed, main
+from megarec.data.preparation import encode, merge, scan, table_reader, text_files
+from megarec.data.preparation.prepare import MaxBad, prepare_spec, prepare_table
+from megarec.data.preparation.scan import Shares
+from megarec.data.preparation.vocabulary import Hashing
 from megarec.data.schema import load_schema
-from megarec.data.sources import encode, merge, scan, table_reader, text_files
 from megarec.data.sources.criteo import CATEGORICAL, NUMERIC, criteo_spec, write_made_up
-from megarec.data.sources.scan import Shares
-from megarec.data.sources.table import MaxBad, prepare_spec, prepare_table
-from megarec.data.sources.vocabulary import Hashing
 from megarec.errors import UserError
 
 ROWS = {"day_0": 1500, "day_1": 700, "day_2": 300, "day_3": 250}
@@ -185,7 +185,7 @@ def test_what_is_finished_is_not_repeated(days: Path, tmp_path: Path, monkeypatc
 def test_killed_after_all_is_in_place(days: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stays behind beside a whole data set is no obstacle, and the next one is whole as well."""
     with monkeypatch.context() as patch:
-        patch.setattr("megarec.data.sources.work.shutil.rmtree", lambda *_, **__: None)
+        patch.setattr("megarec.data.preparation.work.shutil.rmtree", lambda *_, **__: None)
         first = content(prepare(days, tmp_path / "out"))
     assert (tmp_path / ".out.partial-work" / "tables").is_dir()
     assert content(prepare(days, tmp_path / "out")) == first and len(list(tmp_path.iterdir())) == 1

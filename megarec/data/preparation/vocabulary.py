@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megarec.data.sources.values import canonical_text
+from megarec.data.preparation.values import canonical_text
 from megarec.errors import UserError
 from megarec.files import file_name
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from megarec.data.sources.table_reader import Part
-from megarec.data.sources.table_spec import Categorical, MultiValued, Numeric
-from megarec.data.sources.text_files import first_failing
+from megarec.data.preparation.table_reader import Part
+from megarec.data.preparation.table_spec import Categorical, MultiValued, Numeric
+from megarec.data.preparation.text_files import first_failing
 from megarec.errors import UserError
 
 Owner = NDArray[np.int64] | None

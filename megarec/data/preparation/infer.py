@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megarec.data.sources.table_reader import readable
-from megarec.data.sources.table_spec import TableSpec
-from megarec.data.sources.text_files import DELIMITERS, TextFile, kind_of
+from megarec.data.preparation.table_reader import readable
+from megarec.data.preparation.table_spec import TableSpec
+from megarec.data.preparation.text_files import DELIMITERS, TextFile, kind_of
 from megarec.errors import UserError
 from megarec.files import write_whole
 

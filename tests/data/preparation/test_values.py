@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megarec.data.preparation import text_files
+from megarec.data.preparation.prepare import prepare_table
 from megarec.data.schema import load_schema
-from megarec.data.sources import text_files
-from megarec.data.sources.table import prepare_table
 from megarec.data.store import open_split
 from megarec.errors import UserError
-from tests.data.sources.test_table import all_splits, write_spec
+from tests.data.preparation.test_prepare import all_splits, write_spec
 
 STRING: dict[str, Any] = {"type": "categorical"}
 INTEGER: dict[str, Any] = {"type": "categorical", "dtype": "integer"}

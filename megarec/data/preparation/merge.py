@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megarec.data.sources.scan import Piece, load
-from megarec.data.sources.vocabulary import OUT_OF_VOCABULARY, Hashing, identity_of, read_values, vocabulary_file
+from megarec.data.preparation.scan import Piece, load
+from megarec.data.preparation.vocabulary import OUT_OF_VOCABULARY, Hashing, identity_of, read_values, vocabulary_file
 from megarec.files import write_whole
 
 MERGE_VALUES = 1 << 21

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megarec.data.sources.table_spec import TableSpec
-from megarec.data.sources.text_files import COUNTED, DELIMITERS, BadRow, TextFile, kind_of
+from megarec.data.preparation.table_spec import TableSpec
+from megarec.data.preparation.text_files import COUNTED, DELIMITERS, BadRow, TextFile, kind_of
 from megarec.errors import UserError, did_you_mean
 
 UNIT_BYTES = 1 << 26

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megarec.data.preparation.infer import infer
+from megarec.data.preparation.prepare import prepare_table
+from megarec.data.preparation.scan import Shares
 from megarec.data.schema import load_schema
-from megarec.data.sources.infer import infer
-from megarec.data.sources.scan import Shares
-from megarec.data.sources.table import prepare_table
 from megarec.errors import UserError
 
 ROWS = 2000

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarec.data.sources import vocabulary
-from megarec.data.sources.vocabulary import Hashing, VocabularyCounter
+from megarec.data.preparation import vocabulary
+from megarec.data.preparation.vocabulary import Hashing, VocabularyCounter
 
 values = st.lists(st.none() | st.sampled_from(["", "a", "b", "ä", "Z", "zz"]), max_size=30)
 

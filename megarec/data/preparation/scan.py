@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from megarec.data.preparation.table_reader import Part, RowRefused, Unit, read_unit
+from megarec.data.preparation.table_spec import Categorical, Numeric, TableSpec
+from megarec.data.preparation.text_files import BadRow
+from megarec.data.preparation.values import id_lists, id_values, labels, numbers, weights
 from megarec.data.schema import SPLITS
-from megarec.data.sources.table_reader import Part, RowRefused, Unit, read_unit
-from megarec.data.sources.table_spec import Categorical, Numeric, TableSpec
-from megarec.data.sources.text_files import BadRow
-from megarec.data.sources.values import id_lists, id_values, labels, numbers, weights
 from megarec.files import write_whole
 
 PIECE_ROWS = 1 << 18

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megarec.data.sources.merge import LookUp, look_up_file
-from megarec.data.sources.scan import Piece, load
-from megarec.data.sources.table_spec import Categorical, TableSpec
+from megarec.data.preparation.merge import LookUp, look_up_file
+from megarec.data.preparation.scan import Piece, load
+from megarec.data.preparation.table_spec import Categorical, TableSpec
 from megarec.data.writing import ROWS_PER_GROUP, ROWS_PER_SHARD
 from megarec.files import write_whole
 
