@@ -1,0 +1,117 @@
+"""From a checkpoint to a directory that scores raw rows (megarec/serving/scorer reads it)."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megarec.checkpoint.offline import new_directory
+from megarec.config.sections import RunConfig
+from megarec.data.schema import Schema, identity_difference, load_schema
+from megarec.distributed.topology import ONE_RANK
+from megarec.errors import UserError
+from megarec.files import write_json
+from megarec.run.spec import ModelSpec
+from megarec.serving import scorer
+from megarec.serving.export.golden import golden_sample
+from megarec.serving.export.graph import export_onnx, export_program, scored_model
+from megarec.serving.export.raw_values import write_raw_values
+from megarec.serving.export.tables import TableType, write_tables
+from megarec.serving.predictor import Weights, checked_spec, open_checkpoint
+from megarec.serving.scorer.bundle import FORMAT, MANIFEST, VERSION, Bundle, checksum
+from megarec.sparse.layout import EmbeddingLayout
+from megarec.sparse.run_placement import layouts_by_host
+
+DENSE_FILE, PROGRAM_FILE, GOLDEN_FILE, SCORER = "dense.onnx", "dense.pt2", "golden.json", "scorer"
+
+
+def export_bundle(
+    checkpoint: Path, target: Path, data: Path | None = None, tables: TableType = "fp32", program: bool = False
+) -> dict[str, Any]:
+    """Write the scoring bundle of a checkpoint; the directory is there whole or not at all.
+
+    Args:
+        checkpoint: its directory.
+        data: the prepared data set that the run was trained on; None: where the run's config says.
+        tables: the type in which embedding tables are written.
+        program: whether the dense model is written as a `torch.export` program as well.
+
+    Returns:
+        What the command prints: step, files and bytes.
+
+    Raises:
+        UserError: the checkpoint is damaged, the data set is not the one, or the target exists.
+    """
+    config, schema, weights = open_checkpoint(checkpoint)
+    spec = checked_spec(config, schema, weights)
+    prepared = data or Path(config.data.path)
+    _check_data(schema, prepared, checkpoint)
+    layout = looked_up(config, spec)
+    with new_directory(target) as directory:
+        manifest = _manifest(config, schema, layout, weights, prepared, tables, directory)
+        model = scored_model(config, spec, weights, layout.width)
+        export_onnx(model, directory / DENSE_FILE)
+        if program:
+            export_program(model, directory / PROGRAM_FILE)
+        manifest |= {"dense": DENSE_FILE, "golden": GOLDEN_FILE, "width": layout.width}
+        shutil.copytree(Path(scorer.__file__).parent, directory / SCORER, ignore=shutil.ignore_patterns("__pycache__"))
+        write_json(directory / MANIFEST, manifest | {"files": _files(directory)})
+        write_json(directory / GOLDEN_FILE, golden_sample(Bundle(directory), model))
+        manifest["files"] = _files(directory)
+        write_json(directory / MANIFEST, manifest)
+    return {"files": len(manifest["files"]), "bytes": sum(about["bytes"] for about in manifest["files"].values())}
+
+
+def _files(directory: Path) -> dict[str, Any]:
+    """By name, the size and checksum of every file but the manifest."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in files
+    }
+
+
+def looked_up(config: RunConfig, spec: ModelSpec) -> EmbeddingLayout:
+    """The features whose pooled rows lie side by side in front of the tower modules, or of the dense model."""
+    (layout,) = layouts_by_host(spec.layout, ONE_RANK, "flat", spec.towers)
+    return layout
+
+
+def _check_data(schema: Schema, data: Path, checkpoint: Path) -> None:
+    remedy = "name the data set that the run was trained on by --data DIR"
+    try:
+        found = load_schema(data)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: an export needs the vocabularies of its data: {error}; {remedy}") from error
+    if difference := identity_difference(schema.identity, found.identity):
+        raise UserError(f"--data {data}: {difference}")
+
+
+def _manifest(
+    config: RunConfig,
+    schema: Schema,
+    layout: EmbeddingLayout,
+    weights: Weights,
+    data: Path,
+    tables: TableType,
+    directory: Path,
+) -> dict[str, Any]:
+    ids, numbers = write_raw_values(schema, data, None, directory)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": config.model.name,
+        "label": schema.label_rule or schema.label,
+        "tables": write_tables(layout.tables, weights, tables, directory),
+        "features": [
+            {
+                "name": feature.name,
+                "table": feature.table,
+                "start": feature.start,
+                "columns": feature.columns,
+                "multi_valued": feature.multi_valued,
+                "pooling": feature.pooling,
+                "raw": ids[feature.name],
+            }
+            for feature in layout.features
+        ],
+        "numeric": [{"name": name, "raw": numbers[name]} for name in schema.numeric],
+    }
