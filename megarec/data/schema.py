@@ -71,6 +71,7 @@ class Schema(BaseModel):
     name: str
     label: str = "label"
     label_rule: str = Field("", description="how the label was made, for people")
+    labelled: bool = Field(True, description="false: the files had no label; such data are scored, not trained on")
     categorical: tuple[CategoricalFeature, ...]
     numeric: tuple[str, ...] = ()
     rows: dict[str, int] = Field(description="examples per split")
@@ -222,7 +223,7 @@ def identity_difference(there: Mapping[str, str], here: Mapping[str, str]) -> st
             remedy = (
                 "take the seed and the features that it was trained on"
                 if text.startswith(MADE_UP) and here[name].startswith(MADE_UP)
-                else "prepare the raw files with --vocabulary DIR, the data set that it was trained on"
+                else "prepare the raw files with --like DIR, the data set that it was trained on"
             )
             return f"{name} means {text} there, {here[name]} here, so that its numbers stand for other values; {remedy}"
     return None

@@ -27,7 +27,7 @@ from megarec.files import write_whole
 
 PIECE_ROWS = 1 << 18
 PIECE_BYTES = 1 << 26
-_Key = str | tuple[str, str]  # a column; what belongs to it
+Key = str | tuple[str, str]  # a column; what belongs to it
 _ODD, _ALL = 0x9E3779B97F4A7C15, (1 << 64) - 1
 _FEW_ROWS = 256  # rows among which a bad one is looked for by itself
 
@@ -152,10 +152,10 @@ def _divided(part: Part, unit: int, split: str, shares: Shares | None) -> Iterat
 
 def _usable(
     part: Part, spec: TableSpec, bad: list[BadRow], most_bad: int | None
-) -> Iterator[tuple[int, dict[_Key, Any]]]:
+) -> Iterator[tuple[int, dict[Key, Any]]]:
     """(rows, their values by column) of the rows that can be used; the others are noted in `bad`."""
     try:
-        yield len(part.numbers), _values(part, spec)
+        yield len(part.numbers), values_of(part, spec)
         return
     except RowRefused as refused:
         if most_bad is not None and len(bad) >= most_bad:
@@ -164,16 +164,16 @@ def _usable(
     for few in part.cut(_FEW_ROWS):
         while len(few.numbers):
             try:
-                yield len(few.numbers), _values(few, spec)
+                yield len(few.numbers), values_of(few, spec)
                 break
             except RowRefused as refused:
                 bad.append(refused.bad)
                 few = few.without(refused.index)
 
 
-def _values(part: Part, spec: TableSpec) -> dict[_Key, Any]:
+def values_of(part: Part, spec: TableSpec) -> dict[Key, Any]:
     """By column, what its rule makes of the values: the ids of a list with their lengths."""
-    found: dict[_Key, Any] = {}
+    found: dict[Key, Any] = {}
     for name, column in spec.columns.items():
         if isinstance(column, Categorical):
             found[name] = id_values(part, name, column)
@@ -195,13 +195,13 @@ class _Gathered:
     spec: TableSpec
     rows: int = 0
     _bytes: int = 0
-    _values: dict[_Key, list[Any]] = field(default_factory=dict)
+    _values: dict[Key, list[Any]] = field(default_factory=dict)
 
     @property
     def full(self) -> bool:
         return self.rows >= PIECE_ROWS or self._bytes >= PIECE_BYTES
 
-    def add(self, rows: int, values: dict[_Key, Any], size: int) -> None:
+    def add(self, rows: int, values: dict[Key, Any], size: int) -> None:
         for name, part in values.items():
             self._values.setdefault(name, []).append(part)
         self.rows += rows
@@ -238,7 +238,7 @@ class _Gathered:
         }
         return Piece(split, self.rows, present, files)
 
-    def _joined(self, name: _Key) -> NDArray[Any]:
+    def _joined(self, name: Key) -> NDArray[Any]:
         return np.concatenate(self._values.pop(name))
 
 

@@ -24,7 +24,7 @@ class _Ids(_Strict):
 
     @model_validator(mode="after")
     def _one_way(self) -> "_Ids":
-        given = [key for key in ("min_count", "hash", "table") if key in self.model_fields_set]
+        given = [key for key in ("min_count", "hash", "table") if getattr(self, key) not in (None, 1)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; keep one")
         return self
@@ -94,8 +94,12 @@ class TableSpec(_Strict):
     columns: dict[str, Column]
 
     @property
-    def label(self) -> str:
-        return next(name for name, column in self.columns.items() if isinstance(column, Label))
+    def labels(self) -> list[str]:
+        return [name for name, column in self.columns.items() if isinstance(column, Label)]
+
+    def without(self, names: set[str]) -> "TableSpec":
+        """The same for files that lack these columns."""
+        return self.model_copy(update={"columns": {n: c for n, c in self.columns.items() if n not in names}})
 
     @property
     def ids(self) -> dict[str, Categorical | MultiValued]:
@@ -108,9 +112,8 @@ class TableSpec(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TableSpec":
-        labels = [name for name, column in self.columns.items() if isinstance(column, Label)]
-        if len(labels) != 1:
-            raise ValueError(f"expected one column of type 'label', found {len(labels)}: {labels}")
+        if len(self.labels) != 1:
+            raise ValueError(f"expected one column of type 'label', found {len(self.labels)}: {self.labels}")
         if not self.ids and not any(isinstance(column, Numeric) for column in self.columns.values()):
             raise ValueError("expected at least one column of type 'categorical', 'multi_valued' or 'numeric'")
         lists = [name for name, column in self.columns.items() if isinstance(column, MultiValued)]
@@ -143,13 +146,19 @@ def load_table_spec(path: Path) -> TableSpec:
     try:
         return TableSpec.model_validate(value)
     except ValidationError as error:
-        raise UserError(f"{path}: {_describe(error)}") from error
+        raise UserError(f"{path}: {describe(error)}") from error
 
 
-def _describe(error: ValidationError) -> str:
+def describe(error: ValidationError, under: str | None = None) -> str:
+    """The first thing that is wrong with a spec, in words.
+
+    Args:
+        under: the key of what was checked that has the spec; None: it was the spec.
+    """
     first = error.errors()[0]
-    kind = first["loc"][2] if len(first["loc"]) > 2 and first["loc"][0] == "columns" else None
-    loc = [str(part) for index, part in enumerate(first["loc"]) if not (kind and index == 2)]
+    found = first["loc"][1:] if under is not None and first["loc"][:1] == (under,) else first["loc"]
+    kind = found[2] if len(found) > 2 and found[0] == "columns" else None
+    loc = [str(part) for index, part in enumerate(found) if not (kind and index == 2)]
     key = ".".join(loc)
     if first["type"] == "extra_forbidden":
         section = _KINDS[str(kind)] if kind else TableSpec
