@@ -34,7 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "wukong, full": {"model": WUKONG | {"fm": "full"}},
     **{
         name: {"model": {"name": name}}
-        for name in "dlrm dcn lr fm dnn deepfm xdeepfm autoint masknet finalmlp afn".split()
+        for name in ["dlrm", "dcn", "lr", "fm", "dnn", "deepfm", "xdeepfm", "autoint", "masknet", "finalmlp", "afn"]
     },
     "wukong, wukong towers": {"model": WUKONG, "tower_module": TOWER_MODULE, **TOWER},
     "dlrm, dlrm towers": {"model": {"name": "dlrm"}, "tower_module": {"name": "dlrm", "compression": 2}, **TOWER},

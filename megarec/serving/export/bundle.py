@@ -6,6 +6,7 @@ from typing import Any
 
 from megarec.checkpoint.offline import new_directory
 from megarec.config.sections import RunConfig
+from megarec.data.preparation.kept_spec import SPEC_FILE, load_prepared
 from megarec.data.schema import Schema, identity_difference, load_schema
 from megarec.distributed.topology import ONE_RANK
 from megarec.errors import UserError
@@ -94,7 +95,8 @@ def _manifest(
     tables: TableType,
     directory: Path,
 ) -> dict[str, Any]:
-    ids, numbers = write_raw_values(schema, data, None, directory)
+    kept = load_prepared(data).kept if (data / SPEC_FILE).is_file() else None
+    ids, numbers = write_raw_values(schema, data, kept, directory)
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -5,8 +5,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from megarec.data.preparation.table_spec import MultiValued, Numeric, TableSpec
+from megarec.data.preparation.kept_spec import KeptSpec
+from megarec.data.preparation.table_spec import Bucketised, Lists, Numeric, Sequence
 from megarec.data.preparation.vocabulary import read_values, vocabulary_file
 from megarec.data.schema import CategoricalFeature, Schema
 from megarec.files import file_name
@@ -15,13 +18,15 @@ from megarec.serving.scorer.look_ups import text_hash
 VOCABULARY = "vocabulary"
 
 
-def write_raw_values(schema: Schema, data: Path, spec: TableSpec | None, target: Path) -> tuple[dict[str, Any], ...]:
+def write_raw_values(
+    schema: Schema, data: Path, kept: KeptSpec | None, target: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the vocabularies of the features below `target`.
 
     Args:
         schema: the features of the model.
         data: the prepared data set that it was trained on.
-        spec: of that data set; None: it keeps none, and its vocabularies say what the values are.
+        kept: how that was made; None: it does not say, and its vocabularies say what the values are.
 
     Returns:
         For categorical and for numeric features, by name, what the manifest says of their raw values.
@@ -30,58 +35,85 @@ def write_raw_values(schema: Schema, data: Path, spec: TableSpec | None, target:
         UserError: a vocabulary is missing or damaged.
     """
     (target / VOCABULARY).mkdir()
-    written: dict[str, dict[str, Any]] = {}
-    ids = {feature.name: _ids(feature, data, spec, target, written) for feature in schema.categorical}
-    return ids, {name: _number(name, spec) for name in schema.numeric}
+    writer = _Vocabularies(data, target)
+    if kept is None:
+        ids = {feature.name: _as_known(feature, writer) for feature in schema.categorical}
+        return ids, {name: _number(name, Numeric(type="numeric"), None) for name in schema.numeric}
+    return {feature.name: _ids(feature.name, kept, writer) for feature in schema.categorical}, {
+        name: _number(name, kept.spec.columns[name], kept.fitted.moments.get(name)) for name in schema.numeric
+    }
 
 
-def _ids(
-    feature: CategoricalFeature, data: Path, spec: TableSpec | None, target: Path, written: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    column = None if spec is None else spec.ids[feature.name]
-    owner = (column.table if column is not None else feature.table) or feature.name
+def _as_known(feature: CategoricalFeature, writer: "_Vocabularies") -> dict[str, Any]:
+    """A feature of a data set without a spec: values of its vocabulary, or rows of the table."""
     about: dict[str, Any] = {"column": feature.name}
-    if isinstance(column, MultiValued):
-        about["separator"] = column.separator
-    if spec is not None and feature.weighted:
-        about["weights"] = spec.weights[feature.name]
-    elif feature.weighted:
+    if feature.weighted:
         about["weights"] = feature.weights_column
-    hashed = None if spec is None else spec.ids[owner].hash
-    if column is not None and hashed is not None:
-        return about | {"kind": "hash", "dtype": column.dtype}
-    if owner not in written:
-        written[owner] = _write_vocabulary(owner, data, None if column is None else column.dtype, target)
-    return about | written[owner]
+    owner = feature.table or feature.name
+    return about | (writer.write(owner) if vocabulary_file(writer.data, owner).is_file() else {"kind": "row"})
 
 
-def _write_vocabulary(name: str, data: Path, dtype: str | None, target: Path) -> dict[str, Any]:
-    """Sorted values, or texts sorted by their hash, and the row of each."""
-    if dtype is None and not vocabulary_file(data, name).is_file():
-        return {"kind": "row"}
-    values, _ = read_values(data, name)
-    stem = f"{VOCABULARY}/{file_name(name)}"
-    about: dict[str, Any] = {"kind": "vocabulary", "rows": f"{stem}.rows"}
-    if values.type != pa.string():
-        keys = values.to_numpy().astype("<i8")
-        order = np.argsort(keys, kind="stable")
-        keys[order].tofile(target / f"{stem}.keys")
-        about |= {"dtype": dtype or "integer", "keys": f"{stem}.keys"}
-    else:
-        texts = [text.encode() for text in values.to_pylist()]
-        hashes = np.fromiter((text_hash(text) for text in values.to_pylist()), "<u8", len(texts))
-        order = np.argsort(hashes, kind="stable")
-        hashes[order].tofile(target / f"{stem}.hashes")
-        sizes = np.fromiter(map(len, texts), "<i8", len(texts))
-        np.cumsum(sizes[order]).astype("<i8").tofile(target / f"{stem}.ends")
-        (target / f"{stem}.text").write_bytes(b"".join(texts[place] for place in order))
-        about |= {"dtype": "string"} | {part: f"{stem}.{part}" for part in ("hashes", "ends", "text")}
-    (order + 1).astype("<i8").tofile(target / f"{stem}.rows")
-    return about
+def _ids(name: str, kept: KeptSpec, writer: "_Vocabularies") -> dict[str, Any]:
+    column = kept.spec.columns[name]
+    about: dict[str, Any] = {"column": name}
+    if isinstance(column, Bucketised):
+        return about | {"kind": "buckets", "boundaries": kept.fitted.boundaries[name]}
+    ids = kept.spec.ids[name]
+    if isinstance(column, Lists):
+        about["separator"] = column.separator
+        if name in kept.spec.weights:
+            about["weights"] = kept.spec.weights[name]
+    if isinstance(column, Sequence):
+        about |= {"max_length": column.max_length, "newest": column.newest}
+    owner = ids.table or name
+    if kept.spec.ids[owner].hash is not None:
+        return about | {"kind": "hash", "dtype": ids.dtype}
+    return about | writer.write(owner) | {"dtype": ids.dtype}
 
 
-def _number(name: str, spec: TableSpec | None) -> dict[str, Any]:
-    column = None if spec is None else spec.columns[name]
-    if not isinstance(column, Numeric):
-        return {"column": name, "log": False, "missing": None, "moments": None}
-    return {"column": name, "log": column.log, "missing": column.missing, "moments": None}
+def _number(name: str, column: object, moments: tuple[float, float] | None) -> dict[str, Any]:
+    assert isinstance(column, Numeric)
+    return {"column": name, "log": column.log, "missing": column.missing, "moments": moments}
+
+
+class _Vocabularies:
+    """Writes each vocabulary once, as sorted files.
+
+    Args:
+        data: the prepared data set.
+        target: the export.
+    """
+
+    def __init__(self, data: Path, target: Path) -> None:
+        self.data, self._target = data, target
+        self._written: dict[str, dict[str, Any]] = {}
+
+    def write(self, name: str) -> dict[str, Any]:
+        """What the manifest says of a vocabulary."""
+        if name not in self._written:
+            values = read_values(self.data, name)
+            stem = f"{VOCABULARY}/{file_name(name)}"
+            parts, order = _texts(values) if values.type == pa.string() else _numbers(values)
+            for part, content in (parts | {"rows": (order + 1).astype("<i8")}).items():
+                content.tofile(self._target / f"{stem}.{part}")
+            about = {part: f"{stem}.{part}" for part in (*parts, "rows")}
+            kind = "string" if values.type == pa.string() else "integer"
+            self._written[name] = {"kind": "vocabulary", "dtype": kind, **about}
+        return self._written[name]
+
+
+def _numbers(values: pa.Array) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
+    """Rising, and the place of each in the vocabulary."""
+    keys = values.to_numpy().astype("<i8")
+    order = np.argsort(keys, kind="stable")
+    return {"keys": keys[order]}, order
+
+
+def _texts(values: pa.Array) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
+    """In the order of their hashes, and the place of each in the vocabulary."""
+    hashes = np.fromiter(map(text_hash, values.to_pylist()), "<u8", len(values))
+    order = np.argsort(hashes, kind="stable")
+    placed = values.take(pa.array(order)).cast(pa.large_binary())
+    sizes = pc.binary_length(placed).to_numpy(zero_copy_only=False)
+    text = np.frombuffer(b"".join(placed.to_pylist()), np.uint8)
+    return {"hashes": hashes[order], "ends": np.cumsum(sizes).astype("<i8"), "text": text}, order

@@ -111,7 +111,7 @@ class Texts(_Category):
     def __init__(self, hashes: NDArray[Any], rows: NDArray[Any], ends: Ids, text: NDArray[np.uint8]) -> None:
         super().__init__("string")
         self._hashes, self._rows, self._ends = (np.asarray(part) for part in (hashes, rows, ends))
-        self._text = memoryview(np.ascontiguousarray(text))
+        self._text = np.ascontiguousarray(text).data
 
     def rows(self, values: Sequence[Any]) -> Ids:
         distinct = dict.fromkeys(values)

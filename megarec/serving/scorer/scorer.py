@@ -81,7 +81,7 @@ class Scorer:
         embedded = pooled_embeddings(self.bundle.manifest, self._tables, encoded)
         inputs = {"embedded": embedded, "numeric": encoded.numeric}
         (found,) = self._dense.run(None, {name: inputs[name] for name in self._inputs})
-        return found  # type: ignore[no-any-return]
+        return found
 
     def _probabilities(self, logits: Floats) -> NDArray[np.float64]:
         with np.errstate(over="ignore"):
@@ -125,4 +125,6 @@ def _pooled(rows: Floats, ids: FeatureIds, pooling: str) -> Floats:
     if there.any():
         starts = np.concatenate([[0], np.cumsum(ids.lengths[there])[:-1]])
         made[there] = np.add.reduceat(rows, starts, axis=0)
-    return made / np.maximum(ids.lengths, 1)[:, None].astype(np.float32) if pooling == "mean" else made
+    if pooling == "mean":
+        made /= np.maximum(ids.lengths, 1).astype(np.float32)[:, None]
+    return made
