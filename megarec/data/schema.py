@@ -29,6 +29,9 @@ class CategoricalFeature(BaseModel):
     pooling: Literal["sum", "mean"] = Field("sum", description="how a list's rows become one embedding")
     table: str | None = Field(None, description="the feature whose table this one shares; null: a table of its own")
     weighted: bool = Field(False, description="every id of a list has a weight that its row is multiplied by")
+    newest: Literal["first", "last"] | None = Field(
+        None, description="of a sequence, whose lists are in order: the end that is newest; null: of no order"
+    )
     mean_length: float = Field(
         1.0, ge=0, le=1e9, description="ids of an example on average: what the placer counts with"
     )

@@ -12,7 +12,8 @@ from megarec.data.preparation.kept_spec import load_prepared
 from megarec.data.preparation.merge import place
 from megarec.data.preparation.scan import Key, places_of, values_of
 from megarec.data.preparation.table_reader import Part, RowRefused
-from megarec.data.preparation.table_spec import Categorical
+from megarec.data.preparation.table_spec import Bucketised, Lists
+from megarec.data.preparation.values import buckets, standardised
 from megarec.data.preparation.vocabulary import OUT_OF_VOCABULARY, Hashing, in_order, read_values
 from megarec.errors import UserError, did_you_mean
 
@@ -34,6 +35,7 @@ class RowEncoder:
         found = load_prepared(directory)
         self._spec = found.kept.spec.without(set(found.kept.spec.labels))
         self._declared = found.kept.spec.columns
+        self._fitted = found.kept.fitted
         owners = {name: column for name, column in self._spec.ids.items() if column.table is None}
         self._rows_of: dict[str, RowsOf] = {
             name: _Known(read_values(directory, name)).rows if column.hash is None else Hashing(column.hash).encode
@@ -76,17 +78,23 @@ class RowEncoder:
             raise UserError(f"row {refused.bad.row}: {refused.bad.what}") from refused
         found: dict[str, pa.Array] = {}
         for name in used:
-            if name in self._spec.ids:
+            if name in self._spec.looked_up:
                 found |= self._ids(name, values)
+            elif name in self._fitted.moments:
+                found[name] = pa.array(standardised(name, values[name], *self._fitted.moments[name]))
             elif name in values:
                 found[name] = pa.array(values[name])
         return pa.table(found)
 
     def _ids(self, name: str, values: dict[Key, Any]) -> dict[str, pa.Array]:
-        column = self._spec.ids[name]
+        column = self._spec.looked_up[name]
         distinct, places, _ = places_of(values[name])
-        encoded = pa.array(np.append(self._rows_of[column.table or name](distinct), OUT_OF_VOCABULARY)[places])
-        if isinstance(column, Categorical):
+        if isinstance(column, Bucketised):
+            row_of = buckets(distinct.to_numpy(), self._fitted.boundaries[name])
+        else:
+            row_of = self._rows_of[column.table or name](distinct)
+        encoded = pa.array(np.append(row_of, OUT_OF_VOCABULARY)[places])
+        if not isinstance(column, Lists):
             return {name: encoded}
         offsets = pa.array(np.append(0, np.cumsum(values[name, "lengths"])).astype(np.int32))
         found = {name: pa.ListArray.from_arrays(offsets, encoded)}

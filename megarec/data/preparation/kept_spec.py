@@ -4,19 +4,36 @@ spec.json beside schema.json has the whole spec (types, transforms, hashing, mis
 vocabulary/. `prepare_data.py table --like DATA` (prepare.py) and `RowEncoder` (encode_rows.py) need nothing else.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from megarec.data.preparation.table_spec import Numeric, TableSpec, describe
+from megarec.data.preparation.table_spec import Bucketised, Numeric, TableSpec, describe
 from megarec.data.preparation.vocabulary import Hashing, identity_of, read_values
 from megarec.data.schema import Schema, identity_difference, load_schema
 from megarec.errors import UserError
 from megarec.files import read_object
 
 SPEC_FILE = "spec.json"
+_FEW = 8  # boundaries that an identity names one by one
+
+
+class Fitted(BaseModel):
+    """What the training split decided beside vocabularies.
+
+    Attributes:
+        boundaries: by bucketised column, where one bucket ends and the next begins; given ones as well.
+        moments: by standardised column, mean and deviation of its numbers, after log.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    boundaries: dict[str, list[float]] = {}
+    moments: dict[str, tuple[float, float]] = {}
 
 
 class KeptSpec(BaseModel):
@@ -26,6 +43,18 @@ class KeptSpec(BaseModel):
 
     version: Literal[1] = 1
     spec: TableSpec
+    fitted: Fitted = Fitted()
+
+    @model_validator(mode="after")
+    def _whole(self) -> "KeptSpec":
+        bucketised = [name for name, column in self.spec.columns.items() if isinstance(column, Bucketised)]
+        for key, found, wanted in (
+            ("boundaries", self.fitted.boundaries, bucketised),
+            ("moments", self.fitted.moments, self.spec.standardised),
+        ):
+            if sorted(found) != sorted(wanted):
+                raise ValueError(f"fitted.{key} has {sorted(found)}, the spec {sorted(wanted)}")
+        return self
 
     def save(self, directory: Path) -> None:
         (directory / SPEC_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -41,7 +70,20 @@ class KeptSpec(BaseModel):
             if isinstance(column, Numeric):
                 transform = "sign(x) log(1 + |x|)" if column.log else "x"
                 found[name] = transform if column.missing is None else f"{transform}, {column.missing:g} where missing"
+                if column.standardise:
+                    mean, deviation = self.fitted.moments[name]
+                    found[name] = f"({transform} - {mean!r}) / {deviation!r}{found[name].removeprefix(transform)}"
+            elif isinstance(column, Bucketised):
+                found[name] = f"buckets cut at {_told(self.fitted.boundaries[name])}"
         return found
+
+
+def _told(boundaries: list[float]) -> str:
+    """All of few, the digest of many."""
+    if len(boundaries) <= _FEW:
+        return str(boundaries)
+    digest = hashlib.sha256(np.array(boundaries, "<f8").tobytes()).hexdigest()[:16]
+    return f"{len(boundaries)} boundaries {digest}"
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def _merged(directory: Path, data: Path, task: MergeTask) -> Table:
     seen, histogram = 0, dict[int, int]()
     sharing = _Sharing(task.hashing)
     with _Runs(counted, task.kind, "count") as runs:
-        for values, counts in _ranges(task):
+        for values, counts in ranges(task):
             seen += len(values)
             if task.hashing is not None:
                 counts = task.hashing.encode(values)
@@ -168,7 +168,7 @@ class _Sharing:
         return self._values - int(np.count_nonzero(self._used == 1)) if len(self._used) else None
 
 
-def _ranges(task: MergeTask) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
+def ranges(task: MergeTask) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
     """Distinct values and their counts, range by range in the order of the values."""
     runs = []
     for path, feature in task.runs:

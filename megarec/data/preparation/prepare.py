@@ -16,11 +16,12 @@ import pyarrow as pa
 
 from megarec.data.preparation import table_reader
 from megarec.data.preparation.encode import Encoder, shards_of
-from megarec.data.preparation.kept_spec import SPEC_FILE, KeptSpec, Prepared, load_prepared
+from megarec.data.preparation.fit import Cuts, mean_and_deviation, quantiles
+from megarec.data.preparation.kept_spec import SPEC_FILE, Fitted, KeptSpec, Prepared, load_prepared
 from megarec.data.preparation.merge import MergeTask, Table, merge, runs_of
 from megarec.data.preparation.scan import Piece, Scanned, Shares, scan, scanned_file
 from megarec.data.preparation.table_reader import Unit, columns_of, units_of
-from megarec.data.preparation.table_spec import Categorical, Numeric, TableSpec, load_table_spec
+from megarec.data.preparation.table_spec import Bucketised, Lists, Numeric, Sequence, TableSpec, load_table_spec
 from megarec.data.preparation.text_files import BadRow
 from megarec.data.preparation.vocabulary import Hashing
 from megarec.data.preparation.work import Progress, Workers, work_directory
@@ -103,7 +104,6 @@ def prepare_spec(
 ) -> Schema:
     """`prepare_table` or `prepare_as` of a spec that is at hand; `named` is how messages call it."""
     check_output(output)
-    kept = KeptSpec(spec=spec) if like is None else like.kept
     paths = [(split, path) for split in (*SPLITS, "all") for path in files.get(split, ())]
     if like is not None and not any(set(spec.labels) & set(columns_of(path, spec)) for _, path in paths):
         spec = spec.without(set(spec.labels))
@@ -116,22 +116,16 @@ def prepare_spec(
     with writable(output), work_directory(output, plan) as work, Workers(workers) as pool:
         for name in ("pieces", "tables", "done", "data"):
             (work / name).mkdir(exist_ok=True)
-        schema = _Preparation(spec, kept, files, units, work, pool, max_bad, shares).run(like)
+        schema = _Preparation(spec, files, units, work, pool, max_bad, shares).run(like)
         publish(work / "data", output)
     return schema
 
 
 @dataclass
 class _Preparation:
-    """What the phases of a preparation share.
-
-    Attributes:
-        spec: of the columns that the files have.
-        kept: what the data set keeps.
-    """
+    """What the phases of a preparation share; the spec is that of the columns that the files have."""
 
     spec: TableSpec
-    kept: KeptSpec
     files: dict[str, list[Path]]
     units: list[Unit]
     work: Path
@@ -150,7 +144,8 @@ class _Preparation:
                 by_chance = "" if self.shares is None else f" and {split} got none by chance"
                 raise UserError(f"{named}: no rows; every split needs some{by_chance}")
         tables = self._merge(pieces, like)
-        known = self._encode(pieces, tables)
+        kept = KeptSpec(spec=self.spec, fitted=self._fit(pieces["train"])) if like is None else like.kept
+        known = self._encode(pieces, tables, kept.fitted)
         self._progress.end()
         present = {split: sum((Counter(p.present) for p in pieces[split]), Counter[str]()) for split in rows}
         unknown = {
@@ -164,14 +159,14 @@ class _Preparation:
         means = {name: present["train"][name] / rows["train"] for name in self.spec.ids} if "train" in rows else {}
         if like is not None:
             means |= {feature.name: feature.mean_length for feature in like.schema.categorical}
-        schema = _schema(self.kept, tables, rows, means).model_copy(update={"labelled": bool(self.spec.labels)})
+        schema = _schema(kept, tables, rows, means).model_copy(update={"labelled": bool(self.spec.labels)})
         shared = {
             name: round(tables[name].shared / max(tables[name].values, 1), 6)  # type: ignore[operator]
             for name in tables
             if tables[name].shared is not None
         }
         schema = schema.model_copy(update={"unknown": unknown, "sharing": shared, "bad_rows": dict(self._reasons)})
-        self.kept.save(self.work / "data")
+        kept.save(self.work / "data")
         save_schema(schema, self.work / "data")
         return schema
 
@@ -259,13 +254,30 @@ class _Preparation:
             self._progress.add(1)
         return found
 
-    def _encode(self, pieces: dict[str, list[Piece]], tables: dict[str, Table]) -> dict[str, Counter[str]]:
+    def _fit(self, train: list[Piece]) -> Fitted:
+        """What the training split decides of numbers."""
+        columns = {n: column for n, column in self.spec.columns.items() if isinstance(column, Bucketised)}
+        found = {name: column.boundaries or [] for name, column in columns.items()}
+        cuts = [
+            Cuts(name, runs_of(train, self.work / "pieces", [name]), column.buckets)
+            for name, column in columns.items()
+            if column.buckets is not None
+        ]
+        found |= {task.name: boundaries for task, boundaries in self.pool.run(quantiles, cuts)}
+        return Fitted(
+            boundaries=found, moments={name: mean_and_deviation(train, name) for name in self.spec.standardised}
+        )
+
+    def _encode(
+        self, pieces: dict[str, list[Piece]], tables: dict[str, Table], fitted: Fitted
+    ) -> dict[str, Counter[str]]:
         number_of = {name: number for number, name in enumerate(tables)}
         encoder = Encoder(
             self.spec,
             self.work / "pieces",
             self.work / "tables",
             {name: number_of[self._table(name)] for name in self.spec.ids},
+            fitted,
             self.work / "data",
             self.work / "done",
         )
@@ -294,13 +306,18 @@ def _plan(spec: TableSpec, units: list[Unit], like: Prepared | None, shares: Sha
 
 def _schema(kept: KeptSpec, tables: dict[str, Table], rows: dict[str, int], mean_lengths: dict[str, float]) -> Schema:
     spec, features = kept.spec, []
-    for name, column in spec.ids.items():
+    for name, column in spec.looked_up.items():
+        if isinstance(column, Bucketised):
+            buckets = len(kept.fitted.boundaries[name]) + 1
+            features.append(CategoricalFeature(name=name, rows=buckets + 1))
+            continue
         many: dict[str, Any] = {}
-        if not isinstance(column, Categorical):
+        if isinstance(column, Lists):
             many = {
                 "multi_valued": True,
                 "pooling": column.pooling,
                 "weighted": name in spec.weights,
+                "newest": column.newest if isinstance(column, Sequence) else None,
                 "mean_length": round(mean_lengths.get(name, 1.0), 3),
             }
         owner = tables[column.table or name]

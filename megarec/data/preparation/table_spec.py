@@ -1,5 +1,6 @@
 """The JSON by which people say what the columns of their own files are."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,12 +37,47 @@ class Categorical(_Ids):
     type: Literal["categorical"]
 
 
-class MultiValued(_Ids):
+class Lists(_Ids):
     """A list of ids a row: text cut at the separator, or a parquet list. Empty elements are dropped."""
 
-    type: Literal["multi_valued"]
     separator: Annotated[str, Field(min_length=1)] = "|"
     pooling: Literal["sum", "mean"] = "sum"
+
+
+class MultiValued(Lists):
+    """A list of ids a row, of any length."""
+
+    type: Literal["multi_valued"]
+
+
+class Sequence(Lists):
+    """A list of ids a row, in the order in which they came to be: the newest are kept, in their order."""
+
+    type: Literal["sequence"]
+    max_length: Annotated[int, Field(ge=1)] = Field(description="how many of the newest elements are kept")
+    newest: Literal["first", "last"] = Field(description="which end of the files' lists is the newest")
+
+
+class Bucketised(_Strict):
+    """A number a row as a category: the bucket that it lies in, from a boundary up to the next; missing: row 0."""
+
+    type: Literal["bucketised"]
+    boundaries: Annotated[list[float], Field(min_length=1)] | None = Field(
+        None, description="where one bucket ends and the next begins, ascending"
+    )
+    buckets: Annotated[int, Field(ge=2, le=1 << 20)] | None = Field(
+        None, description="so many buckets, cut at quantiles of the training split"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Bucketised":
+        if (self.boundaries is None) == (self.buckets is None):
+            raise ValueError("expected either boundaries or buckets")
+        if self.boundaries is not None and (
+            not all(map(math.isfinite, self.boundaries)) or sorted({*self.boundaries}) != self.boundaries
+        ):
+            raise ValueError(f"boundaries={self.boundaries}: expected ascending numbers, none twice")
+        return self
 
 
 class Weights(_Strict):
@@ -57,6 +93,9 @@ class Numeric(_Strict):
     type: Literal["numeric"]
     log: bool = Field(False, description="sign(x) log(1 + |x|) in place of x")
     missing: float | None = Field(None, description="stands where a number is missing; null: that is an error")
+    standardise: bool = Field(
+        False, description="(x - mean) / deviation, after log, of the numbers that the training split has"
+    )
 
 
 class Label(_Strict):
@@ -71,12 +110,17 @@ class Ignored(_Strict):
     type: Literal["ignored"]
 
 
-Column = Annotated[Categorical | MultiValued | Weights | Numeric | Label | Ignored, Field(discriminator="type")]
+Column = Annotated[
+    Categorical | MultiValued | Sequence | Weights | Numeric | Bucketised | Label | Ignored,
+    Field(discriminator="type"),
+]
 _KINDS: dict[str, type[BaseModel]] = {
     "categorical": Categorical,
     "multi_valued": MultiValued,
+    "sequence": Sequence,
     "weights": Weights,
     "numeric": Numeric,
+    "bucketised": Bucketised,
     "label": Label,
     "ignored": Ignored,
 }
@@ -102,8 +146,18 @@ class TableSpec(_Strict):
         return self.model_copy(update={"columns": {n: c for n, c in self.columns.items() if n not in names}})
 
     @property
-    def ids(self) -> dict[str, Categorical | MultiValued]:
-        return {name: c for name, c in self.columns.items() if isinstance(c, Categorical | MultiValued)}
+    def ids(self) -> dict[str, Categorical | Lists]:
+        """The columns whose values have a vocabulary or a hash."""
+        return {name: c for name, c in self.columns.items() if isinstance(c, Categorical | Lists)}
+
+    @property
+    def looked_up(self) -> dict[str, Categorical | Lists | Bucketised]:
+        """The columns that become rows of embedding tables."""
+        return {name: c for name, c in self.columns.items() if isinstance(c, Categorical | Lists | Bucketised)}
+
+    @property
+    def standardised(self) -> list[str]:
+        return [name for name, column in self.columns.items() if isinstance(column, Numeric) and column.standardise]
 
     @property
     def weights(self) -> dict[str, str]:
@@ -114,13 +168,18 @@ class TableSpec(_Strict):
     def _consistent(self) -> "TableSpec":
         if len(self.labels) != 1:
             raise ValueError(f"expected one column of type 'label', found {len(self.labels)}: {self.labels}")
-        if not self.ids and not any(isinstance(column, Numeric) for column in self.columns.values()):
-            raise ValueError("expected at least one column of type 'categorical', 'multi_valued' or 'numeric'")
-        lists = [name for name, column in self.columns.items() if isinstance(column, MultiValued)]
+        if not self.looked_up and not any(isinstance(column, Numeric) for column in self.columns.values()):
+            raise ValueError(
+                "expected at least one column of type 'categorical', 'multi_valued', 'sequence', 'numeric' or "
+                "'bucketised'"
+            )
+        lists = [name for name, column in self.columns.items() if isinstance(column, Lists)]
         owners = [(name, column.of) for name, column in self.columns.items() if isinstance(column, Weights)]
         for name, of in owners:
             if of not in lists:
-                raise ValueError(f"columns.{name}.of={of!r} is no multi_valued column; {did_you_mean(of, lists)}")
+                raise ValueError(
+                    f"columns.{name}.of={of!r} is no multi_valued or sequence column; {did_you_mean(of, lists)}"
+                )
             if [other for _, other in owners].count(of) > 1:
                 raise ValueError(f"columns.{name}.of={of!r}: that column has weights already; keep one")
         for name, column in self.ids.items():
