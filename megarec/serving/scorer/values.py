@@ -47,6 +47,7 @@ def category(value: Any, dtype: str) -> str | int | None:
         return None
     if not isinstance(value, str | int):
         raise RowError(f"{shown(value)}, expected text or an integer")
+    _check_size(value)
     return _text(value) if dtype == "string" else _integer(value)
 
 
@@ -103,16 +104,20 @@ def number(value: Any) -> float:
     if value is None or value == "":
         return math.nan
     if isinstance(value, bool | int | float | Decimal):
-        try:
-            return float(value)
-        except OverflowError:
-            raise RowError(f"{shown(value)}, expected a finite number") from None
+        _check_size(value)
+        return float(value)
     if isinstance(value, str):
         text = _text(value) or ""
         text = {"true": "1", "false": "0"}.get(text, text)
         if _NUMBER.fullmatch(text):
             return float(text)
     raise RowError(f"{shown(value)}, expected a number")
+
+
+def _check_size(value: object) -> None:
+    """Files have no larger integers; as text they are numbers like any other."""
+    if isinstance(value, int) and not -_LIMIT <= value < _LIMIT:
+        raise RowError(f"{shown(value)}, expected an integer of 64 bits")
 
 
 def finite(value: float) -> float:
