@@ -7,6 +7,7 @@ from typing import Any
 from megarec.checkpoint.offline import new_directory
 from megarec.config.sections import RunConfig
 from megarec.data.preparation.kept_spec import SPEC_FILE, load_prepared
+from megarec.data.preparation.table_spec import TableSpec
 from megarec.data.schema import Schema, identity_difference, load_schema
 from megarec.distributed.topology import ONE_RANK
 from megarec.errors import UserError
@@ -17,11 +18,24 @@ from megarec.serving.export.golden import golden_sample
 from megarec.serving.export.graph import export_onnx, export_program, scored_model
 from megarec.serving.export.raw_values import write_raw_values
 from megarec.serving.export.tables import TableType, write_tables
+from megarec.serving.export.triton import write_triton
 from megarec.serving.predictor import Weights, checked_spec, open_checkpoint
 from megarec.serving.scorer.bundle import FORMAT, MANIFEST, VERSION, Bundle, checksum
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.run_placement import layouts_by_host
 
+SCORE = '''\
+"""Predictions of a file's raw rows: python score.py rows.csv > predictions.csv (needs numpy and onnxruntime)."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from scorer.files import main  # noqa: E402
+
+main(HERE)
+'''
 DENSE_FILE, PROGRAM_FILE, GOLDEN_FILE, SCORER = "dense.onnx", "dense.pt2", "golden.json", "scorer"
 
 
@@ -55,11 +69,20 @@ def export_bundle(
             export_program(model, directory / PROGRAM_FILE)
         manifest |= {"dense": DENSE_FILE, "golden": GOLDEN_FILE, "width": layout.width}
         shutil.copytree(Path(scorer.__file__).parent, directory / SCORER, ignore=shutil.ignore_patterns("__pycache__"))
+        (directory / "score.py").write_text(SCORE)
+        write_triton(directory)
         write_json(directory / MANIFEST, manifest | {"files": _files(directory)})
         write_json(directory / GOLDEN_FILE, golden_sample(Bundle(directory), model))
         manifest["files"] = _files(directory)
         write_json(directory / MANIFEST, manifest)
     return {"files": len(manifest["files"]), "bytes": sum(about["bytes"] for about in manifest["files"].values())}
+
+
+def _text_files(spec: TableSpec | None) -> dict[str, Any]:
+    """How the text files look that the model was trained on."""
+    if spec is None:
+        return {"delimiter": None, "columns": None}
+    return {"delimiter": spec.delimiter, "columns": None if spec.header else list(spec.columns)}
 
 
 def _files(directory: Path) -> dict[str, Any]:
@@ -102,6 +125,7 @@ def _manifest(
         "version": VERSION,
         "model": config.model.name,
         "label": schema.label_rule or schema.label,
+        "text": _text_files(None if kept is None else kept.spec),
         "tables": write_tables(layout.tables, weights, tables, directory),
         "features": [
             {

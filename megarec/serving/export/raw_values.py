@@ -16,6 +16,7 @@ from megarec.files import file_name
 from megarec.serving.scorer.look_ups import text_hash
 
 VOCABULARY = "vocabulary"
+SEPARATOR = "|"  # of lists in text, where no spec names one
 
 
 def write_raw_values(
@@ -37,20 +38,27 @@ def write_raw_values(
     (target / VOCABULARY).mkdir()
     writer = _Vocabularies(data, target)
     if kept is None:
-        ids = {feature.name: _as_known(feature, writer) for feature in schema.categorical}
+        ids = {feature.name: _as_known(feature, schema, writer) for feature in schema.categorical}
         return ids, {name: _number(name, Numeric(type="numeric"), None) for name in schema.numeric}
     return {feature.name: _ids(feature.name, kept, writer) for feature in schema.categorical}, {
         name: _number(name, kept.spec.columns[name], kept.fitted.moments.get(name)) for name in schema.numeric
     }
 
 
-def _as_known(feature: CategoricalFeature, writer: "_Vocabularies") -> dict[str, Any]:
-    """A feature of a data set without a spec: values of its vocabulary, or rows of the table."""
+def _as_known(feature: CategoricalFeature, schema: Schema, writer: "_Vocabularies") -> dict[str, Any]:
+    """A feature of a data set without a spec: values of its vocabulary, or rows of the table.
+
+    MovieLens's history has the values of item_id and a table of its own: its identity says so.
+    """
     about: dict[str, Any] = {"column": feature.name}
+    if feature.multi_valued:
+        about["separator"] = SEPARATOR
     if feature.weighted:
         about["weights"] = feature.weights_column
-    owner = feature.table or feature.name
-    return about | (writer.write(owner) if vocabulary_file(writer.data, owner).is_file() else {"kind": "row"})
+    owner, identity = feature.table or feature.name, schema.identity
+    alike = [name for name, text in identity.items() if text == identity.get(owner)]
+    known = [name for name in (owner, *alike) if vocabulary_file(writer.data, name).is_file()]
+    return about | (writer.write(known[0]) if known else {"kind": "row"})
 
 
 def _ids(name: str, kept: KeptSpec, writer: "_Vocabularies") -> dict[str, Any]:
