@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from megarec.data.preparation.distinct import places_of
 from megarec.data.preparation.table_reader import Part, RowRefused, Unit, read_unit
 from megarec.data.preparation.table_spec import Categorical, Numeric, TableSpec
 from megarec.data.preparation.text_files import BadRow
@@ -218,7 +218,7 @@ class _Gathered:
                 distinct, places, counts = places_of(values)
                 words[f"{name}:values"] = _one_row(distinct)
                 words[f"{name}:counts"] = _one_row(pa.array(counts))
-                codes = pa.array(places.astype(np.min_scalar_type(len(distinct))))
+                codes = pa.array(places)
                 if isinstance(column, Categorical):
                     rows[name] = codes
                     continue
@@ -240,21 +240,6 @@ class _Gathered:
 
     def _joined(self, name: _Key) -> NDArray[Any]:
         return np.concatenate(self._values.pop(name))
-
-
-def places_of(values: pa.Array) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:
-    """(the distinct values in their order, the place of each value among them, how often each is there).
-
-    A missing value has the place after the last.
-    """
-    encoded = values.dictionary_encode()
-    distinct, count = encoded.dictionary, len(encoded.dictionary)
-    order = pc.sort_indices(distinct).to_numpy().astype(np.int64)
-    rank = np.empty(count + 1, np.int64)
-    rank[order] = np.arange(count)
-    rank[count] = count
-    places = rank[pc.fill_null(encoded.indices, count).to_numpy(zero_copy_only=False)]
-    return distinct.take(pa.array(order)), places, np.bincount(places, minlength=count + 1)[:count]
 
 
 def _one_row(values: pa.Array) -> pa.Array:
