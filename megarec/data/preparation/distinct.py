@@ -54,7 +54,7 @@ def summed(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The distinct ones of some runs of values, in their order, and the sums of their counts."""
     found, order = _in_order(np.concatenate(values))
-    starts = np.flatnonzero(_first_of_each(found))
+    starts, _ = first_and_counts(found)
     together = np.concatenate(counts, dtype=np.int64)
     return found[starts], np.add.reduceat(together[order], starts) if len(starts) else together
 
@@ -62,6 +62,12 @@ def summed(
 def order_of(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     """Int64 [n]: the places of the numbers in their order; equal ones as they come."""
     return _in_order(numbers)[1]
+
+
+def first_and_counts(ordered: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of numbers in their order: where each distinct one comes first, and how often it is there."""
+    starts = np.flatnonzero(_first_of_each(ordered))
+    return starts, np.diff(starts, append=len(ordered))
 
 
 def _in_order(numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

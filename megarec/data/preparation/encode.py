@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from megarec.data.preparation.arrow_files import Mapped
 from megarec.data.preparation.merge import LookUp, look_up_file
-from megarec.data.preparation.scan import Piece, load
+from megarec.data.preparation.scan import Piece
 from megarec.data.preparation.table_spec import Categorical, TableSpec
 from megarec.data.writing import ROWS_PER_GROUP, ROWS_PER_SHARD
 from megarec.files import write_whole
@@ -101,7 +102,8 @@ class Encoder:
     def _tables(self, shard: Shard, known: Counter[str]) -> Iterator[pa.Table]:
         look_ups = {number: LookUp(look_up_file(self.tables, number)) for number in set(self.table_of.values())}
         for piece, start, end in shard.slices:
-            words, rows = load(piece.path(self.pieces, "words")), load(piece.path(self.pieces, "rows"))
+            [words] = Mapped(piece.path(self.pieces, "words")).batches
+            [rows] = Mapped(piece.path(self.pieces, "rows")).batches
             columns: dict[str, pa.Array] = {}
             row_of: dict[str, NDArray[np.int64]] = {}
             for name in self.spec.ids:

@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from megarec.data.preparation.arrow_files import one_row
+from megarec.data.preparation.arrow_files import save as save_batch
 from megarec.data.preparation.distinct import places_of
 from megarec.data.preparation.table_reader import Part, RowRefused, Unit, read_unit
 from megarec.data.preparation.table_spec import Categorical, Numeric, TableSpec
@@ -216,8 +218,8 @@ class _Gathered:
                 values = pa.concat_arrays(self._values.pop(name))
                 present[name] = len(values) - values.null_count
                 distinct, places, counts = places_of(values)
-                words[f"{name}:values"] = _one_row(distinct)
-                words[f"{name}:counts"] = _one_row(pa.array(counts))
+                words[f"{name}:values"] = one_row(distinct)
+                words[f"{name}:counts"] = one_row(pa.array(counts))
                 codes = pa.array(places)
                 if isinstance(column, Categorical):
                     rows[name] = codes
@@ -230,7 +232,7 @@ class _Gathered:
             elif name in self._values:
                 rows[name] = pa.array(self._joined(name))
         files = {
-            path.name: _save(path, columns)
+            path.name: save_batch(path, columns)
             for path, columns in (
                 (directory / f"{stem}.rows.arrow", rows),
                 (directory / f"{stem}.words.arrow", words),
@@ -240,24 +242,3 @@ class _Gathered:
 
     def _joined(self, name: _Key) -> NDArray[Any]:
         return np.concatenate(self._values.pop(name))
-
-
-def _one_row(values: pa.Array) -> pa.Array:
-    """An array as the only row of a column of lists: arrays of different lengths then share a file."""
-    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
-
-
-def _save(path: Path, columns: dict[str, pa.Array]) -> int:
-    """Write an Arrow file that is there whole or not at all; its size in bytes."""
-    partial = path.with_suffix(".partial")
-    batch = pa.RecordBatch.from_pydict(columns)
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
-    size = partial.stat().st_size
-    partial.replace(path)
-    return size
-
-
-def load(path: Path) -> pa.RecordBatch:
-    """The columns of a file of a piece, mapped, not read."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
