@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megarec.data.preparation.arrow_files import Mapped
 from megarec.data.preparation.kept_spec import Fitted
 from megarec.data.preparation.merge import LookUp, look_up_file
+from megarec.data.preparation.piece_files import Mapped
 from megarec.data.preparation.scan import Piece
 from megarec.data.preparation.table_spec import Bucketised, Lists, TableSpec
 from megarec.data.preparation.values import buckets, standardised

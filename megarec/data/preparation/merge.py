@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megarec.data.preparation.arrow_files import Mapped, Runs
 from megarec.data.preparation.distinct import first_and_counts, order_of, summed
+from megarec.data.preparation.piece_files import Mapped, Runs
 from megarec.data.preparation.scan import Piece
 from megarec.data.preparation.vocabulary import (
     OUT_OF_VOCABULARY,

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from megarec.data.preparation.arrow_files import one_row
-from megarec.data.preparation.arrow_files import save as save_batch
 from megarec.data.preparation.distinct import places_of
+from megarec.data.preparation.piece_files import one_row
+from megarec.data.preparation.piece_files import save as save_batch
 from megarec.data.preparation.table_reader import Part, RowRefused, Unit, read_unit
 from megarec.data.preparation.table_spec import Bucketised, Categorical, Lists, Numeric, TableSpec
 from megarec.data.preparation.text_files import BadRow

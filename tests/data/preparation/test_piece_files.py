@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from megarec.data.preparation.arrow_files import Mapped, Runs, one_row, save
+from megarec.data.preparation.piece_files import Mapped, Runs, one_row, save
 
 
 def _mapped_kib(path: Path) -> int:
