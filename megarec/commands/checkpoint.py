@@ -12,7 +12,7 @@ from rich.text import Text
 from megarec.checkpoint import offline, reading
 from megarec.checkpoint.format import read_index
 from megarec.errors import ArgumentParser, UserError, exits_cleanly, one_line
-from megarec.serving.export.tables import TableType
+from megarec.serving.export.bundle import TableType
 from megarec.signals import unwinding
 
 MOST_FILES = 16_384

@@ -2,28 +2,34 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+import torch
 
 from megarec.checkpoint.offline import new_directory
+from megarec.checkpoint.sparse import TABLES
 from megarec.config.sections import RunConfig
 from megarec.data.preparation.kept_spec import SPEC_FILE, load_prepared
 from megarec.data.preparation.table_spec import TableSpec
 from megarec.data.schema import Schema, identity_difference, load_schema
 from megarec.distributed.topology import ONE_RANK
 from megarec.errors import UserError
-from megarec.files import write_json
+from megarec.files import file_name, write_json
 from megarec.run.spec import ModelSpec
 from megarec.serving import scorer
 from megarec.serving.export.golden import golden_sample
 from megarec.serving.export.graph import export_onnx, export_program, scored_model
 from megarec.serving.export.raw_values import write_raw_values
-from megarec.serving.export.tables import TableType, write_tables
 from megarec.serving.export.triton import write_triton
 from megarec.serving.predictor import Weights, checked_spec, open_checkpoint
 from megarec.serving.scorer.bundle import FORMAT, MANIFEST, VERSION, Bundle, checksum
-from megarec.sparse.layout import EmbeddingLayout
+from megarec.serving.scorer.tables import encode_rows
+from megarec.sparse.layout import EmbeddingLayout, Table
 from megarec.sparse.run_placement import layouts_by_host
 
+TableType = Literal["fp32", "fp16", "int8", "int4"]
+PIECE = 1 << 24  # bytes of float32 rows in memory at a time
 SCORE = '''\
 """Predictions of a file's raw rows: python score.py rows.csv > predictions.csv (needs numpy and onnxruntime)."""
 
@@ -126,7 +132,7 @@ def _manifest(
         "model": config.model.name,
         "label": schema.label_rule or schema.label,
         "text": _text_files(None if kept is None else kept.spec),
-        "tables": write_tables(layout.tables, weights, tables, directory),
+        "tables": _write_tables(layout.tables, weights, tables, directory),
         "features": [
             {
                 "name": feature.name,
@@ -141,3 +147,23 @@ def _manifest(
         ],
         "numeric": [{"name": name, "raw": numbers[name]} for name in schema.numeric],
     }
+
+
+def _write_tables(tables: tuple[Table, ...], weights: Weights, kind: TableType, target: Path) -> dict[str, Any]:
+    """Write tables/<name>.bin of every table below `target`.
+
+    Returns:
+        By table, what the manifest says of it.
+    """
+    (target / "tables").mkdir()
+    found = {}
+    for table in tables:
+        file = f"tables/{file_name(table.name, '.bin')}"
+        at_once = max(1, PIECE // (4 * table.columns))
+        with (target / file).open("wb") as output:
+            for first in range(0, table.rows, at_once):
+                rows = torch.empty(min(at_once, table.rows - first), table.columns)
+                weights.fill(f"{TABLES}{table.name}/weight", rows, first)
+                output.write(np.ascontiguousarray(encode_rows(rows.numpy(), kind)).data)
+        found[table.name] = {"file": file, "type": kind, "rows": table.rows, "columns": table.columns}
+    return found

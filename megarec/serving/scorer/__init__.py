@@ -3,7 +3,7 @@
 `megarec checkpoint export --format onnx` writes what it reads, and lays a copy of this folder beside it.
 """
 
-from .errors import RowError, ScoringError
+from .bundle import RowError, ScoringError
 from .scorer import Scorer
 
 __all__ = ["RowError", "Scorer", "ScoringError"]

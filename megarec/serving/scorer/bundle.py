@@ -1,4 +1,4 @@
-"""The files of an export: the manifest that lists them, and maps of those that are large."""
+"""The files of an export: the manifest that lists them, maps of those that are large, and what goes wrong."""
 
 import hashlib
 import json
@@ -8,12 +8,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ScoringError
-
 MANIFEST = "manifest.json"
 FORMAT = "megarec scoring bundle"
 VERSION = 1
 _BLOCK = 1 << 22
+
+
+class ScoringError(ValueError):
+    """The export cannot be used; one line says which file, what was found and what was expected."""
+
+
+class RowError(ValueError):
+    """A row cannot be scored; one line names the column, the value and what was expected."""
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value in a message: short, on one line."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class Bundle:

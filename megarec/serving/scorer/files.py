@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from .errors import ScoringError
+from .bundle import ScoringError
 from .scorer import ROWS_AT_ONCE, Scorer
 
 TEXT = {".csv": ",", ".tsv": "\t", ".txt": "\t"}

@@ -7,8 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Bundle
-from .errors import RowError, shown
+from .bundle import Bundle, RowError, shown
 from .values import category, finite, number
 
 Ids = NDArray[np.int64]

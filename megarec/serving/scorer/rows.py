@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Bundle
-from .errors import RowError, shown
+from .bundle import Bundle, RowError, shown
 from .look_ups import Ids, LookUp, load_look_up
 from .values import elements, finite, number
 

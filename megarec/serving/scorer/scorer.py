@@ -10,8 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from .bundle import Bundle
-from .errors import ScoringError
+from .bundle import Bundle, ScoringError
 from .rows import Encoded, FeatureIds, Row, RowEncoder
 from .tables import Floats, Table, open_tables
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import RowError, shown
+from .bundle import RowError, shown
 
 _WHOLE = re.compile(r"(-?[0-9]+)\.0*", re.ASCII)
 _INTEGER = re.compile(r"-?[0-9]+", re.ASCII)
