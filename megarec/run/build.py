@@ -10,7 +10,7 @@ from megarec.config.deepspeed import micro_batch_size, monitor_sections, without
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.loader import EvalLoader, TrainLoader
-from megarec.data.schema import Schema, Split, load_schema, select_features
+from megarec.data.schema import Schema, Split, load_schema, select_features, select_label
 from megarec.data.store import open_split
 from megarec.dense.engine import layer_norm_factory
 from megarec.dense.parallelize import parallelize
@@ -71,8 +71,8 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
     examples = micro_batch_size(config, topology.world_size)  # fails on the arithmetic before any data is read
 
     path = Path(config.data.path)
-    schema = select_features(load_schema(path), config.data.features)
     data = config.data
+    schema = select_label(select_features(load_schema(path), data.features), data.label)
     splits: tuple[Split, ...] = ("train", "valid", "test")
     stores = {split: open_split(path, split, schema, data.bad_rows, data.cache) for split in splits}
     loading: dict[str, Any] = {
