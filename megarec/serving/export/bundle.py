@@ -7,7 +7,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from megarec.checkpoint.offline import new_directory
+from megarec.checkpoint.format import read_index
+from megarec.checkpoint.offline import new_directory, said_of
 from megarec.checkpoint.sparse import TABLES
 from megarec.config.sections import RunConfig
 from megarec.data.preparation.kept_spec import SPEC_FILE, load_prepared
@@ -57,7 +58,7 @@ def export_bundle(
         program: whether the dense model is written as a `torch.export` program as well.
 
     Returns:
-        What the command prints: step, files and bytes.
+        How many files and bytes, and what is said of the checkpoint.
 
     Raises:
         UserError: the checkpoint is damaged, the data set is not the one, or the target exists.
@@ -81,7 +82,8 @@ def export_bundle(
         write_json(directory / GOLDEN_FILE, golden_sample(Bundle(directory), model))
         manifest["files"] = _files(directory)
         write_json(directory / MANIFEST, manifest)
-    return {"files": len(manifest["files"]), "bytes": sum(about["bytes"] for about in manifest["files"].values())}
+    size = sum(about["bytes"] for about in manifest["files"].values())
+    return {"files": len(manifest["files"]), "bytes": size, **said_of(checkpoint, read_index(checkpoint))}
 
 
 def _text_files(spec: TableSpec | None) -> dict[str, Any]:
