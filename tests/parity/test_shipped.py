@@ -59,6 +59,10 @@ SHIPPED = [
     Shipped("movielens-1m.json", "movielens-1m.json", ("data.batch_size=512",)),
     Shipped("dlrm-criteo-terabyte.json", "criteo-terabyte.json", ("data.batch_size=64",), (RELU,), SILU),
     *(
+        Shipped(f"{name}.json", f"{name}.json", SMALL_WUKONG, (RELU,), SILU)
+        for name in ("criteo-kaggle", "criteo-terabyte")
+    ),
+    *(
         Shipped(f"ladder/small/movielens-1m-{size}gflop.json", "movielens-1m.json", BATCH_128, (RELU,), SMOOTH)
         for size in ("0.0025", "0.005", "0.01", "0.02", "0.04")
     ),

@@ -16,18 +16,26 @@ import pyarrow as pa
 
 from megarec.data.preparation import table_reader
 from megarec.data.preparation.encode import Encoder, shards_of
+from megarec.data.preparation.fit import Numbers, Quantiles, cuts_of, mean_and_deviation, quantiles
+from megarec.data.preparation.kept_spec import SPEC_FILE, Fitted, KeptSpec, Prepared, load_prepared
 from megarec.data.preparation.merge import MergeTask, Table, merge, runs_of
-from megarec.data.preparation.scan import Piece, Scanned, Shares, scan, scanned_file
-from megarec.data.preparation.table_reader import Unit, units_of
-from megarec.data.preparation.table_spec import Categorical, Numeric, TableSpec, load_table_spec
+from megarec.data.preparation.scan import Piece, Scanned, scan, scanned_file
+from megarec.data.preparation.splits import ByColumn, ByTime, Division, Placing, Said, TimeCuts, time_runs
+from megarec.data.preparation.table_reader import Unit, columns_of, units_of
+from megarec.data.preparation.table_spec import (
+    Bucketised,
+    SplitColumn,
+    TableSpec,
+    load_table_spec,
+)
 from megarec.data.preparation.text_files import BadRow
-from megarec.data.preparation.vocabulary import Hashing, identity_of, read_values
+from megarec.data.preparation.vocabulary import Hashing
 from megarec.data.preparation.work import Progress, Workers, work_directory
-from megarec.data.schema import SPLITS, CategoricalFeature, Schema, identity_difference, load_schema, save_schema
+from megarec.data.schema import SPLITS, Schema, save_schema
 from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
 
-FORMAT = 1  # of pieces and look-ups: what another version left is not taken up
+FORMAT = 3  # of pieces and look-ups: what another version left is not taken up
 QUARANTINE_FILE = "quarantine.csv"
 _KINDS = {"string": pa.string(), "integer": pa.int64(), "hexadecimal": pa.int64()}
 
@@ -48,18 +56,16 @@ def prepare_table(
     spec_file: Path,
     files: dict[str, list[Path]],
     output: Path,
-    vocabulary: Path | None = None,
     *,
     workers: int = 1,
     max_bad: MaxBad = MaxBad(),
-    shares: Shares | None = None,
+    shares: Division | None = None,
 ) -> Schema:
     """Write people's own files as a prepared data set; the bytes depend on the files and the spec alone.
 
     Args:
         spec_file: JSON of a TableSpec.
-        files: the files of train, valid and test; with `vocabulary` some of these will do, with `shares` "all" is one.
-        vocabulary: a prepared data set whose vocabularies are used; None: they are counted on the training files.
+        files: the files of train, valid and test; with `shares` "all" is one.
         workers: processes; 1: this one.
         max_bad: rows that may be bad; they are written to quarantine.csv.
         shares: how the rows of files["all"] are split.
@@ -67,7 +73,29 @@ def prepare_table(
     Raises:
         UserError: names the file, and the key or the row and column, with the value seen and what was expected.
     """
-    return prepare_spec(load_table_spec(spec_file), spec_file, files, output, vocabulary, workers, max_bad, shares)
+    return prepare_spec(load_table_spec(spec_file), spec_file, files, output, None, workers, max_bad, shares)
+
+
+def prepare_as(
+    like: Path,
+    files: dict[str, list[Path]],
+    output: Path,
+    *,
+    workers: int = 1,
+    max_bad: MaxBad = MaxBad(),
+    shares: Division | None = None,
+) -> Schema:
+    """Write more files as a data set that was prepared before: by its spec and vocabularies, nothing is counted.
+
+    Args:
+        like: that data set.
+        files: as of `prepare_table`; some of the splits will do, and no file needs a label.
+
+    Raises:
+        UserError: as `prepare_table`, or `like` does not keep its spec.
+    """
+    found = load_prepared(like)
+    return prepare_spec(found.kept.spec, like / SPEC_FILE, files, output, found, workers, max_bad, shares)
 
 
 def prepare_spec(
@@ -75,47 +103,58 @@ def prepare_spec(
     named: Path | str,
     files: dict[str, list[Path]],
     output: Path,
-    vocabulary: Path | None,
+    like: Prepared | None,
     workers: int,
     max_bad: MaxBad,
-    shares: Shares | None = None,
+    shares: Division | None = None,
 ) -> Schema:
-    """`prepare_table` of a spec that is at hand; `named` is how messages call it."""
+    """`prepare_table` or `prepare_as` of a spec that is at hand; `named` is how messages call it."""
     check_output(output)
-    old = None if vocabulary is None else _compatible(spec, named, vocabulary)
-    units = [
-        unit
-        for split in (*SPLITS, "all")
-        if split in files
-        for path in files[split]
-        for unit in units_of(path, split, spec)
-    ]
-    plan = _plan(spec, units, vocabulary, shares)
+    whole = spec
+    paths = [(split, path) for split in (*SPLITS, "all") for path in files.get(split, ())]
+    if like is not None:
+        there = {name for _, path in paths for name in columns_of(path, spec)}
+        absent = {name for name in spec.roles if name not in there}
+        spec = spec.without(absent if set(spec.labels) <= absent else absent - set(spec.labels))
+    if not isinstance(shares, ByColumn):
+        spec = spec.ignoring(set(spec.of_type("split")))
+    wanted = "time" if isinstance(shares, ByTime) else "split" if isinstance(shares, ByColumn) else None
+    if wanted is not None and spec.role(wanted) is None:
+        how = "time" if wanted == "time" else "column"
+        raise UserError(f"--split {how}: {named} names no column of type {wanted!r}; add one, or take --split random")
+    units = [unit for split, path in paths for unit in units_of(path, split, spec)]
+    plan = _plan(spec, units, like, shares)
     if output.is_symlink():
         output = output.resolve()
     if sum(unit.size for unit in units) < table_reader.UNIT_BYTES:
         workers = 1  # starting others would take longer
     with writable(output), work_directory(output, plan) as work, Workers(workers) as pool:
-        for name in ("pieces", "tables", "done", "data"):
+        for name in ("times", "pieces", "tables", "done", "data"):
             (work / name).mkdir(exist_ok=True)
-        schema = _Preparation(spec, files, units, work, pool, max_bad, shares).run(old, vocabulary)
+        schema = _Preparation(whole, spec, files, units, work, pool, max_bad, shares).run(like)
         publish(work / "data", output)
     return schema
 
 
 @dataclass
 class _Preparation:
-    """What the phases of a preparation share."""
+    """What the phases of a preparation share.
 
+    Attributes:
+        whole: the spec that the data set keeps.
+        spec: of the columns that are read.
+    """
+
+    whole: TableSpec
     spec: TableSpec
     files: dict[str, list[Path]]
     units: list[Unit]
     work: Path
     pool: Workers
     max_bad: MaxBad
-    shares: Shares | None
+    shares: Division | None
 
-    def run(self, old: Schema | None, vocabulary: Path | None) -> Schema:
+    def run(self, like: Prepared | None) -> Schema:
         """Carry out what is not done yet; everything then lies below work/data."""
         self._progress = Progress()
         pieces = self._scan()
@@ -123,10 +162,10 @@ class _Preparation:
         for split, count in rows.items():
             if count == 0:
                 named = ", ".join(map(str, self.files[split if self.shares is None else "all"]))
-                by_chance = "" if self.shares is None else f" and {split} got none by chance"
-                raise UserError(f"{named}: no rows; every split needs some{by_chance}")
-        tables = self._merge(pieces, vocabulary)
-        known = self._encode(pieces, tables)
+                raise UserError(f"{named}: no rows; every split needs some{self._why_none(split)}")
+        tables = self._merge(pieces, like)
+        kept = KeptSpec(spec=self.whole, fitted=self._fit(pieces["train"])) if like is None else like.kept
+        known = self._encode(pieces, tables, kept.fitted)
         self._progress.end()
         present = {split: sum((Counter(p.present) for p in pieces[split]), Counter[str]()) for split in rows}
         unknown = {
@@ -138,21 +177,47 @@ class _Preparation:
             for split in rows
         }
         means = {name: present["train"][name] / rows["train"] for name in self.spec.ids} if "train" in rows else {}
-        if old is not None:
-            means |= {feature.name: feature.mean_length for feature in old.categorical}
-        schema = _schema(self.spec, {name: tables[self._table(name)] for name in self.spec.ids}, rows, means)
+        if like is not None:
+            means |= {feature.name: feature.mean_length for feature in like.schema.categorical}
+        schema = kept.data_schema(self.spec, tables, rows, means)
         shared = {
             name: round(tables[name].shared / max(tables[name].values, 1), 6)  # type: ignore[operator]
             for name in tables
             if tables[name].shared is not None
         }
         schema = schema.model_copy(update={"unknown": unknown, "sharing": shared, "bad_rows": dict(self._reasons)})
+        kept.save(self.work / "data")
         save_schema(schema, self.work / "data")
         return schema
 
     @property
     def splits(self) -> list[str]:
         return [split for split in SPLITS if split in self.files or self.shares is not None]
+
+    def _why_none(self, split: str) -> str:
+        if isinstance(self.shares, ByTime):
+            return f" and {split} got none: too few times differ"
+        if isinstance(self.shares, ByColumn):
+            return f" and {split} got none: {self.spec.role('split')!r} says it nowhere"
+        return "" if self.shares is None else f" and {split} got none by chance"
+
+    def _placing(self) -> Placing | None:
+        """How rows find their splits; of a split by time the first pass says it."""
+        if isinstance(self.shares, ByColumn):
+            (name,) = self.spec.of_type("split")
+            column = self.spec.columns[name]
+            assert isinstance(column, SplitColumn)
+            return Said(name, column)
+        if not isinstance(self.shares, ByTime):
+            return self.shares
+        self._progress.begin("reading times", sum(unit.size for unit in self.units))
+        (name,) = self.spec.of_type("time")
+        runs: list[tuple[Path, str]] = []
+        task = partial(time_runs, self.spec, self.work / "times")
+        for (_, unit), paths in self.pool.run(task, enumerate(self.units)):
+            runs += [(path, name) for path in paths]
+            self._progress.add(unit.size)
+        return TimeCuts(name, cuts_of(Numbers(name, tuple(runs)), self.shares.fractions))
 
     def _table(self, name: str) -> str:
         """The feature whose table a feature uses."""
@@ -163,12 +228,13 @@ class _Preparation:
 
     def _scan(self) -> dict[str, list[Piece]]:
         pieces: dict[str, list[Piece]] = {split: [] for split in SPLITS}
-        self._progress.begin("reading", sum(unit.size for unit in self.units))
+        placing = self._placing()
+        self._progress.begin("reading", sum(unit.size for unit in self.units), later=0.8)
         most = self.max_bad.count if self.max_bad.share is None else None
         self._rows: list[int] = []  # of each unit, bad ones included
         self._reasons = Counter[str]()
         first: tuple[int, BadRow] | None = None
-        task = partial(scan, self.spec, self.work / "pieces", most, self.shares)
+        task = partial(scan, self.spec, self.work / "pieces", most, placing)
         for (number, unit), found in self.pool.run(task, enumerate(self.units)):
             self._rows.append(found.rows)
             self._reasons.update(bad.reason for bad in found.bad)
@@ -216,7 +282,7 @@ class _Preparation:
                 for bad in found.bad if found is not None else ():
                     lines.writerow([unit.path, before + bad.row, bad.reason, bad.what])
 
-    def _merge(self, pieces: dict[str, list[Piece]], vocabulary: Path | None) -> dict[str, Table]:
+    def _merge(self, pieces: dict[str, list[Piece]], like: Prepared | None) -> dict[str, Table]:
         owners = [name for name, column in self.spec.ids.items() if column.table is None]
         tasks = []
         for number, name in enumerate(owners):
@@ -225,22 +291,39 @@ class _Preparation:
             some = [piece for split in SPLITS for piece in pieces[split]] if hashing else pieces["train"]
             features = [n for n in self.spec.ids if self._table(n) == name] if hashing else [name]
             runs = runs_of(some, self.work / "pieces", features)
-            given = None if hashing else vocabulary
+            given = None if hashing or like is None else like.directory
             tasks.append(MergeTask(number, name, _KINDS[column.dtype], runs, column.min_count, hashing, given))
-        self._progress.begin("counting", len(tasks))
+        self._progress.begin("counting", len(tasks), later=2.0)
         found = {}
         for task, table in self.pool.run(partial(merge, self.work / "tables", self.work / "data"), tasks):
             found[task.name] = table
             self._progress.add(1)
         return found
 
-    def _encode(self, pieces: dict[str, list[Piece]], tables: dict[str, Table]) -> dict[str, Counter[str]]:
+    def _fit(self, train: list[Piece]) -> Fitted:
+        """What the training split decides of numbers."""
+        columns = {n: column for n, column in self.spec.columns.items() if isinstance(column, Bucketised)}
+        found = {name: column.boundaries or [] for name, column in columns.items()}
+        cuts = [
+            Quantiles(Numbers(name, runs_of(train, self.work / "pieces", [name])), column.buckets)
+            for name, column in columns.items()
+            if column.buckets is not None
+        ]
+        found |= {task.numbers.name: boundaries for task, boundaries in self.pool.run(quantiles, cuts)}
+        return Fitted(
+            boundaries=found, moments={name: mean_and_deviation(train, name) for name in self.spec.standardised}
+        )
+
+    def _encode(
+        self, pieces: dict[str, list[Piece]], tables: dict[str, Table], fitted: Fitted
+    ) -> dict[str, Counter[str]]:
         number_of = {name: number for number, name in enumerate(tables)}
         encoder = Encoder(
             self.spec,
             self.work / "pieces",
             self.work / "tables",
             {name: number_of[self._table(name)] for name in self.spec.ids},
+            fitted,
             self.work / "data",
             self.work / "done",
         )
@@ -253,76 +336,15 @@ class _Preparation:
         return known
 
 
-def _plan(spec: TableSpec, units: list[Unit], vocabulary: Path | None, shares: Shares | None) -> dict[str, Any]:
+def _plan(spec: TableSpec, units: list[Unit], like: Prepared | None, shares: Division | None) -> dict[str, Any]:
     """What decides every byte that is written."""
     files = {unit.path: unit.path.stat() for unit in units}
     return {
         "format": FORMAT,
         "pyarrow": pa.__version__,
         "spec": spec.model_dump(),
-        "shares": None if shares is None else [*shares.fractions, shares.seed],
+        "shares": repr(shares),
         "files": [[str(path.resolve()), status.st_size, status.st_mtime_ns] for path, status in files.items()],
         "units": [[str(unit.path), unit.split, unit.span, unit.groups] for unit in units],
-        "vocabulary": None if vocabulary is None else load_schema(vocabulary).identity,
+        "like": None if like is None else like.schema.identity,
     }
-
-
-def _compatible(spec: TableSpec, named: Path | str, vocabulary: Path) -> Schema:
-    """The schema of a data set that was prepared before, whose vocabularies fit the spec.
-
-    Raises:
-        UserError: they do not.
-    """
-    old = load_schema(vocabulary)
-    identities = {}
-    for name, column in spec.ids.items():
-        if column.table is not None:
-            continue
-        if column.hash is not None:
-            identities[name] = Hashing(column.hash).identity
-            continue
-        values, _ = read_values(vocabulary, name)
-        if values.type != _KINDS[column.dtype]:
-            found = "integer" if values.type == pa.int64() else "string"
-            raise UserError(
-                f"--vocabulary {vocabulary}: {name} was prepared as dtype {found!r}, the spec says {column.dtype!r}"
-            )
-        identities[name] = identity_of(values.type, [values])
-    by_feature = {name: identities[column.table or name] for name, column in spec.ids.items()}
-    if other := identity_difference(old.identity, _identity(spec, by_feature)):
-        raise UserError(f"--vocabulary {vocabulary}: {other.partition(';')[0]}; correct {named}")
-    return old
-
-
-def _identity(spec: TableSpec, of_ids: dict[str, str]) -> dict[str, str]:
-    """By feature, how raw values become numbers."""
-    found = dict(of_ids)
-    for name, column in spec.columns.items():
-        if isinstance(column, Numeric):
-            transform = "sign(x) log(1 + |x|)" if column.log else "x"
-            found[name] = transform if column.missing is None else f"{transform}, {column.missing:g} where missing"
-    return found
-
-
-def _schema(spec: TableSpec, tables: dict[str, Table], rows: dict[str, int], mean_lengths: dict[str, float]) -> Schema:
-    features = []
-    for name, column in spec.ids.items():
-        many: dict[str, Any] = {}
-        if not isinstance(column, Categorical):
-            many = {
-                "multi_valued": True,
-                "pooling": column.pooling,
-                "weighted": name in spec.weights,
-                "mean_length": round(mean_lengths.get(name, 1.0), 3),
-            }
-        features.append(CategoricalFeature(name=name, rows=tables[name].rows, table=column.table, **many))
-    return Schema(
-        name=spec.name,
-        label=spec.label,
-        label_rule=spec.label_rule,
-        categorical=tuple(features),
-        numeric=tuple(name for name, column in spec.columns.items() if isinstance(column, Numeric)),
-        rows=rows,
-        identity=_identity(spec, {name: table.identity for name, table in tables.items()}),
-        source=f"table: prepared from the user's files of {spec.name}",
-    )

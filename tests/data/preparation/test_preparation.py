@@ -19,7 +19,7 @@ import pytest
 from megarec.commands.prepare_data import listed, main
 from megarec.data.preparation import encode, merge, scan, table_reader, text_files
 from megarec.data.preparation.prepare import MaxBad, prepare_spec, prepare_table
-from megarec.data.preparation.scan import Shares
+from megarec.data.preparation.splits import Shares
 from megarec.data.preparation.vocabulary import Hashing
 from megarec.data.schema import load_schema
 from megarec.data.sources.criteo import CATEGORICAL, NUMERIC, criteo_spec, write_made_up
@@ -101,7 +101,7 @@ def test_criteo_like_counting_by_hand(days: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small")
 def test_the_same_bytes_for_any_number_of_workers(days: Path, tmp_path: Path) -> None:
     one = content(prepare(days, tmp_path / "one"))
-    assert len(one) == 26 + 4 + 1 + 1 + 1
+    assert len(one) == 26 + 4 + 1 + 1 + 2
     for workers in (2, 4):
         assert content(prepare(days, tmp_path / str(workers), workers)) == one
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "one"]

@@ -305,8 +305,11 @@ def test_parquet_of_a_wrong_type(tmp_path: Path, column: str, values: pa.Array, 
             changed("bought", type="multi_valued", table="item"),
             "columns.bought.table='item': that column needs a table",
         ),
-        (changed("clicked", type="ignored"), "expected one column of type 'label', found 0"),
-        (changed("note", type="label"), "expected one column of type 'label', found 2: ['note', 'clicked']"),
+        (changed("clicked", type="ignored"), "expected at least one column of type 'label', found none"),
+        (
+            SPEC | {"columns": SPEC["columns"] | {n: {"type": "weight"} for n in ("a", "b")}},
+            "expected at most one column of type 'weight', found 2: ['a', 'b']",
+        ),
         ({"name": "x", "columns": {"y": {"type": "label"}}}, "expected at least one column of type 'categorical'"),
         ({"columns": SPEC["columns"]}, "name is missing"),
         ([], "holds []"),
@@ -379,7 +382,7 @@ def test_bad_weights(tmp_path: Path, row: str, words: str) -> None:
 def test_weights_of_what_is_no_list(tmp_path: Path) -> None:
     columns = {**WEIGHTED["columns"], "how_often": {"type": "weights", "of": "boght"}}
     with pytest.raises(
-        UserError, match=r"columns.how_often.of='boght' is no multi_valued column; did you mean 'bought'"
+        UserError, match=r"columns.how_often.of='boght' is no multi_valued or sequence column; did you mean 'bought'"
     ):
         prepare_weighted(tmp_path, ["a,1,1"], {**WEIGHTED, "columns": columns})
 
