@@ -229,7 +229,7 @@ class _Preparation:
     def _scan(self) -> dict[str, list[Piece]]:
         pieces: dict[str, list[Piece]] = {split: [] for split in SPLITS}
         placing = self._placing()
-        self._progress.begin("reading", sum(unit.size for unit in self.units))
+        self._progress.begin("reading", sum(unit.size for unit in self.units), later=0.8)
         most = self.max_bad.count if self.max_bad.share is None else None
         self._rows: list[int] = []  # of each unit, bad ones included
         self._reasons = Counter[str]()
@@ -293,7 +293,7 @@ class _Preparation:
             runs = runs_of(some, self.work / "pieces", features)
             given = None if hashing or like is None else like.directory
             tasks.append(MergeTask(number, name, _KINDS[column.dtype], runs, column.min_count, hashing, given))
-        self._progress.begin("counting", len(tasks))
+        self._progress.begin("counting", len(tasks), later=2.0)
         found = {}
         for task, table in self.pool.run(partial(merge, self.work / "tables", self.work / "data"), tasks):
             found[task.name] = table

@@ -103,7 +103,7 @@ def findings(labels: Mapping[str, SplitLabels], features: Sequence[Feature]) -> 
     if bad := sum(own.invalid for own in labels.values()):
         yield f"{bad:,} labels are neither 0 nor 1: training stops there", []
     for split, own in labels.items():
-        if own.rows and own.rate in (0.0, 1.0):
+        if own.rate in (0.0, 1.0):
             yield f"all labels of {split} are {own.rate:.0f}: nothing can be learned or measured there", []
     for test, what in _LOOKED_AT:
         if names := [feature.name for feature in features if test(feature)]:
@@ -161,15 +161,14 @@ def _key(labels: Mapping[str, SplitLabels]) -> str:
 def _overview(
     schema: Schema, labels: Mapping[str, SplitLabels], features: Sequence[Feature], links: Mapping[str, str]
 ) -> Iterator[str]:
+    rates = [(split, own.rate, own.interval) for split, own in labels.items() if own.rate is not None]
     yield '<h2>Splits</h2><div class="cards"><div class="card scroll"><h3>Rows</h3>'
-    rows = [
-        [_shown(split), f"{own.rows:,}", percent(own.rate), " to ".join(map(percent, own.interval))]
-        for split, own in labels.items()
-    ]
-    yield _grid(["split", "rows", "label rate", "95 % interval"], rows)
-    yield '</div><div class="card"><h3>Label rate, with its 95 % interval</h3>'
-    yield charts.intervals("label rate by split", [(s, own.rate, own.interval) for s, own in labels.items()])
-    yield "</div>"
+    told = {split: [percent(rate), " to ".join(map(percent, ends))] for split, rate, ends in rates}
+    rows = [[_shown(split), f"{own.rows:,}", *told.get(split, ["none", ""])] for split, own in labels.items()]
+    yield _grid(["split", "rows", "label rate", "95 % interval"], rows) + "</div>"
+    if rates:
+        yield '<div class="card"><h3>Label rate, with its 95 % interval</h3>'
+        yield charts.intervals("label rate by split", rates) + "</div>"
     if schema.bad_rows:
         total = sum(schema.bad_rows.values())
         yield f'<div class="card scroll"><h3>{total:,} bad rows left out by the preparation</h3>'

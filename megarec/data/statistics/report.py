@@ -164,9 +164,9 @@ def _figures(data: Path, schema: Schema, shards: dict[str, list[Path]], task: _T
     if task.label:
         labels = {split: LabelCounts() for split in shards}
         for split, paths in shards.items():
-            for batch in batches(paths, schema, [schema.label]):
-                labels[split].add(batch.column(0))
-        return _Result({split: labels_of(own) for split, own in labels.items()}, [])
+            for batch in batches(paths, schema, [schema.label] * schema.labelled):
+                labels[split].add(batch)
+        return _Result({split: labels_of(own, schema.labelled) for split, own in labels.items()}, [])
     features: list[Feature] = []
     if task.numbers:
         numbers = {name: {split: NumberCounts() for split in shards} for name in task.numbers}
