@@ -21,7 +21,15 @@ from megarec.data.preparation.kept_spec import SPEC_FILE, Fitted, KeptSpec, Prep
 from megarec.data.preparation.merge import MergeTask, Table, merge, runs_of
 from megarec.data.preparation.scan import Piece, Scanned, Shares, scan, scanned_file
 from megarec.data.preparation.table_reader import Unit, columns_of, units_of
-from megarec.data.preparation.table_spec import Bucketised, Lists, Numeric, Sequence, TableSpec, load_table_spec
+from megarec.data.preparation.table_spec import (
+    Bucketised,
+    Categorical,
+    Lists,
+    Numeric,
+    Sequence,
+    TableSpec,
+    load_table_spec,
+)
 from megarec.data.preparation.text_files import BadRow
 from megarec.data.preparation.vocabulary import Hashing
 from megarec.data.preparation.work import Progress, Workers, work_directory
@@ -29,7 +37,7 @@ from megarec.data.schema import SPLITS, CategoricalFeature, Schema, save_schema
 from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
 
-FORMAT = 3  # of pieces and look-ups: what another version left is not taken up
+FORMAT = 4  # of pieces and look-ups: what another version left is not taken up
 QUARANTINE_FILE = "quarantine.csv"
 _KINDS = {"string": pa.string(), "integer": pa.int64(), "hexadecimal": pa.int64()}
 
@@ -156,6 +164,14 @@ class _Preparation:
             }
             for split in rows
         }
+        missing = {
+            split: {
+                name: round(1 - present[split][name] / rows[split], 6)
+                for name, column in self.spec.columns.items()
+                if isinstance(column, Categorical | Bucketised | Numeric)
+            }
+            for split in rows
+        }
         means = {name: present["train"][name] / rows["train"] for name in self.spec.ids} if "train" in rows else {}
         if like is not None:
             means |= {feature.name: feature.mean_length for feature in like.schema.categorical}
@@ -165,7 +181,8 @@ class _Preparation:
             for name in tables
             if tables[name].shared is not None
         }
-        schema = schema.model_copy(update={"unknown": unknown, "sharing": shared, "bad_rows": dict(self._reasons)})
+        counted = {"unknown": unknown, "missing": missing, "sharing": shared, "bad_rows": dict(self._reasons)}
+        schema = schema.model_copy(update=counted)
         kept.save(self.work / "data")
         save_schema(schema, self.work / "data")
         return schema
