@@ -96,7 +96,7 @@ class Partition:
     Attributes:
         cost: by kind (bytes, lookups, flop), of each tower.
         picture: None: a baseline, and no interactions were given.
-        agreement: adjusted Rand index with the data's hidden groups; None: the data have none, or none of these features.
+        agreement: adjusted Rand index with the data's hidden groups; None: no feature is in one.
         reasons: what was chosen and why.
     """
 
