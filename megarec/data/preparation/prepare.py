@@ -24,6 +24,8 @@ from megarec.data.preparation.splits import ByColumn, ByTime, Division, Placing,
 from megarec.data.preparation.table_reader import Unit, columns_of, units_of
 from megarec.data.preparation.table_spec import (
     Bucketised,
+    Categorical,
+    Numeric,
     SplitColumn,
     TableSpec,
     load_table_spec,
@@ -35,7 +37,7 @@ from megarec.data.schema import SPLITS, Schema, save_schema
 from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
 
-FORMAT = 3  # of pieces and look-ups: what another version left is not taken up
+FORMAT = 4  # of pieces and look-ups: what another version left is not taken up
 QUARANTINE_FILE = "quarantine.csv"
 _KINDS = {"string": pa.string(), "integer": pa.int64(), "hexadecimal": pa.int64()}
 
@@ -176,6 +178,14 @@ class _Preparation:
             }
             for split in rows
         }
+        missing = {
+            split: {
+                name: round(1 - present[split][name] / rows[split], 6)
+                for name, column in self.spec.columns.items()
+                if isinstance(column, Categorical | Bucketised | Numeric)
+            }
+            for split in rows
+        }
         means = {name: present["train"][name] / rows["train"] for name in self.spec.ids} if "train" in rows else {}
         if like is not None:
             means |= {feature.name: feature.mean_length for feature in like.schema.categorical}
@@ -185,7 +195,8 @@ class _Preparation:
             for name in tables
             if tables[name].shared is not None
         }
-        schema = schema.model_copy(update={"unknown": unknown, "sharing": shared, "bad_rows": dict(self._reasons)})
+        counted = {"unknown": unknown, "missing": missing, "sharing": shared, "bad_rows": dict(self._reasons)}
+        schema = schema.model_copy(update=counted)
         kept.save(self.work / "data")
         save_schema(schema, self.work / "data")
         return schema

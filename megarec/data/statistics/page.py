@@ -203,7 +203,7 @@ def _rankings(features: Sequence[Feature], links: Mapping[str, str]) -> Iterator
         ("Unknown values", "Share of the values that are there, of the split where it is largest.",
          shares((f.name, unknown_of(f)) for f in ids), False),
         ("Missing", "Share of rows without a value, of lists the empty ones, of the split where it is largest.",
-         shares((f.name, max((s.missing or 0.0 for s in f.splits.values()), default=None)) for f in ids), False),
+         shares((f.name, max((s.missing or 0.0 for s in f.splits.values()), default=None)) for f in features), False),
         ("Top-heavy", "Share of values that the most frequent id has.",
          shares((f.name, f.top["1"]) for f in ids), False),
         ("Cardinality", "Rows of the table, on a logarithmic axis.", rows, True),
@@ -242,7 +242,7 @@ def _table(features: Sequence[Feature], splits: Sequence[str], links: Mapping[st
             row.append(_alarm(_share(unknown), (unknown or 0.0) >= HIGH_UNKNOWN))
             row += [percent(feature.top["1"]), percent(feature.top["100"])]
         else:
-            row += [""] * 6
+            row += ["", "", _share(feature.splits[splits[0]].missing), "", "", ""]
         rows.append(row + [_drift(feature.drift.get(split)) for split in others])
     yield "<h2>All features</h2>"
     yield (
@@ -332,7 +332,7 @@ def _numeric(feature: Numeric) -> Iterator[str]:
     counts = [own.histogram for own in feature.splits.values()]
     yield f"<div><h3>Histogram</h3>{charts.histogram('histogram', feature.edges, counts, 'value')}"
     yield "<small>the first and the last bin hold what lies further out</small></div>"
-    head = ["split", "mean", "deviation", "least", "1 %", "25 %", "median", "75 %", "99 %", "most", "drift",
+    head = ["split", "missing", "mean", "deviation", "least", "1 %", "25 %", "median", "75 %", "99 %", "most", "drift",
             "by chance up to"]  # fmt: skip
     invalid = any(own.invalid for own in feature.splits.values())
     rows = [
@@ -345,7 +345,7 @@ def _numeric(feature: Numeric) -> Iterator[str]:
 
 def _number_cells(own: Numbers) -> list[str]:
     shown = [own.mean, own.deviation, own.least, *(own.quantiles[q] for q in ("0.01", "0.25", "0.5", "0.75", "0.99"))]
-    return [f"{value:.4g}" for value in [*shown, own.most]]
+    return [_share(own.missing), *(f"{value:.4g}" for value in [*shown, own.most])]
 
 
 def _drift_cells(drift: Drift | None) -> list[str]:

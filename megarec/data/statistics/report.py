@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megarec.data.preparation.kept_spec import SPEC_FILE, KeptSpec, read_kept
+from megarec.data.preparation.table_spec import Bucketised
 from megarec.data.preparation.vocabulary import vocabulary_file
 from megarec.data.preparation.work import Progress, Workers
 from megarec.data.schema import CategoricalFeature, Schema, load_schema
@@ -39,6 +42,7 @@ from megarec.files import write_whole
 
 JSON_FILE, PAGE_FILE = "statistics.json", "statistics.html"
 _COLUMNS = 64  # that a task reads at once
+LONGEST_TEXT = 200  # letters of a raw value that are kept
 _FEW = 1 << 24  # values: for fewer no other process is started
 
 
@@ -205,22 +209,36 @@ def _counted(
             block[:] = 0
             for own in counts[name].values():
                 own.after = None
-    return [_with_values(gathered[f.name].figures(counts[f.name]), data, schema) for f in features]
+    kept = read_kept(data / SPEC_FILE) if (data / SPEC_FILE).is_file() else None
+    return [_with_values(gathered[f.name].figures(counts[f.name]), data, schema, kept) for f in features]
 
 
-def _with_values(found: Categorical, data: Path, schema: Schema) -> Categorical:
-    """Beside the most frequent ids what the vocabulary has for them, where it has them among its first values."""
-    path = vocabulary_file(data, found.table or found.name)
-    if not zero_is_no_value(schema, found.name) or not path.is_file():
-        return found
-    try:
-        with pq.ParquetFile(path) as file:
-            head = next(file.iter_batches(BATCH_ROWS, columns=["value"], use_threads=False), None)
-    except (OSError, pa.ArrowException):
-        return found  # evaluating and training do not need it either
-    values = [] if head is None else head.column(0)
+def _with_values(found: Categorical, data: Path, schema: Schema, kept: KeptSpec | None) -> Categorical:
+    """Beside the most frequent ids what they stand for, where the vocabulary has it among its first values."""
+    column = None if kept is None else kept.spec.columns.get(found.name)
+    if kept is not None and isinstance(column, Bucketised):
+        texts = _buckets(kept.fitted.boundaries[found.name])
+    else:
+        hexadecimal = not isinstance(column, Bucketised) and getattr(column, "dtype", None) == "hexadecimal"
+        path = vocabulary_file(data, found.table or found.name)
+        if not zero_is_no_value(schema, found.name) or not path.is_file():
+            return found
+        try:
+            with pq.ParquetFile(path) as file:
+                head = next(file.iter_batches(BATCH_ROWS, columns=["value"], use_threads=False), None)
+        except (OSError, pa.ArrowException) as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"{path}: cannot be read ({why}); prepare the data again") from error
+        values = [] if head is None else head.column(0).to_pylist()
+        texts = [f"{value:x}" if hexadecimal else str(value)[:LONGEST_TEXT] for value in values]
     frequent = [
-        dataclasses.replace(one, value=str(values[one.row - 1].as_py())) if 0 < one.row <= len(values) else one
+        dataclasses.replace(one, value=texts[one.row - 1]) if 0 < one.row <= len(texts) else one
         for one in found.frequent
     ]
     return dataclasses.replace(found, frequent=frequent)
+
+
+def _buckets(boundaries: list[float]) -> list[str]:
+    """What each bucket holds."""
+    between = [f"{low:g} to {high:g}" for low, high in pairwise(boundaries)]
+    return [f"below {boundaries[0]:g}", *between, f"from {boundaries[-1]:g}"]
