@@ -17,7 +17,7 @@ from megarec.data.preparation.kept_spec import SPEC_FILE, KeptSpec, read_kept
 from megarec.data.preparation.table_spec import Bucketised
 from megarec.data.preparation.vocabulary import vocabulary_file
 from megarec.data.preparation.work import Progress, Workers
-from megarec.data.schema import CategoricalFeature, Schema, check_labelled, load_schema
+from megarec.data.schema import CategoricalFeature, Schema, load_schema
 from megarec.data.statistics.counts import (
     BATCH_ROWS,
     RANGE_ROWS,
@@ -103,7 +103,6 @@ def write_statistics(data: Path, output: Path, workers: int = 1) -> Statistics:
 def statistics(data: Path, workers: int = 1) -> Statistics:
     """The statistics of a data set; see `write_statistics`."""
     schema = load_schema(data)
-    check_labelled(data, schema)
     shards = shards_of(data, schema)
     tasks = list(_tasks(schema, workers))
     rows = sum(schema.rows.values())

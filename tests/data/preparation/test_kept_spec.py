@@ -17,7 +17,6 @@ from megarec.data.preparation.kept_spec import load_prepared
 from megarec.data.preparation.prepare import MaxBad, prepare_as, prepare_spec
 from megarec.data.schema import load_schema
 from megarec.data.sources.criteo import criteo_spec, write_made_up
-from megarec.data.statistics.report import statistics
 from megarec.data.store import open_split
 from megarec.errors import UserError
 from tests.data.preparation.test_prepare import EXPECTED, SPEC, TEST, TRAIN, prepare, prepare_weighted, write_spec
@@ -58,8 +57,6 @@ def test_files_without_labels(tmp_path: Path, header: bool) -> None:
     for of in (schema, fitting_schema(load_schema(out), schema, Path("schema.json"))):
         with pytest.raises(UserError, match=told):
             open_split(tmp_path / "new", "test", of, "error")
-    with pytest.raises(UserError, match=told):
-        statistics(tmp_path / "new")
     both = {"test": [tmp_path / "test.csv", tmp_path / "new.csv"]}
     told = r"new\.csv: column 'clicked' is missing" if header else r"new\.csv: row 0 .*: 8 values .*, expected 9"
     with pytest.raises(UserError, match=told):
