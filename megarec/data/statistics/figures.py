@@ -142,6 +142,8 @@ class Numeric:
 
 
 Feature = Categorical | Numeric
+Labels = dict[str, dict[str, SplitLabels]]
+"""By label, by split."""
 
 
 def labels_of(counts: LabelCounts, labelled: bool) -> SplitLabels:

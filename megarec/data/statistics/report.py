@@ -17,7 +17,7 @@ from megarec.data.preparation.kept_spec import SPEC_FILE, KeptSpec, read_kept
 from megarec.data.preparation.table_spec import Bucketised
 from megarec.data.preparation.vocabulary import vocabulary_file
 from megarec.data.preparation.work import Progress, Workers
-from megarec.data.schema import CategoricalFeature, Schema, load_schema
+from megarec.data.schema import CategoricalFeature, Schema, load_schema, select_label
 from megarec.data.statistics.counts import (
     BATCH_ROWS,
     RANGE_ROWS,
@@ -31,7 +31,7 @@ from megarec.data.statistics.figures import (
     Categorical,
     Feature,
     IdFigures,
-    SplitLabels,
+    Labels,
     labels_of,
     numeric_figures,
     zero_is_no_value,
@@ -51,7 +51,7 @@ class Statistics:
     """All figures of a data set, in the order of its schema."""
 
     schema: Schema
-    labels: dict[str, SplitLabels]
+    labels: Labels
     features: list[Feature]
 
     def as_json(self) -> dict[str, Any]:
@@ -59,9 +59,11 @@ class Statistics:
         return {
             "version": 1,
             "name": self.schema.name,
-            "label": self.schema.label,
             "label_rule": self.schema.label_rule,
-            "labels": {split: dataclasses.asdict(own) for split, own in self.labels.items()},
+            "labels": {
+                label: {split: dataclasses.asdict(own) for split, own in by_split.items()}
+                for label, by_split in self.labels.items()
+            },
             "bad_rows": self.schema.bad_rows,
             "features": [
                 dataclasses.asdict(feature)
@@ -109,7 +111,7 @@ def statistics(data: Path, workers: int = 1) -> Statistics:
     if rows * (len(schema.categorical) + len(schema.numeric)) < _FEW:
         workers = 1
     progress = Progress()
-    labels: dict[str, SplitLabels] = {}
+    labels: Labels = {}
     found: dict[str, Feature] = {}
     progress.begin("counting", sum(task.columns for task in tasks))
     with Workers(workers) as pool:
@@ -128,16 +130,16 @@ class _Task:
 
     ids: tuple[CategoricalFeature, ...] = ()
     numbers: tuple[str, ...] = ()
-    label: bool = False
+    label: str | None = None
 
     @property
     def columns(self) -> int:
-        return len(self.ids) + len(self.numbers) + self.label
+        return len(self.ids) + len(self.numbers) + (self.label is not None)
 
 
 @dataclass(frozen=True)
 class _Result:
-    labels: dict[str, SplitLabels]
+    labels: Labels
     features: list[Feature]
 
 
@@ -145,7 +147,7 @@ def _tasks(schema: Schema, workers: int) -> Iterator[_Task]:
     """Tasks of about the same work, each with tables of RANGE_ROWS rows together at most, or with one table."""
     work = {feature.name: 1 + 2 * feature.mean_length * feature.multi_valued for feature in schema.categorical}
     most = (sum(work.values()) + len(schema.numeric)) / (4 * workers)
-    yield _Task(label=True)
+    yield from (_Task(label=label) for label in schema.labels or [schema.label])
     some: list[CategoricalFeature] = []
     for feature in sorted(schema.categorical, key=lambda f: -f.rows):
         if some and (
@@ -164,12 +166,12 @@ def _tasks(schema: Schema, workers: int) -> Iterator[_Task]:
 
 
 def _figures(data: Path, schema: Schema, shards: dict[str, list[Path]], task: _Task) -> _Result:
-    if task.label:
+    if task.label is not None:
         labels = {split: LabelCounts() for split in shards}
         for split, paths in shards.items():
-            for batch in batches(paths, schema, [schema.label] * schema.labelled):
+            for batch in batches(paths, select_label(schema, task.label), [task.label] * schema.labelled):
                 labels[split].add(batch)
-        return _Result({split: labels_of(own, schema.labelled) for split, own in labels.items()}, [])
+        return _Result({task.label: {split: labels_of(own, schema.labelled) for split, own in labels.items()}}, [])
     features: list[Feature] = []
     if task.numbers:
         numbers = {name: {split: NumberCounts() for split in shards} for name in task.numbers}
