@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from megarec.data.preparation.scan import Piece, load
 from megarec.data.preparation.vocabulary import OUT_OF_VOCABULARY, Hashing, identity_of, read_values, vocabulary_file
-from megarec.files import write_whole
+from megarec.files import renamed_to, write_whole
 
 MERGE_VALUES = 1 << 21
 _MOST_TALLIED = 1 << 28  # rows of a hashed table
@@ -107,17 +107,48 @@ def _given(directory: Path, data: Path, task: MergeTask) -> Table:
     if len(known) > len(values):
         first = np.append(True, pc.not_equal(known.slice(1), known.slice(0, len(known) - 1)).to_numpy(False))
         known, known_rows = known.filter(pa.array(first)), known_rows[first]
-    with _Runs(look_up_file(directory, task.number), task.kind, "row") as runs:
+    target = look_up_file(directory, task.number)
+    with renamed_to(target) as partial, _Runs(partial, task.kind, "row") as runs:
         runs.write(known, known_rows)
-    identity = _write_vocabulary(data, task.name, task.kind, [values], [rows], len(values))
+    identity = _write_vocabulary(target, data, task.name, task.kind, [values], [rows], len(values))
     return Table(len(values) + 1, identity, len(values))
 
 
 def _merged(directory: Path, data: Path, task: MergeTask) -> Table:
-    counted = directory / f"{task.number:06d}.counted"
+    target = look_up_file(directory, task.number)
+    with renamed_to(target) as counted:
+        seen, histogram, shared = _count(task, counted)
+        if task.hashing is not None:
+            return Table(task.hashing.rows, task.hashing.identity, seen, shared)
+        with (
+            renamed_to(counted) as ranked,
+            pa.memory_map(str(counted)) as file,
+            _Runs(ranked, task.kind, "row") as runs,
+        ):
+            reader = pa.ipc.open_file(file)
+            rank = _Ranking(histogram)
+            for number in range(reader.num_record_batches):
+                batch = reader.get_batch(number)
+                runs.write(batch.column(0), rank.rows(batch.column(1).to_numpy()))
+    kept = sum(histogram.values())
+    with pa.memory_map(str(target)) as file:
+        reader = pa.ipc.open_file(file)
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        rows = [batch.column(1).to_numpy() for batch in batches]
+        values = [batch.column(0) for batch in batches]
+        identity = _write_vocabulary(target, data, task.name, task.kind, values, rows, kept)
+    return Table(kept + 1, identity, seen)
+
+
+def _count(task: MergeTask, target: Path) -> tuple[int, dict[int, int], int | None]:
+    """Write the values that are kept, in their order, with their counts, or with their rows if those are by hash.
+
+    Returns:
+        Distinct values, how many of the kept have each count, and how many hashed ones share their row.
+    """
     seen, histogram = 0, dict[int, int]()
     sharing = _Sharing(task.hashing)
-    with _Runs(counted, task.kind, "count") as runs:
+    with _Runs(target, task.kind, "count") as runs:
         for values, counts in _ranges(task):
             seen += len(values)
             if task.hashing is not None:
@@ -129,24 +160,7 @@ def _merged(directory: Path, data: Path, task: MergeTask) -> Table:
                 for count, times in zip(*np.unique(counts, return_counts=True), strict=True):
                     histogram[int(count)] = histogram.get(int(count), 0) + int(times)
             runs.write(values, counts)
-    target = look_up_file(directory, task.number)
-    if task.hashing is not None:
-        counted.replace(target)
-        return Table(task.hashing.rows, task.hashing.identity, seen, sharing.shared)
-    kept = sum(histogram.values())
-    with pa.memory_map(str(counted)) as file, _Runs(target, task.kind, "row") as runs:
-        reader = pa.ipc.open_file(file)
-        rank = _Ranking(histogram)
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            runs.write(batch.column(0), rank.rows(batch.column(1).to_numpy()))
-    counted.unlink()
-    with pa.memory_map(str(target)) as file:
-        reader = pa.ipc.open_file(file)
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        rows = [batch.column(1).to_numpy() for batch in batches]
-        identity = _write_vocabulary(data, task.name, task.kind, [batch.column(0) for batch in batches], rows, kept)
-    return Table(kept + 1, identity, seen)
+    return seen, histogram, sharing.shared
 
 
 class _Sharing:
@@ -259,9 +273,19 @@ class _Runs:
 
 
 def _write_vocabulary(
-    data: Path, name: str, kind: pa.DataType, values: list[pa.Array], rows: list[NDArray[np.int64]], count: int
+    beside: Path,
+    data: Path,
+    name: str,
+    kind: pa.DataType,
+    values: list[pa.Array],
+    rows: list[NDArray[np.int64]],
+    count: int,
 ) -> str:
-    """Write vocabulary/<name>.parquet in the order of rows; returns its identity."""
+    """Write vocabulary/<name>.parquet in the order of rows, whole or not at all; returns its identity.
+
+    Args:
+        beside: a file of the work directory, beside which it is written.
+    """
 
     def in_order() -> Iterator[pa.Array]:
         for start in range(1, count + 1, MERGE_VALUES):
@@ -277,7 +301,7 @@ def _write_vocabulary(
         path.parent.mkdir(parents=True, exist_ok=True)
         schema = pa.schema([("value", kind), ("row", pa.int64())])
         start = 1
-        with pq.ParquetWriter(path, schema) as writer:
+        with renamed_to(path, beside) as partial, pq.ParquetWriter(partial, schema) as writer:
             for part in in_order():
                 numbers = np.arange(start, start + len(part), dtype=np.int64)
                 start += len(part)

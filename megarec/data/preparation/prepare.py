@@ -26,6 +26,7 @@ from megarec.data.preparation.work import Progress, Workers, work_directory
 from megarec.data.schema import SPLITS, CategoricalFeature, Schema, identity_difference, load_schema, save_schema
 from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
+from megarec.ray_cluster import RayCluster
 
 FORMAT = 1  # of pieces and look-ups: what another version left is not taken up
 QUARANTINE_FILE = "quarantine.csv"
@@ -50,7 +51,7 @@ def prepare_table(
     output: Path,
     vocabulary: Path | None = None,
     *,
-    workers: int = 1,
+    workers: int | RayCluster = 1,
     max_bad: MaxBad = MaxBad(),
     shares: Shares | None = None,
 ) -> Schema:
@@ -60,7 +61,7 @@ def prepare_table(
         spec_file: JSON of a TableSpec.
         files: the files of train, valid and test; with `vocabulary` some of these will do, with `shares` "all" is one.
         vocabulary: a prepared data set whose vocabularies are used; None: they are counted on the training files.
-        workers: processes; 1: this one.
+        workers: processes; 1: this one. Or a Ray cluster whose nodes all see the output's directory.
         max_bad: rows that may be bad; they are written to quarantine.csv.
         shares: how the rows of files["all"] are split.
 
@@ -76,7 +77,7 @@ def prepare_spec(
     files: dict[str, list[Path]],
     output: Path,
     vocabulary: Path | None,
-    workers: int,
+    workers: int | RayCluster,
     max_bad: MaxBad,
     shares: Shares | None = None,
 ) -> Schema:
@@ -93,14 +94,18 @@ def prepare_spec(
     plan = _plan(spec, units, vocabulary, shares)
     if output.is_symlink():
         output = output.resolve()
-    if sum(unit.size for unit in units) < table_reader.UNIT_BYTES:
+    if isinstance(workers, int) and sum(unit.size for unit in units) < table_reader.UNIT_BYTES:
         workers = 1  # starting others would take longer
-    with writable(output), work_directory(output, plan) as work, Workers(workers) as pool:
+    with writable(output), work_directory(output, plan) as work, _engine(workers, work) as pool:
         for name in ("pieces", "tables", "done", "data"):
             (work / name).mkdir(exist_ok=True)
         schema = _Preparation(spec, files, units, work, pool, max_bad, shares).run(old, vocabulary)
         publish(work / "data", output)
     return schema
+
+
+def _engine(workers: int | RayCluster, work: Path) -> Workers | RayCluster:
+    return Workers(workers) if isinstance(workers, int) else workers.sharing(work)
 
 
 @dataclass
@@ -111,7 +116,7 @@ class _Preparation:
     files: dict[str, list[Path]]
     units: list[Unit]
     work: Path
-    pool: Workers
+    pool: Workers | RayCluster
     max_bad: MaxBad
     shares: Shares | None
 

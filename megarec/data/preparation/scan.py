@@ -23,7 +23,7 @@ from megarec.data.preparation.table_spec import Categorical, Numeric, TableSpec
 from megarec.data.preparation.text_files import BadRow
 from megarec.data.preparation.values import id_lists, id_values, labels, numbers, weights
 from megarec.data.schema import SPLITS
-from megarec.files import write_whole
+from megarec.files import renamed_to, write_whole
 
 PIECE_ROWS = 1 << 18
 PIECE_BYTES = 1 << 26
@@ -264,13 +264,11 @@ def _one_row(values: pa.Array) -> pa.Array:
 
 def _save(path: Path, columns: dict[str, pa.Array]) -> int:
     """Write an Arrow file that is there whole or not at all; its size in bytes."""
-    partial = path.with_suffix(".partial")
     batch = pa.RecordBatch.from_pydict(columns)
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
-    size = partial.stat().st_size
-    partial.replace(path)
-    return size
+    with renamed_to(path) as partial:
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        return partial.stat().st_size
 
 
 def load(path: Path) -> pa.RecordBatch:
