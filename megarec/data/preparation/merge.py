@@ -8,7 +8,7 @@ sorting all of them at once. What comes out depends on the values and counts alo
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megarec.data.preparation.scan import Piece, load
-from megarec.data.preparation.vocabulary import OUT_OF_VOCABULARY, Hashing, identity_of, read_values, vocabulary_file
+from megarec.data.preparation.distinct import first_and_counts, order_of, summed
+from megarec.data.preparation.piece_files import Mapped, Runs
+from megarec.data.preparation.scan import Piece
+from megarec.data.preparation.vocabulary import (
+    OUT_OF_VOCABULARY,
+    Hashing,
+    identity_of,
+    in_order,
+    read_values,
+    vocabulary_file,
+)
 from megarec.files import renamed_to, write_whole
 
 MERGE_VALUES = 1 << 21
@@ -99,18 +108,12 @@ def merge(directory: Path, data: Path, task: MergeTask) -> Table:
 def _given(directory: Path, data: Path, task: MergeTask) -> Table:
     """The vocabulary of another data set, with its rows."""
     assert task.given is not None
-    values, spelled = read_values(task.given, task.name)
-    rows = np.arange(1, len(values) + 1, dtype=np.int64)
-    known, known_rows = pa.concat_arrays([values, spelled]), np.concatenate([rows, rows[: len(spelled)]])
-    order = pc.sort_indices(known).to_numpy().astype(np.int64)  # stable: a value as it stands comes first
-    known, known_rows = known.take(pa.array(order)), known_rows[order]
-    if len(known) > len(values):
-        first = np.append(True, pc.not_equal(known.slice(1), known.slice(0, len(known) - 1)).to_numpy(False))
-        known, known_rows = known.filter(pa.array(first)), known_rows[first]
+    values = read_values(task.given, task.name)
     target = look_up_file(directory, task.number)
-    with renamed_to(target) as partial, _Runs(partial, task.kind, "row") as runs:
-        runs.write(known, known_rows)
-    identity = _write_vocabulary(target, data, task.name, task.kind, [values], [rows], len(values))
+    with renamed_to(target) as partial, Runs(partial, task.kind, "row") as runs:
+        runs.write(*in_order(values))
+    parts = (values.slice(start, MERGE_VALUES) for start in range(0, len(values), MERGE_VALUES))
+    identity = _write_vocabulary(target, data, task.name, task.kind, parts)
     return Table(len(values) + 1, identity, len(values))
 
 
@@ -120,23 +123,13 @@ def _merged(directory: Path, data: Path, task: MergeTask) -> Table:
         seen, histogram, shared = _count(task, counted)
         if task.hashing is not None:
             return Table(task.hashing.rows, task.hashing.identity, seen, shared)
-        with (
-            renamed_to(counted) as ranked,
-            pa.memory_map(str(counted)) as file,
-            _Runs(ranked, task.kind, "row") as runs,
-        ):
-            reader = pa.ipc.open_file(file)
-            rank = _Ranking(histogram)
-            for number in range(reader.num_record_batches):
-                batch = reader.get_batch(number)
+        rank, file = _Ranking(histogram), Mapped(counted)
+        with renamed_to(counted) as ranked, Runs(ranked, task.kind, "row") as runs:
+            for batch in file.batches:
                 runs.write(batch.column(0), rank.rows(batch.column(1).to_numpy()))
+                file.release()
     kept = sum(histogram.values())
-    with pa.memory_map(str(target)) as file:
-        reader = pa.ipc.open_file(file)
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        rows = [batch.column(1).to_numpy() for batch in batches]
-        values = [batch.column(0) for batch in batches]
-        identity = _write_vocabulary(target, data, task.name, task.kind, values, rows, kept)
+    identity = _write_vocabulary(target, data, task.name, task.kind, _by_row(Mapped(target), kept))
     return Table(kept + 1, identity, seen)
 
 
@@ -148,8 +141,8 @@ def _count(task: MergeTask, target: Path) -> tuple[int, dict[int, int], int | No
     """
     seen, histogram = 0, dict[int, int]()
     sharing = _Sharing(task.hashing)
-    with _Runs(target, task.kind, "count") as runs:
-        for values, counts in _ranges(task):
+    with Runs(target, task.kind, "count") as runs:
+        for values, counts in ranges(task):
             seen += len(values)
             if task.hashing is not None:
                 counts = task.hashing.encode(values)
@@ -157,8 +150,8 @@ def _count(task: MergeTask, target: Path) -> tuple[int, dict[int, int], int | No
             else:
                 keep = counts >= task.min_count
                 values, counts = values.filter(pa.array(keep)), counts[keep]
-                for count, times in zip(*np.unique(counts, return_counts=True), strict=True):
-                    histogram[int(count)] = histogram.get(int(count), 0) + int(times)
+                for entry in pa.array(counts).value_counts().to_pylist():
+                    histogram[entry["values"]] = histogram.get(entry["values"], 0) + entry["counts"]
             runs.write(values, counts)
     return seen, histogram, sharing.shared
 
@@ -181,17 +174,18 @@ class _Sharing:
         return self._values - int(np.count_nonzero(self._used == 1)) if len(self._used) else None
 
 
-def _ranges(task: MergeTask) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
+def ranges(task: MergeTask) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
     """Distinct values and their counts, range by range in the order of the values."""
+    files = {path: Mapped(path) for path, _ in task.runs}
     runs = []
     for path, feature in task.runs:
-        words = load(path)
+        [words] = files[path].batches
         values = words.column(f"{feature}:values").flatten()
         if len(values):
             runs.append((values, words.column(f"{feature}:counts").flatten()))
     starts = [0] * len(runs)
     for bound in [*_bounds([values for values, _ in runs]), None]:
-        ends = [len(values) if bound is None else _place(values, bound) for values, _ in runs]
+        ends = [len(values) if bound is None else place(values, bound) for values, _ in runs]
         parts = [
             (run[0].slice(start, end - start), run[1].slice(start, end - start))
             for run, start, end in zip(runs, starts, ends, strict=True)
@@ -199,12 +193,21 @@ def _ranges(task: MergeTask) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
         ]
         starts = ends
         if parts:
-            values, counts = (pa.chunked_array([part[i] for part in parts]) for i in (0, 1))
-            table = pa.table([values, counts], names=["value", "n"])
-            if len(parts) > 1:
-                summed = table.group_by("value", use_threads=False).aggregate([("n", "sum")])
-                table = summed.rename_columns(["value", "n"]).sort_by("value")
-            yield table["value"].combine_chunks(), table["n"].combine_chunks().to_numpy()
+            yield _together([values for values, _ in parts], [counts for _, counts in parts])
+        for file in files.values():
+            file.release()
+
+
+def _together(values: list[pa.Array], counts: list[pa.Array]) -> tuple[pa.Array, NDArray[np.int64]]:
+    """The distinct values of sorted runs, in their order, and the sums of their counts."""
+    if len(values) == 1:
+        return values[0], counts[0].to_numpy().astype(np.int64)
+    if pa.types.is_integer(values[0].type):
+        numbers, sums = summed([part.to_numpy() for part in values], [part.to_numpy() for part in counts])
+        return pa.array(numbers), sums
+    table = pa.table([pa.chunked_array(values), pa.chunked_array(counts)], names=["value", "n"])
+    table = table.group_by("value", use_threads=False).aggregate([("n", "sum")]).sort_by("value")
+    return table["value"].combine_chunks(), table["n_sum"].combine_chunks().to_numpy()
 
 
 def _bounds(runs: list[pa.Array]) -> list[Any]:
@@ -225,11 +228,11 @@ def _bounds(runs: list[pa.Array]) -> list[Any]:
     return found
 
 
-def _place(values: pa.Array, bound: Any) -> int:
+def place(values: pa.Array, bound: Any) -> int:
     """How many of sorted values are less."""
     if pa.types.is_integer(values.type):
         return int(np.searchsorted(values.to_numpy(), bound))
-    return bisect_left(range(len(values)), bound, key=lambda place: values[place].as_py())
+    return bisect_left(range(len(values)), bound, key=lambda at: values[at].as_py())
 
 
 class _Ranking:
@@ -241,68 +244,50 @@ class _Ranking:
         self._next = 1 + np.cumsum(values) - values
 
     def rows(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        group = np.searchsorted(-self._counts, -counts)
-        order = np.argsort(group, kind="stable")
-        sizes = np.bincount(group, minlength=len(self._counts))
-        ordered = group[order]
-        within = np.arange(len(counts)) - (np.cumsum(sizes) - sizes)[ordered]
+        order = order_of(-counts)
+        ordered = counts[order]
+        starts, sizes = first_and_counts(ordered)
+        group = np.searchsorted(-self._counts, -ordered[starts])
         rows = np.empty(len(counts), np.int64)
-        rows[order] = self._next[ordered] + within
-        self._next += sizes
+        rows[order] = np.repeat(self._next[group] - starts, sizes) + np.arange(len(counts))
+        self._next[group] += sizes
         return rows
 
 
-class _Runs:
-    """An Arrow file of values and a number beside each, written range by range."""
-
-    def __init__(self, path: Path, kind: pa.DataType, what: str) -> None:
-        self._path, self._schema = path, pa.schema([("value", kind), (what, pa.int64())])
-
-    def __enter__(self) -> "_Runs":
-        self._file = pa.OSFile(str(self._path), "wb")
-        self._writer = pa.ipc.new_file(self._file, self._schema)
-        return self
-
-    def write(self, values: pa.Array, numbers: NDArray[np.int64]) -> None:
-        if len(values):
-            self._writer.write_batch(pa.record_batch([values, pa.array(numbers)], schema=self._schema))
-
-    def __exit__(self, *error: object) -> None:
-        self._writer.close()
-        self._file.close()
+def _by_row(look_up: Mapped, count: int) -> Iterator[pa.Array]:
+    """The values of a look-up in the order of their rows, MERGE_VALUES at a time."""
+    for start in range(1, count + 1, MERGE_VALUES):
+        parts, places = [], []
+        for batch in look_up.batches:
+            rows = batch.column(1).to_numpy()
+            inside = np.flatnonzero((rows >= start) & (rows < start + MERGE_VALUES))
+            parts.append(batch.column(0).take(pa.array(inside)))
+            places.append(rows[inside] - start)
+            look_up.release()
+        at = np.concatenate(places)
+        order = np.empty(len(at), np.int64)
+        order[at] = np.arange(len(at))
+        yield pa.chunked_array(parts).combine_chunks().take(pa.array(order))
 
 
-def _write_vocabulary(
-    beside: Path,
-    data: Path,
-    name: str,
-    kind: pa.DataType,
-    values: list[pa.Array],
-    rows: list[NDArray[np.int64]],
-    count: int,
-) -> str:
-    """Write vocabulary/<name>.parquet in the order of rows, whole or not at all; returns its identity.
+def _write_vocabulary(beside: Path, data: Path, name: str, kind: pa.DataType, values: Iterable[pa.Array]) -> str:
+    """Write vocabulary/<name>.parquet, whole or not at all; returns its identity.
 
     Args:
         beside: a file of the work directory, beside which it is written.
+        values: in the order of their rows, MERGE_VALUES at a time.
     """
-
-    def in_order() -> Iterator[pa.Array]:
-        for start in range(1, count + 1, MERGE_VALUES):
-            inside = [(part >= start) & (part < start + MERGE_VALUES) for part in rows]
-            some = pa.chunked_array(
-                [part.filter(pa.array(keep)) for part, keep in zip(values, inside, strict=True)], kind
-            ).combine_chunks()
-            order = np.argsort(np.concatenate([part[keep] for part, keep in zip(rows, inside, strict=True)]))
-            yield some.take(pa.array(order))
 
     def written() -> Iterator[pa.Array]:
         path = vocabulary_file(data, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         schema = pa.schema([("value", kind), ("row", pa.int64())])
         start = 1
-        with renamed_to(path, beside) as partial, pq.ParquetWriter(partial, schema) as writer:
-            for part in in_order():
+        with (
+            renamed_to(path, beside) as partial,
+            pq.ParquetWriter(partial, schema, use_dictionary=False) as writer,  # no value is there twice
+        ):
+            for part in values:
                 numbers = np.arange(start, start + len(part), dtype=np.int64)
                 start += len(part)
                 writer.write_table(pa.table([part, numbers], schema=schema))
@@ -315,33 +300,33 @@ class LookUp:
     """The rows of values, from a file of `merge`; the file is mapped, so that memory is what is touched."""
 
     def __init__(self, path: Path) -> None:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._file = Mapped(path)
 
     def rows(self, values: pa.Array) -> NDArray[np.int64]:
         """Int64 [n]: the row of every one of sorted, distinct values; row 0 of one that is unknown."""
         found = np.full(len(values), OUT_OF_VOCABULARY, np.int64)
         start = 0
-        for batch in self._batches:
+        for batch in self._file.batches:
             known = batch.column(0)
             end = start + _place_after(values.slice(start), known[len(known) - 1].as_py())
             if end > start:
                 found[start:end] = _rows_in(known, batch.column(1).to_numpy(), values.slice(start, end - start))
             start = end
+        self._file.release()
         return found
 
 
 def _place_after(values: pa.Array, bound: Any) -> int:
     """How many of sorted values are at most `bound`."""
-    place = _place(values, bound)
-    return place + int(place < len(values) and values[place].as_py() == bound)
+    at = place(values, bound)
+    return at + int(at < len(values) and values[at].as_py() == bound)
 
 
 def _rows_in(known: pa.Array, rows: NDArray[np.int64], values: pa.Array) -> NDArray[np.int64]:
     if pa.types.is_integer(known.type):
         numbers, wanted = known.to_numpy(), values.to_numpy()
-        place = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
-        return np.where(numbers[place] == wanted, rows[place], OUT_OF_VOCABULARY)
+        at = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
+        return np.where(numbers[at] == wanted, rows[at], OUT_OF_VOCABULARY)
     found = np.full(len(values), OUT_OF_VOCABULARY, np.int64)
     for start in range(0, len(known), _LOOK_UP):
         at = pc.index_in(known.slice(start, _LOOK_UP), value_set=values)
