@@ -15,7 +15,7 @@ PACKAGE = ROOT / "megarec"
 FLOORS = [  # from the ground up; rooms of one floor do not know each other
     ["errors", "files", "slices", "signals"],
     ["config", "kernels"],
-    ["data", "models", "distributed"],
+    ["data", "models", "distributed", "metrics"],
     ["sparse", "dense"],
     ["run"],
     ["checkpoint"],
