@@ -34,6 +34,11 @@ def open_split(path: Path, split: Split, schema: Schema, bad_rows: BadRows, cach
     Raises:
         UserError: names the file, row, column and value of the first bad row, and the remedy; or what is missing.
     """
+    if not schema.labelled:
+        raise UserError(
+            f"{path}: was prepared from files without the label column {schema.label!r}: it can be scored, not trained "
+            "on or evaluated; prepare files that have it"
+        )
 
     def ensured(damaged: int | None) -> tuple[Path, Built]:
         return ensure_cache(path, split, schema, bad_rows, None if cache is None else Path(cache), damaged)

@@ -7,7 +7,7 @@ follow from the files alone, never from the number of processes.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -118,6 +118,24 @@ def units_of(path: Path, split: str, spec: TableSpec) -> list[Unit]:
             Unit(path, split, end - start, (start, end), names if start or not spec.header else None)
             for start, end in spans
         ]
+
+
+def columns_of(path: Path, spec: TableSpec) -> list[str]:
+    """The names of a file's columns; where the file does not say them, those that its first row has values for.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    suffix, _ = kind_of(path, spec.delimiter)
+    with readable(path):
+        if suffix == ".parquet":
+            return list(pq.read_schema(path).names)
+        text = replace(_text(path, spec), names=None)
+        found = next((names for names, _ in text.blocks(lambda names: None)), [])
+    if spec.header:
+        return found
+    without = [name for name in spec.columns if name not in spec.labels]
+    return without if len(found) == len(without) else list(spec.columns)
 
 
 def _together(groups: list[int]) -> list[tuple[int, ...]]:

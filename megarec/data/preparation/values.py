@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from megarec.data.preparation.table_reader import Part
-from megarec.data.preparation.table_spec import Categorical, MultiValued, Numeric
+from megarec.data.preparation.table_spec import Categorical, Lists, Numeric, Sequence
 from megarec.data.preparation.text_files import first_failing
 from megarec.errors import UserError
 
@@ -28,15 +28,28 @@ def id_values(part: Part, name: str, column: Categorical) -> pa.Array:
     return _typed(part, name, part.rows.column(name), column.dtype, None)
 
 
-def id_lists(part: Part, name: str, column: MultiValued) -> tuple[pa.Array, NDArray[np.int64]]:
+def id_lists(part: Part, name: str, column: Lists) -> tuple[pa.Array, NDArray[np.int64]]:
     """The column's values as string or int64 [sum(lengths)], row after row, and lengths int64 [n]."""
     values, owner, count = _elements(part, name, column)
-    keep = values.is_valid()
-    owner = owner[keep.to_numpy(zero_copy_only=False)]
-    return values.filter(keep), np.bincount(owner, minlength=count).astype(np.int64)
+    keep = _kept(values, owner, count, column)
+    return values.filter(pa.array(keep)), np.bincount(owner[keep], minlength=count).astype(np.int64)
 
 
-def weights(part: Part, name: str, of: str, column: MultiValued) -> NDArray[np.float32]:
+def _kept(values: pa.Array, owner: NDArray[np.int64], count: int, column: Lists) -> NDArray[np.bool_]:
+    """Which elements of lists are kept: those that are there; of a sequence the newest of them."""
+    keep: NDArray[np.bool_] = values.is_valid().to_numpy(zero_copy_only=False)
+    if isinstance(column, Sequence):
+        rows = owner[keep]
+        lengths = np.bincount(rows, minlength=count)
+        age = np.arange(len(rows)) - (np.cumsum(lengths) - lengths)[rows]
+        if column.newest == "last":
+            age = lengths[rows] - 1 - age
+        keep = keep.copy()
+        keep[keep] = age < column.max_length
+    return keep
+
+
+def weights(part: Part, name: str, of: str, column: Lists) -> NDArray[np.float32]:
     """The weights of the values that `id_lists` returns for the column `of`: float32 [sum(lengths)]."""
     ids, lists = _lists(part, of, column), _lists(part, name, column)
     wanted, found = _lengths(ids), _lengths(lists)
@@ -44,9 +57,9 @@ def weights(part: Part, name: str, of: str, column: MultiValued) -> NDArray[np.f
         row = int((wanted != found).argmax())
         value = part.rows.column(name)[row].as_py()
         part.fail(row, name, value, f"{wanted[row]} weights, one for each value of {of!r}")
-    values, owner, _ = _elements(part, of, column)
-    keep = values.is_valid()
-    kept, owner = lists.flatten().filter(keep), owner[keep.to_numpy(zero_copy_only=False)]
+    values, owner, count = _elements(part, of, column)
+    keep = _kept(values, owner, count, column)
+    kept, owner = lists.flatten().filter(pa.array(keep)), owner[keep]
     with np.errstate(over="ignore"):
         result = _as_float64(part, name, kept, "numbers", owner).astype(np.float32)
     if not np.isfinite(result).all():
@@ -55,8 +68,8 @@ def weights(part: Part, name: str, of: str, column: MultiValued) -> NDArray[np.f
     return result
 
 
-def numbers(part: Part, name: str, column: Numeric) -> NDArray[np.float32]:
-    """The column as float32 [n], missing ones filled where the column says with what."""
+def numbers(part: Part, name: str, column: Numeric) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The column as float64 [n], missing ones filled where the column says with what; and which are there."""
     values = part.rows.column(name)
     found = _as_float64(part, name, values, "a number", None)
     missing = np.isnan(found)
@@ -67,12 +80,47 @@ def numbers(part: Part, name: str, column: Numeric) -> NDArray[np.float32]:
         found = np.where(missing, column.missing, found)
     if column.log:
         found = np.sign(found) * np.log1p(np.abs(found))
+    _check_finite(part, name, values, found)
+    return found, ~missing
+
+
+def bucket_values(part: Part, name: str) -> pa.Array:
+    """The numbers of a bucketised column as float64 [n]; a missing one is null."""
+    values = part.rows.column(name)
+    found = _as_float64(part, name, values, "a number", None)
+    missing = np.isnan(found)
+    _check_finite(part, name, values, np.where(missing, 0, found))
+    return pa.array(found + 0.0, mask=missing)  # -0 is 0
+
+
+def buckets(values: NDArray[np.float64], boundaries: list[float]) -> NDArray[np.int64]:
+    """Int64 [n], the row of every number: 1 below the first boundary, one more from each boundary on."""
+    return 1 + np.searchsorted(np.array(boundaries, np.float64), values, side="right").astype(np.int64)
+
+
+def standardised(name: str, found: NDArray[np.float64], mean: float, deviation: float) -> NDArray[np.float32]:
+    """(x - mean) / deviation as float32 [n].
+
+    Raises:
+        UserError: a number is so many deviations away that no float32 holds them.
+    """
     with np.errstate(over="ignore"):
-        result = found.astype(np.float32)
+        result = ((found - mean) / deviation).astype(np.float32)
     if not np.isfinite(result).all():
-        row = int(np.isfinite(result).argmin())
-        part.fail(row, name, values[row].as_py(), "a finite number")
+        far = float(found[int(np.isfinite(result).argmin())])
+        raise UserError(
+            f"column {name!r}: {far:g} is too far from the mean {mean:g} of the training split for its deviation "
+            f"{deviation:g}; leave out columns.{name}.standardise, or that row"
+        )
     return result
+
+
+def _check_finite(part: Part, name: str, values: pa.Array, found: NDArray[np.float64]) -> None:
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(found.astype(np.float32))
+    if not finite.all():
+        row = int(finite.argmin())
+        part.fail(row, name, values[row].as_py(), "a finite number")
 
 
 def labels(part: Part, name: str) -> NDArray[np.int8]:
@@ -104,14 +152,14 @@ def _each_distinct(values: pa.Array, change: Callable[[pa.Array], pa.Array]) -> 
     return change(encoded.dictionary).take(encoded.indices)
 
 
-def _elements(part: Part, name: str, column: MultiValued) -> tuple[pa.Array, NDArray[np.int64], int]:
+def _elements(part: Part, name: str, column: Lists) -> tuple[pa.Array, NDArray[np.int64], int]:
     """The elements of all lists, missing ones as null; the row of each; the number of rows."""
     lists = _lists(part, name, column)
     owner = np.repeat(np.arange(len(lists)), _lengths(lists))
     return _typed(part, name, lists.flatten(), column.dtype, owner), owner, len(lists)
 
 
-def _lists(part: Part, name: str, column: MultiValued) -> pa.Array:
+def _lists(part: Part, name: str, column: Lists) -> pa.Array:
     """A column as lists: text is cut at the separator; a column without any value is one of missing lists."""
     lists = _plain(part.rows.column(name))
     if not any(fits(lists.type) for fits in _LISTS):
