@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from megarec.data.preparation.kept_spec import Fitted
 from megarec.data.preparation.merge import LookUp, look_up_file
-from megarec.data.preparation.scan import Piece, load
+from megarec.data.preparation.runs import load
+from megarec.data.preparation.scan import Piece
 from megarec.data.preparation.table_spec import Bucketised, Lists, TableSpec
 from megarec.data.preparation.values import buckets, standardised
 from megarec.data.writing import ROWS_PER_GROUP, ROWS_PER_SHARD

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megarec.data.preparation.scan import Piece, load
+from megarec.data.preparation.runs import load
+from megarec.data.preparation.scan import Piece
 from megarec.data.preparation.vocabulary import (
     OUT_OF_VOCABULARY,
     Hashing,

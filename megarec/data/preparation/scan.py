@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from megarec.data.preparation.table_reader import Part, RowRefused, Unit, read_unit
-from megarec.data.preparation.table_spec import Bucketised, Categorical, Lists, Numeric, TableSpec
+from megarec.data.preparation.roles import group_ids, row_weights, times
+from megarec.data.preparation.runs import one_row, places_of, save_columns
+from megarec.data.preparation.splits import Placing
+from megarec.data.preparation.table_reader import Part, Unit, read_unit, usable
+from megarec.data.preparation.table_spec import Bucketised, Categorical, Group, Lists, Numeric, TableSpec
 from megarec.data.preparation.text_files import BadRow
 from megarec.data.preparation.values import bucket_values, id_lists, id_values, labels, numbers, weights
 from megarec.data.schema import SPLITS
@@ -29,28 +31,6 @@ from megarec.files import write_whole
 PIECE_ROWS = 1 << 18
 PIECE_BYTES = 1 << 26
 Key = str | tuple[str, str]  # a column; what belongs to it
-_ODD, _ALL = 0x9E3779B97F4A7C15, (1 << 64) - 1
-_FEW_ROWS = 256  # rows among which a bad one is looked for by itself
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Which split a row goes to, by chance.
-
-    Attributes:
-        fractions: of train, valid and test.
-    """
-
-    fractions: tuple[float, float, float]
-    seed: int = 1
-
-    def places(self, unit: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Int64 [n], the place in SPLITS of rows of a unit: a function of seed, unit and row alone."""
-        mixed = numbers.astype(np.uint64) + np.uint64(((self.seed << 32) + unit) * _ODD & _ALL)
-        for shift, odd in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
-            mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(odd)
-        drawn = (mixed ^ mixed >> np.uint64(31)).astype(np.float64) / 2.0**64
-        return np.searchsorted(np.cumsum(self.fractions)[:2], drawn, side="right")
 
 
 @dataclass(frozen=True)
@@ -103,14 +83,14 @@ def scanned_file(directory: Path, number: int) -> Path:
 
 
 def scan(
-    spec: TableSpec, directory: Path, most_bad: int | None, shares: Shares | None, task: tuple[int, Unit]
+    spec: TableSpec, directory: Path, most_bad: int | None, placing: Placing | None, task: tuple[int, Unit]
 ) -> Scanned:
     """Read a unit into pieces: a pure function of the unit and the spec.
 
     Args:
         directory: of pieces; a unit that lies there already is not read again.
         most_bad: bad rows after which reading on is in vain; None: never.
-        shares: how rows are split; None: all are of the unit's split.
+        placing: how rows are split; None: all are of the unit's split.
         task: the number of the unit, and the unit.
 
     Raises:
@@ -128,9 +108,9 @@ def scan(
         pieces.append(gathered.pop(split).save(directory, f"{number:06d}-{len(pieces):04d}", split))
 
     for part, read in read_unit(unit, spec, bad):
-        for split, some in _divided(part, number, unit.split, shares):
-            for rows, encoded in _usable(some, spec, bad, most_bad):
-                gathered.setdefault(split, _Gathered(spec)).add(rows, encoded, some.rows.nbytes)
+        for split, some in _divided(part, number, unit.split, placing, bad, most_bad):
+            for few, encoded in usable(some, lambda few: values_of(few, spec), bad, most_bad):
+                gathered.setdefault(split, _Gathered(spec)).add(len(few.numbers), encoded, some.rows.nbytes)
             if split in gathered and gathered[split].full:
                 save(split)
         if most_bad is not None and len(bad) > most_bad:
@@ -143,35 +123,16 @@ def scan(
     return found
 
 
-def _divided(part: Part, unit: int, split: str, shares: Shares | None) -> Iterator[tuple[str, Part]]:
-    if shares is None:
+def _divided(
+    part: Part, unit: int, split: str, placing: Placing | None, bad: list[BadRow], most_bad: int | None
+) -> Iterator[tuple[str, Part]]:
+    if placing is None:
         yield split, part
         return
-    places = shares.places(unit, part.numbers)
-    for place, name in enumerate(SPLITS):
-        if (keep := places == place).any():
-            yield name, part.only(keep)
-
-
-def _usable(
-    part: Part, spec: TableSpec, bad: list[BadRow], most_bad: int | None
-) -> Iterator[tuple[int, dict[Key, Any]]]:
-    """(rows, their values by column) of the rows that can be used; the others are noted in `bad`."""
-    try:
-        yield len(part.numbers), values_of(part, spec)
-        return
-    except RowRefused as refused:
-        if most_bad is not None and len(bad) >= most_bad:
-            bad.append(refused.bad)
-            return
-    for few in part.cut(_FEW_ROWS):
-        while len(few.numbers):
-            try:
-                yield len(few.numbers), values_of(few, spec)
-                break
-            except RowRefused as refused:
-                bad.append(refused.bad)
-                few = few.without(refused.index)
+    for some, places in usable(part, lambda some: placing.places(unit, some), bad, most_bad):
+        for place, name in enumerate(SPLITS):
+            if (keep := places == place).any():
+                yield name, some.only(keep)
 
 
 def values_of(part: Part, spec: TableSpec) -> dict[Key, Any]:
@@ -194,6 +155,12 @@ def values_of(part: Part, spec: TableSpec) -> dict[Key, Any]:
                 found[name] = found[name].astype(np.float32)
         elif column.type == "label":
             found[name] = labels(part, name)
+        elif column.type == "weight":
+            found[name] = row_weights(part, name)
+        elif isinstance(column, Group):
+            found[name] = group_ids(part, name, column)
+        elif column.type == "time":
+            found[name] = times(part, name)
     return found
 
 
@@ -225,8 +192,8 @@ class _Gathered:
                 values = pa.concat_arrays(self._values.pop(name))
                 present[name] = len(values) - values.null_count
                 distinct, places, counts = places_of(values)
-                words[f"{name}:values"] = _one_row(distinct)
-                words[f"{name}:counts"] = _one_row(pa.array(counts))
+                words[f"{name}:values"] = one_row(distinct)
+                words[f"{name}:counts"] = one_row(pa.array(counts))
                 codes = pa.array(places.astype(np.min_scalar_type(len(distinct))))
                 if not isinstance(column, Lists):
                     rows[name] = codes
@@ -242,7 +209,7 @@ class _Gathered:
                 if (name, "present") in self._values:
                     moments[name] = moments_of(numbers_here[self._joined((name, "present"))])
         files = {
-            path.name: _save(path, columns)
+            path.name: save_columns(path, columns)
             for path, columns in (
                 (directory / f"{stem}.rows.arrow", rows),
                 (directory / f"{stem}.words.arrow", words),
@@ -260,39 +227,3 @@ def moments_of(values: NDArray[np.float64]) -> list[float]:
         return [float(len(values)), float(values[0]) if len(values) else 0.0, 0.0]
     mean = float(values.sum() / len(values))
     return [float(len(values)), mean, float(np.square(values - mean).sum())]
-
-
-def places_of(values: pa.Array) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:
-    """(the distinct values in their order, the place of each value among them, how often each is there).
-
-    A missing value has the place after the last.
-    """
-    encoded = values.dictionary_encode()
-    distinct, count = encoded.dictionary, len(encoded.dictionary)
-    order = pc.sort_indices(distinct).to_numpy().astype(np.int64)
-    rank = np.empty(count + 1, np.int64)
-    rank[order] = np.arange(count)
-    rank[count] = count
-    places = rank[pc.fill_null(encoded.indices, count).to_numpy(zero_copy_only=False)]
-    return distinct.take(pa.array(order)), places, np.bincount(places, minlength=count + 1)[:count]
-
-
-def _one_row(values: pa.Array) -> pa.Array:
-    """An array as the only row of a column of lists: arrays of different lengths then share a file."""
-    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
-
-
-def _save(path: Path, columns: dict[str, pa.Array]) -> int:
-    """Write an Arrow file that is there whole or not at all; its size in bytes."""
-    partial = path.with_suffix(".partial")
-    batch = pa.RecordBatch.from_pydict(columns)
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
-    size = partial.stat().st_size
-    partial.replace(path)
-    return size
-
-
-def load(path: Path) -> pa.RecordBatch:
-    """The columns of a file of a piece, mapped, not read."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)

@@ -19,7 +19,7 @@ import pytest
 from megarec.commands.prepare_data import listed, main
 from megarec.data.preparation import encode, merge, scan, table_reader, text_files
 from megarec.data.preparation.prepare import MaxBad, prepare_spec, prepare_table
-from megarec.data.preparation.scan import Shares
+from megarec.data.preparation.splits import Shares
 from megarec.data.preparation.vocabulary import Hashing
 from megarec.data.schema import load_schema
 from megarec.data.sources.criteo import CATEGORICAL, NUMERIC, criteo_spec, write_made_up
