@@ -21,7 +21,7 @@ FLOORS = [  # from the ground up; rooms of one floor do not know each other
     ["checkpoint"],
     ["training"],
     ["serving", "launching", "planning", "parity"],
-    ["scaling"],
+    ["scaling", "evaluation"],
     ["commands"],
     ["train"],
 ]

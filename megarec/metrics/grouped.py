@@ -60,17 +60,6 @@ class Grouped:
     one_label: int
     no_positive: int
 
-    def described(self) -> dict[str, Any]:
-        """As JSON can say it."""
-        found: dict[str, Any] = {
-            "gauc": {"by_impressions": known(self.gauc_by_impressions), "by_group": known(self.gauc_by_group)},
-            "groups": {"all": self.groups, "one_label": self.one_label, "no_positive": self.no_positive},
-        }
-        if self.ndcg:
-            found["ndcg"] = {str(k): known(value) for k, value in self.ndcg.items()}
-            found["hit_rate"] = {str(k): known(value) for k, value in self.hit_rate.items()}
-        return found
-
 
 def known(value: float) -> float | None:
     """JSON has no NaN: null."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import ndcg_score, roc_auc_score
 
 from megarec.metrics import grouped
-from megarec.metrics.grouped import GroupScores, group_scores, over_groups
+from megarec.metrics.grouped import GroupScores, group_scores, known, over_groups
 
 KS = (1, 3, 10)
 
@@ -88,9 +88,8 @@ def test_without_a_group_that_counts_there_is_no_number_and_no_warning(groups: l
         found = over_groups(
             group_scores(np.ones(len(groups), np.float32), np.zeros(len(groups)), np.array(groups), [5])
         )
-    described = found.described()
-    assert described["gauc"] == {"by_impressions": None, "by_group": None}
-    assert described["ndcg"] == described["hit_rate"] == {"5": None}
+    values = [found.gauc_by_impressions, found.gauc_by_group, found.ndcg[5], found.hit_rate[5]]
+    assert list(map(known, values)) == [None] * 4
 
 
 def test_the_order_of_rows_does_not_change_a_bit() -> None:
