@@ -203,6 +203,19 @@ def select_features(schema: Schema, names: list[str] | None) -> Schema:
     )
 
 
+def check_labelled(path: Path, schema: Schema) -> None:
+    """Refuse a data set without labels where they are needed.
+
+    Raises:
+        UserError: says so.
+    """
+    if not schema.labelled:
+        raise UserError(
+            f"{path}: was prepared from files without the label column {schema.label!r}: it can be scored, not trained "
+            "on or evaluated; prepare files that have it"
+        )
+
+
 def select_label(schema: Schema, name: str | None) -> Schema:
     """The schema with another of its labels in use; None: as it is.
 

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from megarec.data.preparation.distinct import places_of
 from megarec.data.preparation.kept_spec import load_prepared
 from megarec.data.preparation.merge import place
-from megarec.data.preparation.runs import places_of
 from megarec.data.preparation.scan import Key, values_of
 from megarec.data.preparation.table_reader import Part, RowRefused
 from megarec.data.preparation.table_spec import Bucketised, Lists

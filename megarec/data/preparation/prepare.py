@@ -19,9 +19,8 @@ from megarec.data.preparation.encode import Encoder, shards_of
 from megarec.data.preparation.fit import Numbers, Quantiles, cuts_of, mean_and_deviation, quantiles
 from megarec.data.preparation.kept_spec import SPEC_FILE, Fitted, KeptSpec, Prepared, load_prepared
 from megarec.data.preparation.merge import MergeTask, Table, merge, runs_of
-from megarec.data.preparation.runs import time_runs
 from megarec.data.preparation.scan import Piece, Scanned, scan, scanned_file
-from megarec.data.preparation.splits import ByColumn, ByTime, Division, Placing, Said, TimeCuts
+from megarec.data.preparation.splits import ByColumn, ByTime, Division, Placing, Said, TimeCuts, time_runs
 from megarec.data.preparation.table_reader import Unit, columns_of, units_of
 from megarec.data.preparation.table_spec import (
     Bucketised,

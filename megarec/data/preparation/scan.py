@@ -18,8 +18,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from megarec.data.preparation.distinct import places_of
+from megarec.data.preparation.piece_files import one_row
+from megarec.data.preparation.piece_files import save as save_batch
 from megarec.data.preparation.roles import group_ids, row_weights, times
-from megarec.data.preparation.runs import one_row, places_of, save_columns
 from megarec.data.preparation.splits import Placing
 from megarec.data.preparation.table_reader import Part, Unit, read_unit, usable
 from megarec.data.preparation.table_spec import Bucketised, Categorical, Group, Lists, Numeric, TableSpec
@@ -194,7 +196,7 @@ class _Gathered:
                 distinct, places, counts = places_of(values)
                 words[f"{name}:values"] = one_row(distinct)
                 words[f"{name}:counts"] = one_row(pa.array(counts))
-                codes = pa.array(places.astype(np.min_scalar_type(len(distinct))))
+                codes = pa.array(places)
                 if not isinstance(column, Lists):
                     rows[name] = codes
                     continue
@@ -209,7 +211,7 @@ class _Gathered:
                 if (name, "present") in self._values:
                     moments[name] = moments_of(numbers_here[self._joined((name, "present"))])
         files = {
-            path.name: save_columns(path, columns)
+            path.name: save_batch(path, columns)
             for path, columns in (
                 (directory / f"{stem}.rows.arrow", rows),
                 (directory / f"{stem}.words.arrow", words),

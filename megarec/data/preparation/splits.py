@@ -1,17 +1,26 @@
 """Which split a row of one input goes to: by chance, by time, or as a column says.
 
-A split by time takes two passes: the first reads the time column alone into sorted runs (runs.py), from which the exact
-places of the cuts follow (fit.py); the second is the reading of all columns (scan.py).
+A split by time takes two passes: the first reads the time column alone into sorted runs, from which the exact places of
+the cuts follow (fit.py); the second is the reading of all columns (scan.py).
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from megarec.data.preparation.distinct import places_of
+from megarec.data.preparation.piece_files import one_row, save
 from megarec.data.preparation.roles import split_places, times
-from megarec.data.preparation.table_reader import Part
-from megarec.data.preparation.table_spec import SplitColumn
+from megarec.data.preparation.table_reader import Part, Unit, read_unit, usable
+from megarec.data.preparation.table_spec import SplitColumn, TableSpec
+from megarec.data.preparation.text_files import BadRow
+from megarec.files import write_whole
+
+_RUN_ROWS = 1 << 20
 
 _ODD, _ALL = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
@@ -86,3 +95,45 @@ class Said:
 
 Division = Shares | ByTime | ByColumn
 Placing = Shares | TimeCuts | Said
+
+
+def time_runs(spec: TableSpec, directory: Path, task: tuple[int, Unit]) -> list[Path]:
+    """The distinct times of a unit and their counts, in sorted runs; what lies there already is not read again.
+
+    Rows whose time cannot be read are left to the second pass, which names them.
+    """
+    number, unit = task
+    (name,) = spec.of_type("time")
+    alone = spec.ignoring({other for other in spec.columns if other != name})
+    done = directory / f"{number:06d}.json"
+    if (before := _finished(done)) is not None:
+        return before
+    sizes: dict[str, int] = {}
+    waiting: list[NDArray[np.float64]] = []
+
+    def flush() -> None:
+        distinct, _, counts = places_of(pa.array(np.concatenate(waiting)))
+        columns = {f"{name}:values": one_row(distinct), f"{name}:counts": one_row(pa.array(counts))}
+        path = directory / f"{number:06d}-{len(sizes):04d}.times.arrow"
+        sizes[path.name] = save(path, columns)
+        waiting.clear()
+
+    bad: list[BadRow] = []
+    for part, _ in read_unit(unit, alone, bad):
+        waiting += [found for _, found in usable(part, lambda some: times(some, name), bad, None)]
+        bad.clear()
+        if sum(map(len, waiting)) >= _RUN_ROWS:
+            flush()
+    if waiting:
+        flush()
+    write_whole(done, json.dumps(sizes).encode())
+    return [directory / file for file in sizes]
+
+
+def _finished(done: Path) -> list[Path] | None:
+    try:
+        sizes = json.loads(done.read_bytes())
+        paths = [done.parent / name for name in sizes]
+        return paths if all(path.stat().st_size == sizes[path.name] for path in paths) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

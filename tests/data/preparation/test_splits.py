@@ -14,7 +14,7 @@ import pytest
 
 from megarec.commands.evaluate import fitting_schema
 from megarec.commands.prepare_data import main
-from megarec.data.preparation import merge, runs, scan, table_reader, text_files
+from megarec.data.preparation import merge, scan, splits, table_reader, text_files
 from megarec.data.preparation.encode_rows import RowEncoder
 from megarec.data.preparation.prepare import MaxBad, prepare_as, prepare_table
 from megarec.data.preparation.splits import ByColumn, ByTime, Division
@@ -45,7 +45,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_reader, "UNIT_BYTES", 1000)
     monkeypatch.setattr(text_files, "_BLOCK_BYTES", 700)
     monkeypatch.setattr(scan, "PIECE_ROWS", 20)
-    monkeypatch.setattr(runs, "_RUN_ROWS", 16)
+    monkeypatch.setattr(splits, "_RUN_ROWS", 16)
     monkeypatch.setattr(merge, "MERGE_VALUES", 10)
 
 
