@@ -129,13 +129,13 @@ def _keys(scores: NDArray[Any], labels: NDArray[Any], groups: NDArray[Any]) -> N
     assert not len(groups) or groups.max() < 1 << 31, "group numbers need 31 bits"
     keys = groups.astype(np.uint64)
     keys <<= np.uint64(_SCORE_BITS)
-    keys |= _places(scores)
+    keys |= places_of(scores)
     keys <<= np.uint64(1)
     keys |= labels.astype(bool)
     return keys
 
 
-def _places(scores: NDArray[Any]) -> NDArray[np.uint32]:
+def places_of(scores: NDArray[Any]) -> NDArray[np.uint32]:
     """Whole numbers in the order of the scores, equal where they are equal."""
     if scores.dtype != np.float32:
         return np.unique(scores, return_inverse=True)[1].astype(np.uint32)

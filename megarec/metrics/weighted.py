@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megarec.metrics.grouped import places_of
+
 Float = NDArray[np.float64]
 EXAMPLE_METRICS = ("auc", "logloss", "ne", "calibration")
 
@@ -42,6 +44,18 @@ def of_sums(examples: float, positives: float, loss: float, predicted: float) ->
     return logloss, logloss / entropy if entropy else math.nan, predicted / positives if positives else math.nan
 
 
+def _ascending(scores: NDArray[Any]) -> NDArray[np.int64]:
+    """Rows in the order of their scores; of float32 by one sort of numbers that are place and row."""
+    if scores.dtype != np.float32 or len(scores) >= 1 << 32:
+        return np.argsort(scores)
+    keys = places_of(scores).astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= np.arange(len(scores), dtype=np.uint64)
+    keys.sort()
+    keys &= np.uint64(0xFFFFFFFF)
+    return keys.view(np.int64)
+
+
 class WeightedRows:
     """Logits and labels, ready for draws.
 
@@ -52,7 +66,7 @@ class WeightedRows:
 
     def __init__(self, logits: NDArray[Any], labels: NDArray[Any]) -> None:
         assert logits.shape == labels.shape and logits.ndim == 1
-        self._order = np.argsort(logits)
+        self._order = _ascending(logits)
         scores = logits[self._order]
         self._positive = labels[self._order].astype(bool)
         starts = np.flatnonzero(np.concatenate([[True], scores[1:] != scores[:-1]])) if len(scores) else self._order
