@@ -98,6 +98,7 @@ def test_the_metadata_agrees_with_the_pins_of_the_scripts() -> None:
     assert pins("requirements-gpu.txt") == {*project["dependencies"], *extras["cuda"]}
     assert pins("requirements-dev.txt") == set(extras["dev"])
     assert pins("requirements-docs.txt") == set(extras["docs"])
+    assert pins("requirements-serve.txt") == {*extras["export"], *extras["serve"]}
     assert extras["ray"] == [ray_cluster.REQUIREMENT] and ray_cluster.REQUIREMENT in extras["dev"]
 
 

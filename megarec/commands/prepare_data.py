@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megarec.data.preparation.infer import infer
 from megarec.data.preparation.prepare import QUARANTINE_FILE, MaxBad, prepare_as, prepare_spec, prepare_table
-from megarec.data.preparation.scan import Shares
+from megarec.data.preparation.splits import ByColumn, ByTime, Division, Shares
 from megarec.data.schema import SPLITS, Schema, read_schema
 from megarec.data.sources import grouped, planted
 from megarec.data.sources.criteo import criteo_spec
@@ -140,7 +140,11 @@ def add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data", type=user_path, nargs="+", action="extend", metavar="FILE", help="in place of these: to be split"
     )
-    command.add_argument("--split", choices=("random",), help="of --data: how (default: random)")
+    command.add_argument(
+        "--split",
+        choices=("random", "time", "column"),
+        help="of --data: how; the spec names the column (default: random)",
+    )
     command.add_argument(
         "--fractions",
         type=float,
@@ -210,7 +214,7 @@ def from_files(args: argparse.Namespace) -> Schema:
         raise UserError("expected either --schema FILE, what the columns are, or --like DIR, a data set that keeps it")
     given = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
     missing = [f"--{split}" for split in SPLITS if split not in given]
-    if (shares := split_shares(args, list(given))) is not None:
+    if (shares := division_of(args, list(given))) is not None:
         given = {"all": args.data}
     elif missing and (like is None or not given):
         raise UserError(f"{missing[0]} is missing; name the files of every split, or --like DIR and some")
@@ -254,7 +258,7 @@ def processes(args: argparse.Namespace) -> int:
     return args.workers or len(os.sched_getaffinity(0))
 
 
-def split_shares(args: argparse.Namespace, given: list[str]) -> Shares | None:
+def division_of(args: argparse.Namespace, given: list[str]) -> Division | None:
     """How the rows of --data are split; None: without --data.
 
     Raises:
@@ -267,12 +271,19 @@ def split_shares(args: argparse.Namespace, given: list[str]) -> Shares | None:
         return None
     if given:
         raise UserError(f"--data is split, --{given[0]} is one split already; keep one of them")
-    fractions = tuple(args.fractions or (0.8, 0.1, 0.1))
-    if not all(0 < share < 1 for share in fractions) or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(f"--fractions {' '.join(map(str, fractions))}: expected three shares above 0 that add up to 1")
+    for option, ways in (("seed", ("random", None)), ("fractions", ("random", "time", None))):
+        if getattr(args, option) is not None and args.split not in ways:
+            raise UserError(f"--split {args.split} takes no --{option}; leave it out")
+    if args.split == "column":
+        return ByColumn()
+    train, valid, test = args.fractions or (0.8, 0.1, 0.1)
+    if not all(0 < share < 1 for share in (train, valid, test)) or abs(train + valid + test - 1) > 1e-6:
+        raise UserError(f"--fractions {train} {valid} {test}: expected three shares above 0 that add up to 1")
+    if args.split == "time":
+        return ByTime((train, valid, test))
     seed = 1 if args.seed is None else args.seed
     check_size("seed", seed, 0, (1 << 31) - 1)
-    return Shares((fractions[0], fractions[1], fractions[2]), seed)
+    return Shares((train, valid, test), seed)
 
 
 def listed(paths: list[Path]) -> list[Path]:

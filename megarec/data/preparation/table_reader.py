@@ -6,10 +6,10 @@ follow from the files alone, never from the number of processes.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,8 @@ from megarec.errors import UserError, did_you_mean
 UNIT_BYTES = 1 << 26
 UNIT_ROWS = 1 << 18
 _PARQUET_ROWS = 1 << 16
+_FEW_ROWS = 256  # rows among which a bad one is looked for by itself
+Made = TypeVar("Made")
 
 
 class RowRefused(UserError):
@@ -208,6 +210,32 @@ def read_unit(unit: Unit, spec: TableSpec, bad: list[BadRow]) -> Iterator[tuple[
             numbers = rows.numbers + read
             read += rows.read
             yield Part(unit.path, rows.table, numbers), read
+
+
+def usable(
+    part: Part, made: Callable[[Part], Made], bad: list[BadRow], most_bad: int | None
+) -> Iterator[tuple[Part, Made]]:
+    """(rows, what is made of them) of the rows that can be used; the others are noted in `bad`.
+
+    Args:
+        made: raises RowRefused for the first row that it cannot use.
+        most_bad: bad rows after which reading on is in vain; None: never.
+    """
+    try:
+        yield part, made(part)
+        return
+    except RowRefused as refused:
+        if most_bad is not None and len(bad) >= most_bad:
+            bad.append(refused.bad)
+            return
+    for few in part.cut(_FEW_ROWS):
+        while len(few.numbers):
+            try:
+                yield few, made(few)
+                break
+            except RowRefused as refused:
+                bad.append(refused.bad)
+                few = few.without(refused.index)
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def weights(part: Part, name: str, of: str, column: Lists) -> NDArray[np.float32
     keep = _kept(values, owner, count, column)
     kept, owner = lists.flatten().filter(pa.array(keep)), owner[keep]
     with np.errstate(over="ignore"):
-        result = _as_float64(part, name, kept, "numbers", owner).astype(np.float32)
+        result = as_float64(part, name, kept, "numbers", owner).astype(np.float32)
     if not np.isfinite(result).all():
         first = int(np.isfinite(result).argmin())
         part.fail(int(owner[first]), name, kept[first].as_py(), "finite numbers")
@@ -72,7 +72,7 @@ def weights(part: Part, name: str, of: str, column: Lists) -> NDArray[np.float32
 def numbers(part: Part, name: str, column: Numeric) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The column as float64 [n], missing ones filled where the column says with what; and which are there."""
     values = part.rows.column(name)
-    found = _as_float64(part, name, values, "a number", None)
+    found = as_float64(part, name, values, "a number")
     missing = np.isnan(found)
     if missing.any():
         if column.missing is None:
@@ -88,7 +88,7 @@ def numbers(part: Part, name: str, column: Numeric) -> tuple[NDArray[np.float64]
 def bucket_values(part: Part, name: str) -> pa.Array:
     """The numbers of a bucketised column as float64 [n]; a missing one is null."""
     values = part.rows.column(name)
-    found = _as_float64(part, name, values, "a number", None)
+    found = as_float64(part, name, values, "a number")
     missing = np.isnan(found)
     _check_finite(part, name, values, np.where(missing, 0, found))
     return pa.array(found + 0.0, mask=missing)  # -0 is 0
@@ -127,7 +127,7 @@ def _check_finite(part: Part, name: str, values: pa.Array, found: NDArray[np.flo
 def labels(part: Part, name: str) -> NDArray[np.int8]:
     """The label column as int8 [n], 0 or 1."""
     values = part.rows.column(name)
-    found = _as_float64(part, name, values, "0 or 1", None)
+    found = as_float64(part, name, values, "0 or 1")
     bad = (found != 0) & (found != 1)
     if bad.any():
         row = int(bad.argmax())
@@ -162,7 +162,7 @@ def _elements(part: Part, name: str, column: Lists) -> tuple[pa.Array, NDArray[n
 
 def _lists(part: Part, name: str, column: Lists) -> pa.Array:
     """A column as lists: text is cut at the separator; a column without any value is one of missing lists."""
-    lists = _plain(part.rows.column(name))
+    lists = plain(part.rows.column(name))
     if not any(fits(lists.type) for fits in _LISTS):
         if not pa.types.is_string(lists.type):
             raise UserError(f"{part.path}: column {name!r} is {lists.type}, expected text or a list")
@@ -174,7 +174,7 @@ def _lengths(lists: pa.Array) -> NDArray[np.int64]:
     return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _plain(values: pa.Array) -> pa.Array:
+def plain(values: pa.Array) -> pa.Array:
     """Without a dictionary; all kinds of text as string; a column without any value as missing text."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
@@ -185,7 +185,7 @@ def _plain(values: pa.Array) -> pa.Array:
 
 def _typed(part: Part, name: str, values: pa.Array, dtype: str, owner: Owner) -> pa.Array:
     """Ids as string or int64; `owner` is the row of every value, None when value i is row i's."""
-    values = _plain(values)
+    values = plain(values)
     if any(fits(values.type) for fits in _BYTES):
         values = _cast(part, name, values, pa.string(), "UTF-8 text", owner)
     if pa.types.is_floating(values.type):
@@ -283,9 +283,9 @@ def _true_is_one(text: pa.Array) -> pa.Array:
     )
 
 
-def _as_float64(part: Part, name: str, values: pa.Array, expected: str, owner: Owner) -> NDArray[np.float64]:
+def as_float64(part: Part, name: str, values: pa.Array, expected: str, owner: Owner = None) -> NDArray[np.float64]:
     """Numbers as float64 [n], a missing one as NaN; true is 1."""
-    values = _plain(values)
+    values = plain(values)
     if pa.types.is_integer(values.type):
         found = values.cast(pa.float64(), safe=False)  # rounded: only safe casts refuse what no float holds exactly
     else:
