@@ -1,6 +1,6 @@
 """Permutation importance: what a model's metrics lose when a feature's values are dealt to other rows.
 
-python tools/importance.py --run runs/movielens-100k --data data/movielens-100k
+python tools/importance.py runs/movielens-100k
 """
 
 import sys
