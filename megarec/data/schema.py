@@ -214,8 +214,8 @@ def check_labelled(path: Path, schema: Schema) -> None:
     """
     if not schema.labelled:
         raise UserError(
-            f"{path}: was prepared from files without the label column {schema.label!r}: it can be scored, not trained "
-            "on or evaluated; prepare files that have it"
+            f"{path}: was prepared from files without the label column {schema.label!r}: it can be scored; for "
+            "training, evaluation and statistics prepare files that have it"
         )
 
 
