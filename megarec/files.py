@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 from megarec.errors import UserError
 
@@ -25,7 +26,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "is no regular file", str(path))
     path = path.resolve() if path.is_symlink() else path
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{uuid4().hex[:12]}")  # another machine may write it as well
     try:
         with partial.open("wb") as file:
             yield file
@@ -33,6 +34,23 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.replace(path)
         sync_directory(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def renamed_to(path: Path, beside: Path | None = None) -> Iterator[Path]:
+    """A path to write to that becomes `path` by a rename when the block ends without an error; not synced.
+
+    Its name is nobody else's, on no machine, so that two may make the same file at the same time.
+
+    Args:
+        beside: the file to write beside, in place of `path`: on the same file system.
+    """
+    partial = (beside or path).with_name(f".{path.name}.partial-{uuid4().hex[:12]}")
+    try:
+        yield partial
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -46,6 +64,28 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_whole`, of one JSON value; NaN and infinity are a ValueError."""
     write_whole(path, (json.dumps(value, allow_nan=False) + "\n").encode())
+
+
+def check_json_output(option: str, output: Path, example: str) -> None:
+    """Make the directory of a JSON to write; call it before long work.
+
+    Args:
+        option: that names the file, and `example` a name for it, for messages.
+
+    Raises:
+        UserError: it is no .json, or nothing can be written there.
+    """
+    if output.suffix != ".json":
+        raise UserError(f"{option} {output}: expected the name of a JSON file, such as {example}")
+    if output.exists() and not output.is_file():
+        what = "is a directory" if output.is_dir() else "is no regular file"
+        raise UserError(f"{option} {output}: {what}; name a file, such as {output / example}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {output}: {output.parent} cannot be made ({error.strerror})") from error
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"{option} {output}: {output.parent} cannot be written; choose another directory")
 
 
 def sync_directory(directory: Path) -> None:

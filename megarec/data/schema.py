@@ -93,6 +93,9 @@ class Schema(BaseModel):
     unknown: dict[str, dict[str, float]] = Field(
         {}, description="by split and feature, the share of the values there that the vocabulary does not know"
     )
+    missing: dict[str, dict[str, float]] = Field(
+        {}, description="by split and feature that is no list, the share of the rows there without a value"
+    )
     sharing: dict[str, float] = Field(
         {}, description="by hashed table, the share of its distinct values whose row is another value's as well"
     )
@@ -215,8 +218,8 @@ def check_labelled(path: Path, schema: Schema) -> None:
     """
     if not schema.labelled:
         raise UserError(
-            f"{path}: was prepared from files without the label column {schema.label!r}: it can be scored, not trained "
-            "on or evaluated; prepare files that have it"
+            f"{path}: was prepared from files without the label column {schema.label!r}: it can be scored; for "
+            "training and evaluation prepare files that have it"
         )
 
 

@@ -24,6 +24,8 @@ from megarec.data.preparation.splits import ByColumn, ByTime, Division, Placing,
 from megarec.data.preparation.table_reader import Unit, columns_of, units_of
 from megarec.data.preparation.table_spec import (
     Bucketised,
+    Categorical,
+    Numeric,
     SplitColumn,
     TableSpec,
     load_table_spec,
@@ -34,8 +36,9 @@ from megarec.data.preparation.work import Progress, Workers, work_directory
 from megarec.data.schema import SPLITS, Schema, save_schema
 from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
+from megarec.ray_cluster import RayCluster
 
-FORMAT = 3  # of pieces and look-ups: what another version left is not taken up
+FORMAT = 5  # of pieces and look-ups: what another version left is not taken up
 QUARANTINE_FILE = "quarantine.csv"
 _KINDS = {"string": pa.string(), "integer": pa.int64(), "hexadecimal": pa.int64()}
 
@@ -57,7 +60,7 @@ def prepare_table(
     files: dict[str, list[Path]],
     output: Path,
     *,
-    workers: int = 1,
+    workers: int | RayCluster = 1,
     max_bad: MaxBad = MaxBad(),
     shares: Division | None = None,
 ) -> Schema:
@@ -66,7 +69,7 @@ def prepare_table(
     Args:
         spec_file: JSON of a TableSpec.
         files: the files of train, valid and test; with `shares` "all" is one.
-        workers: processes; 1: this one.
+        workers: processes; 1: this one. Or a Ray cluster whose nodes all see the files and the output's directory.
         max_bad: rows that may be bad; they are written to quarantine.csv.
         shares: how the rows of files["all"] are split.
 
@@ -81,7 +84,7 @@ def prepare_as(
     files: dict[str, list[Path]],
     output: Path,
     *,
-    workers: int = 1,
+    workers: int | RayCluster = 1,
     max_bad: MaxBad = MaxBad(),
     shares: Division | None = None,
 ) -> Schema:
@@ -104,7 +107,7 @@ def prepare_spec(
     files: dict[str, list[Path]],
     output: Path,
     like: Prepared | None,
-    workers: int,
+    workers: int | RayCluster,
     max_bad: MaxBad,
     shares: Division | None = None,
 ) -> Schema:
@@ -126,14 +129,18 @@ def prepare_spec(
     plan = _plan(spec, units, like, shares)
     if output.is_symlink():
         output = output.resolve()
-    if sum(unit.size for unit in units) < table_reader.UNIT_BYTES:
+    if isinstance(workers, int) and sum(unit.size for unit in units) < table_reader.UNIT_BYTES:
         workers = 1  # starting others would take longer
-    with writable(output), work_directory(output, plan) as work, Workers(workers) as pool:
+    with writable(output), work_directory(output, plan) as work, _engine(workers, work) as pool:
         for name in ("times", "pieces", "tables", "done", "data"):
             (work / name).mkdir(exist_ok=True)
         schema = _Preparation(whole, spec, files, units, work, pool, max_bad, shares).run(like)
         publish(work / "data", output)
     return schema
+
+
+def _engine(workers: int | RayCluster, work: Path) -> Workers | RayCluster:
+    return Workers(workers) if isinstance(workers, int) else workers.sharing(work)
 
 
 @dataclass
@@ -150,7 +157,7 @@ class _Preparation:
     files: dict[str, list[Path]]
     units: list[Unit]
     work: Path
-    pool: Workers
+    pool: Workers | RayCluster
     max_bad: MaxBad
     shares: Division | None
 
@@ -176,6 +183,14 @@ class _Preparation:
             }
             for split in rows
         }
+        missing = {
+            split: {
+                name: round(1 - present[split][name] / rows[split], 6)
+                for name, column in self.spec.columns.items()
+                if isinstance(column, Categorical | Bucketised | Numeric)
+            }
+            for split in rows
+        }
         means = {name: present["train"][name] / rows["train"] for name in self.spec.ids} if "train" in rows else {}
         if like is not None:
             means |= {feature.name: feature.mean_length for feature in like.schema.categorical}
@@ -185,7 +200,8 @@ class _Preparation:
             for name in tables
             if tables[name].shared is not None
         }
-        schema = schema.model_copy(update={"unknown": unknown, "sharing": shared, "bad_rows": dict(self._reasons)})
+        counted = {"unknown": unknown, "missing": missing, "sharing": shared, "bad_rows": dict(self._reasons)}
+        schema = schema.model_copy(update=counted)
         kept.save(self.work / "data")
         save_schema(schema, self.work / "data")
         return schema
@@ -229,7 +245,7 @@ class _Preparation:
     def _scan(self) -> dict[str, list[Piece]]:
         pieces: dict[str, list[Piece]] = {split: [] for split in SPLITS}
         placing = self._placing()
-        self._progress.begin("reading", sum(unit.size for unit in self.units))
+        self._progress.begin("reading", sum(unit.size for unit in self.units), later=0.8)
         most = self.max_bad.count if self.max_bad.share is None else None
         self._rows: list[int] = []  # of each unit, bad ones included
         self._reasons = Counter[str]()
@@ -293,7 +309,7 @@ class _Preparation:
             runs = runs_of(some, self.work / "pieces", features)
             given = None if hashing or like is None else like.directory
             tasks.append(MergeTask(number, name, _KINDS[column.dtype], runs, column.min_count, hashing, given))
-        self._progress.begin("counting", len(tasks))
+        self._progress.begin("counting", len(tasks), later=2.0)
         found = {}
         for task, table in self.pool.run(partial(merge, self.work / "tables", self.work / "data"), tasks):
             found[task.name] = table
