@@ -29,7 +29,9 @@ from megarec.evaluation.page import page
 from megarec.evaluation.report import Report, Scored, as_json, as_lines, is_finite, make_report
 from megarec.files import whole_file
 from megarec.metrics.slices import Slices, in_tenths, slices_of
-from megarec.serving.predictor import Predictor, load_checkpoint, load_model
+from megarec.serving.bundle_predictor import BundlePredictor
+from megarec.serving.predictor import BatchModel, load_checkpoint, load_model
+from megarec.serving.scorer.bundle import MANIFEST
 from megarec.signals import unwinding
 
 MOST_EXAMPLES = 4096  # of a batch: a run's own batch is sized for all of its ranks
@@ -152,7 +154,7 @@ class Opened:
     """
 
     path: Path
-    model: Predictor
+    model: BatchModel
     rows: EvalLoader
     device: torch.device
     data: Path
@@ -176,7 +178,11 @@ def open_model(run: Path, data: Path | None, split: Split, cache: Path | None, o
     """
     device = rank_device()
     path = find_model(run, option)
-    model = load_model(path, device) if (path / MODEL_FILE).is_file() else load_checkpoint(path, device)
+    model: BatchModel
+    if (path / MANIFEST).is_file():
+        device, model = torch.device("cpu"), BundlePredictor(path)
+    else:
+        model = load_model(path, device) if (path / MODEL_FILE).is_file() else load_checkpoint(path, device)
     data = data or Path(model.config.data.path)
     schema = fitting_schema(model.schema, load_schema(data), data / SCHEMA_FILE)
     store = open_split(data, split, schema, model.config.data.bad_rows, cache or model.config.data.cache)
@@ -226,14 +232,15 @@ def find_model(run: Path, option: str = "--run") -> Path:
     Raises:
         UserError: there is none.
     """
-    if (run / MODEL_FILE).is_file():
+    if (run / MODEL_FILE).is_file() or (run / MANIFEST).is_file():
         return run
     if not run.is_dir() and run.name not in (LATEST, BEST):
         raise UserError(f"{option} {run}: is no directory; train first, or correct the path")
     try:
         return locate(run)
     except UserError as error:
-        raise UserError(f"{option} {error}, or an export with {MODEL_FILE}; train first, or correct the path") from None
+        what = f"an export with {MODEL_FILE} or {MANIFEST}"
+        raise UserError(f"{option} {error}, or {what}; train first, or correct the path") from None
 
 
 def fitting_schema(trained: Schema, found: Schema, path: Path) -> Schema:

@@ -20,7 +20,7 @@ from megarec.data.store import Store
 from megarec.metrics.bootstrap import Interval
 from megarec.metrics.grouped import group_scores, known
 from megarec.metrics.weighted import losses_of
-from megarec.serving.predictor import Predictor
+from megarec.serving.predictor import BatchModel
 
 Floats = NDArray[np.float32]
 
@@ -73,7 +73,7 @@ class Importances:
 
 
 def importances(
-    model: Predictor, store: Store, device: torch.device, *, repeats: int, most: int, batch_size: int, seed: int
+    model: BatchModel, store: Store, device: torch.device, *, repeats: int, most: int, batch_size: int, seed: int
 ) -> Importances:
     """Score rows with one feature after the other permuted; a repeat permutes all features alike.
 
