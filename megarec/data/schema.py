@@ -215,7 +215,7 @@ def check_labelled(path: Path, schema: Schema) -> None:
     if not schema.labelled:
         raise UserError(
             f"{path}: was prepared from files without the label column {schema.label!r}: it can be scored; for "
-            "training, evaluation and statistics prepare files that have it"
+            "training and evaluation prepare files that have it"
         )
 
 
