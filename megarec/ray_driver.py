@@ -4,6 +4,7 @@ It takes orders from its parent over a pipe and ends with it. A task that was lo
 again, a few times; whatever a task raised is what its parent gets.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from megarec.errors import UserError, one_line
 from megarec.ray_cluster import Order, Start
@@ -54,8 +57,11 @@ def _listen(connection: Connection, orders: "queue.Queue[Order | None]") -> None
     while True:
         try:
             orders.put(connection.recv())
-        except (EOFError, OSError):
-            os._exit(1)  # the parent is gone; Ray ends the tasks of a driver that is
+        except (EOFError, OSError):  # the parent is gone; Ray ends the tasks of a driver that is
+            for process in psutil.Process().children(recursive=True):  # a cluster of our own, which would stay for long
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            os._exit(1)
 
 
 def _connect(ray: Any, address: str | None) -> None:
@@ -117,6 +123,8 @@ class _Driver:
 
     def _send(self, sent: _Sent) -> None:
         order = sent.order
+        if not self._sent:
+            self._able = time.monotonic()
         task = self._remote.options(num_cpus=order.cores, num_gpus=order.gpus, max_retries=0, name=order.name)
         self._sent[task.remote(self._start, order.content)] = sent
 
@@ -133,7 +141,7 @@ class _Driver:
                 why = f"{sent.order.name} was lost {STARTS} times, the last time so (too little memory?)"
                 self._connection.send(("lost", f"{why}: {_short(error)}"))
                 return False
-            self._connection.send(("again", f"{sent.order.name} was lost with its worker or node: it runs again"))
+            self._connection.send(("again", f"{sent.order.name}: its worker or node died; it runs again"))
             self._send(_Sent(sent.order, sent.starts + 1))
             return True
         self._connection.send(("ended", sent.order.number, good, value))
@@ -157,8 +165,8 @@ class _Driver:
             self._able = now
         if now - self._able < _PATIENCE:
             return True
-        needs = f"{order.cores:g} cores" + (f" and {order.gpus:g} GPUs" if order.gpus else "")
-        self._connection.send(("lost", f"no node of the cluster has the {needs} that {order.name} needs"))
+        needs = f"{order.cores:g} core(s)" + (f" and {order.gpus:g} GPU(s)" if order.gpus else "")
+        self._connection.send(("lost", f"no node of the cluster has {needs}, which {order.name} needs"))
         return False
 
     def _look_at_nodes(self) -> str | None:

@@ -16,13 +16,13 @@ SCORER = PACKAGE / "serving/scorer"
 FLOORS = [  # from the ground up; rooms of one floor do not know each other
     ["errors", "files", "slices", "signals", "ray_cluster", "ray_driver"],
     ["config", "kernels"],
-    ["data", "models", "distributed"],
+    ["data", "models", "distributed", "metrics"],
     ["sparse", "dense"],
     ["run"],
     ["checkpoint"],
     ["training"],
     ["serving", "launching", "planning", "parity"],
-    ["scaling"],
+    ["scaling", "evaluation"],
     ["commands"],
     ["train"],
 ]

@@ -1,22 +1,30 @@
-"""Preparation on a Ray cluster: the same bytes as in processes, also when a node dies in the middle, or all do."""
+"""Preparation and sweeps on a Ray cluster: what they give elsewhere, also when a node dies in the middle, or all do."""
 
+import multiprocessing
+import queue
+import socket
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pyarrow import parquet
 
+from megarec import ray_driver
 from megarec.commands import prepare_data
 from megarec.data.preparation import encode, table_reader
 from megarec.data.preparation.prepare import MaxBad, prepare_spec
 from megarec.data.sources.criteo import criteo_spec, write_made_up
 from megarec.errors import UserError
-from megarec.ray_cluster import RayCluster, TasksLost
+from megarec.ray_cluster import Order, RayCluster, Start, TasksLost
 from tests import ray_nodes
 from tests.ray_nodes import TwoNodes, held, refuses, wait_for
+from tests.scaling.studies import write_study
+from tests.scaling.test_sweep import MODELS, RATES, run_here, table
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +60,7 @@ def content(output: Path) -> dict[str, bytes]:
 
 def test_results_come_in_order_and_what_a_node_took_with_it_runs_again(cluster: TwoNodes, tmp_path: Path) -> None:
     said: list[str] = []
+    cluster.complete()
     with RayCluster(cluster.address).sharing(tmp_path, said.append) as ray:
         assert ray.places() == 2 and ray.places(cores=2) == ray.places(gpus=1) == 0
         results = ray.run(held, [(tmp_path, number) for number in range(5)])
@@ -63,12 +72,9 @@ def test_results_come_in_order_and_what_a_node_took_with_it_runs_again(cluster: 
         (tmp_path / "go").touch()
         reader.join()
         assert found == [((tmp_path, number), -number) for number in range(5)]
-        assert len(list(tmp_path.glob("start-*"))) == 6 and said == [
-            "a task was lost with its worker or node: it runs again"
-        ]
+        assert len(list(tmp_path.glob("start-*"))) == 6 and said == ["a task: its worker or node died; it runs again"]
         with pytest.raises(KeyError, match="7"):
             list(ray.run(refuses, [7]))
-    cluster.complete()
 
 
 @pytest.mark.usefixtures("small")
@@ -79,6 +85,7 @@ def test_a_node_dies_in_the_middle(
         wait_for(tmp_path, ".ray.partial-work/pieces/*.json", 3)
         cluster.kill_second()
 
+    cluster.complete()
     killer = threading.Thread(target=kill)
     killer.start()
     on_ray = prepare(files, tmp_path / "ray", RayCluster(cluster.address))
@@ -87,8 +94,7 @@ def test_a_node_dies_in_the_middle(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["processes", "ray"]
     captured = capfd.readouterr()
     told = [line for line in captured.err.splitlines() if " left" not in line]
-    assert captured.out == "" and set(told) <= {"a task was lost with its worker or node: it runs again"}
-    cluster.complete()
+    assert captured.out == "" and set(told) <= {"a task: its worker or node died; it runs again"}
 
 
 def test_a_bad_row_and_a_directory_that_is_not_shared_are_told_as_ever(
@@ -111,6 +117,29 @@ def test_a_bad_row_and_a_directory_that_is_not_shared_are_told_as_ever(
         UserError, match=r"node .* does not see /not: the directory of the work must be on a file system"
     ):
         prepare(files, tmp_path / "out", RayCluster(cluster.address))
+
+
+def test_a_sweep_gives_the_same_table_when_a_node_dies(
+    cluster: TwoNodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.complete()
+    path = write_study(tmp_path, models={"wukong-1": MODELS["wukong-1"]}, learning_rates=RATES)
+    run_here(path, tmp_path / "here", "--jobs", "2")
+
+    def kill() -> None:
+        wait_for(tmp_path, "ray/runs/*/lock", 2)  # a run on each node, which has not loaded its config yet
+        cluster.kill_second()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    run_here(path, tmp_path / "ray", "--engine", "ray", "--address", cluster.address)
+    killer.join()
+    assert table(tmp_path / "ray") == table(tmp_path / "here") and len(table(tmp_path / "ray")) == 3
+    (lost,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("LOST"))
+    assert lost.startswith("LOST wukong-") and lost.endswith(": its worker or node died; it runs again")
+    hosts = parquet.read_table(tmp_path / "ray/runs.parquet", columns=["host"])["host"].to_pylist()
+    assert set(hosts) == {socket.gethostname()}
+    assert not list((tmp_path / "ray").glob(".ray-*")) and not (tmp_path / "ray/ray.log").exists()
 
 
 @pytest.mark.usefixtures("small")
@@ -138,6 +167,57 @@ def test_the_whole_cluster_goes(
     assert after == prepare(files, tmp_path / "whole", 1)
     with pytest.raises(UserError, match=rf"--address {cluster.address}: no Ray cluster can be used: .*refused"):
         prepare(files, tmp_path / "other", RayCluster(cluster.address))
+
+
+class FakeRay:
+    """A cluster on which every task is lost, or for which there is no node."""
+
+    class Lost(Exception):
+        pass
+
+    class Raised(Exception):
+        pass
+
+    exceptions = SimpleNamespace(RayError=Lost, RayTaskError=Raised)
+
+    def __init__(self, nodes: list[dict[str, Any]]) -> None:
+        self._nodes = nodes
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return self._nodes
+
+    def remote(self, *_: object, **__: object) -> Any:
+        return FakeRay(self._nodes)  # a function, its options, or a reference
+
+    options = remote
+
+    def wait(self, references: list[Any], **_: object) -> tuple[list[Any], list[Any]]:
+        return (references, []) if self._nodes else ([], references)
+
+    def get(self, _: object) -> None:
+        raise self.Lost("The worker died.")
+
+
+@pytest.mark.parametrize(
+    ("cores", "told"),
+    [
+        (1, [*["again"] * 3, "a task was lost 4 times, the last time so (too little memory?): The worker died."]),
+        (0, ["no node of the cluster has 2 core(s) and 1 GPU(s), which a task needs"]),
+    ],
+)
+def test_what_cannot_be_carried_out_ends_the_work(cores: int, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_driver, "_PATIENCE", 0.0 if not cores else 60.0)
+    monkeypatch.setattr(ray_driver._Driver, "_look_at_nodes", lambda self: None)
+    nodes = [{"Alive": True, "Resources": {"CPU": cores}}] if cores else []
+    ours, theirs = multiprocessing.Pipe()
+    orders: queue.Queue[Any] = queue.Queue()
+    orders.put(Order(1, "a task", b"", 2.0, 1.0))
+    ray_driver._Driver(FakeRay(nodes), theirs, orders, Start(None, "", "", ())).work()
+    assert ours.recv() == ("nodes", [{"CPU": cores}] if cores else [])
+    heard = []
+    while ours.poll():
+        heard.append(ours.recv())
+    assert [text if kind == "lost" else kind for kind, text in heard] == told
 
 
 @pytest.mark.parametrize(
