@@ -20,6 +20,7 @@ from megarec.data.sources.synthetic import Shape, check_size, prepare_like, prep
 from megarec.data.statistics.page import findings
 from megarec.data.statistics.report import JSON_FILE, PAGE_FILE, write_statistics
 from megarec.errors import ArgumentParser, UserError, exits_cleanly
+from megarec.ray_cluster import RayCluster
 from megarec.signals import unwinding
 
 FEATURES = {
@@ -155,6 +156,12 @@ def add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workers", type=int, metavar="N", help="processes (default: one a core); the bytes are the same for any"
     )
+    command.add_argument("--engine", choices=("ray",), help="carry out the tasks on a Ray cluster, not in --workers")
+    command.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="of the cluster, or auto (default: RAY_ADDRESS, or else a cluster of its own on this machine)",
+    )
     command.add_argument(
         "--max-bad",
         type=max_bad,
@@ -213,7 +220,7 @@ def from_files(args: argparse.Namespace) -> Schema:
         raise UserError(f"{missing[0]} is missing; name the files of every split, or --like DIR and some")
     files = {split: listed(paths) for split, paths in given.items()}
     check_files(files)
-    workers = processes(args)
+    workers = engine(args)
     if args.source == "table":
         how = {"workers": workers, "max_bad": args.max_bad, "shares": shares}
         if like is not None:
@@ -227,6 +234,21 @@ def from_files(args: argparse.Namespace) -> Schema:
     spec = criteo_spec(args.output.name, args.min_count, args.hash)
     named = "--min-count and --hash"
     return prepare_spec(spec, named, files, args.output, None, workers, args.max_bad, shares)
+
+
+def engine(args: argparse.Namespace) -> int | RayCluster:
+    """Who carries out the tasks: so many processes here, or a cluster.
+
+    Raises:
+        UserError: options that do not go together, or Ray is not installed.
+    """
+    if args.engine is not None:
+        if args.workers is not None:
+            raise UserError("--engine ray takes all cores of the cluster, --workers is for this machine; keep one")
+        return RayCluster(args.address)
+    if args.address is not None:
+        raise UserError("--address is of a Ray cluster; give --engine ray as well")
+    return processes(args)
 
 
 def processes(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import runpy
 import shlex
 import shutil
@@ -19,12 +20,13 @@ from pyarrow import parquet
 
 from megarec.errors import UserError
 from megarec.launching.hosts import Host
+from megarec.ray_cluster import RayCluster
 from megarec.scaling.grid import read_grid
 from megarec.scaling.law import NoLaw
 from megarec.scaling.points import read_points
 from megarec.scaling.results import Rows
 from megarec.scaling.study import study
-from megarec.scaling.sweep import command_of, environment_of, local_slots, slots_of
+from megarec.scaling.sweep import command_of, environment_of, local_slots, slots_of, slots_on
 from tests.scaling.studies import WUKONG, write_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,17 +47,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 MODELS = {"wukong-1": {"model": WUKONG}, "wukong-2": {"model": {**WUKONG, "layers": 2}}}
 
 
-def start(path: Path, output: Path, *options: str, real: bool = False) -> "subprocess.Popen[str]":
+def start(path: Path, output: Path, *options: str, real: bool = False, pace: bool = True) -> "subprocess.Popen[str]":
     tool = [str(TOOL)] if real else ["-c", FAKED]
     command = [sys.executable, *tool, "sweep", "--study", str(path), "--output", str(output)]
-    pace = [] if real else ["--gflop-per-second", "1"]
+    stated = ["--gflop-per-second", "1"] if pace and not real else []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *pace, *options], **pipes)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen([*command, *stated, *options], **pipes)  # type: ignore[call-overload, no-any-return]
 
 
-def run_here(path: Path, output: Path, *options: str) -> None:
+def run_here(path: Path, output: Path, *options: str, pace: bool = True) -> None:
     """As `start`, to its end, in this process: which has loaded torch, as the sweep must."""
-    argv = [str(TOOL), "sweep", "--study", str(path), "--output", str(output), "--gflop-per-second", "1", *options]
+    argv = [str(TOOL), "sweep", "--study", str(path), "--output", str(output), *options]
+    argv += ["--gflop-per-second", "1"] if pace else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", argv)
         patch.setattr("megarec.scaling.sweep.TRAIN", FAKE)
@@ -102,6 +105,34 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table(whole: tuple[Path, Path
     assert table(broken) == table(unbroken)
     assert {name: starts(broken)[name] for name in done} == done  # none again that had ended
     assert sum(starts(broken).values()) <= 6 + 2 * 2  # a kill costs a new start of what ran, and no more
+
+
+def test_tasks_side_by_side_give_the_same_table(
+    whole: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Task 3 of 3 never came: it is named, with the command that runs its share."""
+    path, unbroken = whole
+    output, tasks = tmp_path / "out", []
+    for name, value in {"MIN": 0, "MAX": 2, "STEP": 1, "COUNT": 3}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    for number in (0, 1):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+        tasks.append(start(path, output, "--array", pace=False))
+    for task in tasks:
+        finish(task)
+    run_here(path, output, "--array", "2/3", pace=False)  # its other seeds, should task 1 have ended later
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as raised:
+        run_here(path, output)
+    told = capsys.readouterr()
+    assert raised.value.code == 2 and "1 of the array's 3 tasks have runs to go, as named above" in told.err
+    (line,) = re.findall("MISSING task 3/3: 2 runs to go: (python .*)", told.out)
+    command = shlex.split(line)
+    assert command[:3] == ["python", os.path.relpath(TOOL), "sweep"]
+    assert command[3:7] == ["--study", str(path), "--output", str(output)]
+    run_here(path, output, *command[7:], pace=False)
+    run_here(path, output)
+    assert table(output) == table(unbroken) and set(starts(output).values()) == {1}
 
 
 @pytest.mark.slow
@@ -276,6 +307,24 @@ def test_places_for_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert environment_of(slots[0])["DS_ACCELERATOR"] == "cpu"
     (trial, *_) = read_grid(write_study(tmp_path))
     assert "train.threads=3" not in command_of(trial, tmp_path, 3)  # the base says how many
+
+
+def test_places_on_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = read_grid(write_study(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("megarec.ray_cluster.importlib.util.find_spec", lambda name: name)
+        cluster = RayCluster()
+    cluster.nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 4.0}, {"CPU": 8.0}]
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("megarec.scaling.sweep.accelerator", lambda: "cuda")
+    slots = slots_on(cluster, trials)
+    assert [slot.gpus for slot in slots] == [1, 1, 1]
+    assert environment_of(slots[0]).keys().isdisjoint({"CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"})  # the node's own
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert [slot.gpus for slot in slots_on(cluster, trials)] == [0] * 13
+    cluster.nodes = [{"GPU": 1.0}]
+    with pytest.raises(UserError, match=r"no node of the Ray cluster has the 1 cores \(train.threads\)"):
+        slots_on(cluster, trials)
 
 
 def test_over_ssh_every_word_arrives_as_it_is_and_what_fails_is_named(

@@ -153,10 +153,7 @@ def load_prepared(directory: Path) -> Prepared:
             f"{directory} has no {SPEC_FILE}, so that its rules are not known: an earlier version made it, or another "
             "command than table and criteo; prepare its files again"
         )
-    try:
-        kept = KeptSpec.model_validate(read_object(path, "the spec that a data set keeps"))
-    except ValidationError as error:
-        raise UserError(f"{path}: {describe(error, 'spec')}; prepare the data again") from error
+    kept = read_kept(path)
     of_tables = {}
     for name, column in kept.spec.ids.items():
         if column.hash is not None:
@@ -167,3 +164,15 @@ def load_prepared(directory: Path) -> Prepared:
     if other := identity_difference(schema.identity, kept.identity(of_tables)):
         raise UserError(f"{directory} is not what was prepared: {other.partition(', so')[0]}; prepare it again")
     return Prepared(directory, kept, schema)
+
+
+def read_kept(path: Path) -> KeptSpec:
+    """Read a spec.json.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        return KeptSpec.model_validate(read_object(path, "the spec that a data set keeps"))
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe(error, 'spec')}; prepare the data again") from error

@@ -24,6 +24,8 @@ from megarec.data.preparation.splits import ByColumn, ByTime, Division, Placing,
 from megarec.data.preparation.table_reader import Unit, columns_of, units_of
 from megarec.data.preparation.table_spec import (
     Bucketised,
+    Categorical,
+    Numeric,
     SplitColumn,
     TableSpec,
     load_table_spec,
@@ -34,8 +36,9 @@ from megarec.data.preparation.work import Progress, Workers, work_directory
 from megarec.data.schema import SPLITS, Schema, save_schema
 from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
+from megarec.ray_cluster import RayCluster
 
-FORMAT = 3  # of pieces and look-ups: what another version left is not taken up
+FORMAT = 5  # of pieces and look-ups: what another version left is not taken up
 QUARANTINE_FILE = "quarantine.csv"
 _KINDS = {"string": pa.string(), "integer": pa.int64(), "hexadecimal": pa.int64()}
 
@@ -57,7 +60,7 @@ def prepare_table(
     files: dict[str, list[Path]],
     output: Path,
     *,
-    workers: int = 1,
+    workers: int | RayCluster = 1,
     max_bad: MaxBad = MaxBad(),
     shares: Division | None = None,
 ) -> Schema:
@@ -66,7 +69,7 @@ def prepare_table(
     Args:
         spec_file: JSON of a TableSpec.
         files: the files of train, valid and test; with `shares` "all" is one.
-        workers: processes; 1: this one.
+        workers: processes; 1: this one. Or a Ray cluster whose nodes all see the files and the output's directory.
         max_bad: rows that may be bad; they are written to quarantine.csv.
         shares: how the rows of files["all"] are split.
 
@@ -81,7 +84,7 @@ def prepare_as(
     files: dict[str, list[Path]],
     output: Path,
     *,
-    workers: int = 1,
+    workers: int | RayCluster = 1,
     max_bad: MaxBad = MaxBad(),
     shares: Division | None = None,
 ) -> Schema:
@@ -104,7 +107,7 @@ def prepare_spec(
     files: dict[str, list[Path]],
     output: Path,
     like: Prepared | None,
-    workers: int,
+    workers: int | RayCluster,
     max_bad: MaxBad,
     shares: Division | None = None,
 ) -> Schema:
@@ -112,28 +115,32 @@ def prepare_spec(
     check_output(output)
     whole = spec
     paths = [(split, path) for split in (*SPLITS, "all") for path in files.get(split, ())]
-    if like is not None:
-        there = {name for _, path in paths for name in columns_of(path, spec)}
-        absent = {name for name in spec.roles if name not in there}
-        spec = spec.without(absent if set(spec.labels) <= absent else absent - set(spec.labels))
-    if not isinstance(shares, ByColumn):
-        spec = spec.ignoring(set(spec.of_type("split")))
     wanted = "time" if isinstance(shares, ByTime) else "split" if isinstance(shares, ByColumn) else None
     if wanted is not None and spec.role(wanted) is None:
         how = "time" if wanted == "time" else "column"
         raise UserError(f"--split {how}: {named} names no column of type {wanted!r}; add one, or take --split random")
+    if like is not None:
+        there = {name for _, path in paths for name in columns_of(path, spec)}
+        absent = {name for name in spec.roles if name not in there and spec.columns[name].type != wanted}
+        spec = spec.without(absent if set(spec.labels) <= absent else absent - set(spec.labels))
+    if wanted != "split":
+        spec = spec.ignoring(set(spec.of_type("split")))
     units = [unit for split, path in paths for unit in units_of(path, split, spec)]
     plan = _plan(spec, units, like, shares)
     if output.is_symlink():
         output = output.resolve()
-    if sum(unit.size for unit in units) < table_reader.UNIT_BYTES:
+    if isinstance(workers, int) and sum(unit.size for unit in units) < table_reader.UNIT_BYTES:
         workers = 1  # starting others would take longer
-    with writable(output), work_directory(output, plan) as work, Workers(workers) as pool:
+    with writable(output), work_directory(output, plan) as work, _engine(workers, work) as pool:
         for name in ("times", "pieces", "tables", "done", "data"):
             (work / name).mkdir(exist_ok=True)
         schema = _Preparation(whole, spec, files, units, work, pool, max_bad, shares).run(like)
         publish(work / "data", output)
     return schema
+
+
+def _engine(workers: int | RayCluster, work: Path) -> Workers | RayCluster:
+    return Workers(workers) if isinstance(workers, int) else workers.sharing(work)
 
 
 @dataclass
@@ -150,7 +157,7 @@ class _Preparation:
     files: dict[str, list[Path]]
     units: list[Unit]
     work: Path
-    pool: Workers
+    pool: Workers | RayCluster
     max_bad: MaxBad
     shares: Division | None
 
@@ -176,6 +183,14 @@ class _Preparation:
             }
             for split in rows
         }
+        missing = {
+            split: {
+                name: round(1 - present[split][name] / rows[split], 6)
+                for name, column in self.spec.columns.items()
+                if isinstance(column, Categorical | Bucketised | Numeric)
+            }
+            for split in rows
+        }
         means = {name: present["train"][name] / rows["train"] for name in self.spec.ids} if "train" in rows else {}
         if like is not None:
             means |= {feature.name: feature.mean_length for feature in like.schema.categorical}
@@ -185,7 +200,8 @@ class _Preparation:
             for name in tables
             if tables[name].shared is not None
         }
-        schema = schema.model_copy(update={"unknown": unknown, "sharing": shared, "bad_rows": dict(self._reasons)})
+        counted = {"unknown": unknown, "missing": missing, "sharing": shared, "bad_rows": dict(self._reasons)}
+        schema = schema.model_copy(update=counted)
         kept.save(self.work / "data")
         save_schema(schema, self.work / "data")
         return schema

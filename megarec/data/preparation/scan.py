@@ -150,10 +150,8 @@ def values_of(part: Part, spec: TableSpec) -> dict[Key, Any]:
         elif isinstance(column, Bucketised):
             found[name] = bucket_values(part, name)
         elif isinstance(column, Numeric):
-            found[name], present = numbers(part, name, column)
-            if column.standardise:
-                found[name, "present"] = present
-            else:
+            found[name], found[name, "present"] = numbers(part, name, column)
+            if not column.standardise:
                 found[name] = found[name].astype(np.float32)
         elif column.type == "label":
             found[name] = labels(part, name)
@@ -208,8 +206,11 @@ class _Gathered:
             elif name in self._values:
                 numbers_here = self._joined(name)
                 rows[name] = pa.array(numbers_here)
-                if (name, "present") in self._values:
-                    moments[name] = moments_of(numbers_here[self._joined((name, "present"))])
+                if isinstance(column, Numeric):
+                    there = self._joined((name, "present"))
+                    present[name] = int(np.count_nonzero(there))
+                    if column.standardise:
+                        moments[name] = moments_of(numbers_here[there])
         files = {
             path.name: save_batch(path, columns)
             for path, columns in (

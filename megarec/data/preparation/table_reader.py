@@ -1,8 +1,8 @@
 """People's own CSV, TSV or parquet files in units of work: what cannot be used is named by file, row and column.
 
-A unit is a part of a file that one process reads by itself: a range of whole lines of plain TSV, some row groups of
-parquet, or a file that can only be read from its beginning (gzip; CSV, whose quoted values may hold line breaks). Units
-follow from the files alone, never from the number of processes.
+A unit is a part of a file that one process reads by itself: a range of whole rows of plain TSV or CSV, some row groups
+of parquet, or a file that can only be read from its beginning (gzip). Units follow from the files alone, never from the
+number of processes.
 """
 
 import contextlib
@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from megarec.data.preparation import csv_cuts
 from megarec.data.preparation.table_spec import TableSpec
-from megarec.data.preparation.text_files import COUNTED, DELIMITERS, BadRow, TextFile, kind_of
+from megarec.data.preparation.text_files import BYTE_ORDER_MARK, COUNTED, DELIMITERS, BadRow, TextFile, kind_of
 from megarec.errors import UserError, did_you_mean
 
 UNIT_BYTES = 1 << 26
@@ -111,9 +112,9 @@ def units_of(path: Path, split: str, spec: TableSpec) -> list[Unit]:
                 Unit(path, split, size * sum(groups[i] for i in some) // max(sum(groups), 1), groups=some)
                 for some in _together(groups)
             ]
-        if compressed or size <= UNIT_BYTES or _text(path, spec).delimiter != "\t":
+        if compressed or size <= UNIT_BYTES:
             return [Unit(path, split, size)]
-        cuts = _line_starts(path, size)
+        cuts = _row_starts(path, size, _text(path, spec))
         names = tuple(spec.columns) if not spec.header else _names(path, spec)
         spans = zip([0, *cuts], [*cuts, size], strict=True)
         return [
@@ -153,10 +154,13 @@ def _together(groups: list[int]) -> list[tuple[int, ...]]:
     return [*found, some] if some or not found else found
 
 
-def _line_starts(path: Path, size: int) -> list[int]:
-    """Where a line starts, about every UNIT_BYTES; none where no line ends in a line feed."""
+def _row_starts(path: Path, size: int, text: TextFile) -> list[int]:
+    """Where a row starts, about every UNIT_BYTES; none where no line ends in a line feed."""
     found: list[int] = []
     with path.open("rb") as file:
+        if text.quotes:
+            file.seek(len(BYTE_ORDER_MARK) if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0)
+            return csv_cuts.row_starts(file, size, text.delimiter, UNIT_BYTES)
         if b"\n" not in file.read(1 << 22):
             return []
         for target in range(UNIT_BYTES, size, UNIT_BYTES):

@@ -51,12 +51,14 @@ class Numbers:
     """Numbers of a split.
 
     Attributes:
+        missing: share of rows without a value, for which another stands; None: the data do not tell.
         quantiles: by the share of numbers below; relative error at most 0.4 %.
         histogram: how many lie in each bin of the feature.
     """
 
     count: int
     invalid: int
+    missing: float | None
     mean: float
     deviation: float
     least: float
@@ -140,6 +142,8 @@ class Numeric:
 
 
 Feature = Categorical | Numeric
+Labels = dict[str, dict[str, SplitLabels]]
+"""By label, by split."""
 
 
 def labels_of(counts: LabelCounts, labelled: bool) -> SplitLabels:
@@ -155,7 +159,7 @@ def labels_of(counts: LabelCounts, labelled: bool) -> SplitLabels:
 def numeric_figures(name: str, counts: Mapping[str, NumberCounts], schema: Schema) -> Numeric:
     """Figures of a numeric feature."""
     tallies = {split: own.tally() for split, own in counts.items()}
-    edges, splits = _numbers(counts, tallies)
+    edges, splits = _numbers(counts, tallies, {split: schema.missing.get(split, {}).get(name) for split in counts})
     base, probability = base_of(counts), probability_of(schema)
     drift = {
         split: drift_of_numbers(tallies[base], tallies[split], probability)
@@ -166,7 +170,9 @@ def numeric_figures(name: str, counts: Mapping[str, NumberCounts], schema: Schem
 
 
 def _numbers(
-    counts: Mapping[str, NumberCounts], tallies: Mapping[str, tuple[NDArray[np.float64], Counts]]
+    counts: Mapping[str, NumberCounts],
+    tallies: Mapping[str, tuple[NDArray[np.float64], Counts]],
+    missing: Mapping[str, float | None],
 ) -> tuple[list[float], dict[str, Numbers]]:
     """(edges of bins that all splits share, figures by split)."""
     edges = _edges(*tallies[base_of(counts)])
@@ -177,6 +183,7 @@ def _numbers(
         splits[split] = Numbers(
             own.count,
             own.invalid,
+            missing.get(split),
             own.mean,
             float(np.sqrt(own.squares / max(own.count, 1))),
             own.least if own.count else 0.0,
@@ -268,7 +275,7 @@ class IdFigures:
         weights: dict[str, Numbers] = {}
         if feature.weighted:
             found = {split: c.weights for split, c in counts.items() if c.weights is not None}
-            edges, weights = _numbers(found, {split: c.tally() for split, c in found.items()})
+            edges, weights = _numbers(found, {split: c.tally() for split, c in found.items()}, {})
         return Categorical(
             feature.name,
             "multi_valued" if feature.multi_valued else "categorical",
@@ -298,10 +305,12 @@ class IdFigures:
             used = counts.lengths[: counts.longest + 1].tolist()
             lengths = Lengths(counts.elements / lists, counts.longest, used[0] / lists, used)
             missing = lengths.empty
+        elif (told := schema.missing.get(split, {}).get(feature.name)) is not None:
+            missing = told
         elif self._no_zero and (not counted or not row_0):
             missing = row_0  # of a hash or of buckets, which know every value
         elif unknown is not None and unknown < 1:
-            missing = max(0.0, round(1 - (1 - row_0) / (1 - unknown), 6))  # row 0 is missing or unknown
+            missing = max(0.0, round(1 - (1 - row_0) / (1 - unknown), 6))  # of earlier versions: row 0 is either
         if unknown is None and counted:
             unknown = row_0
         return SplitIds(values, int(self._distinct[place]), row_0, missing, unknown, counts.invalid, lengths, weights)

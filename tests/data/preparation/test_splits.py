@@ -17,12 +17,13 @@ from megarec.commands.prepare_data import main
 from megarec.data.preparation import merge, scan, splits, table_reader, text_files
 from megarec.data.preparation.encode_rows import RowEncoder
 from megarec.data.preparation.prepare import MaxBad, prepare_as, prepare_table
-from megarec.data.preparation.splits import ByColumn, ByTime, Division
+from megarec.data.preparation.splits import ByColumn, ByTime, Division, Shares
+from megarec.data.preparation.table_reader import Part
 from megarec.data.schema import Schema, load_schema, select_label
 from megarec.data.sources.synthetic import prepare_like
 from megarec.data.store import open_split
 from megarec.errors import UserError
-from tests.data.preparation.test_preparation import content
+from tests.data.preparation.test_preparation import content, killed_at
 from tests.data.preparation.test_prepare import all_splits, write_spec
 
 COLUMNS: dict[str, Any] = {
@@ -101,6 +102,26 @@ def test_by_time_against_a_sort(tmp_path: Path) -> None:
     assert first["valid"] in (*found["train"], min(found["valid"])) and load_schema(outs[0]).time == "when"
 
 
+def test_chance_places_rows_as_ever() -> None:
+    part = Part(Path("a"), pa.RecordBatch.from_pydict({}), np.arange(40))
+    assert "".join(map(str, Shares((0.5, 0.3, 0.2), 7).places(3, part))) == "0020002200002000201020001012000100221112"
+
+
+@pytest.mark.usefixtures("small")
+def test_killed_between_the_passes_it_goes_on(tmp_path: Path) -> None:
+    parts = [made(seed, 40) for seed in range(3)]
+    whole = content(prepared(tmp_path, parts, ByTime(FRACTIONS)))
+
+    def again() -> None:
+        files = {"all": [tmp_path / f"{number}.csv" for number in range(3)]}
+        prepare_table(tmp_path / "spec.json", files, tmp_path / "again", shares=ByTime(FRACTIONS))
+
+    kills = 0
+    while kills < 50 and killed_at(12, again):
+        kills += 1
+    assert 2 <= kills < 50 and content(tmp_path / "again") == whole
+
+
 @pytest.mark.usefixtures("small")
 def test_by_column_with_all_roles(tmp_path: Path) -> None:
     parts = [made(seed) for seed in range(3)]
@@ -147,6 +168,8 @@ def test_more_files_may_lack_what_is_no_feature(tmp_path: Path) -> None:
     one = [{name: value for name, value in row.items() if name != "buy"} for row in made(2, 9)]
     with pytest.raises(UserError, match=r"one\.csv: column 'buy' is missing"):
         prepare_as(out, {"test": [write(tmp_path / "one.csv", one)]}, tmp_path / "other")
+    with pytest.raises(UserError, match=r"new\.csv: column 'when' is missing"):
+        prepare_as(out, {"all": [tmp_path / "new.csv"]}, tmp_path / "other", shares=ByTime(FRACTIONS))
     again = prepare_as(out, {"all": [tmp_path / "0.csv"]}, tmp_path / "again", shares=ByColumn())
     assert again.identity == load_schema(out).identity
     for split in ("train", "valid", "test"):
