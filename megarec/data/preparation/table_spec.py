@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megarec.data.preparation.formats import check_encoding
 from megarec.errors import UserError, did_you_mean
 from megarec.files import read_object
 
@@ -87,7 +88,13 @@ class TableSpec(_Strict):
 
     name: str
     label_rule: str = Field("", description="how the label was made, for people")
-    header: bool = Field(True, description="CSV and TSV start with a line of names; false: columns come in this order")
+    header: bool | Literal["auto"] = Field(
+        True,
+        description="text starts with a line of names; false: columns come in this order; auto: by file, as its first "
+        "row says, which is one of names if at least half of its values are",
+    )
+    encoding: Annotated[str, AfterValidator(check_encoding)] = Field("utf-8", description="of text")
+    null_words: list[str] = Field([], description="values that are missing ones, beside the empty text")
     delimiter: Annotated[str, Field(pattern="^[\t -~]$")] | None = Field(
         None, description="what separates values of text, in files of any name; a tab: no quoting; null: by the suffix"
     )
@@ -105,6 +112,13 @@ class TableSpec(_Strict):
     def weights(self) -> dict[str, str]:
         """By multi-valued column, the column of its weights."""
         return {column.of: name for name, column in self.columns.items() if isinstance(column, Weights)}
+
+    def separator(self, name: str) -> str | None:
+        """What separates the elements of a list in text; None: the column has one value a row."""
+        column = self.columns[name]
+        if isinstance(column, Weights):
+            column = self.columns[column.of]
+        return column.separator if isinstance(column, MultiValued) else None
 
     @model_validator(mode="after")
     def _consistent(self) -> "TableSpec":

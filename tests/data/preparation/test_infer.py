@@ -55,7 +55,7 @@ def test_columns_are_what_they_look_like(tmp_path: Path, name: str, delimiter: s
     guesses = infer(tmp_path / name, tmp_path / "spec.json")
     spec = json.loads((tmp_path / "spec.json").read_text())
     assert spec == {"name": "log", **keys, "columns": EXPECTED}
-    assert all(guess.reason for guess in guesses)
+    assert all(guess.reason for guess in guesses.columns)
     files = {"all": [tmp_path / name]}
     prepare_table(tmp_path / "spec.json", files, tmp_path / "out", shares=Shares((0.8, 0.1, 0.1)))
     assert sum(load_schema(tmp_path / "out").rows.values()) == ROWS
