@@ -20,6 +20,7 @@ from megarec.run.build import Run
 SPOKEN_OF = (
     "model.dropout",
     "data.path",
+    "data.stream_rows",
     "data.batch_size",
     "data.bad_rows",
     "embedding.optimizer",
@@ -65,7 +66,7 @@ def changed_settings(run: Run, index: Index) -> Iterator[str]:
 
 
 def _consequence(key: str, there: Any, run: Run, index: Index) -> str:
-    if key == "train.seed":
+    if key in ("train.seed", "data.stream_rows"):
         return "; examples come in another order from here, so this epoch has some of them twice and others never"
     if key == "data.batch_size" and isinstance(there, int) and there > 0:
         examples = len(run.train.store)

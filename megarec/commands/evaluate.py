@@ -160,7 +160,8 @@ def fitting_schema(trained: Schema, found: Schema, path: Path) -> Schema:
             raise UserError(f"{path}: {name} {what}, the model has it as a numeric feature; {remedy}")
     if difference := identity_difference(trained.identity, found.identity):
         raise UserError(f"{path}: the model was trained on other data: {difference}")
-    return trained.model_copy(update={"name": found.name, "label": found.label, "rows": found.rows})
+    of_data = {key: getattr(found, key) for key in ("name", "label", "labelled", "rows")}
+    return trained.model_copy(update=of_data)
 
 
 def check_predictions_file(path: Path) -> None:

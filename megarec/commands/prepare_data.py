@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from megarec.data.preparation.infer import Guesses, infer
-from megarec.data.preparation.prepare import QUARANTINE_FILE, MaxBad, prepare_spec, prepare_table
+from megarec.data.preparation.prepare import QUARANTINE_FILE, MaxBad, prepare_as, prepare_spec, prepare_table
 from megarec.data.preparation.scan import Shares
 from megarec.data.schema import SPLITS, Schema, read_schema
 from megarec.data.sources import grouped, planted
@@ -68,7 +68,14 @@ def parser() -> argparse.ArgumentParser:
         movielens.add_argument("--wheel", type=user_path, metavar="FILE", help="the wheel, if already downloaded")
 
     table = sources.add_parser("table", help="your own CSV, TSV, JSON lines, parquet or Arrow files")
-    table.add_argument("--schema", type=user_path, required=True, metavar="FILE", help="JSON: what the columns are")
+    table.add_argument("--schema", type=user_path, metavar="FILE", help="JSON: what the columns are")
+    table.add_argument(
+        "--like",
+        type=user_path,
+        metavar="DIR",
+        help="in place of --schema: a prepared data set whose spec and vocabularies to use; some of the splits will "
+        "do, and the files need no label",
+    )
     table.add_argument(
         "--infer",
         type=user_path,
@@ -136,12 +143,6 @@ def add_files(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seed", type=int, help="of the random split (default: 1)")
     command.add_argument(
-        "--vocabulary",
-        type=user_path,
-        metavar="DIR",
-        help="a prepared data set whose vocabularies to use: the files then need no --train, or no other split",
-    )
-    command.add_argument(
         "--workers", type=int, metavar="N", help="processes (default: one a core); the bytes are the same for any"
     )
     command.add_argument(
@@ -191,21 +192,25 @@ def from_files(args: argparse.Namespace) -> Schema:
     """People's own files, by the spec that they wrote or by Criteo's."""
     if args.output is None:
         raise UserError("--output is missing: where the data set shall lie")
+    like = args.like if args.source == "table" else None
+    if args.source == "table" and (args.schema is None) == (like is None):
+        raise UserError("expected either --schema FILE, what the columns are, or --like DIR, a data set that keeps it")
     given = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
     missing = [f"--{split}" for split in SPLITS if split not in given]
     if (shares := split_shares(args, list(given))) is not None:
         given = {"all": args.data}
-    elif missing and (args.vocabulary is None or not given):
-        raise UserError(f"{missing[0]} is missing; name the files of every split, or --vocabulary DIR and some")
+    elif missing and (like is None or not given):
+        raise UserError(f"{missing[0]} is missing; name the files of every split, or --like DIR and some")
     files = {split: listed(paths) for split, paths in given.items()}
     check_files(files)
     if args.workers is not None:
         check_size("workers", args.workers, 1, 1024)
     workers = args.workers or len(os.sched_getaffinity(0))
     if args.source == "table":
-        return prepare_table(
-            args.schema, files, args.output, args.vocabulary, workers=workers, max_bad=args.max_bad, shares=shares
-        )
+        how = {"workers": workers, "max_bad": args.max_bad, "shares": shares}
+        if like is not None:
+            return prepare_as(like, files, args.output, **how)
+        return prepare_table(args.schema, files, args.output, **how)
     check_size("min-count", args.min_count, 1, 1 << 40)
     if args.hash is not None:
         check_size("hash", args.hash, 2, 1 << 31)
@@ -213,7 +218,7 @@ def from_files(args: argparse.Namespace) -> Schema:
             raise UserError("--hash and --min-count exclude each other; keep one")
     spec = criteo_spec(args.output.name, args.min_count, args.hash)
     named = "--min-count and --hash"
-    return prepare_spec(spec, named, files, args.output, args.vocabulary, workers, args.max_bad, shares)
+    return prepare_spec(spec, named, files, args.output, None, workers, args.max_bad, shares)
 
 
 def split_shares(args: argparse.Namespace, given: list[str]) -> Shares | None:
@@ -304,12 +309,15 @@ def planted_data(args: argparse.Namespace, sizes: dict[str, int]) -> Schema:
 def main() -> None:
     args = parser().parse_args()
     if args.source == "table" and args.infer is not None:
+        if args.schema is None:
+            raise UserError("--schema is missing: where --infer shall write the spec")
         first_spec(args.infer, args.schema)
         return
     schema = prepare(args)
     rows = ", ".join(f"{count:,} {split}" for split, count in schema.rows.items())
     features = f"{len(schema.categorical)} categorical and {len(schema.numeric)} numeric features"
-    print(f"{args.output}: {schema.name}: {rows} examples; {features}; label: {schema.label_rule or schema.label}")
+    told = f"label: {schema.label_rule or schema.label}" if schema.labelled else "no label: to be scored"
+    print(f"{args.output}: {schema.name}: {rows} examples; {features}; {told}")
     report_bad(schema, args.output)
     report_unknown(schema)
 

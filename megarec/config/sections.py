@@ -22,6 +22,11 @@ class DataConfig(Section):
     cache: str | None = Field(
         None, description="where the cached rows go; null: in the data's own directory (.arrow/), if it can be written"
     )
+    stream_rows: Annotated[int, Field(gt=0, lt=2**40)] | None = Field(
+        None,
+        description="null: training rows are cached, and an epoch is a permutation of all of them; a number: they are "
+        "read from the shards each epoch and shuffled within so many, for data larger than a disk for their cache",
+    )
     batch_size: Annotated[int, Field(gt=0, lt=2**31)] = Field(
         1024, description="examples of one optimizer step over all ranks and micro-batches"
     )

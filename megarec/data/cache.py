@@ -5,6 +5,9 @@ all of a row's ids in one list and all of its weights in another (records.py); `
 file is and counts the rows left out, by reason. The fingerprint covers shards, columns and policy, so a cache is never
 stale. It is derived: whoever finds that it is not what was built, when he opens it or at a row that he reads
 (store.py), builds it anew.
+
+Where the shards are read as a stream, the same pass over them leaves blocks.arrow in its place, which has a line for
+some thousands of rows (blocks.py).
 """
 
 import fcntl
@@ -16,8 +19,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -45,8 +49,8 @@ class Built(BaseModel):
 
     Attributes:
         fingerprint: of the cache; the checksums of its rows start from it.
-        bytes: size of rows.arrow.
-        layout: of rows.arrow (`MappedFile.layout`).
+        bytes: size of rows.arrow, or of blocks.arrow.
+        layout: of rows.arrow (`MappedFile.layout`); of blocks.arrow the XXH3.
         labels: those that occur, in order.
         skipped: rows left out, by reason.
         xxh3: of all the above: XXH3 of 64 bits in hexadecimal, enough against accidents.
@@ -70,6 +74,73 @@ class Built(BaseModel):
         return self.model_copy(update={"xxh3": xxh3_64(text.encode()).hexdigest()})
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows of a shard that were read and checked.
+
+    Attributes:
+        shard: its place among the split's.
+        group: the row group of its file, where `Kind.by_group`.
+        rows: how many were read.
+        good: those without defects.
+        first: how many good rows of the split come before them.
+    """
+
+    shard: int
+    group: int
+    rows: int
+    good: pa.RecordBatch
+    first: int
+
+
+class Kind(Protocol):
+    """What is cached of a split.
+
+    Attributes:
+        file: its name.
+        by_group: rows are read row group by row group; else they may be of several.
+    """
+
+    file: str
+    by_group: bool
+
+    @property
+    def rows(self) -> int:
+        """Of a shard that are read at a time, at most."""
+
+    def write(self, path: Path, parts: Iterator[Part], layout: RecordLayout, salt: int) -> None:
+        """Write the file."""
+
+    def checksum(self, path: Path, layout: RecordLayout) -> str:
+        """`Built.layout` of the file."""
+
+
+class _Rows:
+    """All rows as records: rows.arrow."""
+
+    file, by_group = ROWS_FILE, False
+
+    @property
+    def rows(self) -> int:
+        return _ROWS_PER_RECORD_BATCH
+
+    def write(self, path: Path, parts: Iterator[Part], layout: RecordLayout, salt: int) -> None:
+        with path.open("wb") as file:
+            with pa.ipc.new_stream(file, layout.arrow_schema) as stream:
+                for part in parts:
+                    if len(part.good):
+                        stream.write_batch(layout.pack(part.good, salt, part.first))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def checksum(self, path: Path, layout: RecordLayout) -> str:
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+            return MappedFile(stream.read_all(), layout).layout
+
+
+ROWS: Kind = _Rows()
+
+
 def ensure_cache(
     path: Path,
     split: Split,
@@ -77,8 +148,9 @@ def ensure_cache(
     bad_rows: BadRows,
     elsewhere: Path | None = None,
     damaged: int | None = None,
+    kind: Kind = ROWS,
 ) -> tuple[Path, Built]:
-    """The directory with a split's rows.arrow, built if need be, and what its built.json says.
+    """The directory with a split's cache, built if need be, and what its built.json says.
 
     Any number of processes may call this at once: one builds, the others wait and reuse. The cache appears by a
     rename when it is whole, and the lock falls with its process, so a killed builder leaves nothing behind but a
@@ -86,23 +158,23 @@ def ensure_cache(
 
     Args:
         elsewhere: a directory for the cache; None: in the data set's own.
-        damaged: inode of the rows.arrow in which the caller has found damage.
+        damaged: inode of the file in which the caller has found damage.
 
     Raises:
         UserError: no shards, a bad shard or row, or the cache cannot be written.
     """
-    shards = sorted((path / split).glob("*.parquet"))
+    shards = shards_of(path, split)
     if not shards:
         raise UserError(f"{path / split} holds no *.parquet shard; prepare the data first (tools/prepare_data.py)")
     caches = path / CACHE_DIRECTORY if elsewhere is None else elsewhere
-    fingerprint = _fingerprint(split, shards, schema, bad_rows, elsewhere is not None)
+    fingerprint = _fingerprint(split, shards, schema, bad_rows, elsewhere is not None, kind)
     cache = caches / f"{split}-{fingerprint}"
-    if built := _whole(cache, fingerprint, damaged):
+    if built := _whole(cache, fingerprint, damaged, kind):
         return cache, built
     try:
         caches.mkdir(parents=elsewhere is not None, exist_ok=True)
         with _exclusive(caches / "lock"):
-            built = _whole(cache, fingerprint, damaged)  # another process may have been first
+            built = _whole(cache, fingerprint, damaged, kind)  # another process may have been first
             if built is None:
                 if cache.exists():
                     print(f"{cache}: damaged, is built anew", file=sys.stderr, flush=True)
@@ -110,7 +182,7 @@ def ensure_cache(
                 partial = cache.with_suffix(".partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-                built = _build(partial, fingerprint, split, shards, schema, bad_rows)
+                built = _build(partial, fingerprint, split, shards, schema, bad_rows, kind)
                 partial.rename(cache)
     except OSError as error:
         raise UserError(
@@ -120,13 +192,18 @@ def ensure_cache(
     return cache, built
 
 
-def _whole(cache: Path, fingerprint: str, damaged: int | None) -> Built | None:
-    """What built.json says, if it is that of this cache, and rows.arrow has its size and no known damage."""
+def shards_of(path: Path, split: Split) -> list[Path]:
+    """A split's shards, in order."""
+    return sorted((path / split).glob("*.parquet"))
+
+
+def _whole(cache: Path, fingerprint: str, damaged: int | None, kind: Kind = ROWS) -> Built | None:
+    """What built.json says, if it is that of this cache, and its file has its size and no known damage."""
     try:
         built = Built.model_validate(read_json(cache / BUILT_FILE, "what was built"))
-        rows = cache / ROWS_FILE
-        fits = built == built.sealed() and built.fingerprint == fingerprint and rows.stat().st_size == built.bytes
-        return built if fits and rows.stat().st_ino != damaged else None
+        file = (cache / kind.file).stat()
+        fits = built == built.sealed() and built.fingerprint == fingerprint and file.st_size == built.bytes
+        return built if fits and file.st_ino != damaged else None
     except (OSError, UserError, ValidationError):
         return None
 
@@ -151,32 +228,39 @@ def _exclusive(lock: Path) -> Iterator[None]:
         yield
 
 
-def _fingerprint(split: Split, shards: list[Path], schema: Schema, bad_rows: BadRows, elsewhere: bool) -> str:
+def _fingerprint(
+    split: Split, shards: list[Path], schema: Schema, bad_rows: BadRows, elsewhere: bool, kind: Kind
+) -> str:
     columns = [(f.name, f.rows, f.multi_valued, f.weighted) for f in schema.categorical]
     files = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
     key: list[object] = [_LAYOUT, bad_rows, columns, schema.numeric, schema.label, schema.rows.get(split), files]
     if elsewhere:
         key.append(str(shards[0].parent.resolve()))  # the caches of several data sets may lie in one place
+    if kind.by_group:
+        key.append([kind.file, kind.rows])
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
-def _build(cache: Path, fingerprint: str, split: Split, shards: list[Path], schema: Schema, bad_rows: BadRows) -> Built:
+def _build(
+    cache: Path, fingerprint: str, split: Split, shards: list[Path], schema: Schema, bad_rows: BadRows, kind: Kind
+) -> Built:
     skipped: Counter[str] = Counter()
     labels: set[float] = set()
-    written, salt, records = 0, int(fingerprint, 16), RecordLayout(schema)
-    with (cache / ROWS_FILE).open("wb") as file:
-        with pa.ipc.new_stream(file, records.arrow_schema) as stream:
-            for shard in shards:
-                start = 0
-                for batch in _record_batches(shard, schema):
-                    good = _good_rows(batch, schema, bad_rows, shard, start, skipped)
-                    start += len(batch)
-                    if len(good):
-                        stream.write_batch(records.pack(good, salt, written))
-                        labels.update(np.unique(as_numbers(good.column(schema.label), np.float32)).tolist())
-                    written += len(good)
-        file.flush()
-        os.fsync(file.fileno())
+    written, layout = 0, RecordLayout(schema)
+
+    def parts() -> Iterator[Part]:
+        nonlocal written
+        for number, shard in enumerate(shards):
+            start = 0
+            for group, batch in _groups(shard, schema, kind):
+                good = good_rows(batch, schema, bad_rows, shard, start, skipped)
+                start += len(batch)
+                labels.update(np.unique(as_numbers(good.column(schema.label), np.float32)).tolist())
+                yield Part(number, group, len(batch), good, written)
+                written += len(good)
+
+    file = cache / kind.file
+    kind.write(file, parts(), layout, int(fingerprint, 16))
     found, stated = written + skipped.total(), schema.rows.get(split)
     directory = shards[0].parent
     if written == 0:
@@ -188,32 +272,62 @@ def _build(cache: Path, fingerprint: str, split: Split, shards: list[Path], sche
             f"{directory} has {found} rows in {len(shards)} shards, but {SCHEMA_FILE} says rows.{split}={stated}: "
             f"{what}? prepare the data again, or correct rows.{split}"
         )
-    rows = cache / ROWS_FILE
-    with pa.memory_map(str(rows)) as file, pa.ipc.open_stream(file) as stream:
-        layout = MappedFile(stream.read_all(), records).layout
-    size = rows.stat().st_size
     built = Built(
-        fingerprint=fingerprint, bytes=size, layout=layout, labels=sorted(labels), skipped=dict(skipped)
+        fingerprint=fingerprint,
+        bytes=file.stat().st_size,
+        layout=kind.checksum(file, layout),
+        labels=sorted(labels),
+        skipped=dict(skipped),
     ).sealed()
     (cache / BUILT_FILE).write_text(built.model_dump_json(), encoding="utf-8")
     return built
 
 
-def _record_batches(shard: Path, schema: Schema) -> Iterator[pa.RecordBatch]:
+def _groups(shard: Path, schema: Schema, kind: Kind) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Rows of a shard, with their row group, or 0 where the kind does not ask for it."""
+    with opened(shard, schema) as (file, columns):
+        if not kind.by_group:
+            yield from ((0, batch) for batch in file.iter_batches(kind.rows, columns=columns))
+            return
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(kind.rows, row_groups=[group], columns=columns):
+                yield group, batch
+
+
+@contextmanager
+def opened(shard: Path, schema: Schema) -> Iterator[tuple[pq.ParquetFile, list[str]]]:
+    """A shard and the columns to read of it.
+
+    Raises:
+        UserError: it lacks one, or cannot be read; inside as well.
+    """
+    columns = [f.name for f in schema.categorical] + [*schema.numeric, schema.label]
+    columns += [f.weights_column for f in schema.categorical if f.weighted]
     try:
         with pq.ParquetFile(shard) as file:
             check_columns(shard, file.schema_arrow, schema)
-            columns = [f.name for f in schema.categorical] + [*schema.numeric, schema.label]
-            columns += [f.weights_column for f in schema.categorical if f.weighted]
-            yield from file.iter_batches(_ROWS_PER_RECORD_BATCH, columns=columns)
+            yield file, columns
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{shard} cannot be read as parquet ({error}); prepare the data again") from error
 
 
-def _good_rows(
-    batch: pa.RecordBatch, schema: Schema, bad_rows: BadRows, shard: Path, start: int, skipped: Counter[str]
+def good_rows(
+    batch: pa.RecordBatch,
+    schema: Schema,
+    bad_rows: BadRows,
+    shard: Path,
+    start: int = 0,
+    skipped: Counter[str] | None = None,
 ) -> pa.RecordBatch:
-    """The rows without defects; each bad row is counted once, under its first defect."""
+    """The rows without defects; each bad row is counted once, under its first defect.
+
+    Args:
+        start: place of the first row in the shard.
+        skipped: counts the bad rows by reason.
+
+    Raises:
+        UserError: there is one, and bad_rows is "error".
+    """
     good = np.ones(len(batch), bool)
     for defect in find_defects(batch, schema):
         if bad_rows == "error":
@@ -222,6 +336,7 @@ def _good_rows(
                 f"{shard}: row {row} (from 0): {defect.column}={defect.value!r}, expected {defect.expected}; fix "
                 "the row and prepare again, or set data.bad_rows='skip' to leave such rows out"
             )
-        skipped[defect.reason] += int((defect.rows & good).sum())
+        if skipped is not None:
+            skipped[defect.reason] += int((defect.rows & good).sum())
         good &= ~defect.rows
     return batch if good.all() else batch.filter(pa.array(good))

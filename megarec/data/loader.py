@@ -8,9 +8,10 @@ no memory. A background thread prepares a bounded number of batches ahead.
 import math
 import queue
 import threading
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _stream(seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
+def numbers_from(seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
     """uint64 [1]: the start of an independent stream of numbers."""
     state = np.zeros(1, np.uint64)
     for part in (seed, epoch, purpose):
@@ -36,7 +37,7 @@ def _stream(seed: int, epoch: int, purpose: int) -> NDArray[np.uint64]:
 
 def example_keys(rows: Int64, seed: int, epoch: int) -> Int64:
     """Int64 [B]: a number per row number and epoch; distinct rows have distinct keys."""
-    return mix64(rows.view(np.uint64) * _GOLDEN + _stream(seed, epoch, 1)).view(np.int64)
+    return mix64(rows.view(np.uint64) * _GOLDEN + numbers_from(seed, epoch, 1)).view(np.int64)
 
 
 def permuted(positions: Int64, n: int, seed: int, epoch: int) -> Int64:
@@ -49,7 +50,7 @@ def permuted(positions: Int64, n: int, seed: int, epoch: int) -> Int64:
         positions: int64 [B] in [0, n).
     """
     side = np.uint64(math.isqrt(n - 1) + 1)
-    keys = mix64(_stream(seed, epoch, 2) + _GOLDEN * np.arange(_ROUNDS, dtype=np.uint64))
+    keys = mix64(numbers_from(seed, epoch, 2) + _GOLDEN * np.arange(_ROUNDS, dtype=np.uint64))
     rows = positions.astype(np.uint64)
     walking = np.ones(len(rows), bool)
     while walking.any():
@@ -72,34 +73,40 @@ class _End:
 
 
 class _Producer(Generic[T]):
-    """Fills a queue from a thread until the items end or `stop` is called."""
+    """Makes items in a thread until they end or `stop` is called; no more than `ahead` are there or in the making."""
 
     def __init__(self, items: Iterator[T], ahead: int) -> None:
-        self.queue: queue.Queue[T | _End] = queue.Queue(maxsize=ahead)
+        self._queue: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
+        self._room = threading.Semaphore(ahead)
         self._items = items
-        self._stopped = threading.Event()
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         error = None
         try:
-            for item in self._items:
-                self.queue.put(item)
-                if self._stopped.is_set():
-                    return
+            while self._room.acquire() and not self._stopped:
+                self._queue.put(next(self._items))
+        except StopIteration:
+            pass
         except BaseException as caught:
             error = caught
-        self.queue.put(_End(error))
+        if isinstance(self._items, Generator):
+            self._items.close()  # here, with the threads that it has itself
+        self._queue.put(_End(error))
+
+    def take(self) -> T | _End:
+        """The next item, which the caller has from now on: another one may be made."""
+        item = self._queue.get()
+        self._room.release()
+        return item
 
     def stop(self) -> None:
-        """End the thread; at most one `put` of it still waits for room in the queue."""
-        self._stopped.set()
-        while self._thread.is_alive():
-            try:
-                self.queue.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.01)
+        """End the thread, after the item in the making."""
+        self._stopped = True
+        self._room.release()
+        self._thread.join()
 
 
 def prefetched(items: Iterator[T], ahead: int) -> Iterator[T]:
@@ -109,12 +116,29 @@ def prefetched(items: Iterator[T], ahead: int) -> Iterator[T]:
     """
     producer = _Producer(items, ahead)
     try:
-        while not isinstance(item := producer.queue.get(), _End):
+        while not isinstance(item := producer.take(), _End):
             yield item
         if item.error is not None:
             raise item.error
     finally:
         producer.stop()
+
+
+class Source(Protocol):
+    """The rows of a split: a `Store`, or a `Stream`.
+
+    Attributes:
+        skipped: rows left out under data.bad_rows="skip", by reason.
+        labels: those that occur, in order.
+    """
+
+    skipped: dict[str, int]
+    labels: list[float]
+
+    def __len__(self) -> int: ...
+
+    def arrange(self, names: Sequence[str]) -> None:
+        """Let the ids of batches lie in this order of features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +147,6 @@ class _Loader:
 
     Attributes:
         store: the rows of a split.
-        schema: the features of its batches.
         batch_size: examples of a global batch, over all ranks; `share` of them are this rank's.
         prefetch: batches prepared ahead in a background thread.
         pin_memory: hand out batches in page-locked memory (needs CUDA).
@@ -132,7 +155,7 @@ class _Loader:
         UserError: the ranks do not divide the batch size.
     """
 
-    store: Store = field(kw_only=False)
+    store: Source = field(kw_only=False)
     schema: Schema = field(kw_only=False)
     batch_size: int
     rank: int
@@ -159,14 +182,11 @@ class _Loader:
         start = index * self.batch_size + self.rank * self.share
         return np.arange(start, start + self.share, dtype=np.int64)
 
-    def _batch(self, rows: Int64, epoch: int, valid: int) -> Batch:
-        return self.store.read(rows, example_keys(rows, self.seed, epoch), valid, self.pin_memory)
 
+class EpochLoader(_Loader, ABC):
+    """Training batches: epoch after epoch, the same ones on any topology.
 
-class TrainLoader(_Loader):
-    """Every epoch a seeded permutation of all rows; global batch i is its i-th `batch_size` rows.
-
-    The rows left over at an epoch's end, fewer than a batch, are dropped; another permutation drops others.
+    The rows left over at an epoch's end, fewer than a batch, are dropped; another epoch drops others.
 
     Raises:
         UserError: there are fewer rows than one batch, or the ranks do not divide the batch size.
@@ -184,6 +204,16 @@ class TrainLoader(_Loader):
     def steps_per_epoch(self) -> int:
         return len(self.store) // self.batch_size
 
+    @abstractmethod
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """This rank's batches of an epoch, from global batch `start` on: resuming is starting there."""
+
+
+class TrainLoader(EpochLoader):
+    """Every epoch a seeded permutation of all rows; global batch i is its i-th `batch_size` rows."""
+
+    store: Store
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This rank's batches of an epoch, from global batch `start` on: resuming is starting there."""
         indices = range(start, self.steps_per_epoch)
@@ -191,7 +221,8 @@ class TrainLoader(_Loader):
 
     def batch(self, epoch: int, index: int) -> Batch:
         """This rank's part of global batch `index` of an epoch."""
-        return self._batch(self.rows(epoch, index), epoch, self.share)
+        rows = self.rows(epoch, index)
+        return self.store.read(rows, example_keys(rows, self.seed, epoch), self.share, self.pin_memory)
 
     def rows(self, epoch: int, index: int) -> Int64:
         """Int64 [share]: which rows those are."""
@@ -200,6 +231,8 @@ class TrainLoader(_Loader):
 
 class EvalLoader(_Loader):
     """All rows in order, each once over all ranks; every rank gets the same number of equal batches."""
+
+    store: Store
 
     @property
     def steps(self) -> int:
@@ -213,6 +246,7 @@ class EvalLoader(_Loader):
             for index in range(self.steps):
                 positions = self._positions(index)
                 valid = int((positions <= last).sum())
-                yield self._batch(np.minimum(positions, last), 0, valid)
+                rows = np.minimum(positions, last)
+                yield self.store.read(rows, example_keys(rows, self.seed, 0), valid, self.pin_memory)
 
         return prefetched(rank_batches(), self.prefetch)

@@ -29,6 +29,9 @@ class CategoricalFeature(BaseModel):
     pooling: Literal["sum", "mean"] = Field("sum", description="how a list's rows become one embedding")
     table: str | None = Field(None, description="the feature whose table this one shares; null: a table of its own")
     weighted: bool = Field(False, description="every id of a list has a weight that its row is multiplied by")
+    newest: Literal["first", "last"] | None = Field(
+        None, description="of a sequence, whose lists are in order: the end that is newest; null: of no order"
+    )
     mean_length: float = Field(
         1.0, ge=0, le=1e9, description="ids of an example on average: what the placer counts with"
     )
@@ -71,6 +74,7 @@ class Schema(BaseModel):
     name: str
     label: str = "label"
     label_rule: str = Field("", description="how the label was made, for people")
+    labelled: bool = Field(True, description="false: the files had no label; such data are scored, not trained on")
     categorical: tuple[CategoricalFeature, ...]
     numeric: tuple[str, ...] = ()
     rows: dict[str, int] = Field(description="examples per split")
@@ -222,7 +226,7 @@ def identity_difference(there: Mapping[str, str], here: Mapping[str, str]) -> st
             remedy = (
                 "take the seed and the features that it was trained on"
                 if text.startswith(MADE_UP) and here[name].startswith(MADE_UP)
-                else "prepare the raw files with --vocabulary DIR, the data set that it was trained on"
+                else "prepare the raw files with --like DIR, the data set that it was trained on"
             )
             return f"{name} means {text} there, {here[name]} here, so that its numbers stand for other values; {remedy}"
     return None

@@ -47,6 +47,7 @@ def _tensor(ways: int) -> tuple[str, ...]:
 
 ACCUMULATION = "deepspeed.gradient_accumulation_steps=4"
 OVERLAP = (ACCUMULATION, "parallel.overlap=true")
+STREAM = ("data.stream_rows=400",)
 BF16, OFFLOAD = "deepspeed.bf16.enabled=true", 'deepspeed.zero_optimization.offload_optimizer={"device": "cpu"}'
 SECONDARY = "deepspeed.zero_optimization.zero_hpz_partition_size=2"
 COMPILE = "dense.compile=true"
@@ -141,7 +142,7 @@ def _small_sparse() -> list[Case]:
 
 def _small_dense() -> list[Case]:
     chosen = [Case(ranks, topology=(_zero(stage),)) for ranks in (1, 2, 4) for stage in (0, 1, 2, 3)]
-    chosen += [Case(2, topology=(_zero(2), ACCUMULATION))]
+    chosen += [Case(2, topology=(_zero(2), ACCUMULATION)), Case(4, STREAM, (_zero(1),))]
     chosen += [Case(2, DENSE_SGD, (_zero(stage),)) for stage in (0, 2)]
     chosen += [Case(2, model, (_zero(stage),)) for model, stage in zip(MODELS[1:], (1, 1, 2, 3, 1), strict=True)]
     chosen += [Case(4, DENSE_SGD, (*_tensor(2), _zero(stage), ACCUMULATION)) for stage in (0, 2)]

@@ -15,9 +15,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
 from megarec.config.sections import DenseConfig, EmbeddingConfig, RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.batch import Batch, Ids
-from megarec.data.loader import TrainLoader
 from megarec.data.schema import load_schema
-from megarec.data.store import open_split
+from megarec.data.stream import open_training
 from megarec.models.initial import initialize, materialize
 from megarec.run.spec import resolve
 from megarec.sparse.layout import EmbeddingLayout
@@ -42,10 +41,9 @@ def reference_losses(config: RunConfig, steps: int) -> list[float]:
 
 def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
     """The first `steps` global batches; float32 on one process."""
-    path = Path(config.data.path)
-    schema = load_schema(path)
-    loader = TrainLoader(
-        open_split(path, "train", schema, config.data.bad_rows, config.data.cache),
+    schema = load_schema(Path(config.data.path))
+    loader = open_training(
+        config.data,
         schema,
         batch_size=config.data.batch_size,
         rank=0,

@@ -9,9 +9,10 @@ import torch
 from megarec.config.deepspeed import micro_batch_size, monitor_sections, without_monitors
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
-from megarec.data.loader import EvalLoader, TrainLoader
+from megarec.data.loader import EpochLoader, EvalLoader, Source
 from megarec.data.schema import Schema, Split, load_schema, select_features
 from megarec.data.store import open_split
+from megarec.data.stream import open_training
 from megarec.dense.engine import layer_norm_factory
 from megarec.dense.parallelize import parallelize
 from megarec.dense.settings import settings_of
@@ -44,7 +45,7 @@ class Run:
     topology: Topology
     schema: Schema
     spec: ModelSpec
-    train: TrainLoader
+    train: EpochLoader
     valid: EvalLoader
     test: EvalLoader
     sparse: SparseSide
@@ -73,18 +74,20 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
     path = Path(config.data.path)
     schema = select_features(load_schema(path), config.data.features)
     data = config.data
-    splits: tuple[Split, ...] = ("train", "valid", "test")
-    stores = {split: open_split(path, split, schema, data.bad_rows, data.cache) for split in splits}
     loading: dict[str, Any] = {
-        "batch_size": config.data.batch_size,
+        "batch_size": data.batch_size,
         "rank": topology.rank,
         "world_size": topology.world_size,
         "seed": config.train.seed,
-        "prefetch": config.data.prefetch,
+        "prefetch": data.prefetch,
         "pin_memory": device.type != "cpu",
     }
-    train = TrainLoader(stores["train"], schema, **loading)
-    valid, test = (EvalLoader(stores[split], schema, **loading) for split in splits[1:])
+    train = open_training(data, schema, **loading)
+    splits: tuple[Split, ...] = ("valid", "test")
+    valid, test = (
+        EvalLoader(open_split(path, split, schema, data.bad_rows, data.cache), schema, **loading) for split in splits
+    )
+    stores: dict[Split, Source] = {"train": train.store, "valid": valid.store, "test": test.store}
 
     spec = resolve(config, schema)
     check_fits(config, spec, topology, device, {split: len(store) for split, store in stores.items()})

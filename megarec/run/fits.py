@@ -105,7 +105,11 @@ def host_needs(
     batches = min(config.data.prefetch, examples["train"] // config.data.batch_size)
     width = 4 if all(table.rows < 2**31 for table in spec.layout.tables) else 8  # of an id, or a list's length
     row = 8 + 4 + 4 * spec.numeric + width * len(spec.layout.features)
-    return [Need(f"data.prefetch {batches:,} batches", ranks * batches * share * row)]
+    needs = [Need(f"data.prefetch {batches:,} batches", ranks * batches * share * row)]
+    if (stream := config.data.stream_rows) is not None:
+        held = min(2 * stream, examples["train"])  # two windows over all ranks
+        needs.append(Need(f"data.stream_rows {stream:,} rows", held * (row + 16) * ranks // topology.world_size))
+    return needs
 
 
 def offloaded(config: RunConfig, spec: ModelSpec, topology: Topology, ranks: int) -> list[Need]:

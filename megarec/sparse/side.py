@@ -19,12 +19,10 @@ from megarec.distributed.topology import Topology
 from megarec.sparse.exchange.direct import direct_assembly
 from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup
 from megarec.sparse.exchange.parts import joined, rows_of
-from megarec.sparse.exchange.regroup import Regroup
 from megarec.sparse.exchange.tower_exchange import (
     Back,
     Change,
     TowerExchange,
-    canonical_assembly,
     tower_order_assembly,
 )
 from megarec.sparse.layout import EmbeddingLayout, Feature
@@ -193,18 +191,16 @@ class SparseSide:
         if exchange == "flat":
             self._group = TableGroup(parts[0], self.shards, config, world, blocks=1, messages=messages, device=device)
         else:
-            outputs = [part.width for part in parts]
-            assembly = canonical_assembly(layout, parts, device)
-            direct: Regroup | None = None
+            outputs, sections = [part.width for part in parts], list[int]()
             if towers.towers is not None and towers.modules is not None:
                 of_host = [towers.towers.of_host(host, topology.hosts) for host in range(topology.hosts)]
                 outputs = [towers.modules.output_columns(held) for held in of_host]
                 assembly = tower_order_assembly(outputs, device)
             else:
-                direct = direct_assembly(layout, parts, self.shards, config, topology, device)
+                assembly, sections = direct_assembly(layout, parts, self.shards, config, topology, device)
             self._exchange = TowerExchange(
                 parts, on_host(self.shards, topology), config, tower=tower, peer=peer, outputs=outputs,
-                assembly=assembly, direct=direct, messages=messages, device=device,
+                assembly=assembly, sections=sections, messages=messages, device=device,
             )  # fmt: skip
             self._group = self._exchange.group
         for tables in self._group.tables:
@@ -252,11 +248,11 @@ class SparseSide:
 
         world_size = self._topology.world_size
         exchanged: Exchanged
-        if self._exchange is not None and self.modules is None and parts == 1:
+        if self._exchange is not None and self.modules is None:
             exchanged = (
-                ChangedLookup(self._exchange.pool_direct(ids), change, self._dtype, world_size)
+                ChangedLookup(self._exchange.pool_direct(ids, parts=parts), change, self._dtype, world_size)
                 if self._l2
-                else self._exchange.pool_direct(ids, self._dtype, world_size)
+                else self._exchange.pool_direct(ids, self._dtype, world_size, parts)
             )
         elif self._exchange is not None:
             exchanged = self._exchange.pool(ids, change, self._dtype, world_size, parts)

@@ -59,6 +59,19 @@ def test_losses_continue_on_every_topology(
     assert drift(found, whole[12:]) < 1e-5
 
 
+def test_a_stream_goes_on_in_the_middle_of_an_epoch(rank_pool: Pools, data: Path, tmp_path: Path) -> None:
+    """Two ranks, then four, then one; a window has three batches."""
+    path = write_run(tmp_path, data, data={"stream_rows": 240})
+    whole = rank_pool(2).run(partial(leg, load=False, save=False), path, [], 0, 12)[0].losses
+    assert rank_pool(2).run(partial(leg, load=False, save=True), path, [], 0, 4)[0].losses == whole[:4]
+    for ranks, start, stop in ((4, 4, 8), (1, 8, 12)):
+        found = rank_pool(ranks).run(partial(leg, load=True, save=True), path, [], start, stop)[0].losses
+        assert drift(found[:1], whole[start : start + 1]) < 1e-6
+        assert drift(found, whole[start:stop]) < 1e-5
+    cached = rank_pool(2).run(partial(leg, load=False, save=False), path, ["data.stream_rows=null"], 0, 4)[0].losses
+    assert cached != whole[:4]  # another order
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_low_precision_weights_are_the_masters_rounded(
     rank_pool: Pools, data: Path, tmp_path: Path, stage: int

@@ -29,6 +29,7 @@ REFUSED = {
 }
 SAID = {
     "train.seed=9": "train.seed is 9 now, 1 until step 2; examples come in another order from here",
+    "data.stream_rows=160": "data.stream_rows is 160 now, None until step 2; examples come in another order from here",
     "data.batch_size=160": "data.batch_size is 160 now, 80 until step 2; the place in the data counts steps: it was "
     "epoch 0.20, and is 0.40",
     "dense.learning_rate=0.5": "dense.learning_rate is 0.5 now, 0.01 until step 2",

@@ -10,7 +10,7 @@ import pytest
 
 from megarec.checkpoint.compatibility import check_schema
 from megarec.commands.evaluate import fitting_schema
-from megarec.data.preparation.prepare import prepare_table
+from megarec.data.preparation.prepare import prepare_as, prepare_table
 from megarec.data.schema import Schema, load_schema, select_features
 from megarec.data.sources import planted
 from megarec.data.sources.planted import prepare_planted
@@ -30,14 +30,14 @@ ONE = HEADER + "ann,a,bob|ann,1,1\nann,a,,,0\nbob,b,,2,1\n"
 OTHER = HEADER + "bob,a,,1,1\nbob,a,,,0\nann,b,bob,2,1\n"  # the same sizes, another order of the vocabulary
 
 
-def prepare(
-    path: Path, name: str, text: str, columns: dict[str, Any] | None = None, vocabulary: Path | None = None
-) -> Path:
+def prepare(path: Path, name: str, text: str, columns: dict[str, Any] | None = None, like: Path | None = None) -> Path:
     rows = path / f"{name}.csv"
     rows.write_text(text)
     spec = write_spec(path, {"name": "n", "columns": COLUMNS | (columns or {})})
-    splits = ("test",) if vocabulary else ("train", "valid", "test")
-    prepare_table(spec, {split: [rows] for split in splits}, path / name, vocabulary)
+    if like is not None:
+        prepare_as(like, {"test": [rows]}, path / name)
+    else:
+        prepare_table(spec, {split: [rows] for split in ("train", "valid", "test")}, path / name)
     return path / name
 
 
@@ -64,7 +64,7 @@ def test_data_prepared_in_another_way_are_refused(
     tmp_path: Path, text: str, columns: dict[str, Any], feature: str
 ) -> None:
     one, other = prepare(tmp_path, "one", ONE), prepare(tmp_path, "other", text, columns)
-    with pytest.raises(UserError, match=rf"run was trained on other data: {feature}.*--vocabulary"):
+    with pytest.raises(UserError, match=rf"run was trained on other data: {feature}.*--like"):
         resume(one, other)
     with pytest.raises(UserError, match=rf"schema.json: the model was trained on other data: {feature}"):
         fitting_schema(load_schema(one), load_schema(other), other / "schema.json")
@@ -89,35 +89,16 @@ def test_only_features_in_use_are_compared(tmp_path: Path) -> None:
     fitting_schema(one, other, Path("schema.json"))
 
 
-def test_tomorrows_files_with_the_vocabularies_of_today(tmp_path: Path) -> None:
+def test_tomorrows_files_by_the_rules_of_today(tmp_path: Path) -> None:
     one = prepare(tmp_path, "one", ONE)
-    tomorrow = prepare(tmp_path, "tomorrow", OTHER.replace("ann,b", "eve,b"), vocabulary=one)
+    tomorrow = prepare(tmp_path, "tomorrow", OTHER.replace("ann,b", "eve,b"), like=one)
     schema = load_schema(tomorrow)
     resume(one, tomorrow)
     assert pq.read_table(tomorrow / "test")["user"].to_pylist() == [2, 2, 0]
     assert schema.identity == load_schema(one).identity and schema.rows == {"test": 3}
     assert schema.unknown["test"] == {"user": 0.333333, "seen": 0.0}
-    after = prepare(tmp_path, "after", ONE, vocabulary=tomorrow)  # the vocabularies go with the data
+    after = prepare(tmp_path, "after", ONE, like=tomorrow)  # the rules go with the data
     assert pq.read_table(after / "test").equals(pq.read_table(one / "test"))
-
-
-@pytest.mark.parametrize(
-    ("columns", "told"),
-    [
-        ({"new": {"type": "categorical"}}, r"vocabulary .*new\.parquet cannot be read"),
-        (
-            {"user": {"type": "categorical", "dtype": "integer"}, "seen": {"type": "ignored"}},
-            "user was prepared as dtype",
-        ),
-        ({"site": {"type": "categorical", "hash": 10}}, "site means BLAKE2b-64 .* into 9 rows there, .*10 rows here"),
-        ({"price": {"type": "numeric", "missing": 0}}, "price means"),
-    ],
-)
-def test_vocabularies_that_do_not_fit(tmp_path: Path, columns: dict[str, Any], told: str) -> None:
-    one = prepare(tmp_path, "one", ONE)
-    with pytest.raises(UserError, match=told):
-        prepare(tmp_path, "tomorrow", OTHER, columns, one)
-    assert not (tmp_path / "tomorrow").exists()
 
 
 def test_a_damaged_vocabulary(tmp_path: Path) -> None:
@@ -125,22 +106,11 @@ def test_a_damaged_vocabulary(tmp_path: Path) -> None:
     file = one / "vocabulary" / "user.parquet"
     table = pq.read_table(file)
     pq.write_table(table.set_column(0, "value", [["bob", "ann"]]), file)
-    with pytest.raises(UserError, match="user means vocabulary"):
-        prepare(tmp_path, "tomorrow", OTHER, vocabulary=one)
+    with pytest.raises(UserError, match=r"one is not what was prepared: user means vocabulary .*; prepare it again"):
+        prepare(tmp_path, "tomorrow", OTHER, like=one)
     file.write_bytes(b"x")
     with pytest.raises(UserError, match=r"user\.parquet cannot be read"):
-        prepare(tmp_path, "tomorrow", OTHER, vocabulary=one)
-
-
-def test_a_vocabulary_of_an_earlier_version_keeps_its_rows(tmp_path: Path) -> None:
-    one = prepare(tmp_path, "one", ONE)
-    content = json.loads((one / "schema.json").read_text())
-    del content["identity"]
-    (one / "schema.json").write_text(json.dumps(content))
-    file = one / "vocabulary" / "user.parquet"
-    pq.write_table(pq.read_table(file).set_column(0, "value", [["7.0", "True"]]), file)
-    text = HEADER + "7,a,,1,1\nTrue,a,,1,1\n"
-    assert pq.read_table(prepare(tmp_path, "b", text, vocabulary=one) / "test")["user"].to_pylist() == [1, 2]
+        prepare(tmp_path, "tomorrow", OTHER, like=one)
 
 
 OTHERS = {  # of the same columns and sizes
@@ -188,7 +158,7 @@ def test_made_up_and_real_values_do_not_mix(tmp_path: Path) -> None:
     one = load_schema(prepare(tmp_path, "one", ONE))
     prepare_like(one, tmp_path / "made up", examples=50, seed=1)
     for there, here in (("one", "made up"), ("made up", "one")):
-        with pytest.raises(UserError, match=r"trained on other data: user means .*--vocabulary"):
+        with pytest.raises(UserError, match=r"trained on other data: user means .*--like"):
             resume(tmp_path / there, tmp_path / here)
 
 

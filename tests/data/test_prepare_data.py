@@ -108,7 +108,7 @@ def test_a_name_is_not_a_path(tmp_path: Path) -> None:
         for path in tmp_path.rglob("*")
         if path.is_file() and "out" in path.parts
     }
-    assert files == {"schema.json", "train", "valid", "test", "vocabulary"}
+    assert files == {"schema.json", "spec.json", "train", "valid", "test", "vocabulary"}
     assert sorted(p.name for p in tmp_path.rglob("*.parquet") if "out" not in p.parts) == []
     assert len(list((work / "out" / "vocabulary").iterdir())) == len(NAMES)
     schema = load_schema(work / "out")
@@ -117,9 +117,8 @@ def test_a_name_is_not_a_path(tmp_path: Path) -> None:
     assert list(ids) == NAMES
     done = run(
         "table",
-        f"--schema={work / 'spec.json'}",
+        f"--like={work / 'out'}",
         f"--test={work / 'b.csv'}",
-        f"--vocabulary={work / 'out'}",
         "--output",
         str(work / "tomorrow"),
     )

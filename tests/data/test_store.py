@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarec.data import cache
-from megarec.data import store as store_module
+from megarec.data import assembler, cache
 from megarec.data.schema import load_schema, select_features
 from megarec.data.store import Store, open_split
 from megarec.errors import UserError
@@ -63,7 +62,7 @@ def test_gather_returns_the_rows_asked_for(
     with (
         tempfile.TemporaryDirectory() as name,
         mock.patch.object(cache, "_ROWS_PER_RECORD_BATCH", per_batch),
-        mock.patch.multiple(store_module, _TILE_BYTES=0, _FEWEST_ROWS=per_tile),
+        mock.patch.multiple(assembler, _TILE_BYTES=0, _FEWEST_ROWS=per_tile),
     ):
         write_split(Path(name), "train", rows, shards)
         store = open_split(Path(name), "train", SCHEMA, "error")

@@ -75,23 +75,22 @@ def batches(
                     yield chosen.slice(start, BATCH_ROWS)
 
 
+def names_of(path: Path, kind: str) -> list[str]:
+    """The names of all columns.
+
+    Raises:
+        OSError, pa.ArrowException: the file cannot be read.
+    """
+    return list(_opened(path, kind)[0].names)
+
+
 def sample(path: Path, kind: str, rows: int) -> pa.RecordBatch:
     """The first rows of a file, all columns.
 
     Raises:
         OSError, pa.ArrowException: the file cannot be read, or is damaged.
     """
-    if kind == "parquet":
-        with pq.ParquetFile(path) as file:
-            schema, groups = file.schema_arrow, None
-    else:
-        is_file = _is_file(path)
-        with (
-            pa.memory_map(str(path)) as source,
-            (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source) as reader,
-        ):
-            schema = reader.schema
-            groups = tuple(range(reader.num_record_batches)) if is_file else None
+    schema, groups = _opened(path, kind)
     found: list[pa.RecordBatch] = []
     for batch in batches(path, kind, groups, schema.names, lambda names: None):
         found.append(batch)
@@ -99,6 +98,16 @@ def sample(path: Path, kind: str, rows: int) -> pa.RecordBatch:
             break
     table = pa.Table.from_batches(found, schema).slice(0, rows).combine_chunks()
     return next(iter(table.to_batches()), pa.RecordBatch.from_pylist([], schema))
+
+
+def _opened(path: Path, kind: str) -> tuple[pa.Schema, Groups]:
+    """The schema of a file, and its batches; of parquet and of a stream None: all."""
+    if kind == "parquet":
+        with pq.ParquetFile(path) as file:
+            return file.schema_arrow, None
+    is_file = _is_file(path)
+    with pa.memory_map(str(path)) as source, (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source) as reader:
+        return reader.schema, tuple(range(reader.num_record_batches)) if is_file else None
 
 
 def _is_file(path: Path) -> bool:

@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from megarec.data.preparation.kept_spec import Fitted
 from megarec.data.preparation.merge import LookUp, look_up_file
 from megarec.data.preparation.scan import Piece, load
-from megarec.data.preparation.table_spec import Categorical, TableSpec
+from megarec.data.preparation.table_spec import Bucketised, Lists, TableSpec
+from megarec.data.preparation.values import buckets, standardised
 from megarec.data.writing import ROWS_PER_GROUP, ROWS_PER_SHARD
 from megarec.files import write_whole
 
@@ -65,6 +67,7 @@ class Encoder:
     Attributes:
         pieces, tables: directories of scan.py and merge.py.
         table_of: the number of the table of each feature.
+        fitted: what was fitted on the training split.
         data, done: where shards, and what is known of each, are written.
     """
 
@@ -72,6 +75,7 @@ class Encoder:
     pieces: Path
     tables: Path
     table_of: dict[str, int]
+    fitted: Fitted
     data: Path
     done: Path
 
@@ -104,22 +108,29 @@ class Encoder:
             words, rows = load(piece.path(self.pieces, "words")), load(piece.path(self.pieces, "rows"))
             columns: dict[str, pa.Array] = {}
             row_of: dict[str, NDArray[np.int64]] = {}
-            for name in self.spec.ids:
+            for name, column in self.spec.looked_up.items():
                 values = words.column(f"{name}:values").flatten()
-                row_of[name] = np.append(look_ups[self.table_of[name]].rows(values), 0)
+                if isinstance(column, Bucketised):
+                    found = buckets(values.to_numpy(), self.fitted.boundaries[name])
+                else:
+                    found = look_ups[self.table_of[name]].rows(values)
+                row_of[name] = np.append(found, 0)
             for first in range(start, end, ROWS_PER_GROUP):
                 some = rows.slice(first, min(ROWS_PER_GROUP, end - first))
                 for name in rows.schema.names:
                     columns[name] = some.column(name)
                     if name in row_of:
                         columns[name] = ids = _encoded(some.column(name), row_of[name], self.spec, name)
-                        flat = ids if isinstance(self.spec.columns[name], Categorical) else ids.flatten()
+                        flat = ids.flatten() if isinstance(self.spec.columns[name], Lists) else ids
                         known[name] += int(np.count_nonzero(flat.to_numpy(zero_copy_only=False)))
+                    elif name in self.fitted.moments:
+                        exact = some.column(name).to_numpy()
+                        columns[name] = pa.array(standardised(name, exact, *self.fitted.moments[name]))
                 yield pa.table(columns)
 
 
 def _encoded(places: pa.Array, row_of: NDArray[np.int64], spec: TableSpec, name: str) -> pa.Array:
-    if isinstance(spec.columns[name], Categorical):
+    if not isinstance(spec.columns[name], Lists):
         return pa.array(row_of[places.to_numpy()])
     offsets = pa.array(places.offsets.to_numpy() - places.offsets[0].as_py())
     return pa.ListArray.from_arrays(offsets, pa.array(row_of[places.flatten().to_numpy()]))

@@ -20,7 +20,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from megarec.data.preparation.scan import Piece, load
-from megarec.data.preparation.vocabulary import OUT_OF_VOCABULARY, Hashing, identity_of, read_values, vocabulary_file
+from megarec.data.preparation.vocabulary import (
+    OUT_OF_VOCABULARY,
+    Hashing,
+    identity_of,
+    in_order,
+    read_values,
+    vocabulary_file,
+)
 from megarec.files import write_whole
 
 MERGE_VALUES = 1 << 21
@@ -99,16 +106,10 @@ def merge(directory: Path, data: Path, task: MergeTask) -> Table:
 def _given(directory: Path, data: Path, task: MergeTask) -> Table:
     """The vocabulary of another data set, with its rows."""
     assert task.given is not None
-    values, spelled = read_values(task.given, task.name)
-    rows = np.arange(1, len(values) + 1, dtype=np.int64)
-    known, known_rows = pa.concat_arrays([values, spelled]), np.concatenate([rows, rows[: len(spelled)]])
-    order = pc.sort_indices(known).to_numpy().astype(np.int64)  # stable: a value as it stands comes first
-    known, known_rows = known.take(pa.array(order)), known_rows[order]
-    if len(known) > len(values):
-        first = np.append(True, pc.not_equal(known.slice(1), known.slice(0, len(known) - 1)).to_numpy(False))
-        known, known_rows = known.filter(pa.array(first)), known_rows[first]
+    values = read_values(task.given, task.name)
     with _Runs(look_up_file(directory, task.number), task.kind, "row") as runs:
-        runs.write(known, known_rows)
+        runs.write(*in_order(values))
+    rows = np.arange(1, len(values) + 1, dtype=np.int64)
     identity = _write_vocabulary(data, task.name, task.kind, [values], [rows], len(values))
     return Table(len(values) + 1, identity, len(values))
 
@@ -118,7 +119,7 @@ def _merged(directory: Path, data: Path, task: MergeTask) -> Table:
     seen, histogram = 0, dict[int, int]()
     sharing = _Sharing(task.hashing)
     with _Runs(counted, task.kind, "count") as runs:
-        for values, counts in _ranges(task):
+        for values, counts in ranges(task):
             seen += len(values)
             if task.hashing is not None:
                 counts = task.hashing.encode(values)
@@ -167,7 +168,7 @@ class _Sharing:
         return self._values - int(np.count_nonzero(self._used == 1)) if len(self._used) else None
 
 
-def _ranges(task: MergeTask) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
+def ranges(task: MergeTask) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
     """Distinct values and their counts, range by range in the order of the values."""
     runs = []
     for path, feature in task.runs:
@@ -177,7 +178,7 @@ def _ranges(task: MergeTask) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
             runs.append((values, words.column(f"{feature}:counts").flatten()))
     starts = [0] * len(runs)
     for bound in [*_bounds([values for values, _ in runs]), None]:
-        ends = [len(values) if bound is None else _place(values, bound) for values, _ in runs]
+        ends = [len(values) if bound is None else place(values, bound) for values, _ in runs]
         parts = [
             (run[0].slice(start, end - start), run[1].slice(start, end - start))
             for run, start, end in zip(runs, starts, ends, strict=True)
@@ -211,11 +212,11 @@ def _bounds(runs: list[pa.Array]) -> list[Any]:
     return found
 
 
-def _place(values: pa.Array, bound: Any) -> int:
+def place(values: pa.Array, bound: Any) -> int:
     """How many of sorted values are less."""
     if pa.types.is_integer(values.type):
         return int(np.searchsorted(values.to_numpy(), bound))
-    return bisect_left(range(len(values)), bound, key=lambda place: values[place].as_py())
+    return bisect_left(range(len(values)), bound, key=lambda at: values[at].as_py())
 
 
 class _Ranking:
@@ -263,7 +264,7 @@ def _write_vocabulary(
 ) -> str:
     """Write vocabulary/<name>.parquet in the order of rows; returns its identity."""
 
-    def in_order() -> Iterator[pa.Array]:
+    def by_row() -> Iterator[pa.Array]:
         for start in range(1, count + 1, MERGE_VALUES):
             inside = [(part >= start) & (part < start + MERGE_VALUES) for part in rows]
             some = pa.chunked_array(
@@ -278,7 +279,7 @@ def _write_vocabulary(
         schema = pa.schema([("value", kind), ("row", pa.int64())])
         start = 1
         with pq.ParquetWriter(path, schema) as writer:
-            for part in in_order():
+            for part in by_row():
                 numbers = np.arange(start, start + len(part), dtype=np.int64)
                 start += len(part)
                 writer.write_table(pa.table([part, numbers], schema=schema))
@@ -309,15 +310,15 @@ class LookUp:
 
 def _place_after(values: pa.Array, bound: Any) -> int:
     """How many of sorted values are at most `bound`."""
-    place = _place(values, bound)
-    return place + int(place < len(values) and values[place].as_py() == bound)
+    at = place(values, bound)
+    return at + int(at < len(values) and values[at].as_py() == bound)
 
 
 def _rows_in(known: pa.Array, rows: NDArray[np.int64], values: pa.Array) -> NDArray[np.int64]:
     if pa.types.is_integer(known.type):
         numbers, wanted = known.to_numpy(), values.to_numpy()
-        place = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
-        return np.where(numbers[place] == wanted, rows[place], OUT_OF_VOCABULARY)
+        at = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
+        return np.where(numbers[at] == wanted, rows[at], OUT_OF_VOCABULARY)
     found = np.full(len(values), OUT_OF_VOCABULARY, np.int64)
     for start in range(0, len(known), _LOOK_UP):
         at = pc.index_in(known.slice(start, _LOOK_UP), value_set=values)

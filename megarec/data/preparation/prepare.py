@@ -16,18 +16,20 @@ import pyarrow as pa
 
 from megarec.data.preparation import table_reader
 from megarec.data.preparation.encode import Encoder, shards_of
+from megarec.data.preparation.fit import Cuts, mean_and_deviation, quantiles
+from megarec.data.preparation.kept_spec import SPEC_FILE, Fitted, KeptSpec, Prepared, load_prepared
 from megarec.data.preparation.merge import MergeTask, Table, merge, runs_of
 from megarec.data.preparation.scan import Piece, Scanned, Shares, scan, scanned_file
-from megarec.data.preparation.table_reader import Unit, units_of
-from megarec.data.preparation.table_spec import Categorical, Numeric, TableSpec, load_table_spec
+from megarec.data.preparation.table_reader import Unit, columns_of, units_of
+from megarec.data.preparation.table_spec import Bucketised, Lists, Numeric, Sequence, TableSpec, load_table_spec
 from megarec.data.preparation.text_files import BadRow
-from megarec.data.preparation.vocabulary import Hashing, identity_of, read_values
+from megarec.data.preparation.vocabulary import Hashing
 from megarec.data.preparation.work import Progress, Workers, work_directory
-from megarec.data.schema import SPLITS, CategoricalFeature, Schema, identity_difference, load_schema, save_schema
+from megarec.data.schema import SPLITS, CategoricalFeature, Schema, save_schema
 from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
 
-FORMAT = 1  # of pieces and look-ups: what another version left is not taken up
+FORMAT = 2  # of pieces and look-ups: what another version left is not taken up
 QUARANTINE_FILE = "quarantine.csv"
 _KINDS = {"string": pa.string(), "integer": pa.int64(), "hexadecimal": pa.int64()}
 
@@ -48,7 +50,6 @@ def prepare_table(
     spec_file: Path,
     files: dict[str, list[Path]],
     output: Path,
-    vocabulary: Path | None = None,
     *,
     workers: int = 1,
     max_bad: MaxBad = MaxBad(),
@@ -58,8 +59,7 @@ def prepare_table(
 
     Args:
         spec_file: JSON of a TableSpec.
-        files: the files of train, valid and test; with `vocabulary` some of these will do, with `shares` "all" is one.
-        vocabulary: a prepared data set whose vocabularies are used; None: they are counted on the training files.
+        files: the files of train, valid and test; with `shares` "all" is one.
         workers: processes; 1: this one.
         max_bad: rows that may be bad; they are written to quarantine.csv.
         shares: how the rows of files["all"] are split.
@@ -67,7 +67,29 @@ def prepare_table(
     Raises:
         UserError: names the file, and the key or the row and column, with the value seen and what was expected.
     """
-    return prepare_spec(load_table_spec(spec_file), spec_file, files, output, vocabulary, workers, max_bad, shares)
+    return prepare_spec(load_table_spec(spec_file), spec_file, files, output, None, workers, max_bad, shares)
+
+
+def prepare_as(
+    like: Path,
+    files: dict[str, list[Path]],
+    output: Path,
+    *,
+    workers: int = 1,
+    max_bad: MaxBad = MaxBad(),
+    shares: Shares | None = None,
+) -> Schema:
+    """Write more files as a data set that was prepared before: by its spec and vocabularies, nothing is counted.
+
+    Args:
+        like: that data set.
+        files: as of `prepare_table`; some of the splits will do, and no file needs a label.
+
+    Raises:
+        UserError: as `prepare_table`, or `like` does not keep its spec.
+    """
+    found = load_prepared(like)
+    return prepare_spec(found.kept.spec, like / SPEC_FILE, files, output, found, workers, max_bad, shares)
 
 
 def prepare_spec(
@@ -75,22 +97,18 @@ def prepare_spec(
     named: Path | str,
     files: dict[str, list[Path]],
     output: Path,
-    vocabulary: Path | None,
+    like: Prepared | None,
     workers: int,
     max_bad: MaxBad,
     shares: Shares | None = None,
 ) -> Schema:
-    """`prepare_table` of a spec that is at hand; `named` is how messages call it."""
+    """`prepare_table` or `prepare_as` of a spec that is at hand; `named` is how messages call it."""
     check_output(output)
-    old = None if vocabulary is None else _compatible(spec, named, vocabulary)
-    units = [
-        unit
-        for split in (*SPLITS, "all")
-        if split in files
-        for path in files[split]
-        for unit in units_of(path, split, spec)
-    ]
-    plan = _plan(spec, units, vocabulary, shares)
+    paths = [(split, path) for split in (*SPLITS, "all") for path in files.get(split, ())]
+    if like is not None and not any(set(spec.labels) & set(columns_of(path, spec)) for _, path in paths):
+        spec = spec.without(set(spec.labels))
+    units = [unit for split, path in paths for unit in units_of(path, split, spec)]
+    plan = _plan(spec, units, like, shares)
     if output.is_symlink():
         output = output.resolve()
     if sum(unit.size for unit in units) < table_reader.UNIT_BYTES:
@@ -98,15 +116,21 @@ def prepare_spec(
     with writable(output), work_directory(output, plan) as work, Workers(workers) as pool:
         for name in ("pieces", "tables", "done", "data"):
             (work / name).mkdir(exist_ok=True)
-        schema = _Preparation(spec, files, units, work, pool, max_bad, shares).run(old, vocabulary)
+        schema = _Preparation(spec, spec.features, files, units, work, pool, max_bad, shares).run(like)
         publish(work / "data", output)
     return schema
 
 
 @dataclass
 class _Preparation:
-    """What the phases of a preparation share."""
+    """What the phases of a preparation share.
 
+    Attributes:
+        read: the spec of the columns that the files have.
+        spec: that of the features that they become.
+    """
+
+    read: TableSpec
     spec: TableSpec
     files: dict[str, list[Path]]
     units: list[Unit]
@@ -115,7 +139,7 @@ class _Preparation:
     max_bad: MaxBad
     shares: Shares | None
 
-    def run(self, old: Schema | None, vocabulary: Path | None) -> Schema:
+    def run(self, like: Prepared | None) -> Schema:
         """Carry out what is not done yet; everything then lies below work/data."""
         self._progress = Progress()
         pieces = self._scan()
@@ -125,8 +149,9 @@ class _Preparation:
                 named = ", ".join(map(str, self.files[split if self.shares is None else "all"]))
                 by_chance = "" if self.shares is None else f" and {split} got none by chance"
                 raise UserError(f"{named}: no rows; every split needs some{by_chance}")
-        tables = self._merge(pieces, vocabulary)
-        known = self._encode(pieces, tables)
+        tables = self._merge(pieces, like)
+        kept = KeptSpec(spec=self.read, fitted=self._fit(pieces["train"])) if like is None else like.kept
+        known = self._encode(pieces, tables, kept.fitted)
         self._progress.end()
         present = {split: sum((Counter(p.present) for p in pieces[split]), Counter[str]()) for split in rows}
         unknown = {
@@ -138,15 +163,16 @@ class _Preparation:
             for split in rows
         }
         means = {name: present["train"][name] / rows["train"] for name in self.spec.ids} if "train" in rows else {}
-        if old is not None:
-            means |= {feature.name: feature.mean_length for feature in old.categorical}
-        schema = _schema(self.spec, {name: tables[self._table(name)] for name in self.spec.ids}, rows, means)
+        if like is not None:
+            means |= {feature.name: feature.mean_length for feature in like.schema.categorical}
+        schema = _schema(kept, tables, rows, means).model_copy(update={"labelled": bool(self.spec.labels)})
         shared = {
             name: round(tables[name].shared / max(tables[name].values, 1), 6)  # type: ignore[operator]
             for name in tables
             if tables[name].shared is not None
         }
         schema = schema.model_copy(update={"unknown": unknown, "sharing": shared, "bad_rows": dict(self._reasons)})
+        kept.save(self.work / "data")
         save_schema(schema, self.work / "data")
         return schema
 
@@ -168,7 +194,7 @@ class _Preparation:
         self._rows: list[int] = []  # of each unit, bad ones included
         self._reasons = Counter[str]()
         first: tuple[int, BadRow] | None = None
-        task = partial(scan, self.spec, self.work / "pieces", most, self.shares)
+        task = partial(scan, self.read, self.work / "pieces", most, self.shares)
         for (number, unit), found in self.pool.run(task, enumerate(self.units)):
             self._rows.append(found.rows)
             self._reasons.update(bad.reason for bad in found.bad)
@@ -216,7 +242,7 @@ class _Preparation:
                 for bad in found.bad if found is not None else ():
                     lines.writerow([unit.path, before + bad.row, bad.reason, bad.what])
 
-    def _merge(self, pieces: dict[str, list[Piece]], vocabulary: Path | None) -> dict[str, Table]:
+    def _merge(self, pieces: dict[str, list[Piece]], like: Prepared | None) -> dict[str, Table]:
         owners = [name for name, column in self.spec.ids.items() if column.table is None]
         tasks = []
         for number, name in enumerate(owners):
@@ -225,7 +251,7 @@ class _Preparation:
             some = [piece for split in SPLITS for piece in pieces[split]] if hashing else pieces["train"]
             features = [n for n in self.spec.ids if self._table(n) == name] if hashing else [name]
             runs = runs_of(some, self.work / "pieces", features)
-            given = None if hashing else vocabulary
+            given = None if hashing or like is None else like.directory
             tasks.append(MergeTask(number, name, _KINDS[column.dtype], runs, column.min_count, hashing, given))
         self._progress.begin("counting", len(tasks))
         found = {}
@@ -234,13 +260,30 @@ class _Preparation:
             self._progress.add(1)
         return found
 
-    def _encode(self, pieces: dict[str, list[Piece]], tables: dict[str, Table]) -> dict[str, Counter[str]]:
+    def _fit(self, train: list[Piece]) -> Fitted:
+        """What the training split decides of numbers."""
+        columns = {n: column for n, column in self.spec.columns.items() if isinstance(column, Bucketised)}
+        found = {name: column.boundaries or [] for name, column in columns.items()}
+        cuts = [
+            Cuts(name, runs_of(train, self.work / "pieces", [name]), column.buckets)
+            for name, column in columns.items()
+            if column.buckets is not None
+        ]
+        found |= {task.name: boundaries for task, boundaries in self.pool.run(quantiles, cuts)}
+        return Fitted(
+            boundaries=found, moments={name: mean_and_deviation(train, name) for name in self.spec.standardised}
+        )
+
+    def _encode(
+        self, pieces: dict[str, list[Piece]], tables: dict[str, Table], fitted: Fitted
+    ) -> dict[str, Counter[str]]:
         number_of = {name: number for number, name in enumerate(tables)}
         encoder = Encoder(
             self.spec,
             self.work / "pieces",
             self.work / "tables",
             {name: number_of[self._table(name)] for name in self.spec.ids},
+            fitted,
             self.work / "data",
             self.work / "done",
         )
@@ -253,7 +296,7 @@ class _Preparation:
         return known
 
 
-def _plan(spec: TableSpec, units: list[Unit], vocabulary: Path | None, shares: Shares | None) -> dict[str, Any]:
+def _plan(spec: TableSpec, units: list[Unit], like: Prepared | None, shares: Shares | None) -> dict[str, Any]:
     """What decides every byte that is written."""
     files = {unit.path: unit.path.stat() for unit in units}
     return {
@@ -263,66 +306,35 @@ def _plan(spec: TableSpec, units: list[Unit], vocabulary: Path | None, shares: S
         "shares": None if shares is None else [*shares.fractions, shares.seed],
         "files": [[str(path.resolve()), status.st_size, status.st_mtime_ns] for path, status in files.items()],
         "units": [[str(unit.path), unit.split, unit.span, unit.groups] for unit in units],
-        "vocabulary": None if vocabulary is None else load_schema(vocabulary).identity,
+        "like": None if like is None else like.schema.identity,
     }
 
 
-def _compatible(spec: TableSpec, named: Path | str, vocabulary: Path) -> Schema:
-    """The schema of a data set that was prepared before, whose vocabularies fit the spec.
-
-    Raises:
-        UserError: they do not.
-    """
-    old = load_schema(vocabulary)
-    identities = {}
-    for name, column in spec.ids.items():
-        if column.table is not None:
+def _schema(kept: KeptSpec, tables: dict[str, Table], rows: dict[str, int], mean_lengths: dict[str, float]) -> Schema:
+    spec, features = kept.spec.features, []
+    for name, column in spec.looked_up.items():
+        if isinstance(column, Bucketised):
+            buckets = len(kept.fitted.boundaries[name]) + 1
+            features.append(CategoricalFeature(name=name, rows=buckets + 1))
             continue
-        if column.hash is not None:
-            identities[name] = Hashing(column.hash).identity
-            continue
-        values, _ = read_values(vocabulary, name)
-        if values.type != _KINDS[column.dtype]:
-            found = "integer" if values.type == pa.int64() else "string"
-            raise UserError(
-                f"--vocabulary {vocabulary}: {name} was prepared as dtype {found!r}, the spec says {column.dtype!r}"
-            )
-        identities[name] = identity_of(values.type, [values])
-    by_feature = {name: identities[column.table or name] for name, column in spec.ids.items()}
-    if other := identity_difference(old.identity, _identity(spec, by_feature)):
-        raise UserError(f"--vocabulary {vocabulary}: {other.partition(';')[0]}; correct {named}")
-    return old
-
-
-def _identity(spec: TableSpec, of_ids: dict[str, str]) -> dict[str, str]:
-    """By feature, how raw values become numbers."""
-    found = dict(of_ids)
-    for name, column in spec.columns.items():
-        if isinstance(column, Numeric):
-            transform = "sign(x) log(1 + |x|)" if column.log else "x"
-            found[name] = transform if column.missing is None else f"{transform}, {column.missing:g} where missing"
-    return found
-
-
-def _schema(spec: TableSpec, tables: dict[str, Table], rows: dict[str, int], mean_lengths: dict[str, float]) -> Schema:
-    features = []
-    for name, column in spec.ids.items():
         many: dict[str, Any] = {}
-        if not isinstance(column, Categorical):
+        if isinstance(column, Lists):
             many = {
                 "multi_valued": True,
                 "pooling": column.pooling,
                 "weighted": name in spec.weights,
+                "newest": column.newest if isinstance(column, Sequence) else None,
                 "mean_length": round(mean_lengths.get(name, 1.0), 3),
             }
-        features.append(CategoricalFeature(name=name, rows=tables[name].rows, table=column.table, **many))
+        owner = tables[column.table or name]
+        features.append(CategoricalFeature(name=name, rows=owner.rows, table=column.table, **many))
     return Schema(
         name=spec.name,
-        label=spec.label,
+        label=spec.labels[0],
         label_rule=spec.label_rule,
         categorical=tuple(features),
         numeric=tuple(name for name, column in spec.columns.items() if isinstance(column, Numeric)),
         rows=rows,
-        identity=_identity(spec, {name: table.identity for name, table in tables.items()}),
+        identity=kept.identity({name: table.identity for name, table in tables.items()}),
         source=f"table: prepared from the user's files of {spec.name}",
     )

@@ -1,9 +1,10 @@
 """The first half of a preparation: a unit of input -> pieces, in which every id is a number of the piece's own.
 
 A piece is two Arrow files. `words` has, by feature, the piece's distinct values in their order, and how often each is
-there; `rows` has, row by row, the place of each value among them (the number of values where it is missing), numbers
-and labels as they will be written. What follows (merge.py, encode.py) never sees text again: the vocabulary is merged
-from sorted runs, and encoding is one look-up a distinct value and one gather a row.
+there; `rows` has, row by row, the place of each value among them (the number of values where it is missing), and
+numbers and labels as they will be written, but for numbers that are standardised later. What follows (merge.py,
+encode.py) never sees text again: the vocabulary is merged from sorted runs, and encoding is one look-up a distinct
+value and one gather a row.
 """
 
 import json
@@ -18,16 +19,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from megarec.data.preparation.expand import expand
 from megarec.data.preparation.table_reader import Part, RowRefused, Unit, read_unit
-from megarec.data.preparation.table_spec import Categorical, Numeric, TableSpec
+from megarec.data.preparation.table_spec import Bucketised, Categorical, Lists, Numeric, TableSpec
 from megarec.data.preparation.text_files import BadRow
-from megarec.data.preparation.values import id_lists, id_values, labels, numbers, weights
+from megarec.data.preparation.values import bucket_values, id_lists, id_values, labels, numbers, weights
 from megarec.data.schema import SPLITS
 from megarec.files import write_whole
 
 PIECE_ROWS = 1 << 18
 PIECE_BYTES = 1 << 26
-_Key = str | tuple[str, str]  # a column; what belongs to it
+Key = str | tuple[str, str]  # a column; what belongs to it
 _ODD, _ALL = 0x9E3779B97F4A7C15, (1 << 64) - 1
 _FEW_ROWS = 256  # rows among which a bad one is looked for by itself
 
@@ -59,12 +61,14 @@ class Piece:
     Attributes:
         present: by feature, values that are there (not missing).
         files: bytes of each of its files, by name.
+        moments: by standardised column, of its numbers: how many, their mean, the sum of squares of what is left.
     """
 
     split: str
     rows: int
     present: dict[str, int]
     files: dict[str, int]
+    moments: dict[str, list[float]]
 
     def path(self, directory: Path, what: str) -> Path:
         return next(directory / name for name in self.files if name.endswith(f".{what}.arrow"))
@@ -124,10 +128,12 @@ def scan(
     def save(split: str) -> None:
         pieces.append(gathered.pop(split).save(directory, f"{number:06d}-{len(pieces):04d}", split))
 
-    for part, read in read_unit(unit, spec, bad):
+    features = spec.features
+    parts = ((part, read) for whole, read in read_unit(unit, spec, bad) for part in expand(whole, spec, bad))
+    for part, read in parts:
         for split, some in _divided(part, number, unit.split, shares):
-            for rows, encoded in _usable(some, spec, bad, most_bad):
-                gathered.setdefault(split, _Gathered(spec)).add(rows, encoded, some.rows.nbytes)
+            for rows, encoded in _usable(some, features, bad, most_bad):
+                gathered.setdefault(split, _Gathered(features)).add(rows, encoded, some.rows.nbytes)
             if split in gathered and gathered[split].full:
                 save(split)
         if most_bad is not None and len(bad) > most_bad:
@@ -152,10 +158,10 @@ def _divided(part: Part, unit: int, split: str, shares: Shares | None) -> Iterat
 
 def _usable(
     part: Part, spec: TableSpec, bad: list[BadRow], most_bad: int | None
-) -> Iterator[tuple[int, dict[_Key, Any]]]:
+) -> Iterator[tuple[int, dict[Key, Any]]]:
     """(rows, their values by column) of the rows that can be used; the others are noted in `bad`."""
     try:
-        yield len(part.numbers), _values(part, spec)
+        yield len(part.numbers), values_of(part, spec)
         return
     except RowRefused as refused:
         if most_bad is not None and len(bad) >= most_bad:
@@ -164,25 +170,31 @@ def _usable(
     for few in part.cut(_FEW_ROWS):
         while len(few.numbers):
             try:
-                yield len(few.numbers), _values(few, spec)
+                yield len(few.numbers), values_of(few, spec)
                 break
             except RowRefused as refused:
                 bad.append(refused.bad)
                 few = few.without(refused.index)
 
 
-def _values(part: Part, spec: TableSpec) -> dict[_Key, Any]:
+def values_of(part: Part, spec: TableSpec) -> dict[Key, Any]:
     """By column, what its rule makes of the values: the ids of a list with their lengths."""
-    found: dict[_Key, Any] = {}
+    found: dict[Key, Any] = {}
     for name, column in spec.columns.items():
         if isinstance(column, Categorical):
             found[name] = id_values(part, name, column)
-        elif column.type == "multi_valued":
+        elif isinstance(column, Lists):
             found[name], found[name, "lengths"] = id_lists(part, name, column)
             if name in spec.weights:
                 found[name, "weights"] = weights(part, spec.weights[name], name, column)
+        elif isinstance(column, Bucketised):
+            found[name] = bucket_values(part, name)
         elif isinstance(column, Numeric):
-            found[name] = numbers(part, name, column)
+            found[name], present = numbers(part, name, column)
+            if column.standardise:
+                found[name, "present"] = present
+            else:
+                found[name] = found[name].astype(np.float32)
         elif column.type == "label":
             found[name] = labels(part, name)
     return found
@@ -195,13 +207,13 @@ class _Gathered:
     spec: TableSpec
     rows: int = 0
     _bytes: int = 0
-    _values: dict[_Key, list[Any]] = field(default_factory=dict)
+    _values: dict[Key, list[Any]] = field(default_factory=dict)
 
     @property
     def full(self) -> bool:
         return self.rows >= PIECE_ROWS or self._bytes >= PIECE_BYTES
 
-    def add(self, rows: int, values: dict[_Key, Any], size: int) -> None:
+    def add(self, rows: int, values: dict[Key, Any], size: int) -> None:
         for name, part in values.items():
             self._values.setdefault(name, []).append(part)
         self.rows += rows
@@ -210,16 +222,16 @@ class _Gathered:
     def save(self, directory: Path, stem: str, split: str) -> Piece:
         rows: dict[str, pa.Array] = {}
         words: dict[str, pa.Array] = {}
-        present = Counter[str]()
+        present, moments = Counter[str](), dict[str, list[float]]()
         for name, column in self.spec.columns.items():
-            if name in self.spec.ids:
+            if name in self.spec.looked_up:
                 values = pa.concat_arrays(self._values.pop(name))
                 present[name] = len(values) - values.null_count
                 distinct, places, counts = places_of(values)
                 words[f"{name}:values"] = _one_row(distinct)
                 words[f"{name}:counts"] = _one_row(pa.array(counts))
                 codes = pa.array(places.astype(np.min_scalar_type(len(distinct))))
-                if isinstance(column, Categorical):
+                if not isinstance(column, Lists):
                     rows[name] = codes
                     continue
                 offsets = pa.array(np.append(0, np.cumsum(self._joined((name, "lengths")))).astype(np.int32))
@@ -228,7 +240,10 @@ class _Gathered:
                     found = pa.array(self._joined((name, "weights")))
                     rows[f"{name}:weights"] = pa.ListArray.from_arrays(offsets, found)
             elif name in self._values:
-                rows[name] = pa.array(self._joined(name))
+                numbers_here = self._joined(name)
+                rows[name] = pa.array(numbers_here)
+                if (name, "present") in self._values:
+                    moments[name] = moments_of(numbers_here[self._joined((name, "present"))])
         files = {
             path.name: _save(path, columns)
             for path, columns in (
@@ -236,10 +251,18 @@ class _Gathered:
                 (directory / f"{stem}.words.arrow", words),
             )
         }
-        return Piece(split, self.rows, present, files)
+        return Piece(split, self.rows, present, files, moments)
 
-    def _joined(self, name: _Key) -> NDArray[Any]:
+    def _joined(self, name: Key) -> NDArray[Any]:
         return np.concatenate(self._values.pop(name))
+
+
+def moments_of(values: NDArray[np.float64]) -> list[float]:
+    """How many values there are, their mean, and the sum of the squares of their differences from it."""
+    if not len(values) or values.min() == values.max():  # no rounding, so that their deviation is 0
+        return [float(len(values)), float(values[0]) if len(values) else 0.0, 0.0]
+    mean = float(values.sum() / len(values))
+    return [float(len(values)), mean, float(np.square(values - mean).sum())]
 
 
 def places_of(values: pa.Array) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:

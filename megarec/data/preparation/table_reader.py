@@ -16,15 +16,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from megarec.data.preparation import arrow_files
+from megarec.data.preparation import arrow_files, json_lines
 from megarec.data.preparation.formats import DELIMITERS, is_utf8, kind_of
 from megarec.data.preparation.json_lines import JsonRows
 from megarec.data.preparation.table_spec import TableSpec
-from megarec.data.preparation.text_files import COUNTED, BadRow, TextFile
+from megarec.data.preparation.text_files import COUNTED, BadRow, TextFile, are_names
 from megarec.errors import UserError, did_you_mean
 
 UNIT_BYTES = 1 << 26
 UNIT_ROWS = 1 << 18
+_FEW_LINES = 1000
 _WITHOUT_NAMES = "from 0"
 
 
@@ -118,6 +119,27 @@ def units_of(path: Path, split: str, spec: TableSpec) -> list[Unit]:
             Unit(path, split, end - start, (start, end), names if start else None, counted=counted)
             for start, end in spans
         ]
+
+
+def columns_of(path: Path, spec: TableSpec) -> list[str]:
+    """The names of a file's columns; where the file does not say them, those that its first row has values for.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    kind = kind_of(path, spec.delimiter)
+    with readable(path):
+        if kind.format in ("parquet", "arrow"):
+            return arrow_files.names_of(path, kind.format)
+        text = _text(path, spec)
+        if kind.format == "json":
+            _, block = next(text.blocks(lambda names: None), ([], b""))
+            return json_lines.sample(text, block, _FEW_LINES).schema.names if block.strip() else list(spec.columns)
+        found = next((names for names, _ in replace(text, names=None).blocks(lambda names: None)), [])
+    if spec.header is True or (text.unsure and are_names(found, spec.columns)):
+        return found
+    without = [name for name in spec.columns if name not in spec.labels]
+    return without if len(found) == len(without) else list(spec.columns)
 
 
 def _line_starts(path: Path, size: int) -> list[int]:

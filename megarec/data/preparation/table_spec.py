@@ -1,5 +1,6 @@
 """The JSON by which people say what the columns of their own files are."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,7 +26,7 @@ class _Ids(_Strict):
 
     @model_validator(mode="after")
     def _one_way(self) -> "_Ids":
-        given = [key for key in ("min_count", "hash", "table") if key in self.model_fields_set]
+        given = [key for key in ("min_count", "hash", "table") if getattr(self, key) not in (None, 1)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; keep one")
         return self
@@ -37,12 +38,47 @@ class Categorical(_Ids):
     type: Literal["categorical"]
 
 
-class MultiValued(_Ids):
+class Lists(_Ids):
     """A list of ids a row: text cut at the separator, or a parquet list. Empty elements are dropped."""
 
-    type: Literal["multi_valued"]
     separator: Annotated[str, Field(min_length=1)] = "|"
     pooling: Literal["sum", "mean"] = "sum"
+
+
+class MultiValued(Lists):
+    """A list of ids a row, of any length."""
+
+    type: Literal["multi_valued"]
+
+
+class Sequence(Lists):
+    """A list of ids a row, in the order in which they came to be: the newest are kept, in their order."""
+
+    type: Literal["sequence"]
+    max_length: Annotated[int, Field(ge=1)] = Field(description="how many of the newest elements are kept")
+    newest: Literal["first", "last"] = Field(description="which end of the files' lists is the newest")
+
+
+class Bucketised(_Strict):
+    """A number a row as a category: the bucket that it lies in, from a boundary up to the next; missing: row 0."""
+
+    type: Literal["bucketised"]
+    boundaries: Annotated[list[float], Field(min_length=1)] | None = Field(
+        None, description="where one bucket ends and the next begins, ascending"
+    )
+    buckets: Annotated[int, Field(ge=2, le=1 << 20)] | None = Field(
+        None, description="so many buckets, cut at quantiles of the training split"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Bucketised":
+        if (self.boundaries is None) == (self.buckets is None):
+            raise ValueError("expected either boundaries or buckets")
+        if self.boundaries is not None and (
+            not all(map(math.isfinite, self.boundaries)) or sorted({*self.boundaries}) != self.boundaries
+        ):
+            raise ValueError(f"boundaries={self.boundaries}: expected ascending numbers, none twice")
+        return self
 
 
 class Weights(_Strict):
@@ -58,6 +94,33 @@ class Numeric(_Strict):
     type: Literal["numeric"]
     log: bool = Field(False, description="sign(x) log(1 + |x|) in place of x")
     missing: float | None = Field(None, description="stands where a number is missing; null: that is an error")
+    standardise: bool = Field(
+        False, description="(x - mean) / deviation, after log, of the numbers that the training split has"
+    )
+
+
+class Vector(_Strict):
+    """So many numbers a row, text cut at the separator or a list: they are the features NAME_0, NAME_1, ..."""
+
+    type: Literal["vector"]
+    length: Annotated[int, Field(ge=1, le=1 << 14)]
+    separator: Annotated[str, Field(min_length=1)] = " "
+    log: bool = Field(False, description="as of a number")
+    missing: float | None = Field(None, description="as of a number; a row without any has it everywhere")
+    standardise: bool = Field(False, description="as of a number, each by itself")
+
+    def features(self, name: str) -> list[str]:
+        return [f"{name}_{place}" for place in range(self.length)]
+
+
+class Calendar(_Strict):
+    """A moment a row, in UTC: the categories NAME_hour (0 to 23) and NAME_weekday (0 is Monday); missing: row 0."""
+
+    type: Literal["calendar"]
+    format: str = Field("%Y-%m-%d %H:%M:%S", description="of text and integers, by strptime; timestamps need none")
+
+    def features(self, name: str) -> list[str]:
+        return [f"{name}_hour", f"{name}_weekday"]
 
 
 class Label(_Strict):
@@ -72,12 +135,19 @@ class Ignored(_Strict):
     type: Literal["ignored"]
 
 
-Column = Annotated[Categorical | MultiValued | Weights | Numeric | Label | Ignored, Field(discriminator="type")]
+Column = Annotated[
+    Categorical | MultiValued | Sequence | Weights | Numeric | Bucketised | Vector | Calendar | Label | Ignored,
+    Field(discriminator="type"),
+]
 _KINDS: dict[str, type[BaseModel]] = {
     "categorical": Categorical,
     "multi_valued": MultiValued,
+    "sequence": Sequence,
     "weights": Weights,
     "numeric": Numeric,
+    "bucketised": Bucketised,
+    "vector": Vector,
+    "calendar": Calendar,
     "label": Label,
     "ignored": Ignored,
 }
@@ -101,12 +171,26 @@ class TableSpec(_Strict):
     columns: dict[str, Column]
 
     @property
-    def label(self) -> str:
-        return next(name for name, column in self.columns.items() if isinstance(column, Label))
+    def labels(self) -> list[str]:
+        return [name for name, column in self.columns.items() if isinstance(column, Label)]
+
+    def without(self, names: set[str]) -> "TableSpec":
+        """The same for files that lack these columns."""
+        return self.model_copy(update={"columns": {n: c for n, c in self.columns.items() if n not in names}})
 
     @property
-    def ids(self) -> dict[str, Categorical | MultiValued]:
-        return {name: c for name, c in self.columns.items() if isinstance(c, Categorical | MultiValued)}
+    def ids(self) -> dict[str, Categorical | Lists]:
+        """The columns whose values have a vocabulary or a hash."""
+        return {name: c for name, c in self.columns.items() if isinstance(c, Categorical | Lists)}
+
+    @property
+    def looked_up(self) -> dict[str, Categorical | Lists | Bucketised]:
+        """The columns that become rows of embedding tables."""
+        return {name: c for name, c in self.columns.items() if isinstance(c, Categorical | Lists | Bucketised)}
+
+    @property
+    def standardised(self) -> list[str]:
+        return [name for name, column in self.columns.items() if isinstance(column, Numeric) and column.standardise]
 
     @property
     def weights(self) -> dict[str, str]:
@@ -118,20 +202,43 @@ class TableSpec(_Strict):
         column = self.columns[name]
         if isinstance(column, Weights):
             column = self.columns[column.of]
-        return column.separator if isinstance(column, MultiValued) else None
+        return column.separator if isinstance(column, Lists | Vector) else None
+
+    @property
+    def features(self) -> "TableSpec":
+        """The same, with the features that a column of several becomes in its place."""
+        found: dict[str, Column] = {}
+        for name, column in self.columns.items():
+            if isinstance(column, Vector):
+                rule = Numeric(type="numeric", log=column.log, missing=column.missing, standardise=column.standardise)
+                found |= dict.fromkeys(column.features(name), rule)
+            elif isinstance(column, Calendar):
+                found |= dict.fromkeys(column.features(name), Categorical(type="categorical", dtype="integer"))
+            else:
+                found[name] = column
+        return self.model_copy(update={"columns": found})
 
     @model_validator(mode="after")
     def _consistent(self) -> "TableSpec":
-        labels = [name for name, column in self.columns.items() if isinstance(column, Label)]
-        if len(labels) != 1:
-            raise ValueError(f"expected one column of type 'label', found {len(labels)}: {labels}")
-        if not self.ids and not any(isinstance(column, Numeric) for column in self.columns.values()):
-            raise ValueError("expected at least one column of type 'categorical', 'multi_valued' or 'numeric'")
-        lists = [name for name, column in self.columns.items() if isinstance(column, MultiValued)]
+        if len(self.labels) != 1:
+            raise ValueError(f"expected one column of type 'label', found {len(self.labels)}: {self.labels}")
+        kinds = Categorical | Lists | Bucketised | Numeric | Vector | Calendar
+        if not any(isinstance(column, kinds) for column in self.columns.values()):
+            raise ValueError(
+                "expected at least one column of type 'categorical', 'multi_valued', 'sequence', 'numeric', "
+                "'bucketised', 'vector' or 'calendar'"
+            )
+        for name, parted in self.columns.items():
+            for feature in parted.features(name) if isinstance(parted, Vector | Calendar) else ():
+                if feature in self.columns:
+                    raise ValueError(f"columns.{feature} is a feature of columns.{name} too; rename one of them")
+        lists = [name for name, column in self.columns.items() if isinstance(column, Lists)]
         owners = [(name, column.of) for name, column in self.columns.items() if isinstance(column, Weights)]
         for name, of in owners:
             if of not in lists:
-                raise ValueError(f"columns.{name}.of={of!r} is no multi_valued column; {did_you_mean(of, lists)}")
+                raise ValueError(
+                    f"columns.{name}.of={of!r} is no multi_valued or sequence column; {did_you_mean(of, lists)}"
+                )
             if [other for _, other in owners].count(of) > 1:
                 raise ValueError(f"columns.{name}.of={of!r}: that column has weights already; keep one")
         for name, column in self.ids.items():
@@ -157,13 +264,19 @@ def load_table_spec(path: Path) -> TableSpec:
     try:
         return TableSpec.model_validate(value)
     except ValidationError as error:
-        raise UserError(f"{path}: {_describe(error)}") from error
+        raise UserError(f"{path}: {describe(error)}") from error
 
 
-def _describe(error: ValidationError) -> str:
+def describe(error: ValidationError, under: str | None = None) -> str:
+    """The first thing that is wrong with a spec, in words.
+
+    Args:
+        under: the key of what was checked that has the spec; None: it was the spec.
+    """
     first = error.errors()[0]
-    kind = first["loc"][2] if len(first["loc"]) > 2 and first["loc"][0] == "columns" else None
-    loc = [str(part) for index, part in enumerate(first["loc"]) if not (kind and index == 2)]
+    found = first["loc"][1:] if under is not None and first["loc"][:1] == (under,) else first["loc"]
+    kind = found[2] if len(found) > 2 and found[0] == "columns" else None
+    loc = [str(part) for index, part in enumerate(found) if not (kind and index == 2)]
     key = ".".join(loc)
     if first["type"] == "extra_forbidden":
         section = _KINDS[str(kind)] if kind else TableSpec

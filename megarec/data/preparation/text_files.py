@@ -8,7 +8,7 @@ value that does not begin with one is a character. Either may begin with a byte-
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -36,6 +36,11 @@ def _quoted_value(delimiter: str) -> re.Pattern[bytes]:
     The quantifiers give nothing back, so that the time is linear.
     """
     return re.compile(rb"(?:(?<=[\r\n" + re.escape(delimiter.encode()) + rb'])|\A)"(?:[^"]++|"")*+("?)')
+
+
+def are_names(found: list[str], declared: Collection[str]) -> bool:
+    """Whether a first row is one of names, if that is not sure: at least half of its values are declared."""
+    return bool(found) and 2 * sum(name in declared for name in found) >= len(found)
 
 
 class BadRow(NamedTuple):
@@ -119,7 +124,7 @@ class TextFile:
             for block in self._blocks(file):
                 if not known:
                     found, rest = self._header(block)
-                    if names is None or 2 * sum(name in names for name in found) >= len(found):
+                    if names is None or are_names(found, names):
                         names, block = found, rest
                     check(names)
                     known = True

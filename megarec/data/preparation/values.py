@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from megarec.data.preparation.table_reader import Part
-from megarec.data.preparation.table_spec import Categorical, MultiValued, Numeric
+from megarec.data.preparation.table_spec import Categorical, Lists, Numeric, Sequence
 from megarec.data.preparation.text_files import first_failing
 from megarec.errors import UserError
 
@@ -31,25 +31,38 @@ def id_values(part: Part, name: str, column: Categorical) -> pa.Array:
     return _typed(part, name, part.rows.column(name), column.dtype, None)
 
 
-def id_lists(part: Part, name: str, column: MultiValued) -> tuple[pa.Array, NDArray[np.int64]]:
+def id_lists(part: Part, name: str, column: Lists) -> tuple[pa.Array, NDArray[np.int64]]:
     """The column's values as string or int64 [sum(lengths)], row after row, and lengths int64 [n]."""
     values, owner, count = _elements(part, name, column)
-    keep = values.is_valid()
-    owner = owner[keep.to_numpy(zero_copy_only=False)]
-    return values.filter(keep), np.bincount(owner, minlength=count).astype(np.int64)
+    keep = _kept(values, owner, count, column)
+    return values.filter(pa.array(keep)), np.bincount(owner[keep], minlength=count).astype(np.int64)
 
 
-def weights(part: Part, name: str, of: str, column: MultiValued) -> NDArray[np.float32]:
+def _kept(values: pa.Array, owner: NDArray[np.int64], count: int, column: Lists) -> NDArray[np.bool_]:
+    """Which elements of lists are kept: those that are there; of a sequence the newest of them."""
+    keep: NDArray[np.bool_] = values.is_valid().to_numpy(zero_copy_only=False)
+    if isinstance(column, Sequence):
+        rows = owner[keep]
+        lengths = np.bincount(rows, minlength=count)
+        age = np.arange(len(rows)) - (np.cumsum(lengths) - lengths)[rows]
+        if column.newest == "last":
+            age = lengths[rows] - 1 - age
+        keep = keep.copy()
+        keep[keep] = age < column.max_length
+    return keep
+
+
+def weights(part: Part, name: str, of: str, column: Lists) -> NDArray[np.float32]:
     """The weights of the values that `id_lists` returns for the column `of`: float32 [sum(lengths)]."""
-    ids, lists = _lists(part, of, column), _lists(part, name, column)
-    wanted, found = _lengths(ids), _lengths(lists)
+    ids, lists = (lists_of(part, column_name, column.separator) for column_name in (of, name))
+    wanted, found = lengths_of(ids), lengths_of(lists)
     if (wanted != found).any():
         row = int((wanted != found).argmax())
         value = part.rows.column(name)[row].as_py()
         part.fail(row, name, value, f"{wanted[row]} weights, one for each value of {of!r}")
-    values, owner, _ = _elements(part, of, column)
-    keep = values.is_valid()
-    kept, owner = lists.flatten().filter(keep), owner[keep.to_numpy(zero_copy_only=False)]
+    values, owner, count = _elements(part, of, column)
+    keep = _kept(values, owner, count, column)
+    kept, owner = lists.flatten().filter(pa.array(keep)), owner[keep]
     with np.errstate(over="ignore"):
         result = _as_float64(part, name, kept, "numbers", owner).astype(np.float32)
     if not np.isfinite(result).all():
@@ -58,8 +71,8 @@ def weights(part: Part, name: str, of: str, column: MultiValued) -> NDArray[np.f
     return result
 
 
-def numbers(part: Part, name: str, column: Numeric) -> NDArray[np.float32]:
-    """The column as float32 [n], missing ones filled where the column says with what."""
+def numbers(part: Part, name: str, column: Numeric) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The column as float64 [n], missing ones filled where the column says with what; and which are there."""
     values = part.rows.column(name)
     found = _as_float64(part, name, values, "a number", None)
     missing = np.isnan(found)
@@ -70,12 +83,47 @@ def numbers(part: Part, name: str, column: Numeric) -> NDArray[np.float32]:
         found = np.where(missing, column.missing, found)
     if column.log:
         found = np.sign(found) * np.log1p(np.abs(found))
+    _check_finite(part, name, values, found)
+    return found, ~missing
+
+
+def bucket_values(part: Part, name: str) -> pa.Array:
+    """The numbers of a bucketised column as float64 [n]; a missing one is null."""
+    values = part.rows.column(name)
+    found = _as_float64(part, name, values, "a number", None)
+    missing = np.isnan(found)
+    _check_finite(part, name, values, np.where(missing, 0, found))
+    return pa.array(found + 0.0, mask=missing)  # -0 is 0
+
+
+def buckets(values: NDArray[np.float64], boundaries: list[float]) -> NDArray[np.int64]:
+    """Int64 [n], the row of every number: 1 below the first boundary, one more from each boundary on."""
+    return 1 + np.searchsorted(np.array(boundaries, np.float64), values, side="right").astype(np.int64)
+
+
+def standardised(name: str, found: NDArray[np.float64], mean: float, deviation: float) -> NDArray[np.float32]:
+    """(x - mean) / deviation as float32 [n].
+
+    Raises:
+        UserError: a number is so many deviations away that no float32 holds them.
+    """
     with np.errstate(over="ignore"):
-        result = found.astype(np.float32)
+        result = ((found - mean) / deviation).astype(np.float32)
     if not np.isfinite(result).all():
-        row = int(np.isfinite(result).argmin())
-        part.fail(row, name, values[row].as_py(), "a finite number")
+        far = float(found[int(np.isfinite(result).argmin())])
+        raise UserError(
+            f"column {name!r}: {far:g} is too far from the mean {mean:g} of the training split for its deviation "
+            f"{deviation:g}; leave out columns.{name}.standardise, or that row"
+        )
     return result
+
+
+def _check_finite(part: Part, name: str, values: pa.Array, found: NDArray[np.float64]) -> None:
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(found.astype(np.float32))
+    if not finite.all():
+        row = int(finite.argmin())
+        part.fail(row, name, values[row].as_py(), "a finite number")
 
 
 def labels(part: Part, name: str) -> NDArray[np.int8]:
@@ -107,35 +155,35 @@ def _each_distinct(values: pa.Array, change: Callable[[pa.Array], pa.Array]) -> 
     return change(encoded.dictionary).take(encoded.indices)
 
 
-def _elements(part: Part, name: str, column: MultiValued) -> tuple[pa.Array, NDArray[np.int64], int]:
+def _elements(part: Part, name: str, column: Lists) -> tuple[pa.Array, NDArray[np.int64], int]:
     """The elements of all lists, missing ones as null; the row of each; the number of rows."""
-    lists = _lists(part, name, column)
-    owner = np.repeat(np.arange(len(lists)), _lengths(lists))
+    lists = lists_of(part, name, column.separator)
+    owner = np.repeat(np.arange(len(lists)), lengths_of(lists))
     return _typed(part, name, lists.flatten(), column.dtype, owner), owner, len(lists)
 
 
-def _lists(part: Part, name: str, column: MultiValued) -> pa.Array:
+def lists_of(part: Part, name: str, separator: str) -> pa.Array:
     """A column as lists: text is cut at the separator; a column without any value is one of missing lists."""
-    lists = _plain(part, part.rows.column(name))
+    lists = plain(part, part.rows.column(name))
     if not any(fits(lists.type) for fits in _LISTS):
         if not pa.types.is_string(lists.type):
             raise UserError(f"{part.path}: column {name!r} is {lists.type}, expected text or a list")
-        return pc.split_pattern(pc.if_else(pc.equal(lists, ""), None, lists), column.separator)
+        return pc.split_pattern(pc.if_else(pc.equal(lists, ""), None, lists), separator)
     if pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type):
         return lists
     if pa.types.is_fixed_size_list(lists.type):
         return lists.cast(pa.list_(lists.type.value_type))
     # Arrow 26 casts a view with a missing list to offsets that end too early.
     return pa.ListArray.from_arrays(
-        pa.array(np.append(0, np.cumsum(_lengths(lists))).astype(np.int32)), lists.flatten()
+        pa.array(np.append(0, np.cumsum(lengths_of(lists))).astype(np.int32)), lists.flatten()
     )
 
 
-def _lengths(lists: pa.Array) -> NDArray[np.int64]:
+def lengths_of(lists: pa.Array) -> NDArray[np.int64]:
     return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _plain(part: Part, values: pa.Array) -> pa.Array:
+def plain(part: Part, values: pa.Array) -> pa.Array:
     """Without a dictionary; all kinds of text as string; a column without any value, and a null word, as missing."""
     if isinstance(values.type, pa.BaseExtensionType):
         values = values.storage
@@ -165,13 +213,13 @@ def _dated(kind: pa.DataType) -> bool:
 
 def _typed(part: Part, name: str, values: pa.Array, dtype: str, owner: Owner) -> pa.Array:
     """Ids as string or int64; `owner` is the row of every value, None when value i is row i's."""
-    values = _plain(part, values)
+    values = plain(part, values)
     if any(fits(values.type) for fits in _BYTES):
-        values = _plain(part, _cast(part, name, values, pa.string(), "UTF-8 text", owner))
+        values = plain(part, _cast(part, name, values, pa.string(), "UTF-8 text", owner))
     if pa.types.is_floating(values.type):
         values = _whole(part, name, values, owner)
     elif pa.types.is_decimal(values.type):
-        values = _plain(part, _fixed_point(values.cast(pa.string())))
+        values = plain(part, _fixed_point(values.cast(pa.string())))
     elif _counts_units(values.type):
         raise UserError(
             f"{part.path}: column {name!r} is {values.type}, whose text and number depend on the unit; "
@@ -265,7 +313,7 @@ def _true_is_one(text: pa.Array) -> pa.Array:
 
 def _as_float64(part: Part, name: str, values: pa.Array, expected: str, owner: Owner) -> NDArray[np.float64]:
     """Numbers as float64 [n], a missing one as NaN; true is 1."""
-    values = _plain(part, values)
+    values = plain(part, values)
     if pa.types.is_integer(values.type):
         found = values.cast(pa.float64(), safe=False)  # rounded: only safe casts refuse what no float holds exactly
     else:

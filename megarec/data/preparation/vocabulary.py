@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megarec.data.preparation.values import canonical_text
 from megarec.errors import UserError
 from megarec.files import file_name
 
@@ -47,8 +46,8 @@ def identity_of(kind: pa.DataType, values: Iterable[pa.Array]) -> str:
     return f"vocabulary {digest.hexdigest()[:16]} of {count} values"
 
 
-def read_values(directory: Path, name: str) -> tuple[pa.Array, pa.Array]:
-    """The values of a saved vocabulary, and of text each as the rules spell it: earlier versions kept 7.0 and True.
+def read_values(directory: Path, name: str) -> pa.Array:
+    """The values of a saved vocabulary, in the order of their rows.
 
     Raises:
         UserError: it is missing or damaged.
@@ -62,8 +61,14 @@ def read_values(directory: Path, name: str) -> tuple[pa.Array, pa.Array]:
             raise pa.ArrowInvalid("not the columns value and row of a vocabulary")
     except (OSError, pa.ArrowException, KeyError) as error:
         why = str(error).splitlines()[0]
-        raise UserError(f"--vocabulary {directory}: {path} cannot be read: {why}") from error
-    return values, canonical_text(values) if values.type == pa.string() else values.slice(0, 0)
+        raise UserError(f"{path} cannot be read: {why}; prepare the data again") from error
+    return values
+
+
+def in_order(values: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
+    """The values of a vocabulary sorted, and the row of each."""
+    order = pc.sort_indices(values).to_numpy().astype(np.int64)
+    return values.take(pa.array(order)), order + 1
 
 
 def _each_distinct(values: pa.Array, row_of: Any) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from megarec.config.sections import RunConfig
 from megarec.config.towers import TowersFile
-from megarec.data.schema import SCHEMA_FILE, Schema, schema_of
+from megarec.data.schema import SCHEMA_FILE, Schema, Split, schema_of
 from megarec.data.store import open_split
 from megarec.errors import UserError, did_you_mean
 from megarec.planning.partition.balanced_kmeans import (
@@ -234,9 +234,10 @@ def _look(
             f"lookups: a list counts as one id, since its data are not here (data.path={config.data.path!r})"
         )
         return interactions, {}, reasons
+    split: Split = "train" if config.data.stream_rows is None else "valid"  # a cache of which is asked for
     return (
         interactions,
-        measure_lengths(open_split(path, "train", schema, config.data.bad_rows, config.data.cache)),
+        measure_lengths(open_split(path, split, schema, config.data.bad_rows, config.data.cache)),
         reasons,
     )
 

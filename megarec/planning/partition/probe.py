@@ -22,6 +22,7 @@ from megarec.config.models import DcnConfig
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.schema import load_schema
+from megarec.data.store import Store
 from megarec.distributed.process import start_process
 from megarec.errors import UserError
 from megarec.planning.partition.interactions import InteractionMean, Matrix, Measure, second_differences
@@ -74,7 +75,8 @@ def probe(config: RunConfig, steps: int, measure: Measure, say: Callable[[str], 
         f"probe: {config.model.name}, {run.schedule.total_steps} steps of {config.data.batch_size} training examples, "
         f"loss of the last {loss:.4f}; mean |{measure}| over {examples:,} training examples"
     )
-    return Probe(found, measure_lengths(run.train.store), reason)
+    rows = run.train.store if isinstance(run.train.store, Store) else run.valid.store  # a stream has no order to ask
+    return Probe(found, measure_lengths(rows), reason)
 
 
 def _cosines(run: Run) -> tuple[Matrix, int]:

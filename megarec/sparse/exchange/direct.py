@@ -1,8 +1,8 @@
 """The tower exchange without tower modules: nothing is assembled in the middle.
 
 An owner's rows are the global batch in order, so those of one peer's examples are L neighbouring blocks, one for each
-rank of the host. Inside the host they travel as pieces, and arrive as the message to the peers. One pass at the end
-puts columns in their place, makes means and changes the type.
+rank of the host. Inside the host they travel as pieces, and arrive as the message to the peers; a part of it has the
+same rows of each block. One pass at the end puts columns in their place, makes means and changes the type.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
-from megarec.distributed.collectives import Channel, Message, WireDtypes, all_to_all, start_all_to_all
 from megarec.distributed.topology import Topology
+from megarec.sparse.exchange.parts import PartedExchange, columns_of
 from megarec.sparse.exchange.regroup import ColumnBlock, Regroup
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.lookups import Lookup, plan_lookups
@@ -23,47 +23,44 @@ from megarec.sparse.tables.local import routes_of, split_replicated
 
 
 class DirectLookup:
-    """An `Exchanged`, of one part.
+    """An `Exchanged`: hop d by parts; hop b, inside the host, for all of them at once.
 
     Args:
         inner: [peers, blocks of the examples of each] of this host's columns.
+        peers: of `inner` to its peers.
         assembly: see `direct_assembly`.
-        sizes: numbers that this rank receives from every peer, and that it sends to each.
-        messages: the types between hosts; `wire`: that of the gradient, where there is one host.
-        size: B.
+        divisors: see `Regroup.divisors`; of this rank's examples.
+        size: examples of a part.
     """
 
     def __init__(
-        self, inner: Pooled, assembly: Regroup, sizes: tuple[list[int], list[int]], peer: Channel, messages: WireDtypes,
-        wire: torch.dtype, divisors: Tensor | None, size: int, dtype: torch.dtype, divide: int,
-    ) -> None:  # fmt: skip
-        self._inner, self._assembly, self._sizes, self._peer = inner, assembly, sizes, peer
-        self._messages, self._divisors, self._size = messages, divisors, size
-        self._wire = messages.backward if peer.size > 1 else wire
-        self._dtype, self._divide = dtype, divide
-        self._back: Message | None = None
+        self,
+        inner: Pooled,
+        peers: PartedExchange,
+        assembly: Regroup,
+        divisors: Tensor | None,
+        size: int,
+        dtype: torch.dtype,
+        divide: int,
+    ) -> None:
+        self._inner, self._peers, self._assembly, self._divisors = inner, peers, assembly, divisors
+        self._size, self._dtype, self._divide = size, dtype, divide
 
     def arrive(self, part: int) -> Tensor:
-        received, sent = self._sizes
-        message = self._inner.values.view(-1)
-        if self._peer.size > 1:
-            message = message.to(self._messages.forward)
-        blocks = all_to_all(message, received, sent, self._peer, "towers")
-        return self._assembly.assemble(blocks, self._divisors, self._size, self._dtype)
+        divisors = columns_of(self._divisors, part, self._peers.parts)
+        return self._assembly.assemble(self._peers.arrive(part), divisors, self._size, self._dtype)
 
     def leave(self, part: int, gradient: Tensor) -> Tensor | None:
-        received, sent = self._sizes
-        blocks, total = self._assembly.scatter(gradient, self._divisors, self._size, self._wire, self._divide)
-        self._back = start_all_to_all(blocks, sent, received, self._peer, "towers", "backward")
+        divisors, wire = columns_of(self._divisors, part, self._peers.parts), self._peers.messages.backward
+        blocks, total = self._assembly.scatter(gradient, divisors, self._size, wire, self._divide)
+        self._peers.leave(blocks)
         return total
 
     def update(self) -> None:
-        assert self._back is not None, "leave comes first"
-        self._inner.update(self._back.wait().view(self._inner.values.shape))
+        self._inner.update(self._peers.gradient())
 
     def forget(self) -> None:
-        if self._back is not None:
-            self._back.wait()
+        self._peers.gradient()
 
 
 def direct_assembly(
@@ -73,21 +70,26 @@ def direct_assembly(
     config: EmbeddingConfig,
     topology: Topology,
     device: torch.device,
-) -> Regroup:
-    """Every column of the owners' blocks of all hosts to its place in the whole layout.
+) -> tuple[Regroup, list[int]]:
+    """Every column of the owners' blocks of all hosts to its place in the whole layout; and the columns of each of
+    those blocks of this rank's host.
 
     Args:
         shards: of all hosts' tables; their ranks are those of the whole job.
     """
     whole = {feature.name: feature.start for feature in layout.features}
-    local, pieces = topology.ranks_per_host, []
+    local, pieces, sections = topology.ranks_per_host, list[list[ColumnBlock]](), list[int]()
     for host, part in enumerate(hosts):
         inside = {feature.name: feature.start for feature in part.features}
         first = host * local
         held = [dataclasses.replace(s, rank=s.rank - first) for s in shards if first <= s.rank < first + local]
-        for block in _column_blocks(part, held, config, local, topology.rank % local, device):
+        blocks = _column_blocks(part, held, config, local, topology.rank % local, device)
+        if host == topology.host:
+            sections = [sum(piece.columns for piece in block) for block in blocks]
+        for block in blocks:
             pieces.append([dataclasses.replace(p, start=whole[p.feature] + p.start - inside[p.feature]) for p in block])
-    return Regroup(pieces, device, [f.name for f in layout.features if f.multi_valued and f.pooling == "mean"])
+    mean = [f.name for f in layout.features if f.multi_valued and f.pooling == "mean"]
+    return Regroup(pieces, device, mean), sections
 
 
 def _column_blocks(

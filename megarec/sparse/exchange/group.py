@@ -20,7 +20,7 @@ from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch, Ids
 from megarec.distributed.collectives import FP32, Channel, Ledger, WireDtypes, all_to_all_into
 from megarec.sparse.exchange.ids import IdExchange, RowSplitter
-from megarec.sparse.exchange.parts import PartedExchange, joined, rows_of
+from megarec.sparse.exchange.parts import PartedExchange, columns_of, joined, rows_of
 from megarec.sparse.exchange.regroup import ColumnBlock, Regroup, gradient_for_owners, sum_over_owners
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.lookups import Lookup, plan_lookups
@@ -118,7 +118,7 @@ class ShardedTables:
             return None
         sent, received = self._sizes(size)
         blocks = self._by_rank(self._parts(pooled)[0], size).reshape(-1)
-        return PartedExchange(blocks, sent, received, self._channel, "embeddings", self.messages, parts)
+        return PartedExchange(blocks, sent[:1], received, self._channel, "embeddings", self.messages, parts)
 
     def rows_of_all(self, pooled: Tensor, size: int) -> Tensor | None:
         """[size, columns]: the sums of tables that are split by rows, over their owners; None: there are none."""
@@ -323,11 +323,13 @@ class GroupLookup:
         if not flat:  # nothing but numeric features: [B, 0], with a way back that leads nowhere
             flat = [torch.empty(0, device=self._device)]
         blocks = flat[0] if len(flat) == 1 else torch.cat(flat)
-        return self._assembly.assemble(blocks, self._divisors_of(part), self._size // self._parts, self._dtype)
+        divisors = columns_of(self._divisors, part, self._parts)
+        return self._assembly.assemble(blocks, divisors, self._size // self._parts, self._dtype)
 
     def leave(self, part: int, gradient: Tensor) -> Tensor | None:
         size = self._size // self._parts
-        blocks, total = self._assembly.scatter(gradient, self._divisors_of(part), size, self._wire, self._divide)
+        divisors = columns_of(self._divisors, part, self._parts)
+        blocks, total = self._assembly.scatter(gradient, divisors, size, self._wire, self._divide)
         if self._replicated is not None:
             columns = self._replicated.values.shape[1]
             blocks, own = blocks.split([blocks.numel() - size * columns, size * columns])
@@ -345,9 +347,6 @@ class GroupLookup:
     def forget(self) -> None:
         if self._sharded is not None:
             self._sharded.forget()
-
-    def _divisors_of(self, part: int) -> Tensor | None:
-        return None if self._divisors is None else rows_of(self._divisors.T, part, self._parts).T.contiguous()
 
 
 class TableGroup:

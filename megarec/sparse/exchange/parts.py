@@ -4,6 +4,8 @@
               compute 0 | <- part 0  compute 1     and so do the gradients of the part before it
 
 A part is some rows of what goes to every rank, so that the receiver gets the same numbers, however many there are.
+What goes to a rank may be several matrices of its examples one after another: sections, of each of which a part has
+the same rows.
 All ranks start the same messages in the same order, from the main thread. On an accelerator they run in the stream
 that NCCL has for the group, one after the other; where one is waited for, the stream that computes waits, not the host.
 """
@@ -20,8 +22,9 @@ class PartedExchange:
     """Starts the first part of the embeddings; collective, as are `arrive` and `leave`.
 
     Args:
-        blocks: [numbers for all ranks], the block of a rank being its examples one after another.
-        sent: numbers for every rank, equally many.
+        blocks: [numbers for all ranks], the block of a rank being sections, and a section its examples one after
+            another.
+        sections: numbers of each section of a block, the same for every rank.
         received: numbers that every rank has for this one.
         parts: divides the examples of a rank.
         purpose: for the ledger.
@@ -34,15 +37,16 @@ class PartedExchange:
     def __init__(
         self,
         blocks: Tensor,
-        sent: Sequence[int],
+        sections: Sequence[int],
         received: Sequence[int],
         channel: Channel,
         purpose: str,
         messages: WireDtypes,
         parts: int,
     ) -> None:
-        self._blocks: Tensor | None = blocks.view(len(sent), parts, -1)
-        self._sent, self._received = ([size // parts for size in sizes] for sizes in (sent, received))
+        self._blocks: Tensor | None = blocks.view(len(received), sum(sections))
+        self._sections, self._received = ([size // parts for size in sizes] for sizes in (sections, received))
+        self._sent = [sum(self._sections)] * len(received)
         self._channel, self._purpose, self.messages, self.parts = channel, purpose, messages, parts
         self._coming = self._start(0)
         self._back: list[Message] = []
@@ -72,12 +76,20 @@ class PartedExchange:
 
     def gradient(self) -> Tensor:
         """That of `blocks`, once all parts have left; waits for them. [ranks, numbers for one]."""
-        arrived = [message.wait().view(len(self._sent), -1) for message in self._back]
-        return arrived[0] if len(arrived) == 1 else torch.cat(arrived, dim=1)
+        arrived = [message.wait().view(len(self._sent), self._sent[0]) for message in self._back]
+        if len(arrived) == 1:
+            return arrived[0]
+        by_part = [message.split(self._sections, dim=1) for message in arrived]
+        return torch.cat([part for section in zip(*by_part, strict=True) for part in section], dim=1)
 
     def _start(self, part: int) -> Message:
         assert self._blocks is not None
-        message = self._blocks[:, part].to(self.messages.forward).reshape(-1)
+        blocks = self._blocks
+        if self.parts > 1:
+            sections = blocks.split([size * self.parts for size in self._sections], dim=1)
+            own = [s[:, part * size : (part + 1) * size] for s, size in zip(sections, self._sections, strict=True)]
+            blocks = own[0] if len(own) == 1 else torch.cat(own, dim=1)
+        message = blocks.to(self.messages.forward).reshape(-1)
         return start_all_to_all(message, self._received, self._sent, self._channel, self._purpose)
 
 
@@ -85,6 +97,11 @@ def rows_of(values: Tensor, part: int, parts: int) -> Tensor:
     """The rows of a part, of as many as there are examples."""
     size = values.shape[0] // parts
     return values[part * size : (part + 1) * size]
+
+
+def columns_of(values: Tensor | None, part: int, parts: int) -> Tensor | None:
+    """The columns of a part, of as many as there are examples."""
+    return values if values is None or parts == 1 else rows_of(values.T, part, parts).T.contiguous()
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

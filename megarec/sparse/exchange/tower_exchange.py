@@ -7,7 +7,7 @@ Rank (t, q) is local rank q of host t; H hosts, B examples a rank:
     c. what the host's towers make of them: [H B, outputs of host t]
     d. over the peer group: (t, q) receives what every host made of its own examples: [B, outputs of all]
 
-Without tower modules, and in one part, nothing is assembled between b and d (direct.py).
+Without tower modules nothing is assembled between b and d (direct.py).
 """
 
 import dataclasses
@@ -40,7 +40,8 @@ class TowerExchange:
         shards: of this host's tables; their ranks are local ranks.
         outputs: columns that each host hands on for an example.
         assembly: turns the hosts' blocks [sum over hosts of B x outputs] into one matrix.
-        direct: the same of the owners' blocks (direct.py), where no tower modules stand in the middle.
+        sections: where no tower modules stand in the middle, the columns of each of the owners' blocks of which the
+            block of this host consists (direct.py).
     """
 
     def __init__(
@@ -53,11 +54,11 @@ class TowerExchange:
         peer: Channel,
         outputs: Sequence[int],
         assembly: Regroup,
-        direct: Regroup | None,
+        sections: Sequence[int],
         messages: WireDtypes,
         device: torch.device,
     ) -> None:
-        self._peer, self._outputs, self._assembly, self._direct = peer, outputs, assembly, direct
+        self._peer, self._outputs, self._assembly, self._sections = peer, outputs, assembly, sections
         self._messages = messages if peer.size > 1 else FP32
         self._features = hosts[peer.rank].features
         small = all(table.rows < 2**31 for layout in hosts for table in layout.tables)
@@ -79,20 +80,27 @@ class TowerExchange:
         there = self.group.distribute_ids(ids, batch.size * self._peer.size)
         return dataclasses.replace(there, own=batch.ids)
 
-    def pool_direct(self, batch: Distributed, dtype: torch.dtype = torch.float32, divide: int = 1) -> Exchanged:
-        """The rest of hop b, and d, in one part and without assembly in the middle: [B, columns of all hosts].
+    def pool_direct(
+        self, batch: Distributed, dtype: torch.dtype = torch.float32, divide: int = 1, parts: int = 1
+    ) -> Exchanged:
+        """The rest of hop b, and d, without assembly in the middle: [B, columns of all hosts]; collective.
 
         Args:
             dtype: of the result.
             divide: what the gradient is divided by besides.
+            parts: in how many parts hop d travels, while others compute; divides B.
         """
-        assert self._direct is not None and batch.own is not None
-        size, own = batch.size // self._peer.size, self._outputs[self._peer.rank]
-        sizes = [size * columns for columns in self._outputs], [size * own] * self._peer.size
-        return DirectLookup(
-            self.group.by_peer(batch), self._direct, sizes, self._peer, self._messages, self.group.wire,
-            self._direct.divisors(batch.own), size, dtype, divide,
+        assert batch.own is not None
+        inner, size = self.group.by_peer(batch), batch.size // self._peer.size
+        messages = self._messages
+        if self._peer.size == 1:  # nothing travels, and the gradient may take the type of the messages of hop b
+            messages = WireDtypes(inner.values.dtype, self.group.wire)
+        peers = PartedExchange(
+            inner.values.reshape(-1), [size * columns for columns in self._sections],
+            [size * columns for columns in self._outputs], self._peer, "towers", messages, parts,
         )  # fmt: skip
+        divisors = self._assembly.divisors(batch.own)
+        return DirectLookup(inner, peers, self._assembly, divisors, size // parts, dtype, divide)
 
     def pool(
         self,
@@ -115,7 +123,7 @@ class TowerExchange:
         size, own = batch.size // self._peer.size, self._outputs[self._peer.rank]
         peers = PartedExchange(
             made.detach().reshape(-1),
-            [size * own] * self._peer.size,
+            [size * own],
             [size * columns for columns in self._outputs],
             self._peer,
             "towers",
@@ -185,13 +193,6 @@ def host_layouts(layout: EmbeddingLayout, towers: Sequence[Sequence[str]], hosts
         tables = tuple(table for table in layout.tables if table.name in held)
         parts.append(EmbeddingLayout(layout.dim, tables, tuple(features), full_embeddings=0, small_columns=start))
     return parts
-
-
-def canonical_assembly(layout: EmbeddingLayout, hosts: Sequence[EmbeddingLayout], device: torch.device) -> Regroup:
-    """For embeddings that no tower module changed: every feature to its columns of the whole layout."""
-    start = {feature.name: feature.start for feature in layout.features}
-    pieces = [[ColumnBlock(f.name, start[f.name], f.start, f.columns) for f in part.features] for part in hosts]
-    return Regroup(pieces, device)
 
 
 def tower_order_assembly(outputs: Sequence[int], device: torch.device) -> Regroup:

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megarec.data.preparation import arrow_files, encode, scan, table_reader, text_files
+from megarec.data.preparation import arrow_files, encode, expand, scan, table_reader, text_files
+from megarec.data.preparation.encode_rows import RowEncoder
 from megarec.data.preparation.prepare import MaxBad, prepare_table
 from megarec.data.preparation.table_spec import load_table_spec
 from megarec.data.schema import Schema, load_schema
@@ -138,7 +139,7 @@ def test_one_table_is_the_same_bytes_in_every_format(tmp_path: Path) -> None:
         out = tmp_path / f"out-{number}"
         prepare_table(spec, files, out, workers=1 if number % 4 else 2)
         found[name] = content(out)
-    assert len(found["t.csv"]) == 1 + 4 + 2 + 1 + 1 and load_schema(tmp_path / "out-0").rows["train"] == 500
+    assert len(found["t.csv"]) == 2 + 4 + 2 + 1 + 1 and load_schema(tmp_path / "out-0").rows["train"] == 500
     assert [name for name in FORMATS if found[name] != found["t.csv"]] == []
 
 
@@ -294,6 +295,8 @@ def test_null_words_are_missing_in_every_format(tmp_path: Path) -> None:
         )
         assert rows["a"] == [None, "nan", "u", None] and rows["l"] == [["p"], [], [], ["q"]], name
         assert rows["x"] == [9, 2, 3, 9], name
+        single = RowEncoder(tmp_path / "out").encode([{"a": "NA", "l": "NA|q", "x": -1}])
+        assert single.to_pylist()[0]["x"] == 9 and single["a"].to_pylist() == [0]
     with pytest.raises(UserError, match=r"row 0 .*: y='\?', expected 0 or 1"):
         prepared(tmp_path, "t.csv", b"a,l,x,y\nu,p,1,?\n", null_words=["?"])
 
@@ -347,3 +350,63 @@ def test_arrow_by_other_writers(tmp_path: Path) -> None:
         writer.write_table(table)
     rows, _ = prepared(tmp_path, "t.arrow", path.read_bytes())
     assert rows == {"a": ["u", None, "v"], "l": [["p", "q"], [], []], "x": [1.5, 1.5, 2.5], "y": [1, 0, 1]}
+
+
+VECTOR = {
+    "v": {"type": "vector", "length": 3, "missing": 0, "standardise": True},
+    "t": {"type": "calendar", "format": "%y%m%d%H"},
+    "y": {"type": "label"},
+}
+
+
+def test_a_vector_and_a_moment_are_several_features(tmp_path: Path) -> None:
+    """As if each had been a column, in every format; single rows as well."""
+    vectors = [[1.5, 2.0, 3.0], [0.5, -2.0, 1e-3], None, [2.5, 0.0, 7.0]]
+    times, labels = ["14102100", "14102123", None, "14102612"], [0, 1, 0, 1]
+    text = "v,t,y\n" + "".join(
+        f"{' '.join(map(str, v or []))},{t or ''},{y}\n" for v, t, y in zip(vectors, times, labels, strict=True)
+    )
+    columns = dict(zip("vty", (vectors, times, labels), strict=True))
+    rows = pa.table(columns | {"v": pa.array(vectors, pa.list_(pa.float64(), 3))})
+    rows = rows.set_column(1, "t", rows["t"].cast(pa.int64()))
+    pq.write_table(rows, tmp_path / "rows.parquet")
+    apart = {f"v_{i}": {"type": "numeric", "missing": 0, "standardise": True} for i in range(3)}
+    apart |= {f"t_{part}": {"type": "categorical", "dtype": "integer"} for part in ("hour", "weekday")}
+    plain = "v_0,v_1,v_2,t_hour,t_weekday,y\n1.5,2,3,0,1,0\n.5,-2,.001,23,1,1\n,,,,,0\n2.5,0,7,12,6,1\n"
+    expected, schema = prepared(tmp_path, "t.csv", plain.encode(), columns=apart | {"y": {"type": "label"}})
+    assert schema.numeric == ("v_0", "v_1", "v_2") and expected["t_weekday"] == [1, 1, None, 6]
+    for name, data in (
+        ("u.csv", text.encode()),
+        ("u.jsonl", as_json(columns)),
+        ("u.parquet", (tmp_path / "rows.parquet").read_bytes()),
+    ):
+        assert prepared(tmp_path, name, data, columns=VECTOR) == (expected, schema), name
+    shards = pq.read_table(tmp_path / "out" / "train").drop_columns("y")
+    single = RowEncoder(tmp_path / "out").encode([{"v": v, "t": t} for v, t in zip(vectors, times, strict=True)])
+    assert single.equals(shards)
+    with pytest.raises(UserError, match=r"row 0: v='1 2', expected 3 numbers"):
+        RowEncoder(tmp_path / "out").encode([{"v": "1 2", "t": None}])
+
+
+def test_vectors_and_moments_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expand, "_NUMBERS", 6)
+    rows = ["1 2 3,14102100,1", "1 2,14102100,1", "1 x 3,14102100,1", "1 2 1e999,14102100,1", "1 2 3,14132100,1"]
+    data = ("v,t,y\n" + "\n".join(rows) + "\n").encode()
+    _, schema = prepared(tmp_path, "t.csv", data, MaxBad(99), columns=VECTOR)
+    assert schema.bad_rows == {"v": 3, "v_1": 3, "v_2": 3, "t": 3} and schema.rows["train"] == 1
+    with (tmp_path / "out" / "quarantine.csv").open(newline="") as file:
+        kept = [(row["row"], row["found"]) for row in csv.DictReader(file)][:4]
+    assert [number for number, _ in kept] == ["1", "2", "3", "4"]
+    assert kept[0][1] == "v='1 2', expected 3 numbers, as columns.v.length says"
+    assert kept[1][1] == "v_1='x', expected a number" and "'14132100', expected a moment written as" in kept[3][1]
+    for columns, told in (
+        (VECTOR | {"v_1": {"type": "numeric"}}, r"columns\.v_1 is a feature of columns\.v too; rename one"),
+        (VECTOR | {"v": {"type": "vector"}}, r"columns\.v\.length is missing"),
+        (VECTOR | {"v": {"type": "vector", "length": 0}}, r"columns\.v\.length: Input should be greater than"),
+    ):
+        with pytest.raises(UserError, match=told):
+            prepared(tmp_path, "t.csv", data, columns=columns)
+    table = pa.table({"v": [[{"a": 1}] * 3], "t": [1.5], "y": [1]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"column 'v' has struct.*expected numbers|column 't' is double, expected text"):
+        prepared(tmp_path, "x.parquet", (tmp_path / "x.parquet").read_bytes(), columns=VECTOR)

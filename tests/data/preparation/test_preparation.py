@@ -101,7 +101,7 @@ def test_criteo_like_counting_by_hand(days: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small")
 def test_the_same_bytes_for_any_number_of_workers(days: Path, tmp_path: Path) -> None:
     one = content(prepare(days, tmp_path / "one"))
-    assert len(one) == 26 + 4 + 1 + 1 + 1
+    assert len(one) == 26 + 4 + 1 + 1 + 2
     for workers in (2, 4):
         assert content(prepare(days, tmp_path / str(workers), workers)) == one
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "one"]

@@ -379,7 +379,7 @@ def test_bad_weights(tmp_path: Path, row: str, words: str) -> None:
 def test_weights_of_what_is_no_list(tmp_path: Path) -> None:
     columns = {**WEIGHTED["columns"], "how_often": {"type": "weights", "of": "boght"}}
     with pytest.raises(
-        UserError, match=r"columns.how_often.of='boght' is no multi_valued column; did you mean 'bought'"
+        UserError, match=r"columns.how_often.of='boght' is no multi_valued or sequence column; did you mean 'bought'"
     ):
         prepare_weighted(tmp_path, ["a,1,1"], {**WEIGHTED, "columns": columns})
 

@@ -1,0 +1,71 @@
+"""What the training split decides beside vocabularies: quantiles, means and deviations.
+
+Quantiles are exact: they come from the sorted runs of the pieces, a range of values at a time, as vocabularies do.
+Means go piece by piece in the order of the files. So all of it follows from the files and the spec alone.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from megarec.data.preparation.merge import MergeTask, ranges
+from megarec.data.preparation.scan import Piece
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The work of one column: where to cut its numbers into so many buckets.
+
+    Attributes:
+        runs: `words` files of the pieces whose numbers count, with the column.
+    """
+
+    name: str
+    runs: tuple[tuple[Path, str], ...]
+    buckets: int
+
+    @property
+    def ranges(self) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+        """Distinct numbers and their counts, range by range in ascending order."""
+        for values, counts in ranges(MergeTask(0, self.name, pa.float64(), self.runs)):
+            yield values.to_numpy(), counts
+
+
+def quantiles(task: Cuts) -> list[float]:
+    """Boundaries that cut the numbers into buckets as equal as numbers that are there often let them be.
+
+    Of n sorted numbers (from 0) boundary k of b buckets is number floor(k n / b); what parts nothing is left out.
+    """
+    total = sum(int(counts.sum()) for _, counts in task.ranges)
+    wanted = [k * total // task.buckets for k in range(1, task.buckets)] if total else []
+    found: list[float] = []
+    below, least = 0, math.nan
+    for numbers, counts in task.ranges:
+        least = float(numbers[0]) if math.isnan(least) else least
+        up_to = below + np.cumsum(counts)
+        here = [place for place in wanted if below <= place < int(up_to[-1])]
+        found += numbers[np.searchsorted(up_to, here, side="right")].tolist()
+        below = int(up_to[-1])
+    return sorted({value for value in found if value > least})
+
+
+def mean_and_deviation(pieces: Iterable[Piece], name: str) -> tuple[float, float]:
+    """Of the numbers of a column that are there; the deviation of numbers that are all alike is 1.
+
+    Two samples join as Chan, Golub and LeVeque (1979) say, so that no large sums cancel.
+    """
+    count, mean, squares = 0.0, 0.0, 0.0
+    for piece in pieces:
+        more, other, rest = piece.moments[name]
+        if more:
+            both, apart = count + more, other - mean
+            mean += apart * (more / both)
+            squares += rest + apart * apart * (count * more / both)
+            count = both
+    deviation = math.sqrt(squares / count) if count else 0.0
+    return mean, deviation or 1.0
