@@ -18,6 +18,8 @@ from megarec.data.sources.criteo import criteo_spec
 from megarec.data.sources.movielens import prepare_movielens
 from megarec.data.sources.movielens_wheels import SOURCES, TERMS
 from megarec.data.sources.synthetic import Shape, check_size, prepare_like, prepare_synthetic
+from megarec.data.statistics.page import findings
+from megarec.data.statistics.report import JSON_FILE, PAGE_FILE, write_statistics
 from megarec.errors import ArgumentParser, UserError, exits_cleanly
 from megarec.signals import unwinding
 
@@ -116,6 +118,11 @@ def parser() -> argparse.ArgumentParser:
             metavar="DIR",
             help="where the data set shall lie",
         )
+
+    statistics = sources.add_parser("statistics", help="no source: statistics.html and .json of prepared data")
+    statistics.add_argument("data", type=user_path, metavar="DATA", help="a prepared data set")
+    statistics.add_argument("--output", type=user_path, metavar="DIR", help="another directory for the two files")
+    statistics.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     return top
 
 
@@ -203,9 +210,7 @@ def from_files(args: argparse.Namespace) -> Schema:
         raise UserError(f"{missing[0]} is missing; name the files of every split, or --like DIR and some")
     files = {split: listed(paths) for split, paths in given.items()}
     check_files(files)
-    if args.workers is not None:
-        check_size("workers", args.workers, 1, 1024)
-    workers = args.workers or len(os.sched_getaffinity(0))
+    workers = processes(args)
     if args.source == "table":
         how = {"workers": workers, "max_bad": args.max_bad, "shares": shares}
         if like is not None:
@@ -219,6 +224,13 @@ def from_files(args: argparse.Namespace) -> Schema:
     spec = criteo_spec(args.output.name, args.min_count, args.hash)
     named = "--min-count and --hash"
     return prepare_spec(spec, named, files, args.output, None, workers, args.max_bad, shares)
+
+
+def processes(args: argparse.Namespace) -> int:
+    """--workers, or one a core."""
+    if args.workers is not None:
+        check_size("workers", args.workers, 1, 1024)
+    return args.workers or len(os.sched_getaffinity(0))
 
 
 def split_shares(args: argparse.Namespace, given: list[str]) -> Shares | None:
@@ -313,6 +325,9 @@ def main() -> None:
             raise UserError("--schema is missing: where --infer shall write the spec")
         first_spec(args.infer, args.schema)
         return
+    if args.source == "statistics":
+        describe(args)
+        return
     schema = prepare(args)
     rows = ", ".join(f"{count:,} {split}" for split, count in schema.rows.items())
     features = f"{len(schema.categorical)} categorical and {len(schema.numeric)} numeric features"
@@ -341,6 +356,15 @@ def report_guesses(guesses: Guesses, named: str, target: Path) -> None:
         f"{target}: a first spec, from the first {guesses.rows:,} rows of {named}: read it, correct it, then prepare "
         "with it"
     )
+
+
+def describe(args: argparse.Namespace) -> None:
+    """Write the statistics of a data set and print what stands out."""
+    output = args.output or args.data
+    found = write_statistics(args.data, output, processes(args))
+    for sentence, names in findings(found.labels, found.features):
+        print(f"{sentence}{': ' if names else ''}{', '.join(map(repr, names[:10]))}{', ...' * (len(names) > 10)}")
+    print(f"{output / PAGE_FILE}: to be opened in a browser; {output / JSON_FILE} has the same figures")
 
 
 def report_bad(schema: Schema, output: Path) -> None:

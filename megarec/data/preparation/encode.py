@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from megarec.data.preparation.kept_spec import Fitted
 from megarec.data.preparation.merge import LookUp, look_up_file
-from megarec.data.preparation.scan import Piece, load
+from megarec.data.preparation.piece_files import Mapped
+from megarec.data.preparation.scan import Piece
 from megarec.data.preparation.table_spec import Bucketised, Lists, TableSpec
 from megarec.data.preparation.values import buckets, standardised
 from megarec.data.writing import ROWS_PER_GROUP, ROWS_PER_SHARD
@@ -105,7 +106,8 @@ class Encoder:
     def _tables(self, shard: Shard, known: Counter[str]) -> Iterator[pa.Table]:
         look_ups = {number: LookUp(look_up_file(self.tables, number)) for number in set(self.table_of.values())}
         for piece, start, end in shard.slices:
-            words, rows = load(piece.path(self.pieces, "words")), load(piece.path(self.pieces, "rows"))
+            [words] = Mapped(piece.path(self.pieces, "words")).batches
+            [rows] = Mapped(piece.path(self.pieces, "rows")).batches
             columns: dict[str, pa.Array] = {}
             row_of: dict[str, NDArray[np.int64]] = {}
             for name, column in self.spec.looked_up.items():

@@ -8,7 +8,7 @@ sorting all of them at once. What comes out depends on the values and counts alo
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megarec.data.preparation.scan import Piece, load
+from megarec.data.preparation.distinct import first_and_counts, order_of, summed
+from megarec.data.preparation.piece_files import Mapped, Runs
+from megarec.data.preparation.scan import Piece
 from megarec.data.preparation.vocabulary import (
     OUT_OF_VOCABULARY,
     Hashing,
@@ -107,10 +109,10 @@ def _given(directory: Path, data: Path, task: MergeTask) -> Table:
     """The vocabulary of another data set, with its rows."""
     assert task.given is not None
     values = read_values(task.given, task.name)
-    with _Runs(look_up_file(directory, task.number), task.kind, "row") as runs:
+    with Runs(look_up_file(directory, task.number), task.kind, "row") as runs:
         runs.write(*in_order(values))
-    rows = np.arange(1, len(values) + 1, dtype=np.int64)
-    identity = _write_vocabulary(data, task.name, task.kind, [values], [rows], len(values))
+    parts = (values.slice(start, MERGE_VALUES) for start in range(0, len(values), MERGE_VALUES))
+    identity = _write_vocabulary(data, task.name, task.kind, parts)
     return Table(len(values) + 1, identity, len(values))
 
 
@@ -118,7 +120,7 @@ def _merged(directory: Path, data: Path, task: MergeTask) -> Table:
     counted = directory / f"{task.number:06d}.counted"
     seen, histogram = 0, dict[int, int]()
     sharing = _Sharing(task.hashing)
-    with _Runs(counted, task.kind, "count") as runs:
+    with Runs(counted, task.kind, "count") as runs:
         for values, counts in ranges(task):
             seen += len(values)
             if task.hashing is not None:
@@ -127,26 +129,21 @@ def _merged(directory: Path, data: Path, task: MergeTask) -> Table:
             else:
                 keep = counts >= task.min_count
                 values, counts = values.filter(pa.array(keep)), counts[keep]
-                for count, times in zip(*np.unique(counts, return_counts=True), strict=True):
-                    histogram[int(count)] = histogram.get(int(count), 0) + int(times)
+                for entry in pa.array(counts).value_counts().to_pylist():
+                    histogram[entry["values"]] = histogram.get(entry["values"], 0) + entry["counts"]
             runs.write(values, counts)
     target = look_up_file(directory, task.number)
     if task.hashing is not None:
         counted.replace(target)
         return Table(task.hashing.rows, task.hashing.identity, seen, sharing.shared)
     kept = sum(histogram.values())
-    with pa.memory_map(str(counted)) as file, _Runs(target, task.kind, "row") as runs:
-        reader = pa.ipc.open_file(file)
-        rank = _Ranking(histogram)
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
+    rank, file = _Ranking(histogram), Mapped(counted)
+    with Runs(target, task.kind, "row") as runs:
+        for batch in file.batches:
             runs.write(batch.column(0), rank.rows(batch.column(1).to_numpy()))
+            file.release()
     counted.unlink()
-    with pa.memory_map(str(target)) as file:
-        reader = pa.ipc.open_file(file)
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        rows = [batch.column(1).to_numpy() for batch in batches]
-        identity = _write_vocabulary(data, task.name, task.kind, [batch.column(0) for batch in batches], rows, kept)
+    identity = _write_vocabulary(data, task.name, task.kind, _by_row(Mapped(target), kept))
     return Table(kept + 1, identity, seen)
 
 
@@ -170,9 +167,10 @@ class _Sharing:
 
 def ranges(task: MergeTask) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
     """Distinct values and their counts, range by range in the order of the values."""
+    files = {path: Mapped(path) for path, _ in task.runs}
     runs = []
     for path, feature in task.runs:
-        words = load(path)
+        [words] = files[path].batches
         values = words.column(f"{feature}:values").flatten()
         if len(values):
             runs.append((values, words.column(f"{feature}:counts").flatten()))
@@ -186,12 +184,21 @@ def ranges(task: MergeTask) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
         ]
         starts = ends
         if parts:
-            values, counts = (pa.chunked_array([part[i] for part in parts]) for i in (0, 1))
-            table = pa.table([values, counts], names=["value", "n"])
-            if len(parts) > 1:
-                summed = table.group_by("value", use_threads=False).aggregate([("n", "sum")])
-                table = summed.rename_columns(["value", "n"]).sort_by("value")
-            yield table["value"].combine_chunks(), table["n"].combine_chunks().to_numpy()
+            yield _together([values for values, _ in parts], [counts for _, counts in parts])
+        for file in files.values():
+            file.release()
+
+
+def _together(values: list[pa.Array], counts: list[pa.Array]) -> tuple[pa.Array, NDArray[np.int64]]:
+    """The distinct values of sorted runs, in their order, and the sums of their counts."""
+    if len(values) == 1:
+        return values[0], counts[0].to_numpy().astype(np.int64)
+    if pa.types.is_integer(values[0].type):
+        numbers, sums = summed([part.to_numpy() for part in values], [part.to_numpy() for part in counts])
+        return pa.array(numbers), sums
+    table = pa.table([pa.chunked_array(values), pa.chunked_array(counts)], names=["value", "n"])
+    table = table.group_by("value", use_threads=False).aggregate([("n", "sum")]).sort_by("value")
+    return table["value"].combine_chunks(), table["n_sum"].combine_chunks().to_numpy()
 
 
 def _bounds(runs: list[pa.Array]) -> list[Any]:
@@ -228,58 +235,46 @@ class _Ranking:
         self._next = 1 + np.cumsum(values) - values
 
     def rows(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        group = np.searchsorted(-self._counts, -counts)
-        order = np.argsort(group, kind="stable")
-        sizes = np.bincount(group, minlength=len(self._counts))
-        ordered = group[order]
-        within = np.arange(len(counts)) - (np.cumsum(sizes) - sizes)[ordered]
+        order = order_of(-counts)
+        ordered = counts[order]
+        starts, sizes = first_and_counts(ordered)
+        group = np.searchsorted(-self._counts, -ordered[starts])
         rows = np.empty(len(counts), np.int64)
-        rows[order] = self._next[ordered] + within
-        self._next += sizes
+        rows[order] = np.repeat(self._next[group] - starts, sizes) + np.arange(len(counts))
+        self._next[group] += sizes
         return rows
 
 
-class _Runs:
-    """An Arrow file of values and a number beside each, written range by range."""
-
-    def __init__(self, path: Path, kind: pa.DataType, what: str) -> None:
-        self._path, self._schema = path, pa.schema([("value", kind), (what, pa.int64())])
-
-    def __enter__(self) -> "_Runs":
-        self._file = pa.OSFile(str(self._path), "wb")
-        self._writer = pa.ipc.new_file(self._file, self._schema)
-        return self
-
-    def write(self, values: pa.Array, numbers: NDArray[np.int64]) -> None:
-        if len(values):
-            self._writer.write_batch(pa.record_batch([values, pa.array(numbers)], schema=self._schema))
-
-    def __exit__(self, *error: object) -> None:
-        self._writer.close()
-        self._file.close()
+def _by_row(look_up: Mapped, count: int) -> Iterator[pa.Array]:
+    """The values of a look-up in the order of their rows, MERGE_VALUES at a time."""
+    for start in range(1, count + 1, MERGE_VALUES):
+        parts, places = [], []
+        for batch in look_up.batches:
+            rows = batch.column(1).to_numpy()
+            inside = np.flatnonzero((rows >= start) & (rows < start + MERGE_VALUES))
+            parts.append(batch.column(0).take(pa.array(inside)))
+            places.append(rows[inside] - start)
+            look_up.release()
+        at = np.concatenate(places)
+        order = np.empty(len(at), np.int64)
+        order[at] = np.arange(len(at))
+        yield pa.chunked_array(parts).combine_chunks().take(pa.array(order))
 
 
-def _write_vocabulary(
-    data: Path, name: str, kind: pa.DataType, values: list[pa.Array], rows: list[NDArray[np.int64]], count: int
-) -> str:
-    """Write vocabulary/<name>.parquet in the order of rows; returns its identity."""
+def _write_vocabulary(data: Path, name: str, kind: pa.DataType, values: Iterable[pa.Array]) -> str:
+    """Write vocabulary/<name>.parquet; returns its identity.
 
-    def by_row() -> Iterator[pa.Array]:
-        for start in range(1, count + 1, MERGE_VALUES):
-            inside = [(part >= start) & (part < start + MERGE_VALUES) for part in rows]
-            some = pa.chunked_array(
-                [part.filter(pa.array(keep)) for part, keep in zip(values, inside, strict=True)], kind
-            ).combine_chunks()
-            order = np.argsort(np.concatenate([part[keep] for part, keep in zip(rows, inside, strict=True)]))
-            yield some.take(pa.array(order))
+    Args:
+        values: in the order of their rows, MERGE_VALUES at a time.
+    """
 
     def written() -> Iterator[pa.Array]:
         path = vocabulary_file(data, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         schema = pa.schema([("value", kind), ("row", pa.int64())])
         start = 1
-        with pq.ParquetWriter(path, schema) as writer:
-            for part in by_row():
+        with pq.ParquetWriter(path, schema, use_dictionary=False) as writer:  # no value is there twice
+            for part in values:
                 numbers = np.arange(start, start + len(part), dtype=np.int64)
                 start += len(part)
                 writer.write_table(pa.table([part, numbers], schema=schema))
@@ -292,19 +287,19 @@ class LookUp:
     """The rows of values, from a file of `merge`; the file is mapped, so that memory is what is touched."""
 
     def __init__(self, path: Path) -> None:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._file = Mapped(path)
 
     def rows(self, values: pa.Array) -> NDArray[np.int64]:
         """Int64 [n]: the row of every one of sorted, distinct values; row 0 of one that is unknown."""
         found = np.full(len(values), OUT_OF_VOCABULARY, np.int64)
         start = 0
-        for batch in self._batches:
+        for batch in self._file.batches:
             known = batch.column(0)
             end = start + _place_after(values.slice(start), known[len(known) - 1].as_py())
             if end > start:
                 found[start:end] = _rows_in(known, batch.column(1).to_numpy(), values.slice(start, end - start))
             start = end
+        self._file.release()
         return found
 
 

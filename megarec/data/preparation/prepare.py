@@ -29,7 +29,7 @@ from megarec.data.schema import SPLITS, CategoricalFeature, Schema, save_schema
 from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
 
-FORMAT = 2  # of pieces and look-ups: what another version left is not taken up
+FORMAT = 3  # of pieces and look-ups: what another version left is not taken up
 QUARANTINE_FILE = "quarantine.csv"
 _KINDS = {"string": pa.string(), "integer": pa.int64(), "hexadecimal": pa.int64()}
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from megarec.data.preparation.distinct import places_of
 from megarec.data.preparation.expand import expand
+from megarec.data.preparation.piece_files import one_row
+from megarec.data.preparation.piece_files import save as save_batch
 from megarec.data.preparation.table_reader import Part, RowRefused, Unit, read_unit
 from megarec.data.preparation.table_spec import Bucketised, Categorical, Lists, Numeric, TableSpec
 from megarec.data.preparation.text_files import BadRow
@@ -228,9 +230,9 @@ class _Gathered:
                 values = pa.concat_arrays(self._values.pop(name))
                 present[name] = len(values) - values.null_count
                 distinct, places, counts = places_of(values)
-                words[f"{name}:values"] = _one_row(distinct)
-                words[f"{name}:counts"] = _one_row(pa.array(counts))
-                codes = pa.array(places.astype(np.min_scalar_type(len(distinct))))
+                words[f"{name}:values"] = one_row(distinct)
+                words[f"{name}:counts"] = one_row(pa.array(counts))
+                codes = pa.array(places)
                 if not isinstance(column, Lists):
                     rows[name] = codes
                     continue
@@ -245,7 +247,7 @@ class _Gathered:
                 if (name, "present") in self._values:
                     moments[name] = moments_of(numbers_here[self._joined((name, "present"))])
         files = {
-            path.name: _save(path, columns)
+            path.name: save_batch(path, columns)
             for path, columns in (
                 (directory / f"{stem}.rows.arrow", rows),
                 (directory / f"{stem}.words.arrow", words),
@@ -263,39 +265,3 @@ def moments_of(values: NDArray[np.float64]) -> list[float]:
         return [float(len(values)), float(values[0]) if len(values) else 0.0, 0.0]
     mean = float(values.sum() / len(values))
     return [float(len(values)), mean, float(np.square(values - mean).sum())]
-
-
-def places_of(values: pa.Array) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:
-    """(the distinct values in their order, the place of each value among them, how often each is there).
-
-    A missing value has the place after the last.
-    """
-    encoded = values.dictionary_encode()
-    distinct, count = encoded.dictionary, len(encoded.dictionary)
-    order = pc.sort_indices(distinct).to_numpy().astype(np.int64)
-    rank = np.empty(count + 1, np.int64)
-    rank[order] = np.arange(count)
-    rank[count] = count
-    places = rank[pc.fill_null(encoded.indices, count).to_numpy(zero_copy_only=False)]
-    return distinct.take(pa.array(order)), places, np.bincount(places, minlength=count + 1)[:count]
-
-
-def _one_row(values: pa.Array) -> pa.Array:
-    """An array as the only row of a column of lists: arrays of different lengths then share a file."""
-    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
-
-
-def _save(path: Path, columns: dict[str, pa.Array]) -> int:
-    """Write an Arrow file that is there whole or not at all; its size in bytes."""
-    partial = path.with_suffix(".partial")
-    batch = pa.RecordBatch.from_pydict(columns)
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
-    size = partial.stat().st_size
-    partial.replace(path)
-    return size
-
-
-def load(path: Path) -> pa.RecordBatch:
-    """The columns of a file of a piece, mapped, not read."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)

@@ -138,8 +138,8 @@ class TextFile:
             empty = pa.RecordBatch.from_pylist([], pa.schema([(name, pa.string()) for name in used]))
             return Rows(empty, np.zeros(0, np.int64), [], 0)
         with contextlib.suppress(pa.ArrowInvalid):
-            table = self._read(block, names, used).combine_chunks()
-            columns = [table.column(name).combine_chunks().cast(pa.string()) for name in used]
+            table = self._read(block, names, used)
+            columns = [table.column(name).combine_chunks() for name in used]
             return Rows(
                 pa.RecordBatch.from_arrays(columns, names=used), np.arange(len(table), dtype=np.int64), [], len(table)
             )
@@ -261,11 +261,11 @@ class TextFile:
         """`replaced` as text; rows whose values are not UTF-8 are noted in `bad` and `keep`."""
         columns = []
         for name in used:
-            text = replaced.column(name).cast(pa.string())
+            text = replaced.column(name)
             columns.append(text)
             marked = pc.fill_null(pc.match_substring(text, "\ufffd"), False)
             for row in np.flatnonzero(marked.to_numpy(zero_copy_only=False)):
-                value = given.column(name)[row].as_py().decode().encode("latin-1")
+                value = given.column(name)[row].as_py().encode("latin-1")
                 if is_text(value):
                     continue
                 if keep[row]:
@@ -291,7 +291,7 @@ class TextFile:
                 invalid_row_handler=note,
             ),
             pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(used or [], pa.binary()),  # a bad value can then be shown as it stands
+                column_types=dict.fromkeys(used or [], pa.string()),
                 include_columns=used,
                 null_values=[""],
                 strings_can_be_null=True,

@@ -21,8 +21,9 @@ _LISTS = (
     *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
     *(pa.types.is_list_view, pa.types.is_large_list_view),
 )
-_DIGIT = np.full(256, 255, np.uint8)
+_DIGIT = np.full(256, 256, np.uint16)  # of a character; 256: it is none
 _DIGIT[np.frombuffer(b"0123456789ABCDEFabcdef", np.uint8)] = [*range(16), *range(10, 16)]
+_PAIR = (16 * _DIGIT + _DIGIT[:, None]).ravel()  # of two characters, the first in the low byte; 256 and more: none
 _EXACT = {16: 2**11, 32: 2**24, 64: 2**53}  # below, a float of so many bits holds every whole number
 
 
@@ -256,24 +257,24 @@ def _hexadecimal(part: Part, name: str, values: pa.Array, owner: Owner) -> pa.Ar
 
 
 def _eight_digits(values: pa.Array) -> pa.Array | None:
-    """`_hexadecimal`, many digits at once, where all values that are there have eight; None: some have not."""
-    valid = values.is_valid().to_numpy(zero_copy_only=False)
-    count = int(np.count_nonzero(valid))
-    text = values.drop_null() if count < len(values) else values
-    _, ends, data = text.buffers()
-    if not count or data is None:
+    """`_hexadecimal`, two digits at once, where all values that are there have eight; None: some have not."""
+    missing = values.null_count
+    valid = values.is_valid().to_numpy(zero_copy_only=False) if missing else None
+    _, ends, data = values.buffers()
+    if missing == len(values) or data is None:
         return None
-    offsets = np.frombuffer(ends, np.int32)[text.offset : text.offset + count + 1]
-    if not (np.diff(offsets) == 8).all():
+    offsets = np.frombuffer(ends, np.int32)[values.offset : values.offset + len(values) + 1]
+    if (np.diff(offsets) != (8 if valid is None else valid * np.int32(8))).any():
         return None
-    digits = np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]]
-    low = _DIGIT[digits]
-    if (low > 15).any():
+    pairs = _PAIR[np.frombuffer(data, "<u2", 4 * (len(values) - missing), offsets[0])]
+    if pairs.max() > 255:
         return None
-    pairs = low[0::2] << 4 | low[1::2]
+    numbers = pairs.astype(np.uint8).view(">u4")
+    if valid is None:
+        return pa.array(numbers.astype(np.int64))
     found = np.zeros(len(values), np.int64)
-    found[valid] = pairs.view(">u4")
-    return pa.array(found, mask=~valid) if count < len(values) else pa.array(found)
+    found[valid] = numbers
+    return pa.array(found, mask=~valid)
 
 
 def _whole(part: Part, name: str, values: pa.Array, owner: Owner) -> pa.Array:

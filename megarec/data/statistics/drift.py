@@ -1,0 +1,111 @@
+"""How far a split's values lie from those of training: Jensen-Shannon divergence, beside what chance alone makes.
+
+The divergence is in bits: 0 where both are distributed alike, 1 where they have no value in common. Two samples of one
+distribution differ as well, the more the smaller they are. With B buckets and n and m examples the divergence of such
+samples, times 8 ln 2 / (1/n + 1/m), is nearly chi-square with B - 1 degrees of freedom; `noise` is the value that it
+exceeds with the given probability. Buckets are chosen by both samples together, so that the choice favours neither,
+and each has at least EXPECTED examples of the smaller sample.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import chi2
+
+BUCKETS = 1000  # of ids: the most frequent, each by itself or with some as frequent
+NUMBER_BUCKETS = 100
+EXPECTED = 10.0  # examples of the smaller sample in a bucket
+ALONE = 4.0  # of an id: what is rarer is often in one sample only, as a vocabulary knows no other than training's
+FALSE_ALARMS = 0.001  # on average among all features of a report, where nothing has drifted
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Of a feature between training and another split.
+
+    Attributes:
+        divergence: Jensen-Shannon, in bits.
+        noise: what two samples of one distribution would rarely exceed, in bits.
+        buckets: that were compared; fewer than 2: all values are equal, or none is frequent enough.
+    """
+
+    divergence: float = 0.0
+    noise: float = 0.0
+    buckets: int = 0
+
+    @property
+    def excess(self) -> float:
+        """How far the divergence is above the noise; at most 0: nothing is seen."""
+        return self.divergence - self.noise
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """The most drifted is the least: by excess, below the noise by how near to it."""
+        return -max(self.excess, 0.0), -self.divergence / self.noise if self.noise else 0.0
+
+
+def drift_of_ids(
+    counts: NDArray[np.int64], values: tuple[int, int], examples: tuple[int, int], probability: float
+) -> Drift:
+    """Between two samples of ids.
+
+    Args:
+        counts: [2, n] of candidates for buckets: the ids that are the most frequent in both together.
+        values: of each sample, the sum of all counts; what is not among the candidates is one bucket.
+        examples: of each sample, how many are independent: of lists, the rows.
+        probability: of a divergence above the noise, where there is no drift.
+    """
+    if not min(*examples, *values):
+        return Drift()
+    each = sum(values) / min(examples)  # counts in both samples for one example of the smaller
+    total = counts.sum(axis=0)
+    order = np.argsort(-total, kind="stable")[:BUCKETS]
+    head = counts[:, order[total[order] >= ALONE * each]]
+    rest = np.array(values)[:, None] - head.sum(axis=1, keepdims=True)
+    return _between(_buckets(np.hstack([head, rest]), EXPECTED * each), examples, probability)
+
+
+def drift_of_numbers(
+    first: tuple[NDArray[np.float64], NDArray[np.int64]],
+    second: tuple[NDArray[np.float64], NDArray[np.int64]],
+    probability: float,
+) -> Drift:
+    """Between two samples of numbers: each is its distinct numbers in their order, and how often each is there."""
+    examples = (int(first[1].sum()), int(second[1].sum()))
+    if not min(examples):
+        return Drift()
+    numbers = np.union1d(first[0], second[0])
+    counts = np.zeros((2, len(numbers)), np.int64)
+    for row, (own, times) in zip(counts, (first, second), strict=True):
+        row[np.searchsorted(numbers, own)] = times
+    least = max(EXPECTED * sum(examples) / min(examples), sum(examples) / NUMBER_BUCKETS)
+    return _between(_buckets(counts, least), examples, probability)
+
+
+def _buckets(counts: NDArray[np.int64], least: float) -> NDArray[np.int64]:
+    """Neighbours together until a bucket has so many of both samples."""
+    starts, inside = [0], 0
+    for place, more in enumerate(counts.sum(axis=0).tolist()):
+        if inside >= least:
+            starts.append(place)
+            inside = 0
+        inside += more
+    if inside < least and len(starts) > 1:
+        starts.pop()
+    return np.add.reduceat(counts, starts, axis=1)
+
+
+def _between(counts: NDArray[np.int64], examples: tuple[int, int], probability: float) -> Drift:
+    """Of the counts [2, B] of B buckets."""
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    middle = shares.mean(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(shares > 0, shares * np.log2(shares / middle), 0.0)
+    divergence = max(0.0, float(terms.sum()) / 2)
+    buckets = int(np.count_nonzero(middle))
+    if buckets < 2:
+        return Drift(buckets=buckets)
+    scale = (1 / examples[0] + 1 / examples[1]) / (8 * math.log(2))
+    return Drift(divergence, min(1.0, scale * float(chi2.isf(probability, buckets - 1))), buckets)
