@@ -3,17 +3,20 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from megarec.data.preparation.infer import Guesses, infer
-from megarec.data.preparation.prepare import QUARANTINE_FILE, MaxBad, prepare_as, prepare_spec, prepare_table
+from megarec.data.preparation import hub
+from megarec.data.preparation.infer import SAMPLE_ROWS, check_new, infer, infer_from, told
+from megarec.data.preparation.prepare import QUARANTINE_FILE, Files, MaxBad, prepare_as, prepare_spec, prepare_table
 from megarec.data.preparation.scan import Shares
 from megarec.data.schema import SPLITS, Schema, read_schema
 from megarec.data.sources import grouped, planted
+from megarec.data.sources.avazu import avazu_spec
 from megarec.data.sources.criteo import criteo_spec
 from megarec.data.sources.movielens import prepare_movielens
 from megarec.data.sources.movielens_wheels import SOURCES, TERMS
@@ -39,6 +42,11 @@ GROUPED = {
     "signal": "variance of the logit; less is more noise",
     "inside": "what interactions inside a group are made of: products of sums over members, or chains of members",
     "seed": "of all that is drawn",
+}
+
+PUBLISHED = {
+    "criteo": (criteo_spec, "Criteo's click logs, Kaggle's or Terabyte's files"),
+    "avazu": (avazu_spec, "Avazu's click logs, Kaggle's file"),
 }
 
 HIGH = 0.25  # share of unknown values from which a warning names the feature
@@ -86,10 +94,19 @@ def parser() -> argparse.ArgumentParser:
     )
     add_files(table)
 
-    criteo = sources.add_parser("criteo", help="Criteo's click logs, Kaggle's or Terabyte's files")
-    criteo.add_argument("--min-count", type=int, default=1, metavar="N", help="rarer values share row 0 (default: 1)")
-    criteo.add_argument("--hash", type=int, metavar="ROWS", help="hash every category to so many rows")
-    add_files(criteo)
+    hf = sources.add_parser("hf", help="whatever Hugging Face datasets opens: a local directory or a name on the hub")
+    hf.add_argument("dataset", metavar="NAME", help="a directory, or owner/name on the hub; it is streamed")
+    hf.add_argument("--config", metavar="NAME", help="of several in one data set")
+    hf.add_argument("--schema", type=user_path, metavar="FILE", help="JSON: what the columns are")
+    hf.add_argument("--like", type=user_path, metavar="DIR", help="in place of --schema, as of table")
+    hf.add_argument("--infer", metavar="SPLIT", help="write --schema from a sample of this split, and end")
+    add_files(hf, str, "SPLIT", "a split of the data set or several (default: that of this name)")
+
+    for name, (_, what) in PUBLISHED.items():
+        logs = sources.add_parser(name, help=what)
+        logs.add_argument("--min-count", type=int, default=1, metavar="N", help="rarer values share row 0 (default: 1)")
+        logs.add_argument("--hash", type=int, metavar="ROWS", help="hash every category to so many rows")
+        add_files(logs)
 
     synthetic = sources.add_parser("synthetic", help="made-up examples with a planted signal, for tests and benchmarks")
     default = Shape()
@@ -114,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--output",
             type=user_path,
-            required=name != "table",
+            required=name not in ("table", "hf"),
             metavar="DIR",
             help="where the data set shall lie",
         )
@@ -126,19 +143,24 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def add_files(command: argparse.ArgumentParser) -> None:
+def add_files(
+    command: argparse.ArgumentParser,
+    kind: Callable[[str], Any] = user_path,
+    metavar: str = "FILE",
+    what: str = "one file or several, directories of them or patterns ('day_*')",
+) -> None:
     """The options of people's own files."""
     for split in SPLITS:
         command.add_argument(
             f"--{split}",
-            type=user_path,
+            type=kind,
             nargs="+",
             action="extend",
-            metavar="FILE",
-            help="one file or several, directories of them or patterns ('day_*')",
+            metavar=metavar,
+            help=what,
         )
     command.add_argument(
-        "--data", type=user_path, nargs="+", action="extend", metavar="FILE", help="in place of these: to be split"
+        "--data", type=kind, nargs="+", action="extend", metavar=metavar, help="in place of these: to be split"
     )
     command.add_argument("--split", choices=("random",), help="of --data: how (default: random)")
     command.add_argument(
@@ -187,7 +209,7 @@ def prepare(args: argparse.Namespace) -> Schema:
         return prepare_movielens(
             args.source, args.output, split=args.split, seed=args.seed, history=args.history, wheel=args.wheel
         )
-    if args.source in ("table", "criteo"):
+    if args.source in ("table", "hf", *PUBLISHED):
         return from_files(args)
     if args.source == "grouped":
         sizes = {field.name: getattr(args, field.name) for field in dataclasses.fields(grouped.Shape)}
@@ -196,22 +218,29 @@ def prepare(args: argparse.Namespace) -> Schema:
 
 
 def from_files(args: argparse.Namespace) -> Schema:
-    """People's own files, by the spec that they wrote or by Criteo's."""
+    """People's own files, by the spec that they wrote or by that of published logs."""
     if args.output is None:
         raise UserError("--output is missing: where the data set shall lie")
-    like = args.like if args.source == "table" else None
-    if args.source == "table" and (args.schema is None) == (like is None):
+    own = args.source in ("table", "hf")
+    like = args.like if own else None
+    if own and (args.schema is None) == (like is None):
         raise UserError("expected either --schema FILE, what the columns are, or --like DIR, a data set that keeps it")
     given = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
+    if args.source == "hf" and not given and args.data is None:
+        given = hub.same_splits(args.dataset, args.config)
     missing = [f"--{split}" for split in SPLITS if split not in given]
     if (shares := split_shares(args, list(given))) is not None:
         given = {"all": args.data}
     elif missing and (like is None or not given):
         raise UserError(f"{missing[0]} is missing; name the files of every split, or --like DIR and some")
-    files = {split: listed(paths) for split, paths in given.items()}
-    check_files(files)
+    files: Files
+    if args.source == "hf":
+        files = {split: hub_splits(args, split, names) for split, names in given.items()}
+    else:
+        check_files(paths := {split: listed(some) for split, some in given.items()})
+        files = {**paths}
     workers = processes(args)
-    if args.source == "table":
+    if own:
         how = {"workers": workers, "max_bad": args.max_bad, "shares": shares}
         if like is not None:
             return prepare_as(like, files, args.output, **how)
@@ -221,7 +250,7 @@ def from_files(args: argparse.Namespace) -> Schema:
         check_size("hash", args.hash, 2, 1 << 31)
         if args.min_count > 1:
             raise UserError("--hash and --min-count exclude each other; keep one")
-    spec = criteo_spec(args.output.name, args.min_count, args.hash)
+    spec = PUBLISHED[args.source][0](args.output.name, args.min_count, args.hash)
     named = "--min-count and --hash"
     return prepare_spec(spec, named, files, args.output, None, workers, args.max_bad, shares)
 
@@ -231,6 +260,19 @@ def processes(args: argparse.Namespace) -> int:
     if args.workers is not None:
         check_size("workers", args.workers, 1, 1024)
     return args.workers or len(os.sched_getaffinity(0))
+
+
+def hub_splits(args: argparse.Namespace, split: str, names: list[str]) -> list[hub.HubSplit]:
+    """Splits of a data set that `datasets` opens.
+
+    Raises:
+        UserError: there is none of that name, or one is named twice.
+    """
+    option = "--data" if split == "all" else f"--{split}"
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{option} names {name} twice: its rows would count twice; name it once")
+    return [hub.split_of(args.dataset, args.config, name, option) for name in names]
 
 
 def split_shares(args: argparse.Namespace, given: list[str]) -> Shares | None:
@@ -320,10 +362,10 @@ def planted_data(args: argparse.Namespace, sizes: dict[str, int]) -> Schema:
 @unwinding()
 def main() -> None:
     args = parser().parse_args()
-    if args.source == "table" and args.infer is not None:
+    if args.source in ("table", "hf") and args.infer is not None:
         if args.schema is None:
             raise UserError("--schema is missing: where --infer shall write the spec")
-        first_spec(args.infer, args.schema)
+        first_spec(args)
         return
     if args.source == "statistics":
         describe(args)
@@ -337,25 +379,16 @@ def main() -> None:
     report_unknown(schema)
 
 
-def first_spec(path: Path, target: Path) -> None:
+def first_spec(args: argparse.Namespace) -> None:
     """Write a first spec and print the reason of each choice."""
-    report_guesses(infer(path, target), str(path), target)
-
-
-def report_guesses(guesses: Guesses, named: str, target: Path) -> None:
-    """Print what a first spec says, each choice with its reason."""
-    for key, (value, reason) in guesses.keys.items():
-        print(f"  {key}: {json.dumps(value)}: {reason}")
-    shown = {g.name: g.name if g.name.isprintable() else repr(g.name) for g in guesses.columns}
-    width = max(map(len, [*shown.values(), "column"]))
-    print(f"  {'column':{width}}  {'type':12} {'distinct':>9} {'missing':>8}  reason")
-    for guess in guesses.columns:
-        kind = guess.column["type"]
-        print(f"  {shown[guess.name]:{width}}  {kind:12} {guess.distinct:9,} {guess.missing:8.1%}  {guess.reason}")
-    print(
-        f"{target}: a first spec, from the first {guesses.rows:,} rows of {named}: read it, correct it, then prepare "
-        "with it"
-    )
+    if args.source == "table":
+        named, guesses = str(args.infer), infer(args.infer, args.schema)
+    else:
+        check_new(args.schema)
+        split = hub.split_of(args.dataset, args.config, args.infer, "--infer")
+        name = Path(args.dataset).name
+        named, guesses = str(split), infer_from(str(split), name, {}, split.sample(SAMPLE_ROWS), args.schema)
+    print(told(guesses, named, args.schema))
 
 
 def describe(args: argparse.Namespace) -> None:

@@ -113,6 +113,24 @@ def infer_from(named: str, name: str, keys: Keys, sample: pa.RecordBatch, target
     return Guesses(len(sample), keys, guesses)
 
 
+def told(guesses: Guesses, named: str, target: Path) -> str:
+    """What a first spec says, each choice with its reason, for people."""
+    lines = [f"  {key}: {json.dumps(value)}: {reason}" for key, (value, reason) in guesses.keys.items()]
+    shown = {g.name: g.name if g.name.isprintable() else repr(g.name) for g in guesses.columns}
+    width = max(map(len, [*shown.values(), "column"]))
+    lines.append(f"  {'column':{width}}  {'type':12} {'distinct':>9} {'missing':>8}  reason")
+    for guess in guesses.columns:
+        kind = guess.column["type"]
+        lines.append(
+            f"  {shown[guess.name]:{width}}  {kind:12} {guess.distinct:9,} {guess.missing:8.1%}  {guess.reason}"
+        )
+    lines.append(
+        f"{target}: a first spec, from the first {guesses.rows:,} rows of {named}: read it, correct it, then prepare "
+        "with it"
+    )
+    return "\n".join(lines)
+
+
 def _sample(path: Path) -> tuple[Keys, pa.RecordBatch]:
     """What the spec says of the file as a whole, and its first rows."""
     with readable(path):

@@ -1,4 +1,4 @@
-"""People's own CSV, TSV or parquet files -> a prepared data set, in several processes and bounded memory.
+"""People's own files -> a prepared data set, in several processes and bounded memory.
 
 Three phases of tasks, each a pure function of its input: units of the files become pieces (scan.py), the values of
 each table are merged into a vocabulary (merge.py), pieces become shards (encode.py). Tasks follow from the files and
@@ -7,6 +7,7 @@ the spec, never from the number of workers; a finished one is a file, so that a 
 
 import csv
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow as pa
 from megarec.data.preparation import table_reader
 from megarec.data.preparation.encode import Encoder, shards_of
 from megarec.data.preparation.fit import Cuts, mean_and_deviation, quantiles
+from megarec.data.preparation.hub import HubSplit
 from megarec.data.preparation.kept_spec import SPEC_FILE, Fitted, KeptSpec, Prepared, load_prepared
 from megarec.data.preparation.merge import MergeTask, Table, merge, runs_of
 from megarec.data.preparation.scan import Piece, Scanned, Shares, scan, scanned_file
@@ -30,6 +32,8 @@ from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
 
 FORMAT = 3  # of pieces and look-ups: what another version left is not taken up
+Files = Mapping[str, list[Path] | list[HubSplit]]
+"""By split, or "all", what is read."""
 QUARANTINE_FILE = "quarantine.csv"
 _KINDS = {"string": pa.string(), "integer": pa.int64(), "hexadecimal": pa.int64()}
 
@@ -48,7 +52,7 @@ class MaxBad:
 
 def prepare_table(
     spec_file: Path,
-    files: dict[str, list[Path]],
+    files: Files,
     output: Path,
     *,
     workers: int = 1,
@@ -72,7 +76,7 @@ def prepare_table(
 
 def prepare_as(
     like: Path,
-    files: dict[str, list[Path]],
+    files: Files,
     output: Path,
     *,
     workers: int = 1,
@@ -95,7 +99,7 @@ def prepare_as(
 def prepare_spec(
     spec: TableSpec,
     named: Path | str,
-    files: dict[str, list[Path]],
+    files: Files,
     output: Path,
     like: Prepared | None,
     workers: int,
@@ -132,7 +136,7 @@ class _Preparation:
 
     read: TableSpec
     spec: TableSpec
-    files: dict[str, list[Path]]
+    files: Files
     units: list[Unit]
     work: Path
     pool: Workers
@@ -298,14 +302,16 @@ class _Preparation:
 
 def _plan(spec: TableSpec, units: list[Unit], like: Prepared | None, shares: Shares | None) -> dict[str, Any]:
     """What decides every byte that is written."""
-    files = {unit.path: unit.path.stat() for unit in units}
+    files = {unit.path: unit.path.stat() for unit in units if unit.source is None}
+    sources = {unit.path: unit.source.version for unit in units if unit.source is not None}
     return {
         "format": FORMAT,
         "pyarrow": pa.__version__,
         "spec": spec.model_dump(),
         "shares": None if shares is None else [*shares.fractions, shares.seed],
         "files": [[str(path.resolve()), status.st_size, status.st_mtime_ns] for path, status in files.items()],
-        "units": [[str(unit.path), unit.split, unit.span, unit.groups] for unit in units],
+        "units": [[str(unit.path), unit.split, unit.span, unit.groups, unit.shard] for unit in units],
+        "sources": {str(path): version for path, version in sources.items()},
         "like": None if like is None else like.schema.identity,
     }
 

@@ -7,7 +7,7 @@ processes.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megarec.data.preparation import arrow_files, json_lines
 from megarec.data.preparation.formats import DELIMITERS, is_utf8, kind_of
+from megarec.data.preparation.hub import HubSplit
 from megarec.data.preparation.json_lines import JsonRows
 from megarec.data.preparation.table_spec import TableSpec
 from megarec.data.preparation.text_files import COUNTED, BadRow, TextFile, are_names
@@ -83,6 +84,7 @@ class Unit:
         names: of the columns, where the unit does not begin with them.
         groups: row groups of parquet, batches of Arrow.
         counted: how rows are numbered, for messages.
+        source: a split that `datasets` opens, in place of a file, and `shard` of it.
     """
 
     path: Path
@@ -92,14 +94,22 @@ class Unit:
     names: tuple[str, ...] | None = None
     groups: tuple[int, ...] | None = None
     counted: str = COUNTED
+    source: HubSplit | None = None
+    shard: int = 0
 
 
-def units_of(path: Path, split: str, spec: TableSpec) -> list[Unit]:
-    """The units of a file, in order.
+def units_of(path: Path | HubSplit, split: str, spec: TableSpec) -> list[Unit]:
+    """The units of a file, or of a split of a data set, in order.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: it cannot be read.
     """
+    if isinstance(path, HubSplit):
+        count, size = path.shards, path.size
+        part = UNIT_BYTES if size is None else size // count
+        return [
+            Unit(path.path, split, part, counted=_WITHOUT_NAMES, source=path, shard=shard) for shard in range(count)
+        ]
     kind = kind_of(path, spec.delimiter)
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is no regular file; a pipe cannot be read again after a stop: write it to a file")
@@ -121,12 +131,14 @@ def units_of(path: Path, split: str, spec: TableSpec) -> list[Unit]:
         ]
 
 
-def columns_of(path: Path, spec: TableSpec) -> list[str]:
+def columns_of(path: Path | HubSplit, spec: TableSpec) -> list[str]:
     """The names of a file's columns; where the file does not say them, those that its first row has values for.
 
     Raises:
         UserError: the file cannot be read.
     """
+    if isinstance(path, HubSplit):
+        return path.names()
     kind = kind_of(path, spec.delimiter)
     with readable(path):
         if kind.format in ("parquet", "arrow"):
@@ -191,21 +203,34 @@ def read_unit(unit: Unit, spec: TableSpec, bad: list[BadRow]) -> Iterator[tuple[
         _check_columns(unit.path, names, spec)
 
     with readable(unit.path):
-        kind = kind_of(unit.path, spec.delimiter)
-        if kind.format in ("parquet", "arrow"):
-            for batch in arrow_files.batches(unit.path, kind.format, unit.groups, used, check):
+        if (batches := _batches(unit, spec, used, check)) is not None:
+            for batch in batches:
                 numbers = np.arange(read, read + len(batch), dtype=np.int64)
                 read += len(batch)
                 yield Part(unit.path, batch, numbers, tuple(spec.null_words)), read
             return
         text = _text(unit.path, spec, unit)
-        json_rows = JsonRows(text, spec, used) if kind.format == "json" else None
+        json_rows = JsonRows(text, spec, used) if unit.counted == _WITHOUT_NAMES else None
         for names, block in text.blocks((lambda names: None) if json_rows else check):
             rows = json_rows.rows(block) if json_rows else text.rows(block, names, used)
             bad += [row._replace(row=row.row + read) for row in rows.bad]
             numbers = rows.numbers + read
             read += rows.read
             yield Part(unit.path, rows.table, numbers, tuple(spec.null_words)), read
+
+
+def _batches(
+    unit: Unit, spec: TableSpec, used: list[str], check: Callable[[list[str]], None]
+) -> Iterator[pa.RecordBatch] | None:
+    """The rows of a unit that is no text."""
+    if unit.source is not None:
+        return unit.source.batches(unit.shard, used, check)
+    kind = kind_of(unit.path, spec.delimiter)
+    return (
+        None
+        if kind.format in ("text", "json")
+        else arrow_files.batches(unit.path, kind.format, unit.groups, used, check)
+    )
 
 
 @contextlib.contextmanager
