@@ -4,6 +4,6 @@
 #   bash launch/test.sh -m slow            what takes longer
 #   bash launch/test.sh tests/models -x    any pytest arguments
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-use_environment requirements-dev.txt
+use_environment requirements-dev.txt requirements-serve.txt
 cd "$root"
 exec python -m pytest --numprocesses 3 --dist loadfile "$@"  # on two cores: many tests wait for launchers

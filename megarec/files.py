@@ -48,6 +48,28 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, allow_nan=False) + "\n").encode())
 
 
+def check_json_output(option: str, output: Path, example: str) -> None:
+    """Make the directory of a JSON to write; call it before long work.
+
+    Args:
+        option: that names the file, and `example` a name for it, for messages.
+
+    Raises:
+        UserError: it is no .json, or nothing can be written there.
+    """
+    if output.suffix != ".json":
+        raise UserError(f"{option} {output}: expected the name of a JSON file, such as {example}")
+    if output.exists() and not output.is_file():
+        what = "is a directory" if output.is_dir() else "is no regular file"
+        raise UserError(f"{option} {output}: {what}; name a file, such as {output / example}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {output}: {output.parent} cannot be made ({error.strerror})") from error
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"{option} {output}: {output.parent} cannot be written; choose another directory")
+
+
 def sync_directory(directory: Path) -> None:
     """Make names that were created or changed in a directory survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megarec"
+SCORER = PACKAGE / "serving/scorer"
 
 FLOORS = [  # from the ground up; rooms of one floor do not know each other
     ["errors", "files", "slices", "signals"],
@@ -33,8 +34,7 @@ def imports(source: str) -> Iterator[tuple[int, str]]:
     """(line, module or module.name) of every import of a file, nested ones and those for types included."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative imports hide where a name lives"
-            for alias in node.names:
+            for alias in node.names if node.level == 0 else ():  # the scorer's own; see the test below
                 yield node.lineno, f"{node.module}.{alias.name}"
         elif isinstance(node, ast.Import):
             for alias in node.names:
@@ -61,7 +61,31 @@ def room_of(path: Path) -> str:
 
 
 def files() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or room_of(path) in FLOOR_OF)
+    """All modules but the scorer's, a package of its own that exports carry with them."""
+    found = (path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or room_of(path) in FLOOR_OF)
+    return sorted(path for path in found if SCORER not in path.parents)
+
+
+def test_only_the_scorer_imports_relatively() -> None:
+    """Elsewhere a relative import hides where a name lives."""
+    for path in files():
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        assert not any(isinstance(node, ast.ImportFrom) and node.level for node in nodes), path
+
+
+def test_the_scorer_needs_numpy_and_onnxruntime_alone() -> None:
+    allowed = {*sys.stdlib_module_names, "numpy", "onnxruntime"}
+    for path in sorted(SCORER.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""] if node.level == 0 else []
+                assert node.level <= 1, f"{path.name}:{node.lineno}"
+            else:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                top = name.split(".")[0]
+                lazy = path.name == "files.py" and top == "pyarrow" and node.col_offset > 0
+                assert top in allowed or lazy, f"{path.name}:{node.lineno}: imports {name}"
 
 
 def test_every_room_stands_on_a_floor() -> None:

@@ -162,6 +162,9 @@ def test_a_key_that_comes_again_is_found_in_time() -> None:
 
 PARSERS = {"json.load", "json.loads", "model_validate_json", "validate_json"}
 ELSEWHERE = {  # where another reader stands, and why
+    "megarec/serving/scorer/bundle.py": "runs where this package is not; one line for what is no manifest",
+    "megarec/serving/scorer/scorer.py": "runs where this package is not; the manifest has the file's size",
+    "megarec/serving/server.py": "a request's body, bounded in bytes; it refuses constants and depth itself",
     "megarec/files.py": "it is the reader",
     "megarec/checkpoint/format.py": "pydantic's strict types are those of JSON; the one reader has read it before",
     "megarec/launching/rank_process.py": "the launcher's own word; a path in it may hold any byte",

@@ -49,6 +49,18 @@ def test_print_config_shows_the_resolved_run(config: Path) -> None:
     assert json.loads(done.stdout)["train"]["epochs"] == 7
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["two"], "error: JOBS two: expected a whole number from 1 on\n"),
+        (["2", "tower"], "error: STUDY tower: no ds_configs/studies/tower.json; expected towers or towers-first\n"),
+    ],
+)
+def test_a_study_of_towers_is_refused_before_its_data_are_made(words: list[str], said: str) -> None:
+    done = subprocess.run(["bash", ROOT / "launch/towers.sh", *words], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
 def test_print_config_derives_the_sizes_of_a_scale(config: Path, tmp_path: Path) -> None:
     run = json.loads(config.read_text()) | {"model": {"dim": 8, "scale": 0.01}}
     (tmp_path / "scaled.json").write_text(json.dumps(run))

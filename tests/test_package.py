@@ -97,6 +97,7 @@ def test_the_metadata_agrees_with_the_pins_of_the_scripts() -> None:
     assert pins("requirements-gpu.txt") == {*project["dependencies"], *extras["cuda"]}
     assert pins("requirements-dev.txt") == set(extras["dev"])
     assert pins("requirements-docs.txt") == set(extras["docs"])
+    assert pins("requirements-serve.txt") == {*extras["export"], *extras["serve"]}
 
 
 def test_the_scripts_take_the_python_versions_of_the_metadata() -> None:

@@ -12,6 +12,7 @@ python tools/bench.py overlap          # waiting for ids, with and without overl
 python tools/bench.py prepare          # files of Criteo's format, made up, at two sizes: rows/s and memory
 python tools/bench.py groups           # does the partitioner find the hidden groups of made-up data
 python tools/bench.py loader           # the loader's examples a second over bare takes of Arrow
+python tools/bench.py serving          # one raw row from an export, and over HTTP, beside eager torch
 """
 
 import difflib
@@ -37,6 +38,7 @@ NAMES = (
     "plan",
     "loader",
     "prepare",
+    "serving",
 )
 
 

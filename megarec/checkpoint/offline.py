@@ -118,7 +118,7 @@ def reshape(source: Path, target: Path, ranks: int) -> Index:
     reader = Reader(source, index)
     files: dict[str, Any] = {}
     tensors: dict[str, Any] = {name: {**t.model_dump(), "slices": []} for name, t in index.tensors.items()}
-    with _new_directory(target) as directory:
+    with new_directory(target) as directory:
         for rank in range(ranks):
             name = f"rank-{rank:05d}.safetensors"
             parts = list(_parts_of(index, rank, ranks))
@@ -149,7 +149,7 @@ def export(source: Path, target: Path) -> dict[str, Any]:
         for name, entry in index.tensors.items()
         if is_weight(name)
     ]
-    with _new_directory(target) as directory:
+    with new_directory(target) as directory:
         entry = write_file(directory / MODEL_FILE, _blocks(parts, Reader(source, index)))
         about = {"format": "megarec model", "step": index.step, "config": index.config}
         about |= {"schema": index.data_schema, "towers": index.towers, "file": entry.model_dump()}
@@ -202,7 +202,7 @@ def _fill(block: Tensor, part: Part, shape: Ints, first: int, last: int, reader:
 
 
 @contextmanager
-def _new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path) -> Iterator[Path]:
     """A temporary directory that becomes `target` when all went well, and is gone otherwise."""
     if target.exists():
         raise UserError(f"{target} exists already: name a directory that does not")

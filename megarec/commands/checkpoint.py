@@ -1,7 +1,9 @@
 """Look at a checkpoint, prove it, rewrite it for another number of ranks, hand its model on."""
 
+import argparse
 import json
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +12,7 @@ from rich.text import Text
 from megarec.checkpoint import offline, reading
 from megarec.checkpoint.format import read_index
 from megarec.errors import ArgumentParser, UserError, exits_cleanly, one_line
+from megarec.serving.export.bundle import TableType
 from megarec.signals import unwinding
 
 MOST_FILES = 16_384
@@ -24,7 +27,7 @@ def main() -> None:
         ("inspect", "what is inside; only the index is read"),
         ("verify", "recompute every checksum"),
         ("reshape", "rewrite it for another number of ranks"),
-        ("export", "the weights as one safetensors file, for megarec.load_model"),
+        ("export", "the model alone: for megarec.load_model, or to score raw rows"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument(
@@ -32,6 +35,8 @@ def main() -> None:
         )
         if name in ("reshape", "export"):
             command.add_argument("target", type=Path, help="a directory that does not exist")
+        if name == "export":
+            add_export_options(command)
         if name == "reshape":
             command.add_argument("--ranks", type=int, required=True, help="how many files")
         command.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -50,12 +55,40 @@ def main() -> None:
         index = offline.reshape(directory, arguments.target, arguments.ranks)
         found = {"step": index.step, "bytes": index.bytes, "files": len(index.files), "path": str(arguments.target)}
     else:
-        found = {**offline.export(directory, arguments.target), "path": str(arguments.target)}
+        found = {**export(directory, arguments), "path": str(arguments.target)}
     if arguments.json:
         print(json.dumps(found))
     else:
         shown = (f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items())
         print(f"{directory}: " + ", ".join(shown))
+
+
+def add_export_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--format",
+        choices=("native", "onnx", "torch"),
+        default="native",
+        help="native: for megarec.load_model (default); onnx: scores raw rows with numpy and onnxruntime alone; "
+        "torch: the same with a torch.export program as well",
+    )
+    command.add_argument(
+        "--data", type=Path, metavar="DIR", help="the prepared data set (default: of the run's config)"
+    )
+    command.add_argument("--tables", choices=get_args(TableType), help="type of the tables' numbers (default: fp32)")
+
+
+def export(directory: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    """Hand on the model of a checkpoint; what is printed of it."""
+    if arguments.format == "native":
+        for option in ("data", "tables"):
+            if getattr(arguments, option) is not None:
+                raise UserError(f"--{option} is for --format onnx and torch; leave it out, or choose one of these")
+        return offline.export(directory, arguments.target)
+    from megarec.serving.export.bundle import export_bundle
+
+    return export_bundle(
+        directory, arguments.target, arguments.data, arguments.tables or "fp32", program=arguments.format == "torch"
+    )
 
 
 def inspect(directory: Path, in_json: bool) -> None:

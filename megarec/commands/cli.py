@@ -43,6 +43,7 @@ COMMANDS = {
     "plan": Command("megarec.commands.plan", "predict a run's step on a cluster, and whether towers pay there"),
     "parity": Command("megarec.commands.parity", "compare loss curves under many topologies with one process"),
     "checkpoint": Command("megarec.commands.checkpoint", "inspect, verify, reshape and export checkpoints"),
+    "serve": Command("megarec.commands.serve", "score raw rows of an export over HTTP"),
     "scaling-law": Command("megarec.commands.scaling_law", "sweep, fit and draw quality as a power of compute"),
     "config-schema": Command("megarec.commands.config_schema", "print the JSON schema of a run's file"),
     "bench": Command("", "benchmarks; from a checkout only, as python tools/bench.py"),

@@ -160,8 +160,9 @@ def fitting_schema(trained: Schema, found: Schema, path: Path) -> Schema:
             raise UserError(f"{path}: {name} {what}, the model has it as a numeric feature; {remedy}")
     if difference := identity_difference(trained.identity, found.identity):
         raise UserError(f"{path}: the model was trained on other data: {difference}")
-    of_data = {key: getattr(found, key) for key in ("name", "label", "labelled", "rows")}
-    return trained.model_copy(update=of_data)
+    of_data = {key: getattr(found, key) for key in ("name", "labels", "labelled", "weight", "group", "time", "rows")}
+    label = trained.label if trained.label in found.labels else found.label
+    return trained.model_copy(update=of_data | {"label": label})
 
 
 def check_predictions_file(path: Path) -> None:

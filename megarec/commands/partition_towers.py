@@ -17,8 +17,9 @@ from rich.table import Table
 
 from megarec.config.load import load_config
 from megarec.errors import ArgumentParser, exits_cleanly
+from megarec.files import check_json_output
 from megarec.planning.partition.partition import Partition, Requested, check_requested, inside_and_across, partition
-from megarec.planning.partition.report import check_partition_output, write_partition
+from megarec.planning.partition.report import write_partition
 from megarec.signals import unwinding
 
 MOST_NAMES = 40  # features of a tower that are listed
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Part
     check_requested(requested)
     # Ours comes first: a parallel.towers of the config may be the file that is about to be written.
     config = load_config(arguments.config, [f"parallel.towers={requested.towers}", *arguments.set])
-    check_partition_output(arguments.output)
+    check_json_output("--output", arguments.output, "towers.json")
     found = partition(config, requested, say)
     return found, write_partition(found, arguments.output, Path(config.train.output_dir) / "tensorboard")
 

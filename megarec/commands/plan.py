@@ -41,8 +41,9 @@ def main() -> None:
     wanted = {"--config": arguments.config, "--hardware": arguments.hardware, "--hosts": arguments.hosts}
     if arguments.measure is not None:
         given = [name for name, value in wanted.items() if value is not None] + ["--set"] * bool(arguments.set)
-        if given or arguments.ranks_per_host is not None:
-            raise UserError(f"--measure FILE stands alone: leave {', '.join(given) or '--ranks-per-host'} out")
+        given += ["--ranks-per-host"] * (arguments.ranks_per_host is not None) + ["--json"] * arguments.json
+        if given:
+            raise UserError(f"--measure FILE stands alone: leave {', '.join(given)} out")
         from megarec.planning.measure import measure
 
         measure(arguments.measure)

@@ -13,7 +13,7 @@ from typing import Any
 from megarec.data.preparation import hub
 from megarec.data.preparation.infer import SAMPLE_ROWS, check_new, infer, infer_from, told
 from megarec.data.preparation.prepare import QUARANTINE_FILE, Files, MaxBad, prepare_as, prepare_spec, prepare_table
-from megarec.data.preparation.scan import Shares
+from megarec.data.preparation.splits import ByColumn, ByTime, Division, Shares
 from megarec.data.schema import SPLITS, Schema, read_schema
 from megarec.data.sources import grouped, planted
 from megarec.data.sources.avazu import avazu_spec
@@ -162,7 +162,11 @@ def add_files(
     command.add_argument(
         "--data", type=kind, nargs="+", action="extend", metavar=metavar, help="in place of these: to be split"
     )
-    command.add_argument("--split", choices=("random",), help="of --data: how (default: random)")
+    command.add_argument(
+        "--split",
+        choices=("random", "time", "column"),
+        help="of --data: how; the spec names the column (default: random)",
+    )
     command.add_argument(
         "--fractions",
         type=float,
@@ -229,7 +233,7 @@ def from_files(args: argparse.Namespace) -> Schema:
     if args.source == "hf" and not given and args.data is None:
         given = hub.same_splits(args.dataset, args.config)
     missing = [f"--{split}" for split in SPLITS if split not in given]
-    if (shares := split_shares(args, list(given))) is not None:
+    if (shares := division_of(args, list(given))) is not None:
         given = {"all": args.data}
     elif missing and (like is None or not given):
         raise UserError(f"{missing[0]} is missing; name the files of every split, or --like DIR and some")
@@ -275,7 +279,7 @@ def hub_splits(args: argparse.Namespace, split: str, names: list[str]) -> list[h
     return [hub.split_of(args.dataset, args.config, name, option) for name in names]
 
 
-def split_shares(args: argparse.Namespace, given: list[str]) -> Shares | None:
+def division_of(args: argparse.Namespace, given: list[str]) -> Division | None:
     """How the rows of --data are split; None: without --data.
 
     Raises:
@@ -288,12 +292,19 @@ def split_shares(args: argparse.Namespace, given: list[str]) -> Shares | None:
         return None
     if given:
         raise UserError(f"--data is split, --{given[0]} is one split already; keep one of them")
-    fractions = tuple(args.fractions or (0.8, 0.1, 0.1))
-    if not all(0 < share < 1 for share in fractions) or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(f"--fractions {' '.join(map(str, fractions))}: expected three shares above 0 that add up to 1")
+    for option, ways in (("seed", ("random", None)), ("fractions", ("random", "time", None))):
+        if getattr(args, option) is not None and args.split not in ways:
+            raise UserError(f"--split {args.split} takes no --{option}; leave it out")
+    if args.split == "column":
+        return ByColumn()
+    train, valid, test = args.fractions or (0.8, 0.1, 0.1)
+    if not all(0 < share < 1 for share in (train, valid, test)) or abs(train + valid + test - 1) > 1e-6:
+        raise UserError(f"--fractions {train} {valid} {test}: expected three shares above 0 that add up to 1")
+    if args.split == "time":
+        return ByTime((train, valid, test))
     seed = 1 if args.seed is None else args.seed
     check_size("seed", seed, 0, (1 << 31) - 1)
-    return Shares((fractions[0], fractions[1], fractions[2]), seed)
+    return Shares((train, valid, test), seed)
 
 
 def listed(paths: list[Path]) -> list[Path]:

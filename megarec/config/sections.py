@@ -31,6 +31,7 @@ class DataConfig(Section):
         1024, description="examples of one optimizer step over all ranks and micro-batches"
     )
     features: list[str] | None = Field(None, description="the features to use, categorical and numeric; null: all")
+    label: str | None = Field(None, description="which of the data's labels to predict; null: the first")
     prefetch: Annotated[int, Field(gt=0, le=10_000)] = Field(
         4, description="batches a rank prepares ahead in the background"
     )

@@ -79,7 +79,7 @@ class Assembler:
         step = max(_FEWEST_ROWS, _TILE_BYTES // (8 * layout.words))
         for start in range(0, size, step):
             tile = slice(start, start + step)
-            records = file.records[at[tile]]
+            records = file.records(at[tile])
             if (layout.checksums(salt, numbers_of[tile], records) != records[:, -1]).any():
                 raise Damaged("a row has another checksum")
             turned[self._rows_of, tile] = layout.integers(records).T

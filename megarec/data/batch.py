@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -87,6 +89,40 @@ class Batch:
         return Batch(change(self.numeric), ids, change(self.labels), change(self.keys), self.valid)
 
 
+_LARGE = 4 << 20
+
+
+class _Spare:
+    """Memory of large batches that nobody has any more: to fill fresh pages takes longer than to read a batch."""
+
+    _KEPT = 2  # that nobody has
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._all: list[NDArray[np.uint8]] = []
+
+    def memory(self, size: int) -> NDArray[np.uint8]:
+        """At least so many bytes, which are the caller's for as long as anything refers to them."""
+        with self._lock:
+            free = [number for number in range(len(self._all)) if _references(self._all, number) == _UNUSED]
+            fitting = [number for number in free if self._all[number].nbytes >= size]
+            if fitting:
+                return self._all[fitting[0]]
+            for number in reversed(free[: max(0, len(free) - self._KEPT + 1)]):
+                del self._all[number]
+            found = np.empty(size + size // 8, np.uint8)  # lists make the next one somewhat larger
+            self._all.append(found)
+            return found
+
+
+def _references(arrays: list[NDArray[np.uint8]], number: int) -> int:
+    return sys.getrefcount(arrays[number])
+
+
+_UNUSED = _references([np.empty(0, np.uint8)], 0)  # of an array that a list has and nothing else
+_spare = _Spare()
+
+
 def carve(parts: Sequence[tuple[Sequence[int], torch.dtype]], pinned: bool) -> tuple[Tensor, list[Tensor]]:
     """One buffer, and tensors of these shapes and types in it, one after another, each at a multiple of 8 bytes.
 
@@ -95,7 +131,10 @@ def carve(parts: Sequence[tuple[Sequence[int], torch.dtype]], pinned: bool) -> t
     """
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
     starts = list(itertools.accumulate((-(-size // 8) * 8 for size in sizes), initial=0))
-    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
+    if pinned or starts[-1] < _LARGE:
+        buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
+    else:
+        buffer = torch.from_numpy(_spare.memory(starts[-1]))[: starts[-1]]
     views = [
         buffer[start : start + size].view(dtype).view(*shape)
         for (shape, dtype), start, size in zip(parts, starts, sizes, strict=False)

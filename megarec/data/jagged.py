@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megarec.data.batch import flat_positions
 from megarec.data.mapped import Damaged, MappedFile, Rows
 from megarec.data.records import RecordLayout, UInt64, hashes
 
@@ -31,13 +30,13 @@ class BlockReader:
     ) -> None:
         self._layout, self._number, self._block = layout, number, layout.blocks[number]
         self._first, elements = file.block(self._block.column, self._block.kind, batch)
-        self._values = file.view(self._block.kind)
-        self._bytes = self._values.view(np.uint8).data
+        self._bytes = file.view(np.dtype(np.uint8)).data
         self._lists, self._order = np.array(self._block.lists, np.int64), order
         self._tiles: list[NDArray[Any]] = []
         self._cuts: list[list[int]] = []
         column = layout.span_column(number)
-        starts, stops = file.records[at, column].view(np.int64), file.records[at, column + 1].view(np.int64)
+        words = file.view(np.dtype(np.int64))
+        starts, stops = words[at + column], words[at + column + 1]
         if (starts < 0).any() or (starts > stops).any() or (stops > elements).any():
             raise Damaged(f"lists of {self._block.column}")  # before so many values are allocated
         self.size = int((stops - starts).sum())
@@ -46,14 +45,20 @@ class BlockReader:
         """Read the lists of these rows of the batch, whose records are right; tile after tile."""
         spans = self._layout.spans(records, self._number)
         starts, stops = (self._first[tile] + spans[:, column].view(np.int64) for column in (0, 1))
-        # Read whole and in order: what follows finds it in the cache.
-        if (hashes(self._bytes, starts, stops, self._block.kind.itemsize) != spans[:, 2]).any():
+        size = self._block.kind.itemsize
+        rows = [self._bytes[a:b] for a, b in zip((starts * size).tolist(), (stops * size).tolist(), strict=True)]
+        if (hashes(rows) != spans[:, 2]).any():
             raise Damaged("lists with another hash")
-        stored = self._layout.lengths(records)[:, self._lists].astype(np.int64)
-        begins = (np.cumsum(stored, axis=1) - stored + starts[:, None]).T[self._order]
-        lengths = stored.T[self._order]
-        self._tiles.append(self._values.take(flat_positions(begins.reshape(-1), lengths.reshape(-1))))
-        self._cuts.append([0, *np.cumsum(lengths.sum(axis=1)).tolist()])
+        stored = np.frombuffer(b"".join(rows), self._block.kind)  # row after row, in the processor's cache
+        kind = np.int32 if len(stored) < 2**31 else np.int64
+        here = self._layout.lengths(records)[:, self._lists]
+        ends: NDArray[Any] = np.cumsum(here, dtype=kind).reshape(here.shape).T[self._order].reshape(-1)
+        lengths = here.T[self._order].reshape(-1)
+        after: NDArray[Any] = np.cumsum(lengths, dtype=kind)
+        places = np.repeat(ends - after, lengths)  # from where a list lies now to where it lay
+        places += np.arange(len(stored), dtype=kind)
+        self._tiles.append(stored.take(places))
+        self._cuts.append([0, *after[len(here) - 1 :: len(here)].tolist()])
 
     def join(self, out: NDArray[Any]) -> list[int]:
         """All that was taken into `out` [size], list after list; returns how many elements each has."""

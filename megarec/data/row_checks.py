@@ -61,7 +61,8 @@ def check_columns(path: Path, columns: pa.Schema, schema: Schema) -> None:
             check(feature.name, pa.types.is_integer, "int64")
     for name in schema.numeric:
         check(name, lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind), "float32")
-    check(schema.label, lambda kind: pa.types.is_boolean(kind) or pa.types.is_primitive(kind), "0 or 1")
+    if schema.labelled:
+        check(schema.label, lambda kind: pa.types.is_boolean(kind) or pa.types.is_primitive(kind), "0 or 1")
 
 
 def _is_integer_list(kind: pa.DataType) -> bool:

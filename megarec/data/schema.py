@@ -73,6 +73,10 @@ class Schema(BaseModel):
     version: Literal[1] = 1
     name: str
     label: str = "label"
+    labels: tuple[str, ...] = Field((), description="all label columns, of which `label` is in use; empty: that one")
+    weight: str | None = Field(None, description="the column of how much a row counts; training does not read it")
+    group: str | None = Field(None, description="the column of what a row belongs to (int64), for AUC by group")
+    time: str | None = Field(None, description="the column of when a row was (float64)")
     label_rule: str = Field("", description="how the label was made, for people")
     labelled: bool = Field(True, description="false: the files had no label; such data are scored, not trained on")
     categorical: tuple[CategoricalFeature, ...]
@@ -86,6 +90,9 @@ class Schema(BaseModel):
     unknown: dict[str, dict[str, float]] = Field(
         {}, description="by split and feature, the share of the values there that the vocabulary does not know"
     )
+    missing: dict[str, dict[str, float]] = Field(
+        {}, description="by split and feature that is no list, the share of the rows there without a value"
+    )
     sharing: dict[str, float] = Field(
         {}, description="by hashed table, the share of its distinct values whose row is another value's as well"
     )
@@ -93,7 +100,10 @@ class Schema(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Schema":
-        names = [f.name for f in self.categorical] + list(self.numeric) + [self.label]
+        if self.labels and self.label not in self.labels:
+            raise ValueError(f"label={self.label!r} is not one of labels={list(self.labels)}")
+        names = [f.name for f in self.categorical] + list(self.numeric) + list(self.labels or [self.label])
+        names += [name for name in (self.weight, self.group, self.time) if name is not None]
         names += [f.weights_column for f in self.categorical if f.weighted]
         repeated = sorted(name for name, times in Counter(names).items() if times > 1)
         if repeated:
@@ -149,7 +159,7 @@ def schema_of(data: DataConfig) -> Schema:
             else f"data.path={data.path!r} holds no {SCHEMA_FILE}: prepare the data (python tools/prepare_data.py "
             "--help), or set data.schema to a schema.json that describes them"
         )
-    return select_features(read_schema(path), data.features)
+    return select_label(select_features(read_schema(path), data.features), data.label)
 
 
 def save_schema(schema: Schema, directory: Path) -> None:
@@ -194,6 +204,31 @@ def select_features(schema: Schema, names: list[str] | None) -> Schema:
             "identity": {name: text for name, text in schema.identity.items() if name in names},
         }
     )
+
+
+def check_labelled(path: Path, schema: Schema) -> None:
+    """Refuse a data set without labels where they are needed.
+
+    Raises:
+        UserError: says so.
+    """
+    if not schema.labelled:
+        raise UserError(
+            f"{path}: was prepared from files without the label column {schema.label!r}: it can be scored; for "
+            "training and evaluation prepare files that have it"
+        )
+
+
+def select_label(schema: Schema, name: str | None) -> Schema:
+    """The schema with another of its labels in use; None: as it is.
+
+    Raises:
+        UserError: the data have no such label.
+    """
+    known = schema.labels or (schema.label,)
+    if name is not None and name not in known:
+        raise UserError(f"data.label={name!r}, which {schema.name} does not have; {did_you_mean(name, known)}")
+    return schema.model_copy(update={"label": name or schema.label})
 
 
 MADE_UP = "made up"

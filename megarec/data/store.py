@@ -13,7 +13,7 @@ from megarec.data.assembler import Assembler
 from megarec.data.batch import Batch, Ids
 from megarec.data.cache import ROWS_FILE, BadRows, Built, ensure_cache
 from megarec.data.mapped import Damaged, MappedFile, Rows
-from megarec.data.schema import Schema, Split
+from megarec.data.schema import Schema, Split, check_labelled
 from megarec.errors import UserError
 
 
@@ -29,11 +29,7 @@ def open_split(path: Path, split: Split, schema: Schema, bad_rows: BadRows, cach
     Raises:
         UserError: names the file, row, column and value of the first bad row, and the remedy; or what is missing.
     """
-    if not schema.labelled:
-        raise UserError(
-            f"{path}: was prepared from files without the label column {schema.label!r}: it can be scored, not trained "
-            "on or evaluated; prepare files that have it"
-        )
+    check_labelled(path, schema)
 
     def ensured(damaged: int | None) -> tuple[Path, Built]:
         return ensure_cache(path, split, schema, bad_rows, None if cache is None else Path(cache), damaged)

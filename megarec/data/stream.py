@@ -24,7 +24,7 @@ from megarec.data.blocks import Blocks
 from megarec.data.loader import EpochLoader, TrainLoader, example_keys, numbers_from, permuted, prefetched
 from megarec.data.mapped import Damaged, MappedFile
 from megarec.data.records import mix64
-from megarec.data.schema import Schema
+from megarec.data.schema import Schema, check_labelled
 from megarec.data.store import open_split
 from megarec.errors import UserError
 
@@ -44,6 +44,7 @@ def open_training(data: DataConfig, schema: Schema, **loading: Any) -> EpochLoad
     path, cache = Path(data.path), None if data.cache is None else Path(data.cache)
     if data.stream_rows is None:
         return TrainLoader(open_split(path, "train", schema, data.bad_rows, cache), schema, **loading)
+    check_labelled(path, schema)
     stream = Stream(Blocks(path, "train", schema, data.bad_rows, cache))
     return StreamLoader(stream, schema, rows=data.stream_rows, **loading)
 

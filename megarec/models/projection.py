@@ -72,8 +72,16 @@ class Projection(nn.Module):
 
 def project(x_BND: Tensor, interact: bool, *weights: Tensor) -> tuple[Tensor, ...]:
     """W X for each of the weights; with `interact` of all but the first, and behind them X (W_first X)^T, [B, N, K]."""
+    if torch.compiler.is_exporting():  # the graph has a free batch size, and no loop over blocks of a known one
+        return _traced(x_BND, interact, weights)
     made: tuple[Tensor, ...] = _Project.apply(x_BND, interact, *weights)
     return made
+
+
+def _traced(x_BND: Tensor, interact: bool, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`project` in plain products, for an exported graph."""
+    made_BRD = torch.matmul(torch.cat(list(weights)), x_BND).split([len(weight) for weight in weights], dim=1)
+    return (*made_BRD[1:], torch.bmm(x_BND, made_BRD[0].mT)) if interact else made_BRD
 
 
 class _Project(torch.autograd.Function):

@@ -18,10 +18,11 @@ import torch.distributed as dist
 
 from megarec.config.sections import EmbeddingConfig, RunConfig
 from megarec.data.batch import Batch, Ids
-from megarec.distributed.collectives import Ledger, gather_numbers
+from megarec.distributed.collectives import Ledger, gather_numbers, raise_together
 from megarec.distributed.process import start_process
 from megarec.distributed.topology import ONE_RANK, Topology, build_topology
-from megarec.files import write_json
+from megarec.errors import UserError
+from megarec.files import check_json_output, write_json
 from megarec.planning.hardware import load_hardware
 from megarec.planning.held_memory import available_bytes
 from megarec.planning.roofline import lookup_bytes, update_bytes
@@ -39,22 +40,41 @@ def measure(path: Path) -> None:
     """Measure on all ranks of the job that a launcher started, or on this one alone, and write a machine's JSON.
 
     Raises:
-        UserError: the launcher's variables are no job's, or the file cannot be written.
+        UserError: the launcher's variables are no job's, or the file cannot be written; before anything is measured
+            where that can be known. On all ranks alike.
     """
     model = {"name": "dlrm"}
     config = RunConfig.model_validate({"model": model, "data": {"path": "-"}})
     joined = dist.is_initialized()
     device = start_process(config)
     topology = build_topology(None, tensor=1)
+    _on_rank_0(lambda: check_json_output("--measure", path, "this-machine.json"), topology, device)
     figures = {**_rank_figures(config, device, topology), **_link_figures(device, topology)}
     table = gather_numbers(list(figures.values()), topology, device)
     slowest = {name: _slowest(name, [row[i] for row in table]) for i, name in enumerate(figures)}
-    if topology.rank == 0:
-        write_json(path, _as_json(slowest, device, topology))
+
+    def write() -> None:
+        try:
+            write_json(path, _as_json(slowest, device, topology))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
         load_hardware(str(path))  # what was written is what is read
         print(f"{path}: {', '.join(f'{name} {value:.3g}' for name, value in slowest.items())}")
+
+    _on_rank_0(write, topology, device)
     if dist.is_initialized() and not joined:
         dist.destroy_process_group()
+
+
+def _on_rank_0(work: Callable[[], None], topology: Topology, device: torch.device) -> None:
+    """Its UserError is every rank's; collective."""
+    found = None
+    try:
+        if topology.rank == 0:
+            work()
+    except UserError as error:
+        found = error
+    raise_together(found, topology, device)
 
 
 def _slowest(name: str, values: list[float]) -> float:

@@ -324,13 +324,14 @@ def sentence(names: tuple[str, str], variants: Sequence[Variant], best: Variant 
     """The answer.
 
     Args:
+        variants: flat, SPTT alone, then by compression.
         names: of the model and of its tower modules.
     """
     flat = variants[0]
     if hosts == 1:
         return "No: towers do not pay on one host, because nothing crosses between hosts."
     if best is None:
-        return f"No: this model cannot be run with towers on {hosts} hosts ({variants[-1].impossible})."
+        return f"No: this model cannot be run with towers on {hosts} hosts ({variants[1].impossible})."
     ratio, share = best.total / flat.total, flat.links / flat.total
     said = (
         f"{best.name} is predicted to take {ratio:.2f} of flat's step ({1e3 * best.total:,.2f} of "

@@ -10,7 +10,7 @@ from megarec.config.deepspeed import micro_batch_size, monitor_sections, without
 from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.loader import EpochLoader, EvalLoader, Source
-from megarec.data.schema import Schema, Split, load_schema, select_features
+from megarec.data.schema import Schema, Split, load_schema, select_features, select_label
 from megarec.data.store import open_split
 from megarec.data.stream import open_training
 from megarec.dense.engine import layer_norm_factory
@@ -72,8 +72,8 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
     examples = micro_batch_size(config, topology.world_size)  # fails on the arithmetic before any data is read
 
     path = Path(config.data.path)
-    schema = select_features(load_schema(path), config.data.features)
     data = config.data
+    schema = select_label(select_features(load_schema(path), data.features), data.label)
     loading: dict[str, Any] = {
         "batch_size": data.batch_size,
         "rank": topology.rank,

@@ -39,7 +39,7 @@ from megarec.distributed.topology import ONE_RANK
 from megarec.errors import DamagedCheckpoint, UserError
 from megarec.models.initial import materialize
 from megarec.models.recommender import Recommender
-from megarec.run.spec import resolve
+from megarec.run.spec import ModelSpec, resolve
 from megarec.slices import TensorSlice
 from megarec.sparse.side import SparseSide
 from megarec.sparse.towers.modules import TowerModules
@@ -97,40 +97,53 @@ def load_checkpoint(directory: Path, device: str | torch.device = "cpu") -> Pred
     Raises:
         UserError: a file is missing, damaged, or its tensors are not those of its config; nothing was allocated.
     """
+    return _predictor(*open_checkpoint(directory), torch.device(device))
+
+
+def open_checkpoint(directory: Path) -> tuple[RunConfig, Schema, "Weights"]:
+    """A checkpoint's run, features and weights, verified; nothing is allocated.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
     index = read_index(directory)
     config, schema = _model_of(index, directory / INDEX)
     verify(directory, index)
-    return _predictor(config, schema, _weights(Reader(directory, index), directory, INDEX), torch.device(device))
+    return config, schema, _weights(Reader(directory, index), directory, INDEX)
 
 
 @dataclass(frozen=True)
-class _Weights:
+class Weights:
     """Where the weights of a model come from.
 
     Attributes:
         shapes: by name, as export and checkpoint call them.
-        fill: copies the weights of a name into a tensor of its shape.
+        fill: copies the weights of a name into a tensor of its shape, or of as many rows from a first one.
         path: what holds them, for messages.
         about: the file that says which they should be, for messages.
     """
 
     shapes: dict[str, tuple[int, ...]]
-    fill: Callable[[str, Tensor], object]
+    fill: Callable[..., object]
     path: Path
     about: str
 
 
-def _weights(reader: Reader, path: Path, about: str) -> _Weights:
+def _weights(reader: Reader, path: Path, about: str) -> Weights:
     shapes = {name: entry.shape for name, entry in reader.index.tensors.items() if is_weight(name)}
 
-    def fill(name: str, into: Tensor) -> None:
-        reader.fill(TensorSlice(name, shapes[name], (0,) * into.dim(), into))
+    def fill(name: str, into: Tensor, first_row: int = 0) -> None:
+        reader.fill(TensorSlice(name, shapes[name], (first_row, *(0 for _ in shapes[name][1:]))[: into.dim()], into))
 
-    return _Weights(shapes, fill, path, about)
+    return Weights(shapes, fill, path, about)
 
 
-def _predictor(config: RunConfig, schema: Schema, weights: _Weights, device: torch.device) -> Predictor:
-    """Check that the weights are those of the model, then build and fill it."""
+def checked_spec(config: RunConfig, schema: Schema, weights: Weights) -> ModelSpec:
+    """The model that the weights are of.
+
+    Raises:
+        DamagedCheckpoint: they are not those of the config; nothing was allocated.
+    """
     try:
         spec = resolve(config, schema)
         model = spec.meta_model()
@@ -143,7 +156,22 @@ def _predictor(config: RunConfig, schema: Schema, weights: _Weights, device: tor
             f"{weights.path}: {weights.about} describes no model that can be built ({error}): damaged, or edited"
         ) from error
     _check(weights, expected)
+    return spec
 
+
+def dense_model(config: RunConfig, spec: ModelSpec, weights: Weights, device: torch.device) -> Recommender:
+    """The dense model with its weights, in the type in which the run computes."""
+    model = spec.meta_model()
+    materialize(model, device)
+    model.to(settings_of(config.deepspeed).dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            weights.fill(DENSE + name, parameter)
+    return model
+
+
+def _predictor(config: RunConfig, schema: Schema, weights: Weights, device: torch.device) -> Predictor:
+    spec = checked_spec(config, schema, weights)
     module = config.tower_module
     sparse = SparseSide(
         spec.layout,
@@ -155,17 +183,13 @@ def _predictor(config: RunConfig, schema: Schema, weights: _Weights, device: tor
         towers=spec.towers,
         tower_optimizer=None if isinstance(module, IdentityTowerConfig) else resolve_optimizer(module, config.dense),
     )
-    materialize(model, device)
-    model.to(settings_of(config.deepspeed).dtype).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            weights.fill(DENSE + name, parameter)
         for name, (_, tensor) in sparse.state().items():
             if name.endswith("/weight"):
                 weights.fill(TABLES + name, tensor)
         for name, parameter in sparse.modules.bank.named_parameters() if sparse.modules else ():
             weights.fill(TOWERS + name, parameter)
-    return Predictor(config, schema, sparse, model)
+    return Predictor(config, schema, sparse, dense_model(config, spec, weights, device))
 
 
 def _model_of(about: Index | Export, path: Path) -> tuple[RunConfig, Schema]:
@@ -184,7 +208,7 @@ def _tower_shapes(towers: ResolvedTowers) -> dict[str, tuple[int, ...]]:
     return {TOWERS + name: tuple(parameter.shape) for name, parameter in bank.named_parameters()}
 
 
-def _check(weights: _Weights, expected: dict[str, tuple[int, ...]]) -> None:
+def _check(weights: Weights, expected: dict[str, tuple[int, ...]]) -> None:
     """Before anything is allocated: these tensors are there, and so at least their size."""
     there, path = weights.shapes, weights.path
     for name, shape in expected.items():

@@ -242,7 +242,7 @@ def test_damage_is_seen_when_the_row_is_read(tmp_path: Path, capsys: pytest.Capt
     for what in (*places, "lists"):
         stores = [open_split(tmp_path, "train", SCHEMA, "error") for _ in range(2)]
         cache, _ = ensure_cache(tmp_path, "train", SCHEMA, "error")
-        record = stores[0]._file.records[stores[0]._file.find(np.array([39]))[1]].tobytes()
+        record = stores[0]._file.records(stores[0]._file.find(np.array([39]))[1]).tobytes()
         with (cache / ROWS_FILE).open("r+b") as file:  # in place: in the memory of both
             data = file.read()
             place = data.index(lists) if what == "lists" else data.index(record) + places[what]
@@ -262,9 +262,7 @@ def test_damage_is_seen_when_the_row_is_read(tmp_path: Path, capsys: pytest.Capt
 
 def test_damage_that_comes_back_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_prepared(tmp_path)
-    monkeypatch.setattr(
-        "megarec.data.records.hashes", lambda values, starts, stops, size: np.zeros(len(starts), np.uint64)
-    )
+    monkeypatch.setattr("megarec.data.records.hashes", lambda rows: np.zeros(len(rows), np.uint64))
     store = open_split(tmp_path, "train", SCHEMA, "error")
     with pytest.raises(UserError, match=r"rows\.arrow is damaged just after it was built: check this machine's disk"):
         store.gather(np.arange(3))

@@ -21,11 +21,18 @@ SPEC = {
         "a": {"type": "categorical"},
         "b": {"type": "categorical", "dtype": "integer"},
         "l": {"type": "multi_valued"},
-        "x": {"type": "numeric", "missing": 0},
+        "x": {"type": "numeric", "missing": 0, "standardise": True},
+        "s": {"type": "sequence", "max_length": 2, "newest": "last", "table": "a"},
+        "q": {"type": "bucketised", "buckets": 3},
+        "w": {"type": "weight"},
+        "g": {"type": "group"},
+        "t": {"type": "time"},
         "y": {"type": "label"},
     },
 }
-TABLE = b"a,b,l,x,y\n" + b"".join(b'"u%d",%d,p|q%d,%d.5,%d\n' % (i, i, i, i, i % 2) for i in range(6))
+TABLE = b"a,b,l,x,s,q,w,g,t,y\n" + b"".join(
+    b'"u%d",%d,p|q%d,%d.5,u1|u%d|p,%d,%d,g%d,2026-01-0%d,%d\n' % (*[i] * 8, i + 1, i % 2) for i in range(6)
+)
 # A warning that an error was lost in a callback is a fault as well.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 PIECES = [b'"', b"\n", b"\r", b",", b"\t", b"\0", b"\xff", b"7.0", b"nan", b"", b"|", b"\xef\xbb\xbf", b"1e999", b"'"]
@@ -65,8 +72,8 @@ def test_tables(
     rows, codes = tmp_path / f"t{suffix}", []
     for _ in range(10):
         if suffix == ".parquet":
-            values = [chance.choice([None, 1, 7.5, "u", True, [1], ["p", None], float("nan")]) for _ in range(5)]
-            columns = {name: pa.array([value] * 3) for name, value in zip("ablxy", values, strict=True)}
+            values = [chance.choice([None, 1, 7.5, "u", True, [1], ["p", None], float("nan")]) for _ in range(10)]
+            columns = {name: pa.array([value] * 3) for name, value in zip(SPEC["columns"], values, strict=True)}
             pq.write_table(pa.table(columns | {"y": pa.array([0, 1, 1])}), rows)
             if chance.random() < 0.3:
                 rows.write_bytes(broken(rows.read_bytes(), chance))
@@ -83,9 +90,10 @@ def test_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     (tmp_path / "t.csv").write_bytes(TABLE)
     for _ in range(12):
         spec = json.loads(json.dumps(SPEC))
-        name = chance.choice("ablxy")
-        key = chance.choice(["type", "dtype", "hash", "table", "separator", "missing", "min_count", "z"])
-        spec["columns"][name][key] = chance.choice([None, 0, -1, 7, "a", "b", "", [], {}, True, 1.5, "integer"])
+        name = chance.choice("ablxsqwgty")
+        keys = ["type", "dtype", "hash", "table", "separator", "missing", "min_count", "z", "buckets", "boundaries"]
+        key = chance.choice([*keys, "max_length", "newest", "standardise"])
+        spec["columns"][name][key] = chance.choice([None, 0, -1, 7, "a", "b", "", [], {}, True, 1.5, "integer", [1, 2]])
         (tmp_path / "spec.json").write_text(json.dumps(spec))
         prepare(tmp_path, tmp_path / "t.csv", monkeypatch, capsys)
 

@@ -1,11 +1,13 @@
+import importlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from megarec.data.batch import Batch, end_to_end
+from megarec.data.batch import Batch, carve, end_to_end
 from megarec.data.loader import EvalLoader, TrainLoader, example_keys
 from megarec.data.store import Store, open_split
 from megarec.errors import UserError
@@ -191,3 +193,25 @@ def test_works_from_a_fresh_open(store: Store, tmp_path: Path) -> None:
     again = open_split(tmp_path, "train", SCHEMA, "error")
     first, second = (next(train(s).batches(0)) for s in (store, again))
     assert examples(first) == examples(second)
+
+
+def test_large_batches_take_the_memory_of_those_that_are_gone() -> None:
+    """And of no others: not of one whose smallest part is still there."""
+    batch_module = importlib.import_module("megarec.data.batch")
+    with mock.patch.multiple(batch_module, _LARGE=0, _spare=batch_module._Spare()):
+        places = set()
+        part = None
+        for step in range(20):
+            buffer, (whole, last) = carve([((100,), torch.int64), ((5 + step % 3,), torch.int32)], pinned=False)
+            assert buffer.storage_offset() == 0 and buffer.numel() == 800 + (5 + step % 3 + 1) // 2 * 8
+            places.add(whole.data_ptr())
+            if step == 3:
+                part = last[1:2]
+                part.fill_(7)
+            del buffer, whole, last
+        assert len(places) == 2 and part is not None and part.item() == 7
+        held = [carve([((100,), torch.int64)], pinned=False)[1][0].fill_(step) for step in range(6)]
+        assert [int(values[0]) for values in held] == list(range(6))
+        del held
+        carve([((10_000,), torch.int64)], pinned=False)
+        assert len(batch_module._spare._all) <= 3  # those that nobody has are few, the one of `part` and this one

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megarec.data.preparation.prepare import prepare_as, prepare_table
 from megarec.data.schema import Schema, made_up
 from megarec.data.statistics import counts, report
 from megarec.data.statistics.drift import drift_of_ids, drift_of_numbers
@@ -110,7 +111,7 @@ def feature(found: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def test_labels(found: dict[str, Any]) -> None:
-    for split, own in found["labels"].items():
+    for split, own in found["labels"]["label"].items():
         labels = columns_of(split)["label"]
         assert own["rows"] == len(labels) and own["rate"] == labels.mean() and own["invalid"] == 0
         n, p, z = len(labels), labels.mean(), 1.959964  # Wilson's interval solves (rate - p)^2 = z^2 p (1 - p) / n
@@ -249,14 +250,15 @@ def test_values_that_do_not_count(tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), tmp_path / "train" / "000.parquet")
     (tmp_path / "schema.json").write_text(schema.model_dump_json())
     found = write_statistics(tmp_path, tmp_path / "out").as_json()
-    assert found["labels"] == {"train": found["labels"]["train"] | {"rows": 6, "rate": 2 / 3, "invalid": 3}}
+    labels = found["labels"]["label"]["train"]
+    assert (labels["rows"], labels["rate"], labels["invalid"]) == (6, 2 / 3, 3)
     one, many, number = (feature(found, name)["splits"]["train"] for name in ("id", "list", "x"))
     assert (one["values"], one["distinct"], one["invalid"]) == (2, 2, 4)
     assert (many["values"], many["distinct"], many["invalid"]) == (4, 3, 3)
     assert many["lengths"]["histogram"] == [1, 2, 2]
     assert (number["count"], number["invalid"], number["mean"]) == (2, 4, 2.0)
     text = (tmp_path / "out" / "statistics.html").read_text(encoding="utf-8")
-    assert "3 labels are neither 0 nor 1" in text and "3 features with nulls" in text
+    assert "3 of &#x27;label&#x27; are neither 0 nor 1" in text and "3 features with nulls" in text
 
 
 def test_numbers_far_apart_and_equal_ones() -> None:
@@ -349,6 +351,51 @@ def test_the_command(data: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "statistics.html" in done.stdout and "'moved'" in done.stdout
     assert (tmp_path / "new" / "statistics.html").read_bytes() == (data / "statistics.html").read_bytes()
+
+
+SPEC = {
+    "name": "own",
+    "columns": {
+        "paid": {"type": "label"},
+        "id": {"type": "categorical"},
+        "hex": {"type": "categorical", "dtype": "hexadecimal"},
+        "age": {"type": "bucketised", "boundaries": [18, 65.5]},
+        "price": {"type": "numeric", "missing": 0, "log": True},
+        "label": {"type": "label"},
+    },
+}
+
+
+def test_what_a_preparation_knows(tmp_path: Path) -> None:
+    """What is missing, beside what is unknown; values as people wrote them; later files without a label."""
+    (tmp_path / "spec.json").write_text(json.dumps(SPEC))
+    train = "id,hex,age,price,label,paid\na,0a,17,,1,0\na,ff,,2,0,0\n,ff,70,,0,0\nb,,18,0,1,0\n"
+    test = "id,hex,age,price\nnew,,,\n,ff,3,1\n"
+    for name, text in (("train", train), ("valid", train), ("test", test)):
+        (tmp_path / f"{name}.csv").write_text(text)
+    files = {split: [tmp_path / "train.csv"] for split in ROWS}
+    prepare_table(tmp_path / "spec.json", files, tmp_path / "data")
+    found = write_statistics(tmp_path / "data", tmp_path / "data").as_json()
+    missing = {name: feature(found, name)["splits"]["train"]["missing"] for name in ("id", "hex", "age", "price")}
+    assert missing == {"id": 0.25, "hex": 0.25, "age": 0.25, "price": 0.5}
+    assert {label: own["train"]["rate"] for label, own in found["labels"].items()} == {"paid": 0.0, "label": 0.5}
+    assert "all &#x27;paid&#x27; of train are 0" in (tmp_path / "data" / "statistics.html").read_text()
+    values = {name: [one["value"] for one in feature(found, name)["frequent"]] for name in ("id", "hex", "age")}
+    assert values == {"id": ["a", "b"], "hex": ["ff", "a"], "age": ["below 18", "18 to 65.5", "from 65.5"]}
+
+    prepare_as(tmp_path / "data", {"test": [tmp_path / "test.csv"]}, tmp_path / "later")
+    found = write_statistics(tmp_path / "later", tmp_path / "later").as_json()
+    assert found["labels"]["label"] == {"test": {"rows": 2, "rate": None, "interval": (0.0, 1.0), "invalid": 0}}
+    own = {name: feature(found, name)["splits"]["test"] for name in missing}
+    assert {name: figures["missing"] for name, figures in own.items()} == dict.fromkeys(missing, 0.5)
+    assert (own["id"]["unknown"], own["hex"]["unknown"], own["age"]["unknown"]) == (1.0, 0.0, None)
+    assert all(feature(found, name)["drift"] == {} for name in missing)  # there is no training to drift from
+    for name, what in (("spec.json", "columns.id.type='x'"), ("vocabulary/id.parquet", "cannot be read")):
+        path = tmp_path / "data" / name
+        path.write_text(path.read_text().replace("categorical", "x") if name == "spec.json" else "no parquet")
+        with pytest.raises(UserError, match=rf"{name}: .*{what}"):
+            write_statistics(tmp_path / "data", tmp_path / "out")
+        (tmp_path / "data" / "spec.json").unlink(missing_ok=True)
 
 
 def test_mistakes_are_one_line(data: Path, tmp_path: Path) -> None:

@@ -32,7 +32,11 @@ def h100(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"network_gb_s": {"value": 0, "source": "x"}}, r"m\.json: network_gb_s\.value=0: .*greater than 0"),
+        ({"network_gb_s": {"value": 0, "source": "x"}}, r"m\.json: network_gb_s\.value=0: .*equal to 0\.000000001"),
+        ({"network_gb_s": {"value": 1e-300, "source": "x"}}, r"network_gb_s\.value=1e-300: .*equal to 0\.000000001"),
+        ({"network_incast": {"value": 2, "source": "x"}}, r"network_incast\.value=2: .*less than 2"),
+        ({"ranks_per_host": {"value": 0.5, "source": "x"}}, r"ranks_per_host\.value=0\.5; expected a whole number"),
+        ({"network_us": {"value": {"2": 1, "02": 3}, "source": "x"}}, r"network_us\.value has the key '02'; expected"),
         ({"network_gb_s": {"value": 50}}, r"m\.json: network_gb_s\.source is missing"),
         ({"netwrok_gb_s": {"value": 50, "source": "x"}}, r"unknown key 'netwrok_gb_s'; did you mean 'network_gb_s'"),
         (

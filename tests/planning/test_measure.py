@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from megarec.distributed.rank_pool import RankPool
 from megarec.distributed.topology import build_topology
+from megarec.errors import UserError
 from megarec.planning import measure
 from megarec.planning.hardware import load_hardware
 
@@ -28,6 +30,26 @@ def test_ranks_measure_together(rank_pool: Callable[[int], RankPool], tmp_path: 
     hardware = load_hardware(str(tmp_path / "m.json"))
     assert hardware.ranks_per_host.value == 4 and hardware.network_gb_s is None
     assert hardware.host_link_gb_s is not None and "measured" in hardware.host_link_gb_s.source
+
+
+def refused(path: Path) -> str:
+    """On a rank."""
+    with patch.object(measure, "_rank_figures", side_effect=AssertionError("measured first")):
+        try:
+            measure.measure(path)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def test_a_file_that_cannot_be_written_is_said_first_and_by_all_ranks(
+    rank_pool: Callable[[int], RankPool], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dir.json").mkdir()
+    for name, said in (("m.txt", "a JSON file"), ("file/m.json", "cannot be made"), ("dir.json", "is a directory")):
+        for message in rank_pool(2).run(refused, tmp_path / name):
+            assert said in message and message.startswith(f"--measure {tmp_path / name}: ")
 
 
 def test_what_is_written_of_several_hosts() -> None:

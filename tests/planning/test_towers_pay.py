@@ -76,7 +76,7 @@ def test_the_mildest_compression_near_the_shortest_step() -> None:
         ("dcn", "dlrm"), [flat, sptt, eight], eight, True, 8
     )
     assert sentence(names, [flat], None, False, 1).startswith("No: towers do not pay on one host")
-    refused = [flat, Variant("SPTT alone", impossible="too few")]
+    refused = [flat, Variant("SPTT alone", impossible="too few"), Variant("compression 2", 2, impossible="too narrow")]
     assert sentence(names, refused, None, False, 8) == "No: this model cannot be run with towers on 8 hosts (too few)."
 
 

@@ -37,7 +37,7 @@ def test_keys_and_table() -> None:
         ),
         ([*CONFIG, "--hardware", "h100", "--hosts", "0"], "--hosts 0: expected at least 1"),
         ([*CONFIG, "--hosts", "2"], "give --hardware (or --measure FILE alone)"),
-        (["--measure", "m.json", "--hosts", "2"], "--measure FILE stands alone: leave --hosts out"),
+        (["--measure", "m.json", "--hosts", "2", "--json"], "--measure FILE stands alone: leave --hosts, --json out"),
         ([*CONFIG, "--hardware", "h100", "--hosts", "3"], "131072"),
     ],
 )

@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from megarec.data.preparation.distinct import places_of
 from megarec.data.preparation.expand import expand
 from megarec.data.preparation.kept_spec import load_prepared
 from megarec.data.preparation.merge import place
-from megarec.data.preparation.scan import Key, places_of, values_of
+from megarec.data.preparation.scan import Key, values_of
 from megarec.data.preparation.table_reader import Part, RowRefused
 from megarec.data.preparation.table_spec import Bucketised, Lists
 from megarec.data.preparation.text_files import BadRow
@@ -35,7 +36,7 @@ class RowEncoder:
 
     def __init__(self, directory: Path) -> None:
         found = load_prepared(directory)
-        self._read = found.kept.spec.without(set(found.kept.spec.labels))
+        self._read = found.kept.spec.without(set(found.kept.spec.roles))
         self._spec = self._read.features
         self._declared = found.kept.spec.columns
         self._fitted = found.kept.fitted
@@ -46,10 +47,10 @@ class RowEncoder:
         }
 
     def encode(self, rows: Sequence[Row]) -> pa.Table:
-        """The columns of shards, but for labels.
+        """The columns of shards, but for labels, weight, group and time.
 
         Args:
-            rows: by column of the files, values as text, numbers, lists or None; labels and ignored columns may lack.
+            rows: by column of the files, values as text, numbers, lists or None; those that are no features may lack.
 
         Raises:
             UserError: names the row (from 0) and the column, the value seen and what was expected.

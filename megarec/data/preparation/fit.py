@@ -1,4 +1,5 @@
-"""What the training split decides beside vocabularies: quantiles, means and deviations.
+"""What the training split decides beside vocabularies: quantiles, means and deviations;
+and where time cuts splits.
 
 Quantiles are exact: they come from the sorted runs of the pieces, a range of values at a time, as vocabularies do.
 Means go piece by piece in the order of the files. So all of it follows from the files and the spec alone.
@@ -18,16 +19,15 @@ from megarec.data.preparation.scan import Piece
 
 
 @dataclass(frozen=True)
-class Cuts:
-    """The work of one column: where to cut its numbers into so many buckets.
+class Numbers:
+    """The numbers of a column, in sorted runs.
 
     Attributes:
-        runs: `words` files of the pieces whose numbers count, with the column.
+        runs: files that have distinct numbers and their counts, with the column.
     """
 
     name: str
     runs: tuple[tuple[Path, str], ...]
-    buckets: int
 
     @property
     def ranges(self) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
@@ -35,23 +35,51 @@ class Cuts:
         for values, counts in ranges(MergeTask(0, self.name, pa.float64(), self.runs)):
             yield values.to_numpy(), counts
 
+    @property
+    def total(self) -> int:
+        return sum(int(counts.sum()) for _, counts in self.ranges)
 
-def quantiles(task: Cuts) -> list[float]:
+
+@dataclass(frozen=True)
+class Quantiles:
+    """The work of one column: where to cut its numbers into so many buckets."""
+
+    numbers: Numbers
+    buckets: int
+
+
+def quantiles(task: Quantiles) -> list[float]:
     """Boundaries that cut the numbers into buckets as equal as numbers that are there often let them be.
 
     Of n sorted numbers (from 0) boundary k of b buckets is number floor(k n / b); what parts nothing is left out.
     """
-    total = sum(int(counts.sum()) for _, counts in task.ranges)
+    total = task.numbers.total
     wanted = [k * total // task.buckets for k in range(1, task.buckets)] if total else []
     found: list[float] = []
     below, least = 0, math.nan
-    for numbers, counts in task.ranges:
+    for numbers, counts in task.numbers.ranges:
         least = float(numbers[0]) if math.isnan(least) else least
         up_to = below + np.cumsum(counts)
         here = [place for place in wanted if below <= place < int(up_to[-1])]
         found += numbers[np.searchsorted(up_to, here, side="right")].tolist()
         below = int(up_to[-1])
     return sorted({value for value in found if value > least})
+
+
+def cuts_of(times: Numbers, fractions: tuple[float, float, float]) -> tuple[float, float]:
+    """Where valid and test begin: a time goes where its first row falls, so that equal times are never cut apart."""
+    total = times.total
+    wanted = [round(share * total, 6) for share in (fractions[0], fractions[0] + fractions[1])]
+    found = [math.inf, math.inf]
+    below = 0
+    for values, counts in times.ranges:
+        earlier = below + np.cumsum(counts) - counts
+        for place, target in enumerate(wanted):
+            at = int(np.searchsorted(earlier, target, side="left"))
+            if at < len(values):
+                found[place] = min(found[place], float(values[at]))
+        below += int(counts.sum())
+    return found[0], found[1]
 
 
 def mean_and_deviation(pieces: Iterable[Piece], name: str) -> tuple[float, float]:

@@ -7,14 +7,15 @@ vocabulary/. `prepare_data.py table --like DATA` (prepare.py) and `RowEncoder` (
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from megarec.data.preparation.table_spec import Bucketised, Numeric, TableSpec, describe
+from megarec.data.preparation.merge import Table
+from megarec.data.preparation.table_spec import Bucketised, Lists, Numeric, Sequence, TableSpec, describe
 from megarec.data.preparation.vocabulary import Hashing, identity_of, read_values
-from megarec.data.schema import Schema, identity_difference, load_schema
+from megarec.data.schema import CategoricalFeature, Schema, identity_difference, load_schema
 from megarec.errors import UserError
 from megarec.files import read_object
 
@@ -77,6 +78,50 @@ class KeptSpec(BaseModel):
                 found[name] = f"buckets cut at {_told(self.fitted.boundaries[name])}"
         return found
 
+    def data_schema(
+        self, files: TableSpec, tables: dict[str, Table], rows: dict[str, int], mean_lengths: dict[str, float]
+    ) -> Schema:
+        """schema.json of a data set.
+
+        Args:
+            files: the spec of the columns that its files have.
+            tables: by column that has a table of its own.
+            rows: by split.
+            mean_lengths: by list.
+        """
+        spec, features = self.spec.features, []
+        for name, column in spec.looked_up.items():
+            if isinstance(column, Bucketised):
+                buckets = len(self.fitted.boundaries[name]) + 1
+                features.append(CategoricalFeature(name=name, rows=buckets + 1))
+                continue
+            many: dict[str, Any] = {}
+            if isinstance(column, Lists):
+                many = {
+                    "multi_valued": True,
+                    "pooling": column.pooling,
+                    "weighted": name in spec.weights,
+                    "newest": column.newest if isinstance(column, Sequence) else None,
+                    "mean_length": round(mean_lengths.get(name, 1.0), 3),
+                }
+            owner = tables[column.table or name]
+            features.append(CategoricalFeature(name=name, rows=owner.rows, table=column.table, **many))
+        return Schema(
+            name=spec.name,
+            label=spec.labels[0],
+            labels=tuple(spec.labels),
+            labelled=bool(files.labels),
+            weight=files.role("weight"),
+            group=files.role("group"),
+            time=files.role("time"),
+            label_rule=spec.label_rule,
+            categorical=tuple(features),
+            numeric=tuple(name for name, column in spec.columns.items() if isinstance(column, Numeric)),
+            rows=rows,
+            identity=self.identity({name: table.identity for name, table in tables.items()}),
+            source=f"table: prepared from the user's files of {spec.name}",
+        )
+
 
 def _told(boundaries: list[float]) -> str:
     """All of few, the digest of many."""
@@ -108,10 +153,7 @@ def load_prepared(directory: Path) -> Prepared:
             f"{directory} has no {SPEC_FILE}, so that its rules are not known: an earlier version made it, or another "
             "command than table and criteo; prepare its files again"
         )
-    try:
-        kept = KeptSpec.model_validate(read_object(path, "the spec that a data set keeps"))
-    except ValidationError as error:
-        raise UserError(f"{path}: {describe(error, 'spec')}; prepare the data again") from error
+    kept = read_kept(path)
     of_tables = {}
     for name, column in kept.spec.features.ids.items():
         if column.hash is not None:
@@ -122,3 +164,15 @@ def load_prepared(directory: Path) -> Prepared:
     if other := identity_difference(schema.identity, kept.identity(of_tables)):
         raise UserError(f"{directory} is not what was prepared: {other.partition(', so')[0]}; prepare it again")
     return Prepared(directory, kept, schema)
+
+
+def read_kept(path: Path) -> KeptSpec:
+    """Read a spec.json.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        return KeptSpec.model_validate(read_object(path, "the spec that a data set keeps"))
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe(error, 'spec')}; prepare the data again") from error

@@ -17,21 +17,29 @@ import pyarrow as pa
 
 from megarec.data.preparation import table_reader
 from megarec.data.preparation.encode import Encoder, shards_of
-from megarec.data.preparation.fit import Cuts, mean_and_deviation, quantiles
+from megarec.data.preparation.fit import Numbers, Quantiles, cuts_of, mean_and_deviation, quantiles
 from megarec.data.preparation.hub import HubSplit
 from megarec.data.preparation.kept_spec import SPEC_FILE, Fitted, KeptSpec, Prepared, load_prepared
 from megarec.data.preparation.merge import MergeTask, Table, merge, runs_of
-from megarec.data.preparation.scan import Piece, Scanned, Shares, scan, scanned_file
+from megarec.data.preparation.scan import Piece, Scanned, scan, scanned_file
+from megarec.data.preparation.splits import ByColumn, ByTime, Division, Placing, Said, TimeCuts, time_runs
 from megarec.data.preparation.table_reader import Unit, columns_of, units_of
-from megarec.data.preparation.table_spec import Bucketised, Lists, Numeric, Sequence, TableSpec, load_table_spec
+from megarec.data.preparation.table_spec import (
+    Bucketised,
+    Categorical,
+    Numeric,
+    SplitColumn,
+    TableSpec,
+    load_table_spec,
+)
 from megarec.data.preparation.text_files import BadRow
 from megarec.data.preparation.vocabulary import Hashing
 from megarec.data.preparation.work import Progress, Workers, work_directory
-from megarec.data.schema import SPLITS, CategoricalFeature, Schema, save_schema
+from megarec.data.schema import SPLITS, Schema, save_schema
 from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
 
-FORMAT = 3  # of pieces and look-ups: what another version left is not taken up
+FORMAT = 5  # of pieces and look-ups: what another version left is not taken up
 Files = Mapping[str, list[Path] | list[HubSplit]]
 """By split, or "all", what is read."""
 QUARANTINE_FILE = "quarantine.csv"
@@ -57,7 +65,7 @@ def prepare_table(
     *,
     workers: int = 1,
     max_bad: MaxBad = MaxBad(),
-    shares: Shares | None = None,
+    shares: Division | None = None,
 ) -> Schema:
     """Write people's own files as a prepared data set; the bytes depend on the files and the spec alone.
 
@@ -81,7 +89,7 @@ def prepare_as(
     *,
     workers: int = 1,
     max_bad: MaxBad = MaxBad(),
-    shares: Shares | None = None,
+    shares: Division | None = None,
 ) -> Schema:
     """Write more files as a data set that was prepared before: by its spec and vocabularies, nothing is counted.
 
@@ -104,13 +112,22 @@ def prepare_spec(
     like: Prepared | None,
     workers: int,
     max_bad: MaxBad,
-    shares: Shares | None = None,
+    shares: Division | None = None,
 ) -> Schema:
     """`prepare_table` or `prepare_as` of a spec that is at hand; `named` is how messages call it."""
     check_output(output)
+    whole = spec
     paths = [(split, path) for split in (*SPLITS, "all") for path in files.get(split, ())]
-    if like is not None and not any(set(spec.labels) & set(columns_of(path, spec)) for _, path in paths):
-        spec = spec.without(set(spec.labels))
+    if like is not None:
+        there = {name for _, path in paths for name in columns_of(path, spec)}
+        absent = {name for name in spec.roles if name not in there}
+        spec = spec.without(absent if set(spec.labels) <= absent else absent - set(spec.labels))
+    if not isinstance(shares, ByColumn):
+        spec = spec.ignoring(set(spec.of_type("split")))
+    wanted = "time" if isinstance(shares, ByTime) else "split" if isinstance(shares, ByColumn) else None
+    if wanted is not None and spec.role(wanted) is None:
+        how = "time" if wanted == "time" else "column"
+        raise UserError(f"--split {how}: {named} names no column of type {wanted!r}; add one, or take --split random")
     units = [unit for split, path in paths for unit in units_of(path, split, spec)]
     plan = _plan(spec, units, like, shares)
     if output.is_symlink():
@@ -118,9 +135,9 @@ def prepare_spec(
     if sum(unit.size for unit in units) < table_reader.UNIT_BYTES:
         workers = 1  # starting others would take longer
     with writable(output), work_directory(output, plan) as work, Workers(workers) as pool:
-        for name in ("pieces", "tables", "done", "data"):
+        for name in ("times", "pieces", "tables", "done", "data"):
             (work / name).mkdir(exist_ok=True)
-        schema = _Preparation(spec, spec.features, files, units, work, pool, max_bad, shares).run(like)
+        schema = _Preparation(whole, spec, spec.features, files, units, work, pool, max_bad, shares).run(like)
         publish(work / "data", output)
     return schema
 
@@ -130,10 +147,12 @@ class _Preparation:
     """What the phases of a preparation share.
 
     Attributes:
-        read: the spec of the columns that the files have.
-        spec: that of the features that they become.
+        whole: the spec that the data set keeps.
+        read: of the columns that are read.
+        spec: of the features that they become.
     """
 
+    whole: TableSpec
     read: TableSpec
     spec: TableSpec
     files: Files
@@ -141,7 +160,7 @@ class _Preparation:
     work: Path
     pool: Workers
     max_bad: MaxBad
-    shares: Shares | None
+    shares: Division | None
 
     def run(self, like: Prepared | None) -> Schema:
         """Carry out what is not done yet; everything then lies below work/data."""
@@ -151,10 +170,9 @@ class _Preparation:
         for split, count in rows.items():
             if count == 0:
                 named = ", ".join(map(str, self.files[split if self.shares is None else "all"]))
-                by_chance = "" if self.shares is None else f" and {split} got none by chance"
-                raise UserError(f"{named}: no rows; every split needs some{by_chance}")
+                raise UserError(f"{named}: no rows; every split needs some{self._why_none(split)}")
         tables = self._merge(pieces, like)
-        kept = KeptSpec(spec=self.read, fitted=self._fit(pieces["train"])) if like is None else like.kept
+        kept = KeptSpec(spec=self.whole, fitted=self._fit(pieces["train"])) if like is None else like.kept
         known = self._encode(pieces, tables, kept.fitted)
         self._progress.end()
         present = {split: sum((Counter(p.present) for p in pieces[split]), Counter[str]()) for split in rows}
@@ -166,16 +184,25 @@ class _Preparation:
             }
             for split in rows
         }
+        missing = {
+            split: {
+                name: round(1 - present[split][name] / rows[split], 6)
+                for name, column in self.spec.columns.items()
+                if isinstance(column, Categorical | Bucketised | Numeric)
+            }
+            for split in rows
+        }
         means = {name: present["train"][name] / rows["train"] for name in self.spec.ids} if "train" in rows else {}
         if like is not None:
             means |= {feature.name: feature.mean_length for feature in like.schema.categorical}
-        schema = _schema(kept, tables, rows, means).model_copy(update={"labelled": bool(self.spec.labels)})
+        schema = kept.data_schema(self.spec, tables, rows, means)
         shared = {
             name: round(tables[name].shared / max(tables[name].values, 1), 6)  # type: ignore[operator]
             for name in tables
             if tables[name].shared is not None
         }
-        schema = schema.model_copy(update={"unknown": unknown, "sharing": shared, "bad_rows": dict(self._reasons)})
+        counted = {"unknown": unknown, "missing": missing, "sharing": shared, "bad_rows": dict(self._reasons)}
+        schema = schema.model_copy(update=counted)
         kept.save(self.work / "data")
         save_schema(schema, self.work / "data")
         return schema
@@ -183,6 +210,31 @@ class _Preparation:
     @property
     def splits(self) -> list[str]:
         return [split for split in SPLITS if split in self.files or self.shares is not None]
+
+    def _why_none(self, split: str) -> str:
+        if isinstance(self.shares, ByTime):
+            return f" and {split} got none: too few times differ"
+        if isinstance(self.shares, ByColumn):
+            return f" and {split} got none: {self.spec.role('split')!r} says it nowhere"
+        return "" if self.shares is None else f" and {split} got none by chance"
+
+    def _placing(self) -> Placing | None:
+        """How rows find their splits; of a split by time the first pass says it."""
+        if isinstance(self.shares, ByColumn):
+            (name,) = self.spec.of_type("split")
+            column = self.spec.columns[name]
+            assert isinstance(column, SplitColumn)
+            return Said(name, column)
+        if not isinstance(self.shares, ByTime):
+            return self.shares
+        self._progress.begin("reading times", sum(unit.size for unit in self.units))
+        (name,) = self.spec.of_type("time")
+        runs: list[tuple[Path, str]] = []
+        task = partial(time_runs, self.read, self.work / "times")
+        for (_, unit), paths in self.pool.run(task, enumerate(self.units)):
+            runs += [(path, name) for path in paths]
+            self._progress.add(unit.size)
+        return TimeCuts(name, cuts_of(Numbers(name, tuple(runs)), self.shares.fractions))
 
     def _table(self, name: str) -> str:
         """The feature whose table a feature uses."""
@@ -193,12 +245,13 @@ class _Preparation:
 
     def _scan(self) -> dict[str, list[Piece]]:
         pieces: dict[str, list[Piece]] = {split: [] for split in SPLITS}
-        self._progress.begin("reading", sum(unit.size for unit in self.units))
+        placing = self._placing()
+        self._progress.begin("reading", sum(unit.size for unit in self.units), later=0.8)
         most = self.max_bad.count if self.max_bad.share is None else None
         self._rows: list[int] = []  # of each unit, bad ones included
         self._reasons = Counter[str]()
         first: tuple[int, BadRow] | None = None
-        task = partial(scan, self.read, self.work / "pieces", most, self.shares)
+        task = partial(scan, self.read, self.work / "pieces", most, placing)
         for (number, unit), found in self.pool.run(task, enumerate(self.units)):
             self._rows.append(found.rows)
             self._reasons.update(bad.reason for bad in found.bad)
@@ -257,7 +310,7 @@ class _Preparation:
             runs = runs_of(some, self.work / "pieces", features)
             given = None if hashing or like is None else like.directory
             tasks.append(MergeTask(number, name, _KINDS[column.dtype], runs, column.min_count, hashing, given))
-        self._progress.begin("counting", len(tasks))
+        self._progress.begin("counting", len(tasks), later=2.0)
         found = {}
         for task, table in self.pool.run(partial(merge, self.work / "tables", self.work / "data"), tasks):
             found[task.name] = table
@@ -269,11 +322,11 @@ class _Preparation:
         columns = {n: column for n, column in self.spec.columns.items() if isinstance(column, Bucketised)}
         found = {name: column.boundaries or [] for name, column in columns.items()}
         cuts = [
-            Cuts(name, runs_of(train, self.work / "pieces", [name]), column.buckets)
+            Quantiles(Numbers(name, runs_of(train, self.work / "pieces", [name])), column.buckets)
             for name, column in columns.items()
             if column.buckets is not None
         ]
-        found |= {task.name: boundaries for task, boundaries in self.pool.run(quantiles, cuts)}
+        found |= {task.numbers.name: boundaries for task, boundaries in self.pool.run(quantiles, cuts)}
         return Fitted(
             boundaries=found, moments={name: mean_and_deviation(train, name) for name in self.spec.standardised}
         )
@@ -300,7 +353,7 @@ class _Preparation:
         return known
 
 
-def _plan(spec: TableSpec, units: list[Unit], like: Prepared | None, shares: Shares | None) -> dict[str, Any]:
+def _plan(spec: TableSpec, units: list[Unit], like: Prepared | None, shares: Division | None) -> dict[str, Any]:
     """What decides every byte that is written."""
     files = {unit.path: unit.path.stat() for unit in units if unit.source is None}
     sources = {unit.path: unit.source.version for unit in units if unit.source is not None}
@@ -308,39 +361,9 @@ def _plan(spec: TableSpec, units: list[Unit], like: Prepared | None, shares: Sha
         "format": FORMAT,
         "pyarrow": pa.__version__,
         "spec": spec.model_dump(),
-        "shares": None if shares is None else [*shares.fractions, shares.seed],
+        "shares": repr(shares),
         "files": [[str(path.resolve()), status.st_size, status.st_mtime_ns] for path, status in files.items()],
         "units": [[str(unit.path), unit.split, unit.span, unit.groups, unit.shard] for unit in units],
         "sources": {str(path): version for path, version in sources.items()},
         "like": None if like is None else like.schema.identity,
     }
-
-
-def _schema(kept: KeptSpec, tables: dict[str, Table], rows: dict[str, int], mean_lengths: dict[str, float]) -> Schema:
-    spec, features = kept.spec.features, []
-    for name, column in spec.looked_up.items():
-        if isinstance(column, Bucketised):
-            buckets = len(kept.fitted.boundaries[name]) + 1
-            features.append(CategoricalFeature(name=name, rows=buckets + 1))
-            continue
-        many: dict[str, Any] = {}
-        if isinstance(column, Lists):
-            many = {
-                "multi_valued": True,
-                "pooling": column.pooling,
-                "weighted": name in spec.weights,
-                "newest": column.newest if isinstance(column, Sequence) else None,
-                "mean_length": round(mean_lengths.get(name, 1.0), 3),
-            }
-        owner = tables[column.table or name]
-        features.append(CategoricalFeature(name=name, rows=owner.rows, table=column.table, **many))
-    return Schema(
-        name=spec.name,
-        label=spec.labels[0],
-        label_rule=spec.label_rule,
-        categorical=tuple(features),
-        numeric=tuple(name for name, column in spec.columns.items() if isinstance(column, Numeric)),
-        rows=rows,
-        identity=kept.identity({name: table.identity for name, table in tables.items()}),
-        source=f"table: prepared from the user's files of {spec.name}",
-    )

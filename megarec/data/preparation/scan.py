@@ -22,8 +22,10 @@ from megarec.data.preparation.distinct import places_of
 from megarec.data.preparation.expand import expand
 from megarec.data.preparation.piece_files import one_row
 from megarec.data.preparation.piece_files import save as save_batch
-from megarec.data.preparation.table_reader import Part, RowRefused, Unit, read_unit
-from megarec.data.preparation.table_spec import Bucketised, Categorical, Lists, Numeric, TableSpec
+from megarec.data.preparation.roles import group_ids, row_weights, times
+from megarec.data.preparation.splits import Placing
+from megarec.data.preparation.table_reader import Part, Unit, read_unit, usable
+from megarec.data.preparation.table_spec import Bucketised, Categorical, Group, Lists, Numeric, TableSpec
 from megarec.data.preparation.text_files import BadRow
 from megarec.data.preparation.values import bucket_values, id_lists, id_values, labels, numbers, weights
 from megarec.data.schema import SPLITS
@@ -32,28 +34,6 @@ from megarec.files import write_whole
 PIECE_ROWS = 1 << 18
 PIECE_BYTES = 1 << 26
 Key = str | tuple[str, str]  # a column; what belongs to it
-_ODD, _ALL = 0x9E3779B97F4A7C15, (1 << 64) - 1
-_FEW_ROWS = 256  # rows among which a bad one is looked for by itself
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Which split a row goes to, by chance.
-
-    Attributes:
-        fractions: of train, valid and test.
-    """
-
-    fractions: tuple[float, float, float]
-    seed: int = 1
-
-    def places(self, unit: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Int64 [n], the place in SPLITS of rows of a unit: a function of seed, unit and row alone."""
-        mixed = numbers.astype(np.uint64) + np.uint64(((self.seed << 32) + unit) * _ODD & _ALL)
-        for shift, odd in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
-            mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(odd)
-        drawn = (mixed ^ mixed >> np.uint64(31)).astype(np.float64) / 2.0**64
-        return np.searchsorted(np.cumsum(self.fractions)[:2], drawn, side="right")
 
 
 @dataclass(frozen=True)
@@ -106,14 +86,14 @@ def scanned_file(directory: Path, number: int) -> Path:
 
 
 def scan(
-    spec: TableSpec, directory: Path, most_bad: int | None, shares: Shares | None, task: tuple[int, Unit]
+    spec: TableSpec, directory: Path, most_bad: int | None, placing: Placing | None, task: tuple[int, Unit]
 ) -> Scanned:
     """Read a unit into pieces: a pure function of the unit and the spec.
 
     Args:
         directory: of pieces; a unit that lies there already is not read again.
         most_bad: bad rows after which reading on is in vain; None: never.
-        shares: how rows are split; None: all are of the unit's split.
+        placing: how rows are split; None: all are of the unit's split.
         task: the number of the unit, and the unit.
 
     Raises:
@@ -133,9 +113,9 @@ def scan(
     features = spec.features
     parts = ((part, read) for whole, read in read_unit(unit, spec, bad) for part in expand(whole, spec, bad))
     for part, read in parts:
-        for split, some in _divided(part, number, unit.split, shares):
-            for rows, encoded in _usable(some, features, bad, most_bad):
-                gathered.setdefault(split, _Gathered(features)).add(rows, encoded, some.rows.nbytes)
+        for split, some in _divided(part, number, unit.split, placing, bad, most_bad):
+            for few, encoded in usable(some, lambda few: values_of(few, features), bad, most_bad):
+                gathered.setdefault(split, _Gathered(features)).add(len(few.numbers), encoded, some.rows.nbytes)
             if split in gathered and gathered[split].full:
                 save(split)
         if most_bad is not None and len(bad) > most_bad:
@@ -148,35 +128,16 @@ def scan(
     return found
 
 
-def _divided(part: Part, unit: int, split: str, shares: Shares | None) -> Iterator[tuple[str, Part]]:
-    if shares is None:
+def _divided(
+    part: Part, unit: int, split: str, placing: Placing | None, bad: list[BadRow], most_bad: int | None
+) -> Iterator[tuple[str, Part]]:
+    if placing is None:
         yield split, part
         return
-    places = shares.places(unit, part.numbers)
-    for place, name in enumerate(SPLITS):
-        if (keep := places == place).any():
-            yield name, part.only(keep)
-
-
-def _usable(
-    part: Part, spec: TableSpec, bad: list[BadRow], most_bad: int | None
-) -> Iterator[tuple[int, dict[Key, Any]]]:
-    """(rows, their values by column) of the rows that can be used; the others are noted in `bad`."""
-    try:
-        yield len(part.numbers), values_of(part, spec)
-        return
-    except RowRefused as refused:
-        if most_bad is not None and len(bad) >= most_bad:
-            bad.append(refused.bad)
-            return
-    for few in part.cut(_FEW_ROWS):
-        while len(few.numbers):
-            try:
-                yield len(few.numbers), values_of(few, spec)
-                break
-            except RowRefused as refused:
-                bad.append(refused.bad)
-                few = few.without(refused.index)
+    for some, places in usable(part, lambda some: placing.places(unit, some), bad, most_bad):
+        for place, name in enumerate(SPLITS):
+            if (keep := places == place).any():
+                yield name, some.only(keep)
 
 
 def values_of(part: Part, spec: TableSpec) -> dict[Key, Any]:
@@ -192,13 +153,17 @@ def values_of(part: Part, spec: TableSpec) -> dict[Key, Any]:
         elif isinstance(column, Bucketised):
             found[name] = bucket_values(part, name)
         elif isinstance(column, Numeric):
-            found[name], present = numbers(part, name, column)
-            if column.standardise:
-                found[name, "present"] = present
-            else:
+            found[name], found[name, "present"] = numbers(part, name, column)
+            if not column.standardise:
                 found[name] = found[name].astype(np.float32)
         elif column.type == "label":
             found[name] = labels(part, name)
+        elif column.type == "weight":
+            found[name] = row_weights(part, name)
+        elif isinstance(column, Group):
+            found[name] = group_ids(part, name, column)
+        elif column.type == "time":
+            found[name] = times(part, name)
     return found
 
 
@@ -244,8 +209,11 @@ class _Gathered:
             elif name in self._values:
                 numbers_here = self._joined(name)
                 rows[name] = pa.array(numbers_here)
-                if (name, "present") in self._values:
-                    moments[name] = moments_of(numbers_here[self._joined((name, "present"))])
+                if isinstance(column, Numeric):
+                    there = self._joined((name, "present"))
+                    present[name] = int(np.count_nonzero(there))
+                    if column.standardise:
+                        moments[name] = moments_of(numbers_here[there])
         files = {
             path.name: save_batch(path, columns)
             for path, columns in (

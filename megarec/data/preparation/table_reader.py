@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,8 @@ UNIT_BYTES = 1 << 26
 UNIT_ROWS = 1 << 18
 _FEW_LINES = 1000
 _WITHOUT_NAMES = "from 0"
+_FEW_ROWS = 256  # rows among which a bad one is looked for by itself
+Made = TypeVar("Made")
 
 
 class RowRefused(UserError):
@@ -231,6 +233,32 @@ def _batches(
         if kind.format in ("text", "json")
         else arrow_files.batches(unit.path, kind.format, unit.groups, used, check)
     )
+
+
+def usable(
+    part: Part, made: Callable[[Part], Made], bad: list[BadRow], most_bad: int | None
+) -> Iterator[tuple[Part, Made]]:
+    """(rows, what is made of them) of the rows that can be used; the others are noted in `bad`.
+
+    Args:
+        made: raises RowRefused for the first row that it cannot use.
+        most_bad: bad rows after which reading on is in vain; None: never.
+    """
+    try:
+        yield part, made(part)
+        return
+    except RowRefused as refused:
+        if most_bad is not None and len(bad) >= most_bad:
+            bad.append(refused.bad)
+            return
+    for few in part.cut(_FEW_ROWS):
+        while len(few.numbers):
+            try:
+                yield few, made(few)
+                break
+            except RowRefused as refused:
+                bad.append(refused.bad)
+                few = few.without(refused.index)
 
 
 @contextlib.contextmanager

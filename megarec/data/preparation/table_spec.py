@@ -124,9 +124,37 @@ class Calendar(_Strict):
 
 
 class Label(_Strict):
-    """The column to predict: 0 or 1."""
+    """A column to predict: 0 or 1. Of several, a run takes the first, or the one that its data.label names."""
 
     type: Literal["label"]
+
+
+class Weight(_Strict):
+    """How much a row counts: a number of at least 0."""
+
+    type: Literal["weight"]
+
+
+class Group(_Strict):
+    """The id of what a row belongs to, such as a user or a request: for AUC by group."""
+
+    type: Literal["group"]
+    dtype: Literal["string", "integer"] = Field("string", description="what the ids are; a text is kept as its hash")
+
+
+class Time(_Strict):
+    """When a row was: a number, a date or a time."""
+
+    type: Literal["time"]
+
+
+class SplitColumn(_Strict):
+    """Which split a row is of, for `--split column`."""
+
+    type: Literal["split"]
+    values: Annotated[dict[str, Literal["train", "valid", "test"]], Field(min_length=1)] = Field(
+        {"train": "train", "valid": "valid", "test": "test"}, description="by value of the files, the split it means"
+    )
 
 
 class Ignored(_Strict):
@@ -136,9 +164,23 @@ class Ignored(_Strict):
 
 
 Column = Annotated[
-    Categorical | MultiValued | Sequence | Weights | Numeric | Bucketised | Vector | Calendar | Label | Ignored,
+    Categorical
+    | MultiValued
+    | Sequence
+    | Weights
+    | Numeric
+    | Bucketised
+    | Vector
+    | Calendar
+    | Label
+    | Weight
+    | Group
+    | Time
+    | SplitColumn
+    | Ignored,
     Field(discriminator="type"),
 ]
+_ONE_OF = ("weight", "group", "time", "split")
 _KINDS: dict[str, type[BaseModel]] = {
     "categorical": Categorical,
     "multi_valued": MultiValued,
@@ -149,6 +191,10 @@ _KINDS: dict[str, type[BaseModel]] = {
     "vector": Vector,
     "calendar": Calendar,
     "label": Label,
+    "weight": Weight,
+    "group": Group,
+    "time": Time,
+    "split": SplitColumn,
     "ignored": Ignored,
 }
 
@@ -172,7 +218,24 @@ class TableSpec(_Strict):
 
     @property
     def labels(self) -> list[str]:
-        return [name for name, column in self.columns.items() if isinstance(column, Label)]
+        return self.of_type("label")
+
+    @property
+    def roles(self) -> list[str]:
+        """The columns that are no features, for which rows that are only scored have no value."""
+        return [name for kind in ("label", *_ONE_OF) for name in self.of_type(kind)]
+
+    def of_type(self, kind: str) -> list[str]:
+        return [name for name, column in self.columns.items() if column.type == kind]
+
+    def role(self, kind: str) -> str | None:
+        """The one column of a type."""
+        return next(iter(self.of_type(kind)), None)
+
+    def ignoring(self, names: set[str]) -> "TableSpec":
+        """The same with these columns left unread."""
+        unread = {name: Ignored(type="ignored") if name in names else c for name, c in self.columns.items()}
+        return self.model_copy(update={"columns": unread})
 
     def without(self, names: set[str]) -> "TableSpec":
         """The same for files that lack these columns."""
@@ -220,8 +283,11 @@ class TableSpec(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TableSpec":
-        if len(self.labels) != 1:
-            raise ValueError(f"expected one column of type 'label', found {len(self.labels)}: {self.labels}")
+        if not self.labels:
+            raise ValueError("expected at least one column of type 'label', found none")
+        for kind in _ONE_OF:
+            if len(some := self.of_type(kind)) > 1:
+                raise ValueError(f"expected at most one column of type {kind!r}, found {len(some)}: {some}")
         kinds = Categorical | Lists | Bucketised | Numeric | Vector | Calendar
         if not any(isinstance(column, kinds) for column in self.columns.values()):
             raise ValueError(

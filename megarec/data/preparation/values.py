@@ -65,7 +65,7 @@ def weights(part: Part, name: str, of: str, column: Lists) -> NDArray[np.float32
     keep = _kept(values, owner, count, column)
     kept, owner = lists.flatten().filter(pa.array(keep)), owner[keep]
     with np.errstate(over="ignore"):
-        result = _as_float64(part, name, kept, "numbers", owner).astype(np.float32)
+        result = as_float64(part, name, kept, "numbers", owner).astype(np.float32)
     if not np.isfinite(result).all():
         first = int(np.isfinite(result).argmin())
         part.fail(int(owner[first]), name, kept[first].as_py(), "finite numbers")
@@ -75,7 +75,7 @@ def weights(part: Part, name: str, of: str, column: Lists) -> NDArray[np.float32
 def numbers(part: Part, name: str, column: Numeric) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The column as float64 [n], missing ones filled where the column says with what; and which are there."""
     values = part.rows.column(name)
-    found = _as_float64(part, name, values, "a number", None)
+    found = as_float64(part, name, values, "a number")
     missing = np.isnan(found)
     if missing.any():
         if column.missing is None:
@@ -91,7 +91,7 @@ def numbers(part: Part, name: str, column: Numeric) -> tuple[NDArray[np.float64]
 def bucket_values(part: Part, name: str) -> pa.Array:
     """The numbers of a bucketised column as float64 [n]; a missing one is null."""
     values = part.rows.column(name)
-    found = _as_float64(part, name, values, "a number", None)
+    found = as_float64(part, name, values, "a number")
     missing = np.isnan(found)
     _check_finite(part, name, values, np.where(missing, 0, found))
     return pa.array(found + 0.0, mask=missing)  # -0 is 0
@@ -130,7 +130,7 @@ def _check_finite(part: Part, name: str, values: pa.Array, found: NDArray[np.flo
 def labels(part: Part, name: str) -> NDArray[np.int8]:
     """The label column as int8 [n], 0 or 1."""
     values = part.rows.column(name)
-    found = _as_float64(part, name, values, "0 or 1", None)
+    found = as_float64(part, name, values, "0 or 1")
     bad = (found != 0) & (found != 1)
     if bad.any():
         row = int(bad.argmax())
@@ -312,7 +312,7 @@ def _true_is_one(text: pa.Array) -> pa.Array:
     )
 
 
-def _as_float64(part: Part, name: str, values: pa.Array, expected: str, owner: Owner) -> NDArray[np.float64]:
+def as_float64(part: Part, name: str, values: pa.Array, expected: str, owner: Owner = None) -> NDArray[np.float64]:
     """Numbers as float64 [n], a missing one as NaN; true is 1."""
     values = plain(part, values)
     if pa.types.is_integer(values.type):

@@ -26,6 +26,8 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 _PATIENCE = 60.0  # seconds for the processes of a killed preparation to end
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_AT_ONCE = 0.5  # seconds of a phase in which it takes up what an earlier process finished: that says nothing of speed
+_RECENT = 60.0  # seconds by which speed is judged
 
 
 class WorkerDied(UserError):
@@ -152,32 +154,50 @@ class Progress:
     """A line on standard error that says how far a preparation is: on a terminal each second, else each half minute."""
 
     def __init__(self) -> None:
-        self._start = time.monotonic()
         self._terminal = sys.stderr.isatty()
-        self._told = self._start
+        self._told = time.monotonic()
         self._shown = False
 
-    def begin(self, what: str, total: float) -> None:
-        self._what, self._total, self._done, self._rows = what, total or 1.0, 0.0, 0
-        self._start = time.monotonic()
+    def begin(self, what: str, total: float, later: float = 0.0) -> None:
+        """Begin a phase.
+
+        Args:
+            total: of what `add` counts.
+            later: time of all phases that follow, in times of this one, about.
+        """
+        self._what, self._total, self._later, self._done, self._rows = what, total or 1.0, later, 0.0, 0
+        self._begun = time.monotonic()
+        self._recent = deque([(self._begun, 0.0, 0)])
 
     def add(self, amount: float, rows: int = 0) -> None:
         """So much more of `total` is done, and so many rows."""
         self._done, self._rows = self._done + amount, self._rows + rows
         now = time.monotonic()
+        if now - self._begun < _AT_ONCE:
+            self._recent.clear()
+        while len(self._recent) > 1 and now - self._recent[1][0] > _RECENT:
+            self._recent.popleft()
+        self._recent.append((now, self._done, self._rows))
         if now - self._told < (1 if self._terminal else 30):
             return
         self._told, self._shown = now, True
-        seconds = now - self._start
-        left = seconds * (self._total / self._done - 1) if self._done else 0
-        rate = f", {self._rows / seconds:,.0f} rows/s" if self._rows else ""
-        text = f"{self._what}: {self._done / self._total:4.0%}{rate}, {_clock(left)} left"
+        text = f"{self._what}: {self._done / self._total:4.0%}{self._speed()}"
         print(
             f"\r\033[K{text}" if self._terminal else text,
             end="" if self._terminal else "\n",
             file=sys.stderr,
             flush=True,
         )
+
+    def _speed(self) -> str:
+        """Rows a second and the time left, by what was done of late."""
+        (start, done, rows), (end, done_now, rows_now) = self._recent[0], self._recent[-1]
+        if end == start or done_now == done:
+            return ""
+        whole = (end - start) * self._total / (done_now - done)  # seconds of the phase
+        left = whole * (1 - self._done / self._total + self._later)
+        rate = f", {(rows_now - rows) / (end - start):,.0f} rows/s" if rows_now > rows else ""
+        return f"{rate}, {_clock(left)} left"
 
     def end(self) -> None:
         if self._terminal and self._shown:

@@ -90,15 +90,15 @@ def prepare_like(like: Schema, output: Path, *, examples: int, seed: int, max_ro
             check_size(name, value, least, most)
     cap = max_rows or max((feature.rows for feature in like.categorical), default=0)
     categorical = tuple(f.model_copy(update={"rows": min(f.rows, cap)}) for f in like.categorical)
-    schema = like.model_copy(
-        update={
-            "categorical": categorical,
-            "label_rule": _LABEL_RULE,
-            "rows": split_rows(examples),
-            "identity": made_up(categorical, like.numeric, seed, _LABEL_RULE),
-            "unknown": {},
-            "source": f"synthetic (made up, seed {seed}) with the features of {like.name}, tables capped at {cap} rows",
-        }
+    schema = Schema(
+        name=like.name,
+        label=like.label,
+        label_rule=_LABEL_RULE,
+        categorical=categorical,
+        numeric=like.numeric,
+        rows=split_rows(examples),
+        identity=made_up(categorical, like.numeric, seed, _LABEL_RULE),
+        source=f"synthetic (made up, seed {seed}) with the features of {like.name}, tables capped at {cap} rows",
     )
     return write_dataset(output, lambda partial: _write(partial, schema, seed))
 

@@ -138,18 +138,21 @@ class NumberCounts:
 
 @dataclass
 class LabelCounts:
-    """Labels of a split: how many are 1, how many are there, and how many are neither 0 nor 1."""
+    """Of a split: its rows, how many labels are 1, how many are 0 or 1."""
 
+    rows: int = 0
     positive: int = 0
     count: int = 0
-    invalid: int = 0
 
-    def add(self, column: pa.Array) -> None:
-        labels = as_numbers(column.drop_null() if column.null_count else column, np.float32)
-        positive, negative = int(np.count_nonzero(labels == 1)), int(np.count_nonzero(labels == 0))
-        self.positive += positive
-        self.count += positive + negative
-        self.invalid += len(column) - positive - negative
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Count a batch of no column but the label, or of none at all."""
+        self.rows += batch.num_rows
+        if batch.num_columns:
+            column = batch.column(0)
+            labels = as_numbers(column.drop_null() if column.null_count else column, np.float32)
+            positive = int(np.count_nonzero(labels == 1))
+            self.positive += positive
+            self.count += positive + int(np.count_nonzero(labels == 0))
 
 
 def shards_of(data: Path, schema: Schema) -> dict[str, list[Path]]:

@@ -1,12 +1,12 @@
 """Counts of all splits -> the figures of a feature, as statistics.json has them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megarec.data.preparation.vocabulary import Hashing
 from megarec.data.schema import MADE_UP, CategoricalFeature, Schema
 from megarec.data.statistics.counts import Counts, IdCounts, LabelCounts, NumberCounts
 from megarec.data.statistics.drift import BUCKETS, FALSE_ALARMS, Drift, drift_of_ids, drift_of_numbers
@@ -25,15 +25,15 @@ class SplitLabels:
     """Labels of a split.
 
     Attributes:
-        rate: share of labels that are 1.
+        rate: share of labels that are 1; None: there are no labels.
         interval: of the rate, 95 %, by Wilson.
         invalid: rows whose label is neither 0 nor 1.
     """
 
     rows: int
-    rate: float
-    interval: tuple[float, float]
-    invalid: int
+    rate: float | None = None
+    interval: tuple[float, float] = (0.0, 1.0)
+    invalid: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,14 @@ class Numbers:
     """Numbers of a split.
 
     Attributes:
+        missing: share of rows without a value, for which another stands; None: the data do not tell.
         quantiles: by the share of numbers below; relative error at most 0.4 %.
         histogram: how many lie in each bin of the feature.
     """
 
     count: int
     invalid: int
+    missing: float | None
     mean: float
     deviation: float
     least: float
@@ -140,23 +142,24 @@ class Numeric:
 
 
 Feature = Categorical | Numeric
+Labels = dict[str, dict[str, SplitLabels]]
+"""By label, by split."""
 
 
-def labels_of(counts: LabelCounts) -> SplitLabels:
-    n, rate = counts.count, counts.positive / max(counts.count, 1)
-    z = 1.959964
-    middle, spread = (
-        rate + z * z / (2 * max(n, 1)),
-        z * np.sqrt(rate * (1 - rate) / max(n, 1) + (z / 2 / max(n, 1)) ** 2),
-    )
-    low, high = ((middle + side * spread) / (1 + z * z / max(n, 1)) for side in (-1, 1))
-    return SplitLabels(n + counts.invalid, rate, (float(max(low, 0.0)), float(min(high, 1.0))), counts.invalid)
+def labels_of(counts: LabelCounts, labelled: bool) -> SplitLabels:
+    """The figures of a split's labels."""
+    if not (n := counts.count):
+        return SplitLabels(counts.rows, invalid=counts.rows if labelled else 0)
+    rate, z = counts.positive / n, 1.959964
+    middle, spread = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
+    low, high = ((middle + side * spread) / (1 + z * z / n) for side in (-1, 1))
+    return SplitLabels(counts.rows, rate, (max(low, 0.0), min(high, 1.0)), counts.rows - n)
 
 
 def numeric_figures(name: str, counts: Mapping[str, NumberCounts], schema: Schema) -> Numeric:
     """Figures of a numeric feature."""
     tallies = {split: own.tally() for split, own in counts.items()}
-    edges, splits = _numbers(counts, tallies)
+    edges, splits = _numbers(counts, tallies, {split: schema.missing.get(split, {}).get(name) for split in counts})
     base, probability = base_of(counts), probability_of(schema)
     drift = {
         split: drift_of_numbers(tallies[base], tallies[split], probability)
@@ -167,7 +170,9 @@ def numeric_figures(name: str, counts: Mapping[str, NumberCounts], schema: Schem
 
 
 def _numbers(
-    counts: Mapping[str, NumberCounts], tallies: Mapping[str, tuple[NDArray[np.float64], Counts]]
+    counts: Mapping[str, NumberCounts],
+    tallies: Mapping[str, tuple[NDArray[np.float64], Counts]],
+    missing: Mapping[str, float | None],
 ) -> tuple[list[float], dict[str, Numbers]]:
     """(edges of bins that all splits share, figures by split)."""
     edges = _edges(*tallies[base_of(counts)])
@@ -178,6 +183,7 @@ def _numbers(
         splits[split] = Numbers(
             own.count,
             own.invalid,
+            missing.get(split),
             own.mean,
             float(np.sqrt(own.squares / max(own.count, 1))),
             own.least if own.count else 0.0,
@@ -269,7 +275,7 @@ class IdFigures:
         weights: dict[str, Numbers] = {}
         if feature.weighted:
             found = {split: c.weights for split, c in counts.items() if c.weights is not None}
-            edges, weights = _numbers(found, {split: c.tally() for split, c in found.items()})
+            edges, weights = _numbers(found, {split: c.tally() for split, c in found.items()}, {})
         return Categorical(
             feature.name,
             "multi_valued" if feature.multi_valued else "categorical",
@@ -291,7 +297,7 @@ class IdFigures:
         values = int(self._values[place])
         row_0 = float(self._zero[place]) / max(values, 1)
         unknown = schema.unknown.get(split, {}).get(feature.name)
-        hashed = schema.identity.get(feature.name) == Hashing(feature.rows).identity if feature.rows > 1 else False
+        counted = schema.identity.get(feature.name, "").startswith("vocabulary")
         missing: float | None = None
         lengths = None
         if feature.multi_valued:
@@ -299,11 +305,13 @@ class IdFigures:
             used = counts.lengths[: counts.longest + 1].tolist()
             lengths = Lengths(counts.elements / lists, counts.longest, used[0] / lists, used)
             missing = lengths.empty
-        elif hashed or (self._no_zero and not row_0):
-            missing = row_0
+        elif (told := schema.missing.get(split, {}).get(feature.name)) is not None:
+            missing = told
+        elif self._no_zero and (not counted or not row_0):
+            missing = row_0  # of a hash or of buckets, which know every value
         elif unknown is not None and unknown < 1:
-            missing = max(0.0, round(1 - (1 - row_0) / (1 - unknown), 6))  # row 0 is missing or unknown
-        if unknown is None and self._no_zero and not hashed:
+            missing = max(0.0, round(1 - (1 - row_0) / (1 - unknown), 6))  # of earlier versions: row 0 is either
+        if unknown is None and counted:
             unknown = row_0
         return SplitIds(values, int(self._distinct[place]), row_0, missing, unknown, counts.invalid, lengths, weights)
 

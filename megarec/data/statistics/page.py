@@ -1,13 +1,13 @@
 """statistics.html: one page that needs no other file, no network and no script, in light and in dark."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 
 from megarec.data.schema import Schema
 from megarec.data.statistics import charts
 from megarec.data.statistics.charts import Bar, count, percent
 from megarec.data.statistics.drift import Drift
-from megarec.data.statistics.figures import Categorical, Feature, Lengths, Numbers, Numeric, SplitLabels
+from megarec.data.statistics.figures import Categorical, Feature, Labels, Lengths, Numbers, Numeric
 
 HIGH_UNKNOWN = 0.25  # as the warning of a preparation
 HIGH_SHARING = 0.5
@@ -68,7 +68,7 @@ svg a text, svg .strong {{ fill: var(--text) }} svg a:hover text {{ text-decorat
 """
 
 
-def page(schema: Schema, labels: Mapping[str, SplitLabels], features: Sequence[Feature]) -> str:
+def page(schema: Schema, labels: Labels, features: Sequence[Feature]) -> str:
     """The page of a data set; the same figures give the same text.
 
     Args:
@@ -77,15 +77,16 @@ def page(schema: Schema, labels: Mapping[str, SplitLabels], features: Sequence[F
     links = {feature.name: f"f{place}" for place, feature in enumerate(features, 1)}
     ordered = sorted(features, key=lambda f: (-max(_excess(f), 0.0), -(unknown_of(f) or 0.0)))
     title = f"{schema.name}: statistics"
+    splits = {split: own.rows for split, own in next(iter(labels.values())).items()}
     parts = [_HEAD.format(title=escape(title)), f"<h1>{_shown(title)}</h1>"]
     kinds = [f"{sum(f.kind == kind for f in features)} {kind.replace('_', '-')}" for kind in _kinds(features)]
-    parts.append(f'<p class="soft">{sum(own.rows for own in labels.values()):,} rows; {", ".join(kinds)} features; ')
-    parts.append(f"label: {_shown(schema.label_rule or schema.label)}</p>")
+    parts.append(f'<p class="soft">{sum(splits.values()):,} rows; {", ".join(kinds)} features; ')
+    parts.append(f"label: {_shown(schema.label_rule or ', '.join(labels))}</p>")
     parts += _overview(schema, labels, features, links)
     parts += _rankings(features, links)
-    parts += _table(ordered, list(labels), links)
+    parts += _table(ordered, list(splits), links)
     parts.append("<h2>Feature by feature</h2>")
-    parts.append(_key(labels))
+    parts.append(_key(splits))
     parts += [_details(feature, links[feature.name], len(features) <= _OPEN) for feature in ordered]
     parts.append("</body>\n</html>\n")
     return "\n".join(parts)
@@ -98,13 +99,14 @@ def unknown_of(feature: Feature) -> float | None:
     return max((own.unknown for own in feature.splits.values() if own.unknown is not None), default=None)
 
 
-def findings(labels: Mapping[str, SplitLabels], features: Sequence[Feature]) -> Iterator[tuple[str, list[str]]]:
+def findings(labels: Labels, features: Sequence[Feature]) -> Iterator[tuple[str, list[str]]]:
     """What a reader should look at: (sentence, names of the features that it is about)."""
-    if bad := sum(own.invalid for own in labels.values()):
-        yield f"{bad:,} labels are neither 0 nor 1: training stops there", []
-    for split, own in labels.items():
-        if own.rows and own.rate in (0.0, 1.0):
-            yield f"all labels of {split} are {own.rate:.0f}: nothing can be learned or measured there", []
+    for label, splits in labels.items():
+        if bad := sum(own.invalid for own in splits.values()):
+            yield f"{bad:,} of {label!r} are neither 0 nor 1: training stops there", []
+        for split, own in splits.items():
+            if own.rate in (0.0, 1.0):
+                yield f"all {label!r} of {split} are {own.rate:.0f}: nothing can be learned or measured there", []
     for test, what in _LOOKED_AT:
         if names := [feature.name for feature in features if test(feature)]:
             yield f"{len(names)} {'feature' if len(names) == 1 else 'features'} {what}", names
@@ -153,23 +155,20 @@ def _link(name: str, links: Mapping[str, str]) -> str:
     return f'<a href="#{links[name]}">{_shown(name)}</a>'
 
 
-def _key(labels: Mapping[str, SplitLabels]) -> str:
-    spans = "".join(f'<span><i class="s{place}"></i>{_shown(split)}</span>' for place, split in enumerate(labels))
+def _key(splits: Iterable[str]) -> str:
+    spans = "".join(f'<span><i class="s{place}"></i>{_shown(split)}</span>' for place, split in enumerate(splits))
     return f'<p class="key soft">{spans}</p>'
 
 
-def _overview(
-    schema: Schema, labels: Mapping[str, SplitLabels], features: Sequence[Feature], links: Mapping[str, str]
-) -> Iterator[str]:
-    yield '<h2>Splits</h2><div class="cards"><div class="card scroll"><h3>Rows</h3>'
-    rows = [
-        [_shown(split), f"{own.rows:,}", percent(own.rate), " to ".join(map(percent, own.interval))]
-        for split, own in labels.items()
-    ]
-    yield _grid(["split", "rows", "label rate", "95 % interval"], rows)
-    yield '</div><div class="card"><h3>Label rate, with its 95 % interval</h3>'
-    yield charts.intervals("label rate by split", [(s, own.rate, own.interval) for s, own in labels.items()])
-    yield "</div>"
+def _overview(schema: Schema, labels: Labels, features: Sequence[Feature], links: Mapping[str, str]) -> Iterator[str]:
+    yield '<h2>Splits</h2><div class="cards">'
+    for label, splits in labels.items():
+        rates = [(split, own.rate, own.interval) for split, own in splits.items() if own.rate is not None]
+        told = {split: [percent(rate), " to ".join(map(percent, ends))] for split, rate, ends in rates}
+        rows = [[_shown(split), f"{own.rows:,}", *told.get(split, ["none", ""])] for split, own in splits.items()]
+        yield f'<div class="card scroll"><h3 class="name">{_shown(label) if len(labels) > 1 else "Rows"}</h3>'
+        yield _grid(["split", "rows", "label rate", "95 % interval"], rows)
+        yield (charts.intervals("label rate by split", rates) if rates else "") + "</div>"
     if schema.bad_rows:
         total = sum(schema.bad_rows.values())
         yield f'<div class="card scroll"><h3>{total:,} bad rows left out by the preparation</h3>'
@@ -204,7 +203,7 @@ def _rankings(features: Sequence[Feature], links: Mapping[str, str]) -> Iterator
         ("Unknown values", "Share of the values that are there, of the split where it is largest.",
          shares((f.name, unknown_of(f)) for f in ids), False),
         ("Missing", "Share of rows without a value, of lists the empty ones, of the split where it is largest.",
-         shares((f.name, max((s.missing or 0.0 for s in f.splits.values()), default=None)) for f in ids), False),
+         shares((f.name, max((s.missing or 0.0 for s in f.splits.values()), default=None)) for f in features), False),
         ("Top-heavy", "Share of values that the most frequent id has.",
          shares((f.name, f.top["1"]) for f in ids), False),
         ("Cardinality", "Rows of the table, on a logarithmic axis.", rows, True),
@@ -243,7 +242,7 @@ def _table(features: Sequence[Feature], splits: Sequence[str], links: Mapping[st
             row.append(_alarm(_share(unknown), (unknown or 0.0) >= HIGH_UNKNOWN))
             row += [percent(feature.top["1"]), percent(feature.top["100"])]
         else:
-            row += [""] * 6
+            row += ["", "", _share(feature.splits[splits[0]].missing), "", "", ""]
         rows.append(row + [_drift(feature.drift.get(split)) for split in others])
     yield "<h2>All features</h2>"
     yield (
@@ -333,7 +332,7 @@ def _numeric(feature: Numeric) -> Iterator[str]:
     counts = [own.histogram for own in feature.splits.values()]
     yield f"<div><h3>Histogram</h3>{charts.histogram('histogram', feature.edges, counts, 'value')}"
     yield "<small>the first and the last bin hold what lies further out</small></div>"
-    head = ["split", "mean", "deviation", "least", "1 %", "25 %", "median", "75 %", "99 %", "most", "drift",
+    head = ["split", "missing", "mean", "deviation", "least", "1 %", "25 %", "median", "75 %", "99 %", "most", "drift",
             "by chance up to"]  # fmt: skip
     invalid = any(own.invalid for own in feature.splits.values())
     rows = [
@@ -346,7 +345,7 @@ def _numeric(feature: Numeric) -> Iterator[str]:
 
 def _number_cells(own: Numbers) -> list[str]:
     shown = [own.mean, own.deviation, own.least, *(own.quantiles[q] for q in ("0.01", "0.25", "0.5", "0.75", "0.99"))]
-    return [f"{value:.4g}" for value in [*shown, own.most]]
+    return [_share(own.missing), *(f"{value:.4g}" for value in [*shown, own.most])]
 
 
 def _drift_cells(drift: Drift | None) -> list[str]:

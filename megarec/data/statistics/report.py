@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megarec.data.preparation.kept_spec import SPEC_FILE, KeptSpec, read_kept
+from megarec.data.preparation.table_spec import Bucketised
 from megarec.data.preparation.vocabulary import vocabulary_file
 from megarec.data.preparation.work import Progress, Workers
-from megarec.data.schema import CategoricalFeature, Schema, load_schema
+from megarec.data.schema import CategoricalFeature, Schema, load_schema, select_label
 from megarec.data.statistics.counts import (
     BATCH_ROWS,
     RANGE_ROWS,
@@ -28,7 +31,7 @@ from megarec.data.statistics.figures import (
     Categorical,
     Feature,
     IdFigures,
-    SplitLabels,
+    Labels,
     labels_of,
     numeric_figures,
     zero_is_no_value,
@@ -39,6 +42,7 @@ from megarec.files import write_whole
 
 JSON_FILE, PAGE_FILE = "statistics.json", "statistics.html"
 _COLUMNS = 64  # that a task reads at once
+LONGEST_TEXT = 200  # letters of a raw value that are kept
 _FEW = 1 << 24  # values: for fewer no other process is started
 
 
@@ -47,7 +51,7 @@ class Statistics:
     """All figures of a data set, in the order of its schema."""
 
     schema: Schema
-    labels: dict[str, SplitLabels]
+    labels: Labels
     features: list[Feature]
 
     def as_json(self) -> dict[str, Any]:
@@ -55,9 +59,11 @@ class Statistics:
         return {
             "version": 1,
             "name": self.schema.name,
-            "label": self.schema.label,
             "label_rule": self.schema.label_rule,
-            "labels": {split: dataclasses.asdict(own) for split, own in self.labels.items()},
+            "labels": {
+                label: {split: dataclasses.asdict(own) for split, own in by_split.items()}
+                for label, by_split in self.labels.items()
+            },
             "bad_rows": self.schema.bad_rows,
             "features": [
                 dataclasses.asdict(feature)
@@ -105,7 +111,7 @@ def statistics(data: Path, workers: int = 1) -> Statistics:
     if rows * (len(schema.categorical) + len(schema.numeric)) < _FEW:
         workers = 1
     progress = Progress()
-    labels: dict[str, SplitLabels] = {}
+    labels: Labels = {}
     found: dict[str, Feature] = {}
     progress.begin("counting", sum(task.columns for task in tasks))
     with Workers(workers) as pool:
@@ -124,16 +130,16 @@ class _Task:
 
     ids: tuple[CategoricalFeature, ...] = ()
     numbers: tuple[str, ...] = ()
-    label: bool = False
+    label: str | None = None
 
     @property
     def columns(self) -> int:
-        return len(self.ids) + len(self.numbers) + self.label
+        return len(self.ids) + len(self.numbers) + (self.label is not None)
 
 
 @dataclass(frozen=True)
 class _Result:
-    labels: dict[str, SplitLabels]
+    labels: Labels
     features: list[Feature]
 
 
@@ -141,7 +147,7 @@ def _tasks(schema: Schema, workers: int) -> Iterator[_Task]:
     """Tasks of about the same work, each with tables of RANGE_ROWS rows together at most, or with one table."""
     work = {feature.name: 1 + 2 * feature.mean_length * feature.multi_valued for feature in schema.categorical}
     most = (sum(work.values()) + len(schema.numeric)) / (4 * workers)
-    yield _Task(label=True)
+    yield from (_Task(label=label) for label in schema.labels or [schema.label])
     some: list[CategoricalFeature] = []
     for feature in sorted(schema.categorical, key=lambda f: -f.rows):
         if some and (
@@ -160,12 +166,12 @@ def _tasks(schema: Schema, workers: int) -> Iterator[_Task]:
 
 
 def _figures(data: Path, schema: Schema, shards: dict[str, list[Path]], task: _Task) -> _Result:
-    if task.label:
+    if task.label is not None:
         labels = {split: LabelCounts() for split in shards}
         for split, paths in shards.items():
-            for batch in batches(paths, schema, [schema.label]):
-                labels[split].add(batch.column(0))
-        return _Result({split: labels_of(own) for split, own in labels.items()}, [])
+            for batch in batches(paths, select_label(schema, task.label), [task.label] * schema.labelled):
+                labels[split].add(batch)
+        return _Result({task.label: {split: labels_of(own, schema.labelled) for split, own in labels.items()}}, [])
     features: list[Feature] = []
     if task.numbers:
         numbers = {name: {split: NumberCounts() for split in shards} for name in task.numbers}
@@ -205,22 +211,36 @@ def _counted(
             block[:] = 0
             for own in counts[name].values():
                 own.after = None
-    return [_with_values(gathered[f.name].figures(counts[f.name]), data, schema) for f in features]
+    kept = read_kept(data / SPEC_FILE) if (data / SPEC_FILE).is_file() else None
+    return [_with_values(gathered[f.name].figures(counts[f.name]), data, schema, kept) for f in features]
 
 
-def _with_values(found: Categorical, data: Path, schema: Schema) -> Categorical:
-    """Beside the most frequent ids what the vocabulary has for them, where it has them among its first values."""
-    path = vocabulary_file(data, found.table or found.name)
-    if not zero_is_no_value(schema, found.name) or not path.is_file():
-        return found
-    try:
-        with pq.ParquetFile(path) as file:
-            head = next(file.iter_batches(BATCH_ROWS, columns=["value"], use_threads=False), None)
-    except (OSError, pa.ArrowException):
-        return found  # evaluating and training do not need it either
-    values = [] if head is None else head.column(0)
+def _with_values(found: Categorical, data: Path, schema: Schema, kept: KeptSpec | None) -> Categorical:
+    """Beside the most frequent ids what they stand for, where the vocabulary has it among its first values."""
+    column = None if kept is None else kept.spec.columns.get(found.name)
+    if kept is not None and isinstance(column, Bucketised):
+        texts = _buckets(kept.fitted.boundaries[found.name])
+    else:
+        hexadecimal = not isinstance(column, Bucketised) and getattr(column, "dtype", None) == "hexadecimal"
+        path = vocabulary_file(data, found.table or found.name)
+        if not zero_is_no_value(schema, found.name) or not path.is_file():
+            return found
+        try:
+            with pq.ParquetFile(path) as file:
+                head = next(file.iter_batches(BATCH_ROWS, columns=["value"], use_threads=False), None)
+        except (OSError, pa.ArrowException) as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"{path}: cannot be read ({why}); prepare the data again") from error
+        values = [] if head is None else head.column(0).to_pylist()
+        texts = [f"{value:x}" if hexadecimal else str(value)[:LONGEST_TEXT] for value in values]
     frequent = [
-        dataclasses.replace(one, value=str(values[one.row - 1].as_py())) if 0 < one.row <= len(values) else one
+        dataclasses.replace(one, value=texts[one.row - 1]) if 0 < one.row <= len(texts) else one
         for one in found.frequent
     ]
     return dataclasses.replace(found, frequent=frequent)
+
+
+def _buckets(boundaries: list[float]) -> list[str]:
+    """What each bucket holds."""
+    between = [f"{low:g} to {high:g}" for low, high in pairwise(boundaries)]
+    return [f"below {boundaries[0]:g}", *between, f"from {boundaries[-1]:g}"]

@@ -42,7 +42,7 @@ class AttentionLayer(nn.Module):
         query, key, value, residual_BNW = self.projection(x_BND).chunk(4, dim=2)
         scores = torch.bmm(self._by_head(query), self._by_head(key).mT)  # [B H, N, N]
         attended = torch.bmm(scores.softmax(2), self._by_head(value))  # [B H, N, A]
-        attended_BNW = attended.unflatten(0, (len(x_BND), self.heads)).transpose(1, 2).flatten(2)
+        attended_BNW = attended.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)
         return self.activation(attended_BNW + residual_BNW)
 
     def _by_head(self, x_BNW: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class Gate(nn.Module):
         if self.context is None:
             context = torch.cat([x_BND[:, place] for place in self.places], dim=1)
         else:
-            context = self.context.expand(len(x_BND), -1)
+            context = self.context.expand(x_BND.shape[0], -1)
         return 2 * torch.sigmoid(self.mlp(context, keys))
 
 

@@ -19,7 +19,7 @@ from megarec.errors import UserError, did_you_mean
 from megarec.files import read_object
 
 FOLDER = Path(__file__).resolve().parent
-Rate = Annotated[float, Field(gt=0, le=1e9)]
+Rate = Annotated[float, Field(ge=1e-9, le=1e9)]
 Delay = Annotated[float, Field(ge=0, le=1e9)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -35,6 +35,13 @@ class DelayFigure(Section):
     """One that may be 0."""
 
     value: Delay
+    source: str
+
+
+class IncastFigure(Section):
+    """One that leaves something of the network between two hosts."""
+
+    value: Annotated[float, Field(ge=0, lt=2)]
     source: str
 
 
@@ -92,8 +99,8 @@ class Hardware(Section):
     host_link_gb_s: Figure | None = Field(None, description="of a rank to the others of its host, each way")
     host_link_us: DelayFigure | None = Field(None, description="of a collective inside a host, beside its bytes")
     network_gb_s: Figure | None = Field(None, description="of a rank to other hosts, each way")
-    network_us: ByHosts | None = Field(None, description="of an all-to-all over hosts, beside its bytes")
-    network_incast: DelayFigure | None = Field(
+    network_us: ByHosts | None = Field(None, description="of an all-to-all over hosts, beside its bytes; left out: 0")
+    network_incast: IncastFigure | None = Field(
         None, description="an all-to-all reaches 1 - this / hosts of the network"
     )
     network_ramp: Ramp | None = Field(None, description="left out: messages of every size reach the rate")
@@ -129,6 +136,8 @@ def load_hardware(name: str, option: str = "--hardware") -> Hardware:
         hardware = Hardware.model_validate(raw)
         for table in (hardware.network_us, hardware.network_ramp):
             _check_counts(table)
+        if not hardware.ranks_per_host.value.is_integer():
+            raise ValueError(f"ranks_per_host.value={hardware.ranks_per_host.value}; expected a whole number")
     except ValidationError as error:
         raise UserError(f"{path}: {describe(error, Hardware)}") from error
     except ValueError as error:
@@ -138,7 +147,7 @@ def load_hardware(name: str, option: str = "--hardware") -> Hardware:
 
 def _check_counts(table: ByHosts | Ramp | None) -> None:
     for count in table.value if table is not None else ():
-        if not count.isdecimal() or not 0 < int(count) < 1 << 40:
+        if not count.isdecimal() or str(int(count)) != count or not 0 < int(count) < 1 << 40:
             key = "network_us" if isinstance(table, ByHosts) else "network_ramp"
             raise ValueError(f"{key}.value has the key {count!r}; expected a whole number from 1 on")
 
@@ -149,7 +158,7 @@ def needed(hardware: Hardware, key: Known) -> float:
     Raises:
         UserError: it is not known of this machine.
     """
-    figure: Figure | DelayFigure | None = getattr(hardware, key)
+    figure: Figure | DelayFigure | IncastFigure | None = getattr(hardware, key)
     if figure is None:
         told = Hardware.model_fields[key].description
         raise UserError(f"hardware {hardware.name}: {key} is not known ({told}); give it in its JSON, with its source")

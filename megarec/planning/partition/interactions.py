@@ -24,6 +24,7 @@ Matrix = NDArray[np.float64]
 Measure = Literal["difference", "cosine"]
 MEASURES = get_args(Measure)
 
+MOST = 1e100  # of an interaction: products of row sums stay finite
 CHUNK_COSINES = 1 << 24  # cosines held at a time: 64 MiB
 CHUNK_COLUMNS = 1 << 22  # embedding numbers that pass through the dense model at a time
 
@@ -129,8 +130,9 @@ def read_interactions(path: Path, features: int) -> Matrix:
             f"expected [{features}, {features}], in schema order, those of smaller width last"
         )
     matrix = matrix.astype(np.float64)
-    if not (np.isfinite(matrix).all() and matrix.min() >= 0 and np.allclose(matrix, matrix.T)):
+    if not (np.isfinite(matrix).all() and 0 <= matrix.min() <= matrix.max() <= MOST and np.allclose(matrix, matrix.T)):
         raise UserError(
-            f"--interactions {path}: expected a symmetric matrix of finite values, 0 or more, as a probe writes it"
+            f"--interactions {path}: expected a symmetric matrix of finite values, from 0 to {MOST:g}, as a probe "
+            "writes it"
         )
     return matrix

@@ -22,6 +22,7 @@ import numpy as np
 from megarec.config.sections import RunConfig
 from megarec.config.towers import TowersFile
 from megarec.data.schema import SCHEMA_FILE, Schema, Split, schema_of
+from megarec.data.sources.grouped import read_groups
 from megarec.data.store import open_split
 from megarec.errors import UserError, did_you_mean
 from megarec.planning.partition.balanced_kmeans import (
@@ -95,7 +96,7 @@ class Partition:
     Attributes:
         cost: by kind (bytes, lookups, flop), of each tower.
         picture: None: a baseline, and no interactions were given.
-        agreement: adjusted Rand index with the data's hidden groups; None: the data have none.
+        agreement: adjusted Rand index with the data's hidden groups; None: no feature is in one.
         reasons: what was chosen and why.
     """
 
@@ -131,6 +132,7 @@ def partition(config: RunConfig, requested: Requested, say: Callable[[str], None
     spec = resolve(config.model_copy(update={"parallel": parallel}), schema)  # refuses more towers than tables
     layout, strided = spec.layout, spec.towers.towers
     assert strided is not None
+    read_groups(Path(config.data.path))  # a damaged file is told before a probe, not after it
     seconds: dict[str, float] = {}
     with _timed(seconds, "probe"):
         interactions, lengths, reasons = _look(config, requested, schema, layout, say)

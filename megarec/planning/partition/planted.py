@@ -50,13 +50,14 @@ def planted_assignment(names: Sequence[str], towers: int, data: str) -> Assignme
 
 
 def agreement(partition: Sequence[Sequence[str]], data: str) -> float | None:
-    """The adjusted Rand index of a partition with the hidden groups of data; None where the data have none."""
+    """The adjusted Rand index of a partition with the hidden groups of data; None where the data have none, or none of
+    its features."""
     hidden = read_groups(Path(data))
     if hidden is None:
         return None
     group_of = {name: group for group, names in enumerate(hidden.groups) for name in names}
     pairs = [(tower, group_of[name]) for tower, names in enumerate(partition) for name in names if name in group_of]
-    return adjusted_rand([tower for tower, _ in pairs], [group for _, group in pairs])
+    return adjusted_rand([tower for tower, _ in pairs], [group for _, group in pairs]) if pairs else None
 
 
 def adjusted_rand(first: Sequence[int], second: Sequence[int]) -> float:

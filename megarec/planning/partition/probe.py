@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -36,6 +37,7 @@ DIFFERENCES = 1_024  # examples, each with another one beside it
 REPORT_EVERY = 50  # steps
 # DeepSpeed sections that report about a run, and batch sizes stated for the run's number of ranks.
 NOT_OF_A_PROBE = (*MONITORS, "flops_profiler", "train_batch_size", "train_micro_batch_size_per_gpu")
+DIVERGED = "diverged; take lower rates, as by --set embedding.learning_rate=0.01 --set dense.learning_rate=0.001"
 LAYERS, RANK, HEAD = 2, 32, [64, 64]  # of the DCNv2
 
 
@@ -62,7 +64,7 @@ def probe(config: RunConfig, steps: int, measure: Measure, say: Callable[[str], 
         steps: at most so many; one epoch at most.
 
     Raises:
-        UserError: data are missing, the config cannot train, or this is one process of many.
+        UserError: data are missing, the config cannot train, the model diverges, or this is one process of many.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"the probe runs in one process, but WORLD_SIZE={os.environ['WORLD_SIZE']}: start it by python")
@@ -70,7 +72,16 @@ def probe(config: RunConfig, steps: int, measure: Measure, say: Callable[[str], 
     config = probe_config(config, steps, measure)
     run = build_run(config, start_process(config))
     loss = _train(run, say)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"probe: the loss of its last step is {loss} (step {run.schedule.total_steps}, {config.model.name}): it "
+            f"{DIVERGED}"
+        )
     found, examples = _differences(run) if measure == "difference" else _cosines(run)
+    if not np.isfinite(found).all():
+        raise UserError(
+            f"probe: interactions are not finite numbers: the model, whose last loss is {loss:.4g}, {DIVERGED}"
+        )
     reason = (
         f"probe: {config.model.name}, {run.schedule.total_steps} steps of {config.data.batch_size} training examples, "
         f"loss of the last {loss:.4f}; mean |{measure}| over {examples:,} training examples"

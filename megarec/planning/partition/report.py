@@ -4,7 +4,6 @@ The pictures are the plane coloured by tower, and the interactions sorted by tow
 """
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -87,24 +86,6 @@ def _colour(tower: int, towers: int) -> tuple[float, float, float, float]:
 
 def _title(partition: Partition) -> str:
     return f"{len(partition.layout.features)} features in {len(partition.towers)} towers, {partition.strategy}"
-
-
-def check_partition_output(output: Path) -> None:
-    """Make the directory of the file to write; call it before long work.
-
-    Raises:
-        UserError: it is no .json, or nothing can be written there.
-    """
-    if output.suffix != ".json":
-        raise UserError(f"--output {output}: expected the name of a JSON file, such as towers.json")
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a directory; name a file, such as {output / 'towers.json'}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output}: {output.parent} cannot be made ({error.strerror})") from error
-    if not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {output}: {output.parent} cannot be written; choose another directory")
 
 
 def write_partition(partition: Partition, output: Path, tensorboard: Path) -> list[Path]:

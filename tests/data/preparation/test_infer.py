@@ -10,7 +10,7 @@ import pytest
 
 from megarec.data.preparation.infer import infer
 from megarec.data.preparation.prepare import prepare_table
-from megarec.data.preparation.scan import Shares
+from megarec.data.preparation.splits import Shares
 from megarec.data.schema import load_schema
 from megarec.errors import UserError
 

@@ -53,7 +53,7 @@ def test_files_without_labels(tmp_path: Path, header: bool) -> None:
     schema = prepare_as(out, {"test": [tmp_path / "new.csv"]}, tmp_path / "new")
     assert not schema.labelled and schema == load_schema(tmp_path / "new")
     assert pq.read_table(tmp_path / "new" / "test").equals(features(pq.read_table(out / "test")))
-    told = r"new: was prepared from files without the label column 'clicked': it can be scored, not trained on"
+    told = r"new: was prepared from files without the label column 'clicked': it can be scored; for training"
     for of in (schema, fitting_schema(load_schema(out), schema, Path("schema.json"))):
         with pytest.raises(UserError, match=told):
             open_split(tmp_path / "new", "test", of, "error")

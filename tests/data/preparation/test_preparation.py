@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pytest
 from megarec.commands.prepare_data import listed, main
 from megarec.data.preparation import encode, merge, scan, table_reader, text_files
 from megarec.data.preparation.prepare import MaxBad, prepare_spec, prepare_table
-from megarec.data.preparation.scan import Shares
+from megarec.data.preparation.splits import Shares
 from megarec.data.preparation.vocabulary import Hashing
 from megarec.data.schema import load_schema
 from megarec.data.sources.criteo import CATEGORICAL, NUMERIC, criteo_spec, write_made_up
@@ -137,8 +137,8 @@ def test_hashing_reports_what_shares_a_row(days: Path, tmp_path: Path) -> None:
         assert schema.sharing[name] == round(shared / len(values), 6)
 
 
-def killed_at(days: Path, output: Path, renames: int) -> bool:
-    """Prepare in a fork that kills itself at its so-manieth rename; whether it came so far."""
+def killed_at(renames: int, work: Callable[..., Any], *arguments: Any) -> bool:
+    """Do the work in a fork that kills itself at its so-manieth rename; whether it came so far."""
     child = os.fork()
     if child == 0:
         left, replace = [renames], Path.replace
@@ -151,7 +151,7 @@ def killed_at(days: Path, output: Path, renames: int) -> bool:
 
         Path.replace = dies  # type: ignore[method-assign, assignment]
         try:
-            prepare(days, output)
+            work(*arguments)
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -162,7 +162,7 @@ def test_killed_anywhere_it_goes_on(days: Path, tmp_path: Path, monkeypatch: pyt
     """At twenty places between the first file and the last one, one after the other of the same preparation."""
     whole = content(prepare(days, tmp_path / "whole"))
     kills = 0
-    while killed_at(days, tmp_path / "out", 7):
+    while killed_at(7, prepare, days, tmp_path / "out"):
         assert not (tmp_path / "out").exists()
         kills += 1
     assert kills >= 20 and content(tmp_path / "out") == whole
@@ -171,7 +171,7 @@ def test_killed_anywhere_it_goes_on(days: Path, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.usefixtures("small")
 def test_what_is_finished_is_not_repeated(days: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert killed_at(days, tmp_path / "out", 60)
+    assert killed_at(60, prepare, days, tmp_path / "out")
     finished = len(list((tmp_path / ".out.partial-work" / "pieces").glob("*.json")))
     read: list[Any] = []
     real = scan.read_unit
@@ -193,7 +193,7 @@ def test_killed_after_all_is_in_place(days: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.usefixtures("small")
 def test_another_input_starts_again(days: Path, tmp_path: Path) -> None:
-    assert killed_at(days, tmp_path / "out", 60)
+    assert killed_at(60, prepare, days, tmp_path / "out")
     prepare(days, tmp_path / "out", min_count=3)
     assert content(tmp_path / "out") == content(prepare(days, tmp_path / "whole", min_count=3))
 

@@ -11,6 +11,7 @@ from megarec.config.load import load_config
 from megarec.config.sections import RunConfig
 from megarec.data.sources.grouped import Shape, prepare_grouped, read_groups
 from megarec.errors import UserError
+from megarec.planning.partition import probe
 from megarec.planning.partition.partition import Requested, partition
 from megarec.planning.partition.planted import adjusted_rand
 from tests.planning.partition.test_partition import planted as odd_and_even
@@ -64,6 +65,20 @@ def test_what_a_partition_finds_is_told(grouped: RunConfig, tmp_path: Path) -> N
     strided = partition(grouped, Requested(3, "strided"))
     assert found.agreement is not None and strided.agreement is not None
     assert -0.5 < strided.agreement < 0.9 and found.agreement < 0.9
+
+
+def test_features_in_no_group_agree_with_nothing(grouped: RunConfig) -> None:
+    hidden = read_groups(Path(grouped.data.path))
+    assert hidden is not None
+    alone = grouped.data.model_copy(update={"features": hidden.alone})
+    assert partition(grouped.model_copy(update={"data": alone}), Requested(2, "strided")).agreement is None
+
+
+def test_damaged_groups_are_told_before_a_probe(grouped: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    (Path(grouped.data.path) / "groups.json").write_text('{"groups": 3, "alone": []}')
+    monkeypatch.setattr(probe, "probe", lambda *arguments: pytest.fail("probed first"))
+    with pytest.raises(UserError, match=r"groups\.json: .*expected what `prepare_data.py grouped` writes"):
+        partition(grouped, Requested(2))
 
 
 def test_refusals_of_planted(grouped: RunConfig, tmp_path: Path) -> None:

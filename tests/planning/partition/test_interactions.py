@@ -112,9 +112,10 @@ def test_distance_falls_or_rises_with_interaction_over_its_whole_range() -> None
         (b"not an array", "cannot be read (no .npy file of numbers)"),
         (np.eye(2), "a matrix [2, 2], but the run has 3 categorical features: expected [3, 3]"),
         (np.full((3, 3), "x"), "holds no numbers"),
-        (np.full((3, 3), np.nan), "expected a symmetric matrix of finite values, 0 or more"),
-        (np.full((3, 3), -0.5), "expected a symmetric matrix of finite values, 0 or more"),
-        (np.triu(np.ones((3, 3))), "expected a symmetric matrix of finite values, 0 or more"),
+        (np.full((3, 3), np.nan), "expected a symmetric matrix of finite values, from 0 to 1e+100"),
+        (np.full((3, 3), 1.7e308), "expected a symmetric matrix of finite values, from 0 to 1e+100"),
+        (np.full((3, 3), -0.5), "expected a symmetric matrix of finite values, from 0 to 1e+100"),
+        (np.triu(np.ones((3, 3))), "expected a symmetric matrix of finite values, from 0 to 1e+100"),
     ],
 )
 def test_files_without_interactions_are_told(content: np.ndarray | bytes | None, expected: str, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The recipe as a whole: shared tables, balance and its refusals, baselines, costs, what is written."""
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,11 @@ from megarec.data.schema import CategoricalFeature, Schema, save_schema
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
+from megarec.files import check_json_output
+from megarec.planning.partition import probe
 from megarec.planning.partition.partition import Requested, check_requested, inside_and_across, partition
 from megarec.planning.partition.probe import probe_config
-from megarec.planning.partition.report import check_partition_output, write_partition
+from megarec.planning.partition.report import write_partition
 from megarec.run.cost import count_towers
 from megarec.sparse.towers.sizes import resolve_towers
 from megarec.training.trainer import train
@@ -192,6 +196,29 @@ def test_more_towers_than_tables_and_missing_data(config: RunConfig) -> None:
         partition(config, Requested(2))
 
 
+@pytest.mark.parametrize(
+    ("loss", "found", "said"),
+    [
+        (
+            float("nan"),
+            np.eye(2),
+            "probe: the loss of its last step is nan (step 9, dcn): it diverged; take lower rates",
+        ),
+        (0.5, np.full((2, 2), np.inf), "probe: interactions are not finite numbers: the model, whose last loss is 0.5"),
+    ],
+)
+def test_a_probe_that_diverges_is_told(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, loss: float, found: np.ndarray, said: str
+) -> None:
+    monkeypatch.setattr(probe, "load_schema", lambda path: None)
+    monkeypatch.setattr(probe, "start_process", lambda config: None)
+    monkeypatch.setattr(probe, "build_run", lambda *arguments: SimpleNamespace(schedule=SimpleNamespace(total_steps=9)))
+    monkeypatch.setattr(probe, "_train", lambda *arguments: loss)
+    monkeypatch.setattr(probe, "_differences", lambda run: (found, 10))
+    with pytest.raises(UserError, match=re.escape(said)):
+        probe.probe(config, 9, "difference", lambda line: None)
+
+
 def test_a_probe_is_of_the_flat_model_on_one_rank(config: RunConfig, tmp_path: Path) -> None:
     config = with_modules(config, tmp_path)
     parallel = config.parallel.model_copy(update={"tensor": 4, "ranks_per_host": 8, "exchange": "tower"})
@@ -211,9 +238,9 @@ def test_outputs_are_whole_or_not_there(config: RunConfig, tmp_path: Path, monke
     for name, expected in (("towers.txt", "expected the name of a JSON file"), ("dir.json", "is a directory")):
         (tmp_path / "dir.json").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=expected):
-            check_partition_output(tmp_path / name)
+            check_json_output("--output", tmp_path / name, "towers.json")
     output = tmp_path / "new" / "towers.json"
-    check_partition_output(output)
+    check_json_output("--output", output, "towers.json")
     found = partition(config, Requested(2, "greedy"))
     assert write_partition(found, output, tmp_path / "board") == [output]
     before = output.read_text()

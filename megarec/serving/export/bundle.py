@@ -1,0 +1,171 @@
+"""From a checkpoint to a directory that scores raw rows (megarec/serving/scorer reads it)."""
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from megarec.checkpoint.format import read_index
+from megarec.checkpoint.offline import new_directory, said_of
+from megarec.checkpoint.sparse import TABLES
+from megarec.config.sections import RunConfig
+from megarec.data.preparation.kept_spec import SPEC_FILE, load_prepared
+from megarec.data.preparation.table_spec import TableSpec
+from megarec.data.schema import Schema, identity_difference, load_schema
+from megarec.distributed.topology import ONE_RANK
+from megarec.errors import UserError
+from megarec.files import file_name, write_json
+from megarec.run.spec import ModelSpec
+from megarec.serving import scorer
+from megarec.serving.export.golden import golden_sample
+from megarec.serving.export.graph import export_onnx, export_program, scored_model
+from megarec.serving.export.raw_values import write_raw_values
+from megarec.serving.export.triton import write_triton
+from megarec.serving.predictor import Weights, checked_spec, open_checkpoint
+from megarec.serving.scorer.bundle import FORMAT, MANIFEST, VERSION, Bundle, checksum
+from megarec.serving.scorer.tables import encode_rows
+from megarec.sparse.layout import EmbeddingLayout, Table
+from megarec.sparse.run_placement import layouts_by_host
+
+TableType = Literal["fp32", "fp16", "int8", "int4"]
+PIECE = 1 << 24  # bytes of float32 rows in memory at a time
+SCORE = '''\
+"""Predictions of a file's raw rows: python score.py rows.csv > predictions.csv (needs numpy and onnxruntime)."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from scorer.files import main  # noqa: E402
+
+main(HERE)
+'''
+DENSE_FILE, PROGRAM_FILE, GOLDEN_FILE, SCORER = "dense.onnx", "dense.pt2", "golden.json", "scorer"
+
+
+def export_bundle(
+    checkpoint: Path, target: Path, data: Path | None = None, tables: TableType = "fp32", program: bool = False
+) -> dict[str, Any]:
+    """Write the scoring bundle of a checkpoint; the directory is there whole or not at all.
+
+    Args:
+        checkpoint: its directory.
+        data: the prepared data set that the run was trained on; None: where the run's config says.
+        tables: the type in which embedding tables are written.
+        program: whether the dense model is written as a `torch.export` program as well.
+
+    Returns:
+        How many files and bytes, and what is said of the checkpoint.
+
+    Raises:
+        UserError: the checkpoint is damaged, the data set is not the one, or the target exists.
+    """
+    config, schema, weights = open_checkpoint(checkpoint)
+    spec = checked_spec(config, schema, weights)
+    prepared = data or Path(config.data.path)
+    _check_data(schema, prepared, checkpoint)
+    layout = looked_up(config, spec)
+    with new_directory(target) as directory:
+        manifest = _manifest(config, schema, layout, weights, prepared, tables, directory)
+        model = scored_model(config, spec, weights, layout.width)
+        export_onnx(model, directory / DENSE_FILE)
+        if program:
+            export_program(model, directory / PROGRAM_FILE)
+        manifest |= {"dense": DENSE_FILE, "golden": GOLDEN_FILE, "width": layout.width}
+        shutil.copytree(Path(scorer.__file__).parent, directory / SCORER, ignore=shutil.ignore_patterns("__pycache__"))
+        (directory / "score.py").write_text(SCORE)
+        write_triton(directory)
+        write_json(directory / MANIFEST, manifest | {"files": _files(directory)})
+        write_json(directory / GOLDEN_FILE, golden_sample(Bundle(directory), model))
+        manifest["files"] = _files(directory)
+        write_json(directory / MANIFEST, manifest)
+    size = sum(about["bytes"] for about in manifest["files"].values())
+    return {"files": len(manifest["files"]), "bytes": size, **said_of(checkpoint, read_index(checkpoint))}
+
+
+def _text_files(spec: TableSpec | None) -> dict[str, Any]:
+    """How the text files look that the model was trained on."""
+    if spec is None:
+        return {"delimiter": None, "columns": None}
+    return {"delimiter": spec.delimiter, "columns": None if spec.header else list(spec.columns)}
+
+
+def _files(directory: Path) -> dict[str, Any]:
+    """By name, the size and checksum of every file but the manifest."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in files
+    }
+
+
+def looked_up(config: RunConfig, spec: ModelSpec) -> EmbeddingLayout:
+    """The features whose pooled rows lie side by side in front of the tower modules, or of the dense model."""
+    (layout,) = layouts_by_host(spec.layout, ONE_RANK, "flat", spec.towers)
+    return layout
+
+
+def _check_data(schema: Schema, data: Path, checkpoint: Path) -> None:
+    remedy = "name the data set that the run was trained on by --data DIR"
+    try:
+        found = load_schema(data)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: an export needs the vocabularies of its data: {error}; {remedy}") from error
+    if difference := identity_difference(schema.identity, found.identity):
+        raise UserError(f"--data {data}: {difference}")
+
+
+def _manifest(
+    config: RunConfig,
+    schema: Schema,
+    layout: EmbeddingLayout,
+    weights: Weights,
+    data: Path,
+    tables: TableType,
+    directory: Path,
+) -> dict[str, Any]:
+    kept = load_prepared(data).kept if (data / SPEC_FILE).is_file() else None
+    ids, numbers = write_raw_values(schema, data, kept, directory)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": config.model.name,
+        "label": schema.label_rule or schema.label,
+        "text": _text_files(None if kept is None else kept.spec),
+        "tables": _write_tables(layout.tables, weights, tables, directory),
+        "features": [
+            {
+                "name": feature.name,
+                "table": feature.table,
+                "start": feature.start,
+                "columns": feature.columns,
+                "multi_valued": feature.multi_valued,
+                "pooling": feature.pooling,
+                "raw": ids[feature.name],
+            }
+            for feature in layout.features
+        ],
+        "numeric": [{"name": name, "raw": numbers[name]} for name in schema.numeric],
+    }
+
+
+def _write_tables(tables: tuple[Table, ...], weights: Weights, kind: TableType, target: Path) -> dict[str, Any]:
+    """Write tables/<name>.bin of every table below `target`.
+
+    Returns:
+        By table, what the manifest says of it.
+    """
+    (target / "tables").mkdir()
+    found = {}
+    for table in tables:
+        file = f"tables/{file_name(table.name, '.bin')}"
+        at_once = max(1, PIECE // (4 * table.columns))
+        with (target / file).open("wb") as output:
+            for first in range(0, table.rows, at_once):
+                rows = torch.empty(min(at_once, table.rows - first), table.columns)
+                weights.fill(f"{TABLES}{table.name}/weight", rows, first)
+                output.write(np.ascontiguousarray(encode_rows(rows.numpy(), kind)).data)
+        found[table.name] = {"file": file, "type": kind, "rows": table.rows, "columns": table.columns}
+    return found

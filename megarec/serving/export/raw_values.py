@@ -1,0 +1,132 @@
+"""How raw values become ids and numbers, out of a prepared data set, in the files that a scorer reads."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from megarec.data.preparation.kept_spec import KeptSpec
+from megarec.data.preparation.table_spec import Bucketised, Lists, Numeric, Sequence
+from megarec.data.preparation.vocabulary import read_values, vocabulary_file
+from megarec.data.schema import CategoricalFeature, Schema
+from megarec.errors import UserError
+from megarec.files import file_name
+from megarec.serving.scorer.look_ups import text_hash
+
+VOCABULARY = "vocabulary"
+SEPARATOR = "|"  # of lists in text, where no spec names one
+
+
+def write_raw_values(
+    schema: Schema, data: Path, kept: KeptSpec | None, target: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the vocabularies of the features below `target`.
+
+    Args:
+        schema: the features of the model.
+        data: the prepared data set that it was trained on.
+        kept: how that was made; None: it does not say, and its vocabularies say what the values are.
+
+    Returns:
+        For categorical and for numeric features, by name, what the manifest says of their raw values.
+
+    Raises:
+        UserError: a vocabulary is missing or damaged.
+    """
+    if kept is not None:
+        if kept.spec.null_words:
+            raise UserError(f"{data}: its spec has null_words, which exports do not know yet; evaluate the run itself")
+        kept = kept.model_copy(update={"spec": kept.spec.features})  # a vector's numbers are columns of raw rows
+    (target / VOCABULARY).mkdir()
+    writer = _Vocabularies(data, target)
+    if kept is None:
+        ids = {feature.name: _as_known(feature, schema, writer) for feature in schema.categorical}
+        return ids, {name: _number(name, Numeric(type="numeric"), None) for name in schema.numeric}
+    return {feature.name: _ids(feature.name, kept, writer) for feature in schema.categorical}, {
+        name: _number(name, kept.spec.columns[name], kept.fitted.moments.get(name)) for name in schema.numeric
+    }
+
+
+def _as_known(feature: CategoricalFeature, schema: Schema, writer: "_Vocabularies") -> dict[str, Any]:
+    """A feature of a data set without a spec: values of its vocabulary, or rows of the table.
+
+    MovieLens's history has the values of item_id and a table of its own: its identity says so.
+    """
+    about: dict[str, Any] = {"column": feature.name}
+    if feature.multi_valued:
+        about["separator"] = SEPARATOR
+    if feature.weighted:
+        about["weights"] = feature.weights_column
+    owner, identity = feature.table or feature.name, schema.identity
+    alike = [name for name, text in identity.items() if text == identity.get(owner)]
+    known = [name for name in (owner, *alike) if vocabulary_file(writer.data, name).is_file()]
+    return about | (writer.write(known[0]) if known else {"kind": "row"})
+
+
+def _ids(name: str, kept: KeptSpec, writer: "_Vocabularies") -> dict[str, Any]:
+    column = kept.spec.columns[name]
+    about: dict[str, Any] = {"column": name}
+    if isinstance(column, Bucketised):
+        return about | {"kind": "buckets", "boundaries": kept.fitted.boundaries[name]}
+    ids = kept.spec.ids[name]
+    if isinstance(column, Lists):
+        about["separator"] = column.separator
+        if name in kept.spec.weights:
+            about["weights"] = kept.spec.weights[name]
+    if isinstance(column, Sequence):
+        about |= {"max_length": column.max_length, "newest": column.newest}
+    owner = ids.table or name
+    if kept.spec.ids[owner].hash is not None:
+        return about | {"kind": "hash", "dtype": ids.dtype}
+    return about | writer.write(owner) | {"dtype": ids.dtype}
+
+
+def _number(name: str, column: object, moments: tuple[float, float] | None) -> dict[str, Any]:
+    assert isinstance(column, Numeric)
+    return {"column": name, "log": column.log, "missing": column.missing, "moments": moments}
+
+
+class _Vocabularies:
+    """Writes each vocabulary once, as sorted files.
+
+    Args:
+        data: the prepared data set.
+        target: the export.
+    """
+
+    def __init__(self, data: Path, target: Path) -> None:
+        self.data, self._target = data, target
+        self._written: dict[str, dict[str, Any]] = {}
+
+    def write(self, name: str) -> dict[str, Any]:
+        """What the manifest says of a vocabulary."""
+        if name not in self._written:
+            values = read_values(self.data, name)
+            stem = f"{VOCABULARY}/{file_name(name)}"
+            parts, order = _texts(values) if values.type == pa.string() else _numbers(values)
+            for part, content in (parts | {"rows": (order + 1).astype("<i8")}).items():
+                content.tofile(self._target / f"{stem}.{part}")
+            about = {part: f"{stem}.{part}" for part in (*parts, "rows")}
+            kind = "string" if values.type == pa.string() else "integer"
+            self._written[name] = {"kind": "vocabulary", "dtype": kind, **about}
+        return self._written[name]
+
+
+def _numbers(values: pa.Array) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
+    """Rising, and the place of each in the vocabulary."""
+    keys = values.to_numpy().astype("<i8")
+    order = np.argsort(keys, kind="stable")
+    return {"keys": keys[order]}, order
+
+
+def _texts(values: pa.Array) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
+    """In the order of their hashes, and the place of each in the vocabulary."""
+    hashes = np.fromiter(map(text_hash, values.to_pylist()), "<u8", len(values))
+    order = np.argsort(hashes, kind="stable")
+    placed = values.take(pa.array(order)).cast(pa.large_binary())
+    sizes = pc.binary_length(placed).to_numpy(zero_copy_only=False)
+    text = np.frombuffer(b"".join(placed.to_pylist()), np.uint8)
+    return {"hashes": hashes[order], "ends": np.cumsum(sizes).astype("<i8"), "text": text}, order

@@ -1,0 +1,164 @@
+"""Raw rows -> what the model reads: ids of every feature with the lengths of lists, and numbers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import Bundle, RowError, shown
+from .look_ups import Ids, LookUp, load_look_up
+from .values import elements, finite, number
+
+Row = Mapping[str, Any]
+
+
+@dataclass
+class FeatureIds:
+    """Ids of one feature, row after row.
+
+    Attributes:
+        values: int64 [all ids].
+        lengths: int64 [rows]; None: every row has one.
+        weights: float32 [all ids]; None: all are 1.
+    """
+
+    values: Ids
+    lengths: Ids | None
+    weights: NDArray[np.float32] | None
+
+
+@dataclass
+class Encoded:
+    """Rows that can be scored.
+
+    Attributes:
+        kept: their places among those that were given, rising.
+        ids: by feature.
+        numeric: float32 [rows, numeric features].
+        errors: by place of the others, why not.
+    """
+
+    kept: list[int]
+    ids: dict[str, FeatureIds]
+    numeric: NDArray[np.float32]
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+class RowEncoder:
+    """Encodes rows by the rules of the data set that the model was trained on."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        self._features = [
+            _Feature(about, load_look_up(bundle, about["raw"], manifest["tables"][about["table"]]["rows"]))
+            for about in manifest["features"]
+        ]
+        self._numeric = [_Numeric(about) for about in manifest["numeric"]]
+
+    def encode(self, rows: Sequence[Row]) -> Encoded:
+        """A row that cannot be scored is left out, with its reason; the others are as if it was not there."""
+        kept, errors, read = [], {}, []
+        for place, row in enumerate(rows):
+            try:
+                if not isinstance(row, Mapping):
+                    raise RowError(f"{shown(row)}, expected an object with the columns as keys")
+                read.append(([f.read(row) for f in self._features], [n.read(row) for n in self._numeric]))
+                kept.append(place)
+            except RowError as error:
+                errors[place] = str(error)
+        by_feature = list(zip(*(ids for ids, _ in read), strict=True)) if read else [()] * len(self._features)
+        ids = {f.name: f.gather(column) for f, column in zip(self._features, by_feature, strict=True)}
+        numeric = np.array([numbers for _, numbers in read], np.float64).reshape(len(read), len(self._numeric))
+        for place, column in enumerate(self._numeric):
+            numeric[:, place] = column.transformed(numeric[:, place])
+        return Encoded(kept, ids, numeric.astype(np.float32), errors)
+
+
+class _Feature:
+    def __init__(self, about: dict[str, Any], look_up: LookUp) -> None:
+        raw = about["raw"]
+        self.name, self._look_up, self._column = about["name"], look_up, raw["column"]
+        self._many, self._separator, self._weights = about["multi_valued"], raw.get("separator"), raw.get("weights")
+        self._most, self._newest_first = raw.get("max_length"), raw.get("newest") == "first"
+
+    def read(self, row: Row) -> Any:
+        """A value, or lists of values and weights; None: it is missing."""
+        value = _of(row, self._column)
+        try:
+            if not self._many:
+                return self._look_up.read(value)
+            found = [self._look_up.read(element) for element in elements(value, self._separator)]
+        except RowError as error:
+            raise RowError(f"{self._column}={error}") from None
+        weights = None if self._weights is None else self._weights_of(row, self._weights, len(found))
+        keep = [place for place, element in enumerate(found) if element is not None]
+        if self._most is not None:
+            keep = keep[: self._most] if self._newest_first else keep[-self._most :]
+        return [found[place] for place in keep], None if weights is None else [weights[place] for place in keep]
+
+    def _weights_of(self, row: Row, column: str, wanted: int) -> list[float]:
+        try:
+            found = [number(element) for element in elements(_of(row, column), self._separator)]
+        except RowError as error:
+            raise RowError(f"{column}={error}") from None
+        if len(found) != wanted:
+            raise RowError(f"{column}: {len(found)} weights, expected {wanted}, one for each value of {self._column}")
+        if not np.isfinite(np.array(found, np.float32)).all():
+            raise RowError(f"{column}={shown(found)}, expected finite numbers")
+        return found
+
+    def gather(self, column: Sequence[Any]) -> FeatureIds:
+        if not self._many:
+            return FeatureIds(self._rows(column), None, None)
+        lengths = np.fromiter((len(values) for values, _ in column), np.int64, len(column))
+        values = self._rows([value for values, _ in column for value in values])
+        weights = None
+        if self._weights is not None:
+            weights = np.array([weight for _, some in column for weight in some or ()], np.float32)
+        return FeatureIds(values, lengths, weights)
+
+    def _rows(self, values: Sequence[Any]) -> Ids:
+        """Row 0 stands for a missing value."""
+        if None not in values:
+            return self._look_up.rows(values)
+        there = np.fromiter((value is not None for value in values), bool, len(values))
+        rows = np.zeros(len(values), np.int64)
+        rows[there] = self._look_up.rows([value for value in values if value is not None])
+        return rows
+
+
+class _Numeric:
+    def __init__(self, about: dict[str, Any]) -> None:
+        raw = about["raw"]
+        self._column, self._log, self._missing, self._moments = (
+            raw[key] for key in ("column", "log", "missing", "moments")
+        )
+
+    def read(self, row: Row) -> float:
+        """The number, or what stands for a missing one."""
+        try:
+            found = number(_of(row, self._column))
+            if found == found:
+                # With log any finite number fits.
+                return found if self._log and abs(found) < np.inf else finite(found)
+        except RowError as error:
+            raise RowError(f"{self._column}={error}") from None
+        if self._missing is None:
+            raise RowError(f"{self._column} is missing, expected a number")
+        return float(self._missing)
+
+    def transformed(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        if self._log:
+            values = np.sign(values) * np.log1p(np.abs(values))
+        if self._moments is not None:
+            values = (values - self._moments[0]) / self._moments[1]
+        return values
+
+
+def _of(row: Row, column: str) -> Any:
+    try:
+        return row[column]
+    except KeyError:
+        raise RowError(f"{column} is not in the row; give every column, null where its value is missing") from None

@@ -1,0 +1,129 @@
+"""The model of an export: raw rows in, probabilities out."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from .bundle import Bundle, ScoringError
+from .rows import Encoded, FeatureIds, Row, RowEncoder
+from .tables import Floats, Table, open_tables
+
+ROWS_AT_ONCE = 8192
+
+
+@dataclass
+class Scores:
+    """What became of the rows.
+
+    Attributes:
+        probabilities: float64 [rows]; NaN where a row has an error.
+        logits: float32 [rows], what the model itself says; NaN likewise.
+        errors: by place of a row, why it has no score.
+    """
+
+    probabilities: NDArray[np.float64]
+    logits: Floats
+    errors: dict[int, str]
+
+
+class Scorer:
+    """Scores raw rows; one may be used by several threads.
+
+    Args:
+        directory: what `megarec checkpoint export RUN DIR --format onnx` wrote.
+        threads: of one call, in the dense model.
+        check: whether the golden sample is scored first.
+
+    Raises:
+        ScoringError: a file is missing or not what was exported, or the golden sample has other scores here.
+    """
+
+    def __init__(self, directory: str | Path, threads: int = 1, check: bool = True) -> None:
+        self.bundle = Bundle(Path(directory))
+        manifest = self.bundle.manifest
+        self._encoder = RowEncoder(self.bundle)
+        self._tables = open_tables(self.bundle)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        path = self.bundle.path(manifest["dense"])
+        try:
+            self._dense = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own types are not public
+            raise ScoringError(f"{path}: onnxruntime cannot read it ({str(error).splitlines()[0]})") from error
+        self._inputs = {entry.name for entry in self._dense.get_inputs()}
+        if check:
+            self._check_golden()
+
+    def score(self, rows: Sequence[Row]) -> Scores:
+        """Score raw rows, each an object with the columns of the files that the model was trained on.
+
+        A row that cannot be scored gets an error of its own; the others are scored.
+        """
+        logits = np.full(len(rows), np.nan, np.float32)
+        errors: dict[int, str] = {}
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            encoded = self._encoder.encode(rows[start : start + ROWS_AT_ONCE])
+            if encoded.kept:
+                logits[np.array(encoded.kept) + start] = self.logits(encoded)
+            errors |= {start + place: why for place, why in encoded.errors.items()}
+        return Scores(self._probabilities(logits), logits, errors)
+
+    def logits(self, encoded: Encoded) -> Floats:
+        """Float32 [rows] of rows that are encoded already."""
+        embedded = pooled_embeddings(self.bundle.manifest, self._tables, encoded)
+        inputs = {"embedded": embedded, "numeric": encoded.numeric}
+        (found,) = self._dense.run(None, {name: inputs[name] for name in self._inputs})
+        return found
+
+    def _probabilities(self, logits: Floats) -> NDArray[np.float64]:
+        with np.errstate(over="ignore"):
+            return 1 / (1 + np.exp(-logits.astype(np.float64)))
+
+    def _check_golden(self) -> None:
+        path = self.bundle.path(self.bundle.manifest["golden"])
+        golden = json.loads(path.read_bytes())
+        expected = np.array(golden["logits"], np.float32)
+        found = self.score(golden["rows"])
+        if found.errors:
+            place, why = next(iter(found.errors.items()))
+            raise ScoringError(f"{path}: row {place} of the golden sample cannot be scored: {why}")
+        difference = np.abs(found.logits - expected) / np.maximum(np.abs(expected), 1)
+        if not (difference <= golden["tolerance"]).all():
+            place = int(np.nanargmax(difference))
+            raise ScoringError(
+                f"{path}: row {place} of the golden sample has the logit {found.logits[place]:.7g} here, "
+                f"{expected[place]:.7g} where it was exported; copy the export again, or export again"
+            )
+
+
+def pooled_embeddings(manifest: dict[str, Any], tables: dict[str, Table], encoded: Encoded) -> Floats:
+    """What the dense model reads: float32 [rows, width], every feature in its columns."""
+    made = np.empty((len(encoded.kept), manifest["width"]), np.float32)
+    for about in manifest["features"]:
+        ids = encoded.ids[about["name"]]
+        rows = tables[about["table"]].rows(ids.values)
+        columns = slice(about["start"], about["start"] + about["columns"])
+        made[:, columns] = rows if ids.lengths is None else _pooled(rows, ids, about["pooling"])
+    return made
+
+
+def _pooled(rows: Floats, ids: FeatureIds, pooling: str) -> Floats:
+    """Sums or means of the rows of every list, [lists, columns]."""
+    assert ids.lengths is not None
+    if ids.weights is not None:
+        rows = rows * ids.weights[:, None]
+    made = np.zeros((len(ids.lengths), rows.shape[1]), np.float32)
+    there = ids.lengths > 0
+    if there.any():
+        starts = np.concatenate([[0], np.cumsum(ids.lengths[there])[:-1]])
+        made[there] = np.add.reduceat(rows, starts, axis=0)
+    if pooling == "mean":
+        made /= np.maximum(ids.lengths, 1).astype(np.float32)[:, None]
+    return made

@@ -1,0 +1,148 @@
+"""Raw values of one row -> what a preparation makes of them: text of a category, numbers, lists.
+
+The rules are those of megarec/data/preparation/values.py (docs/data.md), for values of Python.
+"""
+
+import math
+import re
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from .bundle import RowError, shown
+
+_WHOLE = re.compile(r"(-?[0-9]+)\.0*", re.ASCII)
+_INTEGER = re.compile(r"-?[0-9]+", re.ASCII)
+_HEXADECIMAL = re.compile(r"[0-9A-Fa-f]{1,15}", re.ASCII)
+_NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|-?inf(inity)?|-?nan", re.ASCII | re.IGNORECASE)
+_TRUTH = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false"}
+_EXACT = 2**53  # below, a float holds every whole number
+_LIMIT = 2**63
+_FLOAT32 = 2.0**128 - 2.0**103  # from here on a float is rounded to an infinite float32
+
+
+def category(value: Any, dtype: str) -> str | int | None:
+    """A value as text ("string") or a number of 64 bits ("integer", "hexadecimal"); None: it is missing.
+
+    Raises:
+        RowError: it names no category of that type.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise RowError(f"{shown(value)}, expected UTF-8 text") from None
+    if dtype == "hexadecimal":
+        return _hexadecimal(value)
+    if isinstance(value, float):
+        value = _whole(value)
+    elif isinstance(value, Decimal):
+        value = format(value, "f")
+    elif isinstance(value, bool):
+        value = "true" if value else "false"
+    if value is None:
+        return None
+    if not isinstance(value, str | int):
+        raise RowError(f"{shown(value)}, expected text or an integer")
+    _check_size(value)
+    return _text(value) if dtype == "string" else _integer(value)
+
+
+def _whole(value: float) -> int | None:
+    if math.isnan(value):
+        return None
+    if math.isinf(value) or value != math.trunc(value):
+        raise RowError(f"{value!r}, expected an integer (no other float names a category)")
+    if abs(value) >= _EXACT:
+        raise RowError(f"{value!r}, expected an id below {_EXACT}: a larger float stands for several")
+    return int(value)
+
+
+def _text(value: str | int) -> str | None:
+    text = str(value)
+    if text in _TRUTH:
+        return _TRUTH[text]
+    if (match := _WHOLE.fullmatch(text)) is not None:
+        text = match[1]
+    if text.startswith("-0") and not text.strip("-0") and text.count("-") == 1:
+        text = text[1:]
+    return text or None
+
+
+def _integer(value: str | int) -> int | None:
+    text = _text(value)
+    if text is None:
+        return None
+    text = {"true": "1", "false": "0"}.get(text, text)
+    if not _INTEGER.fullmatch(text):
+        raise RowError(f"{shown(value)}, expected an integer")
+    number = int(text) if len(text) < 100 else _LIMIT
+    if not -_LIMIT <= number < _LIMIT:
+        raise RowError(f"{shown(value)}, expected an integer of 64 bits")
+    return number
+
+
+def _hexadecimal(value: Any) -> int | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or not _HEXADECIMAL.fullmatch(value):
+        raise RowError(f"{shown(value)}, expected text of 1 to 15 hexadecimal digits")
+    return int(value, 16)
+
+
+def number(value: Any) -> float:
+    """A value as a float; NaN: it is missing.
+
+    Raises:
+        RowError: it is no number.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or value == "":
+        return math.nan
+    if isinstance(value, bool | int | float | Decimal):
+        _check_size(value)
+        return float(value)
+    if isinstance(value, str):
+        text = _text(value) or ""
+        text = {"true": "1", "false": "0"}.get(text, text)
+        if _NUMBER.fullmatch(text):
+            return float(text)
+    raise RowError(f"{shown(value)}, expected a number")
+
+
+def _check_size(value: object) -> None:
+    """Files have no larger integers; as text they are numbers like any other."""
+    if isinstance(value, int) and not -_LIMIT <= value < _LIMIT:
+        raise RowError(f"{shown(value)}, expected an integer of 64 bits")
+
+
+def finite(value: float) -> float:
+    """The value, or NaN where it is missing.
+
+    Raises:
+        RowError: no float32 holds it.
+    """
+    if abs(value) >= _FLOAT32:
+        raise RowError(f"{value!r}, expected a finite number")
+    return value
+
+
+def elements(value: Any, separator: str | None) -> list[Any]:
+    """A list, or text cut at the separator; a missing one is empty.
+
+    Raises:
+        RowError: it is neither.
+    """
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return []
+    if isinstance(value, str) and separator is not None:
+        return list(value.split(separator))
+    if isinstance(value, list | tuple | np.ndarray):
+        return list(value)
+    raise RowError(
+        f"{shown(value)}, expected a list" + ("" if separator is None else f", or text parted by {separator!r}")
+    )

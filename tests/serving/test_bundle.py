@@ -1,0 +1,237 @@
+"""Every model leaves the trainer: raw rows scored by numpy and onnxruntime have the trainer's logits."""
+
+import csv
+import json
+import runpy
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from megarec.checkpoint.offline import locate
+from megarec.data.loader import EvalLoader
+from megarec.data.schema import load_schema
+from megarec.data.sources.synthetic import Shape, prepare_synthetic
+from megarec.data.store import open_split
+from megarec.distributed.rank_pool import RankPool
+from megarec.errors import UserError
+from megarec.serving.export.bundle import TableType, export_bundle
+from megarec.serving.predictor import load_checkpoint
+from megarec.serving.scorer import Scorer, ScoringError
+from megarec.serving.scorer.bundle import Bundle
+from megarec.serving.scorer.scorer import pooled_embeddings
+from tests.checkpoint.runs import TOWER_MODULE, TOWERS, leg, write_run
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
+
+Pools = Callable[[int], RankPool]
+SIZES = {"dim": 8, "numeric_embeddings": 2, "numeric_mlp": [8]}
+WUKONG = {"name": "wukong", "layers": 2, "num_fm": 2, "num_lcb": 2, "rank": 4, "mlp": [16], "head": [8], "dropout": 0.1}
+TOWER = {"parallel": {"towers": TOWERS}}
+RUNS: dict[str, dict[str, Any]] = {
+    "wukong": {"model": WUKONG},
+    "wukong, attentive": {"model": WUKONG | {"projection": "attentive", "attentive": {"compressed": 2, "mlp": [8]}}},
+    "wukong, full": {"model": WUKONG | {"fm": "full"}},
+    **{
+        name: {"model": {"name": name}}
+        for name in ["dlrm", "dcn", "lr", "fm", "dnn", "deepfm", "xdeepfm", "autoint", "masknet", "finalmlp", "afn"]
+    },
+    "wukong, wukong towers": {"model": WUKONG, "tower_module": TOWER_MODULE, **TOWER},
+    "dlrm, dlrm towers": {"model": {"name": "dlrm"}, "tower_module": {"name": "dlrm", "compression": 2}, **TOWER},
+    "dcn, dcn towers": {"model": {"name": "dcn"}, "tower_module": {"name": "dcn", "compression": 2}, **TOWER},
+    "dcn, towers without modules": {"model": {"name": "dcn"}, **TOWER},
+    "wukong, several and small embeddings": {
+        "model": WUKONG,
+        "embedding": {"features": {"single_1": {"embeddings": 2}, "single_2": {"width": 4}, "single_3": {"width": 4}}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "data"
+    prepare_synthetic(Shape(examples=400, numeric=3, seed=3), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(rank_pool: Pools, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint of a run that took three steps."""
+    known: dict[str, Path] = {}
+
+    def train(name: str) -> Path:
+        if name not in known:
+            path = write_run(tmp_path_factory.mktemp("run"), data)
+            run = json.loads(path.read_text())
+            sections = RUNS[name] | {"model": SIZES | RUNS[name]["model"]}
+            run |= {key: run.get(key, {}) | section if key != "model" else section for key, section in sections.items()}
+            path.write_text(json.dumps(run))
+            rank_pool(1).run(partial(leg, load=False, save=True), path, [], 0, 3)
+            known[name] = locate(path.parent / "out" / "checkpoints/latest")
+        return known[name]
+
+    return train
+
+
+def raw_rows(data: Path, split: str = "test") -> list[dict[str, Any]]:
+    return pq.read_table(data / split).to_pylist()
+
+
+def trainer_logits(checkpoint: Path, data: Path) -> np.ndarray:
+    """What the run's own evaluation computes for the test split."""
+    schema = load_schema(data)
+    store = open_split(data, "test", schema, "error")
+    rows = EvalLoader(store, schema, batch_size=64, rank=0, world_size=1, seed=1, prefetch=1, pin_memory=False)
+    model = load_checkpoint(checkpoint)
+    return np.concatenate([model.predict(batch)[: batch.valid].numpy() for batch in rows.batches()])
+
+
+def batches(rows: list[dict[str, Any]], sizes: tuple[int, ...]) -> Iterator[list[dict[str, Any]]]:
+    for size in sizes:
+        yield [rows[place % len(rows)] for place in range(size)]
+
+
+FAST = ("wukong", "wukong, attentive", "autoint", "dlrm, dlrm towers", "wukong, several and small embeddings")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
+def test_raw_rows_have_the_logits_of_the_trainer(
+    name: str, trained: Callable[[str], Path], data: Path, tmp_path: Path
+) -> None:
+    checkpoint = trained(name)
+    export_bundle(checkpoint, tmp_path / "out")
+    scorer, expected, rows = Scorer(tmp_path / "out"), trainer_logits(checkpoint, data), raw_rows(data)
+    assert expected.std() > 1e-3
+    for batch in batches(rows, (1, 7, len(rows), 9_000)):
+        found = scorer.score(batch)
+        wanted = expected[np.arange(len(batch)) % len(rows)]
+        assert not found.errors and (np.abs(found.logits - wanted) <= 1e-5 * np.maximum(1, np.abs(wanted))).all()
+        assert found.probabilities == pytest.approx(1 / (1 + np.exp(-wanted.astype(np.float64))), abs=1e-5)
+
+
+def score_file(export: Path, file: Path) -> list[list[str]]:
+    """By the export's own script, in a Python that finds neither megarec nor the directory of the tests."""
+    packages = sorted({str(Path(numpy_or_other.__file__).parents[1]) for numpy_or_other in (np, onnxruntime)})
+    code = (
+        f"import sys; sys.path[:0] = {packages}; sys.argv = [{str(export / 'score.py')!r}, {str(file)!r}]\n"
+        "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "assert not {'torch', 'megarec', 'pyarrow'} & {*sys.modules}, [*sys.modules]\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return list(csv.reader(done.stdout.splitlines()))
+
+
+def test_an_export_scores_files_without_torch_and_megarec(
+    trained: Callable[[str], Path], data: Path, tmp_path: Path
+) -> None:
+    export_bundle(trained("wukong"), tmp_path / "out")
+    rows, scorer = raw_rows(data), Scorer(tmp_path / "out")
+    names = [name for name in rows[0] if name != "label"]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(names)
+        for row in rows:
+            lines.writerow(["|".join(map(str, v)) if isinstance(v := row[n], list) else repr(v) for n in names])
+        lines.writerow(["x"] * len(names))
+    found = score_file(tmp_path / "out", tmp_path / "rows.csv")
+    assert found[0] == ["prediction", "error"] and len(found) == len(rows) + 2 and found[-1][0] == ""
+    expected = scorer.score(rows).probabilities
+    assert [float(line[0]) for line in found[1:-1]] == pytest.approx(expected, abs=1e-7) and "expected" in found[-1][1]
+
+
+def test_quantised_tables_are_smaller_and_near(trained: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    checkpoint, rows = trained("wukong"), raw_rows(data)
+    expected = trainer_logits(checkpoint, data)
+    sizes, off = {}, {}
+    for kind in get_args(TableType):
+        export_bundle(checkpoint, tmp_path / kind, tables=kind)
+        sizes[kind] = sum(path.stat().st_size for path in (tmp_path / kind / "tables").iterdir())
+        off[kind] = float(np.abs(Scorer(tmp_path / kind).score(rows).logits - expected).max())
+    width = SIZES["dim"]
+    wanted = {"fp32": 4 * width, "fp16": 2 * width, "int8": width + 2, "int4": width // 2 + 4}
+    assert {kind: size * 4 * width // sizes["fp32"] for kind, size in sizes.items()} == wanted
+    assert off["fp32"] <= 1e-5 < off["int4"] < 0.5 and off["fp16"] <= 2e-3 and off["int8"] <= 5e-2
+
+
+def test_a_damaged_export_is_named(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    export_bundle(trained("dcn"), tmp_path / "out")
+    table = next((tmp_path / "out" / "tables").iterdir())
+    good = table.read_bytes()
+    table.write_bytes(bytes(len(good)))
+    with pytest.raises(ScoringError, match=f"{table.name}: is not what was exported"):
+        Bundle(tmp_path / "out").verify()
+    table.write_bytes(good[:-1])
+    with pytest.raises(ScoringError, match=f"{table.name}: has {len(good) - 1} bytes, the manifest says {len(good)}"):
+        Scorer(tmp_path / "out")
+    table.write_bytes(good)
+    golden = json.loads((tmp_path / "out/golden.json").read_text())
+    golden["logits"][3] *= 1.001
+    text = json.dumps(golden, indent=2)
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    manifest["files"]["golden.json"]["bytes"] = len(text)
+    (tmp_path / "out/golden.json").write_text(text)
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ScoringError, match=r"row 3 of the golden sample has the logit"):
+        Scorer(tmp_path / "out")
+
+
+def test_mistakes_leave_nothing(trained: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs the vocabularies of its data: .*schema.json does not exist"):
+        export_bundle(trained("dcn"), tmp_path / "out", tmp_path)
+    other = tmp_path / "other"
+    prepare_synthetic(Shape(examples=50, numeric=3, seed=4), other)
+    with pytest.raises(UserError, match="take the seed and the features that it was trained on"):
+        export_bundle(trained("dcn"), tmp_path / "out", other)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_program_of_torch(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    export_bundle(trained("wukong"), tmp_path / "out", program=True)
+    scorer = Scorer(tmp_path / "out")
+    golden = json.loads((tmp_path / "out/golden.json").read_text())
+    encoded = scorer._encoder.encode(golden["rows"])
+    embedded = pooled_embeddings(scorer.bundle.manifest, scorer._tables, encoded)
+    program = torch.export.load(tmp_path / "out/dense.pt2").module()
+    for rows in (1, 5, 16):
+        logits = program(torch.from_numpy(embedded[:rows]), torch.from_numpy(encoded.numeric[:rows]))
+        assert logits.tolist() == pytest.approx(golden["logits"][:rows], abs=1e-6)
+
+
+class _Tensor:
+    def __init__(self, name: str, values: np.ndarray) -> None:
+        self.name, self._values = name, values
+
+    def as_numpy(self) -> np.ndarray:
+        return self._values
+
+
+def test_triton_runs_the_scorer(
+    trained: Callable[[str], Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the module that Triton gives to a python model; its server is not run."""
+    export_bundle(trained("dcn"), tmp_path / "out")
+    triton = types.ModuleType("triton_python_backend_utils")
+    triton.Tensor, triton.InferenceResponse = _Tensor, lambda output_tensors: output_tensors  # type: ignore
+    triton.get_input_tensor_by_name = lambda request, name: request[name]  # type: ignore
+    monkeypatch.setitem(sys.modules, triton.__name__, triton)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    model = runpy.run_path(str(tmp_path / "out/1/model.py"))["TritonPythonModel"]()
+    model.initialize({})
+    rows = raw_rows(data)[:5]
+    texts = np.array([[json.dumps(row).encode()] for row in rows], dtype=object)
+    bad = np.array([[b"{"]], dtype=object)
+    first, second = model.execute([{"row": _Tensor("row", texts)}, {"row": _Tensor("row", bad)}])
+    assert first[0].as_numpy()[:, 0] == pytest.approx(Scorer(tmp_path / "out").score(rows).probabilities, abs=1e-7)
+    assert first[1].as_numpy()[:, 0].tolist() == [""] * 5 and "expected an object" in second[1].as_numpy()[0, 0]

@@ -1,0 +1,161 @@
+"""The scorer's rules for raw values are those of preparation, to the bit: both take or refuse the same rows."""
+
+import csv
+import json
+import math
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megarec.data.preparation.encode_rows import RowEncoder as Reference
+from megarec.data.preparation.kept_spec import load_prepared
+from megarec.data.preparation.prepare import MaxBad, prepare_table
+from megarec.errors import UserError
+from megarec.serving.export.raw_values import write_raw_values
+from megarec.serving.scorer.bundle import FORMAT, MANIFEST, VERSION, Bundle
+from megarec.serving.scorer.rows import RowEncoder
+
+COLUMNS: dict[str, Any] = {
+    "text": {"type": "categorical", "min_count": 2},
+    "whole": {"type": "categorical", "dtype": "integer"},
+    "hex": {"type": "categorical", "dtype": "hexadecimal"},
+    "hashed": {"type": "categorical", "hash": 50},
+    "many": {"type": "multi_valued", "dtype": "integer", "table": "whole", "separator": " "},
+    "seen": {"type": "sequence", "max_length": 3, "newest": "last", "pooling": "mean"},
+    "how": {"type": "weights", "of": "seen"},
+    "first": {"type": "sequence", "max_length": 2, "newest": "first", "table": "text"},
+    "age": {"type": "bucketised", "boundaries": [18, 30.5, 60]},
+    "height": {"type": "numeric", "standardise": True},
+    "spent": {"type": "numeric", "log": True, "standardise": True, "missing": 0},
+    "plain": {"type": "numeric", "missing": -1},
+    "y": {"type": "label"},
+}
+ROWS = [
+    ["a", "1", "0a", "x", "1 2", "a|b||c", "1|2|3|4", "a|zz|b", "17", "1.5", "2", "3", "1"],
+    ["a", "2", "ff", "y", "", "", "", "", "", "2.5", "", "", "0"],
+    ["b", "2", "FF", "7.0", "3", "b", "0.5", "b", "60", "4", "-9", "1e3", "0"],
+    ["b", "-5", "123456789abcdef", "True", "2 2", "c|a", "1|1", "", "30.5", "-1", "0.1", "-0", "1"],
+    ["é€", "0", "", "", "7", "é€", "-1", "é€", "1e6", "0", "7", "5", "1"],
+    ["é€", "9223372036854775807", "1", "z", "", "true|7", "2|2", "a", "-0", "9", "1", "5", "0"],
+]
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, RowEncoder]:
+    directory = tmp_path_factory.mktemp("raw")
+    (directory / "spec.json").write_text(json.dumps({"name": "all", "columns": COLUMNS}))
+    with (directory / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([list(COLUMNS), *ROWS])
+    data = directory / "data"
+    splits = {split: [directory / "rows.csv"] for split in ("train", "valid", "test")}
+    schema = prepare_table(directory / "spec.json", splits, data, workers=1, max_bad=MaxBad())
+    out = directory / "out"
+    out.mkdir()
+    ids, numbers = write_raw_values(schema, data, load_prepared(data).kept, out)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tables": {f.name: {"rows": f.rows} for f in schema.categorical},
+        "features": [
+            {"name": f.name, "table": f.table or f.name, "multi_valued": f.multi_valued, "raw": ids[f.name]}
+            for f in schema.categorical
+        ],
+        "numeric": [{"name": name, "raw": numbers[name]} for name in schema.numeric],
+        "files": {str(p.relative_to(out)): {"bytes": p.stat().st_size} for p in out.rglob("*") if p.is_file()},
+    }
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    return Reference(data), RowEncoder(Bundle(out))
+
+
+def scored(encoder: RowEncoder, row: dict[str, Any]) -> dict[str, Any] | None:
+    found = encoder.encode([row])
+    if found.errors:
+        return None
+    values: dict[str, Any] = {}
+    for name, ids in found.ids.items():
+        values[name] = ids.values.tolist() if ids.lengths is not None else int(ids.values[0])
+        assert ids.lengths is None or ids.lengths.tolist() == [len(ids.values)]
+        if ids.weights is not None:
+            values[f"{name}:weights"] = ids.weights.tolist()
+    return values | dict(zip(("height", "spent", "plain"), found.numeric[0].tolist(), strict=True))
+
+
+def prepared(encoder: Reference, row: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        return encoder.encode([row]).to_pylist()[0]
+    except UserError:
+        return None
+
+
+def test_the_rows_of_the_files(encoders: tuple[Reference, RowEncoder]) -> None:
+    reference, encoder = encoders
+    for row in ROWS:
+        raw = dict(zip(COLUMNS, row, strict=True))
+        found = scored(encoder, raw)
+        assert found is not None and found == prepared(reference, raw)
+    together = encoder.encode([dict(zip(COLUMNS, row, strict=True)) for row in ROWS])
+    assert together.kept == list(range(len(ROWS))) and together.numeric.dtype == np.float32
+    assert together.ids["seen"].lengths is not None and together.ids["seen"].lengths.tolist() == [3, 0, 1, 2, 1, 2]
+
+
+WORDS = [
+    "a",
+    "b",
+    "zz",
+    "é€",
+    "7",
+    "7.0",
+    "7.50",
+    "-0",
+    "-00.0",
+    "0",
+    "True",
+    "FALSE",
+    "true",
+    " a",
+    "1e3",
+    "ff",
+    "0x1",
+]
+ODD = [None, "", *WORDS, 0, -5, 2, 2**63 - 1, 2**63, 7.0, 7.5, -0.0, 2.0**53, math.nan, math.inf, True, Decimal("2.0")]
+NUMBERS = [None, "", "17", "18", "-0", "30.5", "1e3", "nan", "inf", "x", 1e300, "1e39", 3.4e38, True, "true", 5, 2**70]
+LISTS = [None, "", "a", "a|b", "a||b|c|zz", "1 2", "2  -5", [], ["a", None, "b"], [2, -5], [7.0, 2.0], "x y"]
+VALUES: dict[str, list[Any]] = {
+    **dict.fromkeys(("text", "whole", "hex", "hashed"), ODD),
+    **dict.fromkeys(("many", "seen", "first"), LISTS),
+    "how": [None, "", "1", "1|2", "1|2|3|4|5", "0.1|x", [1.5, 2.5], [1, None], [1, 2, 3]],
+    **dict.fromkeys(("age", "height", "spent", "plain"), NUMBERS),
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(changed=st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in VALUES.items()}))
+def test_the_same_rows_and_the_same_numbers(encoders: tuple[Reference, RowEncoder], changed: dict[str, Any]) -> None:
+    row = dict(zip(COLUMNS, ROWS[0], strict=True)) | changed
+    reference, encoder = encoders
+    assert scored(encoder, row) == prepared(reference, row)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_each_odd_value_of_each_column(name: str, encoders: tuple[Reference, RowEncoder]) -> None:
+    reference, encoder = encoders
+    for value in VALUES[name]:
+        row = dict(zip(COLUMNS, ROWS[2], strict=True)) | {name: value}
+        assert scored(encoder, row) == prepared(reference, row), value
+
+
+def test_a_bad_row_has_its_own_error(encoders: tuple[Reference, RowEncoder]) -> None:
+    good = dict(zip(COLUMNS, ROWS[0], strict=True))
+    without = {name: value for name, value in good.items() if name != "whole"}
+    found = encoders[1].encode([good | {"hex": "xyz"}, good, without, "no row", good | {"height": "tall"}])  # type: ignore
+    assert found.kept == [1] and len(found.numeric) == 1
+    assert found.errors == {
+        0: "hex='xyz', expected text of 1 to 15 hexadecimal digits",
+        2: "whole is not in the row; give every column, null where its value is missing",
+        3: "'no row', expected an object with the columns as keys",
+        4: "height='tall', expected a number",
+    }
