@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 from megarec.errors import UserError
 
@@ -25,7 +26,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "is no regular file", str(path))
     path = path.resolve() if path.is_symlink() else path
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{uuid4().hex[:12]}")  # another machine may write it as well
     try:
         with partial.open("wb") as file:
             yield file
@@ -33,6 +34,23 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.replace(path)
         sync_directory(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def renamed_to(path: Path, beside: Path | None = None) -> Iterator[Path]:
+    """A path to write to that becomes `path` by a rename when the block ends without an error; not synced.
+
+    Its name is nobody else's, on no machine, so that two may make the same file at the same time.
+
+    Args:
+        beside: the file to write beside, in place of `path`: on the same file system.
+    """
+    partial = (beside or path).with_name(f".{path.name}.partial-{uuid4().hex[:12]}")
+    try:
+        yield partial
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -14,15 +14,15 @@ PACKAGE = ROOT / "megarec"
 SCORER = PACKAGE / "serving/scorer"
 
 FLOORS = [  # from the ground up; rooms of one floor do not know each other
-    ["errors", "files", "slices", "signals"],
+    ["errors", "files", "slices", "signals", "ray_cluster", "ray_driver"],
     ["config", "kernels"],
-    ["data", "models", "distributed"],
+    ["data", "models", "distributed", "metrics"],
     ["sparse", "dense"],
     ["run"],
     ["checkpoint"],
     ["training"],
     ["serving", "launching", "planning", "parity"],
-    ["scaling"],
+    ["scaling", "evaluation"],
     ["commands"],
     ["train"],
 ]
@@ -125,6 +125,21 @@ def test_only_dense_imports_deepspeed() -> None:
         if name.split(".")[0] == "deepspeed" and PACKAGE / "dense" not in path.parents
     ]
     assert not found, "\n".join(found)
+
+
+def test_only_the_driver_of_a_ray_cluster_imports_ray() -> None:
+    """And not before it works: without the extra nothing imports it."""
+    files = [path for folder in ("megarec", "tools", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
+    found = {
+        str(path.relative_to(ROOT))
+        for path in files
+        for _, name in imports(path.read_text(encoding="utf-8"))
+        if name.split(".")[0] == "ray"
+    }
+    assert found == {"megarec/ray_driver.py"}
+    body = ast.parse((PACKAGE / "ray_driver.py").read_text(encoding="utf-8")).body
+    top = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [name for node in top for _, name in imports(ast.unparse(node)) if name.split(".")[0] == "ray"]
 
 
 def test_tables_do_not_know_the_exchange() -> None:

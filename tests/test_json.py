@@ -173,6 +173,7 @@ ELSEWHERE = {  # where another reader stands, and why
     "megarec/data/preparation/encode.py": "the work's own note; what is not whole is made again",
     "megarec/data/preparation/merge.py": "the work's own note; what is not whole is made again",
     "megarec/data/preparation/scan.py": "the work's own note; what is not whole is made again",
+    "megarec/data/preparation/splits.py": "the work's own note; what is not whole is made again",
     "tools/benchmarks/groups.py": "what the tools print",
     "tools/benchmarks/testbed.py": "what `ip -json` says",
     "tools/benchmarks/towers.py": "what its own ranks say",

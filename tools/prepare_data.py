@@ -4,6 +4,7 @@ python tools/prepare_data.py movielens-100k --output data/movielens-100k
 python tools/prepare_data.py movielens-1m --output data/movielens-1m --split time --history 20
 python tools/prepare_data.py table --schema spec.json --train T.csv --valid V.csv --test E.csv --output data/mine
 python tools/prepare_data.py table --like data/mine --test TOMORROW.csv --output data/tomorrow
+python tools/prepare_data.py criteo --data raw/day_* --output /shared/criteo --engine ray --address HEAD:6379
 python tools/prepare_data.py synthetic --output data/synthetic --examples 10000
 python tools/prepare_data.py synthetic --schema ds_configs/schemas/wukong-ladder.json --max-rows 1000 \
     --examples 20000 --output data/ladder

@@ -39,6 +39,7 @@ COMMANDS = {
     "placement": Command("megarec.commands.placement", "show where a run's tables lie, and why"),
     "partition-towers": Command("megarec.commands.partition_towers", "assign the categorical features to towers"),
     "evaluate": Command("megarec.commands.evaluate", "score a trained model on a prepared split"),
+    "importance": Command("megarec.commands.importance", "what each feature is worth to a trained model"),
     "rehearse": Command("megarec.commands.rehearse", "rehearse one true rank of a larger job in one process"),
     "plan": Command("megarec.commands.plan", "predict a run's step on a cluster, and whether towers pay there"),
     "parity": Command("megarec.commands.parity", "compare loss curves under many topologies with one process"),

@@ -4,16 +4,15 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megarec.commands.prepare_input import check_files, division_of, hub_splits, listed
 from megarec.data.preparation import hub
 from megarec.data.preparation.infer import SAMPLE_ROWS, check_new, infer, infer_from, told
 from megarec.data.preparation.prepare import QUARANTINE_FILE, Files, MaxBad, prepare_as, prepare_spec, prepare_table
-from megarec.data.preparation.splits import ByColumn, ByTime, Division, Shares
 from megarec.data.schema import SPLITS, Schema, read_schema
 from megarec.data.sources import grouped, planted
 from megarec.data.sources.avazu import avazu_spec
@@ -24,6 +23,7 @@ from megarec.data.sources.synthetic import Shape, check_size, prepare_like, prep
 from megarec.data.statistics.page import findings
 from megarec.data.statistics.report import JSON_FILE, PAGE_FILE, write_statistics
 from megarec.errors import ArgumentParser, UserError, exits_cleanly
+from megarec.ray_cluster import RayCluster
 from megarec.signals import unwinding
 
 FEATURES = {
@@ -178,6 +178,12 @@ def add_files(
     command.add_argument(
         "--workers", type=int, metavar="N", help="processes (default: one a core); the bytes are the same for any"
     )
+    command.add_argument("--engine", choices=("ray",), help="carry out the tasks on a Ray cluster, not in --workers")
+    command.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="of the cluster, or auto (default: RAY_ADDRESS, or else a cluster of its own on this machine)",
+    )
     command.add_argument(
         "--max-bad",
         type=max_bad,
@@ -243,7 +249,7 @@ def from_files(args: argparse.Namespace) -> Schema:
     else:
         check_files(paths := {split: listed(some) for split, some in given.items()})
         files = {**paths}
-    workers = processes(args)
+    workers = engine(args)
     if own:
         how = {"workers": workers, "max_bad": args.max_bad, "shares": shares}
         if like is not None:
@@ -259,85 +265,26 @@ def from_files(args: argparse.Namespace) -> Schema:
     return prepare_spec(spec, named, files, args.output, None, workers, args.max_bad, shares)
 
 
+def engine(args: argparse.Namespace) -> int | RayCluster:
+    """Who carries out the tasks: so many processes here, or a cluster.
+
+    Raises:
+        UserError: options that do not go together, or Ray is not installed.
+    """
+    if args.engine is not None:
+        if args.workers is not None:
+            raise UserError("--engine ray takes all cores of the cluster, --workers is for this machine; keep one")
+        return RayCluster(args.address)
+    if args.address is not None:
+        raise UserError("--address is of a Ray cluster; give --engine ray as well")
+    return processes(args)
+
+
 def processes(args: argparse.Namespace) -> int:
     """--workers, or one a core."""
     if args.workers is not None:
         check_size("workers", args.workers, 1, 1024)
     return args.workers or len(os.sched_getaffinity(0))
-
-
-def hub_splits(args: argparse.Namespace, split: str, names: list[str]) -> list[hub.HubSplit]:
-    """Splits of a data set that `datasets` opens.
-
-    Raises:
-        UserError: there is none of that name, or one is named twice.
-    """
-    option = "--data" if split == "all" else f"--{split}"
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{option} names {name} twice: its rows would count twice; name it once")
-    return [hub.split_of(args.dataset, args.config, name, option) for name in names]
-
-
-def division_of(args: argparse.Namespace, given: list[str]) -> Division | None:
-    """How the rows of --data are split; None: without --data.
-
-    Raises:
-        UserError: options that do not go together, or fractions that make no whole.
-    """
-    if args.data is None:
-        for option in ("split", "fractions", "seed"):
-            if getattr(args, option) is not None:
-                raise UserError(f"--{option} says how to split --data; name its files")
-        return None
-    if given:
-        raise UserError(f"--data is split, --{given[0]} is one split already; keep one of them")
-    for option, ways in (("seed", ("random", None)), ("fractions", ("random", "time", None))):
-        if getattr(args, option) is not None and args.split not in ways:
-            raise UserError(f"--split {args.split} takes no --{option}; leave it out")
-    if args.split == "column":
-        return ByColumn()
-    train, valid, test = args.fractions or (0.8, 0.1, 0.1)
-    if not all(0 < share < 1 for share in (train, valid, test)) or abs(train + valid + test - 1) > 1e-6:
-        raise UserError(f"--fractions {train} {valid} {test}: expected three shares above 0 that add up to 1")
-    if args.split == "time":
-        return ByTime((train, valid, test))
-    seed = 1 if args.seed is None else args.seed
-    check_size("seed", seed, 0, (1 << 31) - 1)
-    return Shares((train, valid, test), seed)
-
-
-def listed(paths: list[Path]) -> list[Path]:
-    """Files; those of a directory and of a pattern, day_2 before day_10.
-
-    Raises:
-        UserError: a directory or pattern without a file.
-    """
-    found = []
-    for path in paths:
-        if path.is_dir():
-            some = [inside for inside in path.iterdir() if inside.is_file() and not inside.name.startswith((".", "_"))]
-        elif any(sign in path.name for sign in "*?[") and not path.exists():
-            some = [match for match in path.parent.glob(path.name) if match.is_file()]
-        else:
-            found.append(path)
-            continue
-        if not some:
-            raise UserError(f"{path}: no file is there")
-        found += sorted(
-            some, key=lambda file: [(len(n), n) if n.isdecimal() else n for n in re.split(r"(\d+)", file.name)]
-        )
-    return found
-
-
-def check_files(files: dict[str, list[Path]]) -> None:
-    """Refuse a file that stands twice in a split."""
-    for split, paths in files.items():
-        seen = set()
-        for path in paths:
-            if (real := path.resolve()) in seen:
-                raise UserError(f"--{split} names {path} twice ({real}): its rows would count twice; name it once")
-            seen.add(real)
 
 
 def synthetic_data(args: argparse.Namespace) -> Schema:

@@ -2,16 +2,25 @@
 
 import argparse
 import json
+import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megarec.errors import ArgumentParser, UserError, exits_cleanly
+from megarec.ray_cluster import RayCluster
 from megarec.scaling.ladder import LADDER
 from megarec.scaling.points import COLUMN, QUALITIES, read_points
 from megarec.scaling.study import Study, as_json, study
 from megarec.scaling.tables import Split, in_words, markdown
 from megarec.scaling.towers import cost_table, costs, plot_costs
 from megarec.signals import unwinding
+
+if TYPE_CHECKING:
+    from megarec.scaling.grid import Trial
+    from megarec.scaling.results import Rows
+    from megarec.scaling.sweep import Slot
 
 MOST_JOBS = 4_096
 
@@ -29,6 +38,19 @@ def main() -> None:
     places = sweep.add_mutually_exclusive_group()
     places.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on this machine (default: 1)")
     places.add_argument("--hostfile", type=Path, metavar="FILE", help="run on these hosts, as many at a time as slots")
+    places.add_argument("--engine", choices=("ray",), help="run on a Ray cluster, as many at a time as it has room for")
+    sweep.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="of the cluster, or auto (default: RAY_ADDRESS, or else a cluster of its own on this machine)",
+    )
+    sweep.add_argument(
+        "--array",
+        nargs="?",
+        const="",
+        metavar="K/N",
+        help="run the K-th of N shares, beside the others; without a value as Slurm numbers the tasks of a job array",
+    )
     sweep.add_argument("--budget-gflop", type=float, metavar="X", help="training GFLOP of all runs together")
     sweep.add_argument("--hours", type=float, metavar="H", help="from start to end, by the pace")
     sweep.add_argument("--gflop-per-second", type=float, metavar="R", help="a run's pace, in place of a measured one")
@@ -70,10 +92,10 @@ def main() -> None:
 def run_study(arguments: argparse.Namespace) -> None:
     # torch, which counting needs and the other commands do without
     from megarec.launching.hosts import read_hostfile
-    from megarec.scaling.budget import Budget, planned
+    from megarec.scaling.array import tasks_of
     from megarec.scaling.grid import read_grid
-    from megarec.scaling.results import TABLE, Rows
-    from megarec.scaling.sweep import local_slots, only_sweep_in, run_sweep, slots_of, take_over
+    from megarec.scaling.results import Rows
+    from megarec.scaling.sweep import local_slots, only_sweep_in, slots_of, slots_on, take_over
 
     for name in ("jobs", "budget_gflop", "hours", "gflop_per_second"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
@@ -81,21 +103,91 @@ def run_study(arguments: argparse.Namespace) -> None:
     if arguments.jobs > MOST_JOBS:
         raise UserError(f"--jobs {arguments.jobs}: expected at most {MOST_JOBS:,} runs at a time on one machine")
     trials = read_grid(arguments.study)
-    slots = slots_of(read_hostfile(arguments.hostfile)) if arguments.hostfile else local_slots(arguments.jobs)
-    budget = Budget(arguments.budget_gflop, arguments.hours, arguments.gflop_per_second)
     output = arguments.output or Path("runs") / arguments.study.stem
+    if arguments.array is not None:
+        run_share(arguments, trials, output)
+        return
+    if arguments.address is not None and arguments.engine is None:
+        raise UserError("--address is of a Ray cluster; give --engine ray as well")
+    cluster = RayCluster(arguments.address) if arguments.engine else None
+    slots = slots_of(read_hostfile(arguments.hostfile)) if arguments.hostfile else local_slots(arguments.jobs)
     with only_sweep_in(output):
-        previous = take_over(output, arguments.study, trials, only_plan=arguments.plan)
+        previous = take_over(output, arguments.study, trials, keep="--plan" if arguments.plan else None)
         if previous is not None:
             print(f"{output}: the sweep of another study that was there is in {previous} now", flush=True)
         rows = Rows(output, trials)
-        plan = planned(trials, rows, slots, budget)
-        print(*in_words(plan), sep="\n", flush=True)
-        if arguments.plan:
+        if (tasks := tasks_of(output)) is not None and not arguments.plan:
+            collect(arguments, trials, rows, tasks)
             return
-        kept = {line.model for line in plan.kept}
-        failed = run_sweep([trial for trial in trials if trial.model in kept], rows, slots, say)
-    print(f"{output / TABLE}: {len(rows.of)} runs", flush=True)
+        with ExitStack() as stack:
+            if cluster is not None:
+                stack.enter_context(cluster.sharing(output, lambda text: say(f"LOST {text}")))
+                slots = slots_on(cluster, trials)
+            failed = run_planned(arguments, trials, rows, slots)
+    if failed is not None:
+        tell_end(rows, failed)
+
+
+def run_planned(
+    arguments: argparse.Namespace, trials: "list[Trial]", rows: "Rows", slots: "list[Slot]"
+) -> list[str] | None:
+    """Run what the budget holds; the names of those that failed, None: only the plan was asked for."""
+    from megarec.scaling.budget import Budget, planned
+    from megarec.scaling.sweep import run_sweep
+
+    budget = Budget(arguments.budget_gflop, arguments.hours, arguments.gflop_per_second)
+    plan = planned(trials, rows, slots, budget)
+    print(*in_words(plan), sep="\n", flush=True)
+    if arguments.plan:
+        return None
+    kept = {line.model for line in plan.kept}
+    return run_sweep([trial for trial in trials if trial.model in kept], rows, slots, say)
+
+
+def run_share(arguments: argparse.Namespace, trials: "list[Trial]", output: Path) -> None:
+    """What one task of an array runs."""
+    from megarec.scaling.array import only_task_in, share_of, waiting_for_rates
+    from megarec.scaling.results import Rows
+    from megarec.scaling.sweep import local_slots, run_sweep, take_over
+
+    for name in ("budget_gflop", "hours", "gflop_per_second", "hostfile", "engine", "plan"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} is of a sweep as a whole, --array of a part; keep one of them")
+    share = share_of(arguments.array, os.environ)
+    with only_task_in(output, share):
+        take_over(output, arguments.study, trials, keep="--array")
+        rows, names = Rows(output, trials, shared=True), share.names(trials)
+        todo = len(names - {*rows.of})
+        print(f"task {share}: a share of {len(names)} of {len(trials)} trials, {todo} without a row", flush=True)
+        failed = run_sweep(trials, rows, local_slots(arguments.jobs), say, names)
+        if later := waiting_for_rates(trials, rows, names):
+            print(
+                f"task {share}: the other seeds of {', '.join(later)} wait for learning rates that other tasks try: "
+                "once all tasks have ended, the same array again",
+                flush=True,
+            )
+    tell_end(rows, failed)
+
+
+def collect(arguments: argparse.Namespace, trials: "list[Trial]", rows: "Rows", tasks: int) -> None:
+    """The rows of an array's tasks; nothing is run."""
+    from megarec.scaling.array import command, missing
+
+    rows.write_table()
+    left = missing(trials, rows, tasks)
+    for share, count in left.items():
+        line = command(sys.argv[0], arguments.study, rows.output, share)
+        print(f"MISSING task {share}: {count} runs to go: {line}", flush=True)
+    tell_end(rows, [])
+    if left:
+        raise UserError(
+            f"{rows.output}: {len(left)} of the array's {tasks} tasks have runs to go, as named above; --array 1/1 "
+            "runs all that is left here"
+        )
+
+
+def tell_end(rows: "Rows", failed: list[str]) -> None:
+    print(f"{rows.output / 'runs.parquet'}: {len(rows.of)} runs", flush=True)
     if failed:
         print(
             f"error: {len(failed)} runs failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr

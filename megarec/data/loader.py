@@ -229,10 +229,17 @@ class TrainLoader(EpochLoader):
         return permuted(self._positions(index), len(self.store), self.seed, epoch)
 
 
+@dataclass(frozen=True, kw_only=True)
 class EvalLoader(_Loader):
-    """All rows in order, each once over all ranks; every rank gets the same number of equal batches."""
+    """All rows in order, each once over all ranks; every rank gets the same number of equal batches.
 
-    store: Store
+    Attributes:
+        groups: whole numbers [len(store)], what group each row belongs to, -1: none; on rank 0 alone. None: the data
+            name no group, or this is another rank.
+    """
+
+    store: Store = field(kw_only=False)
+    groups: NDArray[np.int32] | None = None
 
     @property
     def steps(self) -> int:

@@ -34,7 +34,6 @@ SECONDS_TO_DIE = 1.0  # from the end of a process's connections to its own
 PRELOADED = [  # what ranks may need, and what DeepSpeed imports late
     "megarec.training.trainer",
     "megarec.sparse.tables.fbgemm_backend",
-    "torchmetrics.functional.classification",
     "torch._dynamo",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",

@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
 from megarec.config.sections import DenseConfig, EmbeddingConfig, RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.batch import Batch, Ids
-from megarec.data.schema import load_schema
+from megarec.data.schema import load_schema, select_features
 from megarec.data.stream import open_training
 from megarec.models.initial import initialize, materialize
 from megarec.run.spec import resolve
@@ -41,7 +41,7 @@ def reference_losses(config: RunConfig, steps: int) -> list[float]:
 
 def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
     """The first `steps` global batches; float32 on one process."""
-    schema = load_schema(Path(config.data.path))
+    schema = select_features(load_schema(Path(config.data.path)), config.data.features)
     loader = open_training(
         config.data,
         schema,

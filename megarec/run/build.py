@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from megarec.config.deepspeed import micro_batch_size, monitor_sections, without_monitors
-from megarec.config.sections import RunConfig
+from megarec.config.sections import DataConfig, RunConfig
 from megarec.config.towers import IdentityTowerConfig
+from megarec.data.columns import group_codes
 from megarec.data.loader import EpochLoader, EvalLoader, Source
 from megarec.data.schema import Schema, Split, load_schema, select_features, select_label
 from megarec.data.store import open_split
@@ -17,9 +18,10 @@ from megarec.dense.engine import layer_norm_factory
 from megarec.dense.parallelize import parallelize
 from megarec.dense.settings import settings_of
 from megarec.dense.side import DenseSide
-from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes
+from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes, raise_together
 from megarec.distributed.process import describe_device, threads_that_pay
 from megarec.distributed.topology import Topology, build_topology, check_groups, separate_groups
+from megarec.errors import UserError
 from megarec.run.fits import check_fits
 from megarec.run.rounding import rounding_warning
 from megarec.run.schedule import Schedule
@@ -84,9 +86,7 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
     }
     train = open_training(data, schema, **loading)
     splits: tuple[Split, ...] = ("valid", "test")
-    valid, test = (
-        EvalLoader(open_split(path, split, schema, data.bad_rows, data.cache), schema, **loading) for split in splits
-    )
+    valid, test = (_held_out(data, split, schema, topology, device, loading) for split in splits)
     stores: dict[Split, Source] = {"train": train.store, "valid": valid.store, "test": test.store}
 
     spec = resolve(config, schema)
@@ -130,6 +130,23 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
         rounding=rounding_warning(config, spec, total_steps),
         skipped_rows=skipped,
     )
+
+
+def _held_out(
+    data: DataConfig, split: Split, schema: Schema, topology: Topology, device: torch.device, loading: dict[str, Any]
+) -> EvalLoader:
+    """The rows of validation or test; rank 0 has their groups, where the data name one; collective."""
+    path = Path(data.path)
+    store = open_split(path, split, schema, data.bad_rows, data.cache)
+    groups, error = None, None
+    if topology.rank == 0 and schema.group is not None:
+        try:
+            groups = group_codes(path, split, schema.group, schema, bool(store.skipped))
+        except UserError as problem:
+            error = problem
+    if schema.group is not None:
+        raise_together(error, topology, device)
+    return EvalLoader(store, schema, **loading, groups=groups)
 
 
 def overlaps(config: RunConfig, topology: Topology, device: torch.device) -> bool:

@@ -1,13 +1,33 @@
-"""Quality of predictions: AUC, LogLoss, normalized entropy, calibration; exact over all ranks."""
+"""Quality of predictions: AUC, LogLoss, normalized entropy, calibration, GAUC; exact over all ranks."""
 
 import math
-from dataclasses import asdict, astuple, dataclass, field, fields
-from typing import Literal
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
+
+from megarec.metrics.grouped import Grouped, group_scores, known, over_groups
+
+
+@dataclass(frozen=True)
+class Gauc:
+    """AUC inside groups, where the data name one.
+
+    Attributes:
+        by_impressions, by_group: mean of the groups' AUC, weighted by their examples and with equal weights ("user
+            mean"); NaN where no group has both labels.
+        groups: how many there are; `one_label` of them have no AUC and are left out.
+    """
+
+    by_impressions: float
+    by_group: float
+    groups: int
+    one_label: int
 
 
 @dataclass(frozen=True)
@@ -23,6 +43,7 @@ class Quality:
         examples: how many predictions.
         not_finite: how many logits are NaN or infinite. A single one leaves every metric undefined: it has no place in
             an order, and a mean without it would be of another model.
+        gauc: by the column that the data name as group; None: they name none.
     """
 
     auc: float
@@ -32,19 +53,36 @@ class Quality:
     prediction_mean: float
     examples: int
     not_finite: int = 0
+    gauc: Gauc | None = None
 
 
-def described(found: Quality) -> dict[str, float | None]:
+def described(found: Quality) -> dict[str, Any]:
     """As JSON can say it: an undefined metric is null; `not_finite` is there where it is the reason."""
-    known = {key: None if math.isnan(value) else value for key, value in asdict(found).items()}
-    return known if found.not_finite else {key: value for key, value in known.items() if key != "not_finite"}
+    values: dict[str, Any] = {key: known(value) for key, value in asdict(found).items() if key != "gauc"}
+    if not found.not_finite:
+        del values["not_finite"]
+    if found.gauc is not None:
+        values["gauc"] = {key: known(value) for key, value in asdict(found.gauc).items()}
+    return values
+
+
+def points(found: Quality) -> dict[str, float | None]:
+    """As TensorBoard draws it: metrics alone, by name."""
+    names = ("auc", "logloss", "ne", "calibration", "prediction_mean")
+    values = {name: getattr(found, name) for name in names}
+    if found.gauc is not None:
+        values |= {"gauc_by_impressions": found.gauc.by_impressions, "gauc_by_group": found.gauc.by_group}
+    return {name: known(value) for name, value in values.items()}
 
 
 def in_words(found: Quality) -> str:
     """As a log line shows it."""
     if found.not_finite:
         return f"no metrics: {found.not_finite:,} of {found.examples:,} logits are NaN or infinite"
-    return f"AUC {found.auc:.4f}  LogLoss {found.logloss:.4f}  NE {found.ne:.4f}  calibration {found.calibration:.3f}"
+    words = f"AUC {found.auc:.4f}  LogLoss {found.logloss:.4f}  NE {found.ne:.4f}  calibration {found.calibration:.3f}"
+    if found.gauc is None:
+        return words
+    return f"{words}  GAUC {found.gauc.by_impressions:.4f} by impressions, {found.gauc.by_group:.4f} by group"
 
 
 def why_undefined(found: Quality, metric: Literal["logloss", "auc"]) -> str | None:
@@ -64,7 +102,8 @@ def quality(logits: Tensor, labels: Tensor) -> Quality:
     not_finite = examples - int(logits.isfinite().sum())
     if examples == 0 or not_finite:
         return Quality(math.nan, math.nan, math.nan, math.nan, math.nan, examples, not_finite)
-    logits, labels = logits.double(), labels.double()
+    scores, labels = logits.detach().cpu(), labels.detach().cpu().double()
+    logits = scores.double()
     positives = float(labels.sum())
     logloss = float(binary_cross_entropy_with_logits(logits, labels))
     predicted = float(logits.sigmoid().sum())
@@ -73,12 +112,8 @@ def quality(logits: Tensor, labels: Tensor) -> Quality:
     if not 0 < rate < 1:
         return Quality(math.nan, logloss, math.nan, calibration, mean, examples)
     entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
-    from torchmetrics.functional.classification import binary_auroc  # seconds to load, on the rank that needs it
-
-    # Logits, not probabilities: a sigmoid saturates and would tie what the model told apart. torchmetrics maps
-    # values outside [0, 1] through a sigmoid, so hand it ranks in [0, 1] instead: the AUC depends on order alone.
-    _, order = torch.unique(logits, return_inverse=True)
-    auc = float(binary_auroc(order.double() / max(1, int(order.max())), labels.long()))
+    # Logits, not probabilities: a sigmoid saturates and would tie what the model told apart.
+    auc = float(group_scores(scores.numpy(), labels.numpy(), np.zeros(examples, np.int32)).auc[0])
     return Quality(auc, logloss, logloss / entropy, calibration, mean, examples)
 
 
@@ -101,27 +136,76 @@ class Predictions:
         self.logits.clear()
         self.labels.clear()
 
-    def gather(self, world: dist.ProcessGroup | None) -> Quality:
-        """Metrics over all ranks, computed by rank 0, the same on each of them; forgets the predictions."""
+    def gather(self, world: dist.ProcessGroup | None, groups: NDArray[Any] | None = None) -> Quality:
+        """Metrics over all ranks, computed by rank 0, the same on each of them; forgets the predictions.
+
+        Args:
+            groups: of rank 0: what group each row of the split belongs to, whole numbers [examples], -1: none; for the
+                GAUC of batches that an EvalLoader made. None: without it.
+        """
         if not self.logits:
             return quality(torch.empty(0), torch.empty(0))
+        share = len(self.logits[0])
         mine = torch.stack([torch.cat(self.logits), torch.cat(self.labels)])
         self.clear()
         if world is None:
-            return _quality_of([mine])
+            return _quality_of([mine], share, groups)
         first = dist.get_rank(world) == 0
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(world))] if first else None
         dist.gather(mine, everyone, group=world, group_dst=0)
-        found = torch.zeros(len(fields(Quality)), dtype=torch.float64, device=mine.device)
+        found = torch.zeros(len(fields(Quality)) + len(fields(Gauc)), dtype=torch.float64, device=mine.device)
         if everyone is not None:
-            found.copy_(torch.tensor(astuple(_quality_of(everyone)), dtype=torch.float64))
+            found.copy_(torch.tensor(_numbers(_quality_of(everyone, share, groups)), dtype=torch.float64))
         dist.broadcast(found, group=world, group_src=0)
-        auc, logloss, ne, calibration, mean, examples, not_finite = found.tolist()
-        return Quality(auc, logloss, ne, calibration, mean, int(examples), int(not_finite))
+        return _from_numbers(found.tolist())
 
 
-def _quality_of(ranks: list[Tensor]) -> Quality:
-    """Metrics of logits and labels [2, N] of every rank, padding left out."""
+def _numbers(found: Quality) -> list[float]:
+    """Of fixed length, the last whether there is a GAUC."""
+    gauc = found.gauc
+    numbers: list[float] = list(astuple(replace(found, gauc=None)))[:-1]
+    return [*numbers, *((0.0,) * len(fields(Gauc)) if gauc is None else astuple(gauc)), float(gauc is not None)]
+
+
+def _from_numbers(numbers: list[float]) -> Quality:
+    auc, logloss, ne, calibration, mean, examples, not_finite, by_impressions, by_group, groups, one_label, has = (
+        numbers
+    )
+    gauc = Gauc(by_impressions, by_group, int(groups), int(one_label)) if has else None
+    return Quality(auc, logloss, ne, calibration, mean, int(examples), int(not_finite), gauc)
+
+
+def _quality_of(ranks: list[Tensor], share: int, groups: NDArray[Any] | None) -> Quality:
+    """Metrics of logits and labels [2, N] of every rank, padding left out.
+
+    Args:
+        share: rows of a batch.
+        groups: in the order of the split, which is by batch, then by rank.
+    """
     logits, labels = torch.cat(ranks, dim=1).cpu()
     counted = ~labels.isnan()
-    return quality(logits[counted], labels[counted])
+    found = quality(logits[counted], labels[counted])
+    if groups is None:
+        return found
+    in_order = torch.stack(ranks).cpu().view(len(ranks), 2, -1, share).permute(1, 2, 0, 3).reshape(2, -1)
+    logits, labels = in_order[:, ~in_order[1].isnan()]
+    return replace(found, gauc=gauc_of(over_groups_of(logits.numpy(), labels.numpy(), groups)))
+
+
+def over_groups_of(
+    logits: NDArray[np.float32], labels: NDArray[Any], groups: NDArray[Any], ks: tuple[int, ...] = ()
+) -> Grouped:
+    """Metrics of groups; of logits that are not all finite there is none, and all groups count."""
+    assert len(logits) == len(groups), f"{len(logits)} predictions and {len(groups)} rows with a group"
+    finite = bool(np.isfinite(logits).all())
+    found = over_groups(group_scores(logits if finite else np.zeros_like(logits), labels, groups, ks))
+    if finite:
+        return found
+    undefined = dict.fromkeys(ks, math.nan)
+    return replace(
+        found, gauc_by_impressions=math.nan, gauc_by_group=math.nan, ndcg=undefined, hit_rate=dict(undefined)
+    )
+
+
+def gauc_of(found: Grouped) -> Gauc:
+    return Gauc(found.gauc_by_impressions, found.gauc_by_group, found.groups, found.one_label)

@@ -27,19 +27,26 @@ class Rows:
 
     Args:
         output: the sweep's directory.
+        shared: whether others add rows at the same time.
     """
 
-    def __init__(self, output: Path, trials: list[Trial]) -> None:
-        self.output, self.trials = output, trials
+    def __init__(self, output: Path, trials: list[Trial], *, shared: bool = False) -> None:
+        self.output, self.trials, self._shared = output, trials, shared
         (output / "rows").mkdir(parents=True, exist_ok=True)
-        self.of: dict[str, Row] = {
-            trial.name: _read_row(path) for trial in trials if os.path.lexists(path := self._path(trial))
-        }
+        self.of: dict[str, Row] = {}
+        self._read()
+
+    def _read(self) -> None:
+        for trial in self.trials:
+            if trial.name not in self.of and os.path.lexists(path := self._path(trial)):
+                self.of[trial.name] = _read_row(path)
 
     def add(self, trial: Trial, row: Row) -> None:
         """Keep a trial's row for good, then the parquet with it."""
         write_whole(self._path(trial), (json.dumps(row, indent=2) + "\n").encode())
         self.of[trial.name] = row
+        if self._shared:
+            self._read()
         self.write_table()
 
     def write_table(self) -> None:

@@ -1,8 +1,9 @@
-"""Runs a sweep's trials, some at a time, here or on the hosts of a hostfile; goes on where an earlier sweep ended."""
+"""Runs a sweep's trials, some at a time, here, on hosts or on a Ray cluster; goes on where an earlier sweep ended."""
 
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from megarec.errors import STOPPED, UserError
 from megarec.files import NotJson, read_object, write_json
 from megarec.launching.commands import TRAIN_SCRIPT
 from megarec.launching.hosts import OPTIONS, Host, accelerator, keep_alive, on_ssh_host
+from megarec.ray_cluster import RayCluster
 from megarec.scaling.grid import Trial
 from megarec.scaling.results import TABLE, Rows, row_of
 from megarec.scaling.trial_process import attended
@@ -37,11 +39,37 @@ class Slot:
         host: over ssh; None: this machine.
         place: its number on its host, and of its GPU where there are some.
         threads: CPU threads of a trial there; None: as many as the host has cores.
+        cluster: whose nodes run it, in place of a host; a place there is only one of so many at a time.
+        gpus: that a trial asks the cluster for.
     """
 
     host: str | None
     place: int
     threads: int | None
+    cluster: RayCluster | None = None
+    gpus: int = 0
+
+
+@contextmanager
+def lock_of(path: Path) -> Iterator[int]:
+    """An open file to lock, which is made if need be.
+
+    Raises:
+        UserError: its directory cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open(
+            "a+"
+        )  # a shared lock over NFS needs a file that can be read, the other one that can be written
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written ({error.strerror})") from error
+    with lock:
+        yield lock.fileno()
+
+
+def busy(output: Path) -> UserError:
+    return UserError(f"{output}: another sweep is at work there; wait for it, or choose another --output")
 
 
 @contextmanager
@@ -51,28 +79,21 @@ def only_sweep_in(output: Path) -> Iterator[None]:
     Raises:
         UserError: one is at work there, or it cannot be written.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = (output / "lock").open("a")
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror})") from error
-    with lock:
+    with lock_of(output / "lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{output}: another sweep is at work there; wait for it, or choose another --output"
-            ) from None
+            raise busy(output) from None
         yield
 
 
-def take_over(output: Path, study: Path, trials: list[Trial], *, only_plan: bool) -> Path | None:
+def take_over(output: Path, study: Path, trials: list[Trial], *, keep: str | None) -> Path | None:
     """Make the directory this study's: what a sweep of another one left there moves to `previous` in it, whole.
 
     It is the same study where the file is the same, edited or not, or where any run is: a moved file, or a copy.
 
     Args:
-        only_plan: nothing is to be moved.
+        keep: the option by which nothing is to be moved; None: it may be.
 
     Returns:
         Where the other study's sweep is now; None: there was none.
@@ -86,9 +107,9 @@ def take_over(output: Path, study: Path, trials: list[Trial], *, only_plan: bool
     runs = {path.stem for path in output.glob("rows/*.json")} | {path.name for path in output.glob("runs/*")}
     if runs and there != me and not runs & {trial.name for trial in trials}:
         of = f"the study {there}" if there else "another study"
-        if only_plan:
+        if keep is not None:
             raise UserError(
-                f"{output}: holds a sweep of {of}; choose another --output, or start without --plan, which moves it "
+                f"{output}: holds a sweep of {of}; choose another --output, or start without {keep}, which moves it "
                 "to `previous` there"
             )
         previous = move_to_previous(output, found, f"{output}: the sweep of {of} there", "choose another --output")
@@ -96,12 +117,41 @@ def take_over(output: Path, study: Path, trials: list[Trial], *, only_plan: bool
     return previous
 
 
+class OnCluster:
+    """A trial's process on some node of a cluster, as of subprocess.Popen; it ends when the cluster is left.
+
+    Attributes:
+        ended: once it has, (exit code, seconds that it took, the host it was on).
+    """
+
+    def __init__(self, cluster: RayCluster, trial: Trial, command: list[str], gpus: int) -> None:
+        self._cluster, self.ended = cluster, (0, 0.0, "")
+        self._number = cluster.submit(attend, command, trial.name, trial.config.train.threads or 1, gpus)
+
+    def poll(self, *, wait: bool = False) -> int | None:
+        if (result := self._cluster.result(self._number, wait=wait)) is None:
+            return None
+        (self.ended,) = result
+        return self.ended[0]
+
+    def wait(self) -> int:
+        code = self.poll(wait=True)
+        assert code is not None
+        return code
+
+    def __enter__(self) -> "OnCluster":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 @dataclass
 class Running:
     """A trial's process."""
 
     trial: Trial
-    process: "subprocess.Popen[bytes]"
+    process: "subprocess.Popen[bytes] | OnCluster"
     started: float
 
 
@@ -115,13 +165,32 @@ def slots_of(hosts: list[Host]) -> list[Slot]:
     return [Slot(host.name, place, None if host.slots == 1 else 1) for host in hosts for place in range(host.slots)]
 
 
-def run_sweep(trials: list[Trial], rows: Rows, slots: list[Slot], say: Callable[[str], None]) -> list[str]:
+def slots_on(cluster: RayCluster, trials: list[Trial]) -> list[Slot]:
+    """As many places as trials fit on its nodes, each with a GPU where there are any.
+
+    Raises:
+        UserError: no node has room for one.
+    """
+    gpus = int(os.environ.get("DS_ACCELERATOR") != "cpu" and any(node.get("GPU") for node in cluster.nodes))
+    cores = min(trial.config.train.threads or 1 for trial in trials)
+    if not (count := cluster.places(cores, gpus)):
+        raise UserError(f"no node of the Ray cluster has the {cores} cores (train.threads) that a run asks for")
+    return [Slot(None, place, 1, cluster, gpus) for place in range(count)]
+
+
+def run_sweep(
+    trials: list[Trial], rows: Rows, slots: list[Slot], say: Callable[[str], None], share: set[str] | None = None
+) -> list[str]:
     """Run what has no row yet: every learning rate with the first seed, then the other seeds at the chosen rate.
 
     However the sweep ends, its processes end with it.
 
     A place whose host cannot be reached any more is given up, and its trial runs elsewhere. A rate that the fault
     policy stopped has lost; any other that failed keeps its model's other seeds waiting, for the same command again.
+
+    Args:
+        share: the trials to run, by name, while others run the rest; None: all. A model with one learning rate then
+            has nothing to choose, and none of its seeds waits for the first.
 
     Returns:
         The names of trials that failed; `output.txt` in their directory says why.
@@ -132,11 +201,11 @@ def run_sweep(trials: list[Trial], rows: Rows, slots: list[Slot], say: Callable[
     running: dict[Slot, Running] = {}
     failed: dict[str, int] = {}
     slots = list(slots)
-    _collect(trials, rows)
+    _collect([trial for trial in trials if share is None or trial.name in share], rows)
     try:
         while True:
             for slot in slots:
-                if slot not in running and (trial := _next(trials, rows, running, failed)):
+                if slot not in running and (trial := _next(trials, rows, running, failed, share)):
                     running[slot] = _start(trial, slot, rows.output)
             if not running:
                 return list(failed)
@@ -180,10 +249,12 @@ def environment_of(slot: Slot) -> dict[str, str]:
     if slot.threads is not None:
         environment["OMP_NUM_THREADS"] = str(slot.threads)
     device = os.environ.get("DS_ACCELERATOR")
-    if device is None and slot.host is None:
+    if device is None and slot.host is None and slot.cluster is None:
         device = accelerator()
     if device is not None:  # else as `attended` finds on the host, which may have what this machine lacks
         environment["DS_ACCELERATOR"] = device
+    if slot.cluster is not None:  # which says itself what a task may see
+        return environment
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if slot.host is None and device == "cuda" and visible is not None:
         gpus = visible.split(",")
@@ -195,16 +266,23 @@ def environment_of(slot: Slot) -> dict[str, str]:
     return environment
 
 
-def _next(trials: list[Trial], rows: Rows, running: dict[Slot, Running], failed: dict[str, int]) -> Trial | None:
+def _next(
+    trials: list[Trial], rows: Rows, running: dict[Slot, Running], failed: dict[str, int], share: set[str] | None
+) -> Trial | None:
     """Cheapest first, trials that choose a learning rate before others."""
     settled = {*rows.of, *failed}
     at_work = {run.trial.name for run in running.values()}
     lost = {name for name, code in failed.items() if code == STOPPED}
+    if share is not None:
+        lost |= {trial.name for trial in trials if trial.tuning and stopped(folder_of(rows.output, trial))}
     open_models = {trial.model for trial in trials if trial.tuning and trial.name not in {*rows.of, *lost}}
+    one_rate = {trial.model for trial in trials} - {trial.model for trial in trials if trial.rate > 0}
     for trial in sorted(trials, key=lambda trial: (not trial.tuning, trial.gflop)):
-        if trial.name in settled or trial.name in at_work:
+        if trial.name in settled or trial.name in at_work or (share is not None and trial.name not in share):
             continue
-        if trial.tuning or (trial.model not in open_models and trial.rate == rows.chosen_rate(trial.model)):
+        if trial.tuning or (share is not None and trial.model in one_rate):
+            return trial
+        if trial.model not in open_models and trial.rate == rows.chosen_rate(trial.model):
             return trial
     return None
 
@@ -218,9 +296,19 @@ def _collect(trials: list[Trial], rows: Rows) -> None:
     rows.write_table()
 
 
-def start_on(slot: Slot, trial: Trial, folder: Path, command: list[str]) -> "subprocess.Popen[bytes]":
+def attend(command: list[str]) -> tuple[int, float, str]:
+    """On a node of a cluster: (exit code, seconds, host) of a command, which ends if this process does."""
+    began = time.time()
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        code = process.wait()
+    return code, time.time() - began, socket.gethostname()
+
+
+def start_on(slot: Slot, trial: Trial, folder: Path, command: list[str]) -> "subprocess.Popen[bytes] | OnCluster":
     """Start a trial's command there, attended; it ends when its standard input closes."""
     command = attended(folder, environment_of(slot), command)
+    if slot.cluster is not None:
+        return OnCluster(slot.cluster, trial, command, slot.gpus)
     if slot.host is not None:
         command = on_ssh_host(slot.host, command, (*OPTIONS, *keep_alive(trial.config.parallel.timeout_seconds)))
     return subprocess.Popen(command, stdin=subprocess.PIPE)
@@ -242,7 +330,10 @@ def _finish(
         failed[trial.name] = code
         say(f"FAILED {trial.name}: exit code {code}; {folder / 'output.txt'}")
         return
-    row = _row_of(trial, metrics, time.time() - run.started, slot.host or HERE, folder)
+    seconds, host = time.time() - run.started, slot.host or HERE
+    if isinstance(run.process, OnCluster):
+        _, seconds, host = run.process.ended
+    row = _row_of(trial, metrics, seconds, host, folder)
     rows.add(trial, row)
     say(
         f"{len(rows.of)} done  {trial.model} seed {trial.seed} rate {trial.rate}: "
@@ -268,6 +359,14 @@ def _metrics(folder: Path) -> dict[str, Any] | None:
     return None if "stopped" in metrics else metrics
 
 
+def stopped(folder: Path) -> bool:
+    """Whether the fault policy stopped the run of a directory."""
+    try:
+        return "stopped" in read_object(folder / "metrics.json", "the metrics of a run", nan=True)
+    except UserError:  # there are none
+        return False
+
+
 def _row_of(
     trial: Trial, metrics: dict[str, Any], seconds: float | None, host: str | None, folder: Path
 ) -> dict[str, Any]:
@@ -280,7 +379,9 @@ def _row_of(
         ) from error
 
 
-def _close(process: "subprocess.Popen[bytes]") -> None:
+def _close(process: "subprocess.Popen[bytes] | OnCluster") -> None:
+    if isinstance(process, OnCluster):
+        return
     assert process.stdin is not None
     process.stdin.close()
     process.wait()

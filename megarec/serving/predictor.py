@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from pydantic import ValidationError
@@ -45,6 +46,16 @@ from megarec.sparse.side import SparseSide
 from megarec.sparse.towers.modules import TowerModules
 from megarec.sparse.towers.replicas import resolve_optimizer
 from megarec.sparse.towers.sizes import ResolvedTowers
+
+
+class BatchModel(Protocol):
+    """What scores prepared batches: a `Predictor`, or a scoring bundle (bundle_predictor.py)."""
+
+    config: RunConfig
+    schema: Schema
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits float32 [B]."""
 
 
 class Predictor:

@@ -20,18 +20,21 @@ _CATEGORIES = {
 }
 _LONG = ("embedding.features", "parallel.towers")  # a key a feature: not what two runs are compared by
 _QUALITY = ("logloss", "ne", "auc", "calibration", "prediction_mean")
+_BY_GROUP = ("gauc_by_impressions", "gauc_by_group")  # of validation and test, where the data name a group
 
 
 Layout = dict[str, dict[str, list[str | list[str]]]]
 
 
-def layout(tags: Sequence[str]) -> Layout:
+def layout(tags: Sequence[str], grouped: bool = False) -> Layout:
     """Categories of charts, quality first, each split beside the others; one tag a chart.
 
     Args:
         tags: that the run writes, but for those of validation and test, which come later.
+        grouped: the data name a group, so that validation and test have a GAUC.
     """
     quality = [f"{split}/{name}" for name in _QUALITY for split in ("train", "valid", "test")]
+    quality += [f"{split}/{name}" for name in _BY_GROUP for split in ("valid", "test") if grouped]
     groups: dict[str, list[str]] = {"Quality": quality, **{category: [] for category in _CATEGORIES}}
     for tag in tags:
         if tag not in quality:

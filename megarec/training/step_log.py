@@ -12,7 +12,7 @@ import torch
 from megarec.distributed.collectives import gather_numbers
 from megarec.run.binned_metrics import binned_quality
 from megarec.run.build import Run
-from megarec.run.metrics import Predictions, Quality, described
+from megarec.run.metrics import Predictions, Quality, points
 from megarec.run.state import TrainState
 from megarec.training.charts import layout
 from megarec.training.console import Console
@@ -78,11 +78,7 @@ class StepLog:
 
     def points(self, split: str, found: Quality) -> dict[str, float | None]:
         """TensorBoard's points of a split's quality."""
-        return {
-            f"{split}/{name}": value
-            for name, value in described(found).items()
-            if name not in ("examples", "not_finite")
-        }
+        return {f"{split}/{name}": value for name, value in points(found).items()}
 
     def log(self, result: StepResult, factor: float) -> None:
         """A line and TensorBoard's points; collective.
@@ -120,7 +116,8 @@ class StepLog:
             **self._of_all_ranks(self.timer.milliseconds()),
         }
         if not self._laid_out and (rate is not None or state.step == run.schedule.total_steps):  # else tags are missing
-            run.dense.monitor.layout(layout([tag for tag, value in values.items() if value is not None]))
+            tags = [tag for tag, value in values.items() if value is not None]
+            run.dense.monitor.layout(layout(tags, grouped=run.schema.group is not None))
             self._laid_out = True
         run.dense.monitor.scalars(state.step, values)
         self._window_steps = self._timed_steps = 0

@@ -225,7 +225,7 @@ def evaluate(run: Run, loader: EvalLoader) -> Quality:
     for batch in loader.batches():
         batch = batch.to(run.device)
         predictions.add(predict(run.dense, run.sparse, batch), batch.labels, batch.valid)
-    return predictions.gather(run.topology.world)
+    return predictions.gather(run.topology.world, loader.groups)
 
 
 class Trainer:

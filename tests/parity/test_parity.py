@@ -11,7 +11,7 @@ from megarec.config.load import load_config
 from megarec.distributed.process import start_process
 from megarec.distributed.rank_pool import RankPool
 from megarec.distributed.topology import ONE_RANK
-from megarec.parity.cases import DENSE_SGD, FP32_TOLERANCE, FULL_WIDTH, TOWER_MODULES, UNEVEN_TWO, Case, cases
+from megarec.parity.cases import DENSE_SGD, FP32_TOLERANCE, FULL_WIDTH, OVERLAP, TOWER_MODULES, UNEVEN_TWO, Case, cases
 from megarec.parity.reference import reference_losses
 from megarec.parity.run import STEPS, compare, write_base
 from megarec.run.build import build_run
@@ -39,6 +39,15 @@ def test_the_losses_are_those_of_one_process(
     result = compare(case, base, rank_pool(case.ranks), reference)
     assert result.relative_deviation <= case.tolerance
     assert max(reference) - min(reference) > 0.01, "the losses must move for the comparison to mean anything"
+
+
+def test_chosen_features_of_which_few_fill_whole_tables(base: Path, rank_pool: Callable[[int], RankPool]) -> None:
+    """Four ranks, one whole table and one that is split by rows, by micro-batches: three ranks send no whole rows."""
+    features = 'data.features=["single_1", "single_3", "numeric_0"]'
+    rows = 'embedding.tables={"single_3": {"placement": "row"}}'
+    case = Case(4, (features, "embedding.features={}"), (rows, "deepspeed.zero_optimization.stage=0", *OVERLAP))
+    result = compare(case, base, rank_pool(4), reference_losses(load_config(base, list(case.numbers)), 5))
+    assert result.relative_deviation <= FP32_TOLERANCE
 
 
 def losses_with_wrong_gradient_scale(path: Path, overrides: list[str], steps: int) -> list[float]:

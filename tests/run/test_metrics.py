@@ -1,14 +1,16 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from megarec.distributed.rank_pool import RankPool
-from megarec.run.metrics import Predictions, Quality, described, in_words, quality, why_undefined
+from megarec.run.metrics import Predictions, Quality, described, in_words, points, quality, why_undefined
 
 
 def plain_auc(scores: list[float], labels: list[int]) -> float:
@@ -83,3 +85,41 @@ def test_every_rank_is_told_the_metrics_of_all(rank_pool: Callable[[int], RankPo
     expected = quality(logits[counted], labels[counted])
     assert rank_pool(3).run(a_share, logits, labels) == [expected] * 3
     assert expected.examples == 147
+
+
+def shared_out(logits: torch.Tensor, labels: torch.Tensor, groups: list[int]) -> Quality:
+    """Batches of the split as an EvalLoader has them: padded, each rank its part of each."""
+    ranks, rank, share = dist.get_world_size(), dist.get_rank(), 7
+    predictions = Predictions()
+    for start in range(0, len(logits), ranks * share):
+        rows = torch.arange(start + rank * share, start + (rank + 1) * share)
+        rows, valid = rows.clamp(max=len(logits) - 1), int((rows < len(logits)).sum())
+        predictions.add(logits[rows], labels[rows], valid)
+    return predictions.gather(dist.group.WORLD, np.array(groups) if rank == 0 else None)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_gauc_is_scikit_learns_on_any_number_of_ranks(rank_pool: Callable[[int], RankPool], ranks: int) -> None:
+    draw = np.random.default_rng(0)
+    groups = draw.integers(-1, 30, 400)
+    labels, logits = draw.integers(0, 2, 400), draw.normal(size=400).astype(np.float32).round(1)
+    labels[groups == 3] = 1
+    of_group = {g: groups == g for g in range(30) if g != 3}
+    aucs = {g: roc_auc_score(labels[rows], logits[rows]) for g, rows in of_group.items()}
+    by_impressions = sum(of_group[g].sum() * auc for g, auc in aucs.items()) / sum(r.sum() for r in of_group.values())
+    told = rank_pool(ranks).run(shared_out, torch.tensor(logits), torch.tensor(labels).float(), groups.tolist())
+    assert told == [told[0]] * ranks and (told[0].examples, told[0].auc) == (400, roc_auc_score(labels, logits))
+    gauc = told[0].gauc
+    assert gauc is not None and (gauc.groups, gauc.one_label) == (30, 1)
+    assert gauc.by_impressions == pytest.approx(by_impressions, abs=1e-12)
+    assert gauc.by_group == pytest.approx(sum(aucs.values()) / 29, abs=1e-12)
+    assert f"GAUC {by_impressions:.4f} by impressions" in in_words(told[0])
+    assert described(told[0])["gauc"]["groups"] == 30 and points(told[0])["gauc_by_group"] == gauc.by_group
+    assert "gauc" not in described(quality(torch.tensor(logits), torch.tensor(labels)))
+
+
+def test_a_logit_that_is_not_finite_leaves_no_gauc_either() -> None:
+    predictions = Predictions()
+    predictions.add(torch.tensor([1.0, math.nan, 0.0, 2.0]), torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    gauc = predictions.gather(None, np.array([0, 0, 1, 1])).gauc
+    assert gauc is not None and math.isnan(gauc.by_impressions) and (gauc.groups, gauc.one_label) == (2, 0)

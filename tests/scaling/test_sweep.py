@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import runpy
 import shlex
 import shutil
@@ -45,17 +46,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 MODELS = {"wukong-1": {"model": WUKONG}, "wukong-2": {"model": {**WUKONG, "layers": 2}}}
 
 
-def start(path: Path, output: Path, *options: str, real: bool = False) -> "subprocess.Popen[str]":
+def start(path: Path, output: Path, *options: str, real: bool = False, pace: bool = True) -> "subprocess.Popen[str]":
     tool = [str(TOOL)] if real else ["-c", FAKED]
     command = [sys.executable, *tool, "sweep", "--study", str(path), "--output", str(output)]
-    pace = [] if real else ["--gflop-per-second", "1"]
+    stated = ["--gflop-per-second", "1"] if pace and not real else []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *pace, *options], **pipes)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen([*command, *stated, *options], **pipes)  # type: ignore[call-overload, no-any-return]
 
 
-def run_here(path: Path, output: Path, *options: str) -> None:
+def run_here(path: Path, output: Path, *options: str, pace: bool = True) -> None:
     """As `start`, to its end, in this process: which has loaded torch, as the sweep must."""
-    argv = [str(TOOL), "sweep", "--study", str(path), "--output", str(output), "--gflop-per-second", "1", *options]
+    argv = [str(TOOL), "sweep", "--study", str(path), "--output", str(output), *options]
+    argv += ["--gflop-per-second", "1"] if pace else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", argv)
         patch.setattr("megarec.scaling.sweep.TRAIN", FAKE)
@@ -102,6 +104,34 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table(whole: tuple[Path, Path
     assert table(broken) == table(unbroken)
     assert {name: starts(broken)[name] for name in done} == done  # none again that had ended
     assert sum(starts(broken).values()) <= 6 + 2 * 2  # a kill costs a new start of what ran, and no more
+
+
+def test_tasks_side_by_side_give_the_same_table(
+    whole: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Task 3 of 3 never came: it is named, with the command that runs its share."""
+    path, unbroken = whole
+    output, tasks = tmp_path / "out", []
+    for name, value in {"MIN": 0, "MAX": 2, "STEP": 1, "COUNT": 3}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    for number in (0, 1):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+        tasks.append(start(path, output, "--array", pace=False))
+    for task in tasks:
+        finish(task)
+    run_here(path, output, "--array", "2/3", pace=False)  # its other seeds, should task 1 have ended later
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as raised:
+        run_here(path, output)
+    told = capsys.readouterr()
+    assert raised.value.code == 2 and "1 of the array's 3 tasks have runs to go, as named above" in told.err
+    (line,) = re.findall("MISSING task 3/3: 2 runs to go: (python .*)", told.out)
+    command = shlex.split(line)
+    assert command[:3] == ["python", os.path.relpath(TOOL), "sweep"]
+    assert command[3:7] == ["--study", str(path), "--output", str(output)]
+    run_here(path, output, *command[7:], pace=False)
+    run_here(path, output)
+    assert table(output) == table(unbroken) and set(starts(output).values()) == {1}
 
 
 @pytest.mark.slow

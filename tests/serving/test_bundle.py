@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from megarec.checkpoint.offline import locate
+from megarec.commands import evaluate
 from megarec.data.loader import EvalLoader
 from megarec.data.schema import load_schema
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
@@ -235,3 +236,18 @@ def test_triton_runs_the_scorer(
     first, second = model.execute([{"row": _Tensor("row", texts)}, {"row": _Tensor("row", bad)}])
     assert first[0].as_numpy()[:, 0] == pytest.approx(Scorer(tmp_path / "out").score(rows).probabilities, abs=1e-7)
     assert first[1].as_numpy()[:, 0].tolist() == [""] * 5 and "expected an object" in second[1].as_numpy()[0, 0]
+
+
+def test_evaluate_takes_a_bundle(
+    trained: Callable[[str], Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, found = trained("dlrm, dlrm towers"), []
+    export_bundle(checkpoint, tmp_path / "out")
+    for run in (checkpoint, tmp_path / "out"):
+        words = [str(evaluate.__file__), "--run", str(run), "--data", str(data), "--json"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words)
+            evaluate.main()
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[1]["auc"] == pytest.approx(found[0]["auc"], abs=1e-6)
+    assert found[1]["logloss"] == pytest.approx(found[0]["logloss"], abs=1e-6)

@@ -9,15 +9,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megarec.checkpoint.format import sealed
 from megarec.checkpoint.offline import export
-from megarec.commands import evaluate
+from megarec.commands import evaluate, importance
 from megarec.config.load import load_config
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.distributed.rank_pool import RankPool
@@ -38,8 +41,15 @@ Call = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,600 examples of training, 200 of validation, 200 of test; with a group, which no model reads."""
     path = tmp_path_factory.mktemp("evaluate") / "data"
-    prepare_synthetic(Shape(examples=2_000, seed=2), path)  # 1,600 train, 200 valid, 200 test
+    prepare_synthetic(Shape(examples=2_000, seed=2), path)
+    for shard in path.glob("*/*.parquet"):
+        table = pq.read_table(shard)
+        users = np.random.default_rng(len(table)).integers(0, 25, len(table)) * 10**12
+        pq.write_table(table.append_column("user", pa.array(users)), shard)
+    schema = json.loads((path / "schema.json").read_text())
+    (path / "schema.json").write_text(json.dumps(schema | {"group": "user"}))
     return path
 
 
@@ -88,8 +98,15 @@ def test_a_run_scores_as_it_said_itself(call: Call, run: Path, data: Path, split
     code, out, err = call("--run", run, "--data", data, "--split", split, "--json")
     assert code == 0, err
     found, said = json.loads(out), json.loads((run / "metrics.json").read_text())[split]
-    assert set(found) == {"auc", "logloss", "ne", "calibration", "prediction_mean", "examples"}
-    assert found == pytest.approx(said, rel=0, abs=1e-6)
+    gauc, said_gauc = found.pop("gauc"), said.pop("gauc")
+    assert set(said) == {"auc", "logloss", "ne", "calibration", "prediction_mean", "examples"}
+    assert {name: found[name] for name in said} == pytest.approx(said, rel=0, abs=1e-6)
+    assert gauc.pop("column") == "user" and gauc == pytest.approx(said_gauc, rel=0, abs=1e-6)
+    assert f"GAUC {said_gauc['by_impressions']:.4f} by impressions" in (run / "log.txt").read_text()
+    (events,) = run.glob("tensorboard/**/events*")
+    points = EventAccumulator(str(events)).Reload().Scalars(f"{split}/gauc_by_group")
+    assert said_gauc["by_group"] in [pytest.approx(point.value, abs=1e-6) for point in points]
+    assert found["calibrated_logloss"] is None and found["slices"] == []
 
 
 def test_checkpoints_pointers_and_exports_are_the_same_model(call: Call, run: Path, data: Path, tmp_path: Path) -> None:
@@ -112,15 +129,110 @@ def test_predictions_are_the_rows_of_the_split_in_order(
     file.write_text("an earlier one")
     found = json.loads(call("--run", run, "--data", data, "--json", "--predictions", file)[1])
     table = pq.read_table(file)
-    assert table.column_names == ["label", "logit", "prediction"] and list(tmp_path.iterdir()) == [file]
+    assert table.column_names == ["label", "logit", "prediction", "group"] and list(tmp_path.iterdir()) == [file]
     assert pq.ParquetFile(file).metadata.num_row_groups == 2  # 96 + 96, and the last 8
-    labels, logits, predictions = (column.to_numpy() for column in table)
-    rows = [pq.read_table(shard, columns=["label"]) for shard in sorted((data / "test").glob("*.parquet"))]
-    assert labels.tolist() == [label for shard in rows for label in shard["label"].to_pylist()]
+    labels, logits, predictions, groups = (column.to_numpy() for column in table)
+    rows = pa.concat_tables(pq.read_table(shard) for shard in sorted((data / "test").glob("*.parquet")))
+    assert labels.tolist() == rows["label"].to_pylist() and groups.tolist() == rows["user"].to_pylist()
     np.testing.assert_allclose(predictions, 1 / (1 + np.exp(-logits.astype(np.float64))), rtol=1e-12)
     for scores in (logits, predictions):
         assert found["auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
     assert found["logloss"] == pytest.approx(log_loss(labels, predictions), abs=1e-9)
+    by_group = [(groups == g).nonzero()[0] for g in np.unique(groups)]
+    aucs = [(len(own), roc_auc_score(labels[own], logits[own])) for own in by_group if len(set(labels[own])) == 2]
+    assert found["gauc"]["by_group"] == pytest.approx(np.mean([auc for _, auc in aucs]), abs=1e-12)
+    weighted = sum(n * auc for n, auc in aucs) / sum(n for n, _ in aucs)
+    assert found["gauc"]["by_impressions"] == pytest.approx(weighted, abs=1e-12)
+    assert (found["gauc"]["groups"], found["gauc"]["one_label"]) == (len(by_group), len(by_group) - len(aucs))
+    gains = [ndcg_score(labels[own][None], logits[own][None], k=10) for own in by_group if labels[own].any()]
+    assert found["ndcg"]["10"] == pytest.approx(np.mean(gains), abs=1e-12)
+
+
+def test_everything_that_a_ranking_team_asks_for(call: Call, run: Path, data: Path, tmp_path: Path) -> None:
+    latest = run / "checkpoints" / (run / "checkpoints/latest").read_text().strip()
+    options = ["--slice", "single_0", "numeric_0", "--calibrate", "--k", "1", "5", "--bootstrap", "50"]
+    options += ["--compare", latest, "--html", tmp_path / "page.html"]
+    code, out, err = call("--run", run, "--data", data, "--json", *options)
+    assert code == 0, err
+    found = json.loads(out)
+    assert call("--run", run, "--data", data, "--json", *options)[1] == out, "seeded"
+    assert set(found["intervals"]) == {
+        "auc", "logloss", "ne", "calibration", "gauc_by_impressions", "gauc_by_group", "ndcg@1", "ndcg@5",
+        "hit_rate@1", "hit_rate@5",
+    }  # fmt: skip
+    assert found["intervals"]["auc"][0] < found["auc"] < found["intervals"]["auc"][1]
+    ids, numbers = found["slices"]
+    assert ids["column"] == "single_0" and sum(own["examples"] for own in ids["values"]) <= 200
+    assert sum(own["examples"] for own in ids["values"]) + ids["left_out"]["examples"] == 200
+    assert len(numbers["values"]) == 10 and {own["examples"] for own in numbers["values"]} == {20}
+    assert found["calibrated_logloss"]["fitted_on"] == "valid"
+    assert 0 < found["calibrated_logloss"]["temperature"] < 1 and 0 < found["calibrated_logloss"]["histogram"] < 1
+    assert sum(own["examples"] for own in found["reliability"]) == 200
+    compared = found["compared"]
+    assert (compared["other"], compared["draws"], compared["drawn_by"]) == (str(latest), 50, "groups")
+    assert compared["metrics"]["auc"]["this"] == pytest.approx(found["auc"], abs=1e-12)
+    assert compared["metrics"]["gauc_by_group"]["this"] == pytest.approx(found["gauc"]["by_group"], abs=1e-12)
+    html = (tmp_path / "page.html").read_text()
+    body = html[html.index("<body") : html.index("</html>")]
+    ElementTree.fromstring(body.replace("class=name>", 'class="name">').replace("class=n>", 'class="n">'))
+    assert "reliability curve" in html and "prefers-color-scheme: dark" in html and "<script" not in html
+    assert "http" not in html.replace("http-equiv", "") and f"Beside {latest}" in html and "GAUC by group" in html
+    lines = call("--run", run, "--data", data, *options)[1]
+    for words in ("95 % interval, 50 draws", "HR@5", "with temperature", "p-value", "drawn by groups"):
+        assert words in lines
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--group", "usr"], "there is no column 'usr'; did you mean 'user'?"),
+        (["--slice", "multi_0"], "column 'multi_0' is list<"),
+        (["--k", "0"], "'0': expected a whole number from 1 to 10,000"),
+        (["--compare", "nowhere"], "--compare nowhere: is no directory"),
+        (["--compare", "nowhere", "--bootstrap", "0"], "a comparison needs draws"),
+        (["--html", "no/page.html"], "--html no/page.html: no is no directory"),
+    ],
+)
+def test_wrong_options_are_one_line(call: Call, run: Path, data: Path, options: list[str], said: str) -> None:
+    code, out, err = call("--run", run, "--data", data, *options)
+    assert (code, out) == (2, "") and said in err
+
+
+def test_without_a_group_there_is_no_gauc_and_any_column_can_be_one(
+    call: Call, run: Path, data: Path, tmp_path: Path
+) -> None:
+    other = copied_data(data, tmp_path / "data", lambda schema: schema.pop("group"))
+    found = json.loads(call("--run", run, "--data", other, "--json", "--bootstrap", "0")[1])
+    assert found["gauc"] is None and found["intervals"] == {} and "ndcg" not in found
+    by_user, by_id = (
+        json.loads(call("--run", run, "--data", other, "--json", "--bootstrap", "0", "--group", name)[1])["gauc"]
+        for name in ("user", "single_0")
+    )
+    assert by_user["groups"] == 25 and by_id["column"] == "single_0" and by_id["groups"] > 25
+
+
+def test_importance_is_one_table_or_json(
+    run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["importance", str(run), "--repeats", "2", "--json"])
+    importance.main()
+    found = json.loads(capsys.readouterr().out)
+    said = json.loads((run / "metrics.json").read_text())["test"]
+    assert (found["examples"], found["repeats"]) == (200, 2) and found["auc"] == pytest.approx(said["auc"], abs=1e-6)
+    schema = json.loads((data / "schema.json").read_text())
+    names = {feature["name"] for feature in schema["categorical"]} | set(schema["numeric"])
+    assert {own["feature"] for own in found["features"]} == names
+    assert any(own["logloss_lost"]["mean"] > 0 for own in found["features"])
+    monkeypatch.setattr(sys, "argv", ["importance", str(run), "--repeats", "2", "--split", "valid"])
+    importance.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        "valid: 200 examples, 2 repeats" in lines[0] and lines[3].startswith("feature") and len(lines) == 4 + len(names)
+    )
+    monkeypatch.setattr(sys, "argv", ["importance", "nowhere"])
+    with pytest.raises(SystemExit) as ended:
+        importance.main()
+    assert ended.value.code == 2 and "error: RUN nowhere: is no directory" in capsys.readouterr().err
 
 
 def with_a_bad_row(data: Path, target: Path) -> Path:

@@ -22,7 +22,7 @@ from megarec.data.preparation.scan import Piece
 from megarec.data.preparation.table_spec import Bucketised, Lists, TableSpec
 from megarec.data.preparation.values import buckets, standardised
 from megarec.data.writing import ROWS_PER_GROUP, ROWS_PER_SHARD
-from megarec.files import write_whole
+from megarec.files import renamed_to, write_whole
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,15 @@ class Encoder:
         if (before := _finished(done, path)) is not None:
             return before
         known = Counter[str]()
-        partial = self.done / f"{shard.split}-{shard.name}.partial"
-        writer: pq.ParquetWriter | None = None
-        for rows in _groups(self._tables(shard, known)):
-            writer = writer or pq.ParquetWriter(partial, rows.schema, compression="zstd")
-            writer.write_table(rows, row_group_size=ROWS_PER_GROUP)
-        assert writer is not None
-        writer.close()
-        size = partial.stat().st_size
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.replace(path)
+        with renamed_to(path, beside=done) as partial:
+            writer: pq.ParquetWriter | None = None
+            for rows in _groups(self._tables(shard, known)):
+                writer = writer or pq.ParquetWriter(partial, rows.schema, compression="zstd")
+                writer.write_table(rows, row_group_size=ROWS_PER_GROUP)
+            assert writer is not None
+            writer.close()
+            size = partial.stat().st_size
         write_whole(done, json.dumps({"known": known, "size": size}).encode())
         return dict(known)
 

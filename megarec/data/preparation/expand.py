@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megarec.data.preparation.table_reader import Part
 from megarec.data.preparation.table_spec import Calendar, TableSpec, Vector
-from megarec.data.preparation.text_files import BadRow
+from megarec.data.preparation.text_files import BadRow, value_shown
 from megarec.data.preparation.values import lengths_of, lists_of, plain
 from megarec.errors import UserError
 
@@ -44,7 +44,7 @@ def _expanded(part: Part, spec: TableSpec, bad: list[BadRow]) -> Part:
     def refuse(rows: NDArray[np.bool_], name: str, expected: str) -> None:
         for row in np.flatnonzero(rows & keep):
             value = part.rows.column(name)[int(row)].as_py()
-            bad.append(BadRow(int(part.numbers[row]), name, f"{name}={_shown(value)}, expected {expected}"))
+            bad.append(BadRow(int(part.numbers[row]), name, f"{name}={value_shown(value)}, expected {expected}"))
         keep[rows] = False
 
     moments: dict[str, pa.Array] = {}
@@ -102,8 +102,3 @@ def _moments(part: Part, name: str, column: Calendar) -> tuple[pa.Array, NDArray
     read = pc.strptime(distinct, format=column.format, unit="s", error_is_null=True)
     wrong = pc.and_(distinct.is_valid(), read.is_null()).take(text.indices)
     return read.take(text.indices), pc.fill_null(wrong, False).to_numpy(zero_copy_only=False)
-
-
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."

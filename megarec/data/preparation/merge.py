@@ -30,7 +30,7 @@ from megarec.data.preparation.vocabulary import (
     read_values,
     vocabulary_file,
 )
-from megarec.files import write_whole
+from megarec.files import renamed_to, write_whole
 
 MERGE_VALUES = 1 << 21
 _MOST_TALLIED = 1 << 28  # rows of a hashed table
@@ -109,18 +109,39 @@ def _given(directory: Path, data: Path, task: MergeTask) -> Table:
     """The vocabulary of another data set, with its rows."""
     assert task.given is not None
     values = read_values(task.given, task.name)
-    with Runs(look_up_file(directory, task.number), task.kind, "row") as runs:
+    target = look_up_file(directory, task.number)
+    with renamed_to(target) as partial, Runs(partial, task.kind, "row") as runs:
         runs.write(*in_order(values))
     parts = (values.slice(start, MERGE_VALUES) for start in range(0, len(values), MERGE_VALUES))
-    identity = _write_vocabulary(data, task.name, task.kind, parts)
+    identity = _write_vocabulary(target, data, task.name, task.kind, parts)
     return Table(len(values) + 1, identity, len(values))
 
 
 def _merged(directory: Path, data: Path, task: MergeTask) -> Table:
-    counted = directory / f"{task.number:06d}.counted"
+    target = look_up_file(directory, task.number)
+    with renamed_to(target) as counted:
+        seen, histogram, shared = _count(task, counted)
+        if task.hashing is not None:
+            return Table(task.hashing.rows, task.hashing.identity, seen, shared)
+        rank, file = _Ranking(histogram), Mapped(counted)
+        with renamed_to(counted) as ranked, Runs(ranked, task.kind, "row") as runs:
+            for batch in file.batches:
+                runs.write(batch.column(0), rank.rows(batch.column(1).to_numpy()))
+                file.release()
+    kept = sum(histogram.values())
+    identity = _write_vocabulary(target, data, task.name, task.kind, _by_row(Mapped(target), kept))
+    return Table(kept + 1, identity, seen)
+
+
+def _count(task: MergeTask, target: Path) -> tuple[int, dict[int, int], int | None]:
+    """Write the values that are kept, in their order, with their counts, or with their rows if those are by hash.
+
+    Returns:
+        Distinct values, how many of the kept have each count, and how many hashed ones share their row.
+    """
     seen, histogram = 0, dict[int, int]()
     sharing = _Sharing(task.hashing)
-    with Runs(counted, task.kind, "count") as runs:
+    with Runs(target, task.kind, "count") as runs:
         for values, counts in ranges(task):
             seen += len(values)
             if task.hashing is not None:
@@ -132,19 +153,7 @@ def _merged(directory: Path, data: Path, task: MergeTask) -> Table:
                 for entry in pa.array(counts).value_counts().to_pylist():
                     histogram[entry["values"]] = histogram.get(entry["values"], 0) + entry["counts"]
             runs.write(values, counts)
-    target = look_up_file(directory, task.number)
-    if task.hashing is not None:
-        counted.replace(target)
-        return Table(task.hashing.rows, task.hashing.identity, seen, sharing.shared)
-    kept = sum(histogram.values())
-    rank, file = _Ranking(histogram), Mapped(counted)
-    with Runs(target, task.kind, "row") as runs:
-        for batch in file.batches:
-            runs.write(batch.column(0), rank.rows(batch.column(1).to_numpy()))
-            file.release()
-    counted.unlink()
-    identity = _write_vocabulary(data, task.name, task.kind, _by_row(Mapped(target), kept))
-    return Table(kept + 1, identity, seen)
+    return seen, histogram, sharing.shared
 
 
 class _Sharing:
@@ -261,10 +270,11 @@ def _by_row(look_up: Mapped, count: int) -> Iterator[pa.Array]:
         yield pa.chunked_array(parts).combine_chunks().take(pa.array(order))
 
 
-def _write_vocabulary(data: Path, name: str, kind: pa.DataType, values: Iterable[pa.Array]) -> str:
-    """Write vocabulary/<name>.parquet; returns its identity.
+def _write_vocabulary(beside: Path, data: Path, name: str, kind: pa.DataType, values: Iterable[pa.Array]) -> str:
+    """Write vocabulary/<name>.parquet, whole or not at all; returns its identity.
 
     Args:
+        beside: a file of the work directory, beside which it is written.
         values: in the order of their rows, MERGE_VALUES at a time.
     """
 
@@ -273,7 +283,10 @@ def _write_vocabulary(data: Path, name: str, kind: pa.DataType, values: Iterable
         path.parent.mkdir(parents=True, exist_ok=True)
         schema = pa.schema([("value", kind), ("row", pa.int64())])
         start = 1
-        with pq.ParquetWriter(path, schema, use_dictionary=False) as writer:  # no value is there twice
+        with (
+            renamed_to(path, beside) as partial,
+            pq.ParquetWriter(partial, schema, use_dictionary=False) as writer,  # no value is there twice
+        ):
             for part in values:
                 numbers = np.arange(start, start + len(part), dtype=np.int64)
                 start += len(part)

@@ -15,16 +15,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from megarec.files import renamed_to
+
 
 def save(path: Path, columns: dict[str, pa.Array]) -> int:
     """Write one record batch; the file is there whole or not at all. Returns its size in bytes."""
-    partial = path.with_suffix(".partial")
     batch = pa.RecordBatch.from_pydict(columns)
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
-    size = partial.stat().st_size
-    partial.replace(path)
-    return size
+    with renamed_to(path) as partial:
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        return partial.stat().st_size
 
 
 def one_row(values: pa.Array) -> pa.Array:

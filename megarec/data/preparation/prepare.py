@@ -38,6 +38,7 @@ from megarec.data.preparation.work import Progress, Workers, work_directory
 from megarec.data.schema import SPLITS, Schema, save_schema
 from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
+from megarec.ray_cluster import RayCluster
 
 FORMAT = 5  # of pieces and look-ups: what another version left is not taken up
 Files = Mapping[str, list[Path] | list[HubSplit]]
@@ -63,7 +64,7 @@ def prepare_table(
     files: Files,
     output: Path,
     *,
-    workers: int = 1,
+    workers: int | RayCluster = 1,
     max_bad: MaxBad = MaxBad(),
     shares: Division | None = None,
 ) -> Schema:
@@ -72,7 +73,7 @@ def prepare_table(
     Args:
         spec_file: JSON of a TableSpec.
         files: the files of train, valid and test; with `shares` "all" is one.
-        workers: processes; 1: this one.
+        workers: processes; 1: this one. Or a Ray cluster whose nodes all see the files and the output's directory.
         max_bad: rows that may be bad; they are written to quarantine.csv.
         shares: how the rows of files["all"] are split.
 
@@ -87,7 +88,7 @@ def prepare_as(
     files: Files,
     output: Path,
     *,
-    workers: int = 1,
+    workers: int | RayCluster = 1,
     max_bad: MaxBad = MaxBad(),
     shares: Division | None = None,
 ) -> Schema:
@@ -110,7 +111,7 @@ def prepare_spec(
     files: Files,
     output: Path,
     like: Prepared | None,
-    workers: int,
+    workers: int | RayCluster,
     max_bad: MaxBad,
     shares: Division | None = None,
 ) -> Schema:
@@ -132,14 +133,18 @@ def prepare_spec(
     plan = _plan(spec, units, like, shares)
     if output.is_symlink():
         output = output.resolve()
-    if sum(unit.size for unit in units) < table_reader.UNIT_BYTES:
+    if isinstance(workers, int) and sum(unit.size for unit in units) < table_reader.UNIT_BYTES:
         workers = 1  # starting others would take longer
-    with writable(output), work_directory(output, plan) as work, Workers(workers) as pool:
+    with writable(output), work_directory(output, plan) as work, _engine(workers, work) as pool:
         for name in ("times", "pieces", "tables", "done", "data"):
             (work / name).mkdir(exist_ok=True)
         schema = _Preparation(whole, spec, spec.features, files, units, work, pool, max_bad, shares).run(like)
         publish(work / "data", output)
     return schema
+
+
+def _engine(workers: int | RayCluster, work: Path) -> Workers | RayCluster:
+    return Workers(workers) if isinstance(workers, int) else workers.sharing(work)
 
 
 @dataclass
@@ -158,7 +163,7 @@ class _Preparation:
     files: Files
     units: list[Unit]
     work: Path
-    pool: Workers
+    pool: Workers | RayCluster
     max_bad: MaxBad
     shares: Division | None
 

@@ -21,7 +21,7 @@ from megarec.data.preparation.formats import DELIMITERS, is_utf8, kind_of
 from megarec.data.preparation.hub import HubSplit
 from megarec.data.preparation.json_lines import JsonRows
 from megarec.data.preparation.table_spec import TableSpec
-from megarec.data.preparation.text_files import COUNTED, BadRow, TextFile, are_names
+from megarec.data.preparation.text_files import COUNTED, BadRow, TextFile, are_names, value_shown
 from megarec.errors import UserError, did_you_mean
 
 UNIT_BYTES = 1 << 26
@@ -60,7 +60,9 @@ class Part:
     null_words: tuple[str, ...] = ()
 
     def fail(self, row: int, column: str, value: Any, expected: str) -> NoReturn:
-        raise RowRefused(row, BadRow(int(self.numbers[row]), column, f"{column}={value!r}, expected {expected}"))
+        raise RowRefused(
+            row, BadRow(int(self.numbers[row]), column, f"{column}={value_shown(value)}, expected {expected}")
+        )
 
     def without(self, row: int) -> "Part":
         """All rows but one."""

@@ -26,6 +26,7 @@ COUNTED = "from 0, header not counted"
 """How rows of text are numbered, for messages."""
 _BLOCK_BYTES = 1 << 22
 _LONGEST_ROW = 1 << 24
+_LONGEST_SHOWN = 200  # characters
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -269,7 +270,9 @@ class TextFile:
                 if is_text(value):
                     continue
                 if keep[row]:
-                    bad.append(BadRow(int(numbers[row]), self.broken, f"{name}={value!r}, expected {self.expected}"))
+                    bad.append(
+                        BadRow(int(numbers[row]), self.broken, f"{name}={value_shown(value)}, expected {self.expected}")
+                    )
                 keep[row] = False
         return pa.table(columns, names=used)
 
@@ -300,6 +303,12 @@ class TextFile:
 
     def _fail(self, line: int, what: str) -> NoReturn:
         raise UserError(f"{self.path}: line {line}: {what}")
+
+
+def value_shown(value: object) -> str:
+    """A value as messages show it: whole, unless it is huge."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text):,} characters)"
 
 
 def is_text(value: bytes) -> bool:

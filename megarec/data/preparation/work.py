@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from megarec.errors import UserError
 from megarec.files import write_whole
+from megarec.ray_cluster import TasksLost
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -57,7 +58,7 @@ def work_directory(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
             write_whole(path / "plan.json", text)
         try:
             yield path
-        except (WorkerDied, KeyboardInterrupt, SystemExit):
+        except (WorkerDied, TasksLost, KeyboardInterrupt, SystemExit):
             raise  # what is finished stays
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)

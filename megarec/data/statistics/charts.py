@@ -51,11 +51,12 @@ class Scale:
         return [place * step for place in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def _svg(title: str, body: str, height: int = HEIGHT) -> str:
+def svg(title: str, body: str, height: int = HEIGHT) -> str:
+    """A picture of what is drawn, under its title."""
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">{body}</svg>'
 
 
-def _axes(x: Scale, y: Scale, x_label: str, y_label: str, as_percent: bool = False) -> str:
+def axes(x: Scale, y: Scale, x_label: str, y_label: str, as_percent: bool = False) -> str:
     """Grid, ticks and labels."""
     parts = []
     for value in y.ticks():
@@ -77,10 +78,10 @@ def frequencies(title: str, points: Sequence[tuple[int, int]]) -> str:
     x = Scale(1, max(points[-1][0], 2), _LEFT, WIDTH - _RIGHT, log=True)
     y = Scale(min(least, most / 2), most, HEIGHT - _BOTTOM, _TOP + 12, log=True)
     line = " ".join(f"{x(rank)},{y(n)}" for rank, n in points)
-    body = _axes(x, y, "rank of the id", "times")
+    body = axes(x, y, "rank of the id", "times")
     if len(points) < 20:
         body += "".join(f'<circle class="s0 dot" cx="{x(rank)}" cy="{y(n)}" r="2.5"/>' for rank, n in points)
-    return _svg(title, f'{body}<polyline class="s0 line" points="{line}"/>')
+    return svg(title, f'{body}<polyline class="s0 line" points="{line}"/>')
 
 
 def histogram(title: str, edges: Sequence[float], counts: Sequence[Sequence[int]], x_label: str) -> str:
@@ -93,7 +94,7 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[Sequence[int]
         path = f"M{x(edges[0])} {y(0)}"
         path += "".join(f"V{y(share)}H{x(end)}" for share, end in zip(own, edges[1:], strict=True)) + f"V{y(0)}"
         drawn.append(f'<path class="s{place} {"line" if place else "area"}" d="{path}"/>')
-    return _svg(title, _axes(x, y, x_label, "share", as_percent=True) + "".join(drawn))
+    return svg(title, axes(x, y, x_label, "share", as_percent=True) + "".join(drawn))
 
 
 def intervals(title: str, rows: Sequence[tuple[str, float, tuple[float, float]]]) -> str:
@@ -111,7 +112,7 @@ def intervals(title: str, rows: Sequence[tuple[str, float, tuple[float, float]]]
         parts.append(f'<text x="52" y="{y + 4}" text-anchor="end">{escape(_cut(name, 8))}</text>')
         parts.append(f'<path class="s{place} line" d="M{x(ends[0])} {y}H{x(ends[1])}"/>')
         parts.append(f'<circle class="s{place} dot" cx="{x(value)}" cy="{y}" r="4"/>')
-    return _svg(title, "".join(parts), bottom + 18)
+    return svg(title, "".join(parts), bottom + 18)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def bars(title: str, rows: Sequence[Bar], log: bool = False) -> str:
         )
         if row.mark is not None:
             parts.append(f'<path class="mark" d="M{x(row.mark)} {y + 1}v{_ROW - 2}"/>')
-    return _svg(title, "".join(parts), len(rows) * _ROW + 2)
+    return svg(title, "".join(parts), len(rows) * _ROW + 2)
 
 
 def _cut(text: str, most: int) -> str:

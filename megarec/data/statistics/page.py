@@ -16,7 +16,7 @@ _OPEN = 40  # features whose details are shown at once
 _NAMED = 10  # features that a sentence names
 _LIST_BINS = 40
 
-_HEAD = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -78,10 +78,10 @@ def page(schema: Schema, labels: Labels, features: Sequence[Feature]) -> str:
     ordered = sorted(features, key=lambda f: (-max(_excess(f), 0.0), -(unknown_of(f) or 0.0)))
     title = f"{schema.name}: statistics"
     splits = {split: own.rows for split, own in next(iter(labels.values())).items()}
-    parts = [_HEAD.format(title=escape(title)), f"<h1>{_shown(title)}</h1>"]
+    parts = [HEAD.format(title=escape(title)), f"<h1>{shown(title)}</h1>"]
     kinds = [f"{sum(f.kind == kind for f in features)} {kind.replace('_', '-')}" for kind in _kinds(features)]
     parts.append(f'<p class="soft">{sum(splits.values()):,} rows; {", ".join(kinds)} features; ')
-    parts.append(f"label: {_shown(schema.label_rule or ', '.join(labels))}</p>")
+    parts.append(f"label: {shown(schema.label_rule or ', '.join(labels))}</p>")
     parts += _overview(schema, labels, features, links)
     parts += _rankings(features, links)
     parts += _table(ordered, list(splits), links)
@@ -146,17 +146,17 @@ def _kinds(features: Sequence[Feature]) -> list[str]:
     return list(dict.fromkeys(feature.kind for feature in features))
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Escaped; what cannot be printed as Python writes it."""
     return escape(text if text.isprintable() else repr(text))
 
 
 def _link(name: str, links: Mapping[str, str]) -> str:
-    return f'<a href="#{links[name]}">{_shown(name)}</a>'
+    return f'<a href="#{links[name]}">{shown(name)}</a>'
 
 
 def _key(splits: Iterable[str]) -> str:
-    spans = "".join(f'<span><i class="s{place}"></i>{_shown(split)}</span>' for place, split in enumerate(splits))
+    spans = "".join(f'<span><i class="s{place}"></i>{shown(split)}</span>' for place, split in enumerate(splits))
     return f'<p class="key soft">{spans}</p>'
 
 
@@ -165,21 +165,21 @@ def _overview(schema: Schema, labels: Labels, features: Sequence[Feature], links
     for label, splits in labels.items():
         rates = [(split, own.rate, own.interval) for split, own in splits.items() if own.rate is not None]
         told = {split: [percent(rate), " to ".join(map(percent, ends))] for split, rate, ends in rates}
-        rows = [[_shown(split), f"{own.rows:,}", *told.get(split, ["none", ""])] for split, own in splits.items()]
-        yield f'<div class="card scroll"><h3 class="name">{_shown(label) if len(labels) > 1 else "Rows"}</h3>'
-        yield _grid(["split", "rows", "label rate", "95 % interval"], rows)
+        rows = [[shown(split), f"{own.rows:,}", *told.get(split, ["none", ""])] for split, own in splits.items()]
+        yield f'<div class="card scroll"><h3 class="name">{shown(label) if len(labels) > 1 else "Rows"}</h3>'
+        yield grid(["split", "rows", "label rate", "95 % interval"], rows)
         yield (charts.intervals("label rate by split", rates) if rates else "") + "</div>"
     if schema.bad_rows:
         total = sum(schema.bad_rows.values())
         yield f'<div class="card scroll"><h3>{total:,} bad rows left out by the preparation</h3>'
         by_count = sorted(schema.bad_rows.items(), key=lambda pair: (-pair[1], pair[0]))
-        yield _grid(["reason", "rows"], [[_shown(reason), f"{n:,}"] for reason, n in by_count]) + "</div>"
+        yield grid(["reason", "rows"], [[shown(reason), f"{n:,}"] for reason, n in by_count]) + "</div>"
     yield "</div><h2>To look at</h2><ul>"
     found = list(findings(labels, features))
     for sentence, names in found:
         named = ", ".join(_link(name, links) for name in names[:_NAMED])
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        yield f"<li>{_shown(sentence)}{': ' if names else ''}{named}{more}</li>"
+        yield f"<li>{shown(sentence)}{': ' if names else ''}{named}{more}</li>"
     if not found:
         yield "<li>Nothing stands out.</li>"
     yield "</ul>"
@@ -217,7 +217,7 @@ def _rankings(features: Sequence[Feature], links: Mapping[str, str]) -> Iterator
     yield "</div>"
 
 
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
     """A table of texts that are HTML; the first columns are `texts`, the others numbers."""
     kind = ["name"] * texts + ["n"] * (len(head) - texts)
     cells = "".join(f"<th class={style}>{text}</th>" for style, text in zip(kind, head, strict=True))
@@ -232,7 +232,7 @@ def _table(features: Sequence[Feature], splits: Sequence[str], links: Mapping[st
     """One line a feature."""
     others = list(dict.fromkeys(split for feature in features for split in feature.drift))
     head = ["feature", "kind", "table rows", "distinct", "missing", "unknown", "top 1", "top 100"]
-    head += [f"drift to {_shown(split)}" for split in others]
+    head += [f"drift to {shown(split)}" for split in others]
     rows = []
     for feature in features:
         row = [_link(feature.name, links), feature.kind.replace("_", "-")]
@@ -247,10 +247,10 @@ def _table(features: Sequence[Feature], splits: Sequence[str], links: Mapping[st
     yield "<h2>All features</h2>"
     yield (
         '<p class="soft">The most drifted first, then the most unknown. Distinct ids, missing and top-heavy are of '
-        f"{_shown(splits[0])}; unknown is of the split where it is largest. Drift is “chance” where chance explains "
+        f"{shown(splits[0])}; unknown is of the split where it is largest. Drift is “chance” where chance explains "
         "it, and “-” where no value is frequent enough to be compared, or there is only one.</p>"
     )
-    yield f'<div class="scroll all">{_grid(head, rows, 2)}</div>'
+    yield f'<div class="scroll all">{grid(head, rows, 2)}</div>'
 
 
 def _share(value: float | None) -> str:
@@ -269,19 +269,19 @@ def _drift(drift: Drift | None) -> str:
     return _alarm(f"{drift.divergence:.2g}", True) if drift.excess > 0 else '<span class="soft">chance</span>'
 
 
-def _details(feature: Feature, link: str, shown: bool) -> str:
+def _details(feature: Feature, link: str, open_: bool) -> str:
     """Everything about a feature."""
     inside, pair = (_ids(feature), "") if isinstance(feature, Categorical) else (_numeric(feature), " pair")
     what = feature.kind.replace("_", "-")
     if isinstance(feature, Categorical):
         what += f", {feature.rows:,} rows"
         if feature.table is not None:
-            what += f" of the table of {_shown(feature.table)}"
+            what += f" of the table of {shown(feature.table)}"
     if feature.way:
-        what += f"; {_shown(feature.way)}"
+        what += f"; {shown(feature.way)}"
     alarm = " <span class=alarm>drifted</span>" if _excess(feature) > 0 else ""
     return (
-        f"<details{' open' if shown else ''}><summary><span class=name>{_shown(feature.name)}</span> "
+        f"<details{' open' if open_ else ''}><summary><span class=name>{shown(feature.name)}</span> "
         f'<small>{what}</small>{alarm}</summary><div class="inside{pair}" id="{link}">{"".join(inside)}</div></details>'
     )
 
@@ -290,7 +290,7 @@ def _ids(feature: Categorical) -> Iterator[str]:
     if feature.curve:
         tops = ", ".join(f"{percent(share)} by the top {top}" for top, share in feature.top.items() if share < 1)
         yield f"<div><h3>How often ids are there</h3>{charts.frequencies('frequency of ids by rank', feature.curve)}"
-        yield f"<small>of {_shown(feature.base)}: {tops or 'at most 1 id'}</small></div>"
+        yield f"<small>of {shown(feature.base)}: {tops or 'at most 1 id'}</small></div>"
     lists = {split: own.lengths for split, own in feature.splits.items() if own.lengths is not None}
     if lists:
         yield f"<div><h3>Lengths of lists</h3>{_lengths(lists)}</div>"
@@ -301,19 +301,19 @@ def _ids(feature: Categorical) -> Iterator[str]:
     if feature.frequent:
         rows = [[f"{one.row:,}", percent(one.share)] for one in feature.frequent]
         if known := any(one.value is not None for one in feature.frequent):
-            rows = [[_shown(_short(one.value or "")), *row] for one, row in zip(feature.frequent, rows, strict=True)]
+            rows = [[shown(_short(one.value or "")), *row] for one, row in zip(feature.frequent, rows, strict=True)]
         head = [*["value"] * known, "row", "share"]
-        yield f'<div class="scroll"><h3>Most frequent</h3>{_grid(head, rows)}</div>'
+        yield f'<div class="scroll"><h3>Most frequent</h3>{grid(head, rows)}</div>'
     head = ["split", "values", "distinct", "missing", "unknown", "row 0", "drift", "by chance up to"]
     extra = ["mean length", "longest"] if lists else []
     invalid = any(own.invalid for own in feature.splits.values())
     rows = []
     for split, own in feature.splits.items():
-        row = [_shown(split), f"{own.values:,}", f"{own.distinct:,}", _share(own.missing), _share(own.unknown)]
+        row = [shown(split), f"{own.values:,}", f"{own.distinct:,}", _share(own.missing), _share(own.unknown)]
         row += [percent(own.row_0), *_drift_cells(feature.drift.get(split))]
         row += [f"{own.lengths.mean:.3g}", f"{own.lengths.longest:,}"] if own.lengths is not None else []
         rows.append(row + ([_alarm(f"{own.invalid:,}", own.invalid > 0)] if invalid else []))
-    yield f'<div class="wide scroll">{_grid(head + extra + ["invalid"] * invalid, rows)}'
+    yield f'<div class="wide scroll">{grid(head + extra + ["invalid"] * invalid, rows)}'
     if feature.sharing is not None:
         yield f"<small>Hashed: {percent(feature.sharing)} of its distinct values share a row with another.</small>"
     yield "</div>"
@@ -336,11 +336,11 @@ def _numeric(feature: Numeric) -> Iterator[str]:
             "by chance up to"]  # fmt: skip
     invalid = any(own.invalid for own in feature.splits.values())
     rows = [
-        [_shown(split), *_number_cells(own), *_drift_cells(feature.drift.get(split))]
+        [shown(split), *_number_cells(own), *_drift_cells(feature.drift.get(split))]
         + ([_alarm(f"{own.invalid:,}", own.invalid > 0)] if invalid else [])
         for split, own in feature.splits.items()
     ]
-    yield f'<div class="scroll">{_grid(head + ["invalid"] * invalid, rows)}</div>'
+    yield f'<div class="scroll">{grid(head + ["invalid"] * invalid, rows)}</div>'
 
 
 def _number_cells(own: Numbers) -> list[str]:

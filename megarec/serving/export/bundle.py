@@ -19,6 +19,7 @@ from megarec.errors import UserError
 from megarec.files import file_name, write_json
 from megarec.run.spec import ModelSpec
 from megarec.serving import scorer
+from megarec.serving.bundle_predictor import write_run
 from megarec.serving.export.golden import golden_sample
 from megarec.serving.export.graph import export_onnx, export_program, scored_model
 from megarec.serving.export.raw_values import write_raw_values
@@ -77,6 +78,7 @@ def export_bundle(
         manifest |= {"dense": DENSE_FILE, "golden": GOLDEN_FILE, "width": layout.width}
         shutil.copytree(Path(scorer.__file__).parent, directory / SCORER, ignore=shutil.ignore_patterns("__pycache__"))
         (directory / "score.py").write_text(SCORE)
+        write_run(directory, config, schema)
         write_triton(directory)
         write_json(directory / MANIFEST, manifest | {"files": _files(directory)})
         write_json(directory / GOLDEN_FILE, golden_sample(Bundle(directory), model))

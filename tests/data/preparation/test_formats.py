@@ -297,6 +297,8 @@ def test_null_words_are_missing_in_every_format(tmp_path: Path) -> None:
         assert rows["x"] == [9, 2, 3, 9], name
         single = RowEncoder(tmp_path / "out").encode([{"a": "NA", "l": "NA|q", "x": -1}])
         assert single.to_pylist()[0]["x"] == 9 and single["a"].to_pylist() == [0]
+    with pytest.raises(UserError, match=r"row 0 .*: y='x{199}\.\.\. \(70,002 characters\), expected 0 or 1"):
+        prepared(tmp_path, "t.csv", b"a,l,x,y\nu,p,1,%b\n" % (b"x" * 70_000))
     with pytest.raises(UserError, match=r"row 0 .*: y='\?', expected 0 or 1"):
         prepared(tmp_path, "t.csv", b"a,l,x,y\nu,p,1,?\n", null_words=["?"])
 

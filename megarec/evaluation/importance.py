@@ -1,0 +1,145 @@
+"""Permutation importance (Breiman 2001): what a model loses when the values of one feature change places among rows.
+
+The model is not trained again, so a feature whose twin stays in place may seem worth little.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+from megarec.data.batch import Batch
+from megarec.data.loader import example_keys
+from megarec.data.store import Store
+from megarec.metrics.bootstrap import Interval
+from megarec.metrics.grouped import group_scores, known
+from megarec.metrics.weighted import losses_of
+from megarec.serving.predictor import BatchModel
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """By permuting, over the repeats.
+
+    Attributes:
+        interval: of the mean, 95 %, by Student's t; it says what another permutation would change, not what other rows
+            would. NaN where there is one repeat.
+    """
+
+    mean: float
+    interval: Interval
+
+    def described(self) -> dict[str, Any]:
+        """As JSON can say it."""
+        return {"mean": known(self.mean), "interval": [known(self.interval.low), known(self.interval.high)]}
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Of one feature.
+
+    Attributes:
+        auc: lost; above 0: the model needs the feature.
+        logloss: by how much it grew, in nats.
+    """
+
+    feature: str
+    auc: Lost
+    logloss: Lost
+
+
+@dataclass(frozen=True)
+class Importances:
+    """Of all features of a model.
+
+    Attributes:
+        auc, logloss: with every value in its place.
+        features: by falling growth of the LogLoss.
+    """
+
+    examples: int
+    repeats: int
+    auc: float
+    logloss: float
+    features: list[Importance]
+
+
+def importances(
+    model: BatchModel, store: Store, device: torch.device, *, repeats: int, most: int, batch_size: int, seed: int
+) -> Importances:
+    """Score rows with one feature after the other permuted; a repeat permutes all features alike.
+
+    Args:
+        store: of the model's features.
+        repeats: at least 1.
+        most: rows that are scored; of more, so many are drawn.
+    """
+    generator = np.random.default_rng([seed, 17])
+    rows = np.arange(len(store), dtype=np.int64)
+    if len(rows) > most:
+        rows = np.sort(generator.choice(len(rows), most, replace=False))
+    names = [*(feature.name for feature in model.schema.categorical), *model.schema.numeric]
+    lost = np.empty((repeats, len(names), 2))
+    base = (math.nan, math.nan)
+    for repeat in range(repeats):
+        places = generator.permutation(len(rows))
+        logits = np.empty((len(names), len(rows)), np.float32)
+        true, labels = np.empty(len(rows), np.float32), np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), batch_size):
+            part = slice(start, start + batch_size)
+            batch, others = (_read(store, own, seed, device) for own in (rows[part], rows[places[part]]))
+            labels[part] = batch.labels.cpu()
+            if repeat == 0:
+                true[part] = model.predict(batch).float().cpu()
+            for place, changed in enumerate(_each_permuted(batch, others, names)):
+                logits[place, part] = model.predict(changed).float().cpu()
+        if repeat == 0:
+            base = _metrics(true, labels)
+        for place, own in enumerate(logits):
+            auc, logloss = _metrics(own, labels)
+            lost[repeat, place] = base[0] - auc, logloss - base[1]
+    found = [
+        Importance(name, *(_lost(lost[:, place, metric]) for metric in (0, 1))) for place, name in enumerate(names)
+    ]
+    found.sort(key=lambda own: (math.isnan(own.logloss.mean), -own.logloss.mean))
+    return Importances(len(rows), repeats, *base, found)
+
+
+def _read(store: Store, rows: NDArray[np.int64], seed: int, device: torch.device) -> Batch:
+    return store.read(rows, example_keys(rows, seed, 0), len(rows), pinned=False).to(device)
+
+
+def _each_permuted(batch: Batch, others: Batch, names: list[str]) -> Iterator[Batch]:
+    """The batch with the values of one feature from the other rows: weights and lengths go with the ids."""
+    for place, name in enumerate(names):
+        if name in batch.ids:
+            ids = {**batch.ids, name: others.ids[name]}
+            yield dataclasses.replace(batch, ids=ids, buffer=None)
+        else:
+            numeric, column = batch.numeric.clone(), place - len(batch.ids)
+            numeric[:, column] = others.numeric[:, column]
+            yield dataclasses.replace(batch, numeric=numeric, buffer=None)
+
+
+def _metrics(logits: Floats, labels: Floats) -> tuple[float, float]:
+    """AUC and LogLoss; NaN where a logit is not finite."""
+    if not np.isfinite(logits).all():
+        return math.nan, math.nan
+    auc = group_scores(logits, labels, np.zeros(len(logits), np.int32)).auc
+    return float(auc[0]), float(losses_of(logits, labels).mean())
+
+
+def _lost(values: NDArray[np.float64]) -> Lost:
+    mean = float(values.mean())
+    if len(values) < 2 or math.isnan(mean):
+        return Lost(mean, Interval(math.nan, math.nan))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return Lost(mean, Interval(mean - half, mean + half))
