@@ -27,25 +27,27 @@ _QUICK = {  # to see that a node is dead: in a second or two, where a minute is 
 
 
 class TwoNodes:
-    """A head and another node, of one core each."""
+    """A head and, once `complete`, another node, of one core each."""
 
     def __init__(self, directory: Path) -> None:
         ports = {name: free_port() for name in ("port", "dashboard-port", "ray-client-server-port")}
         self._directory, self.address = directory, f"127.0.0.1:{ports['port']}"
         self._head = self._start("--head", "--include-dashboard=false", *(f"--{n}={p}" for n, p in ports.items()))
-        self.complete()
+        self._second: subprocess.Popen[str] | None = None
 
     def complete(self) -> None:
-        """Have a second node again."""
-        self._second = self._start(f"--address={self.address}")
+        """Have a second node, if there is none."""
+        self._second = self._second or self._start(f"--address={self.address}")
 
     def kill_second(self) -> None:
-        _kill(self._second)
+        if self._second is not None:
+            _kill(self._second)
+        self._second = None
 
     def kill(self) -> None:
         """All of it."""
         _kill(self._head)
-        _kill(self._second)
+        self.kill_second()
 
     def _start(self, *options: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *_NODE, *options]

@@ -19,7 +19,7 @@ from megarec.data.cache import _whole
 from megarec.data.preparation.table_spec import load_table_spec
 from megarec.data.schema import read_schema
 from megarec.errors import UserError
-from megarec.files import parse_json, read_json, write_whole
+from megarec.files import parse_json, read_json, renamed_to, write_whole
 from megarec.launching.exit_report import parse
 from megarec.launching.preflight import files_of
 from megarec.scaling.grid import read_grid
@@ -252,3 +252,20 @@ def test_writing_replaces_files_alone_and_a_link_stays(tmp_path: Path) -> None:
         write_whole(tmp_path / "link", content)
         assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == content
     assert (tmp_path / "fifo").is_fifo() and len(list(tmp_path.iterdir())) == 4
+
+
+def test_two_may_write_the_same_file_at_the_same_time(tmp_path: Path) -> None:
+    """As tasks do that run again elsewhere: each has a file of its own until one is whole."""
+    path, work = tmp_path / "data/file", tmp_path / "work/beside"
+    for directory in (path.parent, work.parent):
+        directory.mkdir()
+    with renamed_to(path, beside=work) as first, renamed_to(path) as second:
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+        assert [file.parent for file in (first, second)] == [work.parent, path.parent] and not path.exists()
+    assert path.read_bytes() == b"first"  # which ends last
+    with pytest.raises(KeyError), renamed_to(path) as third:
+        third.write_bytes(b"third")
+        raise KeyError
+    assert path.read_bytes() == b"first"
+    assert list(path.parent.iterdir()) == [path] and not list(work.parent.iterdir())

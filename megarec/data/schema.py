@@ -75,7 +75,10 @@ class Schema(BaseModel):
     label: str = "label"
     labels: tuple[str, ...] = Field((), description="all label columns, of which `label` is in use; empty: that one")
     weight: str | None = Field(None, description="the column of how much a row counts; training does not read it")
-    group: str | None = Field(None, description="the column of what a row belongs to (int64), for AUC by group")
+    group: str | None = Field(
+        None,
+        description="the column of what a row belongs to (int64; a single-valued feature or not), for AUC by group",
+    )
     time: str | None = Field(None, description="the column of when a row was (float64)")
     label_rule: str = Field("", description="how the label was made, for people")
     labelled: bool = Field(True, description="false: the files had no label; such data are scored, not trained on")
@@ -103,7 +106,8 @@ class Schema(BaseModel):
         if self.labels and self.label not in self.labels:
             raise ValueError(f"label={self.label!r} is not one of labels={list(self.labels)}")
         names = [f.name for f in self.categorical] + list(self.numeric) + list(self.labels or [self.label])
-        names += [name for name in (self.weight, self.group, self.time) if name is not None]
+        group = None if self.group in [f.name for f in self.categorical if not f.multi_valued] else self.group
+        names += [name for name in (self.weight, group, self.time) if name is not None]
         names += [f.weights_column for f in self.categorical if f.weighted]
         repeated = sorted(name for name, times in Counter(names).items() if times > 1)
         if repeated:

@@ -85,7 +85,7 @@ def sparse_messages(
             found.append(_tower_gradients(spec, range(len(held)), world))
         return [message for message in found if message.bytes]
     small = all(table.rows < 2**31 for part in parts for table in part.tables)
-    dtype = torch.int32 if small and topology.world_size > 1 else torch.int64
+    dtype = torch.int32 if small else torch.int64
     features = [part.features for part in parts]
     counts = [[mean_ids(feature, examples) for feature in own] for own in features]
     found = _ids(counts, features, peer, dtype, examples)

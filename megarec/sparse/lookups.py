@@ -54,7 +54,7 @@ class LookupPlan:
 
     Attributes:
         slots: slots[r] are the slots of rank r, in the order of its output columns.
-        index_dtype: of ids on the wire and in lookups: int32 where ids travel and every table is small enough.
+        index_dtype: of ids on the wire and in lookups: int32 where every table is small enough.
     """
 
     slots: tuple[tuple[Lookup, ...], ...]
@@ -88,7 +88,7 @@ def plan_lookups(
                 slots.append(Lookup(feature, shard, feature.start + shard.column_start, offsets[split], split))
                 offsets[split] += shard.columns
         by_rank.append(tuple(slots))
-    small = world_size > 1 and all(table.rows < 2**31 for table in layout.tables)
+    small = all(table.rows < 2**31 for table in layout.tables)
     return LookupPlan(tuple(by_rank), torch.int32 if small else torch.int64)
 
 

@@ -1,9 +1,10 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from megarec.config.sections import DataConfig
-from megarec.data.schema import load_schema, save_schema, schema_of, select_features
+from megarec.data.schema import Schema, load_schema, save_schema, schema_of, select_features
 from megarec.errors import UserError
 from tests.data.prepared import SCHEMA
 
@@ -89,3 +90,12 @@ def test_a_missing_schema_is_named(tmp_path: Path) -> None:
         UserError, match=r"data\.schema='absent\.json': no such file; the path is relative to the config"
     ):
         schema_of(DataConfig(path=str(tmp_path), schema="absent.json"))
+
+
+def test_a_group_is_a_column_of_its_own_or_a_single_valued_feature() -> None:
+    values = SCHEMA.model_dump()
+    assert Schema.model_validate(values | {"group": "session"}).group == "session"
+    assert Schema.model_validate(values | {"group": "user"}).group == "user"
+    for name in ("tags", "price", "label"):
+        with pytest.raises(ValidationError, match=f"columns named twice: {name}"):
+            Schema.model_validate(values | {"group": name})

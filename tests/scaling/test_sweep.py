@@ -20,12 +20,13 @@ from pyarrow import parquet
 
 from megarec.errors import UserError
 from megarec.launching.hosts import Host
+from megarec.ray_cluster import RayCluster
 from megarec.scaling.grid import read_grid
 from megarec.scaling.law import NoLaw
 from megarec.scaling.points import read_points
 from megarec.scaling.results import Rows
 from megarec.scaling.study import study
-from megarec.scaling.sweep import command_of, environment_of, local_slots, slots_of
+from megarec.scaling.sweep import command_of, environment_of, local_slots, slots_of, slots_on
 from tests.scaling.studies import WUKONG, write_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -306,6 +307,24 @@ def test_places_for_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert environment_of(slots[0])["DS_ACCELERATOR"] == "cpu"
     (trial, *_) = read_grid(write_study(tmp_path))
     assert "train.threads=3" not in command_of(trial, tmp_path, 3)  # the base says how many
+
+
+def test_places_on_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = read_grid(write_study(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("megarec.ray_cluster.importlib.util.find_spec", lambda name: name)
+        cluster = RayCluster()
+    cluster.nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 4.0}, {"CPU": 8.0}]
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("megarec.scaling.sweep.accelerator", lambda: "cuda")
+    slots = slots_on(cluster, trials)
+    assert [slot.gpus for slot in slots] == [1, 1, 1]
+    assert environment_of(slots[0]).keys().isdisjoint({"CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"})  # the node's own
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert [slot.gpus for slot in slots_on(cluster, trials)] == [0] * 13
+    cluster.nodes = [{"GPU": 1.0}]
+    with pytest.raises(UserError, match=r"no node of the Ray cluster has the 1 cores \(train.threads\)"):
+        slots_on(cluster, trials)
 
 
 def test_over_ssh_every_word_arrives_as_it_is_and_what_fails_is_named(

@@ -193,7 +193,7 @@ def test_ids_that_lie_as_they_are_sent_are_not_copied(monkeypatch: pytest.Monkey
     sparse = sparse_side(LAYOUT, embedding("sgd", "column", "torch"))
     assert sorted(sparse.id_order) == sorted(feature.name for feature in LAYOUT.features)
     sparse = sparse_side(SINGLE_LAYOUT, embedding("sgd", "table", "torch"))
-    values = torch.arange(8 * len(sparse.id_order)).view(-1, 8)
+    values = torch.arange(8 * len(sparse.id_order), dtype=torch.int32).view(-1, 8)  # as loaders make them
     sent = []
     monkeypatch.setattr("megarec.sparse.exchange.ids.all_to_all", lambda flat, *rest: sent.append(flat) or flat)
     batch = global_batch(SINGLE_LAYOUT, 8, step=0)

@@ -38,25 +38,50 @@ def row_starts(file: BinaryIO, size: int, delimiter: str, every: int) -> list[in
     return found
 
 
+def end_of_rows(block: bytes, delimiter: str, end_of_row: bytes, last: bool) -> int | None:
+    """Where the last whole row of a block ends, which begins with a row; None: quotes do not say it.
+
+    Args:
+        last: nothing follows, so that the end of the block is one of a row, but in quotes.
+    """
+    if (quotes := _quotes(b"\n", block, b"\n", False, delimiter)) is None:
+        return None
+    if last:
+        return None if len(quotes) % 2 else len(block)
+    ends = np.flatnonzero(np.frombuffer(block, np.uint8) == end_of_row[0])
+    outside = np.flatnonzero(np.searchsorted(quotes, ends) % 2 == 0)
+    return int(ends[outside[-1]]) + 1 if len(outside) else 0
+
+
 def _blocks(file: BinaryIO, start: int, delimiter: str) -> Iterator[tuple[int, bytes, Places, bool]]:
     """Blocks, as long as it is sure: (first byte, bytes, where quotes are, whether it begins in quotes)."""
-    fits = np.zeros(256, bool)
-    fits[[_QUOTE, _LINE_FEED, ord("\r"), ord(delimiter)]] = True
     inside = False
     before, block = b"\n", file.read(_BLOCK_BYTES)
     while block:
         after = file.read(_BLOCK_BYTES)
-        quotes = np.zeros(0, np.int64)
-        if b'"' in block:
-            text = np.frombuffer(before + block + (after[:1] or b"\n"), np.uint8)
-            quotes = np.flatnonzero(text[1:-1] == _QUOTE)
-            begin, end = quotes[inside::2], quotes[not inside :: 2]
-            if not (fits[text[begin]].all() and fits[text[end + 2]].all()):
-                return
+        if (quotes := _quotes(before, block, after[:1] or b"\n", inside, delimiter)) is None:
+            return
         yield start, block, quotes, inside
         inside ^= bool(len(quotes) % 2)
         start += len(block)
         before, block = block[-1:], after
+
+
+def _quotes(before: bytes, block: bytes, after: bytes, inside: bool, delimiter: str) -> Places | None:
+    """Where the quotes of a block are; None: one stands where RFC 4180 has none.
+
+    Args:
+        before, after: the byte on either side.
+        inside: whether the block begins in quotes.
+    """
+    if b'"' not in block:
+        return np.zeros(0, np.int64)
+    text = np.frombuffer(before + block + after, np.uint8)
+    quotes = np.flatnonzero(text[1:-1] == _QUOTE)
+    fits = np.zeros(256, bool)
+    fits[[_QUOTE, _LINE_FEED, ord("\r"), ord(delimiter)]] = True
+    begin, end = quotes[inside::2], quotes[not inside :: 2]
+    return quotes if fits[text[begin]].all() and fits[text[end + 2]].all() else None
 
 
 def _line_end(block: bytes, least: int, quotes: Places, inside: bool) -> int | None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from megarec.errors import UserError
 
 UTF_8 = "utf-8"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 _JSON = (".jsonl", ".ndjson", ".json")
 _ARROW = (".arrow", ".feather")

@@ -119,16 +119,16 @@ def prepare_spec(
     check_output(output)
     whole = spec
     paths = [(split, path) for split in (*SPLITS, "all") for path in files.get(split, ())]
-    if like is not None:
-        there = {name for _, path in paths for name in columns_of(path, spec)}
-        absent = {name for name in spec.roles if name not in there}
-        spec = spec.without(absent if set(spec.labels) <= absent else absent - set(spec.labels))
-    if not isinstance(shares, ByColumn):
-        spec = spec.ignoring(set(spec.of_type("split")))
     wanted = "time" if isinstance(shares, ByTime) else "split" if isinstance(shares, ByColumn) else None
     if wanted is not None and spec.role(wanted) is None:
         how = "time" if wanted == "time" else "column"
         raise UserError(f"--split {how}: {named} names no column of type {wanted!r}; add one, or take --split random")
+    if like is not None:
+        there = {name for _, path in paths for name in columns_of(path, spec)}
+        absent = {name for name in spec.roles if name not in there and spec.columns[name].type != wanted}
+        spec = spec.without(absent if set(spec.labels) <= absent else absent - set(spec.labels))
+    if wanted != "split":
+        spec = spec.ignoring(set(spec.of_type("split")))
     units = [unit for split, path in paths for unit in units_of(path, split, spec)]
     plan = _plan(spec, units, like, shares)
     if output.is_symlink():

@@ -1,9 +1,8 @@
 """People's own files in units of work: what cannot be used is named by file, row and column.
 
-A unit is a part of a file that one process reads by itself: a range of whole lines of plain TSV or JSON, some row
-groups of parquet or batches of Arrow, or a file that can only be read from its beginning (gzip and zstd; CSV, whose
-quoted values may hold line breaks; Arrow's streams). Units follow from the files alone, never from the number of
-processes.
+A unit is a part of a file that one process reads by itself: a range of whole rows of plain TSV, CSV or JSON, some row
+groups of parquet or batches of Arrow, or a file that can only be read from its beginning (gzip and zstd; Arrow's
+streams). Units follow from the files alone, never from the number of processes.
 """
 
 import contextlib
@@ -16,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from megarec.data.preparation import arrow_files, json_lines
-from megarec.data.preparation.formats import DELIMITERS, is_utf8, kind_of
+from megarec.data.preparation import arrow_files, csv_cuts, json_lines
+from megarec.data.preparation.formats import BYTE_ORDER_MARK, DELIMITERS, is_utf8, kind_of
 from megarec.data.preparation.hub import HubSplit
 from megarec.data.preparation.json_lines import JsonRows
 from megarec.data.preparation.table_spec import TableSpec
@@ -123,10 +122,9 @@ def units_of(path: Path | HubSplit, split: str, spec: TableSpec) -> list[Unit]:
             groups = arrow_files.groups_of(path, kind.format, size, UNIT_BYTES, UNIT_ROWS)
             return [Unit(path, split, part, groups=some, counted=_WITHOUT_NAMES) for some, part in groups]
         counted = _WITHOUT_NAMES if kind.format == "json" else COUNTED
-        whole_lines = kind.format == "json" or _text(path, spec).delimiter == "\t"
-        if kind.compression or size <= UNIT_BYTES or not whole_lines or not is_utf8(spec.encoding):
+        if kind.compression or size <= UNIT_BYTES or not is_utf8(spec.encoding):
             return [Unit(path, split, size, counted=counted)]
-        cuts = _line_starts(path, size)
+        cuts = _row_starts(path, size, _text(path, spec))
         names = () if kind.format == "json" else _names(path, spec)
         spans = zip([0, *cuts], [*cuts, size], strict=True)
         return [
@@ -158,10 +156,13 @@ def columns_of(path: Path | HubSplit, spec: TableSpec) -> list[str]:
     return without if len(found) == len(without) else list(spec.columns)
 
 
-def _line_starts(path: Path, size: int) -> list[int]:
-    """Where a line starts, about every UNIT_BYTES; none where no line ends in a line feed."""
+def _row_starts(path: Path, size: int, text: TextFile) -> list[int]:
+    """Where a row starts, about every UNIT_BYTES; none where no line ends in a line feed."""
     found: list[int] = []
     with path.open("rb") as file:
+        if text.quotes:
+            file.seek(len(BYTE_ORDER_MARK) if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0)
+            return csv_cuts.row_starts(file, size, text.delimiter, UNIT_BYTES)
         if b"\n" not in file.read(1 << 22):
             return []
         for target in range(UNIT_BYTES, size, UNIT_BYTES):

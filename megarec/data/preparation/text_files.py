@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from numpy.typing import NDArray
 
-from megarec.data.preparation.formats import UTF_8, is_utf8, open_text
+from megarec.data.preparation import csv_cuts
+from megarec.data.preparation.formats import BYTE_ORDER_MARK, UTF_8, is_utf8, open_text
 from megarec.errors import UserError
 
 COUNTED = "from 0, header not counted"
@@ -27,7 +28,6 @@ COUNTED = "from 0, header not counted"
 _BLOCK_BYTES = 1 << 22
 _LONGEST_ROW = 1 << 24
 _LONGEST_SHOWN = 200  # characters
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @functools.cache
@@ -160,7 +160,7 @@ class TextFile:
         if self.span is None or self.span[0] == 0:
             if chunk[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 self._fail(1, f'is UTF-16, expected {self.encoding}; say "encoding": "utf-16" in the spec')
-            chunk = chunk.removeprefix(_BYTE_ORDER_MARK)
+            chunk = chunk.removeprefix(BYTE_ORDER_MARK)
         rest, end_of_row, line = b"", b"", 1
         while chunk:
             block = rest + chunk
@@ -178,21 +178,24 @@ class TextFile:
 
     def _end(self, block: bytes, end_of_row: bytes, line: int, last: bool) -> int:
         """Where the last whole row ends; of the last block, its end."""
+        if not self.quotes or b'"' not in block:
+            return len(block) if last else block.rfind(end_of_row) + 1
+        if (sure := csv_cuts.end_of_rows(block, self.delimiter, end_of_row, last)) is not None:
+            return sure
         outside, end = 0, 0  # where the last quoted value ended; where the last row did
-        quoted = _quoted_value(self.delimiter).finditer(block) if self.quotes and b'"' in block else iter(())
-        for value in quoted:
+        for value in _quoted_value(self.delimiter).finditer(block):
             end = max(end, block.rfind(end_of_row, outside, value.start()) + 1)
             outside = value.end()
             if outside == len(block) and not last:
                 return end  # another quote may follow
-            at = line + block.count(end_of_row, 0, value.start())
             if not value[1]:
+                at = line + block.count(end_of_row, 0, value.start())
                 self._fail(at, f"the quote of {shown(value[0])} is never closed")
             if block[outside : outside + 1] not in (b"", self.delimiter.encode(), b"\r", b"\n"):
                 found = shown(block[outside : outside + 20])
                 between = "a comma" if self.delimiter == "," else repr(self.delimiter)
                 self._fail(
-                    at,
+                    line + block.count(end_of_row, 0, value.start()),
                     f"{found} follows the closing quote of {shown(value[0])}, expected {between} or the end of the "
                     "row; a quote in a value is doubled, or write the file as .tsv, which has no quoting",
                 )
@@ -302,6 +305,12 @@ class TextFile:
         )
 
     def _fail(self, line: int, what: str) -> NoReturn:
+        """Name a line of what is read, counted from 1."""
+        with self.path.open("rb") as file:
+            left = self.span[0] if self.span else 0
+            while chunk := file.read(min(left, _BLOCK_BYTES)):
+                line += chunk.count(b"\n")
+                left -= len(chunk)
         raise UserError(f"{self.path}: line {line}: {what}")
 
 

@@ -96,6 +96,7 @@ def _write(
     schema = Schema(
         name=name,
         label_rule="rating >= 4",
+        group="user_id",
         categorical=tuple(features),
         rows={part: len(rows) for part, rows in parts.items()},
         identity=identity,

@@ -49,9 +49,10 @@ class ReplicatedTables:
         channel: Channel,
         device: torch.device,
     ) -> None:
-        slots = plan_lookups(layout, shards, channel.size).slots[channel.rank]
+        plan = plan_lookups(layout, shards, channel.size)
+        slots = plan.slots[channel.rank]
         alone = Channel(channel.name, None, 0, 1, Ledger())
-        self.ids = IdExchange([[slot.feature for slot in slots]], alone, torch.int64, device)
+        self.ids = IdExchange([[slot.feature for slot in slots]], alone, plan.index_dtype, device)
         self.tables = LocalTables(slots, layout, shards, choices, config, channel, device, replicated=True)
         self.pieces = [[ColumnBlock(slot.feature.name, slot.start, slot.offset, slot.columns) for slot in slots]]
 

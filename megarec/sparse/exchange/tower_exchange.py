@@ -62,7 +62,7 @@ class TowerExchange:
         self._messages = messages if peer.size > 1 else FP32
         self._features = hosts[peer.rank].features
         small = all(table.rows < 2**31 for layout in hosts for table in layout.tables)
-        dtype = torch.int32 if small and tower.size * peer.size > 1 else torch.int64
+        dtype = torch.int32 if small else torch.int64
         self._ids = IdExchange([layout.features for layout in hosts], peer, dtype, device)
         self.group = TableGroup(
             hosts[peer.rank], shards, config, tower, blocks=peer.size, messages=messages, device=device

@@ -168,6 +168,8 @@ def test_more_files_may_lack_what_is_no_feature(tmp_path: Path) -> None:
     one = [{name: value for name, value in row.items() if name != "buy"} for row in made(2, 9)]
     with pytest.raises(UserError, match=r"one\.csv: column 'buy' is missing"):
         prepare_as(out, {"test": [write(tmp_path / "one.csv", one)]}, tmp_path / "other")
+    with pytest.raises(UserError, match=r"new\.csv: column 'when' is missing"):
+        prepare_as(out, {"all": [tmp_path / "new.csv"]}, tmp_path / "other", shares=ByTime(FRACTIONS))
     again = prepare_as(out, {"all": [tmp_path / "0.csv"]}, tmp_path / "again", shares=ByColumn())
     assert again.identity == load_schema(out).identity
     for split in ("train", "valid", "test"):

@@ -75,7 +75,7 @@ def test_every_column_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
     wheel = make_wheel(tmp_path / "x.whl", name, ratings, monkeypatch)
     schema = prepare_movielens(name, tmp_path / "out", split=split, seed=3, history=4, wheel=wheel)
     assert schema == load_schema(tmp_path / "out") and schema.rows == {"train": 48, "valid": 6, "test": 6}
-    assert schema.label_rule == "rating >= 4" and "research" in schema.source
+    assert (schema.label_rule, schema.group) == ("rating >= 4", "user_id") and "research" in schema.source
     timestamps = np.array([t for *_, t in ratings])
     for part, numbers in split_rows(timestamps, split, 3).items():
         for row, number in zip(read_split(tmp_path / "out", part), numbers, strict=True):
