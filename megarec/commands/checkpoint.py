@@ -12,7 +12,7 @@ from rich.text import Text
 from megarec.checkpoint import offline, reading
 from megarec.checkpoint.format import read_index
 from megarec.errors import ArgumentParser, UserError, exits_cleanly, one_line
-from megarec.serving.export.bundle import TableType
+from megarec.serving.scorer.tables import TableType
 from megarec.signals import unwinding
 
 MOST_FILES = 16_384
@@ -84,8 +84,11 @@ def export(directory: Path, arguments: argparse.Namespace) -> dict[str, object]:
             if getattr(arguments, option) is not None:
                 raise UserError(f"--{option} is for --format onnx and torch; leave it out, or choose one of these")
         return offline.export(directory, arguments.target)
-    from megarec.serving.export.bundle import export_bundle
-
+    try:
+        from megarec.serving.export.bundle import export_bundle
+    except ImportError as error:
+        what = f"--format {arguments.format} needs the packages of the extra 'export' ({error})"
+        raise UserError(f"{what}: pip install 'megarec[export]'") from error
     return export_bundle(
         directory, arguments.target, arguments.data, arguments.tables or "fp32", program=arguments.format == "torch"
     )

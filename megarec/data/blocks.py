@@ -16,7 +16,7 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 from megarec.data.cache import BadRows, Kind, Part, ensure_cache, good_rows, opened, shards_of
 from megarec.data.records import RECORD, RecordLayout
-from megarec.data.schema import Schema, Split
+from megarec.data.schema import Schema, Split, check_labelled
 from megarec.errors import UserError
 
 BLOCKS_FILE = "blocks.arrow"
@@ -85,6 +85,7 @@ class Blocks:
     """
 
     def __init__(self, path: Path, split: Split, schema: Schema, bad_rows: BadRows, cache: Path | None) -> None:
+        check_labelled(path, schema)
         self.layout, self._shards = RecordLayout(schema), shards_of(path, split)
         damaged = None
         for _ in range(2):

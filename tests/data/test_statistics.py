@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,8 +16,8 @@ import pytest
 from megarec.data.preparation.prepare import prepare_as, prepare_table
 from megarec.data.schema import Schema, made_up
 from megarec.data.statistics import counts, report
-from megarec.data.statistics.drift import drift_of_ids, drift_of_numbers
-from megarec.data.statistics.report import write_statistics
+from megarec.data.statistics.drift import CANDIDATES, drift_of_ids, drift_of_numbers
+from megarec.data.statistics.report import statistics, write_statistics
 from megarec.errors import UserError
 from tests.processes import python
 
@@ -190,7 +191,7 @@ def test_drift_is_seen_where_it_was_planted(found: dict[str, Any]) -> None:
     own = feature(found, "moved")["drift"]["test"]
     groups: list[list[int]] = [[]]  # by frequency, until ten rows of the smaller sample are expected
     left = dict(enumerate((train + test).tolist()))
-    for place in sorted(left, key=lambda place: (-left[place], place)):
+    for place in sorted(left, key=lambda place: (-left[place], (place + 1) * 0x9E3779B97F4A7C15 % 2**64)):
         if left[place] < 4 * 5:
             break
         groups[-1].append(place)
@@ -209,15 +210,27 @@ def test_chance_is_no_drift() -> None:
     random = np.random.default_rng(1)
     alarms = np.zeros(2)
     for trial in range(400):
-        first, second = [(4000, 500), (50_000, 200), (300, 9000), (20, 20)][trial % 4]
-        shares = 1 / np.arange(1, 501)
+        first, second, size = [(4000, 500, 500), (9000, 9000, 9000), (50_000, 200, 500), (300, 9000, 500)][trial % 4]
+        shares = np.arange(1, size + 1) ** -0.8
         ids = np.stack([random.multinomial(n, shares / shares.sum()) for n in (first, second)])
-        alarms[0] += drift_of_ids(ids, (first, second), (first, second), 0.01).excess > 0
+        ids = ids[:, np.argsort(-ids[0], kind="stable")]  # as a vocabulary has them; what training lacks is row 0
+        ids = ids[:, ids[0] > 0]
+        rows = np.argsort(-ids.sum(axis=0), kind="stable")[:CANDIDATES]
+        alarms[0] += drift_of_ids(rows + 1, ids[:, rows], (first, second), (first, second), 0.01).excess > 0
         numbers = [np.unique(random.standard_normal(n).round(1), return_counts=True) for n in (first, second)]
         alarms[1] += drift_of_numbers(numbers[0], numbers[1], 0.01).excess > 0
     assert (alarms <= 14).all(), alarms  # 4 expected; 15 has a probability of 2e-5
     none = np.zeros(0)
     assert drift_of_numbers((none, none.astype(np.int64)), numbers[1], 0.01).excess == 0
+
+
+def test_a_split_does_not_depend_on_another(data: Path, tmp_path: Path) -> None:
+    """A test split that repeats training chooses no buckets for validation."""
+    for split, of in (("train", "train"), ("valid", "valid"), ("test", "train")):
+        shutil.copytree(data / of, tmp_path / split)
+    shutil.copy(data / "schema.json", tmp_path)
+    for own, other in zip(statistics(data).features, statistics(tmp_path).features, strict=True):
+        assert own.drift["valid"] == other.drift["valid"] and other.drift["test"].divergence == 0
 
 
 def test_the_bytes_do_not_depend_on_workers_or_ranges(

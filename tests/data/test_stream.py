@@ -209,6 +209,8 @@ def test_bad_rows_are_told_as_by_the_cache(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"001\.parquet: row 7 \(from 0\): label=2, expected 0 or 1; .*data\.bad_rows"):
         loader(tmp_path)
     assert len(loader(tmp_path, bad_rows="skip").store) == 99
+    with pytest.raises(UserError, match="prepared from files without the label column"):
+        loader(tmp_path, schema=WEIGHTED.model_copy(update={"labelled": False}))
 
 
 @pytest.mark.parametrize("how", ["another", "nulls", "shorter", "cut", "gone"])

@@ -24,11 +24,12 @@ from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.data.store import open_split
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
-from megarec.serving.export.bundle import TableType, export_bundle
+from megarec.serving.export.bundle import export_bundle
 from megarec.serving.predictor import load_checkpoint
 from megarec.serving.scorer import Scorer, ScoringError
 from megarec.serving.scorer.bundle import Bundle
 from megarec.serving.scorer.scorer import pooled_embeddings
+from megarec.serving.scorer.tables import TableType
 from tests.checkpoint.runs import TOWER_MODULE, TOWERS, leg, write_run
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")

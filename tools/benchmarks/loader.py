@@ -9,6 +9,10 @@ feature, keys, one buffer. Beside it, for the same rows, in turns, in memory and
     take       pyarrow's take of the records and blocks that ours reads: the same bytes, which nobody has turned yet
     columns    pyarrow's take of a table with a column a feature, what comes nearest to a batch
     copy       a plain copy of as many bytes, from one place: the floor
+
+And by themselves, by the time that all threads have a core:
+
+    stream     an epoch of batches straight from the shards (data.stream_rows), decoding with it
 """
 
 import tempfile
@@ -21,12 +25,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megarec.config.sections import DataConfig
 from megarec.data.loader import TrainLoader
 from megarec.data.schema import CategoricalFeature, Schema
 from megarec.data.store import Store, open_split
+from megarec.data.stream import open_training
+from megarec.data.writing import ROWS_PER_GROUP
 from tools.benchmarks.interleave import interleave, median_ms
 
 BATCH = 8_192
+WINDOW = 16 * BATCH  # of the stream
 ROWS_OF_A_TABLE = 100_000
 REPETITIONS = 15
 BYTES = 128 << 20  # of records, about: far more than a processor's cache
@@ -75,6 +83,7 @@ def _measure(directory: Path, shape: Shape) -> tuple[dict[str, Any], dict[str, f
     stored = store.dataset.data.table.combine_chunks()
     batch = loader.batch(0, 0)
     assert batch.buffer is not None
+    stream = _stream_rate(directory, schema)
     read = _bytes_read(store, batch.size)
     source, target = np.ones((2, read), np.uint8)  # written once, so that no page is new
     contestants: dict[str, Callable[[], object]] = {
@@ -92,7 +101,17 @@ def _measure(directory: Path, shape: Shape) -> tuple[dict[str, Any], dict[str, f
         "bytes_of_batch": batch.buffer.nbytes / BATCH,
         "wanted": shape.wanted,
         **row,
+        "stream_examples_per_second": stream,
     }, medians
+
+
+def _stream_rate(directory: Path, schema: Schema) -> float:
+    """Examples of an epoch of the stream a second of all threads."""
+    data = DataConfig(path=str(directory), batch_size=BATCH, stream_rows=WINDOW)
+    loader = open_training(data, schema, batch_size=BATCH, rank=0, world_size=1, seed=0, prefetch=1, pin_memory=False)
+    start = time.process_time()
+    examples = sum(batch.size for batch in loader.batches(0))
+    return examples / (time.process_time() - start)
 
 
 def _each(loader: TrainLoader, take: Callable[[int], object]) -> Callable[[], object]:
@@ -130,6 +149,6 @@ def _write(directory: Path, shape: Shape) -> tuple[Schema, pa.Table]:
     columns["label"] = pa.array(random.integers(0, 2, count).astype(np.float32))
     table = pa.table(columns)
     (directory / "train").mkdir()
-    pq.write_table(table, directory / "train" / "000.parquet", compression="none", use_dictionary=False)
+    pq.write_table(table, directory / "train" / "000.parquet", compression="zstd", row_group_size=ROWS_PER_GROUP)
     schema = Schema(name="made up", categorical=(*singles, *lists), numeric=tuple(numeric), rows={"train": count})
     return schema, table

@@ -33,10 +33,11 @@ from megarec.data.loader import EvalLoader
 from megarec.data.schema import load_schema
 from megarec.data.store import open_split
 from megarec.distributed.rendezvous import free_port
-from megarec.serving.export.bundle import TableType, export_bundle
+from megarec.serving.export.bundle import export_bundle
 from megarec.serving.predictor import load_checkpoint
 from megarec.serving.scorer import Scorer
 from megarec.serving.scorer.scorer import pooled_embeddings
+from megarec.serving.scorer.tables import TableType
 
 ROOT = Path(__file__).resolve().parents[2]
 USERS, ITEMS, ROWS, HISTORY = 6040, 3706, 20_000, 20

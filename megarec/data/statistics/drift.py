@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from scipy.stats import chi2
 
 BUCKETS = 1000  # of ids: the most frequent, each by itself or with some as frequent
+CANDIDATES = BUCKETS + 1  # of which one says below which frequency there is no bucket for all
 NUMBER_BUCKETS = 100
+_ODD = 0x9E3779B97F4A7C15  # scatters neighbours over 64 bits
 EXPECTED = 10.0  # examples of the smaller sample in a bucket
 ALONE = 4.0  # of an id: what is rarer is often in one sample only, as a vocabulary knows no other than training's
 FALSE_ALARMS = 0.001  # on average among all features of a report, where nothing has drifted
@@ -47,12 +49,17 @@ class Drift:
 
 
 def drift_of_ids(
-    counts: NDArray[np.int64], values: tuple[int, int], examples: tuple[int, int], probability: float
+    rows: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    values: tuple[int, int],
+    examples: tuple[int, int],
+    probability: float,
 ) -> Drift:
     """Between two samples of ids.
 
     Args:
-        counts: [2, n] of candidates for buckets: the ids that are the most frequent in both together.
+        rows: [n], candidates for buckets: the CANDIDATES ids that are the most frequent in both together, or all.
+        counts: [2, n], how often each is there.
         values: of each sample, the sum of all counts; what is not among the candidates is one bucket.
         examples: of each sample, how many are independent: of lists, the rows.
         probability: of a divergence above the noise, where there is no drift.
@@ -61,8 +68,10 @@ def drift_of_ids(
         return Drift()
     each = sum(values) / min(examples)  # counts in both samples for one example of the smaller
     total = counts.sum(axis=0)
-    order = np.argsort(-total, kind="stable")[:BUCKETS]
-    head = counts[:, order[total[order] >= ALONE * each]]
+    # A vocabulary has training's most frequent ids first: ids as frequent must not lie in the order of their rows.
+    order = np.lexsort((rows.astype(np.uint64) * np.uint64(_ODD), -total))
+    least = max(ALONE * each, total[order[BUCKETS]] + 1 if len(order) > BUCKETS else 0)
+    head = counts[:, order[total[order] >= least]]
     rest = np.array(values)[:, None] - head.sum(axis=1, keepdims=True)
     return _between(_buckets(np.hstack([head, rest]), EXPECTED * each), examples, probability)
 

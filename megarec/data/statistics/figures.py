@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from megarec.data.schema import MADE_UP, CategoricalFeature, Schema
 from megarec.data.statistics.counts import Counts, IdCounts, LabelCounts, NumberCounts
-from megarec.data.statistics.drift import BUCKETS, FALSE_ALARMS, Drift, drift_of_ids, drift_of_numbers
+from megarec.data.statistics.drift import CANDIDATES, FALSE_ALARMS, Drift, drift_of_ids, drift_of_numbers
 
 TOPS = (1, 10, 100)
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -260,7 +260,8 @@ class IdFigures:
         own = counts[self._base]
         self._small += np.bincount(own[own < _TALLIED], minlength=_TALLIED)
         self._large.append(own[own >= _TALLIED])
-        keep = np.union1d(_largest(total, BUCKETS), _largest(own, max(TOPS)))
+        pairs = [_largest(own + other, CANDIDATES) for place, other in enumerate(counts) if place != self._base]
+        keep = np.unique(np.concatenate([_largest(own, max(TOPS)), *pairs]))
         self._rows.append(first + there[keep])
         self._counts.append(counts[:, keep])
 
@@ -288,7 +289,7 @@ class IdFigures:
             [Frequent(int(rows[place]), float(own[place]) / values) for place in most[: TOPS[1]]],
             self._curve(),
             schema.sharing.get(feature.table or feature.name),
-            self._drift(candidates, counts),
+            self._drift(rows, candidates, counts),
             edges,
         )
 
@@ -325,7 +326,7 @@ class IdFigures:
         ranks = np.unique(np.round(np.geomspace(1, up_to[-1], _POINTS)).astype(np.int64))
         return [(int(rank), int(counts[np.searchsorted(up_to, rank)])) for rank in ranks]
 
-    def _drift(self, candidates: Counts, counts: Mapping[str, IdCounts]) -> dict[str, Drift]:
+    def _drift(self, rows: Counts, candidates: Counts, counts: Mapping[str, IdCounts]) -> dict[str, Drift]:
         if self._splits[self._base] != "train":
             return {}
         examples = [
@@ -334,6 +335,7 @@ class IdFigures:
         ]
         return {
             split: drift_of_ids(
+                rows,
                 candidates[[self._base, place]],
                 (int(self._values[self._base]), int(self._values[place])),
                 (examples[self._base], examples[place]),

@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +26,10 @@ from megarec.serving.export.raw_values import write_raw_values
 from megarec.serving.export.triton import write_triton
 from megarec.serving.predictor import Weights, checked_spec, open_checkpoint
 from megarec.serving.scorer.bundle import FORMAT, MANIFEST, VERSION, Bundle, checksum
-from megarec.serving.scorer.tables import encode_rows
+from megarec.serving.scorer.tables import TableType, encode_rows
 from megarec.sparse.layout import EmbeddingLayout, Table
 from megarec.sparse.run_placement import layouts_by_host
 
-TableType = Literal["fp32", "fp16", "int8", "int4"]
 PIECE = 1 << 24  # bytes of float32 rows in memory at a time
 SCORE = '''\
 """Predictions of a file's raw rows: python score.py rows.csv > predictions.csv (needs numpy and onnxruntime)."""

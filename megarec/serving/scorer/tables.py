@@ -1,7 +1,7 @@
 """Embedding tables as mapped files: rows in float32, float16, or quantised row by row."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from .bundle import Bundle
 
 Floats = NDArray[np.float32]
+TableType = Literal["fp32", "fp16", "int8", "int4"]
 
 
 def row_bytes(kind: str, columns: int) -> int:
