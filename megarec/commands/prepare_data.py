@@ -4,15 +4,18 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from megarec.data.preparation.infer import infer
-from megarec.data.preparation.prepare import QUARANTINE_FILE, MaxBad, prepare_as, prepare_spec, prepare_table
-from megarec.data.preparation.splits import ByColumn, ByTime, Division, Shares
+from megarec.commands.prepare_input import check_files, division_of, hub_splits, listed
+from megarec.data.preparation import hub
+from megarec.data.preparation.infer import SAMPLE_ROWS, check_new, infer, infer_from, told
+from megarec.data.preparation.prepare import QUARANTINE_FILE, Files, MaxBad, prepare_as, prepare_spec, prepare_table
 from megarec.data.schema import SPLITS, Schema, read_schema
 from megarec.data.sources import grouped, planted
+from megarec.data.sources.avazu import avazu_spec
 from megarec.data.sources.criteo import criteo_spec
 from megarec.data.sources.movielens import prepare_movielens
 from megarec.data.sources.movielens_wheels import SOURCES, TERMS
@@ -39,6 +42,11 @@ GROUPED = {
     "signal": "variance of the logit; less is more noise",
     "inside": "what interactions inside a group are made of: products of sums over members, or chains of members",
     "seed": "of all that is drawn",
+}
+
+PUBLISHED = {
+    "criteo": (criteo_spec, "Criteo's click logs, Kaggle's or Terabyte's files"),
+    "avazu": (avazu_spec, "Avazu's click logs, Kaggle's file"),
 }
 
 HIGH = 0.25  # share of unknown values from which a warning names the feature
@@ -69,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         )
         movielens.add_argument("--wheel", type=user_path, metavar="FILE", help="the wheel, if already downloaded")
 
-    table = sources.add_parser("table", help="your own CSV, TSV or parquet files")
+    table = sources.add_parser("table", help="your own CSV, TSV, JSON lines, parquet or Arrow files")
     table.add_argument("--schema", type=user_path, metavar="FILE", help="JSON: what the columns are")
     table.add_argument(
         "--like",
@@ -86,10 +94,19 @@ def parser() -> argparse.ArgumentParser:
     )
     add_files(table)
 
-    criteo = sources.add_parser("criteo", help="Criteo's click logs, Kaggle's or Terabyte's files")
-    criteo.add_argument("--min-count", type=int, default=1, metavar="N", help="rarer values share row 0 (default: 1)")
-    criteo.add_argument("--hash", type=int, metavar="ROWS", help="hash every category to so many rows")
-    add_files(criteo)
+    hf = sources.add_parser("hf", help="whatever Hugging Face datasets opens: a local directory or a name on the hub")
+    hf.add_argument("dataset", metavar="NAME", help="a directory, or owner/name on the hub; it is streamed")
+    hf.add_argument("--config", metavar="NAME", help="of several in one data set")
+    hf.add_argument("--schema", type=user_path, metavar="FILE", help="JSON: what the columns are")
+    hf.add_argument("--like", type=user_path, metavar="DIR", help="in place of --schema, as of table")
+    hf.add_argument("--infer", metavar="SPLIT", help="write --schema from a sample of this split, and end")
+    add_files(hf, str, "SPLIT", "a split of the data set or several (default: that of this name)")
+
+    for name, (_, what) in PUBLISHED.items():
+        logs = sources.add_parser(name, help=what)
+        logs.add_argument("--min-count", type=int, default=1, metavar="N", help="rarer values share row 0 (default: 1)")
+        logs.add_argument("--hash", type=int, metavar="ROWS", help="hash every category to so many rows")
+        add_files(logs)
 
     synthetic = sources.add_parser("synthetic", help="made-up examples with a planted signal, for tests and benchmarks")
     default = Shape()
@@ -114,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--output",
             type=user_path,
-            required=name != "table",
+            required=name not in ("table", "hf"),
             metavar="DIR",
             help="where the data set shall lie",
         )
@@ -126,19 +143,24 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def add_files(command: argparse.ArgumentParser) -> None:
+def add_files(
+    command: argparse.ArgumentParser,
+    kind: Callable[[str], Any] = user_path,
+    metavar: str = "FILE",
+    what: str = "one file or several, directories of them or patterns ('day_*')",
+) -> None:
     """The options of people's own files."""
     for split in SPLITS:
         command.add_argument(
             f"--{split}",
-            type=user_path,
+            type=kind,
             nargs="+",
             action="extend",
-            metavar="FILE",
-            help="one file or several, directories of them or patterns ('day_*')",
+            metavar=metavar,
+            help=what,
         )
     command.add_argument(
-        "--data", type=user_path, nargs="+", action="extend", metavar="FILE", help="in place of these: to be split"
+        "--data", type=kind, nargs="+", action="extend", metavar=metavar, help="in place of these: to be split"
     )
     command.add_argument(
         "--split",
@@ -197,7 +219,7 @@ def prepare(args: argparse.Namespace) -> Schema:
         return prepare_movielens(
             args.source, args.output, split=args.split, seed=args.seed, history=args.history, wheel=args.wheel
         )
-    if args.source in ("table", "criteo"):
+    if args.source in ("table", "hf", *PUBLISHED):
         return from_files(args)
     if args.source == "grouped":
         sizes = {field.name: getattr(args, field.name) for field in dataclasses.fields(grouped.Shape)}
@@ -206,22 +228,29 @@ def prepare(args: argparse.Namespace) -> Schema:
 
 
 def from_files(args: argparse.Namespace) -> Schema:
-    """People's own files, by the spec that they wrote or by Criteo's."""
+    """People's own files, by the spec that they wrote or by that of published logs."""
     if args.output is None:
         raise UserError("--output is missing: where the data set shall lie")
-    like = args.like if args.source == "table" else None
-    if args.source == "table" and (args.schema is None) == (like is None):
+    own = args.source in ("table", "hf")
+    like = args.like if own else None
+    if own and (args.schema is None) == (like is None):
         raise UserError("expected either --schema FILE, what the columns are, or --like DIR, a data set that keeps it")
     given = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
+    if args.source == "hf" and not given and args.data is None:
+        given = hub.same_splits(args.dataset, args.config)
     missing = [f"--{split}" for split in SPLITS if split not in given]
     if (shares := division_of(args, list(given))) is not None:
         given = {"all": args.data}
     elif missing and (like is None or not given):
         raise UserError(f"{missing[0]} is missing; name the files of every split, or --like DIR and some")
-    files = {split: listed(paths) for split, paths in given.items()}
-    check_files(files)
+    files: Files
+    if args.source == "hf":
+        files = {split: hub_splits(args, split, names) for split, names in given.items()}
+    else:
+        check_files(paths := {split: listed(some) for split, some in given.items()})
+        files = {**paths}
     workers = engine(args)
-    if args.source == "table":
+    if own:
         how = {"workers": workers, "max_bad": args.max_bad, "shares": shares}
         if like is not None:
             return prepare_as(like, files, args.output, **how)
@@ -231,7 +260,7 @@ def from_files(args: argparse.Namespace) -> Schema:
         check_size("hash", args.hash, 2, 1 << 31)
         if args.min_count > 1:
             raise UserError("--hash and --min-count exclude each other; keep one")
-    spec = criteo_spec(args.output.name, args.min_count, args.hash)
+    spec = PUBLISHED[args.source][0](args.output.name, args.min_count, args.hash)
     named = "--min-count and --hash"
     return prepare_spec(spec, named, files, args.output, None, workers, args.max_bad, shares)
 
@@ -256,67 +285,6 @@ def processes(args: argparse.Namespace) -> int:
     if args.workers is not None:
         check_size("workers", args.workers, 1, 1024)
     return args.workers or len(os.sched_getaffinity(0))
-
-
-def division_of(args: argparse.Namespace, given: list[str]) -> Division | None:
-    """How the rows of --data are split; None: without --data.
-
-    Raises:
-        UserError: options that do not go together, or fractions that make no whole.
-    """
-    if args.data is None:
-        for option in ("split", "fractions", "seed"):
-            if getattr(args, option) is not None:
-                raise UserError(f"--{option} says how to split --data; name its files")
-        return None
-    if given:
-        raise UserError(f"--data is split, --{given[0]} is one split already; keep one of them")
-    for option, ways in (("seed", ("random", None)), ("fractions", ("random", "time", None))):
-        if getattr(args, option) is not None and args.split not in ways:
-            raise UserError(f"--split {args.split} takes no --{option}; leave it out")
-    if args.split == "column":
-        return ByColumn()
-    train, valid, test = args.fractions or (0.8, 0.1, 0.1)
-    if not all(0 < share < 1 for share in (train, valid, test)) or abs(train + valid + test - 1) > 1e-6:
-        raise UserError(f"--fractions {train} {valid} {test}: expected three shares above 0 that add up to 1")
-    if args.split == "time":
-        return ByTime((train, valid, test))
-    seed = 1 if args.seed is None else args.seed
-    check_size("seed", seed, 0, (1 << 31) - 1)
-    return Shares((train, valid, test), seed)
-
-
-def listed(paths: list[Path]) -> list[Path]:
-    """Files; those of a directory and of a pattern, day_2 before day_10.
-
-    Raises:
-        UserError: a directory or pattern without a file.
-    """
-    found = []
-    for path in paths:
-        if path.is_dir():
-            some = [inside for inside in path.iterdir() if inside.is_file() and not inside.name.startswith((".", "_"))]
-        elif any(sign in path.name for sign in "*?[") and not path.exists():
-            some = [match for match in path.parent.glob(path.name) if match.is_file()]
-        else:
-            found.append(path)
-            continue
-        if not some:
-            raise UserError(f"{path}: no file is there")
-        found += sorted(
-            some, key=lambda file: [(len(n), n) if n.isdecimal() else n for n in re.split(r"(\d+)", file.name)]
-        )
-    return found
-
-
-def check_files(files: dict[str, list[Path]]) -> None:
-    """Refuse a file that stands twice in a split."""
-    for split, paths in files.items():
-        seen = set()
-        for path in paths:
-            if (real := path.resolve()) in seen:
-                raise UserError(f"--{split} names {path} twice ({real}): its rows would count twice; name it once")
-            seen.add(real)
 
 
 def synthetic_data(args: argparse.Namespace) -> Schema:
@@ -352,10 +320,10 @@ def planted_data(args: argparse.Namespace, sizes: dict[str, int]) -> Schema:
 @unwinding()
 def main() -> None:
     args = parser().parse_args()
-    if args.source == "table" and args.infer is not None:
+    if args.source in ("table", "hf") and args.infer is not None:
         if args.schema is None:
             raise UserError("--schema is missing: where --infer shall write the spec")
-        first_spec(args.infer, args.schema)
+        first_spec(args)
         return
     if args.source == "statistics":
         describe(args)
@@ -369,14 +337,16 @@ def main() -> None:
     report_unknown(schema)
 
 
-def first_spec(path: Path, target: Path) -> None:
+def first_spec(args: argparse.Namespace) -> None:
     """Write a first spec and print the reason of each choice."""
-    guesses = infer(path, target)
-    width = max(len(guess.name) for guess in guesses)
-    for guess in guesses:
-        name = guess.name if guess.name.isprintable() else repr(guess.name)
-        print(f"  {name:{width}}  {guess.column['type']:12}  {guess.reason}")
-    print(f"{target}: a first spec, from a sample of {path}: read it, correct it, then prepare with it")
+    if args.source == "table":
+        named, guesses = str(args.infer), infer(args.infer, args.schema)
+    else:
+        check_new(args.schema)
+        split = hub.split_of(args.dataset, args.config, args.infer, "--infer")
+        name = Path(args.dataset).name
+        named, guesses = str(split), infer_from(str(split), name, {}, split.sample(SAMPLE_ROWS), args.schema)
+    print(told(guesses, named, args.schema))
 
 
 def describe(args: argparse.Namespace) -> None:

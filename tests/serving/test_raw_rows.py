@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarec.data.preparation.encode_rows import RowEncoder as Reference
-from megarec.data.preparation.kept_spec import load_prepared
+from megarec.data.preparation.kept_spec import KeptSpec, load_prepared
 from megarec.data.preparation.prepare import MaxBad, prepare_table
+from megarec.data.schema import Schema
 from megarec.errors import UserError
 from megarec.serving.export.raw_values import write_raw_values
 from megarec.serving.scorer.bundle import FORMAT, MANIFEST, VERSION, Bundle
@@ -159,3 +161,15 @@ def test_a_bad_row_has_its_own_error(encoders: tuple[Reference, RowEncoder]) -> 
         3: "'no row', expected an object with the columns as keys",
         4: "height='tall', expected a number",
     }
+
+
+def test_features_of_a_vector_and_null_words(tmp_path: Path) -> None:
+    """A vector's numbers are columns of raw rows; words that mean missing are not known to exports, and refused."""
+    columns = {"v": {"type": "vector", "length": 2, "log": True, "missing": 1.0}, "y": {"type": "label"}}
+    kept = KeptSpec.model_validate({"spec": {"name": "n", "columns": columns}})
+    schema = Schema(name="n", categorical=(), numeric=("v_0", "v_1"), rows={})
+    _, numbers = write_raw_values(schema, tmp_path, kept, tmp_path)
+    assert numbers["v_1"] == {"column": "v_1", "log": True, "missing": 1.0, "moments": None}
+    kept = KeptSpec.model_validate({"spec": {"name": "n", "null_words": ["NA"], "columns": columns}})
+    with pytest.raises(UserError, match="its spec has null_words, which exports do not know yet"):
+        write_raw_values(schema, tmp_path, kept, tmp_path / "other")

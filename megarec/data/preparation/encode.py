@@ -146,10 +146,11 @@ def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         count += table.num_rows
         while count >= ROWS_PER_GROUP:
             whole = pa.concat_tables(waiting)
-            yield whole.slice(0, ROWS_PER_GROUP)
+            # In one chunk: the pages of parquet end where chunks do, which follow from the format of the input.
+            yield whole.slice(0, ROWS_PER_GROUP).combine_chunks()
             waiting, count = [whole.slice(ROWS_PER_GROUP)], count - ROWS_PER_GROUP
     if count:
-        yield pa.concat_tables(waiting)
+        yield pa.concat_tables(waiting).combine_chunks()
 
 
 def _finished(done: Path, path: Path) -> dict[str, int] | None:

@@ -9,11 +9,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megarec.data.preparation.distinct import places_of
+from megarec.data.preparation.expand import expand
 from megarec.data.preparation.kept_spec import load_prepared
 from megarec.data.preparation.merge import place
 from megarec.data.preparation.scan import Key, values_of
 from megarec.data.preparation.table_reader import Part, RowRefused
 from megarec.data.preparation.table_spec import Bucketised, Lists
+from megarec.data.preparation.text_files import BadRow
 from megarec.data.preparation.values import buckets, standardised
 from megarec.data.preparation.vocabulary import OUT_OF_VOCABULARY, Hashing, in_order, read_values
 from megarec.errors import UserError, did_you_mean
@@ -34,7 +36,8 @@ class RowEncoder:
 
     def __init__(self, directory: Path) -> None:
         found = load_prepared(directory)
-        self._spec = found.kept.spec.without(set(found.kept.spec.roles))
+        self._read = found.kept.spec.without(set(found.kept.spec.roles))
+        self._spec = self._read.features
         self._declared = found.kept.spec.columns
         self._fitted = found.kept.fitted
         owners = {name: column for name, column in self._spec.ids.items() if column.table is None}
@@ -59,7 +62,7 @@ class RowEncoder:
             return pa.concat_tables([self._encode([row], number) for number, row in enumerate(rows)])
 
     def _check(self, rows: Sequence[Row]) -> None:
-        used = [name for name, column in self._spec.columns.items() if column.type != "ignored"]
+        used = [name for name, column in self._read.columns.items() if column.type != "ignored"]
         for number, row in enumerate(rows):
             for name in used:
                 if name not in row:
@@ -70,15 +73,24 @@ class RowEncoder:
                     raise UserError(f"row {number}: column {name!r} is not declared; {told}")
 
     def _encode(self, rows: Sequence[Row], first: int) -> pa.Table:
-        used = {name: column for name, column in self._spec.columns.items() if column.type != "ignored"}
+        used = [name for name, column in self._read.columns.items() if column.type != "ignored"]
         batch = pa.RecordBatch.from_pydict({name: _column(name, rows, first) for name in used})
-        part = Part(Path("row"), batch, np.arange(first, first + len(rows)))
+        whole = Part(Path("row"), batch, np.arange(first, first + len(rows)), tuple(self._spec.null_words))
+        bad: list[BadRow] = []
+        tables = []
+        for part in expand(whole, self._read, bad):
+            if bad:
+                raise UserError(f"row {bad[0].row}: {bad[0].what}")
+            tables.append(self._table(part))
+        return pa.concat_tables(tables)
+
+    def _table(self, part: Part) -> pa.Table:
         try:
             values = values_of(part, self._spec)
         except RowRefused as refused:
             raise UserError(f"row {refused.bad.row}: {refused.bad.what}") from refused
         found: dict[str, pa.Array] = {}
-        for name in used:
+        for name in self._spec.columns:
             if name in self._spec.looked_up:
                 found |= self._ids(name, values)
             elif name in self._fitted.moments:

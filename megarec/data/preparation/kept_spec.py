@@ -48,10 +48,10 @@ class KeptSpec(BaseModel):
 
     @model_validator(mode="after")
     def _whole(self) -> "KeptSpec":
-        bucketised = [name for name, column in self.spec.columns.items() if isinstance(column, Bucketised)]
+        bucketised = [name for name, column in self.spec.features.columns.items() if isinstance(column, Bucketised)]
         for key, found, wanted in (
             ("boundaries", self.fitted.boundaries, bucketised),
-            ("moments", self.fitted.moments, self.spec.standardised),
+            ("moments", self.fitted.moments, self.spec.features.standardised),
         ):
             if sorted(found) != sorted(wanted):
                 raise ValueError(f"fitted.{key} has {sorted(found)}, the spec {sorted(wanted)}")
@@ -66,8 +66,8 @@ class KeptSpec(BaseModel):
         Args:
             of_tables: by column that has a table, its vocabulary or hash.
         """
-        found = {name: of_tables[column.table or name] for name, column in self.spec.ids.items()}
-        for name, column in self.spec.columns.items():
+        found = {name: of_tables[column.table or name] for name, column in self.spec.features.ids.items()}
+        for name, column in self.spec.features.columns.items():
             if isinstance(column, Numeric):
                 transform = "sign(x) log(1 + |x|)" if column.log else "x"
                 found[name] = transform if column.missing is None else f"{transform}, {column.missing:g} where missing"
@@ -89,7 +89,7 @@ class KeptSpec(BaseModel):
             rows: by split.
             mean_lengths: by list.
         """
-        spec, features = self.spec, []
+        spec, features = self.spec.features, []
         for name, column in spec.looked_up.items():
             if isinstance(column, Bucketised):
                 buckets = len(self.fitted.boundaries[name]) + 1
@@ -155,7 +155,7 @@ def load_prepared(directory: Path) -> Prepared:
         )
     kept = read_kept(path)
     of_tables = {}
-    for name, column in kept.spec.ids.items():
+    for name, column in kept.spec.features.ids.items():
         if column.hash is not None:
             of_tables[name] = Hashing(column.hash).identity
         elif column.table is None:

@@ -1,4 +1,4 @@
-"""People's own CSV, TSV or parquet files -> a prepared data set, in several processes and bounded memory.
+"""People's own files -> a prepared data set, in several processes and bounded memory.
 
 Three phases of tasks, each a pure function of its input: units of the files become pieces (scan.py), the values of
 each table are merged into a vocabulary (merge.py), pieces become shards (encode.py). Tasks follow from the files and
@@ -7,6 +7,7 @@ the spec, never from the number of workers; a finished one is a file, so that a 
 
 import csv
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow as pa
 from megarec.data.preparation import table_reader
 from megarec.data.preparation.encode import Encoder, shards_of
 from megarec.data.preparation.fit import Numbers, Quantiles, cuts_of, mean_and_deviation, quantiles
+from megarec.data.preparation.hub import HubSplit
 from megarec.data.preparation.kept_spec import SPEC_FILE, Fitted, KeptSpec, Prepared, load_prepared
 from megarec.data.preparation.merge import MergeTask, Table, merge, runs_of
 from megarec.data.preparation.scan import Piece, Scanned, scan, scanned_file
@@ -39,6 +41,8 @@ from megarec.errors import UserError
 from megarec.ray_cluster import RayCluster
 
 FORMAT = 5  # of pieces and look-ups: what another version left is not taken up
+Files = Mapping[str, list[Path] | list[HubSplit]]
+"""By split, or "all", what is read."""
 QUARANTINE_FILE = "quarantine.csv"
 _KINDS = {"string": pa.string(), "integer": pa.int64(), "hexadecimal": pa.int64()}
 
@@ -57,7 +61,7 @@ class MaxBad:
 
 def prepare_table(
     spec_file: Path,
-    files: dict[str, list[Path]],
+    files: Files,
     output: Path,
     *,
     workers: int | RayCluster = 1,
@@ -81,7 +85,7 @@ def prepare_table(
 
 def prepare_as(
     like: Path,
-    files: dict[str, list[Path]],
+    files: Files,
     output: Path,
     *,
     workers: int | RayCluster = 1,
@@ -104,7 +108,7 @@ def prepare_as(
 def prepare_spec(
     spec: TableSpec,
     named: Path | str,
-    files: dict[str, list[Path]],
+    files: Files,
     output: Path,
     like: Prepared | None,
     workers: int | RayCluster,
@@ -134,7 +138,7 @@ def prepare_spec(
     with writable(output), work_directory(output, plan) as work, _engine(workers, work) as pool:
         for name in ("times", "pieces", "tables", "done", "data"):
             (work / name).mkdir(exist_ok=True)
-        schema = _Preparation(whole, spec, files, units, work, pool, max_bad, shares).run(like)
+        schema = _Preparation(whole, spec, spec.features, files, units, work, pool, max_bad, shares).run(like)
         publish(work / "data", output)
     return schema
 
@@ -149,12 +153,14 @@ class _Preparation:
 
     Attributes:
         whole: the spec that the data set keeps.
-        spec: of the columns that are read.
+        read: of the columns that are read.
+        spec: of the features that they become.
     """
 
     whole: TableSpec
+    read: TableSpec
     spec: TableSpec
-    files: dict[str, list[Path]]
+    files: Files
     units: list[Unit]
     work: Path
     pool: Workers | RayCluster
@@ -229,7 +235,7 @@ class _Preparation:
         self._progress.begin("reading times", sum(unit.size for unit in self.units))
         (name,) = self.spec.of_type("time")
         runs: list[tuple[Path, str]] = []
-        task = partial(time_runs, self.spec, self.work / "times")
+        task = partial(time_runs, self.read, self.work / "times")
         for (_, unit), paths in self.pool.run(task, enumerate(self.units)):
             runs += [(path, name) for path in paths]
             self._progress.add(unit.size)
@@ -250,7 +256,7 @@ class _Preparation:
         self._rows: list[int] = []  # of each unit, bad ones included
         self._reasons = Counter[str]()
         first: tuple[int, BadRow] | None = None
-        task = partial(scan, self.spec, self.work / "pieces", most, placing)
+        task = partial(scan, self.read, self.work / "pieces", most, placing)
         for (number, unit), found in self.pool.run(task, enumerate(self.units)):
             self._rows.append(found.rows)
             self._reasons.update(bad.reason for bad in found.bad)
@@ -354,13 +360,15 @@ class _Preparation:
 
 def _plan(spec: TableSpec, units: list[Unit], like: Prepared | None, shares: Division | None) -> dict[str, Any]:
     """What decides every byte that is written."""
-    files = {unit.path: unit.path.stat() for unit in units}
+    files = {unit.path: unit.path.stat() for unit in units if unit.source is None}
+    sources = {unit.path: unit.source.version for unit in units if unit.source is not None}
     return {
         "format": FORMAT,
         "pyarrow": pa.__version__,
         "spec": spec.model_dump(),
         "shares": repr(shares),
         "files": [[str(path.resolve()), status.st_size, status.st_mtime_ns] for path, status in files.items()],
-        "units": [[str(unit.path), unit.split, unit.span, unit.groups] for unit in units],
+        "units": [[str(unit.path), unit.split, unit.span, unit.groups, unit.shard] for unit in units],
+        "sources": {str(path): version for path, version in sources.items()},
         "like": None if like is None else like.schema.identity,
     }

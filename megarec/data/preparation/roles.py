@@ -46,7 +46,7 @@ def group_ids(part: Part, name: str, column: Group) -> NDArray[np.int64]:
 
 def times(part: Part, name: str) -> NDArray[np.float64]:
     """The time of every row as float64 [n]: numbers as they stand, dates and times in seconds since 1970 (UTC)."""
-    values = plain(part.rows.column(name))
+    values = plain(part, part.rows.column(name))
     if pa.types.is_string(values.type):
         found = _times_of_text(part, name, values)
     elif pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):

@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megarec.data.preparation.distinct import places_of
+from megarec.data.preparation.expand import expand
 from megarec.data.preparation.piece_files import one_row
 from megarec.data.preparation.piece_files import save as save_batch
 from megarec.data.preparation.roles import group_ids, row_weights, times
@@ -109,10 +110,12 @@ def scan(
     def save(split: str) -> None:
         pieces.append(gathered.pop(split).save(directory, f"{number:06d}-{len(pieces):04d}", split))
 
-    for part, read in read_unit(unit, spec, bad):
+    features = spec.features
+    parts = ((part, read) for whole, read in read_unit(unit, spec, bad) for part in expand(whole, spec, bad))
+    for part, read in parts:
         for split, some in _divided(part, number, unit.split, placing, bad, most_bad):
-            for few, encoded in usable(some, lambda few: values_of(few, spec), bad, most_bad):
-                gathered.setdefault(split, _Gathered(spec)).add(len(few.numbers), encoded, some.rows.nbytes)
+            for few, encoded in usable(some, lambda few: values_of(few, features), bad, most_bad):
+                gathered.setdefault(split, _Gathered(features)).add(len(few.numbers), encoded, some.rows.nbytes)
             if split in gathered and gathered[split].full:
                 save(split)
         if most_bad is not None and len(bad) > most_bad:

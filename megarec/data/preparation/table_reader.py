@@ -1,8 +1,8 @@
-"""People's own CSV, TSV or parquet files in units of work: what cannot be used is named by file, row and column.
+"""People's own files in units of work: what cannot be used is named by file, row and column.
 
-A unit is a part of a file that one process reads by itself: a range of whole rows of plain TSV or CSV, some row groups
-of parquet, or a file that can only be read from its beginning (gzip). Units follow from the files alone, never from the
-number of processes.
+A unit is a part of a file that one process reads by itself: a range of whole rows of plain TSV, CSV or JSON, some row
+groups of parquet or batches of Arrow, or a file that can only be read from its beginning (gzip and zstd; Arrow's
+streams). Units follow from the files alone, never from the number of processes.
 """
 
 import contextlib
@@ -13,17 +13,20 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from megarec.data.preparation import csv_cuts
+from megarec.data.preparation import arrow_files, csv_cuts, json_lines
+from megarec.data.preparation.formats import BYTE_ORDER_MARK, DELIMITERS, is_utf8, kind_of
+from megarec.data.preparation.hub import HubSplit
+from megarec.data.preparation.json_lines import JsonRows
 from megarec.data.preparation.table_spec import TableSpec
-from megarec.data.preparation.text_files import BYTE_ORDER_MARK, COUNTED, DELIMITERS, BadRow, TextFile, kind_of
+from megarec.data.preparation.text_files import COUNTED, BadRow, TextFile, are_names, value_shown
 from megarec.errors import UserError, did_you_mean
 
 UNIT_BYTES = 1 << 26
 UNIT_ROWS = 1 << 18
-_PARQUET_ROWS = 1 << 16
+_FEW_LINES = 1000
+_WITHOUT_NAMES = "from 0"
 _FEW_ROWS = 256  # rows among which a bad one is looked for by itself
 Made = TypeVar("Made")
 
@@ -47,14 +50,18 @@ class Part:
 
     Attributes:
         numbers: int64 [n], the number of each of them in the unit, from 0.
+        null_words: texts that count as missing.
     """
 
     path: Path
     rows: pa.RecordBatch
     numbers: NDArray[np.int64]
+    null_words: tuple[str, ...] = ()
 
     def fail(self, row: int, column: str, value: Any, expected: str) -> NoReturn:
-        raise RowRefused(row, BadRow(int(self.numbers[row]), column, f"{column}={value!r}, expected {expected}"))
+        raise RowRefused(
+            row, BadRow(int(self.numbers[row]), column, f"{column}={value_shown(value)}, expected {expected}")
+        )
 
     def without(self, row: int) -> "Part":
         """All rows but one."""
@@ -62,12 +69,12 @@ class Part:
 
     def only(self, keep: NDArray[np.bool_]) -> "Part":
         """Some of the rows."""
-        return Part(self.path, self.rows.filter(pa.array(keep)), self.numbers[keep])
+        return replace(self, rows=self.rows.filter(pa.array(keep)), numbers=self.numbers[keep])
 
     def cut(self, rows: int) -> Iterator["Part"]:
         """Parts of at most so many rows."""
         for start in range(0, len(self.numbers), rows):
-            yield Part(self.path, self.rows.slice(start, rows), self.numbers[start : start + rows])
+            yield replace(self, rows=self.rows.slice(start, rows), numbers=self.numbers[start : start + rows])
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,9 @@ class Unit:
         size: bytes of the file that it is.
         span: (first byte, byte after the last) of plain text; None: all of the file.
         names: of the columns, where the unit does not begin with them.
-        groups: row groups of parquet.
+        groups: row groups of parquet, batches of Arrow.
+        counted: how rows are numbered, for messages.
+        source: a split that `datasets` opens, in place of a file, and `shard` of it.
     """
 
     path: Path
@@ -87,71 +96,64 @@ class Unit:
     span: tuple[int, int] | None = None
     names: tuple[str, ...] | None = None
     groups: tuple[int, ...] | None = None
-
-    @property
-    def counted(self) -> str:
-        """How rows are numbered, for messages."""
-        return "from 0" if self.groups is not None else COUNTED
+    counted: str = COUNTED
+    source: HubSplit | None = None
+    shard: int = 0
 
 
-def units_of(path: Path, split: str, spec: TableSpec) -> list[Unit]:
-    """The units of a file, in order.
+def units_of(path: Path | HubSplit, split: str, spec: TableSpec) -> list[Unit]:
+    """The units of a file, or of a split of a data set, in order.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: it cannot be read.
     """
-    suffix, compressed = kind_of(path, spec.delimiter)
+    if isinstance(path, HubSplit):
+        count, size = path.shards, path.size
+        part = UNIT_BYTES if size is None else size // count
+        return [
+            Unit(path.path, split, part, counted=_WITHOUT_NAMES, source=path, shard=shard) for shard in range(count)
+        ]
+    kind = kind_of(path, spec.delimiter)
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is no regular file; a pipe cannot be read again after a stop: write it to a file")
     with readable(path):
         size = path.stat().st_size
-        if suffix == ".parquet":
-            with pq.ParquetFile(path) as file:
-                groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            return [
-                Unit(path, split, size * sum(groups[i] for i in some) // max(sum(groups), 1), groups=some)
-                for some in _together(groups)
-            ]
-        if compressed or size <= UNIT_BYTES:
-            return [Unit(path, split, size)]
+        if kind.format in ("parquet", "arrow"):
+            groups = arrow_files.groups_of(path, kind.format, size, UNIT_BYTES, UNIT_ROWS)
+            return [Unit(path, split, part, groups=some, counted=_WITHOUT_NAMES) for some, part in groups]
+        counted = _WITHOUT_NAMES if kind.format == "json" else COUNTED
+        if kind.compression or size <= UNIT_BYTES or not is_utf8(spec.encoding):
+            return [Unit(path, split, size, counted=counted)]
         cuts = _row_starts(path, size, _text(path, spec))
-        names = tuple(spec.columns) if not spec.header else _names(path, spec)
+        names = () if kind.format == "json" else _names(path, spec)
         spans = zip([0, *cuts], [*cuts, size], strict=True)
         return [
-            Unit(path, split, end - start, (start, end), names if start or not spec.header else None)
+            Unit(path, split, end - start, (start, end), names if start else None, counted=counted)
             for start, end in spans
         ]
 
 
-def columns_of(path: Path, spec: TableSpec) -> list[str]:
+def columns_of(path: Path | HubSplit, spec: TableSpec) -> list[str]:
     """The names of a file's columns; where the file does not say them, those that its first row has values for.
 
     Raises:
         UserError: the file cannot be read.
     """
-    suffix, _ = kind_of(path, spec.delimiter)
+    if isinstance(path, HubSplit):
+        return path.names()
+    kind = kind_of(path, spec.delimiter)
     with readable(path):
-        if suffix == ".parquet":
-            return list(pq.read_schema(path).names)
-        text = replace(_text(path, spec), names=None)
-        found = next((names for names, _ in text.blocks(lambda names: None)), [])
-    if spec.header:
+        if kind.format in ("parquet", "arrow"):
+            return arrow_files.names_of(path, kind.format)
+        text = _text(path, spec)
+        if kind.format == "json":
+            _, block = next(text.blocks(lambda names: None), ([], b""))
+            return json_lines.sample(text, block, _FEW_LINES).schema.names if block.strip() else list(spec.columns)
+        found = next((names for names, _ in replace(text, names=None).blocks(lambda names: None)), [])
+    if spec.header is True or (text.unsure and are_names(found, spec.columns)):
         return found
     without = [name for name in spec.columns if name not in spec.labels]
     return without if len(found) == len(without) else list(spec.columns)
-
-
-def _together(groups: list[int]) -> list[tuple[int, ...]]:
-    """Numbers of neighbouring row groups with at least UNIT_ROWS rows together."""
-    found: list[tuple[int, ...]] = []
-    some: tuple[int, ...] = ()
-    rows = 0
-    for number, count in enumerate(groups):
-        some, rows = (*some, number), rows + count
-        if rows >= UNIT_ROWS:
-            found.append(some)
-            some, rows = (), 0
-    return [*found, some] if some or not found else found
 
 
 def _row_starts(path: Path, size: int, text: TextFile) -> list[int]:
@@ -180,11 +182,14 @@ def _names(path: Path, spec: TableSpec) -> tuple[str, ...]:
 
 
 def _text(path: Path, spec: TableSpec, unit: Unit | None = None) -> TextFile:
-    suffix, compressed = kind_of(path, spec.delimiter)
-    names = None if spec.header else list(spec.columns)
+    kind, span = kind_of(path, spec.delimiter), unit.span if unit else None
+    if kind.format == "json":
+        return TextFile(path, "\t", [], kind.compression, spec.encoding, span)
+    delimiter = spec.delimiter or DELIMITERS[kind.suffix]
     if unit is not None and unit.names is not None:
-        names = list(unit.names)
-    return TextFile(path, spec.delimiter or DELIMITERS[suffix], names, compressed, unit.span if unit else None)
+        return TextFile(path, delimiter, list(unit.names), span=span)
+    names = None if spec.header is True else list(spec.columns)
+    return TextFile(path, delimiter, names, kind.compression, spec.encoding, span, spec.header == "auto")
 
 
 def read_unit(unit: Unit, spec: TableSpec, bad: list[BadRow]) -> Iterator[tuple[Part, int]]:
@@ -198,22 +203,39 @@ def read_unit(unit: Unit, spec: TableSpec, bad: list[BadRow]) -> Iterator[tuple[
     """
     used = [name for name, column in spec.columns.items() if column.type != "ignored"]
     read = 0
+
+    def check(names: list[str]) -> None:
+        _check_columns(unit.path, names, spec)
+
     with readable(unit.path):
-        if unit.groups is not None:
-            with pq.ParquetFile(unit.path) as file:
-                _check_columns(unit.path, file.schema_arrow.names, spec)
-                for batch in file.iter_batches(_PARQUET_ROWS, list(unit.groups), columns=used, use_threads=False):
-                    numbers = np.arange(read, read + len(batch), dtype=np.int64)
-                    read += len(batch)
-                    yield Part(unit.path, batch, numbers), read
+        if (batches := _batches(unit, spec, used, check)) is not None:
+            for batch in batches:
+                numbers = np.arange(read, read + len(batch), dtype=np.int64)
+                read += len(batch)
+                yield Part(unit.path, batch, numbers, tuple(spec.null_words)), read
             return
         text = _text(unit.path, spec, unit)
-        for names, block in text.blocks(lambda names: _check_columns(unit.path, names, spec)):
-            rows = text.rows(block, names, used)
+        json_rows = JsonRows(text, spec, used) if unit.counted == _WITHOUT_NAMES else None
+        for names, block in text.blocks((lambda names: None) if json_rows else check):
+            rows = json_rows.rows(block) if json_rows else text.rows(block, names, used)
             bad += [row._replace(row=row.row + read) for row in rows.bad]
             numbers = rows.numbers + read
             read += rows.read
-            yield Part(unit.path, rows.table, numbers), read
+            yield Part(unit.path, rows.table, numbers, tuple(spec.null_words)), read
+
+
+def _batches(
+    unit: Unit, spec: TableSpec, used: list[str], check: Callable[[list[str]], None]
+) -> Iterator[pa.RecordBatch] | None:
+    """The rows of a unit that is no text."""
+    if unit.source is not None:
+        return unit.source.batches(unit.shard, used, check)
+    kind = kind_of(unit.path, spec.delimiter)
+    return (
+        None
+        if kind.format in ("text", "json")
+        else arrow_files.batches(unit.path, kind.format, unit.groups, used, check)
+    )
 
 
 def usable(
@@ -249,7 +271,7 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 
 
@@ -258,10 +280,10 @@ def _check_columns(path: Path, found: list[str], spec: TableSpec) -> None:
         if found.count(name) > 1:
             raise UserError(f"{path}: column {name!r} appears {found.count(name)} times")
         if name not in spec.columns:
-            raise UserError(
-                f"{path}: column {name!r} is not declared; {did_you_mean(name, spec.columns)} "
-                "(unused columns are declared with type 'ignored')"
-            )
+            told = "unused columns are declared with type 'ignored'"
+            if len(found) == 1 and path.name.lower().endswith((".txt", ".txt.gz", ".txt.zst")) and not spec.delimiter:
+                told = "values of a .txt are parted by tabs, unless the spec says the delimiter"
+            raise UserError(f"{path}: column {name!r} is not declared; {did_you_mean(name, spec.columns)} ({told})")
     for name, column in spec.columns.items():
         if name not in found and column.type != "ignored":  # an ignored column may be in some files only
             raise UserError(f"{path}: column {name!r} is missing; {did_you_mean(name, found)}")

@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megarec.data.preparation.formats import check_encoding
 from megarec.errors import UserError, did_you_mean
 from megarec.files import read_object
 
@@ -98,6 +99,30 @@ class Numeric(_Strict):
     )
 
 
+class Vector(_Strict):
+    """So many numbers a row, text cut at the separator or a list: they are the features NAME_0, NAME_1, ..."""
+
+    type: Literal["vector"]
+    length: Annotated[int, Field(ge=1, le=1 << 14)]
+    separator: Annotated[str, Field(min_length=1)] = " "
+    log: bool = Field(False, description="as of a number")
+    missing: float | None = Field(None, description="as of a number; a row without any has it everywhere")
+    standardise: bool = Field(False, description="as of a number, each by itself")
+
+    def features(self, name: str) -> list[str]:
+        return [f"{name}_{place}" for place in range(self.length)]
+
+
+class Calendar(_Strict):
+    """A moment a row, in UTC: the categories NAME_hour (0 to 23) and NAME_weekday (0 is Monday); missing: row 0."""
+
+    type: Literal["calendar"]
+    format: str = Field("%Y-%m-%d %H:%M:%S", description="of text and integers, by strptime; timestamps need none")
+
+    def features(self, name: str) -> list[str]:
+        return [f"{name}_hour", f"{name}_weekday"]
+
+
 class Label(_Strict):
     """A column to predict: 0 or 1. Of several, a run takes the first, or the one that its data.label names."""
 
@@ -145,6 +170,8 @@ Column = Annotated[
     | Weights
     | Numeric
     | Bucketised
+    | Vector
+    | Calendar
     | Label
     | Weight
     | Group
@@ -161,6 +188,8 @@ _KINDS: dict[str, type[BaseModel]] = {
     "weights": Weights,
     "numeric": Numeric,
     "bucketised": Bucketised,
+    "vector": Vector,
+    "calendar": Calendar,
     "label": Label,
     "weight": Weight,
     "group": Group,
@@ -175,7 +204,13 @@ class TableSpec(_Strict):
 
     name: str
     label_rule: str = Field("", description="how the label was made, for people")
-    header: bool = Field(True, description="CSV and TSV start with a line of names; false: columns come in this order")
+    header: bool | Literal["auto"] = Field(
+        True,
+        description="text starts with a line of names; false: columns come in this order; auto: by file, as its first "
+        "row says, which is one of names if at least half of its values are",
+    )
+    encoding: Annotated[str, AfterValidator(check_encoding)] = Field("utf-8", description="of text")
+    null_words: list[str] = Field([], description="values that are missing ones, beside the empty text")
     delimiter: Annotated[str, Field(pattern="^[\t -~]$")] | None = Field(
         None, description="what separates values of text, in files of any name; a tab: no quoting; null: by the suffix"
     )
@@ -225,6 +260,27 @@ class TableSpec(_Strict):
         """By multi-valued column, the column of its weights."""
         return {column.of: name for name, column in self.columns.items() if isinstance(column, Weights)}
 
+    def separator(self, name: str) -> str | None:
+        """What separates the elements of a list in text; None: the column has one value a row."""
+        column = self.columns[name]
+        if isinstance(column, Weights):
+            column = self.columns[column.of]
+        return column.separator if isinstance(column, Lists | Vector) else None
+
+    @property
+    def features(self) -> "TableSpec":
+        """The same, with the features that a column of several becomes in its place."""
+        found: dict[str, Column] = {}
+        for name, column in self.columns.items():
+            if isinstance(column, Vector):
+                rule = Numeric(type="numeric", log=column.log, missing=column.missing, standardise=column.standardise)
+                found |= dict.fromkeys(column.features(name), rule)
+            elif isinstance(column, Calendar):
+                found |= dict.fromkeys(column.features(name), Categorical(type="categorical", dtype="integer"))
+            else:
+                found[name] = column
+        return self.model_copy(update={"columns": found})
+
     @model_validator(mode="after")
     def _consistent(self) -> "TableSpec":
         if not self.labels:
@@ -232,11 +288,16 @@ class TableSpec(_Strict):
         for kind in _ONE_OF:
             if len(some := self.of_type(kind)) > 1:
                 raise ValueError(f"expected at most one column of type {kind!r}, found {len(some)}: {some}")
-        if not self.looked_up and not any(isinstance(column, Numeric) for column in self.columns.values()):
+        kinds = Categorical | Lists | Bucketised | Numeric | Vector | Calendar
+        if not any(isinstance(column, kinds) for column in self.columns.values()):
             raise ValueError(
-                "expected at least one column of type 'categorical', 'multi_valued', 'sequence', 'numeric' or "
-                "'bucketised'"
+                "expected at least one column of type 'categorical', 'multi_valued', 'sequence', 'numeric', "
+                "'bucketised', 'vector' or 'calendar'"
             )
+        for name, parted in self.columns.items():
+            for feature in parted.features(name) if isinstance(parted, Vector | Calendar) else ():
+                if feature in self.columns:
+                    raise ValueError(f"columns.{feature} is a feature of columns.{name} too; rename one of them")
         lists = [name for name, column in self.columns.items() if isinstance(column, Lists)]
         owners = [(name, column.of) for name, column in self.columns.items() if isinstance(column, Weights)]
         for name, of in owners:

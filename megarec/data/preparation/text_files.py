@@ -2,19 +2,16 @@
 
 Tab-separated text has no quoting: every line is a row, a quote is a character like any other. CSV is RFC 4180: a value
 that begins with a quote ends with one, may hold commas and line breaks, and doubles the quotes in it; a quote within a
-value that does not begin with one is a character. Both are UTF-8, with or without a byte-order mark, and may be
-compressed by gzip.
+value that does not begin with one is a character. Either may begin with a byte-order mark.
 """
 
 import contextlib
 import functools
-import gzip
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn, cast
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -23,14 +20,14 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from megarec.data.preparation import csv_cuts
+from megarec.data.preparation.formats import BYTE_ORDER_MARK, UTF_8, is_utf8, open_text
 from megarec.errors import UserError
 
 COUNTED = "from 0, header not counted"
 """How rows of text are numbered, for messages."""
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _BLOCK_BYTES = 1 << 22
 _LONGEST_ROW = 1 << 24
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LONGEST_SHOWN = 200  # characters
 
 
 @functools.cache
@@ -42,25 +39,9 @@ def _quoted_value(delimiter: str) -> re.Pattern[bytes]:
     return re.compile(rb"(?:(?<=[\r\n" + re.escape(delimiter.encode()) + rb'])|\A)"(?:[^"]++|"")*+("?)')
 
 
-def kind_of(path: Path, delimiter: str | None = None) -> tuple[str, bool]:
-    """(suffix without .gz, whether the file is compressed), in lower case.
-
-    Args:
-        delimiter: of text, where the spec says it; a file of any other name is text then.
-
-    Raises:
-        UserError: no suffix of a file that can be read; says what to do.
-    """
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    compressed = suffixes[-1:] == [".gz"]
-    suffix = suffixes[-1 - compressed] if len(suffixes) > compressed else ""
-    if suffix in DELIMITERS or (suffix == ".parquet" and not compressed) or delimiter is not None:
-        return suffix, compressed
-    remedy = "convert it, or decompress it"
-    if suffix == ".txt":
-        remedy = "call it .tsv if tabs separate its values, .csv if commas do, or say delimiter in the spec"
-    expected = "expected .csv, .tsv or .parquet (.csv.gz and .tsv.gz as well)"
-    raise UserError(f"{path}: suffix {path.suffix!r}, {expected}; {remedy}")
+def are_names(found: list[str], declared: Collection[str]) -> bool:
+    """Whether a first row is one of names, if that is not sure: at least half of its values are declared."""
+    return bool(found) and 2 * sum(name in declared for name in found) >= len(found)
 
 
 class BadRow(NamedTuple):
@@ -97,20 +78,35 @@ class TextFile:
 
     Attributes:
         names: of its columns where it has no line of names; None: its first row has them.
-        compressed: whether it is gzip.
+        compression: gzip, zstd or none.
         span: (first byte, byte after the last) of the whole rows to read; None: all.
+        unsure: the first row is one of names if at least half of its values are among `names`.
     """
 
     path: Path
     delimiter: str
     names: list[str] | None
-    compressed: bool = False
+    compression: str | None = None
+    encoding: str = UTF_8
     span: tuple[int, int] | None = None
+    unsure: bool = False
 
     @property
     def quotes(self) -> bool:
         """Whether a value that begins with a quote ends with one."""
         return self.delimiter != "\t"
+
+    @property
+    def broken(self) -> str:
+        """By which reason rows are counted whose bytes are no text."""
+        return "not UTF-8" if is_utf8(self.encoding) else f"not {self.encoding}"
+
+    @property
+    def expected(self) -> str:
+        """What their bytes should be, and the remedy."""
+        if is_utf8(self.encoding):
+            return 'UTF-8; say the "encoding" in the spec ("latin-1"?)'
+        return f"{self.encoding}, the encoding in the spec"
 
     def blocks(self, check: Callable[[list[str]], None]) -> Iterator[tuple[list[str], bytes]]:
         """The names of the columns and whole rows, in order, some MiB at a time; `rows` reads them.
@@ -122,14 +118,18 @@ class TextFile:
             UserError: names the file and line of what cannot be read.
         """
         names = self.names
-        if names is not None:
-            check(names)
-        with self._open() as file:
+        known = names is not None and not self.unsure
+        if known:
+            check(names)  # type: ignore[arg-type]
+        with open_text(self.path, self.compression, self.encoding, self.span[0] if self.span else 0) as file:
             for block in self._blocks(file):
-                if names is None:
-                    names, block = self._header(block)
+                if not known:
+                    found, rest = self._header(block)
+                    if names is None or are_names(found, names):
+                        names, block = found, rest
                     check(names)
-                yield names, block
+                    known = True
+                yield names, block  # type: ignore[misc]
         if names is None:
             raise UserError(f"{self.path}: is empty; expected a line of names")
 
@@ -146,16 +146,6 @@ class TextFile:
             )
         return self._whole_rows(block, names, used)
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[BinaryIO]:
-        try:
-            with gzip.open(self.path, "rb") if self.compressed else self.path.open("rb") as file:
-                if self.span:
-                    file.seek(self.span[0])
-                yield cast(BinaryIO, file)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{self.path}: cannot be read: damaged gzip data ({error})") from error
-
     def _blocks(self, file: BinaryIO) -> Iterator[bytes]:
         """Whole rows, some MiB at a time."""
         left = self.span[1] - self.span[0] if self.span else -1
@@ -169,7 +159,7 @@ class TextFile:
         chunk = more()
         if self.span is None or self.span[0] == 0:
             if chunk[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                self._fail(1, "is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+                self._fail(1, f'is UTF-16, expected {self.encoding}; say "encoding": "utf-16" in the spec')
             chunk = chunk.removeprefix(BYTE_ORDER_MARK)
         rest, end_of_row, line = b"", b"", 1
         while chunk:
@@ -200,13 +190,13 @@ class TextFile:
                 return end  # another quote may follow
             if not value[1]:
                 at = line + block.count(end_of_row, 0, value.start())
-                self._fail(at, f"the quote of {_shown(value[0])} is never closed")
+                self._fail(at, f"the quote of {shown(value[0])} is never closed")
             if block[outside : outside + 1] not in (b"", self.delimiter.encode(), b"\r", b"\n"):
-                found = _shown(block[outside : outside + 20])
+                found = shown(block[outside : outside + 20])
                 between = "a comma" if self.delimiter == "," else repr(self.delimiter)
                 self._fail(
                     line + block.count(end_of_row, 0, value.start()),
-                    f"{found} follows the closing quote of {_shown(value[0])}, expected {between} or the end of the "
+                    f"{found} follows the closing quote of {shown(value[0])}, expected {between} or the end of the "
                     "row; a quote in a value is doubled, or write the file as .tsv, which has no quoting",
                 )
         return len(block) if last else max(end, block.rfind(end_of_row, outside) + 1)
@@ -225,7 +215,9 @@ class TextFile:
         try:
             row.decode()
         except UnicodeDecodeError:
-            self._fail(1, f"the names {_shown(row)} are not UTF-8; convert the file: iconv -f LATIN1 -t UTF-8")
+            if self.unsure:
+                return [], block
+            self._fail(1, f"the names {shown(row)} are not {self.expected}")
         try:
             return self._read(row, None, None).column_names, block[end:]
         except pa.ArrowInvalid as error:
@@ -247,7 +239,7 @@ class TextFile:
             BadRow(
                 row.number - 1,
                 "number of values",
-                f"{row.actual_columns} values ({_shown(row.text.encode())}), expected {row.expected_columns}, one for "
+                f"{row.actual_columns} values ({shown(row.text.encode())}), expected {row.expected_columns}, one for "
                 "each column",
             )
             for row in ragged
@@ -261,8 +253,8 @@ class TextFile:
         kept = pa.RecordBatch.from_arrays([text.column(n).combine_chunks() for n in used], names=used)
         return Rows(kept.filter(pa.array(keep)), numbers[keep], sorted(bad), read)
 
-    @staticmethod
     def _without_broken_text(
+        self,
         given: pa.Table,
         replaced: pa.Table,
         numbers: NDArray[np.int64],
@@ -278,11 +270,12 @@ class TextFile:
             marked = pc.fill_null(pc.match_substring(text, "\ufffd"), False)
             for row in np.flatnonzero(marked.to_numpy(zero_copy_only=False)):
                 value = given.column(name)[row].as_py().encode("latin-1")
-                if _is_text(value):
+                if is_text(value):
                     continue
                 if keep[row]:
-                    told = f"{name}={value!r}, expected UTF-8; convert the file: iconv -f LATIN1 -t UTF-8"
-                    bad.append(BadRow(int(numbers[row]), "not UTF-8", told))
+                    bad.append(
+                        BadRow(int(numbers[row]), self.broken, f"{name}={value_shown(value)}, expected {self.expected}")
+                    )
                 keep[row] = False
         return pa.table(columns, names=used)
 
@@ -321,7 +314,13 @@ class TextFile:
         raise UserError(f"{self.path}: line {line}: {what}")
 
 
-def _is_text(value: bytes) -> bool:
+def value_shown(value: object) -> str:
+    """A value as messages show it: whole, unless it is huge."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text):,} characters)"
+
+
+def is_text(value: bytes) -> bool:
     try:
         value.decode()
     except UnicodeDecodeError:
@@ -342,6 +341,6 @@ def first_failing(values: pa.Array, kind: pa.DataType) -> int:
     return start
 
 
-def _shown(text: bytes) -> str:
+def shown(text: bytes) -> str:
     shown = text.decode(errors="replace")
     return repr(shown if len(shown) <= 40 else shown[:37] + "...")

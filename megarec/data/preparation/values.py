@@ -17,7 +17,10 @@ from megarec.errors import UserError
 Owner = NDArray[np.int64] | None
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
-_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_LISTS = (
+    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
+    *(pa.types.is_list_view, pa.types.is_large_list_view),
+)
 _DIGIT = np.full(256, 256, np.uint16)  # of a character; 256: it is none
 _DIGIT[np.frombuffer(b"0123456789ABCDEFabcdef", np.uint8)] = [*range(16), *range(10, 16)]
 _PAIR = (16 * _DIGIT + _DIGIT[:, None]).ravel()  # of two characters, the first in the low byte; 256 and more: none
@@ -52,8 +55,8 @@ def _kept(values: pa.Array, owner: NDArray[np.int64], count: int, column: Lists)
 
 def weights(part: Part, name: str, of: str, column: Lists) -> NDArray[np.float32]:
     """The weights of the values that `id_lists` returns for the column `of`: float32 [sum(lengths)]."""
-    ids, lists = _lists(part, of, column), _lists(part, name, column)
-    wanted, found = _lengths(ids), _lengths(lists)
+    ids, lists = (lists_of(part, column_name, column.separator) for column_name in (of, name))
+    wanted, found = lengths_of(ids), lengths_of(lists)
     if (wanted != found).any():
         row = int((wanted != found).argmax())
         value = part.rows.column(name)[row].as_py()
@@ -155,43 +158,69 @@ def _each_distinct(values: pa.Array, change: Callable[[pa.Array], pa.Array]) -> 
 
 def _elements(part: Part, name: str, column: Lists) -> tuple[pa.Array, NDArray[np.int64], int]:
     """The elements of all lists, missing ones as null; the row of each; the number of rows."""
-    lists = _lists(part, name, column)
-    owner = np.repeat(np.arange(len(lists)), _lengths(lists))
+    lists = lists_of(part, name, column.separator)
+    owner = np.repeat(np.arange(len(lists)), lengths_of(lists))
     return _typed(part, name, lists.flatten(), column.dtype, owner), owner, len(lists)
 
 
-def _lists(part: Part, name: str, column: Lists) -> pa.Array:
+def lists_of(part: Part, name: str, separator: str) -> pa.Array:
     """A column as lists: text is cut at the separator; a column without any value is one of missing lists."""
-    lists = plain(part.rows.column(name))
+    lists = plain(part, part.rows.column(name))
     if not any(fits(lists.type) for fits in _LISTS):
         if not pa.types.is_string(lists.type):
             raise UserError(f"{part.path}: column {name!r} is {lists.type}, expected text or a list")
-        return pc.split_pattern(pc.if_else(pc.equal(lists, ""), None, lists), column.separator)
-    return lists.cast(pa.list_(lists.type.value_type)) if pa.types.is_fixed_size_list(lists.type) else lists
+        return pc.split_pattern(pc.if_else(pc.equal(lists, ""), None, lists), separator)
+    if pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type):
+        return lists
+    if pa.types.is_fixed_size_list(lists.type):
+        return lists.cast(pa.list_(lists.type.value_type))
+    # Arrow 26 casts a view with a missing list to offsets that end too early.
+    return pa.ListArray.from_arrays(
+        pa.array(np.append(0, np.cumsum(lengths_of(lists))).astype(np.int32)), lists.flatten()
+    )
 
 
-def _lengths(lists: pa.Array) -> NDArray[np.int64]:
+def lengths_of(lists: pa.Array) -> NDArray[np.int64]:
     return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def plain(values: pa.Array) -> pa.Array:
-    """Without a dictionary; all kinds of text as string; a column without any value as missing text."""
+def plain(part: Part, values: pa.Array) -> pa.Array:
+    """Without a dictionary; all kinds of text as string; a column without any value, and a null word, as missing."""
+    if isinstance(values.type, pa.BaseExtensionType):
+        values = values.storage
+    if pa.types.is_run_end_encoded(values.type):
+        values = pc.run_end_decode(values)
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_null(values.type) or any(fits(values.type) for fits in _TEXT[1:]):
         values = values.cast(pa.string())
-    return values
+    return _without_null_words(values, part.null_words) if part.null_words else values
+
+
+def _without_null_words(values: pa.Array, words: tuple[str, ...]) -> pa.Array:
+    """Values whose text, as it names a category, is one of the words, as missing."""
+    kind = values.type
+    if not pa.types.is_string(kind) and (not pa.types.is_primitive(kind) or _dated(kind)):
+        return values
+    known = canonical_text(pa.array(words, pa.string())).drop_null()
+    return _each_distinct(
+        values, lambda v: pc.if_else(pc.is_in(canonical_text(v.cast(pa.string())), value_set=known), None, v)
+    )
+
+
+def _dated(kind: pa.DataType) -> bool:
+    return _counts_units(kind) or pa.types.is_date(kind) or pa.types.is_interval(kind)
 
 
 def _typed(part: Part, name: str, values: pa.Array, dtype: str, owner: Owner) -> pa.Array:
     """Ids as string or int64; `owner` is the row of every value, None when value i is row i's."""
-    values = plain(values)
+    values = plain(part, values)
     if any(fits(values.type) for fits in _BYTES):
-        values = _cast(part, name, values, pa.string(), "UTF-8 text", owner)
+        values = plain(part, _cast(part, name, values, pa.string(), "UTF-8 text", owner))
     if pa.types.is_floating(values.type):
         values = _whole(part, name, values, owner)
     elif pa.types.is_decimal(values.type):
-        values = _fixed_point(values.cast(pa.string()))
+        values = plain(part, _fixed_point(values.cast(pa.string())))
     elif _counts_units(values.type):
         raise UserError(
             f"{part.path}: column {name!r} is {values.type}, whose text and number depend on the unit; "
@@ -285,7 +314,7 @@ def _true_is_one(text: pa.Array) -> pa.Array:
 
 def as_float64(part: Part, name: str, values: pa.Array, expected: str, owner: Owner = None) -> NDArray[np.float64]:
     """Numbers as float64 [n], a missing one as NaN; true is 1."""
-    values = plain(values)
+    values = plain(part, values)
     if pa.types.is_integer(values.type):
         found = values.cast(pa.float64(), safe=False)  # rounded: only safe casts refuse what no float holds exactly
     else:

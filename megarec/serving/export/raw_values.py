@@ -12,6 +12,7 @@ from megarec.data.preparation.kept_spec import KeptSpec
 from megarec.data.preparation.table_spec import Bucketised, Lists, Numeric, Sequence
 from megarec.data.preparation.vocabulary import read_values, vocabulary_file
 from megarec.data.schema import CategoricalFeature, Schema
+from megarec.errors import UserError
 from megarec.files import file_name
 from megarec.serving.scorer.look_ups import text_hash
 
@@ -35,6 +36,10 @@ def write_raw_values(
     Raises:
         UserError: a vocabulary is missing or damaged.
     """
+    if kept is not None:
+        if kept.spec.null_words:
+            raise UserError(f"{data}: its spec has null_words, which exports do not know yet; evaluate the run itself")
+        kept = kept.model_copy(update={"spec": kept.spec.features})  # a vector's numbers are columns of raw rows
     (target / VOCABULARY).mkdir()
     writer = _Vocabularies(data, target)
     if kept is None:

@@ -2,17 +2,19 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megarec.data.preparation.infer import infer
+from megarec.data.preparation.infer import infer, told
 from megarec.data.preparation.prepare import prepare_table
 from megarec.data.preparation.splits import Shares
 from megarec.data.schema import load_schema
 from megarec.errors import UserError
+from tests.data.preparation.test_formats import write
 
 ROWS = 2000
 EXPECTED = {
@@ -55,7 +57,7 @@ def test_columns_are_what_they_look_like(tmp_path: Path, name: str, delimiter: s
     guesses = infer(tmp_path / name, tmp_path / "spec.json")
     spec = json.loads((tmp_path / "spec.json").read_text())
     assert spec == {"name": "log", **keys, "columns": EXPECTED}
-    assert all(guess.reason for guess in guesses)
+    assert all(guess.reason for guess in guesses.columns)
     files = {"all": [tmp_path / name]}
     prepare_table(tmp_path / "spec.json", files, tmp_path / "out", shares=Shares((0.8, 0.1, 0.1)))
     assert sum(load_schema(tmp_path / "out").rows.values()) == ROWS
@@ -97,3 +99,48 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is there already"):
         infer(tmp_path / "x.csv", tmp_path / "spec.json")
     assert (tmp_path / "spec.json").read_text() == "edited"
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.json.gz", "log.arrow", "log.csv.zst", "log.txt"])
+def test_every_format_and_what_is_said_of_it(tmp_path: Path, name: str) -> None:
+    """Null words, a vector and the encoding are seen, and the spec prepares the file that it was made from."""
+    table = {
+        "item_id": list(range(20)) * 10,
+        "price": [None if i % 5 == 0 else i + 0.5 for i in range(200)],
+        "v": [[0.25, float(i), 1.5] for i in range(200)],
+        "city": ["NULL" if i % 4 == 0 else f"Köln {i % 3}" for i in range(200)],
+        "click": [i % 2 for i in range(200)],
+    }
+    with mock.patch.dict("tests.data.preparation.test_formats.LISTS", {"v": " "}):
+        write(tmp_path / name, table)
+    expected = {}
+    if name == "log.txt":
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes().decode().replace("\t", ";").encode("latin-1"))
+        expected = {"delimiter": ";", "encoding": "latin-1"}
+    guesses = infer(tmp_path / name, tmp_path / "spec.json")
+    spec = json.loads((tmp_path / "spec.json").read_text())
+    vector = spec["columns"].pop("v")
+    assert vector["type"] == "vector" and vector["length"] == 3
+    assert spec == {
+        "name": "log",
+        "null_words": ["NULL"],
+        **expected,
+        "columns": {
+            "item_id": {"type": "categorical", "dtype": "integer"},
+            "price": {"type": "numeric", "missing": 0.0},
+            "city": {"type": "categorical"},
+            "click": {"type": "label"},
+        },
+    }
+    assert {g.name: (g.distinct, g.missing) for g in guesses.columns if g.name != "v"} == {
+        "item_id": (20, 0),
+        "price": (160, 0.2),
+        "city": (3, 0.25),
+        "click": (2, 0),
+    }
+    lines = told(guesses, name, tmp_path / "spec.json").splitlines()
+    assert "  null_words: [\"NULL\"]: 'NULL' stands in 'city'" in lines and "200 rows" in lines[-1]
+    schema = prepare_table(
+        tmp_path / "spec.json", {"all": [tmp_path / name]}, tmp_path / "out", shares=Shares((0.8, 0.1, 0.1))
+    )
+    assert schema.numeric == ("price", "v_0", "v_1", "v_2") and sum(schema.rows.values()) == 200

@@ -248,14 +248,14 @@ def test_a_missing_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("train.txt", b"", r"train\.txt: suffix '\.txt', expected \.csv, \.tsv or \.parquet"),
+        ("train.dat", b"", r"train\.dat: suffix '\.dat', expected \.csv, \.tsv, \.txt, \.jsonl"),
         ("none.csv", None, r"none\.csv: no such file"),
         ("none.parquet", None, r"none\.parquet: no such file"),
         ("train.parquet", b"not parquet", r"train\.parquet: cannot be read: "),
         (
             "train.csv",
             TRAIN.encode("latin-1"),
-            r"train\.csv: row 1 \(from 0.*\): site=b'\\xe4pfel', expected UTF-8; convert .*iconv",
+            r"train\.csv: row 1 \(from 0.*\): site=b'\\xe4pfel', expected UTF-8; say the \"encoding\"",
         ),
     ],
 )

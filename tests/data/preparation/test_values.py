@@ -228,11 +228,11 @@ def test_other_ways_to_write_text(prepared: Prepare) -> None:
 
 def test_encodings(prepared: Prepare) -> None:
     latin = "x,n,y\nä,ö,1\n".encode("latin-1")
-    with pytest.raises(UserError, match=r"row 0 .*: x=b'\\xe4', expected UTF-8; convert the file: iconv"):
+    with pytest.raises(UserError, match=r"row 0 .*: x=b'\\xe4', expected UTF-8; say the \"encoding\" in the spec"):
         prepared(STRING, latin, latin, n={"type": "ignored"})
     ignored = latin.replace(b"\xe4", b"a")
     assert prepared(STRING, ignored, ignored, n={"type": "ignored"}) == [1]
-    with pytest.raises(UserError, match=r"line 1: is UTF-16, expected UTF-8; convert it: iconv -f UTF-16"):
+    with pytest.raises(UserError, match=r"line 1: is UTF-16, expected utf-8; say \"encoding\": \"utf-16\" in the spec"):
         prepared(STRING, csv("a").encode("utf-16"), csv("a"))
     with pytest.raises(UserError, match=r"line 1: the names .* are not UTF-8"):
         prepared(STRING, "ä,y\na,1\n".encode("latin-1"), csv("a"))
@@ -249,9 +249,10 @@ def test_a_ragged_row_that_is_not_utf8(prepared: Prepare, row: bytes) -> None:
 @pytest.mark.parametrize(
     ("suffix", "told"),
     [
-        (".txt", r"suffix '\.txt', expected \.csv, .*; call it \.tsv if tabs"),
+        (".txt", r"column 'x,y' is not declared; .*values of a \.txt are parted by tabs, unless the spec says"),
         (".zip", r"suffix '\.zip', .*decompress it"),
-        (".parquet.gz", r"suffix '\.gz', .*decompress it"),
+        (".parquet.gz", r"suffix '\.gz', .*decompress it \(these"),
+        (".arrow.zst", r"suffix '\.zst', .*decompress it \(these"),
         ("", r"suffix '', expected"),
     ],
 )
