@@ -4,7 +4,6 @@ import csv
 import json
 import math
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarec.data.preparation.encode_rows import RowEncoder as Reference
-from megarec.data.preparation.kept_spec import KeptSpec, load_prepared
+from megarec.data.preparation.kept_spec import load_prepared
 from megarec.data.preparation.prepare import MaxBad, prepare_table
-from megarec.data.schema import Schema
 from megarec.errors import UserError
 from megarec.serving.export.raw_values import write_raw_values
 from megarec.serving.scorer.bundle import FORMAT, MANIFEST, VERSION, Bundle
@@ -34,22 +32,57 @@ COLUMNS: dict[str, Any] = {
     "height": {"type": "numeric", "standardise": True},
     "spent": {"type": "numeric", "log": True, "standardise": True, "missing": 0},
     "plain": {"type": "numeric", "missing": -1},
+    "vector": {"type": "vector", "length": 2, "separator": ";", "missing": 0, "log": True},
+    "when": {"type": "calendar"},
     "y": {"type": "label"},
 }
+NULL_WORDS = ["NA", "zz"]
 ROWS = [
-    ["a", "1", "0a", "x", "1 2", "a|b||c", "1|2|3|4", "a|zz|b", "17", "1.5", "2", "3", "1"],
-    ["a", "2", "ff", "y", "", "", "", "", "", "2.5", "", "", "0"],
-    ["b", "2", "FF", "7.0", "3", "b", "0.5", "b", "60", "4", "-9", "1e3", "0"],
-    ["b", "-5", "123456789abcdef", "True", "2 2", "c|a", "1|1", "", "30.5", "-1", "0.1", "-0", "1"],
-    ["é€", "0", "", "", "7", "é€", "-1", "é€", "1e6", "0", "7", "5", "1"],
-    ["é€", "9223372036854775807", "1", "z", "", "true|7", "2|2", "a", "-0", "9", "1", "5", "0"],
+    [
+        "a",
+        "1",
+        "0a",
+        "x",
+        "1 2",
+        "a|b||c",
+        "1|2|3|4",
+        "a|zz|b",
+        "17",
+        "1.5",
+        "2",
+        "3",
+        "0.5;-2",
+        "2020-02-29 23:59:59",
+        "1",
+    ],
+    ["a", "2", "ff", "y", "", "", "", "", "", "2.5", "", "", "", "", "0"],
+    ["b", "2", "FF", "7.0", "3", "b", "0.5", "b", "60", "4", "-9", "1e3", "1;2", "2021-01-01 00:00:00", "0"],
+    ["b", "-5", "123456789abcdef", "True", "2 2", "c|a", "1|1", "", "30.5", "-1", "0.1", "-0", "NA", "NA", "1"],
+    ["é€", "0", "", "", "7", "é€", "-1", "é€", "1e6", "0", "7", "5", "3;NA", "2022-06-06 06:06:06", "1"],
+    [
+        "é€",
+        "9223372036854775807",
+        "1",
+        "z",
+        "",
+        "true|7",
+        "2|2",
+        "a",
+        "-0",
+        "9",
+        "1",
+        "NA",
+        "0;0",
+        "2023-12-31 12:00:00",
+        "0",
+    ],
 ]
 
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, RowEncoder]:
     directory = tmp_path_factory.mktemp("raw")
-    (directory / "spec.json").write_text(json.dumps({"name": "all", "columns": COLUMNS}))
+    (directory / "spec.json").write_text(json.dumps({"name": "all", "null_words": NULL_WORDS, "columns": COLUMNS}))
     with (directory / "rows.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([list(COLUMNS), *ROWS])
     data = directory / "data"
@@ -61,6 +94,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, RowEn
     manifest = {
         "format": FORMAT,
         "version": VERSION,
+        "null_words": NULL_WORDS,
         "tables": {f.name: {"rows": f.rows} for f in schema.categorical},
         "features": [
             {"name": f.name, "table": f.table or f.name, "multi_valued": f.multi_valued, "raw": ids[f.name]}
@@ -83,7 +117,9 @@ def scored(encoder: RowEncoder, row: dict[str, Any]) -> dict[str, Any] | None:
         assert ids.lengths is None or ids.lengths.tolist() == [len(ids.values)]
         if ids.weights is not None:
             values[f"{name}:weights"] = ids.weights.tolist()
-    return values | dict(zip(("height", "spent", "plain"), found.numeric[0].tolist(), strict=True))
+    return values | dict(
+        zip(("height", "spent", "plain", "vector_0", "vector_1"), found.numeric[0].tolist(), strict=True)
+    )
 
 
 def prepared(encoder: Reference, row: dict[str, Any]) -> dict[str, Any] | None:
@@ -131,6 +167,21 @@ VALUES: dict[str, list[Any]] = {
     **dict.fromkeys(("many", "seen", "first"), LISTS),
     "how": [None, "", "1", "1|2", "1|2|3|4|5", "0.1|x", [1.5, 2.5], [1, None], [1, 2, 3]],
     **dict.fromkeys(("age", "height", "spent", "plain"), NUMBERS),
+    "vector": [None, "", "1;2", "1;2;3", "1", "x;2", "NA;1", [1, 2], [1, None], [], [1.5], "zz", "1e39;1"],
+    "when": [
+        None,
+        "",
+        "NA",
+        "2020-02-29 23:59:59",
+        "2020-2-9 1:2:03",
+        "2020-01-01 24:00:00",
+        "2020-01-01 00:00:60",
+        "2021-02-29 00:00:00",
+        "2020-02-29",
+        5,
+        "x",
+        "1969-12-31 23:00:00",
+    ],
 }
 
 
@@ -161,15 +212,3 @@ def test_a_bad_row_has_its_own_error(encoders: tuple[Reference, RowEncoder]) -> 
         3: "'no row', expected an object with the columns as keys",
         4: "height='tall', expected a number",
     }
-
-
-def test_features_of_a_vector_and_null_words(tmp_path: Path) -> None:
-    """A vector's numbers are columns of raw rows; words that mean missing are not known to exports, and refused."""
-    columns = {"v": {"type": "vector", "length": 2, "log": True, "missing": 1.0}, "y": {"type": "label"}}
-    kept = KeptSpec.model_validate({"spec": {"name": "n", "columns": columns}})
-    schema = Schema(name="n", categorical=(), numeric=("v_0", "v_1"), rows={})
-    _, numbers = write_raw_values(schema, tmp_path, kept, tmp_path)
-    assert numbers["v_1"] == {"column": "v_1", "log": True, "missing": 1.0, "moments": None}
-    kept = KeptSpec.model_validate({"spec": {"name": "n", "null_words": ["NA"], "columns": columns}})
-    with pytest.raises(UserError, match="its spec has null_words, which exports do not know yet"):
-        write_raw_values(schema, tmp_path, kept, tmp_path / "other")

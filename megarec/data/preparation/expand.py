@@ -100,5 +100,13 @@ def _moments(part: Part, name: str, column: Calendar) -> tuple[pa.Array, NDArray
     text = values.cast(pa.string()).dictionary_encode()
     distinct = pc.if_else(pc.equal(text.dictionary, ""), None, text.dictionary)
     read = pc.strptime(distinct, format=column.format, unit="s", error_is_null=True)
+    if "%z" not in column.format:  # strptime takes February 30 for March; written again it is another text
+        again = pc.strftime(read, format=column.format)
+        read = pc.if_else(pc.equal(_plain_digits(again), _plain_digits(distinct)), read, None)
     wrong = pc.and_(distinct.is_valid(), read.is_null()).take(text.indices)
     return read.take(text.indices), pc.fill_null(wrong, False).to_numpy(zero_copy_only=False)
+
+
+def _plain_digits(texts: pa.Array) -> pa.Array:
+    """Texts of moments without what strptime does not look at: zeros before numbers, spaces, upper case."""
+    return pc.replace_substring_regex(pc.utf8_lower(texts), r"\s+|\b0+([0-9])", r"\1")

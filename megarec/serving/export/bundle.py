@@ -134,6 +134,7 @@ def _manifest(
         "version": VERSION,
         "model": config.model.name,
         "label": schema.label_rule or schema.label,
+        "null_words": [] if kept is None else kept.spec.null_words,
         "text": _text_files(None if kept is None else kept.spec),
         "tables": _write_tables(layout.tables, weights, tables, directory),
         "features": [

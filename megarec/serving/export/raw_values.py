@@ -9,10 +9,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from megarec.data.preparation.kept_spec import KeptSpec
-from megarec.data.preparation.table_spec import Bucketised, Lists, Numeric, Sequence
+from megarec.data.preparation.table_spec import Bucketised, Calendar, Lists, Numeric, Sequence, TableSpec, Vector
 from megarec.data.preparation.vocabulary import read_values, vocabulary_file
 from megarec.data.schema import CategoricalFeature, Schema
-from megarec.errors import UserError
 from megarec.files import file_name
 from megarec.serving.scorer.look_ups import text_hash
 
@@ -36,18 +35,18 @@ def write_raw_values(
     Raises:
         UserError: a vocabulary is missing or damaged.
     """
-    if kept is not None:
-        if kept.spec.null_words:
-            raise UserError(f"{data}: its spec has null_words, which exports do not know yet; evaluate the run itself")
-        kept = kept.model_copy(update={"spec": kept.spec.features})  # a vector's numbers are columns of raw rows
     (target / VOCABULARY).mkdir()
     writer = _Vocabularies(data, target)
     if kept is None:
         ids = {feature.name: _as_known(feature, schema, writer) for feature in schema.categorical}
         return ids, {name: _number(name, Numeric(type="numeric"), None) for name in schema.numeric}
-    return {feature.name: _ids(feature.name, kept, writer) for feature in schema.categorical}, {
-        name: _number(name, kept.spec.columns[name], kept.fitted.moments.get(name)) for name in schema.numeric
-    }
+    features, sources = kept.spec.features, _sources(kept.spec)
+    numbers = {name: _number(name, features.columns[name], kept.fitted.moments.get(name)) for name in schema.numeric}
+    ids = {feature.name: _ids(feature.name, kept, writer) for feature in schema.categorical}
+    return (
+        {name: about | sources.get(name, {}) for name, about in ids.items()},
+        {name: about | sources.get(name, {}) for name, about in numbers.items()},
+    )
 
 
 def _as_known(feature: CategoricalFeature, schema: Schema, writer: "_Vocabularies") -> dict[str, Any]:
@@ -66,20 +65,34 @@ def _as_known(feature: CategoricalFeature, schema: Schema, writer: "_Vocabularie
     return about | (writer.write(known[0]) if known else {"kind": "row"})
 
 
+def _sources(spec: TableSpec) -> dict[str, dict[str, Any]]:
+    """Of features that are parts of a column: which one, and how they lie in it."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, column in spec.columns.items():
+        if isinstance(column, Vector):
+            about = {"column": name, "length": column.length, "separator": column.separator}
+            found |= {feature: about | {"place": place} for place, feature in enumerate(column.features(name))}
+        elif isinstance(column, Calendar):
+            parts = zip(column.features(name), ("hour", "weekday"), strict=True)
+            found |= {feature: {"column": name, "moment": part, "format": column.format} for feature, part in parts}
+    return found
+
+
 def _ids(name: str, kept: KeptSpec, writer: "_Vocabularies") -> dict[str, Any]:
-    column = kept.spec.columns[name]
+    spec = kept.spec.features
+    column = spec.columns[name]
     about: dict[str, Any] = {"column": name}
     if isinstance(column, Bucketised):
         return about | {"kind": "buckets", "boundaries": kept.fitted.boundaries[name]}
-    ids = kept.spec.ids[name]
+    ids = spec.ids[name]
     if isinstance(column, Lists):
         about["separator"] = column.separator
-        if name in kept.spec.weights:
-            about["weights"] = kept.spec.weights[name]
+        if name in spec.weights:
+            about["weights"] = spec.weights[name]
     if isinstance(column, Sequence):
         about |= {"max_length": column.max_length, "newest": column.newest}
     owner = ids.table or name
-    if kept.spec.ids[owner].hash is not None:
+    if spec.ids[owner].hash is not None:
         return about | {"kind": "hash", "dtype": ids.dtype}
     return about | writer.write(owner) | {"dtype": ids.dtype}
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .bundle import Bundle, RowError, shown
 from .look_ups import Ids, LookUp, load_look_up
-from .values import elements, finite, number
+from .values import elements, finite, moment, number
 
 Row = Mapping[str, Any]
 
@@ -51,11 +51,12 @@ class RowEncoder:
 
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
+        missing = frozenset(manifest["null_words"])
         self._features = [
-            _Feature(about, load_look_up(bundle, about["raw"], manifest["tables"][about["table"]]["rows"]))
+            _Feature(about, load_look_up(bundle, about["raw"], manifest["tables"][about["table"]]["rows"]), missing)
             for about in manifest["features"]
         ]
-        self._numeric = [_Numeric(about) for about in manifest["numeric"]]
+        self._numeric = [_Numeric(about, missing) for about in manifest["numeric"]]
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
         """A row that cannot be scored is left out, with its reason; the others are as if it was not there."""
@@ -77,19 +78,23 @@ class RowEncoder:
 
 
 class _Feature:
-    def __init__(self, about: dict[str, Any], look_up: LookUp) -> None:
-        raw = about["raw"]
+    def __init__(self, about: dict[str, Any], look_up: LookUp, missing: frozenset[str]) -> None:
+        raw, self._missing = about["raw"], missing
+        self._moment, self._written = raw.get("moment"), raw.get("format", "")
         self.name, self._look_up, self._column = about["name"], look_up, raw["column"]
         self._many, self._separator, self._weights = about["multi_valued"], raw.get("separator"), raw.get("weights")
         self._most, self._newest_first = raw.get("max_length"), raw.get("newest") == "first"
 
     def read(self, row: Row) -> Any:
         """A value, or lists of values and weights; None: it is missing."""
-        value = _of(row, self._column)
+        value = _of(row, self._column, self._missing)
         try:
+            if self._moment is not None:
+                value = moment(value, self._written, self._moment)
             if not self._many:
                 return self._look_up.read(value)
-            found = [self._look_up.read(element) for element in elements(value, self._separator)]
+            parts = _without(elements(value, self._separator), self._missing)
+            found = [self._look_up.read(element) for element in parts]
         except RowError as error:
             raise RowError(f"{self._column}={error}") from None
         weights = None if self._weights is None else self._weights_of(row, self._weights, len(found))
@@ -100,7 +105,8 @@ class _Feature:
 
     def _weights_of(self, row: Row, column: str, wanted: int) -> list[float]:
         try:
-            found = [number(element) for element in elements(_of(row, column), self._separator)]
+            parts = _without(elements(_of(row, column, self._missing), self._separator), self._missing)
+            found = [number(element) for element in parts]
         except RowError as error:
             raise RowError(f"{column}={error}") from None
         if len(found) != wanted:
@@ -130,8 +136,9 @@ class _Feature:
 
 
 class _Numeric:
-    def __init__(self, about: dict[str, Any]) -> None:
-        raw = about["raw"]
+    def __init__(self, about: dict[str, Any], null_words: frozenset[str]) -> None:
+        raw, self._null_words = about["raw"], null_words
+        self._place, self._length, self._separator = (raw.get(key) for key in ("place", "length", "separator"))
         self._column, self._log, self._missing, self._moments = (
             raw[key] for key in ("column", "log", "missing", "moments")
         )
@@ -139,7 +146,7 @@ class _Numeric:
     def read(self, row: Row) -> float:
         """The number, or what stands for a missing one."""
         try:
-            found = number(_of(row, self._column))
+            found = number(self._value(row))
             if found == found:
                 # With log any finite number fits.
                 return found if self._log and abs(found) < np.inf else finite(found)
@@ -149,6 +156,16 @@ class _Numeric:
             raise RowError(f"{self._column} is missing, expected a number")
         return float(self._missing)
 
+    def _value(self, row: Row) -> Any:
+        """The number as it is in the row, or at its place in a vector."""
+        value = _of(row, self._column, self._null_words)
+        if self._place is None:
+            return value
+        parts = _without(elements(value, self._separator), self._null_words)
+        if len(parts) != self._length and (parts or self._missing is None):
+            raise RowError(f"{shown(value)}, expected {self._length} numbers")
+        return parts[self._place] if parts else None
+
     def transformed(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         if self._log:
             values = np.sign(values) * np.log1p(np.abs(values))
@@ -157,8 +174,18 @@ class _Numeric:
         return values
 
 
-def _of(row: Row, column: str) -> Any:
+def _of(row: Row, column: str, null_words: frozenset[str]) -> Any:
     try:
-        return row[column]
+        value = row[column]
     except KeyError:
         raise RowError(f"{column} is not in the row; give every column, null where its value is missing") from None
+    return None if isinstance(value, str) and value in null_words else value
+
+
+def _without(values: list[Any], null_words: frozenset[str]) -> list[Any]:
+    """The same, None for words that count as missing."""
+    return (
+        [None if isinstance(value, str) and value in null_words else value for value in values]
+        if null_words
+        else values
+    )

@@ -5,6 +5,7 @@ The rules are those of megarec/data/preparation/values.py (docs/data.md), for va
 
 import math
 import re
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -146,3 +147,31 @@ def elements(value: Any, separator: str | None) -> list[Any]:
     raise RowError(
         f"{shown(value)}, expected a list" + ("" if separator is None else f", or text parted by {separator!r}")
     )
+
+
+def moment(value: Any, written: str, which: str) -> int | None:
+    """The hour (0 to 23) or weekday (0 is Monday) of a moment in UTC; None: it is missing.
+
+    Args:
+        written: how text and integers are written, by strptime.
+
+    Raises:
+        RowError: it is no such moment.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or value == "":
+        return None
+    found = value
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        try:
+            found = datetime.strptime(str(value), written)
+        except ValueError:
+            found = None
+    elif isinstance(value, datetime):
+        found = value if value.tzinfo is None else value.astimezone(UTC)
+    elif isinstance(value, date):
+        found = datetime(value.year, value.month, value.day)
+    if not isinstance(found, datetime):
+        raise RowError(f"{shown(value)}, expected a moment written as {written!r}")
+    return found.hour if which == "hour" else found.weekday()
