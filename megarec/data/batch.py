@@ -105,11 +105,12 @@ class _Spare:
         """At least so many bytes, which are the caller's for as long as anything refers to them."""
         with self._lock:
             free = [number for number in range(len(self._all)) if _references(self._all, number) == _UNUSED]
-            fitting = [number for number in free if self._all[number].nbytes >= size]
-            if fitting:
-                return self._all[fitting[0]]
-            for number in reversed(free[: max(0, len(free) - self._KEPT + 1)]):
-                del self._all[number]
+            free.sort(key=lambda number: self._all[number].nbytes, reverse=True)
+            for number in sorted(free[self._KEPT :], reverse=True):
+                del self._all[number]  # as many as an evaluation held at once may be free now
+            for number in range(len(self._all)):
+                if self._all[number].nbytes >= size and _references(self._all, number) == _UNUSED:
+                    return self._all[number]
             found = np.empty(size + size // 8, np.uint8)  # lists make the next one somewhat larger
             self._all.append(found)
             return found

@@ -182,10 +182,13 @@ def ranges(task: MergeTask) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
         [words] = files[path].batches
         values = words.column(f"{feature}:values").flatten()
         if len(values):
-            runs.append((values, words.column(f"{feature}:counts").flatten()))
+            runs.append((values, words.column(f"{feature}:counts").flatten(), files[path]))
     starts = [0] * len(runs)
-    for bound in [*_bounds([values for values, _ in runs]), None]:
-        ends = [len(values) if bound is None else place(values, bound) for values, _ in runs]
+    for bound in [*_bounds([(values, file) for values, _, file in runs]), None]:
+        ends = []
+        for values, _, file in runs:
+            ends.append(len(values) if bound is None else place(values, bound))
+            file.release()  # a search touches pages all over the run, and each maps its neighbours
         parts = [
             (run[0].slice(start, end - start), run[1].slice(start, end - start))
             for run, start, end in zip(runs, starts, ends, strict=True)
@@ -210,15 +213,17 @@ def _together(values: list[pa.Array], counts: list[pa.Array]) -> tuple[pa.Array,
     return table["value"].combine_chunks(), table["n_sum"].combine_chunks().to_numpy()
 
 
-def _bounds(runs: list[pa.Array]) -> list[Any]:
+def _bounds(runs: list[tuple[pa.Array, Mapped]]) -> list[Any]:
     """Values that cut all runs into ranges of about MERGE_VALUES values."""
-    total = sum(map(len, runs))
+    total = sum(len(values) for values, _ in runs)
     ranges = -(-total // MERGE_VALUES)
     if ranges <= 1:
         return []
-    weighted = sorted(
-        (values[i * len(values) // _SAMPLES].as_py(), len(values)) for values in runs for i in range(_SAMPLES)
-    )
+    weighted: list[tuple[Any, int]] = []
+    for values, file in runs:
+        weighted += ((values[i * len(values) // _SAMPLES].as_py(), len(values)) for i in range(_SAMPLES))
+        file.release()
+    weighted.sort()
     found: list[Any] = []
     below = 0.0
     for value, size in weighted:
