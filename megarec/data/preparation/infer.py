@@ -145,11 +145,10 @@ def _sample(path: Path) -> tuple[Keys, pa.RecordBatch]:
             for _, block in islice(said.blocks(lambda names: None), 1):
                 return keys, json_lines.sample(said, block, SAMPLE_ROWS)
             raise UserError(f"{path}: no rows to infer from")
-        delimiter = DELIMITERS.get(kind.suffix)
-        if delimiter is None or kind.suffix == ".txt":
-            delimiter = _delimiter(said)
-            if delimiter != DELIMITERS.get(kind.suffix):
-                keys["delimiter"] = delimiter, "stands equally often in all of the first lines"
+        usual = DELIMITERS.get(kind.suffix)
+        delimiter = _delimiter(said, usual, sure=kind.suffix != ".txt")
+        if delimiter != usual:
+            keys["delimiter"] = delimiter, "stands equally often in all of the first lines"
         text = replace(said, delimiter=delimiter, names=None)
         for names, block in islice(text.blocks(lambda names: None), 1):
             if len(set(names)) == len(names) and not any(_is_number(name) or not name for name in names):
@@ -175,14 +174,23 @@ def _encoding(path: Path, compression: str | None) -> tuple[str, str] | None:
     return None
 
 
-def _delimiter(text: TextFile) -> str:
-    """The one that the first lines have, each as often as the others; the tab before the comma."""
+def _delimiter(text: TextFile, usual: str | None, sure: bool) -> str:
+    """The one that the first lines have, each as often as the others; the tab before the comma.
+
+    Args:
+        usual: what the file's name stands for; spreadsheets write CSV with semicolons, too.
+        sure: whether that is it wherever the first line has it.
+    """
     for _, block in islice(text.blocks(lambda names: None), 1):
         lines = [line for line in block.splitlines()[:100] if line]
+        if sure and usual is not None and lines and usual.encode() in lines[0]:
+            return usual
         for delimiter in ("\t", ",", ";", "|"):
             times = {line.count(delimiter.encode()) for line in lines}
             if len(times) == 1 and times != {0}:
                 return delimiter
+    if sure and usual is not None:
+        return usual  # one column
     raise UserError(f"{text.path}: no tab, comma, semicolon or bar stands equally often in all of its first lines")
 
 

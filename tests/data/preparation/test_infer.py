@@ -48,7 +48,13 @@ def rows() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "delimiter", "keys"), [("log.csv", ",", {}), ("log.tsv", "\t", {}), ("log.txt", ";", {"delimiter": ";"})]
+    ("name", "delimiter", "keys"),
+    [
+        ("log.csv", ",", {}),
+        ("log.csv", ";", {"delimiter": ";"}),
+        ("log.tsv", "\t", {}),
+        ("log.txt", ";", {"delimiter": ";"}),
+    ],
 )
 def test_columns_are_what_they_look_like(tmp_path: Path, name: str, delimiter: str, keys: dict[str, str]) -> None:
     columns = rows()
