@@ -74,13 +74,16 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data", type=Path, metavar="DIR", help="the prepared data set (default: of the run's config)"
     )
+    command.add_argument(
+        "--calibrate", action="store_true", default=None, help="probabilities with a temperature fitted on valid"
+    )
     command.add_argument("--tables", choices=get_args(TableType), help="type of the tables' numbers (default: fp32)")
 
 
 def export(directory: Path, arguments: argparse.Namespace) -> dict[str, object]:
     """Hand on the model of a checkpoint; what is printed of it."""
     if arguments.format == "native":
-        for option in ("data", "tables"):
+        for option in ("data", "tables", "calibrate"):
             if getattr(arguments, option) is not None:
                 raise UserError(f"--{option} is for --format onnx and torch; leave it out, or choose one of these")
         return offline.export(directory, arguments.target)
@@ -90,7 +93,12 @@ def export(directory: Path, arguments: argparse.Namespace) -> dict[str, object]:
         what = f"--format {arguments.format} needs the packages of the extra 'export' ({error})"
         raise UserError(f"{what}: pip install 'megarec[export]'") from error
     return export_bundle(
-        directory, arguments.target, arguments.data, arguments.tables or "fp32", program=arguments.format == "torch"
+        directory,
+        arguments.target,
+        arguments.data,
+        arguments.tables or "fp32",
+        program=arguments.format == "torch",
+        calibrate=bool(arguments.calibrate),
     )
 
 

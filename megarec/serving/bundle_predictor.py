@@ -11,9 +11,12 @@ from torch import Tensor
 
 from megarec.config.sections import RunConfig
 from megarec.data.batch import Batch, Ids
+from megarec.data.loader import EvalLoader
 from megarec.data.schema import Schema
+from megarec.data.store import open_split
 from megarec.errors import UserError
 from megarec.files import read_object, write_json
+from megarec.metrics.calibrated import fit_temperature
 
 RUN_FILE = "run.json"
 
@@ -57,6 +60,25 @@ class BundlePredictor:
 def write_run(directory: Path, config: RunConfig, schema: Schema) -> None:
     """Write what `BundlePredictor` reads beside the scorer's files."""
     write_json(directory / RUN_FILE, {"config": config.model_dump(by_alias=True), "schema": schema.model_dump()})
+
+
+def fitted_temperature(directory: Path, data: Path) -> float:
+    """What a bundle's logits are divided by for the least LogLoss on the split valid.
+
+    Args:
+        data: the prepared data set.
+
+    Raises:
+        UserError: the split cannot be read.
+    """
+    model = BundlePredictor(directory)
+    store = open_split(data, "valid", model.schema, model.config.data.bad_rows, model.config.data.cache)
+    rows = EvalLoader(
+        store, model.schema, batch_size=4096, rank=0, world_size=1, seed=1, prefetch=1, pin_memory=False
+    )  # fmt: skip
+    scored = [(model.predict(batch)[: batch.valid], batch.labels[: batch.valid]) for batch in rows.batches()]
+    logits, labels = (torch.cat(parts).numpy() for parts in zip(*scored, strict=True))
+    return fit_temperature(logits, labels).temperature
 
 
 def _ids(found: Ids) -> Any:

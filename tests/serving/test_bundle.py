@@ -252,3 +252,18 @@ def test_evaluate_takes_a_bundle(
         found.append(json.loads(capsys.readouterr().out))
     assert found[1]["auc"] == pytest.approx(found[0]["auc"], abs=1e-6)
     assert found[1]["logloss"] == pytest.approx(found[0]["logloss"], abs=1e-6)
+
+
+def test_probabilities_are_calibrated_if_asked(trained: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    """By the temperature that does best on the split valid, found here by trying many."""
+    export_bundle(trained("dcn"), tmp_path / "plain")
+    export_bundle(trained("dcn"), tmp_path / "out", calibrate=True)
+    plain, scorer, rows = Scorer(tmp_path / "plain"), Scorer(tmp_path / "out"), raw_rows(data, "valid")
+    logits, labels = plain.score(rows).logits.astype(np.float64), np.array([row["label"] for row in rows])
+    tried = np.geomspace(0.05, 50, 3_000)
+    losses = [np.logaddexp(0, np.where(labels, -logits, logits) / temperature).mean() for temperature in tried]
+    best = float(tried[int(np.argmin(losses))])
+    assert scorer.bundle.manifest["temperature"] == pytest.approx(best, rel=5e-3) and abs(best - 1) > 0.01
+    found = scorer.score(rows)
+    assert found.logits.tolist() == plain.score(rows).logits.tolist()
+    assert found.probabilities == pytest.approx(1 / (1 + np.exp(-logits / best)), abs=5e-3)

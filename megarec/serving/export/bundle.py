@@ -19,7 +19,7 @@ from megarec.errors import UserError
 from megarec.files import file_name, write_json
 from megarec.run.spec import ModelSpec
 from megarec.serving import scorer
-from megarec.serving.bundle_predictor import write_run
+from megarec.serving.bundle_predictor import fitted_temperature, write_run
 from megarec.serving.export.golden import golden_sample
 from megarec.serving.export.graph import export_onnx, export_program, scored_model
 from megarec.serving.export.raw_values import write_raw_values
@@ -47,7 +47,12 @@ DENSE_FILE, PROGRAM_FILE, GOLDEN_FILE, SCORER = "dense.onnx", "dense.pt2", "gold
 
 
 def export_bundle(
-    checkpoint: Path, target: Path, data: Path | None = None, tables: TableType = "fp32", program: bool = False
+    checkpoint: Path,
+    target: Path,
+    data: Path | None = None,
+    tables: TableType = "fp32",
+    program: bool = False,
+    calibrate: bool = False,
 ) -> dict[str, Any]:
     """Write the scoring bundle of a checkpoint; the directory is there whole or not at all.
 
@@ -56,6 +61,7 @@ def export_bundle(
         data: the prepared data set that the run was trained on; None: where the run's config says.
         tables: the type in which embedding tables are written.
         program: whether the dense model is written as a `torch.export` program as well.
+        calibrate: whether logits are divided by a temperature that is fitted on the split valid.
 
     Returns:
         How many files and bytes, and what is said of the checkpoint.
@@ -74,7 +80,7 @@ def export_bundle(
         export_onnx(model, directory / DENSE_FILE)
         if program:
             export_program(model, directory / PROGRAM_FILE)
-        manifest |= {"dense": DENSE_FILE, "golden": GOLDEN_FILE, "width": layout.width}
+        manifest |= {"dense": DENSE_FILE, "golden": GOLDEN_FILE, "width": layout.width, "temperature": 1.0}
         shutil.copytree(Path(scorer.__file__).parent, directory / SCORER, ignore=shutil.ignore_patterns("__pycache__"))
         (directory / "score.py").write_text(SCORE)
         write_run(directory, config, schema)
@@ -83,6 +89,9 @@ def export_bundle(
         write_json(directory / GOLDEN_FILE, golden_sample(Bundle(directory), model))
         manifest["files"] = _files(directory)
         write_json(directory / MANIFEST, manifest)
+        if calibrate:
+            manifest["temperature"] = fitted_temperature(directory, prepared)
+            write_json(directory / MANIFEST, manifest)
     size = sum(about["bytes"] for about in manifest["files"].values())
     return {"files": len(manifest["files"]), "bytes": size, **said_of(checkpoint, read_index(checkpoint))}
 

@@ -22,7 +22,7 @@ class Scores:
     """What became of the rows.
 
     Attributes:
-        probabilities: float64 [rows]; NaN where a row has an error.
+        probabilities: float64 [rows], calibrated if the export was; NaN where a row has an error.
         logits: float32 [rows], what the model itself says; NaN likewise.
         errors: by place of a row, why it has no score.
     """
@@ -49,6 +49,7 @@ class Scorer:
         manifest = self.bundle.manifest
         self._encoder = RowEncoder(self.bundle)
         self._tables = open_tables(self.bundle)
+        self._temperature = float(manifest["temperature"])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -84,7 +85,7 @@ class Scorer:
 
     def _probabilities(self, logits: Floats) -> NDArray[np.float64]:
         with np.errstate(over="ignore"):
-            return 1 / (1 + np.exp(-logits.astype(np.float64)))
+            return 1 / (1 + np.exp(-logits.astype(np.float64) / self._temperature))
 
     def _check_golden(self) -> None:
         path = self.bundle.path(self.bundle.manifest["golden"])
