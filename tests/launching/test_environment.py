@@ -17,7 +17,8 @@ exec "{python}" -c 'import json, sys; print(json.dumps(["{name}", *sys.argv[1:]]
 
 def calls(tmp_path: Path, script: str, *arguments: str) -> list[list[str]]:
     """What a script of launch/ calls of the environment, after its installation."""
-    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    for folder in ("launch", "ds_configs/studies"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     for path in ROOT.glob("requirements*.txt"):
         shutil.copy(path, tmp_path)
     log, programs = tmp_path / "log", tmp_path / "environment/bin"

@@ -105,7 +105,7 @@ def infer_from(named: str, name: str, keys: Keys, sample: pa.RecordBatch, target
         **{key: value for key, (value, _) in keys.items()},
         "columns": {guess.name: guess.column for guess in guesses},
     }
-    TableSpec.model_validate(json.loads(json.dumps(spec)), strict=False)
+    TableSpec.model_validate_json(json.dumps(spec), strict=False)
     lines = json.dumps(spec, indent=2)
     lines = re.sub(r"\{\n\s+([^{}]*?)\n\s+\}", lambda m: "{" + re.sub(r"\n\s+", " ", m[1]) + "}", lines)
     target.parent.mkdir(parents=True, exist_ok=True)
