@@ -171,6 +171,7 @@ ELSEWHERE = {  # where another reader stands, and why
     "megarec/launching/probe.py": "runs on hosts without this package, on the launcher's own words",
     "megarec/launching/probe_client.py": "a path in an answer may hold any byte; what is no JSON is a host's failure",
     "megarec/data/preparation/encode.py": "the work's own note; what is not whole is made again",
+    "megarec/data/preparation/infer.py": "the spec that it is about to write, as its reader would take it",
     "megarec/data/preparation/merge.py": "the work's own note; what is not whole is made again",
     "megarec/data/preparation/scan.py": "the work's own note; what is not whole is made again",
     "megarec/data/preparation/splits.py": "the work's own note; what is not whole is made again",
