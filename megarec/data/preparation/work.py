@@ -26,6 +26,7 @@ from megarec.ray_cluster import TasksLost
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 _PATIENCE = 60.0  # seconds for the processes of a killed preparation to end
+_AHEAD = 16  # tasks under way a worker: behind a long one, such as the largest vocabulary, the others go on
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _AT_ONCE = 0.5  # seconds of a phase in which it takes up what an earlier process finished: that says nothing of speed
 _RECENT = 60.0  # seconds by which speed is judged
@@ -126,7 +127,7 @@ class Workers:
         try:
             for task in tasks:
                 waiting.append((task, self._pool.submit(function, task)))
-                if len(waiting) >= 2 * self._count:
+                if len(waiting) >= _AHEAD * self._count:
                     first, result = waiting.popleft()
                     yield first, result.result()
             while waiting:
