@@ -33,8 +33,11 @@ def on_ssh_host(host: str, command: Sequence[str], options: Sequence[str] = OPTI
 
 
 def keep_alive(seconds: float) -> tuple[str, ...]:
-    """Options that end an ssh whose connection has been dead for about so long, instead of never."""
-    return ("-o", "ServerAliveInterval=15", "-o", f"ServerAliveCountMax={max(2, round(seconds / 15))}")
+    """Options that end an ssh whose connection has been dead for longer than that, instead of never.
+
+    The last answer may be 15 s older than the fault: with one probe more, ranks that wait so long say why first.
+    """
+    return ("-o", "ServerAliveInterval=15", "-o", f"ServerAliveCountMax={max(2, round(seconds / 15)) + 1}")
 
 
 def read_environment(directories: list[Path]) -> dict[str, str]:
