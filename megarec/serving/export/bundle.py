@@ -11,6 +11,7 @@ from megarec.checkpoint.format import read_index
 from megarec.checkpoint.offline import new_directory, said_of
 from megarec.checkpoint.sparse import TABLES
 from megarec.config.sections import RunConfig
+from megarec.data.preparation.formats import is_utf8
 from megarec.data.preparation.kept_spec import SPEC_FILE, load_prepared
 from megarec.data.preparation.table_spec import TableSpec
 from megarec.data.schema import Schema, identity_difference, load_schema
@@ -30,6 +31,7 @@ from megarec.serving.scorer.tables import TableType, encode_rows
 from megarec.sparse.layout import EmbeddingLayout, Table
 from megarec.sparse.run_placement import layouts_by_host
 
+WITH_MARK = "utf-8-sig"  # UTF-8, with or without a byte order mark
 PIECE = 1 << 24  # bytes of float32 rows in memory at a time
 SCORE = '''\
 """Predictions of a file's raw rows: python score.py rows.csv > predictions.csv (needs numpy and onnxruntime)."""
@@ -73,7 +75,7 @@ def export_bundle(
     spec = checked_spec(config, schema, weights)
     prepared = data or Path(config.data.path)
     _check_data(schema, prepared, checkpoint)
-    layout = looked_up(config, spec)
+    layout = _looked_up(spec)
     with new_directory(target) as directory:
         manifest = _manifest(config, schema, layout, weights, prepared, tables, directory)
         model = scored_model(config, spec, weights, layout.width)
@@ -99,8 +101,9 @@ def export_bundle(
 def _text_files(spec: TableSpec | None) -> dict[str, Any]:
     """How the text files look that the model was trained on."""
     if spec is None:
-        return {"delimiter": None, "columns": None}
-    return {"delimiter": spec.delimiter, "columns": None if spec.header else list(spec.columns)}
+        return {"encoding": WITH_MARK, "delimiter": None, "columns": None}
+    encoding = WITH_MARK if is_utf8(spec.encoding) else spec.encoding
+    return {"encoding": encoding, "delimiter": spec.delimiter, "columns": None if spec.header else list(spec.columns)}
 
 
 def _files(directory: Path) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def _files(directory: Path) -> dict[str, Any]:
     }
 
 
-def looked_up(config: RunConfig, spec: ModelSpec) -> EmbeddingLayout:
+def _looked_up(spec: ModelSpec) -> EmbeddingLayout:
     """The features whose pooled rows lie side by side in front of the tower modules, or of the dense model."""
     (layout,) = layouts_by_host(spec.layout, ONE_RANK, "flat", spec.towers)
     return layout

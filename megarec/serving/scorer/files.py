@@ -16,7 +16,8 @@ def rows_of(path: Path, about: dict[str, Any]) -> Iterator[list[dict[str, Any]]]
     """The rows of a file, ROWS_AT_ONCE at a time.
 
     Args:
-        about: how the files look that the model was trained on: `delimiter`, and `columns` where they have no header.
+        about: how the files look that the model was trained on: `encoding`, `delimiter`, and `columns` where they have
+            no header.
 
     Raises:
         ScoringError: the file cannot be read.
@@ -25,7 +26,7 @@ def rows_of(path: Path, about: dict[str, Any]) -> Iterator[list[dict[str, Any]]]
         if path.suffix in (".parquet", ".arrow", ".feather"):
             yield from _arrow(path)
         elif path.suffix in TEXT or about["delimiter"] is not None:
-            with path.open(newline="", encoding="utf-8-sig") as file:
+            with path.open(newline="", encoding=about["encoding"]) as file:
                 yield from _text(file, about["delimiter"] or TEXT[path.suffix], about["columns"])
         else:
             raise ScoringError(f"{path}: expected a name that ends in {', '.join(TEXT)}, .parquet, .arrow or .feather")

@@ -1,7 +1,8 @@
 """Raw rows -> what the model reads: ids of every feature with the lengths of lists, and numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,8 @@ class RowEncoder:
             for about in manifest["features"]
         ]
         self._numeric = [_Numeric(about, missing) for about in manifest["numeric"]]
+        # The numbers of a vector, which is read once for all of them.
+        self._columns = [list(same) for _, same in groupby(self._numeric, key=lambda own: own.column)]
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
         """A row that cannot be scored is left out, with its reason; the others are as if it was not there."""
@@ -65,7 +68,8 @@ class RowEncoder:
             try:
                 if not isinstance(row, Mapping):
                     raise RowError(f"{shown(row)}, expected an object with the columns as keys")
-                read.append(([f.read(row) for f in self._features], [n.read(row) for n in self._numeric]))
+                numbers = [own.number(value) for same in self._columns for own, value in same[0].split(row, same)]
+                read.append(([feature.read(row) for feature in self._features], numbers))
                 kept.append(place)
             except RowError as error:
                 errors[place] = str(error)
@@ -139,32 +143,35 @@ class _Numeric:
     def __init__(self, about: dict[str, Any], null_words: frozenset[str]) -> None:
         raw, self._null_words = about["raw"], null_words
         self._place, self._length, self._separator = (raw.get(key) for key in ("place", "length", "separator"))
-        self._column, self._log, self._missing, self._moments = (
+        self.column, self._log, self._missing, self._moments = (
             raw[key] for key in ("column", "log", "missing", "moments")
         )
 
-    def read(self, row: Row) -> float:
-        """The number, or what stands for a missing one."""
+    def split(self, row: Row, same: Sequence["_Numeric"]) -> Iterator[tuple["_Numeric", Any]]:
+        """Each of the features of this one's column, with its raw value."""
+        value = _of(row, self.column, self._null_words)
+        if self._place is None:
+            return zip(same, [value] * len(same), strict=True)
         try:
-            found = number(self._value(row))
+            parts = _without(elements(value, self._separator), self._null_words)
+        except RowError as error:
+            raise RowError(f"{self.column}={error}") from None
+        if len(parts) != self._length and (parts or self._missing is None):
+            raise RowError(f"{self.column}={shown(value)}, expected {self._length} numbers")
+        return ((own, parts[own._place] if parts else None) for own in same)
+
+    def number(self, value: Any) -> float:
+        """The number of a raw value, or what stands for a missing one."""
+        try:
+            found = number(value)
             if found == found:
                 # With log any finite number fits.
                 return found if self._log and abs(found) < np.inf else finite(found)
         except RowError as error:
-            raise RowError(f"{self._column}={error}") from None
+            raise RowError(f"{self.column}={error}") from None
         if self._missing is None:
-            raise RowError(f"{self._column} is missing, expected a number")
+            raise RowError(f"{self.column} is missing, expected a number")
         return float(self._missing)
-
-    def _value(self, row: Row) -> Any:
-        """The number as it is in the row, or at its place in a vector."""
-        value = _of(row, self._column, self._null_words)
-        if self._place is None:
-            return value
-        parts = _without(elements(value, self._separator), self._null_words)
-        if len(parts) != self._length and (parts or self._missing is None):
-            raise RowError(f"{shown(value)}, expected {self._length} numbers")
-        return parts[self._place] if parts else None
 
     def transformed(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         if self._log:
@@ -184,8 +191,6 @@ def _of(row: Row, column: str, null_words: frozenset[str]) -> Any:
 
 def _without(values: list[Any], null_words: frozenset[str]) -> list[Any]:
     """The same, None for words that count as missing."""
-    return (
-        [None if isinstance(value, str) and value in null_words else value for value in values]
-        if null_words
-        else values
-    )
+    if not null_words:
+        return values
+    return [None if isinstance(value, str) and value in null_words else value for value in values]
