@@ -1,6 +1,7 @@
 """Every model leaves the trainer: raw rows scored by numpy and onnxruntime have the trainer's logits."""
 
 import csv
+import importlib.util
 import json
 import runpy
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from google.protobuf import text_format
 
 from megarec.checkpoint.offline import locate
 from megarec.commands import evaluate
@@ -260,6 +262,17 @@ class _Tensor:
         return self._values
 
 
+def triton_config(text: str) -> Any:
+    """Read by Triton's own definition; a field that it does not know, or a wrong type, is an error."""
+    package = importlib.util.find_spec("tritonclient")
+    if package is None:
+        pytest.skip("tritonclient is not installed (requirements-dev.txt)")
+    (place,) = package.submodule_search_locations or ()
+    # This file alone: its package would import gRPC, which does not like the forks of other tests.
+    module = runpy.run_path(f"{place}/grpc/model_config_pb2.py")
+    return text_format.Parse(text, module["ModelConfig"]())
+
+
 def test_triton_runs_the_scorer(
     trained: Callable[[str], Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +291,18 @@ def test_triton_runs_the_scorer(
     first, second = model.execute([{"row": _Tensor("row", texts)}, {"row": _Tensor("row", bad)}])
     assert first[0].as_numpy()[:, 0] == pytest.approx(Scorer(tmp_path / "out").score(rows).probabilities, abs=1e-7)
     assert first[1].as_numpy()[:, 0].tolist() == [""] * 5 and "expected an object" in second[1].as_numpy()[0, 0]
+
+    config = triton_config((tmp_path / "out/config.pbtxt").read_text())
+    assert config.backend == "python" and config.max_batch_size > 0 and config.HasField("dynamic_batching")
+    types_of = {"TYPE_FP64": np.dtype(np.float64), "TYPE_STRING": np.dtype(object)}
+    kind = config.DESCRIPTOR.fields_by_name["input"].message_type.fields_by_name["data_type"].enum_type
+    for declared, tensors in ((config.input, [_Tensor("row", texts)]), (config.output, first)):
+        assert [one.name for one in declared] == [tensor.name for tensor in tensors]
+        for one, tensor in zip(declared, tensors, strict=True):
+            assert tensor.as_numpy().shape == (5, *one.dims)  # max_batch_size puts the batch before these
+            assert tensor.as_numpy().dtype == types_of[kind.values_by_number[one.data_type].name]
+    with pytest.raises(text_format.ParseError, match="max_batch_sizes"):
+        triton_config("max_batch_sizes: 4")
 
 
 def test_evaluate_takes_a_bundle(
