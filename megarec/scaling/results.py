@@ -125,7 +125,9 @@ def _read_row(path: Path) -> Row:
 
 
 def _validation_loss(trial: Trial, row: Row) -> float:
-    quality = row[f"valid_{trial.config.train.best_by}"]
+    best_by, (auc, logloss) = trial.config.train.best_by, (row["valid_auc"], row["valid_logloss"])
+    both = None if auc is None or logloss is None else auc - logloss
+    quality = {"auc": auc, "logloss": logloss, "auc_minus_logloss": both}[best_by]
     if quality is None or not math.isfinite(quality):  # of a split without rows or with one label, or of no numbers
         return float("inf")
     return float(quality if trial.config.train.best_by == "logloss" else -quality)
