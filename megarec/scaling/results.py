@@ -173,8 +173,10 @@ def _read_row(path: Path) -> Row:
 
 
 def validation_loss(trial: Trial, row: Row) -> float:
-    """Validation LogLoss, or minus the AUC, by `train.best_by`; infinite: the row has none."""
-    quality = row[f"valid_{trial.config.train.best_by}"]
+    """What `train.best_by` asks for of validation, turned so that less is better; infinite: the row has none."""
+    best_by, (auc, logloss) = trial.config.train.best_by, (row["valid_auc"], row["valid_logloss"])
+    both = None if auc is None or logloss is None else auc - logloss
+    quality = {"auc": auc, "logloss": logloss, "auc_minus_logloss": both}[best_by]
     if quality is None or not math.isfinite(quality):  # of a split without rows or with one label, or of no numbers
         return math.inf
     return float(quality if trial.config.train.best_by == "logloss" else -quality)

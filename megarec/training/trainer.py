@@ -173,11 +173,12 @@ def _nothing_to_train(run: Run, state: TrainState) -> str | None:
 def _check_validation(run: Run) -> None:
     """Raise a UserError where no validation could ever choose a best model."""
     labels = run.valid.store.labels
-    if run.config.train.best_by == "auc" and len(labels) == 1:
+    best_by = run.config.train.best_by
+    if best_by != "logloss" and len(labels) == 1:
         raise UserError(
-            f"train.best_by='auc': all {len(run.valid.store):,} labels of the split valid of {run.config.data.path} "
-            f"are {labels[0]:g}, and one class has no AUC; use train.best_by='logloss', or prepare a split valid "
-            "with both labels"
+            f"train.best_by={best_by!r}: all {len(run.valid.store):,} labels of the split valid of "
+            f"{run.config.data.path} are {labels[0]:g}, and one class has no AUC; use train.best_by='logloss', or "
+            "prepare a split valid with both labels"
         )
 
 
@@ -223,11 +224,13 @@ def _write_output(run: Run, name: str, content: str, told: str) -> None:
 
 
 def evaluate(run: Run, loader: EvalLoader) -> Quality:
-    """Exact metrics over all examples of a split and all ranks; collective, the same on every rank."""
+    """Exact metrics over all examples of a split and all ranks, of averaged weights where the run has them; collective,
+    the same on every rank."""
     predictions = Predictions()
-    for batch in loader.batches():
-        batch = batch.to(run.device)
-        predictions.add(predict(run.dense, run.sparse, batch), batch.labels, batch.valid)
+    with run.averages.in_place():
+        for batch in loader.batches():
+            batch = batch.to(run.device)
+            predictions.add(predict(run.dense, run.sparse, batch), batch.labels, batch.valid)
     return predictions.gather(run.topology.world, loader.groups)
 
 
@@ -309,6 +312,8 @@ class Trainer:
         action: Action = "go on"
         if result.cause is None:
             self.policy.applied(self.step_check.loss)
+            with timer.part("optimizer"):
+                run.averages.update(state.step + 1 - state.skipped_steps)
             step_log.window.add(result.logits, batch.labels)
         else:
             action = self.policy.skipped(result.cause)
@@ -355,7 +360,8 @@ class Trainer:
         self.prefetcher.drain()  # the ids of the next step are its traffic
         with self.step_log.off_the_clock():
             found = evaluate(run, run.valid)
-        improved = self.patience.update(found.logloss if config.train.best_by == "logloss" else -found.auc)
+        score = float(getattr(found, config.train.best_by))
+        improved = self.patience.update(score if config.train.best_by == "logloss" else -score)
         if (reason := why_undefined(found, config.train.best_by)) is not None:
             _log.warning(
                 "VALIDATION AT STEP %d HAS NO %s, SO IT CANNOT BE THE BEST: %s",
