@@ -196,6 +196,9 @@ class TrainConfig(Section):
     early_stopping: Positive | None = Field(
         None, description="stop after this many validations without improvement; null: never"
     )
+    test: bool = Field(
+        True, description="test the best model at the end; false: a search leaves the test split to what it chooses"
+    )
     checkpoint_every: Positive | None = Field(
         None, description="optimizer steps between checkpoints; null: at every validation"
     )

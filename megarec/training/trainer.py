@@ -39,7 +39,8 @@ _log = logging.getLogger(__name__)
 def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
     """Train, keep the best by validation, test it, write metrics.json; collective.
 
-    A run that its fault policy stops writes one too, with the reason as "stopped" and no "test".
+    A run that its fault policy stops writes one too, with the reason as "stopped" and no "test"; one with train.test
+    off has no "test" either.
 
     Args:
         resume: continue from the latest checkpoint under train.output_dir, or start from scratch if there is none.
@@ -130,17 +131,19 @@ def _train_and_test(
 
     checkpoints.wait()
     best = None if math.isinf(state.best) else checkpoints.load_best()
-    valid, test = evaluate(run, run.valid), evaluate(run, run.test)
+    valid, test = evaluate(run, run.valid), evaluate(run, run.test) if config.train.test else None
     problem = _why_not_finished(run, state, valid, test)
     if problem is not None:
         _log.warning("%s", problem)
     at = f"step {state.step}, the last" if best is None else f"step {best}, the best by {config.train.best_by}"
     _log.info("valid at %s: %s", at, in_words(valid))
-    _log.info("test  at %s: %s", at, in_words(test))
-    monitor.scalars(state.step, step_log.points("test", test))
+    metrics: dict[str, Any] = {}
+    if test is not None:
+        _log.info("test  at %s: %s", at, in_words(test))
+        monitor.scalars(state.step, step_log.points("test", test))
+        metrics["test"] = described(test)
     monitor.flush()
-    metrics = {
-        "test": described(test),
+    metrics |= {
         "valid": described(valid),
         "step": state.step if best is None else best,
         "best_by": None if best is None else config.train.best_by,
@@ -179,7 +182,7 @@ def _check_validation(run: Run) -> None:
         )
 
 
-def _why_not_finished(run: Run, state: TrainState, valid: Quality, test: Quality) -> str | None:
+def _why_not_finished(run: Run, state: TrainState, valid: Quality, test: Quality | None) -> str | None:
     """Why what a run was asked for, the metrics of its best model, cannot be had; None: they can."""
     metric = run.config.train.best_by
     reason = why_undefined(valid, metric)
@@ -188,7 +191,7 @@ def _why_not_finished(run: Run, state: TrainState, valid: Quality, test: Quality
             f"no best model was chosen, as no validation had a finite {metric} (the last: {reason}); what is tested is "
             f"step {state.step}, the last. Correct or leave out such rows of the split valid, or lower learning rates"
         )
-    if test.not_finite:
+    if test is not None and test.not_finite:
         return (
             f"the tested model has no metrics: {test.not_finite:,} of {test.examples:,} logits of the split test are "
             "NaN or infinite; correct or leave out such rows of it"
