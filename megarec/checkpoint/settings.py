@@ -41,6 +41,8 @@ SPOKEN_OF = (
     "train.epochs",
     "train.max_steps",
     "train.seed",
+    "train.label_smoothing",
+    "train.ema",
     "deepspeed.optimizer",
     "deepspeed.gradient_clipping",
     "deepspeed.bf16",

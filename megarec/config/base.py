@@ -20,7 +20,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, le=1e6)]
 Above0 = Annotated[float, Field(ge=1e-30, le=1e6)]  # float32 knows no smaller ones that it can divide by
 Betas = tuple[Probability, Probability]
-Activation = Literal["relu", "silu"]
+Activation = Literal["relu", "silu", "gelu", "leaky_relu", "tanh", "sigmoid"]
+Norm = Literal["none", "layer", "batch"]
 
 
 class Section(BaseModel):
@@ -48,7 +49,12 @@ class ModelConfig(Section):
     activation: Activation = Field(
         "relu",
         description="relu as published; silu: a smooth one in place of every ReLU, with which rounding does not grow "
-        "(docs/parity.md)",
+        "(docs/parity.md); the others are of published recipes",
+    )
+    norm: Norm = Field(
+        "none",
+        description="before every hidden activation of the MLPs that end in the logit (head, AFN's mlp, FinalMLP's "
+        "mlp1 and mlp2): LayerNorm, or BatchNorm over the global batch, the same on every topology",
     )
     dropout: Probability = Field(
         0.0, description="after every hidden layer of the MLPs; the mask is the same on every topology"

@@ -209,6 +209,11 @@ def _check_across_fields(config: RunConfig, path: Path) -> None:
             f"model.numeric_bias lists {len(config.model.numeric_bias)} layers, but model.numeric_mlp with "
             f"{layers - 1} hidden widths has {layers}"
         )
+    if config.model.norm == "batch" and (count := config.deepspeed.get("gradient_accumulation_steps", 1)) != 1:
+        fail(
+            f"model.norm='batch' with deepspeed.gradient_accumulation_steps={count}: its statistics are those of the "
+            "whole global batch, which no micro-batch sees; leave the latter out, or take model.norm='layer'"
+        )
     if isinstance(config.model, WukongConfig):
         _check_layers(config.model, fail)
     _check_towers(config, fail)

@@ -136,7 +136,9 @@ class EmbeddingConfig(Section):
 class DenseConfig(Section):
     """The dense model's optimizer; `deepspeed.optimizer` may take its place."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = Field(
+        "adamw", description="adam: weight_decay is coupled, a part of the gradient (L2); adamw: it is not"
+    )
     learning_rate: Rate = 1e-3
     betas: Betas = Field((0.9, 0.999), strict=False)
     eps: Above0 = 1e-8
@@ -213,6 +215,15 @@ class FaultsConfig(Section):
     )
 
 
+class EmaConfig(Section):
+    """Exponential moving averages of weights, which validation, test and export take (run/averages.py)."""
+
+    decay: Probability = Field(0.999, description="of an applied step; smaller in the first ones")
+    table_rows: Count = Field(
+        1_000_000, description="tables of at most so many rows are averaged; of larger ones the last weights are taken"
+    )
+
+
 class TrainConfig(Section):
     """One run."""
 
@@ -222,11 +233,14 @@ class TrainConfig(Section):
     output_dir: str = Field("runs/run", min_length=1, description="relative to the working directory")
     log_every: Positive = Field(20, description="optimizer steps between log lines and TensorBoard points")
     evaluate_every: Positive | None = Field(None, description="optimizer steps between validations; null: every epoch")
-    best_by: Literal["logloss", "auc"] = Field(
+    best_by: Literal["logloss", "auc", "auc_minus_logloss"] = Field(
         "logloss", description="the validation metric whose best model is kept and tested, and that patience watches"
     )
     early_stopping: Positive | None = Field(
         None, description="stop after this many validations without improvement; null: never"
+    )
+    test: bool = Field(
+        True, description="test the best model at the end; false: a search leaves the test split to what it chooses"
     )
     checkpoint_every: Positive | None = Field(
         None, description="optimizer steps between checkpoints; null: at every validation"
@@ -240,6 +254,13 @@ class TrainConfig(Section):
     )
     reset_towers: bool = Field(
         False, description="--resume starts tower modules from scratch, for other towers than the checkpoint's"
+    )
+    label_smoothing: Probability = Field(
+        0.0, description="e: what is minimised has the labels y (1 - e) + e / 2 in place of y; metrics have y"
+    )
+    ema: EmaConfig | None = Field(
+        None,
+        description="validate, test and export averages of the weights over the steps; null: the last weights",
     )
     faults: FaultsConfig = Field(FaultsConfig(), description="what to do about faulty steps")
     verify_replicas_every: Count = Field(

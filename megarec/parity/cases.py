@@ -64,6 +64,11 @@ DCN_LOW_RANK, DCN_FULL_RANK = (
     f'model={{"name": "dcn", "layers": 2, "rank": {rank}, "dim": 16, "head": [16], "dropout": 0.1}}'
     for rank in ("8", "null")
 )
+NORMED = {
+    "dnn": '"head": [16, 8, 12], "dropout": 0.1',
+    "finalmlp": '"mlp1": [16, 8], "mlp2": [8], "fusion_heads": 2, "dropout": 0.1',
+    "dcn": '"layers": 2, "rank": null, "structure": "parallel", "head": [16, 8], "dropout": 0.1',
+}
 BASELINES = {
     "lr": '"dropout": 0.1',
     "fm": '"dropout": 0.1',
@@ -102,7 +107,7 @@ def _hosts(ranks_per_host: int) -> tuple[str, ...]:
 
 
 def _small() -> list[Case]:
-    return _small_sparse() + _small_dense() + _small_bf16() + _small_towers()
+    return _small_sparse() + _small_dense() + _small_norms() + _small_bf16() + _small_towers()
 
 
 def _small_towers() -> list[Case]:
@@ -171,6 +176,27 @@ def _small_dense() -> list[Case]:
         Case(2, topology=(*_tensor(ways), _zero(stage), f"dense.recompute={policy}"))
         for policy, stage, ways in recomputed
     ]
+
+
+def _normed(name: str, norm: str) -> str:
+    return f'model={{"name": "{name}", "dim": 16, {NORMED[name]}, "norm": "{norm}"}}'
+
+
+def _small_norms() -> list[Case]:
+    """Statistics over the global batch, and over columns that a tensor group shares, at every stage; averaged weights,
+    of tables and tower modules too."""
+    batch, layer = ((_normed("dnn", norm),) for norm in ("batch", "layer"))
+    ema = ("train.ema.decay=0.8",)
+    chosen = [Case(ranks, batch, (_zero(stage),)) for ranks, stage in ((2, 0), (4, 2))]
+    chosen += [Case(ranks, batch, (*_tensor(ranks), _zero(stage))) for ranks, stage in ((2, 3), (4, 1))]
+    chosen += [Case(4, (*batch, *DENSE_SGD, UNEVEN_TWO), (*_tensor(2), _zero(1), *_hosts(2)))]
+    chosen += [Case(4, layer, (*_tensor(2), _zero(3)))]
+    chosen += [Case(2, (_normed(name, "batch"),), (*_tensor(2), _zero(2))) for name in ("finalmlp", "dcn")]
+    chosen += [Case(ranks, ema, (_zero(stage),)) for ranks, stage in ((2, 0), (4, 3))]
+    coupled = ("dense.optimizer=adam", "dense.weight_decay=0.1", "train.label_smoothing=0.1")
+    chosen += [Case(4, (*batch, *ema, *coupled), (*_tensor(2), _zero(3), COLUMN))]
+    numbers = (*FAMILIES[1][0], FULL_WIDTH, LARGE_ROWS, TOWER_MODULES["dlrm"], UNEVEN_TWO)
+    return [*chosen, Case(4, (*numbers, *ema, "train.ema.table_rows=50"), (*_tensor(2), _zero(2), *_hosts(2), ROW))]
 
 
 def _small_bf16() -> list[Case]:

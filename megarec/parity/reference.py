@@ -18,6 +18,7 @@ from megarec.data.batch import Batch, Ids
 from megarec.data.schema import load_schema, select_features
 from megarec.data.stream import open_training
 from megarec.models.initial import initialize, materialize
+from megarec.models.norms import apply_statistics
 from megarec.run.spec import resolve
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.tables.initial import initial_rows
@@ -59,6 +60,7 @@ def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
     initialize(model, config.train.seed)
     optimizer = plain_optimizer(model.parameters(), config.dense)
     tables = PlainTables(spec.layout, config.embedding, config.train.seed)
+    averages = PlainAverages(config, model, tables, towers)
     done = []
     for step in range(steps):
         epoch, position = divmod(step, loader.steps_per_epoch)
@@ -66,24 +68,44 @@ def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
         embedded = tables.look_up(batch)
         logits = model(batch.numeric, towers.forward(embedded), batch.keys)
         loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
-        (loss + tables.looked_up_l2(embedded) / batch.size).backward()
+        smoothing, minimised = config.train.label_smoothing, loss
+        if smoothing:
+            labels = batch.labels * (1 - smoothing) + smoothing / 2
+            minimised = binary_cross_entropy_with_logits(logits.float(), labels)
+        (minimised + tables.looked_up_l2(embedded) / batch.size).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed["gradient_clipping"])
         optimizer.step()
         optimizer.zero_grad()
+        apply_statistics(model)
         towers.update()
         tables.update(batch)
+        averages.update()
         done.append(ReferenceStep(float(loss.detach()), float(norm)))
+    if evaluates(config):
+        epoch, position = divmod(steps, loader.steps_per_epoch)
+        batch = next(iter(loader.batches(epoch, start=position)))
+        averages.take_over()
+        with torch.no_grad():
+            logits = model.eval()(batch.numeric, towers.forward(tables.look_up(batch)), batch.keys)
+            done.append(ReferenceStep(float(binary_cross_entropy_with_logits(logits, batch.labels)), 0.0))
     return done
+
+
+def evaluates(config: RunConfig) -> bool:
+    """Whether evaluation takes other numbers than the last step did: then the loss of the next batch, evaluated, stands
+    behind the losses of the steps."""
+    return config.model.norm == "batch" or config.train.ema is not None
 
 
 def plain_optimizer(
     parameters: Iterable[nn.Parameter], settings: DenseConfig | TowerOptimizer
 ) -> torch.optim.Optimizer:
-    """torch's SGD or AdamW, not fused."""
+    """torch's SGD, Adam or AdamW, not fused."""
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, rate, weight_decay=decay)
-    return torch.optim.AdamW(parameters, rate, betas=settings.betas, eps=settings.eps, weight_decay=decay)
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, rate, betas=settings.betas, eps=settings.eps, weight_decay=decay)
 
 
 class PlainTowers:
@@ -111,6 +133,31 @@ class PlainTowers:
         if self.bank is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+
+class PlainAverages:
+    """Of all weights and running statistics, over the steps; without `train.ema` nothing."""
+
+    def __init__(self, config: RunConfig, model: nn.Module, tables: "PlainTables", towers: "PlainTowers") -> None:
+        self.ema = config.train.ema
+        weights = [*model.parameters(), *model.buffers(), *(towers.bank.parameters() if towers.bank else ())]
+        if self.ema is not None:
+            weights += [weight for weight in tables.weights.values() if len(weight) <= self.ema.table_rows]
+        self.weights = [weight.detach() for weight in weights]
+        self.averages = [weight.clone() for weight in self.weights]
+        self.steps = 0
+
+    def update(self) -> None:
+        if self.ema is None:
+            return
+        self.steps += 1
+        decay = min(self.ema.decay, (1 + self.steps) / (10 + self.steps))
+        for weight, average in zip(self.weights, self.averages, strict=True):
+            average.copy_(decay * average + (1 - decay) * weight)
+
+    def take_over(self) -> None:
+        if self.ema is not None:
+            torch._foreach_copy_(self.weights, self.averages)
 
 
 class PlainTables:

@@ -130,7 +130,7 @@ def tower_bytes(config: RunConfig, resolved: ResolvedTowers, examples: int, topo
     with torch.device("meta"), saved_activations(kept):
         bank = TowerModules(modules, here)
         bank(torch.empty(examples * hosts, columns, requires_grad=True))
-    copies = 4 if resolve_optimizer(modules.module, config.dense).optimizer == "adamw" else 2
+    copies = 2 if resolve_optimizer(modules.module, config.dense).optimizer == "sgd" else 4
     return 4 * copies * sum(parameter.numel() for parameter in bank.parameters()) + kept["bytes"]
 
 

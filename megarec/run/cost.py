@@ -17,7 +17,7 @@ from megarec.models.dlrm import head_inputs
 from megarec.models.inputs import EmbeddedColumns, input_embeddings
 from megarec.models.wukong import LayerSizes, layer_sizes
 from megarec.run.baseline_cost import count_baseline
-from megarec.run.cost_parts import Part, Parts, count_mlp, total
+from megarec.run.cost_parts import Part, Parts, count_head, count_mlp, total
 from megarec.sparse.layout import Table
 from megarec.sparse.towers.sizes import TowerSizes
 
@@ -134,6 +134,7 @@ def _count_inputs(config: ModelConfig, layout: EmbeddedColumns, numeric: int) ->
 
 def _count_over_arch(n: int, dense: int, config: OverArchConfig) -> dict[str, Parts]:
     """The layers over n embeddings per example, of which the last `dense` come from numeric features."""
+    beside: Parts = {}
     match config:
         case WukongConfig():
             sizes = layer_sizes(n, config)
@@ -144,11 +145,13 @@ def _count_over_arch(n: int, dense: int, config: OverArchConfig) -> dict[str, Pa
             columns = head_inputs(n, dense, config.dim)
         case DcnConfig():
             columns = n * config.dim
+            if config.structure == "parallel":
+                beside = {"linear": count_mlp(columns, [], 1, bias=False)}
             layers = [_count_cross_layer(columns, config.rank, config.bias)] * config.layers
         case _:
             return count_baseline(n, config)
     numbered: dict[str, Parts] = {f"layers.{index}": parts for index, parts in enumerate(layers)}
-    return numbered | {"head": {"head": count_mlp(columns, config.head, 1, config.bias)}}
+    return numbered | {"head": beside | {"head": count_head(config, columns, config.head)}}
 
 
 def count_wukong(n: int, config: WukongConfig) -> Parts:

@@ -139,7 +139,7 @@ def least_dense_bytes(config: RunConfig, spec: ModelSpec, topology: Topology, on
 def _state_bytes(config: RunConfig, spec: ModelSpec, topology: Topology) -> int:
     """Masters and optimizer states of one rank."""
     settings = settings_of(config.deepspeed)
-    states = {"adamw": 2, "sgd": 0}[config.dense.optimizer] if "optimizer" not in config.deepspeed else 0
+    states = {"adamw": 2, "adam": 2, "sgd": 0}[config.dense.optimizer] if "optimizer" not in config.deepspeed else 0
     shards = topology.data_size if settings.stage else 1
     return int(4 * (states + (settings.dtype.itemsize < 4)) * _dense_parameters(spec) / topology.tensor_size / shards)
 

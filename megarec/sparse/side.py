@@ -6,7 +6,7 @@
 Both give the same numbers; without tower modules, in float32 and with whole rows or columns, to the last bit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -183,6 +183,7 @@ class SparseSide:
         overlap: bool = False,
     ) -> None:
         self._layout, self._topology, self._rate = layout, topology, config.learning_rate
+        self.decaying = {table.name for table in layout.tables if config.rule_of(table.name).lazy_decay}
         self._dtype, self._overlap = dtype, overlap
         self._exchange: TowerExchange | None = None
         world, tower, peer = (build_channel(topology, name, ledger, ids) for name in ("world", "tower", "peer"))
@@ -283,11 +284,15 @@ class SparseSide:
         """Share of the rows that training has looked up so far, for every table of this rank."""
         return {name: share for tables in self._group.tables for name, share in tables.row_usage().items()}
 
-    def settle(self) -> None:
+    def settle(self, names: Collection[str] | None = None) -> None:
         """Apply decay that has waited for rows to be touched, before `state` is saved, and before another takes its
-        place. Lookups apply what has waited to what they read."""
+        place. Lookups apply what has waited to what they read.
+
+        Args:
+            names: of tables, with which others may be settled; None: of all.
+        """
         for tables in self._group.tables:
-            tables.settle()
+            tables.settle(names)
 
     def state(self) -> State:
         """The tables as a checkpoint keeps them, by "<table>/<what>", as slices of global tensors; live, no copies.

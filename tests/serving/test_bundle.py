@@ -1,6 +1,7 @@
 """Every model leaves the trainer: raw rows scored by numpy and onnxruntime have the trainer's logits."""
 
 import csv
+import importlib.util
 import json
 import runpy
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from google.protobuf import text_format
 
 from megarec.checkpoint.offline import locate
 from megarec.commands import evaluate
@@ -22,13 +24,13 @@ from megarec.data.loader import EvalLoader
 from megarec.data.schema import load_schema
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.data.store import open_split
+from megarec.dense.layers import has_compiler
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
 from megarec.serving.export.bundle import export_bundle
 from megarec.serving.predictor import load_checkpoint
 from megarec.serving.scorer import Scorer, ScoringError
 from megarec.serving.scorer.bundle import Bundle
-from megarec.serving.scorer.scorer import pooled_embeddings
 from megarec.serving.scorer.tables import TableType
 from tests.checkpoint.runs import TOWER_MODULE, TOWERS, leg, write_run
 
@@ -199,16 +201,57 @@ def test_mistakes_leave_nothing(trained: Callable[[str], Path], data: Path, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
-def test_a_program_of_torch(trained: Callable[[str], Path], tmp_path: Path) -> None:
-    export_bundle(trained("wukong"), tmp_path / "out", program=True)
+def test_a_program_of_torch_and_what_is_compiled_of_it(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    if not has_compiler(torch.device("cpu")):
+        pytest.skip("there is no C++ compiler")
+    said = export_bundle(trained("dlrm"), tmp_path / "out", program=True)
+    assert said["compiled"] == "dense_compiled.pt2" and "not_compiled" not in said
     scorer = Scorer(tmp_path / "out")
+    manifest = scorer.bundle.manifest
+    assert manifest["compiled"] in manifest["files"] and "dense.pt2" in manifest["files"]
     golden = json.loads((tmp_path / "out/golden.json").read_text())
-    encoded = scorer._encoder.encode(golden["rows"])
-    embedded = pooled_embeddings(scorer.bundle.manifest, scorer._tables, encoded)
+    inputs = [torch.from_numpy(values) for values in scorer.inputs(scorer.encode(golden["rows"])).values()]
     program = torch.export.load(tmp_path / "out/dense.pt2").module()
-    for rows in (1, 5, 16):
-        logits = program(torch.from_numpy(embedded[:rows]), torch.from_numpy(encoded.numeric[:rows]))
-        assert logits.tolist() == pytest.approx(golden["logits"][:rows], abs=1e-6)
+    compiled = torch._inductor.aoti_load_package(str(tmp_path / "out" / manifest["compiled"]))
+    for dense in (program, compiled):
+        for rows in (1, 5, 16):
+            logits = dense(*(values[:rows] for values in inputs))
+            assert logits.tolist() == pytest.approx(golden["logits"][:rows], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_every_model_compiles(name: str, trained: Callable[[str], Path], tmp_path: Path) -> None:
+    """The golden sample is compared with what was compiled."""
+    assert "compiled" in export_bundle(trained(name), tmp_path / "out", program=True)
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "other numbers", "interrupted"])
+def test_an_export_stands_without_what_cannot_be_compiled(
+    fault: str, trained: Callable[[str], Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(program: object, package_path: str) -> str:
+        Path(package_path).write_bytes(b"something")
+        if fault == "interrupted":
+            raise RuntimeError("the linker was killed\nin line 7")
+        return package_path
+
+    if fault == "no compiler":
+        monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    else:
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", written)
+        monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: lambda *inputs: inputs[0].sum(1) + 9)
+    said = export_bundle(trained("dlrm"), tmp_path / "out", program=True)
+    expected = {
+        "no compiler": "No working C++ compiler found",
+        "other numbers": "compiled, row ",
+        "interrupted": "the linker was killed",
+    }[fault]
+    assert expected in said["not_compiled"] and "\n" not in said["not_compiled"] and "compiled" not in said
+    scorer = Scorer(tmp_path / "out")
+    assert scorer.bundle.manifest["not_compiled"] == said["not_compiled"]
+    assert not (tmp_path / "out/dense_compiled.pt2").exists() and (tmp_path / "out/dense.pt2").is_file()
+    scorer.bundle.verify()
 
 
 class _Tensor:
@@ -217,6 +260,17 @@ class _Tensor:
 
     def as_numpy(self) -> np.ndarray:
         return self._values
+
+
+def triton_config(text: str) -> Any:
+    """Read by Triton's own definition; a field that it does not know, or a wrong type, is an error."""
+    package = importlib.util.find_spec("tritonclient")
+    if package is None:
+        pytest.skip("tritonclient is not installed (requirements-dev.txt)")
+    (place,) = package.submodule_search_locations or ()
+    # This file alone: its package would import gRPC, which does not like the forks of other tests.
+    module = runpy.run_path(f"{place}/grpc/model_config_pb2.py")
+    return text_format.Parse(text, module["ModelConfig"]())
 
 
 def test_triton_runs_the_scorer(
@@ -237,6 +291,18 @@ def test_triton_runs_the_scorer(
     first, second = model.execute([{"row": _Tensor("row", texts)}, {"row": _Tensor("row", bad)}])
     assert first[0].as_numpy()[:, 0] == pytest.approx(Scorer(tmp_path / "out").score(rows).probabilities, abs=1e-7)
     assert first[1].as_numpy()[:, 0].tolist() == [""] * 5 and "expected an object" in second[1].as_numpy()[0, 0]
+
+    config = triton_config((tmp_path / "out/config.pbtxt").read_text())
+    assert config.backend == "python" and config.max_batch_size > 0 and config.HasField("dynamic_batching")
+    types_of = {"TYPE_FP64": np.dtype(np.float64), "TYPE_STRING": np.dtype(object)}
+    kind = config.DESCRIPTOR.fields_by_name["input"].message_type.fields_by_name["data_type"].enum_type
+    for declared, tensors in ((config.input, [_Tensor("row", texts)]), (config.output, first)):
+        assert [one.name for one in declared] == [tensor.name for tensor in tensors]
+        for one, tensor in zip(declared, tensors, strict=True):
+            assert tensor.as_numpy().shape == (5, *one.dims)  # max_batch_size puts the batch before these
+            assert tensor.as_numpy().dtype == types_of[kind.values_by_number[one.data_type].name]
+    with pytest.raises(text_format.ParseError, match="max_batch_sizes"):
+        triton_config("max_batch_sizes: 4")
 
 
 def test_evaluate_takes_a_bundle(

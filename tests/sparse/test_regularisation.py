@@ -2,6 +2,8 @@
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from megarec.config.regularisation import L2Config
-from megarec.config.sections import EmbeddingConfig, TableConfig
+from megarec.config.sections import EmaConfig, EmbeddingConfig, TableConfig
+from megarec.dense.side import DenseSide
 from megarec.distributed.rank_pool import RankPool
+from megarec.run.averages import Averages
 from megarec.sparse.tables import stacked
 from megarec.sparse.tables.initial import initial_rows
 from tests.sparse.plain import LAYOUT, SEED, PlainTables, Trained, global_batch, loss, slice_of
@@ -266,3 +270,22 @@ def test_all_rows_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     (lazy,) = [parts[-1] for parts in lazily({"adam": LAZY["adam table"]}, True).values()]
     for key, tensor in eagerly("adam")[-1].state.items():
         torch.testing.assert_close(lazy.state[key][1].double(), tensor.double(), **EXACT)
+
+
+def test_averages_are_of_decayed_rows() -> None:
+    """Of small tables (train.ema), whether a batch looks their rows up or not."""
+    sparse, eager = (sparse_side(LAYOUT, embedding("sgd", "table", l2=DECOUPLED, update_rows=r)) for r in (None, "all"))
+    dense = cast("DenseSide", SimpleNamespace(masters=lambda: ()))
+    found = []
+    for side in (sparse, eager):
+        averages = Averages(EmaConfig(table_rows=40), dense, side, LAYOUT)
+        for step in range(3):
+            batch = global_batch(LAYOUT, EXAMPLES, step)
+            lookup = side.look_up(batch)
+            lookup.backward(gradient_of(lookup.values, batch.keys))
+            lookup.apply()
+            averages.update(step + 1)
+        found.append(averages.tables)
+    assert set(found[0]) == {"item/weight", "clicks/weight", "small/weight"}
+    for name, average in found[1].items():
+        torch.testing.assert_close(found[0][name], average, **EXACT)

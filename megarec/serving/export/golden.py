@@ -8,22 +8,24 @@ import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from megarec.serving.export.graph import ScoredModel
+from megarec.serving.export.graph import TOLERANCE, Golden, ScoredModel
 from megarec.serving.scorer.bundle import Bundle
 from megarec.serving.scorer.rows import RowEncoder
 from megarec.serving.scorer.scorer import pooled_embeddings
 from megarec.serving.scorer.tables import open_tables
 
 ROWS = 16
-TOLERANCE = 1e-5  # relative, or absolute below 1: another machine adds in another order
 MOST_IN_A_LIST = 3
 
 
-def golden_sample(bundle: Bundle, model: ScoredModel) -> dict[str, Any]:
+def golden_sample(bundle: Bundle, model: ScoredModel) -> tuple[dict[str, Any], Golden]:
     """Rows with known, unknown and missing values, and their logits by the exported tables and torch.
 
     Args:
         bundle: whole but for this sample.
+
+    Returns:
+        What golden.json holds, and the same as the dense model reads it.
     """
     random = np.random.default_rng(1)
     manifest = bundle.manifest
@@ -41,9 +43,10 @@ def golden_sample(bundle: Bundle, model: ScoredModel) -> dict[str, Any]:
     encoded = RowEncoder(bundle).encode(rows)
     assert not encoded.errors, encoded.errors
     inputs = {"embedded": pooled_embeddings(manifest, open_tables(bundle), encoded), "numeric": encoded.numeric}
+    given = tuple(torch.from_numpy(inputs[name]) for name in model.inputs)
     with torch.no_grad():
-        logits = model(*(torch.from_numpy(inputs[name]) for name in model.inputs))
-    return {"tolerance": TOLERANCE, "rows": rows, "logits": logits.tolist()}
+        golden = Golden(given, model(*given))
+    return {"tolerance": TOLERANCE, "rows": rows, "logits": golden.logits.tolist()}, golden
 
 
 def _add(

@@ -58,7 +58,7 @@ class Scorer:
             self._dense = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own types are not public
             raise ScoringError(f"{path}: onnxruntime cannot read it ({str(error).splitlines()[0]})") from error
-        self._inputs = {entry.name for entry in self._dense.get_inputs()}
+        self._inputs = [entry.name for entry in self._dense.get_inputs()]
         if check:
             self._check_golden()
 
@@ -70,17 +70,25 @@ class Scorer:
         logits = np.full(len(rows), np.nan, np.float32)
         errors: dict[int, str] = {}
         for start in range(0, len(rows), ROWS_AT_ONCE):
-            encoded = self._encoder.encode(rows[start : start + ROWS_AT_ONCE])
+            encoded = self.encode(rows[start : start + ROWS_AT_ONCE])
             if encoded.kept:
                 logits[np.array(encoded.kept) + start] = self.logits(encoded)
             errors |= {start + place: why for place, why in encoded.errors.items()}
         return Scores(self._probabilities(logits), logits, errors)
 
-    def logits(self, encoded: Encoded) -> Floats:
-        """Float32 [rows] of rows that are encoded already."""
+    def encode(self, rows: Sequence[Row]) -> Encoded:
+        """Raw rows as ids and numbers; those that cannot be scored are left out, with their errors."""
+        return self._encoder.encode(rows)
+
+    def inputs(self, encoded: Encoded) -> dict[str, Floats]:
+        """What the dense model reads, by name: float32 [rows, columns] each."""
         embedded = pooled_embeddings(self.bundle.manifest, self._tables, encoded)
         inputs = {"embedded": embedded, "numeric": encoded.numeric}
-        (found,) = self._dense.run(None, {name: inputs[name] for name in self._inputs})
+        return {name: inputs[name] for name in self._inputs}
+
+    def logits(self, encoded: Encoded) -> Floats:
+        """Float32 [rows] of rows that are encoded already."""
+        (found,) = self._dense.run(None, self.inputs(encoded))
         return found
 
     def _probabilities(self, logits: Floats) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -249,10 +249,10 @@ class LocalTables:
         counts = torch.stack([touched.sum() for touched in self._touched.values()]).tolist()  # one wait for all tables
         return {shard.table: count / shard.rows for shard, count in zip(self._touched, counts, strict=True)}
 
-    def settle(self) -> None:
-        """Apply decay that has waited for rows to be touched."""
+    def settle(self, names: Collection[str] | None = None) -> None:
+        """Apply decay that has waited for rows to be touched: of these tables, or of all."""
         for tables in self._in_torch:
-            tables.settle()
+            tables.settle(names)
 
     def memory_bytes(self) -> int:
         """Weights, optimizer state, and what is kept beside them."""

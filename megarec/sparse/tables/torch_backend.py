@@ -9,7 +9,7 @@ same order, so that every copy of the state stays equal to the last bit.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -62,10 +62,12 @@ class TorchTables:
         for stack in self._stacks:
             stack.start(seed)
 
-    def settle(self) -> None:
-        """Apply decay that has waited for rows to be touched, so that the weights are what they mean."""
+    def settle(self, names: Collection[str] | None = None) -> None:
+        """Apply decay that has waited for rows to be touched, so that the weights are what they mean: of these tables
+        and those that lie in one stack with them, or of all."""
         for stack in self._stacks:
-            stack.settle()
+            if names is None or any(local.shard.table in names for local in stack.shards):
+                stack.settle()
 
     @property
     def decay_bytes(self) -> int:
