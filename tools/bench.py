@@ -1,6 +1,7 @@
 """One benchmark side by side with its reference, in one run.
 
 python tools/bench.py tables          # the sparse side over bare FBGEMM
+python tools/bench.py regularisation  # L2 on all rows of a table of a million rows, over plain torch
 python tools/bench.py flat --json     # the flat exchange over TorchRec's (bash tools/bench_env.sh first)
 python tools/bench.py dense           # the dense model against the machine's GEMM peak
 python tools/bench.py tensor          # tensor parallelism against data parallelism on two ranks
@@ -28,6 +29,7 @@ from megarec.errors import ArgumentParser, UserError, exits_cleanly
 
 NAMES = (
     "tables",
+    "regularisation",
     "flat",
     "dense",
     "tensor",

@@ -72,7 +72,7 @@ def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
         if smoothing:
             labels = batch.labels * (1 - smoothing) + smoothing / 2
             minimised = binary_cross_entropy_with_logits(logits.float(), labels)
-        (minimised + config.embedding.l2 * embedded.pow(2).sum() / batch.size).backward()
+        (minimised + tables.looked_up_l2(embedded) / batch.size).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed["gradient_clipping"])
         optimizer.step()
         optimizer.zero_grad()
@@ -167,8 +167,10 @@ class PlainTables:
         self.layout = layout
         self.config = config
         self.steps = 0
+        self.dense: dict[str, torch.optim.Optimizer] = {}
         self.weights = {
-            t.name: initial_rows(t, seed, config.initial_std, 0, t.rows).requires_grad_() for t in layout.tables
+            t.name: initial_rows(t, seed, config.initial_std_of(t.name), 0, t.rows).requires_grad_()
+            for t in layout.tables
         }
         self.first = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.second = {name: torch.zeros_like(w) for name, w in self.weights.items()}
@@ -189,15 +191,38 @@ class PlainTables:
             pooled.append(summed / lengths.clamp(min=1).unsqueeze(1) if mean else summed)
         return torch.cat(pooled, dim=1) if pooled else torch.empty(batch.size, 0)
 
+    def looked_up_l2(self, embedded: Tensor) -> Tensor:
+        """L2 of looked-up embeddings, summed over examples."""
+        squares = embedded.pow(2).sum(dim=0)
+        weights = [self.config.looked_up_l2(f.table) for f in self.layout.features for _ in range(f.columns)]
+        return torch.tensor(weights) @ squares
+
     @torch.no_grad()
     def update(self, batch: Batch) -> None:
         self.steps += 1
         for table in self.layout.tables:
             weight = self.weights[table.name]
             assert weight.grad is not None
+            rule = self.config.rule_of(table.name)
+            weight -= self.config.learning_rate * rule.decay * weight
+            if rule.all_rows:
+                self._dense_step(table.name, rule.coupled)
+                continue
             rows = _touched(batch, [f.name for f in self.layout.features if f.table == table.name])
             self._update_rows(table.name, rows, weight.grad[rows])
             weight.grad = None
+
+    def _dense_step(self, name: str, l2: float) -> None:
+        """torch's own optimizer over the whole table; row-wise Adagrad has none."""
+        weight, rate, eps = self.weights[name], self.config.learning_rate, self.config.eps
+        if name not in self.dense:
+            self.dense[name] = {
+                "adam": lambda: torch.optim.Adam([weight], rate, eps=eps, weight_decay=l2),
+                "adagrad": lambda: torch.optim.Adagrad([weight], rate, eps=eps, weight_decay=l2),
+                "sgd": lambda: torch.optim.SGD([weight], rate, weight_decay=l2),
+            }[self.config.optimizer]()
+        self.dense[name].step()
+        self.dense[name].zero_grad()
 
     def _update_rows(self, name: str, rows: Tensor, g: Tensor) -> None:
         rate, eps = self.config.learning_rate, self.config.eps

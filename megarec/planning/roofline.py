@@ -224,12 +224,14 @@ def lookup_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> i
 
 
 def update_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> int:
-    """Ids sorted, weights and optimizer states of the touched rows read and written; ids are spread evenly over the
-    rows. What is read of gradients belongs to the glue."""
+    """Ids sorted, weights and optimizer states of the rows that are updated read and written: of all, or of the touched
+    ones, ids being spread evenly over the rows. What is read of gradients belongs to the glue."""
     total = 0
     for table in layout.tables:
         ids = sum(mean_ids(feature, examples) for feature in layout.features if feature.table == table.name)
-        rows = Shard(table.name, 0, 0, max(1, round(touched_rows(table.rows, ids))), 0, table.columns)
+        all_rows = config.embedding.rule_of(table.name).all_rows
+        count = table.rows if all_rows else max(1, round(touched_rows(table.rows, ids)))
+        rows = Shard(table.name, 0, 0, count, 0, table.columns)
         total += int(ids * SORT_BYTES_AN_ID) + 2 * table_bytes([rows], config.embedding)
     return total
 
