@@ -14,8 +14,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from megarec.config.regularisation import TableRule
 from megarec.config.sections import EmaConfig
 from megarec.dense.side import DenseSide
+from megarec.errors import UserError
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.side import SparseSide
 
@@ -33,12 +35,23 @@ class Averages:
     Args:
         config: what to average; None: nothing, and every verb does nothing.
         layout: of the tables.
+        rule_of: how the rows of a table are updated, by name.
 
     Attributes:
         tables, modules: by name as the sparse side has them, the averages of tables and of tower modules.
+
+    Raises:
+        UserError: a table to be averaged whose rows decay lazily: what is in memory is not what it stands for.
     """
 
-    def __init__(self, config: EmaConfig | None, dense: DenseSide, sparse: SparseSide, layout: EmbeddingLayout) -> None:
+    def __init__(
+        self,
+        config: EmaConfig | None,
+        dense: DenseSide,
+        sparse: SparseSide,
+        layout: EmbeddingLayout,
+        rule_of: Callable[[str], TableRule],
+    ) -> None:
         self._config, self._dense = config, dense
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._dense_averages: dict[int, Tensor] = {}
@@ -47,6 +60,13 @@ class Averages:
         if config is None:
             return
         rows = {table.name: table.rows for table in layout.tables}
+        for name, count in rows.items():
+            if count <= config.table_rows and rule_of(name).lazy_decay:
+                raise UserError(
+                    f"train.ema averages table {name!r} of {count:,} rows (train.ema.table_rows={config.table_rows}), "
+                    "whose L2 waits in rows that nobody looks up (embedding.l2 with coupled=false); take "
+                    "embedding.update_rows='all', or fewer train.ema.table_rows"
+                )
         for weight in dense.masters():
             self._dense_averages[id(weight)] = self._follow(weight)
         for name, (shard, tensor) in sparse.state().items():

@@ -15,8 +15,10 @@ from megarec.data.loader import EvalLoader
 from megarec.data.schema import load_schema
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.data.store import open_split
+from megarec.distributed.process import start_process
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
+from megarec.run.build import build_run
 from megarec.run.metrics import Predictions
 from megarec.serving.predictor import Predictor, load_checkpoint, load_model
 from megarec.training.trainer import train
@@ -124,3 +126,15 @@ def test_statistics_of_micro_batches_are_refused(data: Path, tmp_path: Path) -> 
     path = written(tmp_path, data, "refused")
     with pytest.raises(UserError, match="gradient_accumulation_steps=2: its statistics are those of the whole"):
         load_config(path, ["deepspeed.gradient_accumulation_steps=2"])
+
+
+def lazily_decayed(path: Path) -> str:
+    config = load_config(path, ["embedding.l2={'weight': 0.1, 'rows': 'all', 'coupled': false}".replace("'", '"')])
+    with pytest.raises(UserError) as refused:
+        build_run(config, start_process(config))
+    return str(refused.value)
+
+
+def test_averages_of_rows_that_decay_lazily_are_refused(rank_pool: Pools, data: Path, tmp_path: Path) -> None:
+    said = rank_pool(2).run(lazily_decayed, written(tmp_path, data, "lazy"))[0]
+    assert "train.ema averages table" in said and "take embedding.update_rows='all'" in said
