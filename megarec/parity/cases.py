@@ -126,7 +126,8 @@ def _small_sequences() -> list[Case]:
     chosen += [Case(4, (*SEQUENCES, *sgd, UNEVEN_TWO), (_zero(2), *_hosts(2)))]
     chosen += [Case(2, (*SEQUENCES, UNEVEN_TWO), (_zero(0), *_hosts(1), *OVERLAP))]
     modules = (*SEQUENCES, TOWER_MODULES["dcn"], UNEVEN_TWO)
-    return [*chosen, Case(2, modules, (_zero(0),)), Case(4, modules, (_zero(1), *_hosts(2)))]
+    chosen += [Case(2, modules, (_zero(0),)), Case(4, modules, (_zero(1), *_hosts(2)))]
+    return [*chosen, Case(2, (*SEQUENCES, DECAYED), (_zero(1), MIXED)), Case(2, (*SEQUENCES, OPTIMIZERS[3], ALL_ROWS))]
 
 
 def _small_towers() -> list[Case]:

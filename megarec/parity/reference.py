@@ -192,25 +192,16 @@ class PlainTables:
             pooled.append(summed / lengths.clamp(min=1).unsqueeze(1) if mean else summed)
         return torch.cat(pooled, dim=1) if pooled else torch.empty(batch.size, 0)
 
-    def looked_up_l2(self, embedded: Tensor, rows: list[tuple[str, Tensor]]) -> Tensor:
-        """L2 of looked-up embeddings and of rows of tables, summed over examples."""
-        squares = embedded.pow(2).sum(dim=0)
-        weights = [self.config.looked_up_l2(f.table) for f in self.layout.features for _ in range(f.columns)]
-        of_rows = sum(self.config.looked_up_l2(table) * own.pow(2).sum() for table, own in rows)
-        return torch.tensor(weights) @ squares + of_rows
-
     def look_up_sequences(self, batch: Batch) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-        """What lies behind the pooled columns, example by example; and all rows that were looked up for it, with the
-        names of their tables."""
+        """What lies behind the pooled columns, example by example; and the rows of each table that were looked up."""
         by_name = {feature.name: feature for feature in self.layout.unpooled}
-        examples: list[Tensor] = []
-        looked_up: list[tuple[str, Tensor]] = []
+        examples, looked_up = [], list[tuple[str, Tensor]]()
         for example in range(batch.size):
             parts = [torch.empty(0)]
             for sequence in self.layout.sequences:
                 features = [by_name[name] for name in sequence.features]
                 rows = [self.weights[f.table][newest_of_list(batch.ids[f.name], example, f)] for f in features]
-                looked_up += zip((f.table for f in features), rows, strict=True)
+                looked_up += [(f.table, own) for f, own in zip(features, rows, strict=True)]
                 missing = sequence.positions - len(rows[0])
                 there = torch.cat(rows, dim=1).flatten()
                 parts += [there, torch.zeros(missing * len(rows) * sequence.columns)]
@@ -218,6 +209,13 @@ class PlainTables:
                     parts += [torch.ones(len(rows[0])), torch.zeros(missing)]
             examples.append(torch.cat(parts))
         return torch.stack(examples), looked_up
+
+    def looked_up_l2(self, embedded: Tensor, rows: list[tuple[str, Tensor]]) -> Tensor:
+        """L2 of looked-up embeddings and of rows of sequences, summed over examples."""
+        squares = embedded.pow(2).sum(dim=0)
+        weights = [self.config.looked_up_l2(f.table) for f in self.layout.features for _ in range(f.columns)]
+        of_rows = sum((self.config.looked_up_l2(table) * own.pow(2).sum() for table, own in rows), torch.zeros(()))
+        return torch.tensor(weights) @ squares + of_rows
 
     @torch.no_grad()
     def update(self, batch: Batch) -> None:

@@ -221,8 +221,8 @@ class SparseSide:
             host, hosts, replicas = (0, 1, world) if exchange == "flat" else (topology.host, topology.hosts, tower)
             here = towers.towers.of_host(host, hosts)
             self.modules = TowerReplicas(towers.modules, here, tower_optimizer, replicas, seed, device)
-        self._l2_of_rows = {feature.name: config.looked_up_l2(feature.table) for feature in layout.unpooled}
         self._l2 = _looked_up_l2(layout if self.modules is None else self._group.layout, config, device)
+        self._unpooled_l2 = {feature.name: config.looked_up_l2(feature.table) for feature in layout.unpooled}
 
     @property
     def id_order(self) -> list[str]:
@@ -247,8 +247,8 @@ class SparseSide:
         overlap = self._overlap and (self.modules is None or self._exchange is not None)
         parts = micro_batches if overlap else 1
         peers = self._topology.hosts if self._exchange is not None else 1
-        batch = ids.size // peers * self._topology.world_size
-        l2 = self._l2 if self._l2 is None else 2 * self._l2 / batch
+        examples = ids.size // peers * self._topology.world_size
+        l2 = self._l2 if self._l2 is None else 2 * self._l2 / examples
 
         def change(pooled: Tensor) -> tuple[Tensor, Back]:
             """What happens to looked-up embeddings before they go on, and to their gradient on its way back."""
@@ -280,7 +280,7 @@ class SparseSide:
             exchanged = SequenceLookup(
                 exchanged, (self._exchange or self._group).rows(ids), self._padding, own, ids.size // peers // parts,
                 parts=parts, dtype=self._dtype, divide=world_size,
-                l2={name: 2 * weight / batch for name, weight in self._l2_of_rows.items()},
+                l2={feature: 2 * l2 / examples for feature, l2 in self._unpooled_l2.items()},
             )  # fmt: skip
         features = (self._layout if leaf is None else self._group.layout).features
         return StepLookup(exchanged, leaf, ids, features, self.modules, micro_batches, parts, self._padding)

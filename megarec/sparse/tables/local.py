@@ -95,10 +95,10 @@ def requested_backend(shards: Sequence[Shard], config: EmbeddingConfig, device: 
     """
     if config.backend == "torch":
         return Choice("torch", 'embedding.backend="torch"')
-    if (own := config.rule_of(shards[0].table).reason) is not None:
-        return Choice("torch", f"{own}, which torch's alone can")
     if unpooled:
         return Choice("torch", "a sequence looks up its rows one by one: one update has their gradients and the pooled")
+    if (own := config.rule_of(shards[0].table).reason) is not None:
+        return Choice("torch", f"{own}, which torch's alone can")
     if replicated(shards):
         return Choice("torch", "a copy on every rank: the gradients of all ranks are summed before its update")
     if config.optimizer == "adam":

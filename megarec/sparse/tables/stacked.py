@@ -131,7 +131,7 @@ class StackedTable:
 
         Args:
             grad: float32 [examples, slots x columns], of the result of `look_up`.
-            single: see `touched_gradients`.
+            single: as in `touched_gradients`.
         """
         touched = self.touched_gradients(ids, grad, single)
         if not self._rule.all_rows:
