@@ -172,9 +172,9 @@ def _small_all_rows() -> list[Case]:
     """L2 on all rows: Adam steps every row; or rows decay, lazily, whatever the optimizer."""
     adam = OPTIMIZERS[3]
     return [
-        Case(2, (adam, ALL_ROWS), (_zero(1), ROW)),
+        Case(2, (adam, ALL_ROWS, *SEQUENCES), (_zero(1), ROW)),
         Case(4, (adam, ALL_ROWS, UNEVEN_TWO), (_zero(2), COLUMN, *_hosts(2))),
-        Case(4, (DECAYED,), (_zero(1), MIXED)),
+        Case(4, (DECAYED, *SEQUENCES), (_zero(1), MIXED)),
         Case(2, (DECAYED, UNEVEN_TWO), (_zero(0), ROW, *_hosts(1), *OVERLAP)),
     ]
 
