@@ -13,9 +13,8 @@ from pathlib import Path
 from megarec.commands.evaluate import MOST_EXAMPLES, find_model, open_model
 from megarec.data.schema import SPLITS
 from megarec.distributed.process import quiet_libraries
-from megarec.errors import ArgumentParser, UserError, exits_cleanly
+from megarec.errors import ArgumentParser, exits_cleanly
 from megarec.evaluation.importance import Importances, Lost, importances
-from megarec.evaluation.raw_rows import RawRows
 from megarec.evaluation.report import aligned, number
 
 
@@ -26,9 +25,6 @@ def main() -> None:
         quiet_libraries()
         path = find_model(arguments.run, "RUN")
         opened = open_model(arguments.run, arguments.data, arguments.split, None, "RUN")
-        if isinstance(opened.rows, RawRows):
-            remedy = "prepare it (prepare_data.py table --like)"
-            raise UserError(f"--data {arguments.data}: is a file; features change places in prepared data; {remedy}")
         found = importances(
             opened.model,
             opened.rows.store,

@@ -1,6 +1,5 @@
 """Labelled raw rows of a file, such as those of a new day, scored by an export: no data set is prepared."""
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from megarec.data.schema import Schema
 from megarec.errors import UserError, did_you_mean
 from megarec.serving.bundle_predictor import BundlePredictor
-from megarec.serving.scorer.bundle import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -22,41 +19,30 @@ class RawRows:
     """What an export says of the rows of a file.
 
     Attributes:
-        schema: of the export; `name` is that of the file, `group` is None where the file has no such column.
         logits, labels: float32 [rows].
         columns: values of those that were asked for, row by row.
+        skipped: how many rows are left out, by reason; only with data.bad_rows=skip.
     """
 
-    schema: Schema
     logits: NDArray[np.float32]
     labels: NDArray[np.float32]
     columns: dict[str, pa.ChunkedArray]
+    skipped: dict[str, int]
 
 
-def open_raw_rows(path: Path, file: Path, wanted: Sequence[str], option: str) -> tuple[BundlePredictor, RawRows]:
-    """An export, and its scores of a CSV, TSV, parquet or Arrow file that also has the label.
+def score_raw_rows(model: BundlePredictor, file: Path, wanted: Sequence[str], maybe: str | None) -> RawRows:
+    """Score a CSV, TSV, parquet or Arrow file that also has the label.
 
     Args:
-        path: of the export, which was given by `option`.
-        wanted: columns whose values are kept; so are those of the group.
+        wanted: columns whose values are kept.
+        maybe: another one, if the file has it.
 
     Raises:
-        UserError: it is no export; the file cannot be read, lacks the label or a wanted column, or has a row that
-            cannot be scored, unless the run left such rows out.
+        UserError: the file cannot be read, lacks the label or a wanted column, or has a row that cannot be scored.
     """
-    if not (path / MANIFEST).is_file():
-        raise UserError(
-            f"{option} {path}: only an export scores raw rows: checkpoint.py export {path} DIR --format onnx; or "
-            f"prepare {file} (prepare_data.py table --like) and give that data set as --data"
-        )
-    model = BundlePredictor(path)
-    return model, _scored(model, file, wanted)
-
-
-def _scored(model: BundlePredictor, file: Path, wanted: Sequence[str]) -> RawRows:
     from megarec.serving.scorer import RowError, ScoringError
 
-    label, maybe, skips = model.schema.label, model.schema.group, model.config.data.bad_rows == "skip"
+    label, skips = model.schema.label, model.config.data.bad_rows == "skip"
     logits, labels = [], []
     kept: dict[str, list[Any]] = {name: [] for name in [*wanted, *([maybe] if maybe else ())]}
     skipped: Counter[str] = Counter()
@@ -87,11 +73,8 @@ def _scored(model: BundlePredictor, file: Path, wanted: Sequence[str]) -> RawRow
         raise UserError(error) from error
     if not sum(map(len, logits)):
         raise UserError(f"{file}: has no row that can be scored")
-    if skipped:
-        print(f"data.bad_rows=skip: left out of {file}: {dict(skipped)}", file=sys.stderr)
-    schema = model.schema.model_copy(update={"name": file.name, "group": maybe if maybe in kept else None})
     columns = {name: _typed(file, name, values) for name, values in kept.items()}
-    return RawRows(schema, np.concatenate(logits), np.concatenate(labels), columns)
+    return RawRows(np.concatenate(logits), np.concatenate(labels), columns, dict(skipped))
 
 
 def _check_columns(file: Path, found: list[str], label: str, rule: str, wanted: Sequence[str]) -> None:
