@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -114,31 +115,39 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Report]:
     sliced = {name: opened.column(name) for name in arguments.slice}  # a wrong name ends it before long work
     rival = None if arguments.compare is None else open_model(arguments.compare, data, split, cache, "--compare")
     with _file(predictions, "predictions") as file:
-        table = None if file is None else PredictionTable(file, groups)
+        table = None if file is None else PredictionTable(file, groups, opened.rows.schema.tasks)
         logits, labels = score(opened, table)
         if table is not None:
             table.close()
     codes = None if groups is None else coded(groups).codes
-    scored = Scored(logits, labels, codes, column)
-    validation = None
-    if arguments.calibrate:
-        own = scored if split == "valid" else Scored(*score(open_model(arguments.run, data, "valid", cache), None))
-        validation = ("valid", own)
-    other = None
+    names, own_names = (each.rows.schema.predicted for each in (opened, rival or opened))
+    scored = by_label(names, logits, labels, codes, column)
+    validation = scored
+    if arguments.calibrate and split != "valid":
+        validation = by_label(names, *score(open_model(arguments.run, data, "valid", cache), None))
+    other: dict[str, Scored] = {}
     if rival is not None:
-        logits, labels = score(rival, None)
-        if not np.array_equal(labels, scored.labels):
-            raise UserError(f"--compare {arguments.compare}: was scored on other rows (data.bad_rows differs?)")
-        other = (str(rival.path), Scored(logits, labels, codes, column))
-    report = make_report(
-        scored,
-        ks=tuple(dict.fromkeys(arguments.k)),
-        draws=arguments.bootstrap,
-        seed=opened.model.config.train.seed,
-        slices=[_slices(name, values, scored) for name, values in sliced.items()] if is_finite(scored) else (),
-        validation=validation,
-        other=other,
-    )
+        other = by_label(own_names, *score(rival, None), codes, column)
+        for name in names:
+            if name not in other:
+                raise UserError(f"--compare {arguments.compare}: does not predict {name!r}; compare a model that does")
+            if not np.array_equal(other[name].labels, scored[name].labels):
+                raise UserError(f"--compare {arguments.compare}: was scored on other rows (data.bad_rows differs?)")
+    reports = {
+        name: make_report(
+            own,
+            ks=tuple(dict.fromkeys(arguments.k)),
+            draws=arguments.bootstrap,
+            seed=opened.model.config.train.seed,
+            slices=[_slices(column, values, own) for column, values in sliced.items()] if is_finite(own) else (),
+            validation=("valid", validation[name]) if arguments.calibrate else None,
+            other=None if rival is None else (str(rival.path), other[name]),
+        )
+        for name, own in scored.items()
+    }
+    report = reports[opened.model.config.train.best_label or names[0]]
+    if len(reports) > 1:
+        report = dataclasses.replace(report, labels=reports)
     with _file(arguments.html, "html") as file:
         if file is not None:
             file.write(page(report, str(opened.path), f"{opened.rows.schema.name}, {split}").encode())
@@ -201,8 +210,25 @@ def open_model(run: Path, data: Path | None, split: Split, cache: Path | None, o
     return Opened(path, model, rows, device, data, split)
 
 
+def by_label(
+    names: Sequence[str],
+    logits: NDArray[np.float32],
+    labels: NDArray[np.float32],
+    groups: NDArray[np.int32] | None = None,
+    column: str | None = None,
+) -> dict[str, Scored]:
+    """What was made of the rows that have a label, for each label; arguments as of `score` and of `Scored`."""
+    found = {}
+    for name, x, y in zip(names, logits.reshape(len(logits), -1).T, labels.reshape(len(labels), -1).T, strict=True):
+        there = np.isfinite(y)
+        own = None if groups is None else groups[there]
+        found[name] = Scored(x[there], y[there], own, column, None if there.all() else there)
+    return found
+
+
 def score(opened: Opened, table: "PredictionTable | None") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Logits and labels float32 [N] of all rows; they go into the table as well, in order."""
+    """Logits and labels float32 of all rows, [N] or of several labels [N, T]; they go into the table as well, in
+    order."""
     logits, labels = [], []
     for batch in opened.rows.batches():
         batch = batch.to(opened.device)
@@ -216,6 +242,8 @@ def score(opened: Opened, table: "PredictionTable | None") -> tuple[NDArray[np.f
 
 def _slices(name: str, values: pa.ChunkedArray, scored: Scored) -> Slices:
     """By value; of a column of many different numbers with fractions by tenths."""
+    if scored.there is not None:
+        values = values.filter(pa.array(scored.there))
     found = coded(values)
     if pa.types.is_floating(values.type) and len(found.values) > _MANY:
         codes, names = in_tenths(values.to_numpy().astype(np.float64))
@@ -278,8 +306,13 @@ def fitting_schema(trained: Schema, found: Schema, path: Path) -> Schema:
             raise UserError(f"{path}: {name} {what}, the model has it as a numeric feature; {remedy}")
     if difference := identity_difference(trained.identity, found.identity):
         raise UserError(f"{path}: the model was trained on other data: {difference}")
-    of_data = {key: getattr(found, key) for key in ("name", "labels", "labelled", "weight", "group", "time", "rows")}
-    label = trained.label if trained.label in found.labels else found.label
+    keys = ("name", "labels", "labelled", "optional", "weight", "group", "time", "rows")
+    of_data = {key: getattr(found, key) for key in keys} | {"weighted": False}  # metrics count all examples alike
+    for name in trained.tasks:
+        if found.labelled and name not in (found.labels or (found.label,)):
+            what = f"the model predicts {list(trained.tasks)}, and the label {name!r} is missing"
+            raise UserError(f"{path}: {what} ({did_you_mean(name, found.labels)}); {remedy}")
+    label = trained.label if trained.tasks or trained.label in found.labels else found.label
     return trained.model_copy(update=of_data | {"label": label})
 
 
@@ -302,17 +335,21 @@ class PredictionTable:
 
     Args:
         groups: what group each row of the split belongs to; None: rows have no groups.
+        labels: of several labels, whose columns are "<label>:label" and so on.
     """
 
-    def __init__(self, file: BinaryIO, groups: pa.ChunkedArray | None = None) -> None:
+    def __init__(self, file: BinaryIO, groups: pa.ChunkedArray | None = None, labels: Sequence[str] = ()) -> None:
         self._groups = groups
-        self._columns = COLUMNS if groups is None else COLUMNS.append(pa.field("group", groups.type))
+        named = [field.with_name(f"{label}:{field.name}") for label in labels for field in COLUMNS]
+        self._columns = pa.schema(named) if named else COLUMNS
+        if groups is not None:
+            self._columns = self._columns.append(pa.field("group", groups.type))
         self._writer = pq.ParquetWriter(file, self._columns, compression="zstd")
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._rows = self._written = 0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Append B examples: logits float32 [B], labels [B] in {0, 1}."""
+        """Append B examples: logits float32 [B] or [B, T], labels likewise, 0 or 1, NaN: missing."""
         self._waiting.append((logits.float().cpu(), labels.cpu()))
         self._rows += len(logits)
         if self._rows >= ROWS_PER_GROUP:
@@ -321,7 +358,11 @@ class PredictionTable:
     def _write_group(self) -> None:
         logits, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         # In float64 a sigmoid tells apart what it would tie in float32.
-        columns = [c.numpy() for c in (labels.to(torch.int8), logits, logits.double().sigmoid())]
+        columns: list[Any] = []
+        for x, y in zip(logits.view(len(logits), -1).T, labels.view(len(labels), -1).T, strict=True):
+            there = y.isfinite()
+            columns.append(pa.array(y.where(there, 0).to(torch.int8).numpy(), mask=(~there).numpy()))
+            columns += [x.numpy(), x.double().sigmoid().numpy()]
         groups = [] if self._groups is None else [self._groups.slice(self._written, self._rows)]
         self._writer.write_table(pa.table([*columns, *groups], self._columns))
         self._waiting.clear()

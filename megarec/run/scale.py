@@ -25,7 +25,11 @@ STEP = 8
 
 
 def resolve_scale(
-    config: OverArchConfig, columns: EmbeddedColumns, numeric: int, modules: TowerSizes | None = None
+    config: OverArchConfig,
+    columns: EmbeddedColumns,
+    numeric: int,
+    modules: TowerSizes | None = None,
+    labels: int = 1,
 ) -> tuple[OverArchConfig, tuple[str, ...]]:
     """The dense model's sizes, all explicit, and the reasons for them; `config` itself where `scale` is not given.
 
@@ -39,6 +43,7 @@ def resolve_scale(
         columns: what the dense model reads; it fixes n.
         numeric: how many numeric features there are.
         modules: the tower modules, if there are any; their cost counts.
+        labels: how many are predicted.
 
     Raises:
         UserError: `scale` lies below the smallest model of the recipe.
@@ -46,7 +51,7 @@ def resolve_scale(
     if not isinstance(config, WukongConfig) or config.scale is None:
         return config, ()
     scale, n = config.scale, input_embeddings(columns, numeric, config)
-    candidates = _candidates(config, scale, columns, numeric, modules)
+    candidates = _candidates(config, scale, columns, numeric, modules, labels)
     smallest, least = candidates[0]
     if scale < least:
         raise UserError(
@@ -60,7 +65,7 @@ def resolve_scale(
 
 
 def _candidates(
-    config: WukongConfig, scale: float, columns: EmbeddedColumns, numeric: int, modules: TowerSizes | None
+    config: WukongConfig, scale: float, columns: EmbeddedColumns, numeric: int, modules: TowerSizes | None, labels: int
 ) -> list[tuple[WukongConfig, float]]:
     """Models on the path and their GFLOP/example, rising, to the first beyond twice the scale.
 
@@ -69,7 +74,7 @@ def _candidates(
     """
     candidates: list[tuple[WukongConfig, float]] = []
     for model in _path(config):
-        gflop = count(model, columns, numeric, (), modules).flop / 1e9
+        gflop = count(model, columns, numeric, (), modules, labels).flop / 1e9
         if not candidates or gflop > candidates[-1][1]:
             candidates.append((model, gflop))
         if gflop > 2 * scale:

@@ -35,6 +35,7 @@ class ModelSpec:
         dense_sizes: the same for the dense model alone; behind tower modules `dim` is the width that they emit.
         embedding_dropout: probability per element of the looked-up embeddings.
         cost: parameters and training FLOPs per example.
+        labels: how many are predicted.
         reasons: why towers and `model.scale`, where they are given, chose these sizes; lines for the log.
     """
 
@@ -46,6 +47,7 @@ class ModelSpec:
     dense_sizes: OverArchConfig
     embedding_dropout: float
     cost: Cost
+    labels: int
     reasons: tuple[str, ...]
 
     def meta_model(self, layer_norm: LayerNormFactory = torch_layer_norm) -> Recommender:
@@ -58,7 +60,9 @@ class ModelSpec:
             UserError: sizes that do not fit together.
         """
         with torch.device("meta"):
-            return Recommender(self.columns, self.numeric, self.dense_sizes, self.embedding_dropout, layer_norm)
+            return Recommender(
+                self.columns, self.numeric, self.dense_sizes, self.embedding_dropout, layer_norm, self.labels
+            )
 
 
 def resolve(config: RunConfig, schema: Schema) -> ModelSpec:
@@ -67,13 +71,13 @@ def resolve(config: RunConfig, schema: Schema) -> ModelSpec:
     Raises:
         UserError: features, towers and sizes do not fit together, or `model.scale` is too small.
     """
-    numeric = len(schema.numeric)
+    numeric, labels = len(schema.numeric), len(schema.predicted)
     layout = build_layout(schema, config.embedding, config.model.dim)
     towers = resolve_towers(config, layout)
     modules = towers.modules
     columns = over_arch_input(layout, modules)
     requested: OverArchConfig = over_arch_config(config.model, modules)
-    dense_sizes, scale_reasons = resolve_scale(requested, columns, numeric, modules)
+    dense_sizes, scale_reasons = resolve_scale(requested, columns, numeric, modules, labels)
     return ModelSpec(
         layout=layout,
         numeric=numeric,
@@ -82,6 +86,7 @@ def resolve(config: RunConfig, schema: Schema) -> ModelSpec:
         sizes=dense_sizes.model_copy(update={"dim": config.model.dim}),
         dense_sizes=dense_sizes,
         embedding_dropout=config.embedding.dropout,
-        cost=count(dense_sizes, columns, numeric, layout.tables, modules),
+        cost=count(dense_sizes, columns, numeric, layout.tables, modules, labels),
+        labels=labels,
         reasons=(*towers.reasons, *scale_reasons),
     )
