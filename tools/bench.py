@@ -14,6 +14,7 @@ python tools/bench.py groups           # does the partitioner find the hidden gr
 python tools/bench.py loader           # the loader's examples a second over bare takes of Arrow
 python tools/bench.py serving          # one raw row from an export, and over HTTP, beside eager torch
 python tools/bench.py evaluation       # GAUC, NDCG and bootstrap of ten million rows, beside scikit-learn
+python tools/bench.py sequences        # lists row by row, as sequences want them, beside the pooled exchange
 """
 
 import difflib
@@ -41,6 +42,7 @@ NAMES = (
     "prepare",
     "serving",
     "evaluation",
+    "sequences",
 )
 
 

@@ -22,13 +22,15 @@ from megarec.sparse.towers.replicas import states_of
 
 
 def described(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a schema decides its shapes; counts of rows, mean lengths and texts for people do not."""
+    """What of a schema decides its shapes; counts of rows, mean lengths, orders and texts for people do not."""
     kept = {key: schema.get(key) for key in ("categorical", "numeric", "label")}
     kept["tasks"] = schema.get("tasks") or []  # an earlier version had one label
     features = kept["categorical"]
     if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
         return kept
-    return kept | {"categorical": [{key: f[key] for key in f if key != "mean_length"} for f in features]}
+    return kept | {
+        "categorical": [{key: f[key] for key in f if key not in ("mean_length", "newest")} for f in features]
+    }
 
 
 def check_schema(directory: Path, index: Index, schema: Mapping[str, Any]) -> None:

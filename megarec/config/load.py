@@ -73,8 +73,8 @@ def _section_at(root: type[Section], loc: list[Any]) -> type[Section] | None:
         if isinstance(current, type) and issubclass(current, Section):
             field = current.model_fields.get(str(part))
             current = field.annotation if field else None
-        elif typing.get_origin(current) is dict:
-            current = typing.get_args(current)[1]
+        elif typing.get_origin(current) in (dict, list):
+            current = typing.get_args(current)[-1]
         if isinstance(current, types.UnionType):
             current = next(
                 (a for a in typing.get_args(current) if isinstance(a, type) and issubclass(a, Section)), None

@@ -247,8 +247,8 @@ def is_sharded(parameter: Tensor) -> bool:
 def shard_mlps(model: nn.Module, channel: Channel) -> None:
     """Replace every MLP of a model by a tensor-parallel one, in place; without a tensor group nothing changes.
 
-    A single linear layer whose inputs do not divide (13 numeric features straight to an embedding) stays whole: it
-    works on this rank's own examples alone, so only its memory is not divided.
+    MLPs of sequences stay whole. So does a single linear layer whose inputs do not divide (13 numeric features straight
+    to an embedding): it works on this rank's own examples alone, so only its memory is not divided.
 
     Raises:
         UserError: a hidden width does not divide by the size of the tensor group.
@@ -256,6 +256,8 @@ def shard_mlps(model: nn.Module, channel: Channel) -> None:
     if channel.size == 1:
         return
     for name, module in list(model.named_modules()):
+        if name.startswith("sequences."):
+            continue  # small, and once a position: to gather positions would take longer than to compute them
         if isinstance(module, MLP) and (len(module.linears) > 1 or _inputs(module) % channel.size == 0):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, TensorParallelMLP(module, name, channel))

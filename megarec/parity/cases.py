@@ -105,6 +105,13 @@ TOWER_MODULES = {
     "dlrm": 'tower_module={"name": "dlrm", "compression": 2}',
     "dcn": 'tower_module={"name": "dcn", "compression": 2, "rank": 4}',
 }
+# Lists of up to four ids: DIN cuts them to three, and multi_0 shares the table of its target.
+SEQUENCES = (
+    'model.sequences=[{"features": ["multi_0"], "target": ["single_0"], "block": "din", "max_length": 3, "mlp": [8]}, '
+    '{"features": ["multi_1"], "target": ["single_3"], "block": "hstu", "max_length": 5, "heads": 2}]',
+    FULL_WIDTH,
+    LARGE_ROWS,
+)
 FAMILIES = (((), "wukong"), ((DLRM,), "dlrm"), ((DCN_LOW_RANK,), "dcn"))
 
 
@@ -114,7 +121,20 @@ def _hosts(ranks_per_host: int) -> tuple[str, ...]:
 
 
 def _small() -> list[Case]:
-    return _small_sparse() + _small_dense() + _small_norms() + _small_labels() + _small_bf16() + _small_towers()
+    chosen = _small_sparse() + _small_dense() + _small_norms() + _small_labels() + _small_bf16()
+    return chosen + _small_towers() + _small_sequences()
+
+
+def _small_sequences() -> list[Case]:
+    """Rows that travel one by one: placements, both exchanges, tower modules, micro-batches, tensor parallelism."""
+    sgd = (*DENSE_SGD, "embedding.optimizer=sgd")
+    chosen = [Case(1, SEQUENCES), Case(2, SEQUENCES, (_zero(1),)), Case(4, (*SEQUENCES, *sgd), (_zero(2), MIXED))]
+    chosen += [Case(2, (*SEQUENCES, DCN_LOW_RANK), (_zero(3), COLUMN)), Case(4, SEQUENCES, (_zero(0), ROW, *OVERLAP))]
+    chosen += [Case(4, SEQUENCES, (_zero(1), *_tensor(2)))]
+    chosen += [Case(4, (*SEQUENCES, *sgd, UNEVEN_TWO), (_zero(2), *_hosts(2)))]
+    chosen += [Case(2, (*SEQUENCES, UNEVEN_TWO), (_zero(0), *_hosts(1), *OVERLAP))]
+    modules = (*SEQUENCES, TOWER_MODULES["dcn"], UNEVEN_TWO)
+    return [*chosen, Case(2, modules, (_zero(0),)), Case(4, modules, (_zero(1), *_hosts(2)))]
 
 
 def _small_towers() -> list[Case]:

@@ -20,7 +20,7 @@ from megarec.data.stream import open_training
 from megarec.models.initial import initialize, materialize
 from megarec.models.norms import apply_statistics
 from megarec.run.spec import resolve
-from megarec.sparse.layout import EmbeddingLayout
+from megarec.sparse.layout import EmbeddingLayout, Feature
 from megarec.sparse.tables.initial import initial_rows
 from megarec.sparse.towers.assignment import tower_columns
 from megarec.sparse.towers.modules import TowerModules
@@ -66,11 +66,13 @@ def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
         epoch, position = divmod(step, loader.steps_per_epoch)
         batch = next(iter(loader.batches(epoch, start=position)))
         embedded = tables.look_up(batch)
-        logits = model(batch.numeric, towers.forward(embedded), batch.keys)
+        sequences, rows = tables.look_up_sequences(batch)
+        logits = model(batch.numeric, torch.cat([towers.forward(embedded), sequences], dim=1), batch.keys)
         loss = plain_loss(logits.float(), batch, config)
         smoothing = config.train.label_smoothing
         minimised = plain_loss(logits.float(), batch, config, smoothing) if smoothing else loss
-        (minimised + config.embedding.l2 * embedded.pow(2).sum() / batch.size).backward()
+        squares = embedded.pow(2).sum() + sum(own.pow(2).sum() for own in rows)
+        (minimised + config.embedding.l2 * squares / batch.size).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed["gradient_clipping"])
         optimizer.step()
         optimizer.zero_grad()
@@ -206,13 +208,31 @@ class PlainTables:
             pooled.append(summed / lengths.clamp(min=1).unsqueeze(1) if mean else summed)
         return torch.cat(pooled, dim=1) if pooled else torch.empty(batch.size, 0)
 
+    def look_up_sequences(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """What lies behind the pooled columns, example by example; and all rows that were looked up for it."""
+        by_name = {feature.name: feature for feature in self.layout.unpooled}
+        examples, looked_up = [], []
+        for example in range(batch.size):
+            parts = [torch.empty(0)]
+            for sequence in self.layout.sequences:
+                features = [by_name[name] for name in sequence.features]
+                rows = [self.weights[f.table][newest_of_list(batch.ids[f.name], example, f)] for f in features]
+                looked_up += rows
+                missing = sequence.positions - len(rows[0])
+                there = torch.cat(rows, dim=1).flatten()
+                parts += [there, torch.zeros(missing * len(rows) * sequence.columns)]
+                if sequence.masked:
+                    parts += [torch.ones(len(rows[0])), torch.zeros(missing)]
+            examples.append(torch.cat(parts))
+        return torch.stack(examples), looked_up
+
     @torch.no_grad()
     def update(self, batch: Batch) -> None:
         self.steps += 1
         for table in self.layout.tables:
             weight = self.weights[table.name]
             assert weight.grad is not None
-            rows = _touched(batch, [f.name for f in self.layout.features if f.table == table.name])
+            rows = _touched(batch, [f for f in self.layout.looked_up if f.table == table.name])
             self._update_rows(table.name, rows, weight.grad[rows])
             weight.grad = None
 
@@ -234,6 +254,18 @@ class PlainTables:
             w[rows] -= rate * bias_2**0.5 / bias_1 * m[rows] / (v[rows].sqrt() + eps)
 
 
-def _touched(batch: Batch, features: list[str]) -> Tensor:
-    ids: list[Ids] = [batch.ids[name] for name in features]
-    return torch.cat([i.values for i in ids]).long().unique()
+def _touched(batch: Batch, features: list[Feature]) -> Tensor:
+    ids = [batch.ids[f.name].values for f in features if not f.positions]
+    for feature in features:
+        if feature.positions:
+            ids += [newest_of_list(batch.ids[feature.name], example, feature) for example in range(batch.size)]
+    return torch.cat(ids).long().unique()
+
+
+def newest_of_list(ids: Ids, example: int, feature: Feature) -> Tensor:
+    """Of an example, newest first, as many as the feature has positions."""
+    if ids.lengths is None:
+        return ids.values[example : example + 1].long()
+    stop = int(ids.lengths[: example + 1].sum())
+    own = ids.values[stop - int(ids.lengths[example]) : stop].long()
+    return (own if feature.newest_first else own.flip(0))[: feature.positions]

@@ -9,6 +9,7 @@ is an accelerator: no part of the total, which a run reaches before its first on
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -142,8 +143,8 @@ def exchange_bytes(
     """What the exchange holds around its backward message, float32, all of it as large as its forward one.
 
     The rank's matrix of looked-up embeddings and its gradient, cut up by owner; the pooled rows of its own tables for
-    the whole global batch, and their gradient. On one rank nothing is sent. Copies need the gradient of all their rows,
-    and its sum, and look up the rank's own examples alone.
+    the whole global batch, and their gradient. Sequences count as if every list were full. On one rank
+    nothing is sent. Copies need the gradient of all their rows, and its sum, and look up the rank's own examples alone.
 
     Args:
         shards: of all ranks.
@@ -152,8 +153,11 @@ def exchange_bytes(
     """
     names = replicated(shards)
     mine = [shard for shard in shards if shard.rank == topology.rank]
-    lookups = sum(s.columns * sum(f.table == s.table for f in layout.features) for s in mine if s.table not in names)
+    reads = Counter(feature.table for feature in layout.features)
+    for feature in layout.unpooled:
+        reads[feature.table] += max(1, feature.positions)
+    lookups = sum(s.columns * reads[s.table] for s in mine if s.table not in names)
     gradients = sum(shard.rows * (shard.columns + 1) for shard in mine if shard.table in names)
-    own, owned = examples * layout.width, examples * topology.world_size * lookups
+    own, owned = examples * (layout.width + layout.sequence_columns), examples * topology.world_size * lookups
     owned *= 3 if by_micro_batch else 2
     return 4 * (2 * own + own + owned + 2 * gradients) if topology.world_size > 1 else 4 * 2 * own

@@ -15,6 +15,7 @@ from megarec.config.models import DcnConfig, DlrmConfig, OverArchConfig, WukongC
 from megarec.config.towers import DcnTowerConfig, DlrmTowerConfig, WukongTowerConfig
 from megarec.models.dlrm import head_inputs
 from megarec.models.inputs import EmbeddedColumns, input_embeddings
+from megarec.models.sequences import DIN_MLP, SequenceInput
 from megarec.models.wukong import LayerSizes, layer_sizes
 from megarec.run.baseline_cost import count_baseline, emitted_columns
 from megarec.run.cost_parts import Part, Parts, count_head, count_mlp, count_tasks, total
@@ -28,9 +29,9 @@ class Cost:
 
     Attributes:
         layers: by layer, then by part, in the order of the forward pass. `sparse` has the part `tables`; `towers`,
-            where there are tower modules, `towers.0` and so on; `inputs` has `small_mlp` and `numeric_mlp`;
-            `layers.0` and so on are the over-arch's; `head` comes last, of several labels with `experts`, `gates` and
-            `towers`.
+            where there are tower modules, `towers.0` and so on; `sequences`, where there are any, `sequences.0` and so
+            on; `inputs` has `small_mlp` and `numeric_mlp`; `layers.0` and so on are the over-arch's; `head` comes last,
+            of several labels with `experts`, `gates` and `towers`.
     """
 
     layers: dict[str, Parts]
@@ -77,6 +78,7 @@ def count(
     numeric: int,
     tables: Iterable[Table],
     modules: TowerSizes | None = None,
+    sequences: Iterable[SequenceInput] = (),
     labels: int = 1,
 ) -> Cost:
     """Parameters and training FLOPs per example of tables, tower modules, input layer and over-arch.
@@ -86,6 +88,7 @@ def count(
         columns: what the dense model reads.
         numeric: how many numeric features there are.
         modules: the tower modules (sparse/towers/sizes.py), if there are any.
+        sequences: what is read position by position, counted as it is computed, over all positions of each.
         labels: how many are predicted.
 
     Raises:
@@ -94,6 +97,8 @@ def count(
     layers = {"sparse": {"tables": Part(sum(table.rows * table.columns for table in tables))}}
     if modules is not None:
         layers["towers"] = count_towers(modules)
+    if parts := {f"sequences.{index}": _count_sequence(own, config) for index, own in enumerate(sequences)}:
+        layers["sequences"] = parts
     layers["inputs"] = _count_inputs(config, columns, numeric)
     n, dense = input_embeddings(columns, numeric, config), config.numeric_embeddings if numeric else 0
     over_arch = _count_over_arch(n, dense, config)
@@ -115,7 +120,7 @@ def _emitted(n: int, dense: int, config: OverArchConfig) -> int:
         case DlrmConfig():
             return head_inputs(n, dense, config.dim)
         case DcnConfig():
-            return n * config.dim
+            return n * config.dim * (2 if config.structure == "parallel" else 1)
         case _:
             return emitted_columns(n, config)
 
@@ -142,6 +147,22 @@ def _count_tower(sizes: TowerSizes, tower: int) -> Part:
             return layer.plus(count_mlp(width, [], sizes.dim, bias).times(outputs))
         case _:
             raise AssertionError(f"sizes of {sizes.module!r} are missing")
+
+
+def _count_sequence(own: SequenceInput, config: ModelConfig) -> Part:
+    """A block over all positions, and the map to the width of the model where that is another."""
+    columns, positions, settings = own.columns, own.config.max_length, own.config
+    if settings.block == "din":
+        hidden = DIN_MLP if settings.mlp is None else settings.mlp
+        block = count_mlp(4 * columns, hidden, 1, config.bias).times(positions).plus(Part(0, positions * columns))
+    else:
+        every = positions + 1  # of which the target: k and v of each, u and q of the target alone
+        parameters = 5 * columns**2 + (7 if config.bias else 1) * columns
+        parameters += every if settings.position_bias is not False else 0
+        block = Part(parameters, 2 * every * columns**2 + 3 * columns**2 + 2 * every * columns)
+    if own.width == config.dim:
+        return block
+    return block.plus(count_mlp(own.width, [], config.dim, config.bias).times(own.embeddings))
 
 
 def _count_inputs(config: ModelConfig, layout: EmbeddedColumns, numeric: int) -> Parts:

@@ -81,7 +81,7 @@ def plan_tables(
             plans[table.name] = _as_requested(table, own, ranks, why)
         elif table.name in chosen:
             rows = (examples or 0) * _features(layout, table)
-            plans[table.name] = TablePlan("replicated", ranks, f"{table.rows:,} rows, {rows:,} looked up by a rank")
+            plans[table.name] = TablePlan("replicated", ranks, f"{table.rows:,} rows, {rows:,.0f} looked up by a rank")
         else:
             plans[table.name] = _automatic(table, costs[table.name] / share, split_threshold, ranks)
     return plans
@@ -91,7 +91,7 @@ def table_costs(layout: EmbeddingLayout) -> dict[str, float]:
     """Cost of a table: its share of all bytes plus its share of all columns read (list length x columns a feature)."""
     size = {table.name: float(table.rows * table.columns) for table in layout.tables}
     traffic = dict.fromkeys(size, 0.0)
-    for feature in layout.features:
+    for feature in layout.looked_up:
         traffic[feature.table] += feature.columns * feature.mean_length
     bytes_total = sum(size.values())
     traffic_total = sum(traffic.values()) or 1.0  # nothing is read where all lists are always empty
@@ -121,8 +121,10 @@ def _replication_pays(layout: EmbeddingLayout, table: Table, examples: int | Non
     return 2 * table.rows <= examples * _features(layout, table)
 
 
-def _features(layout: EmbeddingLayout, table: Table) -> int:
-    return sum(feature.table == table.name for feature in layout.features)
+def _features(layout: EmbeddingLayout, table: Table) -> float:
+    """Rows that travel to an example: one a pooled feature, those of a sequence at its mean length."""
+    pooled = sum(feature.table == table.name for feature in layout.features)
+    return pooled + sum(feature.mean_length for feature in layout.unpooled if feature.table == table.name)
 
 
 def _as_requested(table: Table, requested: Kind, ranks: int, why: str) -> TablePlan:
@@ -252,7 +254,7 @@ def imbalance(layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int) -> f
     names = replicated(shards)
     size = {table.name: table.rows * table.columns for table in layout.tables}
     read = dict.fromkeys(size, 0.0)
-    for feature in layout.features:
+    for feature in layout.looked_up:
         read[feature.table] += feature.columns * feature.mean_length
     cells, columns = [0.0] * ranks, [0.0] * ranks
     for shard in shards:

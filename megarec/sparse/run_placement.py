@@ -180,7 +180,7 @@ def _bytes(shards: Sequence[Shard], config: RunConfig) -> int:
 def _lookups(layout: EmbeddingLayout) -> dict[str, float]:
     """Rows of a table that an example looks up."""
     lookups = dict.fromkeys((table.name for table in layout.tables), 0.0)
-    for feature in layout.features:
+    for feature in layout.looked_up:
         lookups[feature.table] += feature.mean_length
     return lookups
 

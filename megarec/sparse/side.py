@@ -6,6 +6,7 @@
 Both give the same numbers; without tower modules, in float32 and with whole rows or columns, to the last bit.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
@@ -19,6 +20,7 @@ from megarec.distributed.topology import Topology
 from megarec.sparse.exchange.direct import direct_assembly
 from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup
 from megarec.sparse.exchange.parts import joined, rows_of
+from megarec.sparse.exchange.sequences import Padding, SequenceLookup, newest_of
 from megarec.sparse.exchange.tower_exchange import (
     Back,
     Change,
@@ -47,6 +49,7 @@ class StepLookup:
         ids: what was looked up.
         features: whose columns those of `leaf`, else of `values`, are.
         modules: the tower modules of this rank.
+        padding: where sequences lie behind the other columns; None: there are none.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class StepLookup:
         modules: TowerReplicas | None,
         micro_batches: int,
         parts: int,
+        padding: Padding | None = None,
     ) -> None:
+        self._padding = padding
         self._exchanged, self._leaf, self._ids, self._features, self._modules = exchanged, leaf, ids, features, modules
         self._micro_batches, self._parts = micro_batches, parts
         self._arrived: list[Tensor] = []
@@ -135,8 +140,11 @@ class StepLookup:
         Returns:
             Embeddings [examples, columns], the features whose columns they are, and the ids that were looked up. With
             tower modules they are those that this rank's modules took in, under the tower exchange for the examples of
-            its peers as well; without, those of this rank's examples.
+            its peers as well, and no sequences; without, those of this rank's examples.
         """
+        if self._leaf is None and self._padding is not None:
+            values, unpooled = self._padding.by_feature(self.values)
+            return values, (*self._features, *unpooled), batch.ids
         if self._leaf is None:
             return self.values, self._features, batch.ids
         return self._leaf.detach(), self._features, self._ids.ids
@@ -205,6 +213,7 @@ class SparseSide:
             self._group = self._exchange.group
         for tables in self._group.tables:
             tables.fill(seed, config.initial_std)
+        self._padding = Padding(layout) if layout.sequences else None
         self.modules: TowerReplicas | None = None
         if towers.towers is not None and towers.modules is not None:
             assert tower_optimizer is not None
@@ -219,6 +228,8 @@ class SparseSide:
 
     def distribute(self, batch: Batch) -> Distributed:
         """Send the ids of a batch to the owners of the tables (TorchRec's input_dist); reads no table; collective."""
+        if self._padding is not None:
+            batch = dataclasses.replace(batch, ids=newest_of(batch, self._layout))
         return (self._exchange or self._group).distribute(batch)
 
     def forward(self, ids: Distributed, micro_batches: int = 1) -> StepLookup:
@@ -260,8 +271,14 @@ class SparseSide:
             exchanged = self._group.pool(ids, self._dtype, world_size, parts)
         else:
             exchanged = ChangedLookup(self._group.pool(ids, parts=parts), change, self._dtype, world_size)
+        if self._padding is not None:
+            own = ids.ids if ids.own is None else ids.own
+            exchanged = SequenceLookup(
+                exchanged, (self._exchange or self._group).rows(ids), self._padding, own, ids.size // peers // parts,
+                parts=parts, dtype=self._dtype, divide=world_size, l2=l2,
+            )  # fmt: skip
         features = (self._layout if leaf is None else self._group.layout).features
-        return StepLookup(exchanged, leaf, ids, features, self.modules, micro_batches, parts)
+        return StepLookup(exchanged, leaf, ids, features, self.modules, micro_batches, parts, self._padding)
 
     def look_up(self, batch: Batch) -> StepLookup:
         """`distribute` and `forward`."""

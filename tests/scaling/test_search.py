@@ -20,7 +20,7 @@ from megarec.scaling.search import read_search
 from megarec.scaling.search_report import config_of
 from megarec.scaling.space import draw, read_settings
 from tests.scaling.studies import WUKONG, write_study
-from tests.scaling.test_sweep import finish, run_here, start, starts
+from tests.scaling.test_sweep import ROOT, finish, run_here, start, starts
 
 FAMILIES = {
     "wukong": {"model": WUKONG, "model.layers": {"int": [1, 3]}, "model.dropout": {"choice": [0.0, 0.1]}},
@@ -275,6 +275,16 @@ def test_with_optuna_no_share_and_no_plan_is_known_and_without_it_there_is_one_l
     with pytest.raises(UserError, match=r"--array with sampler='optuna' of .*search\.json: its draws follow from how"):
         check_options(read_search(path), Namespace(**options))
     check_options(read_search(path), Namespace(**options | {"array": None}))
+
+
+def test_shipped_searches_and_that_of_the_docs_do(tmp_path: Path) -> None:
+    shipped = sorted((ROOT / "ds_configs/search").glob("*.json"))
+    assert {search.file.budget.trials for search in map(read_search, shipped)} == {16}
+    text = (ROOT / "docs/search.md").read_text().split("```json\n")[1].split("```")[0]
+    (tmp_path / "docs.json").write_text(
+        text.replace("../movielens-100k.json", str(ROOT / "ds_configs/movielens-100k.json"))
+    )
+    assert list(read_search(tmp_path / "docs.json").settings) == ["wukong", "dnn"]
 
 
 def test_a_real_search_tests_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def test_auto_by_placement() -> None:
     def wished(optimizer: str, placement: str, table: str) -> local.Choice:
         config = EmbeddingConfig(optimizer=optimizer, placement=placement)  # type: ignore[arg-type]
         shards = [shard for shard in place(LAYOUT, config.placement, 2) if shard.table == table]
-        return requested_backend(shards, config, "cpu")
+        return requested_backend(shards, config, "cpu", unpooled=False)
 
     assert wished("rowwise_adagrad", "table", "user").backend == "fbgemm"
     assert wished("adagrad", "column", "user").backend == "fbgemm"
@@ -213,7 +213,8 @@ def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: p
     for rows in (2**30 - 1, 2**30):
         tables = (Table("a", rows, 8), Table("b", rows, 8))
         layout = EmbeddingLayout(8, tables, tuple(Feature(t.name, t.name, "sum", False, 0, 8) for t in tables), 2, 0)
-        shards = group_lookups(plan_lookups(layout, place(layout, "table", 1), 2, fused={"a", "b"}).slots[0])
+        plan = plan_lookups(layout, place(layout, "table", 1), 2, fused={"a", "b"})
+        shards = group_lookups(plan.slots[0], plan.shards[0])
         fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).pool(ids)
     assert seen == [(torch.int32, torch.int32), (torch.int64, torch.int64)]
 
@@ -221,7 +222,8 @@ def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: p
 @pytest.mark.filterwarnings("ignore")
 def test_ids_are_checked_where_fbgemms_variable_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = EmbeddingLayout(4, (Table("t", 5, 4),), (Feature("t", "t", "sum", False, 0, 4),), 1, 0)
-    shards = group_lookups(plan_lookups(layout, place(layout, "table", 1), 1, fused={"t"}).slots[0])
+    plan = plan_lookups(layout, place(layout, "table", 1), 1, fused={"t"})
+    shards = group_lookups(plan.slots[0], plan.shards[0])
     outside = LocalIds(torch.tensor([1, 5]), torch.arange(3), (2,), 2)
     monkeypatch.setenv(fbgemm_backend.BOUNDS_CHECK, "0")
     with pytest.raises(RuntimeError, match="idx < num_rows"):

@@ -138,7 +138,9 @@ def _encode(
         item = columns["item_id"].to_numpy()
         columns["history"] = past_items(ratings.user.to_numpy(), item, ratings.timestamp, history)
         owner = next(f for f in features if f.name == "item_id")
-        features.append(CategoricalFeature(name="history", rows=owner.rows, multi_valued=True, pooling="mean"))
+        features.append(
+            CategoricalFeature(name="history", rows=owner.rows, multi_valued=True, pooling="mean", newest="last")
+        )
         identity["history"] = identity["item_id"]
     columns["label"] = pa.array((ratings.rating >= 4).astype(np.int8))
     return pa.table(columns), features, identity

@@ -70,9 +70,15 @@ def export_bundle(
         How many files and bytes, the compiled program or why there is none, and what is said of the checkpoint.
 
     Raises:
-        UserError: the checkpoint is damaged, the data set is not the one, or the target exists.
+        UserError: the checkpoint is damaged, the data set is not the one, the target exists, or the model reads
+            sequences.
     """
     config, schema, weights = open_checkpoint(checkpoint)
+    if config.model.sequences:
+        raise UserError(
+            f"{checkpoint}: model.sequences is read position by position, which an export to ONNX or torch cannot do "
+            "yet; take --format native (megarec.load_model reads it), or train without sequences"
+        )
     spec = checked_spec(config, schema, weights)
     prepared = data or Path(config.data.path)
     _check_data(schema, prepared, checkpoint)

@@ -1,5 +1,6 @@
 """Tables of one rank: which backend holds which table and why, and the record of touched rows."""
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -15,9 +16,9 @@ from megarec.distributed.collectives import Channel
 from megarec.errors import UserError
 from megarec.kernels.launch import triton_problem
 from megarec.sparse.layout import EmbeddingLayout
-from megarec.sparse.lookups import Lookup, LookupPlan, plan_lookups
+from megarec.sparse.lookups import LookupPlan, plan_lookups
 from megarec.sparse.placement import COLUMN_UNIT, Shard, replicated
-from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State, Tables, group_lookups
+from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State, Tables, Unpooled, group_lookups
 from megarec.sparse.tables.initial import fill_initial
 from megarec.sparse.tables.torch_backend import ColumnShardSum, ReplicatedTorchTables, TorchTables
 
@@ -46,9 +47,11 @@ def choose_backends(
         UserError: embedding.backend names a backend that cannot hold a table, or that does not work here.
     """
     choices = {}
+    unpooled = {feature.table for feature in layout.unpooled}
     slow: dict[str, list[str]] = {}  # tables by what keeps both fast backends from holding them
     for table in layout.tables:
-        choice = requested_backend([shard for shard in shards if shard.table == table.name], config, device.type)
+        own = [shard for shard in shards if shard.table == table.name]
+        choice = requested_backend(own, config, device.type, unpooled=table.name in unpooled)
         if choice.backend == "fbgemm" and (problem := _fbgemm_problem(device.type)) is not None:
             choice = Choice("torch" if device.type == "cpu" or config.backend == "fbgemm" else "triton", problem)
         if choice.backend == "triton" and (problem := triton_problem(device.type)) is not None:
@@ -65,10 +68,16 @@ def choose_backends(
     return choices
 
 
-def requested_backend(shards: Sequence[Shard], config: EmbeddingConfig, device: str) -> Choice:
-    """The backend of a table that is placed as these shards, by config and type of device: the same on every rank."""
+def requested_backend(shards: Sequence[Shard], config: EmbeddingConfig, device: str, *, unpooled: bool) -> Choice:
+    """The backend of a table that is placed as these shards, by config and type of device: the same on every rank.
+
+    Args:
+        unpooled: whether rows of it travel one by one.
+    """
     if config.backend == "torch":
         return Choice("torch", 'embedding.backend="torch"')
+    if unpooled:
+        return Choice("torch", "a sequence looks up its rows one by one: one update has their gradients and the pooled")
     if replicated(shards):
         return Choice("torch", "a copy on every rank: the gradients of all ranks are summed before its update")
     if config.optimizer == "adam":
@@ -95,7 +104,11 @@ def routes_of(
 ) -> LookupPlan:
     """Who looks up what of tables that are spread over a group."""
     by_table = {table: [s for s in shards if s.table == table] for table in {s.table for s in shards}}
-    backends = {table: requested_backend(own, config, device.type).backend for table, own in by_table.items()}
+    unpooled = {feature.table for feature in layout.unpooled}
+    backends = {
+        table: requested_backend(own, config, device.type, unpooled=table in unpooled).backend
+        for table, own in by_table.items()
+    }
     fused, triton = ([t for t, backend in backends.items() if backend == kind] for kind in ("fbgemm", "triton"))
     return plan_lookups(layout, shards, ranks, fused, triton)
 
@@ -123,7 +136,7 @@ class LocalTables:
     """The shards of this rank; its slots are in the order of the output's columns.
 
     Args:
-        slots: of this rank.
+        plan: who looks up what; this rank is that of the channel.
         shards: of all ranks.
         replicated: whether every rank of the channel holds these tables whole.
         output: the type in which summed rows are asked for; a backend may emit float32 instead.
@@ -131,7 +144,7 @@ class LocalTables:
 
     def __init__(
         self,
-        slots: Sequence[Lookup],
+        plan: LookupPlan,
         layout: EmbeddingLayout,
         shards: Sequence[Shard],
         choices: dict[str, Choice],
@@ -143,7 +156,8 @@ class LocalTables:
         output: torch.dtype = torch.float32,
     ) -> None:
         self._layout, self.replicated = layout, replicated
-        local = group_lookups(slots)
+        slots, self._unpooled = plan.slots[channel.rank], plan.unpooled[channel.rank]
+        local = group_lookups(slots, plan.shards[channel.rank])
         # Row-wise Adagrad over column slices needs every rank in its exchange, one without such slices as well.
         split = config.optimizer == "rowwise_adagrad" and any(shard.column_start > 0 for shard in shards)
         self._groups: list[tuple[int, Tables]] = []  # (slots, tables), in slot order
@@ -169,7 +183,10 @@ class LocalTables:
         self._flags = flags
         self._touched = {part.shard: view.unsqueeze(1) for part, view in zip(local, flags.split(rows), strict=True)}
         first_row = {part.shard: sum(rows[:index]) for index, part in enumerate(local)}
-        self._first_rows = torch.tensor([first_row[slot.shard] for slot in slots], dtype=torch.int64, device=device)
+        self._first_rows, self._first_unpooled = (
+            torch.tensor([first_row[slot.shard] for slot in own], dtype=torch.int64, device=device)
+            for own in (slots, self._unpooled)
+        )
 
     def _torch_tables(
         self,
@@ -185,9 +202,9 @@ class LocalTables:
         columns = [self._layout.table(part.shard.table).columns for part in parts]
         if self.replicated:
             assert not split
-            return ReplicatedTorchTables(parts, columns, config, device, channel, self._mark)
+            return ReplicatedTorchTables(parts, columns, config, device, channel, self._mark, self._unpooled)
         owners = ColumnShardSum([part.shard for part in parts], shards, channel, device)
-        return TorchTables(parts, columns, config, device, owners.sum if split else None)
+        return TorchTables(parts, columns, config, device, owners.sum if split else None, self._unpooled)
 
     def fill(self, seed: int, std: float | None) -> None:
         """Initial weights (initial.py)."""
@@ -200,18 +217,29 @@ class LocalTables:
         parts = []
         first = 0
         for slots, tables in self._groups:
-            parts.append(tables.pool(ids.part(first, first + slots)))
+            own = ids.part(first, first + slots)
+            if ids.unpooled is not None and isinstance(tables, TorchTables):
+                own = dataclasses.replace(own, unpooled=ids.unpooled)
+            parts.append(tables.pool(own))
             first += slots
         columns = [part.values.shape[1] for part in parts]
 
         def update(gradient: Tensor) -> None:
             if not self.replicated:  # else in the update itself, which knows all ranks' rows
-                self._touch(ids)  # with the update: a step that is skipped touches nothing
+                self._touch(ids, self._first_rows)  # with the update: a step that is skipped touches nothing
+                if ids.unpooled is not None:
+                    self._touch(ids.unpooled.ids, self._first_unpooled)
             for part, own in zip(parts, gradient.split(columns, dim=1), strict=True):
                 part.update(own)
 
         shown = [part.values for part, width in zip(parts, columns, strict=True) if width] or [parts[0].values]
         return Pooled(shown[0] if len(shown) == 1 else torch.cat(shown, dim=1), update)
+
+    def rows_of(self, unpooled: Unpooled) -> list[Tensor]:
+        """The rows of every unpooled slot, float32 [ids, columns]; `update` of what `pool` returns takes their
+        gradients as well."""
+        holders = [tables for _, tables in self._groups if isinstance(tables, TorchTables)]
+        return holders[0].rows_of(unpooled) if holders else []
 
     def set_learning_rate(self, rate: float) -> None:
         for _, tables in self._groups:
@@ -230,8 +258,8 @@ class LocalTables:
             named |= tables.state()
         return named
 
-    def _touch(self, ids: LocalIds) -> None:
-        first_rows = self._first_rows.repeat_interleave(ids.counts_on_device(), output_size=ids.values.numel())
+    def _touch(self, ids: LocalIds, first_rows: Tensor) -> None:
+        first_rows = first_rows.repeat_interleave(ids.counts_on_device(), output_size=ids.values.numel())
         self._mark(first_rows.add_(ids.values))
 
     def _mark(self, rows: Tensor) -> None:

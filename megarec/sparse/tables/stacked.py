@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from megarec.sparse.placement import Shard
 from megarec.sparse.tables.base import LocalIds, LocalShard, State
 from megarec.sparse.tables.optimizers import Hyperparameters, RowGradient, RowOptimizer
 
@@ -37,7 +38,9 @@ class StackedTable:
         self._stops_on_device = torch.tensor(self._stops, device=device)
         first_rows = [stop - own for stop, own in zip(self._stops, rows, strict=True)]
         self._first_rows = torch.tensor(
-            [first for first, local in zip(first_rows, shards, strict=True) for _ in local.slots], device=device
+            [first for first, local in zip(first_rows, shards, strict=True) for _ in local.slots],
+            dtype=torch.int64,
+            device=device,
         )
         self._jagged = any(local.jagged for local in shards)
         self._weight = torch.empty(sum(rows), self.columns, dtype=dtype, device=device)
@@ -45,8 +48,21 @@ class StackedTable:
         self._steps = torch.zeros(len(shards), 1, dtype=torch.int64)  # updates so far, of every shard
         self._chunk = CPU_CHUNK if device.type == "cpu" else sum(rows)
 
+    def first_row(self, shard: Shard) -> int | None:
+        """Of a shard's rows in the stack; None: it is in another."""
+        for local, stop in zip(self.shards, self._stops, strict=True):
+            if local.shard == shard:
+                return stop - shard.rows
+        return None
+
+    def rows_of(self, keys: Tensor) -> Tensor:
+        """These rows, float32 [keys, columns]."""
+        return self._weight.index_select(0, keys).float()
+
     def look_up(self, ids: LocalIds) -> Tensor:
         """Summed rows of every bag, float32 [examples, slots x columns]."""
+        if not self.slots:
+            return self._weight.new_empty(ids.examples, 0, dtype=torch.float32)
         keys = self._keys(ids)
         if self._jagged:
             bags = self._pool(keys, ids.offsets.long(), ids.weights).view(self.slots, ids.examples, self.columns)
@@ -54,21 +70,30 @@ class StackedTable:
         keys = keys.view(self.slots, ids.examples).T.reshape(-1)  # in the order of the output
         return self._weight.index_select(0, keys).to(torch.float32).view(ids.examples, -1)
 
-    def gradients(self, ids: LocalIds, grad: Tensor) -> Iterator[RowGradient]:
+    def gradients(
+        self, ids: LocalIds, grad: Tensor, single: tuple[Tensor, Tensor] | None = None
+    ) -> Iterator[RowGradient]:
         """Gradients of the touched rows (by key, ascending), chunk by chunk.
 
-        Every occurrence of a row counts, in the order of slots and then of the global batch. The sum over the
-        occurrences is itself a bag, of rows of `grad`: as fast as a lookup, and, unlike scattered additions, in a
-        fixed order on every device.
+        Every occurrence of a row counts, in the order of slots and then of the global batch, single ones last. The
+        sum over the occurrences is itself a bag, of rows of `grad`: as fast as a lookup, and, unlike scattered
+        additions, in a fixed order on every device.
 
         Args:
             grad: float32 [examples, slots x columns], of the result of `look_up`.
+            single: keys of rows that were looked up one by one, and their gradients, float32 [keys, columns].
         """
         grad = grad.reshape(-1, self.columns)  # row e x slots + s is that of example e, slot s
-        in_order, order = self._keys(ids).sort(stable=True)
+        keys, occurrences, weights = self._keys(ids), self._gradient_rows(ids), ids.weights
+        if single is not None:
+            more = torch.arange(grad.shape[0], grad.shape[0] + single[0].numel(), device=grad.device)
+            keys, occurrences = torch.cat([keys, single[0]]), torch.cat([occurrences, more])
+            grad = torch.cat([grad, single[1]])
+            weights = None if weights is None else torch.cat([weights, weights.new_ones(more.numel())])
+        in_order, order = keys.sort(stable=True)
         rows, counts = in_order.unique_consecutive(return_counts=True)
-        occurrences = self._gradient_rows(ids).index_select(0, order)
-        weights = None if ids.weights is None else ids.weights.index_select(0, order)
+        occurrences = occurrences.index_select(0, order)
+        weights = None if weights is None else weights.index_select(0, order)
         stops = counts.cumsum(0)
         total, touched = occurrences.numel(), rows.numel()
         for start in range(0, touched, self._chunk):

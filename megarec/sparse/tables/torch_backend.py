@@ -16,8 +16,9 @@ from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.distributed.collectives import Channel, all_reduce_sum, all_to_all
+from megarec.sparse.lookups import Lookup
 from megarec.sparse.placement import Shard
-from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State
+from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State, Unpooled
 from megarec.sparse.tables.optimizers import ROW_OPTIMIZERS, Hyperparameters, RowGradient
 from megarec.sparse.tables.stacked import StackedTable
 
@@ -30,6 +31,7 @@ class TorchTables:
 
     Args:
         table_columns: columns of each shard's whole table.
+        unpooled: the slots of this rank whose rows are looked up one by one.
         sum_squares: sums partial squares over the owners of a table (co_owners.py); None: every shard has whole rows.
     """
 
@@ -40,6 +42,7 @@ class TorchTables:
         config: EmbeddingConfig,
         device: torch.device,
         sum_squares: SumSquares | None,
+        unpooled: Sequence[Lookup] = (),
     ) -> None:
         self._table_columns = table_columns
         self._device = device
@@ -51,6 +54,31 @@ class TorchTables:
             StackedTable(list(alike), self._optimizer, dtype, device)
             for _, alike in itertools.groupby(shards, key=lambda local: local.shard.columns)
         ]
+        self._unpooled = [
+            (stack, first)  # of each slot, its stack and its shard's first row there
+            for slot in unpooled
+            for stack in self._stacks
+            if (first := stack.first_row(slot.shard)) is not None
+        ]
+
+    @torch.no_grad()
+    def rows_of(self, unpooled: Unpooled) -> list[Tensor]:
+        """The rows of every unpooled slot, float32 [ids, columns]."""
+        return [
+            stack.rows_of(values.long() + first)
+            for values, (stack, first) in zip(unpooled.values(), self._unpooled, strict=True)
+        ]
+
+    def _single(self, ids: LocalIds, stack: StackedTable) -> tuple[Tensor, Tensor] | None:
+        """Keys of the rows that were looked up one by one in a stack, and their gradients; None: there are none."""
+        if ids.unpooled is None or not any(stack is other for other, _ in self._unpooled):
+            return None
+        assert ids.unpooled.gradients is not None, "the gradients of sequences come before the update"
+        parts = zip(ids.unpooled.values(), ids.unpooled.gradients, self._unpooled, strict=True)
+        own = [(values.long() + first, grad) for values, grad, (other, first) in parts if other is stack]
+        if len(own) == 1:
+            return own[0][0], own[0][1].float()
+        return torch.cat([keys for keys, _ in own]), torch.cat([grad.float() for _, grad in own])
 
     @torch.no_grad()
     def pool(self, ids: LocalIds) -> Pooled:
@@ -76,7 +104,10 @@ class TorchTables:
     def update(self, ids: LocalIds, grad: Tensor) -> None:
         """One optimizer step, given the gradient float32 [examples, columns of all slots] of `look_up`."""
         columns = grad.split([stack.slots * stack.columns for stack in self._stacks], dim=1)
-        gradients = [s.gradients(p, c) for s, p, c in zip(self._stacks, self._parts(ids), columns, strict=True)]
+        gradients = [
+            stack.gradients(part, own, self._single(ids, stack))
+            for stack, part, own in zip(self._stacks, self._parts(ids), columns, strict=True)
+        ]
         if self._optimizer.rowwise and self._sum_squares is not None:
             held = [list(chunks) for chunks in gradients]
             self._set_shared_mean_squares(held, self._sum_squares)
@@ -129,8 +160,9 @@ class ReplicatedTorchTables(TorchTables):
         device: torch.device,
         channel: Channel,
         mark: Callable[[Tensor], None],
+        unpooled: Sequence[Lookup] = (),
     ) -> None:
-        super().__init__(shards, table_columns, config, device, sum_squares=None)
+        super().__init__(shards, table_columns, config, device, sum_squares=None, unpooled=unpooled)
         self._channel, self._mark = channel, mark
 
     @torch.no_grad()
@@ -141,7 +173,7 @@ class ReplicatedTorchTables(TorchTables):
         buffer = torch.zeros(sum(sizes), device=self._device)
         own = [part.view(s.rows, s.columns + 1) for part, s in zip(buffer.split(sizes), stacks, strict=True)]
         for stack, part, of_stack, sums in zip(stacks, self._parts(ids), columns, own, strict=True):
-            for gradient in stack.gradients(part, of_stack):
+            for gradient in stack.gradients(part, of_stack, self._single(ids, stack)):
                 sums[gradient.rows, :-1] = gradient.values
                 sums[gradient.rows, -1] = 1
         total = all_reduce_sum(buffer, self._channel, "gradients", "backward")
