@@ -1,12 +1,14 @@
 """One benchmark side by side with its reference, in one run.
 
 python tools/bench.py tables          # the sparse side over bare FBGEMM
+python tools/bench.py regularisation  # L2 on all rows of a table of a million rows, over plain torch
 python tools/bench.py flat --json     # the flat exchange over TorchRec's (bash tools/bench_env.sh first)
 python tools/bench.py dense           # the dense model against the machine's GEMM peak
 python tools/bench.py tensor          # tensor parallelism against data parallelism on two ranks
 python tools/bench.py recompute       # what activation checkpointing saves and costs
 python tools/bench.py towers           # flat and tower exchange over shaped links, and TorchRec's (as root)
 python tools/bench.py plan             # the planner's steps beside those that towers measured
+python tools/bench.py planner          # the planner's steps beside measured systems of MLPerf Training
 python tools/bench.py checkpoint       # saving and loading over plain writes and reads; steps beside a save
 python tools/bench.py overlap          # waiting for ids, with and without overlap (as root)
 python tools/bench.py prepare          # files of Criteo's format, made up, at two sizes: rows/s and memory
@@ -29,6 +31,7 @@ from megarec.errors import ArgumentParser, UserError, exits_cleanly
 
 NAMES = (
     "tables",
+    "regularisation",
     "flat",
     "dense",
     "tensor",
@@ -38,6 +41,7 @@ NAMES = (
     "checkpoint",
     "groups",
     "plan",
+    "planner",
     "loader",
     "prepare",
     "serving",
@@ -52,7 +56,9 @@ def main() -> None:
     parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="towers only: a picture as well, .png or .svg")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="plan only: what `towers --json` printed")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="plan: what `towers --json` printed; planner: a CSV of systems"
+    )
     arguments = parser.parse_args()
     if arguments.name not in NAMES:
         near = difflib.get_close_matches(arguments.name, NAMES, n=1)
@@ -60,8 +66,8 @@ def main() -> None:
         raise UserError(f"no benchmark is called {arguments.name!r}; {hint}")
     if arguments.plot and arguments.name != "towers":
         raise UserError(f"--plot {arguments.plot}: there is a picture of the benchmark 'towers' only")
-    if arguments.results and arguments.name != "plan":
-        raise UserError(f"--results {arguments.results}: only the benchmark 'plan' reads another one's results")
+    if arguments.results and arguments.name not in ("plan", "planner"):
+        raise UserError(f"--results {arguments.results}: only 'plan' and 'planner' read results")
     given = [arguments.results] if arguments.results else []
     result = importlib.import_module(f"tools.benchmarks.{arguments.name}").run(*given)
     if arguments.plot:

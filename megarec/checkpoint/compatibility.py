@@ -85,7 +85,10 @@ def check_tensors(
 
 def _why(index: Index, config: Mapping[str, Any]) -> str:
     for section in ("model", "tower_module", "embedding", "dense", "data"):
-        for key, there, here in differences(index.config.get(section), config.get(section), section):
+        known, own = index.config.get(section), config.get(section)
+        if isinstance(known, dict) and isinstance(own, dict):  # a key that an earlier version did not have is no reason
+            own = {key: value for key, value in own.items() if key in known}
+        for key, there, here in differences(known, own, section):
             if key not in ("embedding.placement", "embedding.backend", "data.path"):
                 return f" ({key}: {short(there)} there, {short(here)} here); resume with its config"
     return "; resume with the config it was written with"

@@ -28,6 +28,7 @@ MISSING = -1e30  # in place of a label; no logit
 def written(run: Run, window: Predictions | None) -> list[TensorSlice]:
     """What this rank writes; over all ranks every element of every tensor once."""
     layout, topology = run.spec.layout, run.topology
+    run.sparse.settle()
     pieces = run.dense.written() + sparse.tables_written(run.sparse, layout, topology)
     if run.sparse.modules is not None:
         pieces += sparse.towers_written(run.sparse.modules, topology, run.config.parallel.exchange)
@@ -167,6 +168,7 @@ def fill(run: Run, reader: Reader, window: Predictions | None) -> None:
         run.dense.allocate_states(_dense_states(reader))
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{reader.directory}: {error}") from error
+    run.sparse.settle()  # else what waits would be applied to the checkpoint's weights
     for piece in run.dense.held() + sparse.tables_held(run.sparse, run.spec.layout):
         reader.fill(piece)
     compatibility.fill_tower_modules(run, reader)

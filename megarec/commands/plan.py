@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megarec.config.load import load_config
 from megarec.config.sections import RunConfig
 from megarec.data.schema import schema_of
@@ -16,12 +14,15 @@ from megarec.errors import ArgumentParser, UserError, exits_cleanly
 
 if TYPE_CHECKING:
     from megarec.planning.hardware import Hardware
+    from megarec.planning.planner import Plan
     from megarec.planning.towers_pay import TowersPay, Variant
 
 ASSUMPTIONS = [
-    "parts follow one another: what a run hides behind other work is won over this",
-    "tables and towers are looked up and updated evenly by all ranks",
-    "ids are spread evenly over the rows; lists have their mean length",
+    "on an accelerator ids, dense gradients and messages of micro-batches travel beside other work, as the code lets "
+    "them; on a CPU parts follow one another",
+    "tables and towers are looked up and updated evenly by all ranks; lists have their mean length",
+    "ids follow a power law over the rows on an accelerator; on a CPU, and in bytes sent, they are spread evenly",
+    "batches are with the rank in time",
     "tower modules compute in fp32",
     "a flat all-to-all loses nothing but by its smaller messages (NCCL's PXN)",
 ]
@@ -61,59 +62,40 @@ def main() -> None:
 def plan(config: RunConfig, hardware: "Hardware", hosts: int, ranks_per_host: int | None, in_json: bool) -> None:
     """Print the plan of a run; the imports take seconds, which a bad command line need not wait for."""
     from megarec.distributed.process import quiet_libraries
-    from megarec.distributed.topology import check_divides, check_job
 
     most = int(hardware.ranks_per_host.value)
     per_host = config.parallel.ranks_per_host or most if ranks_per_host is None else ranks_per_host
-    check_job(hosts, per_host)
-    if per_host > most:
-        raise UserError(
-            f"--ranks-per-host {per_host}: a host of {hardware.name} has {most} "
-            f"({hardware.ranks_per_host.source}); give at most so many, and more --hosts"
-        )
-    if config.parallel.ranks_per_host not in (None, per_host):
-        raise UserError(
-            f"--ranks-per-host {per_host}, but the config has parallel.ranks_per_host="
-            f"{config.parallel.ranks_per_host}; make them equal"
-        )
-    check_divides(hosts * per_host, per_host, config.parallel.tensor)
     quiet_libraries()
+    from megarec.planning.planner import check_machine, plan_run
     from megarec.planning.towers_pay import compare
+    from megarec.run.spec import resolve
 
+    check_machine(config, hardware, hosts, per_host)
     schema = schema_of(config.data)
+    made = plan_run(config, resolve(config, schema), hardware, hosts, per_host)
     found = compare(config, schema, hosts, per_host, hardware)
-    result = as_json(config, hardware, hosts, per_host, found)
+    result = as_json(made, found)
     if in_json:
         print(json.dumps(result))
     else:
         show(result, found)
 
 
-def as_json(config: RunConfig, hardware: "Hardware", hosts: int, per_host: int, found: "TowersPay") -> dict[str, Any]:
-    from megarec.dense.settings import settings_of
-    from megarec.distributed.topology import Topology
-    from megarec.planning.memory import largest_rank
-    from megarec.planning.roofline import Clock
-    from megarec.run.spec import resolve
-
-    ranks = hosts * per_host
-    job = Topology(0, ranks, per_host, config.parallel.tensor)
-    memory = largest_rank(config, resolve(config, schema_of(config.data)), job, torch.device(hardware.device))
-    limit = int(1e9 * hardware.memory_gb.value)
-    peak = 1e12 * Clock(hardware).peak(settings_of(config.deepspeed).dtype.itemsize)
-    run = found.run
+def as_json(made: "Plan", found: "TowersPay") -> dict[str, Any]:
     flat = found.variants[0]
     return {
-        "hardware": hardware.name,
-        "hosts": hosts,
-        "ranks_per_host": per_host,
-        "examples_per_rank": config.data.batch_size // ranks,
-        "fits": memory["total"] <= limit,
-        "memory_bytes": {**memory, "available": limit},
-        "step_ms": _step_ms(run),
-        "examples_per_second": config.data.batch_size / run.total,
-        "mfu": run.flop / run.total / peak,
-        "bytes_per_link": _bytes(run),
+        "hardware": made.hardware.name,
+        "hosts": made.hosts,
+        "ranks_per_host": made.ranks_per_host,
+        "examples_per_rank": made.examples,
+        "fits": made.fits,
+        "memory_bytes": {**made.memory, "available": made.available},
+        "step_ms": _ms(made.timeline.exposed),
+        "busy_ms": _ms(made.timeline.busy),
+        "examples_per_second": made.examples_per_second,
+        "mfu": made.mfu,
+        "bytes_per_link": _per_link(made),
+        "traffic": [sent._asdict() for sent in made.traffic],
         "towers": {
             "rows": [
                 {"variant": variant.name, "not_possible": variant.impossible}
@@ -122,7 +104,7 @@ def as_json(config: RunConfig, hardware: "Hardware", hosts: int, per_host: int, 
                     "variant": variant.name,
                     "compression": variant.compression,
                     "bytes_per_link": _bytes(variant),
-                    "step_ms": _step_ms(variant),
+                    "step_ms": _ms(variant.seconds or {}),
                     "ratio_to_flat": variant.total / flat.total,
                 }
                 for variant in found.variants
@@ -135,13 +117,20 @@ def as_json(config: RunConfig, hardware: "Hardware", hosts: int, per_host: int, 
     }
 
 
-def _step_ms(variant: "Variant") -> dict[str, float]:
-    assert variant.seconds is not None
-    return {**{name: 1e3 * seconds for name, seconds in variant.seconds.items()}, "total": 1e3 * variant.total}
+def _ms(seconds: dict[str, float]) -> dict[str, float]:
+    return {**{name: 1e3 * own for name, own in seconds.items()}, "total": 1e3 * sum(seconds.values())}
+
+
+def _per_link(made: "Plan") -> dict[str, int]:
+    """Of the exchange, to the rank's host and to others; `dense` is what gradients and weights of the dense model add,
+    in a ring over the ranks."""
+    across = sum(message.cross_host_bytes for message in made.work.messages)
+    inside = sum(message.bytes for message in made.work.messages) - across
+    return {"host": inside, "network": across, "dense": int(sum(made.work.rings))}
 
 
 def _bytes(variant: "Variant") -> dict[str, int]:
-    """Of a rank and step: `dense` is what gradients and weights of the dense model add, in a ring over the ranks."""
+    """As `_per_link`."""
     return {"host": variant.host_bytes, "network": variant.network_bytes, "dense": variant.dense_bytes}
 
 

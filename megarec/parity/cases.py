@@ -55,6 +55,8 @@ COLUMN, FBGEMM, TORCH = "embedding.placement=column", "embedding.backend=fbgemm"
 ROW, REPLICATED = "embedding.placement=row", "embedding.placement=replicated"
 MIXED = 'embedding.tables={"single_1": {"placement": "row"}, "single_2": {"placement": "replicated"}}'
 OPTIMIZERS = tuple(f"embedding.optimizer={name}" for name in ("rowwise_adagrad", "adagrad", "sgd", "adam"))
+ALL_ROWS = 'embedding.l2={"weight": 1e-3, "rows": "all"}'
+DECAYED = 'embedding.l2={"weight": 0.1, "rows": "all", "coupled": false}'
 DENSE_SGD = ("dense.optimizer=sgd", "dense.learning_rate=0.1")
 ATTENTIVE, FULL_FM = "model.projection=attentive", "model.fm=full"
 DLRM = 'model={"name": "dlrm", "dim": 16, "head": [16], "dropout": 0.1}'
@@ -134,7 +136,8 @@ def _small_sequences() -> list[Case]:
     chosen += [Case(4, (*SEQUENCES, *sgd, UNEVEN_TWO), (_zero(2), *_hosts(2)))]
     chosen += [Case(2, (*SEQUENCES, UNEVEN_TWO), (_zero(0), *_hosts(1), *OVERLAP))]
     modules = (*SEQUENCES, TOWER_MODULES["dcn"], UNEVEN_TWO)
-    return [*chosen, Case(2, modules, (_zero(0),)), Case(4, modules, (_zero(1), *_hosts(2)))]
+    chosen += [Case(2, modules, (_zero(0),)), Case(4, modules, (_zero(1), *_hosts(2)))]
+    return [*chosen, Case(2, (*SEQUENCES, DECAYED), (_zero(1), MIXED)), Case(2, (*SEQUENCES, OPTIMIZERS[3], ALL_ROWS))]
 
 
 def _small_towers() -> list[Case]:
@@ -182,7 +185,19 @@ def _small_sparse() -> list[Case]:
     chosen += [Case(2, (optimizer,), (_zero(1), COLUMN)) for optimizer in OPTIMIZERS]
     chosen += [Case(2, (OPTIMIZERS[3],), (_zero(1), ROW)), Case(2, topology=(_zero(2), REPLICATED))]
     chosen += [Case(4, topology=(_zero(1), MIXED)), Case(4, (UNEVEN_TWO,), (_zero(2), MIXED, *_hosts(2)))]
-    return chosen + [Case(2, (optimizer,), (_zero(2),)) for optimizer in OPTIMIZERS[1:]]
+    chosen += [Case(2, (optimizer,), (_zero(2),)) for optimizer in OPTIMIZERS[1:]]
+    return chosen + _small_all_rows()
+
+
+def _small_all_rows() -> list[Case]:
+    """L2 on all rows: Adam steps every row; or rows decay, lazily, whatever the optimizer."""
+    adam = OPTIMIZERS[3]
+    return [
+        Case(2, (adam, ALL_ROWS), (_zero(1), ROW)),
+        Case(4, (adam, ALL_ROWS, UNEVEN_TWO), (_zero(2), COLUMN, *_hosts(2))),
+        Case(4, (DECAYED,), (_zero(1), MIXED)),
+        Case(2, (DECAYED, UNEVEN_TWO), (_zero(0), ROW, *_hosts(1), *OVERLAP)),
+    ]
 
 
 def _small_dense() -> list[Case]:
@@ -275,6 +290,13 @@ def _full_sparse() -> list[Case]:
         for optimizer in OPTIMIZERS:
             if backend == TORCH or _fbgemm_can(optimizer, placement):
                 chosen.append(Case(ranks, (optimizer,), topology))
+    for regularised, optimizer, placement, exchange in itertools.product(
+        (ALL_ROWS, DECAYED), OPTIMIZERS, (None, COLUMN, ROW, REPLICATED), ((), (UNEVEN_TWO,))
+    ):
+        if (regularised, optimizer) == (ALL_ROWS, OPTIMIZERS[0]):
+            continue  # torch has no row-wise Adagrad to be the reference
+        topology = tuple(filter(None, (_zero(1), placement, *(_hosts(2) if exchange else ()))))
+        chosen.append(Case(4, (optimizer, regularised, *exchange), topology))
     return chosen
 
 

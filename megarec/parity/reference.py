@@ -71,8 +71,7 @@ def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
         loss = plain_loss(logits.float(), batch, config)
         smoothing = config.train.label_smoothing
         minimised = plain_loss(logits.float(), batch, config, smoothing) if smoothing else loss
-        squares = embedded.pow(2).sum() + sum(own.pow(2).sum() for own in rows)
-        (minimised + config.embedding.l2 * squares / batch.size).backward()
+        (minimised + tables.looked_up_l2(embedded, rows) / batch.size).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed["gradient_clipping"])
         optimizer.step()
         optimizer.zero_grad()
@@ -186,8 +185,10 @@ class PlainTables:
         self.layout = layout
         self.config = config
         self.steps = 0
+        self.dense: dict[str, torch.optim.Optimizer] = {}
         self.weights = {
-            t.name: initial_rows(t, seed, config.initial_std, 0, t.rows).requires_grad_() for t in layout.tables
+            t.name: initial_rows(t, seed, config.initial_std_of(t.name), 0, t.rows).requires_grad_()
+            for t in layout.tables
         }
         self.first = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.second = {name: torch.zeros_like(w) for name, w in self.weights.items()}
@@ -208,16 +209,16 @@ class PlainTables:
             pooled.append(summed / lengths.clamp(min=1).unsqueeze(1) if mean else summed)
         return torch.cat(pooled, dim=1) if pooled else torch.empty(batch.size, 0)
 
-    def look_up_sequences(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """What lies behind the pooled columns, example by example; and all rows that were looked up for it."""
+    def look_up_sequences(self, batch: Batch) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+        """What lies behind the pooled columns, example by example; and the rows of each table that were looked up."""
         by_name = {feature.name: feature for feature in self.layout.unpooled}
-        examples, looked_up = [], []
+        examples, looked_up = [], list[tuple[str, Tensor]]()
         for example in range(batch.size):
             parts = [torch.empty(0)]
             for sequence in self.layout.sequences:
                 features = [by_name[name] for name in sequence.features]
                 rows = [self.weights[f.table][newest_of_list(batch.ids[f.name], example, f)] for f in features]
-                looked_up += rows
+                looked_up += [(f.table, own) for f, own in zip(features, rows, strict=True)]
                 missing = sequence.positions - len(rows[0])
                 there = torch.cat(rows, dim=1).flatten()
                 parts += [there, torch.zeros(missing * len(rows) * sequence.columns)]
@@ -226,15 +227,39 @@ class PlainTables:
             examples.append(torch.cat(parts))
         return torch.stack(examples), looked_up
 
+    def looked_up_l2(self, embedded: Tensor, rows: list[tuple[str, Tensor]]) -> Tensor:
+        """L2 of looked-up embeddings and of rows of sequences, summed over examples."""
+        squares = embedded.pow(2).sum(dim=0)
+        weights = [self.config.looked_up_l2(f.table) for f in self.layout.features for _ in range(f.columns)]
+        of_rows = sum((self.config.looked_up_l2(table) * own.pow(2).sum() for table, own in rows), torch.zeros(()))
+        return torch.tensor(weights) @ squares + of_rows
+
     @torch.no_grad()
     def update(self, batch: Batch) -> None:
         self.steps += 1
         for table in self.layout.tables:
             weight = self.weights[table.name]
             assert weight.grad is not None
+            rule = self.config.rule_of(table.name)
+            weight -= self.config.learning_rate * rule.decay * weight
+            if rule.all_rows:
+                self._dense_step(table.name, rule.coupled)
+                continue
             rows = _touched(batch, [f for f in self.layout.looked_up if f.table == table.name])
             self._update_rows(table.name, rows, weight.grad[rows])
             weight.grad = None
+
+    def _dense_step(self, name: str, l2: float) -> None:
+        """torch's own optimizer over the whole table; row-wise Adagrad has none."""
+        weight, rate, eps = self.weights[name], self.config.learning_rate, self.config.eps
+        if name not in self.dense:
+            self.dense[name] = {
+                "adam": lambda: torch.optim.Adam([weight], rate, eps=eps, weight_decay=l2),
+                "adagrad": lambda: torch.optim.Adagrad([weight], rate, eps=eps, weight_decay=l2),
+                "sgd": lambda: torch.optim.SGD([weight], rate, weight_decay=l2),
+            }[self.config.optimizer]()
+        self.dense[name].step()
+        self.dense[name].zero_grad()
 
     def _update_rows(self, name: str, rows: Tensor, g: Tensor) -> None:
         rate, eps = self.config.learning_rate, self.config.eps

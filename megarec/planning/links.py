@@ -2,8 +2,11 @@
 
     all-to-all in a host       delay + bytes / link
     all-to-all over H hosts    delay(H) + bytes to other hosts / (network x (1 - incast / H) x ramp(bytes a pair)),
-                               or its bytes inside the hosts at the link's rate, whichever takes longer
+                               or its bytes inside the hosts at the link's rate, whichever takes longer; both
+                               where they share a fabric (PCIe)
     ring over H hosts          H x delay + bytes / (share x the network of all ranks of a host that are in the ring)
+
+Hosts whose ranks the links of a host join (hardware.scale_up_ranks: NVL72) count as one host here.
 
 After fits of nccl-tests (hardware/h100.json). NCCL sends an all-to-all over NVLink to the rank whose NIC is on the rail
 of the receiver (PXN), so that a flat all-to-all loses nothing by its many pairs but their smaller messages: the ramp.
@@ -23,10 +26,22 @@ def message_seconds(message: Message, topology: Topology, hardware: Hardware) ->
     if message.op.startswith("all_reduce"):
         in_host = message.cross_host_bytes == 0
         return ring_seconds(message.bytes, 1 if in_host else topology.hosts, topology.ranks_per_host, hardware)
+    hosts = linked_hosts(topology.hosts, topology.ranks_per_host, hardware)
+    if hosts < topology.hosts:
+        far = (topology.hosts - topology.hosts // hosts) / (topology.hosts - 1)
+        across, pairs = far * message.cross_host_bytes, max(1, round(far * message.pairs))
+        message = message._replace(cross_host_bytes=round(across) if hosts > 1 else 0, pairs=pairs)
     inside = (message.bytes - message.cross_host_bytes) / _bytes(needed(hardware, "host_link_gb_s"))
     if not message.cross_host_bytes:
         return _us(needed(hardware, "host_link_us")) + inside
-    return network_delay(topology.hosts, hardware) + max(inside, across_seconds(message, topology.hosts, hardware))
+    across = across_seconds(message, hosts, hardware)
+    return network_delay(hosts, hardware) + (inside + across if hardware.one_fabric else max(inside, across))
+
+
+def linked_hosts(hosts: int, ranks_per_host: int, hardware: Hardware) -> int:
+    """Hosts as the links see them: those that one set of host links joins are one."""
+    joined = hardware.scale_up_ranks
+    return -(-hosts // max(1, int(joined.value) // ranks_per_host)) if joined is not None else hosts
 
 
 def across_seconds(message: Message, hosts: int, hardware: Hardware) -> float:
@@ -50,8 +65,12 @@ def ring_seconds(sent: float, hosts: int, ranks_of_a_host: int, hardware: Hardwa
     """
     if not sent:
         return 0.0
+    linked = linked_hosts(hosts, ranks_of_a_host, hardware)
+    hosts, ranks_of_a_host = linked, ranks_of_a_host * (hosts // linked)
     if hosts == 1:
-        return _us(needed(hardware, "host_link_us")) + sent / _bytes(needed(hardware, "host_link_gb_s"))
+        own = hardware.host_ring_gb_s
+        rate = needed(hardware, "host_link_gb_s") if own is None else own.value
+        return _us(needed(hardware, "host_link_us")) + sent / _bytes(rate)
     rate = _bytes(needed(hardware, "network_gb_s")) * needed(hardware, "ring_share") * ranks_of_a_host
     return _us(hosts * needed(hardware, "ring_us_per_host")) + sent / rate
 

@@ -3,7 +3,8 @@
 Parts: `parameters`, `gradients`, `optimizer` and `step` of the dense side and its `communication` (zero.py);
 `activations`, what a micro-batch saves for its backward pass; `tables`, the rank's shards with their optimizer state;
 `towers`, the rank's tower modules with gradients, optimizer state and what a step saves for their backward pass.
-`communication` holds the exchange's buffers as well. `runtime` is what an accelerator's libraries take of its memory
+`communication` holds the exchange's buffers as well, and the gradients of whole-table
+updates that follow it on an accelerator. `runtime` is what an accelerator's libraries take of its memory
 (held_memory.py). `snapshot` is what a checkpoint copies of the rank into the machine's memory, page-locked where there
 is an accelerator: no part of the total, which a run reaches before its first one.
 """
@@ -28,7 +29,7 @@ from megarec.run.spec import ModelSpec
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.placement import Shard, replicated
 from megarec.sparse.run_placement import place_run
-from megarec.sparse.tables.optimizers import table_bytes
+from megarec.sparse.tables.optimizers import table_bytes, whole_update_bytes
 from megarec.sparse.towers.modules import TowerModules
 from megarec.sparse.towers.replicas import resolve_optimizer
 from megarec.sparse.towers.sizes import ResolvedTowers
@@ -69,6 +70,8 @@ def predict(
     parts["communication"] += exchange_bytes(
         spec.layout, shards, micro_batch * zero.accumulation, topology, by_micro_batch=by_micro_batch
     )
+    if device.type != "cpu":
+        parts["communication"] += whole_update_bytes(own, config.embedding)
     parts["activations"] = activation_bytes(config, spec, micro_batch)
     parts["tables"] = table_bytes(own, config.embedding)
     parts["towers"] = tower_bytes(config, spec.towers, micro_batch * zero.accumulation, topology)

@@ -12,7 +12,7 @@ move nothing.
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ _NOT_REALLY_WRITTEN = {"grads"}  # of fused optimizers: only with a loss scale o
 _READ_TWICE = {aten.native_layer_norm_backward}  # torch's CUDA kernels: once for the input, once for the weight
 
 
+class Shape(NamedTuple):
+    """Of `batch` products [m, k] x [k, n]."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+
+
 @dataclass(frozen=True)
 class Op:
     """One kernel.
@@ -36,6 +45,7 @@ class Op:
     Attributes:
         kind: a matrix product, products example by example, or anything that only moves memory.
         reads, writes: bytes by storage.
+        shape: of a product.
     """
 
     name: str
@@ -43,6 +53,7 @@ class Op:
     flop: int
     reads: dict[int, int]
     writes: dict[int, int]
+    shape: Shape | None = None
 
     @property
     def bytes(self) -> int:
@@ -83,7 +94,9 @@ class OpCounter(TorchDispatchMode):
         if not reads and not writes:
             return
         flop = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
-        self.ops.append(Op(packet.__name__, _KINDS.get(packet, "memory"), int(flop), reads, writes))
+        kind = _KINDS.get(packet, "memory")
+        shape = None if kind == "memory" else _shape(*args[-2:])
+        self.ops.append(Op(packet.__name__, kind, int(flop), reads, writes, shape))
 
     def _bytes(self, tensors: Iterable[Tensor]) -> dict[int, int]:
         """Of each storage, no more than it has: an expanded tensor repeats its elements."""
@@ -94,6 +107,10 @@ class OpCounter(TorchDispatchMode):
             size = found.get(storage._cdata, 0) + tensor.numel() * tensor.element_size()
             found[storage._cdata] = min(size, storage.nbytes())
         return {storage: size for storage, size in found.items() if size}
+
+
+def _shape(left: Tensor, right: Tensor) -> Shape:
+    return Shape(left.shape[0] if left.dim() == 3 else 1, left.shape[-2], right.shape[-1], left.shape[-1])
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ and delays are a machine's own (hardware/); several hosts are towers_pay.py's.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,11 +22,12 @@ from megarec.dense.settings import settings_of
 from megarec.distributed.topology import Topology, check_divides
 from megarec.errors import UserError
 from megarec.models.blocks import MLP
-from megarec.planning.hardware import Figure, Hardware, load_hardware
-from megarec.planning.links import message_seconds, ring_seconds
+from megarec.planning import skew
+from megarec.planning.clock import Clock, PartTime
+from megarec.planning.hardware import load_hardware
 from megarec.planning.memory import parameter_sizes
-from megarec.planning.op_counts import Op, OpCounter, fused
-from megarec.planning.traffic import Message, mean_ids, sparse_messages, touched_rows
+from megarec.planning.op_counts import Op, OpCounter
+from megarec.planning.traffic import mean_ids, sparse_messages, touched_rows
 from megarec.planning.zero import Zero, zero_of
 from megarec.run.spec import ModelSpec
 from megarec.sparse.layout import EmbeddingLayout
@@ -36,7 +37,6 @@ from megarec.sparse.towers.modules import TowerModules
 
 # Assumptions, from a review of the code for CUDA; gpu_check.py is there to hold them to a device. Rates and delays of
 # the device itself are in its JSON (hardware/).
-GEMM_SHARE, BATCHED_SHARE = 0.9, 0.4  # of the GEMM rate: the products of a model, and those example by example
 GLUE_BYTES_A_COLUMN, GLUE_BYTES_IN_FP32 = 24, 48
 """Read and written between tables and first product, both ways, for a column of the looked-up embeddings of an
 example, with messages in 16 bits that the tables take and give, and in fp32; tests/device counts them."""
@@ -70,24 +70,6 @@ STEP_BYTES = {  # by (ZeRO stage, low precision); DeepSpeed 0.19.8, with what de
     (3, False): StepBytes(40, 36, 8, 6),
     (3, True): StepBytes(20, 34, 8, 6),
 }
-Bound = Literal["compute", "memory", "link", "launches"]
-
-
-@dataclass(frozen=True)
-class PartTime:
-    """One part of a step of one rank.
-
-    Attributes:
-        seconds: it takes, and what bounds it.
-        fused_seconds: were every run of operations that only move memory one kernel.
-    """
-
-    flop: int
-    bytes: int
-    launches: int
-    seconds: float
-    bound: Bound
-    fused_seconds: float
 
 
 @dataclass(frozen=True)
@@ -225,13 +207,19 @@ def lookup_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> i
     return int(sum(mean_ids(f, examples) * (of_table[f.table] * element + 4) for f in layout.looked_up))
 
 
-def update_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> int:
-    """Ids sorted, weights and optimizer states of the touched rows read and written; ids are spread evenly over the
-    rows. What is read of gradients belongs to the glue."""
-    total = 0
+def update_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int, skewed: bool = False) -> int:
+    """Ids sorted, weights and optimizer states of the rows that are updated read and written: of all, or of the touched
+    ones. What is read of gradients belongs to the glue.
+
+    Args:
+        skewed: ids follow a power law (skew.py); else they are spread evenly over the rows.
+    """
+    total, touched = 0, skew.touched_rows if skewed else touched_rows
     for table in layout.tables:
         ids = sum(mean_ids(feature, examples) for feature in layout.looked_up if feature.table == table.name)
-        rows = Shard(table.name, 0, 0, max(1, round(touched_rows(table.rows, ids))), 0, table.columns)
+        all_rows = config.embedding.rule_of(table.name).all_rows
+        count = table.rows if all_rows else max(1, round(touched(table.rows, ids)))
+        rows = Shard(table.name, 0, 0, count, 0, table.columns)
         total += int(ids * SORT_BYTES_AN_ID) + 2 * table_bytes([rows], config.embedding)
     return total
 
@@ -287,81 +275,3 @@ def tensor_columns(mlp: MLP, size: int) -> list[float]:
         if index % 2 == 0:
             columns += 2 * [linear.in_features / size]  # an all-to-all each way
     return columns
-
-
-class Clock:
-    """Work at the rates of a device."""
-
-    def __init__(self, device: Hardware) -> None:
-        self.device = device
-
-    def gemm(self, width: int) -> float:
-        """TFLOP/s that a large product of elements of so many bytes reaches.
-
-        Raises:
-            UserError: the device's rate is not known.
-        """
-        figure, kind, key = (
-            (self.device.gemm_tflops, "16-bit", "gemm_tflops")
-            if width < 4
-            else (self.device.fp32_tflops, "fp32", "fp32_tflops")
-        )
-        if figure is None:
-            other = "enable deepspeed.bf16" if width == 4 else "switch deepspeed.bf16 off"
-            raise UserError(
-                f"hardware {self.device.name}: its {kind} rate is not known here ({key}); give it in its JSON, or "
-                f"{other} (tower modules compute in fp32)"
-            )
-        return figure.value
-
-    def peak(self, width: int) -> float:
-        """TFLOP/s that an MFU is a share of."""
-        sheet = self.device.peak_tflops
-        return sheet.value if sheet is not None and width < 4 else self.gemm(width)
-
-    def memory(self, moved: int, launches: int = 0, rate: Figure | None = None) -> PartTime:
-        """Bytes at the rate of a copy, or at another one in GB/s."""
-        seconds = moved / (self._copy if rate is None else 1e9 * rate.value)
-        return self._part(0, moved, launches, 0.0, seconds)
-
-    def messages(self, messages: Sequence[Message], topology: Topology) -> PartTime:
-        """Of the sparse side, one after the other."""
-        seconds = sum(message_seconds(message, topology, self.device) for message in messages)
-        return PartTime(0, sum(m.bytes for m in messages), len(messages), seconds, "link", seconds)
-
-    def rings(self, passes: Sequence[float], hosts: int = 1, ranks_of_a_host: int = 1) -> PartTime:
-        """Passes of a ring by the bytes that a rank sends."""
-        seconds = sum(ring_seconds(sent, hosts, ranks_of_a_host, self.device) for sent in passes)
-        return PartTime(0, int(sum(passes)), len(passes), seconds, "link", seconds)
-
-    @property
-    def _copy(self) -> float:
-        return 1e12 * self.device.memory_tb_s.value
-
-    def whole(self, ops: Sequence[Op], tflops: float) -> PartTime:
-        """All operations as one part."""
-        fast = self._ops(fused(ops), tflops)
-        return dataclasses.replace(self._ops(ops, tflops), fused_seconds=fast.seconds)
-
-    def dense(self, ops: Sequence[Op], times: int, tflops: float) -> dict[str, PartTime]:
-        """By kind of operation, `times` times over."""
-        parts, fast = {}, fused(ops)
-        for name, kind in (("GEMMs", "gemm"), ("products by example", "batched"), ("other dense", "memory")):
-            slow = self._ops([op for op in ops if op.kind == kind] * times, tflops)
-            quick = self._ops([op for op in fast if op.kind == kind] * times, tflops)
-            parts[name] = dataclasses.replace(slow, fused_seconds=quick.seconds)
-        return parts
-
-    def _ops(self, ops: Sequence[Op], tflops: float) -> PartTime:
-        compute = memory = 0.0
-        share = {"gemm": GEMM_SHARE, "batched": BATCHED_SHARE, "memory": 1.0}
-        for op in ops:
-            computing, moving = op.flop / (1e12 * tflops * share[op.kind]), op.bytes / self._copy
-            compute += computing if computing > moving else 0.0
-            memory += moving if computing <= moving else 0.0
-        return self._part(sum(op.flop for op in ops), sum(op.bytes for op in ops), len(ops), compute, memory)
-
-    def _part(self, flop: int, moved: int, launches: int, compute: float, memory: float) -> PartTime:
-        started, on_device = launches * 1e-6 * self.device.launch_us.value, compute + memory
-        bound: Bound = "launches" if started > on_device else "compute" if compute > memory else "memory"
-        return PartTime(flop, moved, launches, max(started, on_device), bound, max(started, on_device))

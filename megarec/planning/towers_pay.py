@@ -6,32 +6,25 @@ another; a step waits for the rank that sends most to other hosts, and tables an
 over the ranks in what they look up and update.
 """
 
-import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megarec.config.base import Section
-from megarec.config.deepspeed import micro_batch_size
 from megarec.config.sections import RunConfig
 from megarec.config.towers import TOWER_MODULES, IdentityTowerConfig, TowerModule
 from megarec.data.schema import Schema
-from megarec.distributed.topology import Topology
 from megarec.errors import UserError
-from megarec.planning import roofline
 from megarec.planning.hardware import Hardware
-from megarec.planning.traffic import Message, sparse_messages
-from megarec.planning.zero import zero_of
+from megarec.planning.pieces import timeline
+from megarec.planning.step_time import pieces_of
+from megarec.planning.work import Work, work_of
 from megarec.run.spec import ModelSpec, resolve
-from megarec.sparse.run_placement import place_run
 
 COMPRESSIONS = (2, 4, 8, 16)
 FLAT, SPTT = "flat", "SPTT alone"
 PAYS = 0.9  # of flat's step: a smaller gain lies within the prediction's own error
 NEAR = 1.05  # of the shortest step: a compression that comes so near costs less quality
-SPTT_COPY_BYTES = 16, 8
-"""Read and written once more by SPTT than by flat, both ways, for a column of an example: in fp32, and in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -149,106 +142,18 @@ def _validated(kind: type[Section], values: dict[str, Any]) -> Any:
     return kind.model_validate(values)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a rank does in a step, whatever the machine.
-
-    Attributes:
-        topology: the job and the rank that sends most to other hosts.
-        dense, towers: operations of the dense model in a micro-batch, and of the rank's tower modules.
-        messages: of the sparse side.
-        rings: bytes of each pass over the data group for gradients and weights of the dense model; `inside` those that
-            stay in a host; `tensor` those of the tensor-parallel layers.
-        moved: bytes in memory by what is done.
-    """
-
-    topology: Topology
-    width: int
-    accumulation: int
-    dense: list[roofline.Op]
-    towers: list[roofline.Op]
-    compression: float | None
-    messages: list[Message]
-    rings: list[int]
-    inside: list[int]
-    tensor: list[float]
-    moved: dict[str, int]
-    launches: int
-    flop: int
-
-
-def work_of(config: RunConfig, spec: ModelSpec, hosts: int, ranks_per_host: int) -> Work:
-    """A step of the rank that sends most to other hosts.
-
-    Raises:
-        UserError: ranks, batch and tables do not fit together.
-    """
-    world, tensor = hosts * ranks_per_host, config.parallel.tensor
-    first = Topology(0, world, ranks_per_host, tensor)
-    micro, zero = micro_batch_size(config, world), zero_of(config, first)
-    if zero.offloaded:
-        raise UserError("plan: deepspeed.zero_optimization.offload_optimizer is not in its model; leave it out")
-    batch, sizes = config.data.batch_size // world, roofline.parameter_sizes(spec, first)
-    messages, topology = busiest(config, spec, first)
-    towered = config.parallel.exchange == "tower"
-    modules, held, tower_ops = spec.towers.modules, spec.towers.towers, list[roofline.Op]()
-    if modules is not None and held is not None:
-        here = held.of_host(topology.host, hosts) if towered else range(len(held))
-        tower_ops = roofline.tower_ops(spec, batch * hosts if towered else batch, here)
-    copied = SPTT_COPY_BYTES[0 if "fp32" in config.parallel.messages else 1] * spec.layout.width * batch
-    return Work(
-        topology=topology,
-        width=zero.width,
-        accumulation=zero.accumulation,
-        dense=roofline.dense_ops(config, spec, micro),
-        towers=tower_ops,
-        compression=None if modules is None else modules.compression,
-        messages=messages,
-        rings=roofline.zero_messages(sum(sizes), zero),
-        inside=roofline.hpz_messages(sum(sizes), zero),
-        tensor=roofline.tensor_messages(spec, zero, topology, batch),
-        moved={
-            "glue": roofline.glue_bytes(config, spec.layout, batch) + towered * copied,
-            "lookup": roofline.lookup_bytes(config, spec.layout, batch),
-            "update": roofline.update_bytes(config, spec.layout, batch * world) // world,
-            "optimizer": roofline.optimizer_bytes(config, sum(sizes), zero),
-        },
-        launches=roofline.STEP_BYTES[zero.stage, zero.width < 4].launches * len(sizes),
-        flop=spec.cost.flop * batch,
-    )
-
-
 def time_of(work: Work, hardware: Hardware, name: str) -> Variant:
     """How long it takes on a machine.
 
     Raises:
         UserError: a figure of the machine is not known.
     """
-    clock, topology, moved = roofline.Clock(hardware), work.topology, work.moved
-
-    def sent(*what: str) -> float:
-        own = [message for message in work.messages if message.op.split(" ", 1)[1] in what]
-        return clock.messages(own, topology).seconds
-
-    ring = topology.ranks_per_host // topology.tensor_size
-    dense = clock.dense(work.dense, work.accumulation, clock.gemm(work.width))
-    lookup = clock.memory(moved["lookup"], rate=hardware.lookup_gb_s).seconds + clock.memory(moved["glue"]).seconds
-    update = clock.memory(moved["update"], rate=hardware.update_gb_s).seconds
-    seconds = {"ids": sent("ids", "lengths", "weights"), "lookup": lookup}
-    seconds["exchange"] = sent("embeddings", "towers", "squares", "gradients")
-    if work.towers:
-        seconds["tower modules"] = clock.whole(work.towers, clock.gemm(4)).seconds
-    seconds["dense compute"] = sum(part.seconds for part in dense.values())
-    if work.tensor:
-        seconds["tensor links"] = clock.rings(work.tensor).seconds
-    rings = clock.rings(work.rings, topology.hosts, ring).seconds + clock.rings(work.inside).seconds
-    seconds["dense gradients"] = rings + sent("tower gradients")
-    seconds["update"] = update + clock.memory(moved["optimizer"], work.launches).seconds
+    found = timeline(pieces_of(work, hardware))
     across = sum(message.cross_host_bytes for message in work.messages)
     return Variant(
         name=name,
         compression=work.compression,
-        seconds=seconds,
+        seconds=found.exposed,
         host_bytes=sum(message.bytes for message in work.messages) - across,
         network_bytes=across,
         dense_bytes=int(sum(work.rings)),
@@ -261,36 +166,6 @@ def predict(
 ) -> Variant:
     """A step of one way to run the model; see `work_of` and `time_of`."""
     return time_of(work_of(config, spec, hosts, ranks_per_host), hardware, name)
-
-
-def busiest(config: RunConfig, spec: ModelSpec, first: Topology) -> tuple[list[Message], Topology]:
-    """The messages and the place of the rank that sends most to other hosts: of those that may, by the columns that
-    they and their hosts look up."""
-    shards = place_run(config, spec.layout, spec.towers, first)
-    lookups = Counter(feature.table for feature in spec.layout.features)
-    columns, of_host = [0] * first.world_size, [0] * first.hosts
-    for shard in shards:
-        columns[shard.rank] += shard.columns * lookups[shard.table]
-        of_host[shard.rank // first.ranks_per_host] += shard.columns * lookups[shard.table]
-
-    def sent(rank: int) -> int:
-        """Flat: own columns to the ranks of other hosts, and gradients of the columns that those own; towers alike,
-        by host."""
-        host, total = rank // first.ranks_per_host, sum(of_host)
-        if config.parallel.exchange == "tower":
-            return of_host[host] * (first.hosts - 2) + total
-        return columns[rank] * (first.world_size - first.ranks_per_host) + total - of_host[host]
-
-    likely = sorted(range(first.world_size), key=lambda rank: (-sent(rank), rank))
-    found: tuple[int, list[Message], Topology] | None = None
-    for rank in dict.fromkeys((0, *likely[:2], likely[-1])):
-        topology = dataclasses.replace(first, rank=rank)
-        messages = sparse_messages(config, spec, topology, shards)
-        across = sum(message.cross_host_bytes for message in messages)
-        if found is None or across > found[0]:
-            found = across, messages, topology
-    assert found is not None
-    return found[1], found[2]
 
 
 def choose(variants: Sequence[Variant]) -> tuple[Variant | None, bool]:

@@ -165,14 +165,15 @@ def _row_share(slot: Lookup, rows: dict[str, int]) -> float:
 def _squares(
     config: RunConfig, layout: EmbeddingLayout, shards: Sequence[Shard], group: _Group, examples: int
 ) -> Message:
-    """torch_backend.py, ColumnShardSum: a number for each touched row to every rank with other columns of it."""
+    """torch_backend.py, ColumnShardSum: a number for each updated row to every rank with other columns of it."""
     sizes = [0.0] * group.size
     if config.embedding.optimizer == "rowwise_adagrad":
         for mine in (shard for shard in shards if shard.rank == group.rank):
             ids = sum(mean_ids(f, examples) for f in layout.looked_up if f.table == mine.table) * group.size
             for other in shards:
                 if (other.table, other.row_start) == (mine.table, mine.row_start) and other.rank != mine.rank:
-                    sizes[other.rank] += touched_rows(mine.rows, ids)
+                    all_rows = config.embedding.rule_of(mine.table).all_rows
+                    sizes[other.rank] += mine.rows if all_rows else touched_rows(mine.rows, ids)
     return _all_to_all("squares", sizes, torch.float32, group, "backward")
 
 

@@ -39,7 +39,8 @@ class Averages:
     """
 
     def __init__(self, config: EmaConfig | None, dense: DenseSide, sparse: SparseSide, layout: EmbeddingLayout) -> None:
-        self._config, self._dense = config, dense
+        self._config, self._dense, self._sparse = config, dense, sparse
+        self._decaying: set[str] = set()  # tables whose decay must not wait for rows to be touched
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._dense_averages: dict[int, Tensor] = {}
         self.tables: dict[str, Tensor] = {}
@@ -52,6 +53,8 @@ class Averages:
         for name, (shard, tensor) in sparse.state().items():
             if name == f"{shard.table}/weight" and rows[shard.table] <= config.table_rows:
                 self.tables[name] = self._follow(tensor)
+                if shard.table in sparse.decaying:
+                    self._decaying.add(shard.table)
         for name, parameter in sparse.modules.bank.named_parameters() if sparse.modules else ():
             self.modules[name] = self._follow(parameter)
 
@@ -82,6 +85,8 @@ class Averages:
         """
         if self._config is None:
             return
+        if self._decaying:
+            self._sparse.settle(self._decaying)
         share = 1 - decay_of_step(self._config.decay, applied)
         for weight, average in self._pairs:
             average.lerp_(weight if weight.dtype == average.dtype else weight.float(), share)

@@ -187,7 +187,7 @@ def _predictor(config: RunConfig, schema: Schema, weights: Weights, device: torc
     module = config.tower_module
     sparse = SparseSide(
         spec.layout,
-        config.embedding.model_copy(update={"optimizer": "sgd"}),  # it keeps no state
+        config.embedding.only_read(),
         ONE_RANK,
         seed=config.train.seed,
         device=device,

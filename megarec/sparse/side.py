@@ -7,7 +7,7 @@ Both give the same numbers; without tower modules, in float32 and with whole row
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -190,7 +190,8 @@ class SparseSide:
         shards: tuple[Shard, ...] | None = None,
         overlap: bool = False,
     ) -> None:
-        self._layout, self._topology, self._l2, self._rate = layout, topology, config.l2, config.learning_rate
+        self._layout, self._topology, self._rate = layout, topology, config.learning_rate
+        self.decaying = {table.name for table in layout.tables if config.rule_of(table.name).lazy_decay}
         self._dtype, self._overlap = dtype, overlap
         self._exchange: TowerExchange | None = None
         world, tower, peer = (build_channel(topology, name, ledger, ids) for name in ("world", "tower", "peer"))
@@ -212,7 +213,7 @@ class SparseSide:
             )  # fmt: skip
             self._group = self._exchange.group
         for tables in self._group.tables:
-            tables.fill(seed, config.initial_std)
+            tables.fill(seed)
         self._padding = Padding(layout) if layout.sequences else None
         self.modules: TowerReplicas | None = None
         if towers.towers is not None and towers.modules is not None:
@@ -220,6 +221,8 @@ class SparseSide:
             host, hosts, replicas = (0, 1, world) if exchange == "flat" else (topology.host, topology.hosts, tower)
             here = towers.towers.of_host(host, hosts)
             self.modules = TowerReplicas(towers.modules, here, tower_optimizer, replicas, seed, device)
+        self._l2 = _looked_up_l2(layout if self.modules is None else self._group.layout, config, device)
+        self._unpooled_l2 = {feature.name: config.looked_up_l2(feature.table) for feature in layout.unpooled}
 
     @property
     def id_order(self) -> list[str]:
@@ -244,7 +247,8 @@ class SparseSide:
         overlap = self._overlap and (self.modules is None or self._exchange is not None)
         parts = micro_batches if overlap else 1
         peers = self._topology.hosts if self._exchange is not None else 1
-        l2 = 2 * self._l2 / (ids.size // peers * self._topology.world_size)
+        examples = ids.size // peers * self._topology.world_size
+        l2 = self._l2 if self._l2 is None else 2 * self._l2 / examples
 
         def change(pooled: Tensor) -> tuple[Tensor, Back]:
             """What happens to looked-up embeddings before they go on, and to their gradient on its way back."""
@@ -262,12 +266,12 @@ class SparseSide:
         if self._exchange is not None and self.modules is None:
             exchanged = (
                 ChangedLookup(self._exchange.pool_direct(ids, parts=parts), change, self._dtype, world_size)
-                if self._l2
+                if l2 is not None
                 else self._exchange.pool_direct(ids, self._dtype, world_size, parts)
             )
         elif self._exchange is not None:
             exchanged = self._exchange.pool(ids, change, self._dtype, world_size, parts)
-        elif self.modules is None and not self._l2:
+        elif self.modules is None and l2 is None:
             exchanged = self._group.pool(ids, self._dtype, world_size, parts)
         else:
             exchanged = ChangedLookup(self._group.pool(ids, parts=parts), change, self._dtype, world_size)
@@ -275,7 +279,8 @@ class SparseSide:
             own = ids.ids if ids.own is None else ids.own
             exchanged = SequenceLookup(
                 exchanged, (self._exchange or self._group).rows(ids), self._padding, own, ids.size // peers // parts,
-                parts=parts, dtype=self._dtype, divide=world_size, l2=l2,
+                parts=parts, dtype=self._dtype, divide=world_size,
+                l2={feature: 2 * l2 / examples for feature, l2 in self._unpooled_l2.items()},
             )  # fmt: skip
         features = (self._layout if leaf is None else self._group.layout).features
         return StepLookup(exchanged, leaf, ids, features, self.modules, micro_batches, parts, self._padding)
@@ -293,11 +298,21 @@ class SparseSide:
 
     def memory_bytes(self) -> int:
         """Bytes of this rank's table weights and their optimizer state."""
-        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.state().values())
+        return sum(tables.memory_bytes() for tables in self._group.tables)
 
     def row_usage(self) -> dict[str, float]:
         """Share of the rows that training has looked up so far, for every table of this rank."""
         return {name: share for tables in self._group.tables for name, share in tables.row_usage().items()}
+
+    def settle(self, names: Collection[str] | None = None) -> None:
+        """Apply decay that has waited for rows to be touched, before `state` is saved, and before another takes its
+        place. Lookups apply what has waited to what they read.
+
+        Args:
+            names: of tables, with which others may be settled; None: of all.
+        """
+        for tables in self._group.tables:
+            tables.settle(names)
 
     def state(self) -> State:
         """The tables as a checkpoint keeps them, by "<table>/<what>", as slices of global tensors; live, no copies.
@@ -351,15 +366,28 @@ class ChangedLookup:
         self._inner.forget()
 
 
-def _add_l2(gradient: Tensor, pooled: Tensor, l2: float) -> Tensor:
+def _looked_up_l2(layout: EmbeddingLayout, config: EmbeddingConfig, device: torch.device) -> float | Tensor | None:
+    """L2 on looked-up embeddings: of all of them, or float32 [columns of the layout]; None: of none."""
+    weights = [config.looked_up_l2(feature.table) for feature in layout.features]
+    if not any(weights):
+        return None
+    if len(set(weights)) == 1:
+        return weights[0]
+    by_column = [weight for weight, f in zip(weights, layout.features, strict=True) for _ in range(f.columns)]
+    return torch.tensor(by_column, device=device)
+
+
+def _add_l2(gradient: Tensor, pooled: Tensor, l2: float | Tensor | None) -> Tensor:
     """Adds L2 to the objective, the mean over the global batch of |e|^2, by its gradient.
 
     On the looked-up embeddings, so that it acts on every backend: FBGEMM ignores its own weight decay on CPUs.
 
     Args:
-        l2: embedding.l2 x 2 / global batch.
+        l2: embedding.l2 x 2 / global batch, of all columns or of each.
     """
-    return gradient.float().add(pooled, alpha=l2) if l2 else gradient
+    if l2 is None:
+        return gradient
+    return gradient.float().add(pooled, alpha=l2) if isinstance(l2, float) else gradient.float().addcmul(pooled, l2)
 
 
 def _through(made: Tensor, leaf: Tensor, gradient: Tensor) -> Tensor:

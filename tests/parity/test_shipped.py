@@ -77,6 +77,13 @@ SHIPPED = [
         )
         for size in ("0.53", "1.25", "2.12", "5.6", "22.23", "61", "108")
     ),
+    Shipped(
+        "mlperf-dlrm-dcnv2.json",
+        "criteo-terabyte-multihot.json",
+        ("data.batch_size=64",),
+        ("float16 in the dense model", "parallel.messages=['fp16', 'fp16']"),
+        (*SILU, "deepspeed.fp16.enabled=false", 'parallel.messages=["fp32", "fp32"]'),
+    ),
     Shipped("studies/movielens-100k-base.json", "movielens-100k.json", BATCH_128, (RELU, LONE_L2), SMOOTH),
     Shipped("studies/movielens-1m-base.json", "movielens-1m.json", ("data.batch_size=512",), (RELU,), SILU),
     Shipped("studies/planted-base.json", None, ("data.batch_size=64",), (RELU,), SILU),

@@ -55,7 +55,7 @@ def test_a_mistake_in_a_file(changes: dict[str, Any], said: str, tmp_path: Path)
 
 
 def test_what_is_not_there() -> None:
-    with pytest.raises(UserError, match=r"--hardware h10: no such machine.*did you mean 'h100'.*all: a100"):
+    with pytest.raises(UserError, match=r"--hardware h10: no such machine.*did you mean 'h100'.*all: a100, a40"):
         load_hardware("h10")
     with pytest.raises(UserError, match=r"nowhere\.json"):
         load_hardware("nowhere.json")

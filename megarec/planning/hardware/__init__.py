@@ -96,7 +96,14 @@ class Hardware(Section):
     lookup_gb_s: Figure | None = Field(None, description="bytes of looked-up rows; left out: as a copy")
     update_gb_s: Figure | None = Field(None, description="bytes of an update of tables; left out: as a copy")
     launch_us: DelayFigure = Field(description="that starting an operation takes on the host")
+    sms: Figure | None = Field(None, description="multiprocessors; left out: kernels of every size fill the device")
+    cache_mb: Figure | None = Field(None, description="of the last cache before memory, 1e6 bytes; left out: none")
+    scale_up_ranks: Figure | None = Field(
+        None, description="ranks that the links of a host join, where these reach over several hosts"
+    )
     host_link_gb_s: Figure | None = Field(None, description="of a rank to the others of its host, each way")
+    one_fabric: bool = Field(False, description="bytes to other hosts take the same way as those inside: PCIe")
+    host_ring_gb_s: Figure | None = Field(None, description="the same in a ring; left out: as host_link_gb_s")
     host_link_us: DelayFigure | None = Field(None, description="of a collective inside a host, beside its bytes")
     network_gb_s: Figure | None = Field(None, description="of a rank to other hosts, each way")
     network_us: ByHosts | None = Field(None, description="of an all-to-all over hosts, beside its bytes; left out: 0")

@@ -139,7 +139,7 @@ class SequenceLookup:
         size: examples of a part.
         parts: how many there are.
         divide: what the gradient is divided by besides.
-        l2: embedding.l2 x 2 / global batch.
+        l2: embedding.l2 x 2 / global batch, by feature.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class SequenceLookup:
         parts: int,
         dtype: torch.dtype,
         divide: int,
-        l2: float,
+        l2: Mapping[str, float],
     ) -> None:
         self._inner, self._rows, self._padding, self._parts = inner, rows, padding, parts
         self._size, self._dtype, self._divide, self._l2 = size, dtype, divide, l2
@@ -178,8 +178,8 @@ class SequenceLookup:
             rows = self._padding.unpad(joined(self._gradients), self._places)
             for name, row in rows.items():
                 row.div_(self._divide)
-                if self._l2:
-                    row.add_(self._arrived[name], alpha=self._l2)
+                if self._l2[name]:
+                    row.add_(self._arrived[name], alpha=self._l2[name])
             self._rows.leave(rows)
         return None if total is None else total + own.sum(dtype=torch.float32)
 

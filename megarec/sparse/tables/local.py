@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,9 +20,11 @@ from megarec.sparse.lookups import LookupPlan, plan_lookups
 from megarec.sparse.placement import COLUMN_UNIT, Shard, replicated
 from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State, Tables, Unpooled, group_lookups
 from megarec.sparse.tables.initial import fill_initial
+from megarec.sparse.tables.optimizers import table_bytes
 from megarec.sparse.tables.torch_backend import ColumnShardSum, ReplicatedTorchTables, TorchTables
 
 FBGEMM_COLUMNS_ON_GPU = 1024
+SMALL_UPDATE = (2**28, 2**33)  # bytes of a rank's whole-table updates: near 0.05 s on a CPU, and 5 ms on a GPU
 TRITON_COLUMNS = 8192  # a program holds a row in registers
 _log = logging.getLogger(__name__)
 
@@ -65,7 +67,24 @@ def choose_backends(
         choices[table.name] = choice
     for reason, names in slow.items():
         _log.warning("SLOW TABLES: %d tables are held by plain torch, because %s", len(names), reason)
+    _warn_of_whole_updates(shards, config, device.type)
     return choices
+
+
+def _warn_of_whole_updates(shards: Sequence[Shard], config: EmbeddingConfig, device: str) -> None:
+    """One line where updates of all rows move so much memory that they are felt in every step."""
+    whole = [shard for shard in shards if config.rule_of(shard.table).all_rows]
+    ranks = {shard.rank: [other for other in whole if other.rank == shard.rank] for shard in whole}
+    moved = {rank: 2 * table_bytes(own, config) for rank, own in ranks.items()}
+    rank = max(moved, key=lambda rank: moved[rank], default=None)
+    if rank is None or moved[rank] <= SMALL_UPDATE[device != "cpu"]:
+        return
+    largest = max(ranks[rank], key=lambda shard: shard.rows * shard.columns)
+    _log.warning(
+        "WHOLE-TABLE UPDATES: every step reads and writes %.1f GB on rank %d, most of it for %s rows x %d columns of "
+        "table %r; L2 with coupled=false touches the rows of a batch alone (docs/regularisation.md)",
+        *(moved[rank] / 1e9, rank, f"{largest.rows:,}", largest.columns, largest.table),
+    )
 
 
 def requested_backend(shards: Sequence[Shard], config: EmbeddingConfig, device: str, *, unpooled: bool) -> Choice:
@@ -78,6 +97,8 @@ def requested_backend(shards: Sequence[Shard], config: EmbeddingConfig, device: 
         return Choice("torch", 'embedding.backend="torch"')
     if unpooled:
         return Choice("torch", "a sequence looks up its rows one by one: one update has their gradients and the pooled")
+    if (own := config.rule_of(shards[0].table).reason) is not None:
+        return Choice("torch", f"{own}, which torch's alone can")
     if replicated(shards):
         return Choice("torch", "a copy on every rank: the gradients of all ranks are summed before its update")
     if config.optimizer == "adam":
@@ -178,6 +199,8 @@ class LocalTables:
                 self._groups.append((count, self._torch_tables(parts, shards, config, channel, device, split=split)))
         if not local or (split and "torch" not in made):
             self._groups.append((0, self._torch_tables([], shards, config, channel, device, split=split)))
+        self._in_torch = [tables for _, tables in self._groups if isinstance(tables, TorchTables)]
+        self._std_of = config.initial_std_of
         rows = [part.shard.rows for part in local]
         flags = torch.zeros(sum(rows), dtype=torch.bool, device=device)  # one buffer: a step marks all its rows at once
         self._flags = flags
@@ -206,11 +229,13 @@ class LocalTables:
         owners = ColumnShardSum([part.shard for part in parts], shards, channel, device)
         return TorchTables(parts, columns, config, device, owners.sum if split else None, self._unpooled)
 
-    def fill(self, seed: int, std: float | None) -> None:
+    def fill(self, seed: int) -> None:
         """Initial weights (initial.py)."""
+        for tables in self._in_torch:
+            tables.start(seed)
         for name, (shard, tensor) in self.state().items():
             if name == f"{shard.table}/weight":
-                fill_initial(tensor, shard, self._layout.table(shard.table), seed, std)
+                fill_initial(tensor, shard, self._layout.table(shard.table), seed, self._std_of(shard.table))
 
     def pool(self, ids: LocalIds) -> Pooled:
         """Summed rows of every bag, contiguous [examples, columns of all slots]."""
@@ -251,6 +276,16 @@ class LocalTables:
             return {}
         counts = torch.stack([touched.sum() for touched in self._touched.values()]).tolist()  # one wait for all tables
         return {shard.table: count / shard.rows for shard, count in zip(self._touched, counts, strict=True)}
+
+    def settle(self, names: Collection[str] | None = None) -> None:
+        """Apply decay that has waited for rows to be touched: of these tables, or of all."""
+        for tables in self._in_torch:
+            tables.settle(names)
+
+    def memory_bytes(self) -> int:
+        """Weights, optimizer state, and what is kept beside them."""
+        state = sum(tensor.nbytes for _, tensor in self.state().values())
+        return state + sum(tables.decay_bytes for tables in self._in_torch)
 
     def state(self) -> State:
         named: State = {f"{shard.table}/touched": (shard.per_row, touched) for shard, touched in self._touched.items()}

@@ -9,7 +9,7 @@ same order, so that every copy of the state stays equal to the last bit.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -50,10 +50,8 @@ class TorchTables:
         self._optimizer = ROW_OPTIMIZERS[config.optimizer]
         self._hyperparameters = Hyperparameters(config.learning_rate, config.eps)
         dtype = torch.float16 if config.weights == "fp16" else torch.float32
-        self._stacks = [
-            StackedTable(list(alike), self._optimizer, dtype, device)
-            for _, alike in itertools.groupby(shards, key=lambda local: local.shard.columns)
-        ]
+        kinds = itertools.groupby(shards, key=lambda local: (local.shard.columns, config.rule_of(local.shard.table)))
+        self._stacks = [StackedTable(list(alike), self._optimizer, rule, dtype, device) for (_, rule), alike in kinds]
         self._unpooled = [
             (stack, first)  # of each slot, its stack and its shard's first row there
             for slot in unpooled
@@ -87,6 +85,23 @@ class TorchTables:
     def set_learning_rate(self, rate: float) -> None:
         self._hyperparameters.learning_rate = rate
 
+    def start(self, seed: int) -> None:
+        """First of all, with the seed of the run."""
+        for stack in self._stacks:
+            stack.start(seed)
+
+    def settle(self, names: Collection[str] | None = None) -> None:
+        """Apply decay that has waited for rows to be touched, so that the weights are what they mean: of these tables
+        and those that lie in one stack with them, or of all."""
+        for stack in self._stacks:
+            if names is None or any(local.shard.table in names for local in stack.shards):
+                stack.settle()
+
+    @property
+    def decay_bytes(self) -> int:
+        """What the record of waiting decay takes."""
+        return sum(stack.decay_bytes for stack in self._stacks)
+
     def state(self) -> State:
         named: State = {}
         for stack in self._stacks:
@@ -113,7 +128,7 @@ class TorchTables:
             self._set_shared_mean_squares(held, self._sum_squares)
             gradients = [iter(chunks) for chunks in held]
         for stack, chunks in zip(self._stacks, gradients, strict=True):
-            stack.count_step()
+            stack.begin_step(self._hyperparameters)
             for gradient in chunks:
                 if self._optimizer.rowwise and gradient.mean_square is None:
                     gradient.mean_square = gradient.values.square().mean(dim=1, keepdim=True)
@@ -125,15 +140,20 @@ class TorchTables:
         for stack, chunks in zip(self._stacks, held, strict=True):
             if chunks:
                 squares = torch.cat([gradient.values.square().sum(dim=1) for gradient in chunks])
-                partial += stack.split_by_shard(torch.cat([gradient.rows for gradient in chunks]), squares)
+                partial += stack.split_by_shard(
+                    torch.cat([self._numbers(gradient.rows) for gradient in chunks]), squares
+                )
             else:
                 partial += [torch.empty(0, device=self._device)] * len(stack.shards)
         whole = [square / columns for square, columns in zip(sum_squares(partial), self._table_columns, strict=True)]
         for stack, chunks in zip(self._stacks, held, strict=True):
             means = torch.cat(whole[: len(stack.shards)]).unsqueeze(1)
             whole = whole[len(stack.shards) :]
-            for gradient, mean in zip(chunks, means.split([g.rows.numel() for g in chunks]), strict=True):
+            for gradient, mean in zip(chunks, means.split([len(g.values) for g in chunks]), strict=True):
                 gradient.mean_square = mean
+
+    def _numbers(self, rows: Tensor | slice) -> Tensor:
+        return torch.arange(rows.start, rows.stop, device=self._device) if isinstance(rows, slice) else rows
 
     def _parts(self, ids: LocalIds) -> list[LocalIds]:
         """The ids of each stack."""
@@ -173,20 +193,20 @@ class ReplicatedTorchTables(TorchTables):
         buffer = torch.zeros(sum(sizes), device=self._device)
         own = [part.view(s.rows, s.columns + 1) for part, s in zip(buffer.split(sizes), stacks, strict=True)]
         for stack, part, of_stack, sums in zip(stacks, self._parts(ids), columns, own, strict=True):
-            for gradient in stack.gradients(part, of_stack, self._single(ids, stack)):
-                sums[gradient.rows, :-1] = gradient.values
-                sums[gradient.rows, -1] = 1
+            for rows, values in stack.touched_gradients(part, of_stack, self._single(ids, stack)):
+                sums[rows, :-1] = values
+                sums[rows, -1] = 1
         total = all_reduce_sum(buffer, self._channel, "gradients", "backward")
         first = 0
         for stack, flat in zip(stacks, total.split(sizes), strict=True):
             sums = flat.view(stack.rows, stack.columns + 1)
-            rows = sums[:, -1].nonzero().squeeze(1)
-            self._mark(rows + first)
+            touched = sums[:, -1].nonzero().squeeze(1)
+            self._mark(touched + first)
             first += stack.rows
-            gradient = RowGradient(rows, sums[rows, :-1].contiguous())
+            gradient = stack.of_sums(touched, sums[:, :-1])
             if self._optimizer.rowwise:
                 gradient.mean_square = gradient.values.square().mean(dim=1, keepdim=True)
-            stack.count_step()
+            stack.begin_step(self._hyperparameters)
             stack.apply(gradient, self._hyperparameters)
 
 

@@ -1,0 +1,145 @@
+"""A run on a machine that need not be here: a pure function from config, hardware and job to a plan.
+
+    spec = resolve(config, schema_of(config.data))
+    found = plan_run(config, spec, load_hardware("h100"), hosts=8, ranks_per_host=8)
+    found.memory, found.traffic, found.pieces, found.timeline.seconds
+
+Memory is memory.py's, traffic traffic.py's and roofline.py's (the ledger's bytes), pieces step_time.py's.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from megarec.config.sections import RunConfig
+from megarec.dense.memory import Parts
+from megarec.dense.settings import settings_of
+from megarec.distributed.topology import Topology, check_divides, check_job
+from megarec.errors import UserError
+from megarec.planning.clock import Clock
+from megarec.planning.hardware import Hardware
+from megarec.planning.memory import largest_rank
+from megarec.planning.pieces import Piece, Timeline, timeline
+from megarec.planning.step_time import pieces_of
+from megarec.planning.work import Work, work_of
+from megarec.run.spec import ModelSpec
+
+Link = Literal["host", "network"]
+
+
+class Sent(NamedTuple):
+    """Bytes that a rank sends in a step.
+
+    Attributes:
+        what: as in the ledger, or of the dense model: `dense gradients and weights`, `tensor-parallel layers`.
+        link: to ranks of its own host, or to those of others.
+    """
+
+    what: str
+    link: Link
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A predicted run.
+
+    Attributes:
+        examples: of a rank in a step.
+        memory: bytes by part of the rank that holds most, with `model_states` and `total`; `available` of its device.
+        work: of the rank that sends most to other hosts; so are `traffic` and `pieces`.
+        mfu: against the data sheet's peak.
+    """
+
+    hardware: Hardware
+    hosts: int
+    ranks_per_host: int
+    examples: int
+    memory: Parts
+    available: int
+    work: Work
+    traffic: tuple[Sent, ...]
+    pieces: tuple[Piece, ...]
+    timeline: Timeline
+    mfu: float
+
+    @property
+    def fits(self) -> bool:
+        return self.memory["total"] <= self.available
+
+    @property
+    def seconds(self) -> float:
+        return self.timeline.seconds
+
+    @property
+    def examples_per_second(self) -> float:
+        return self.examples * self.hosts * self.ranks_per_host / self.seconds
+
+
+def plan_run(config: RunConfig, spec: ModelSpec, hardware: Hardware, hosts: int, ranks_per_host: int) -> Plan:
+    """Predict memory, traffic and time of a run.
+
+    Args:
+        spec: the model that `config` asks for.
+
+    Raises:
+        UserError: ranks, batch, tables and machine do not fit together, or a figure of the machine is not known.
+    """
+    check_machine(config, hardware, hosts, ranks_per_host)
+    ranks = hosts * ranks_per_host
+    work = work_of(config, spec, hosts, ranks_per_host)
+    pieces = pieces_of(work, hardware)
+    found = timeline(pieces)
+    job = Topology(0, ranks, ranks_per_host, config.parallel.tensor)
+    peak = 1e12 * Clock(hardware).peak(settings_of(config.deepspeed).dtype.itemsize)
+    return Plan(
+        hardware=hardware,
+        hosts=hosts,
+        ranks_per_host=ranks_per_host,
+        examples=config.data.batch_size // ranks,
+        memory=largest_rank(config, spec, job, torch.device(hardware.device)),
+        available=int(1e9 * hardware.memory_gb.value),
+        work=work,
+        traffic=sent_by(work),
+        pieces=tuple(pieces),
+        timeline=found,
+        mfu=work.flop / found.seconds / peak,
+    )
+
+
+def sent_by(work: Work) -> tuple[Sent, ...]:
+    """Traffic by link, none that is empty. Of a ring over hosts each rank sends an equal share to the next host."""
+    found: dict[tuple[str, Link], int] = {}
+
+    def add(what: str, inside: int, across: int) -> None:
+        sizes: dict[Link, int] = {"host": inside, "network": across}
+        for link, size in sizes.items():
+            found[what, link] = found.get((what, link), 0) + size
+
+    for message in work.messages:
+        add(message.op, message.bytes - message.cross_host_bytes, message.cross_host_bytes)
+    topology = work.topology
+    ring, crossing = sum(work.rings), 0
+    if topology.hosts > 1:
+        crossing = ring * topology.tensor_size // topology.ranks_per_host
+    add("dense gradients and weights", ring - crossing + sum(work.inside), crossing)
+    add("tensor-parallel layers", int(sum(work.tensor)), 0)
+    return tuple(Sent(what, link, size) for (what, link), size in found.items() if size)
+
+
+def check_machine(config: RunConfig, hardware: Hardware, hosts: int, ranks_per_host: int) -> None:
+    """Raise a UserError where the machine has no such ranks, or the config asks for others."""
+    most = int(hardware.ranks_per_host.value)
+    check_job(hosts, ranks_per_host)
+    if ranks_per_host > most:
+        raise UserError(
+            f"--ranks-per-host {ranks_per_host}: a host of {hardware.name} has {most} "
+            f"({hardware.ranks_per_host.source}); give at most so many, and more --hosts"
+        )
+    if config.parallel.ranks_per_host not in (None, ranks_per_host):
+        raise UserError(
+            f"--ranks-per-host {ranks_per_host}, but the config has parallel.ranks_per_host="
+            f"{config.parallel.ranks_per_host}; make them equal"
+        )
+    check_divides(hosts * ranks_per_host, ranks_per_host, config.parallel.tensor)

@@ -1,0 +1,150 @@
+"""What a rank does in a step, whatever the machine: operations, bytes in memory, messages.
+
+Operations are those that the modules start (roofline.py), messages the ledger's (traffic.py), bytes of the optimizer's
+step those that DeepSpeed moves. step_time.py says how long it takes on a machine.
+"""
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+
+from megarec.config.deepspeed import micro_batch_size
+from megarec.config.sections import RunConfig
+from megarec.dense.reduction import BUCKETS
+from megarec.distributed.topology import Topology
+from megarec.errors import UserError
+from megarec.planning import roofline
+from megarec.planning.skew import Reads
+from megarec.planning.traffic import Message, mean_ids, sparse_messages
+from megarec.planning.zero import Zero, zero_of
+from megarec.run.spec import ModelSpec
+from megarec.sparse.run_placement import place_run
+
+SPTT_COPY_BYTES = 16, 8
+"""Read and written once more by SPTT than by flat, both ways, for a column of an example: in fp32, and in 16 bits."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank does in a step, whatever the machine.
+
+    Attributes:
+        topology: the job and the rank that sends most to other hosts.
+        dense, towers: operations of the dense model in a micro-batch, and of the rank's tower modules.
+        messages: of the sparse side.
+        rings: bytes of each pass over the data group for gradients and weights of the dense model; `inside` those that
+            stay in a host; `tensor` those of the tensor-parallel layers.
+        overlap: whether messages travel while the rank computes; None: as the machine decides (run/build.py).
+        buckets: messages that carry the dense gradients.
+        early: whether these leave while the backward pass still computes.
+        moved: bytes in memory by what is done; ids spread evenly over the rows.
+        reads: lookups of each table by all ranks.
+    """
+
+    topology: Topology
+    width: int
+    accumulation: int
+    dense: list[roofline.Op]
+    towers: list[roofline.Op]
+    compression: float | None
+    messages: list[Message]
+    rings: list[int]
+    inside: list[int]
+    tensor: list[float]
+    stage: int
+    overlap: bool | None
+    buckets: int
+    early: bool
+    moved: dict[str, int]
+    reads: tuple[Reads, ...]
+    launches: int
+    flop: int
+
+
+def work_of(config: RunConfig, spec: ModelSpec, hosts: int, ranks_per_host: int) -> Work:
+    """A step of the rank that sends most to other hosts.
+
+    Raises:
+        UserError: ranks, batch and tables do not fit together.
+    """
+    world, tensor = hosts * ranks_per_host, config.parallel.tensor
+    first = Topology(0, world, ranks_per_host, tensor)
+    micro, zero = micro_batch_size(config, world), zero_of(config, first)
+    if zero.offloaded:
+        raise UserError("plan: deepspeed.zero_optimization.offload_optimizer is not in its model; leave it out")
+    batch, sizes = config.data.batch_size // world, roofline.parameter_sizes(spec, first)
+    messages, topology = busiest(config, spec, first)
+    towered = config.parallel.exchange == "tower"
+    modules, held, tower_ops = spec.towers.modules, spec.towers.towers, list[roofline.Op]()
+    if modules is not None and held is not None:
+        here = held.of_host(topology.host, hosts) if towered else range(len(held))
+        tower_ops = roofline.tower_ops(spec, batch * hosts if towered else batch, here)
+    copied = SPTT_COPY_BYTES[0 if "fp32" in config.parallel.messages else 1] * spec.layout.width * batch
+    return Work(
+        topology=topology,
+        width=zero.width,
+        accumulation=zero.accumulation,
+        dense=roofline.dense_ops(config, spec, micro),
+        towers=tower_ops,
+        compression=None if modules is None else modules.compression,
+        messages=messages,
+        rings=roofline.zero_messages(sum(sizes), zero),
+        inside=roofline.hpz_messages(sum(sizes), zero),
+        tensor=roofline.tensor_messages(spec, zero, topology, batch),
+        stage=zero.stage,
+        overlap=config.parallel.overlap,
+        buckets=_buckets(sum(sizes), zero),
+        early=zero.stage == 0 or bool(zero.settings.overlap_comm),
+        reads=_reads(config, spec),
+        moved={
+            "glue": roofline.glue_bytes(config, spec.layout, batch) + towered * copied,
+            "lookup": roofline.lookup_bytes(config, spec.layout, batch),
+            "update": roofline.update_bytes(config, spec.layout, batch * world) // world,
+            "skewed update": roofline.update_bytes(config, spec.layout, batch * world, skewed=True) // world,
+            "optimizer": roofline.optimizer_bytes(config, sum(sizes), zero),
+        },
+        launches=roofline.STEP_BYTES[zero.stage, zero.width < 4].launches * len(sizes),
+        flop=spec.cost.flop * batch,
+    )
+
+
+def _buckets(parameters: int, zero: Zero) -> int:
+    return BUCKETS if zero.stage == 0 else max(1, -(-parameters // int(zero.settings.reduce_bucket_size)))
+
+
+def _reads(config: RunConfig, spec: ModelSpec) -> tuple[Reads, ...]:
+    element = 2 if config.embedding.weights == "fp16" else 4
+    ids = dict.fromkeys((table.name for table in spec.layout.tables), 0.0)
+    for feature in spec.layout.features:
+        ids[feature.table] += mean_ids(feature, config.data.batch_size)
+    return tuple(Reads(t.rows, t.columns * element, ids[t.name]) for t in spec.layout.tables)
+
+
+def busiest(config: RunConfig, spec: ModelSpec, first: Topology) -> tuple[list[Message], Topology]:
+    """The messages and the place of the rank that sends most to other hosts: of those that may, by the columns that
+    they and their hosts look up."""
+    shards = place_run(config, spec.layout, spec.towers, first)
+    lookups = Counter(feature.table for feature in spec.layout.features)
+    columns, of_host = [0] * first.world_size, [0] * first.hosts
+    for shard in shards:
+        columns[shard.rank] += shard.columns * lookups[shard.table]
+        of_host[shard.rank // first.ranks_per_host] += shard.columns * lookups[shard.table]
+
+    def sent(rank: int) -> int:
+        """Flat: own columns to the ranks of other hosts, and gradients of the columns that those own; towers alike,
+        by host."""
+        host, total = rank // first.ranks_per_host, sum(of_host)
+        if config.parallel.exchange == "tower":
+            return of_host[host] * (first.hosts - 2) + total
+        return columns[rank] * (first.world_size - first.ranks_per_host) + total - of_host[host]
+
+    likely = sorted(range(first.world_size), key=lambda rank: (-sent(rank), rank))
+    found: tuple[int, list[Message], Topology] | None = None
+    for rank in dict.fromkeys((0, *likely[:2], likely[-1])):
+        topology = dataclasses.replace(first, rank=rank)
+        messages = sparse_messages(config, spec, topology, shards)
+        across = sum(message.cross_host_bytes for message in messages)
+        if found is None or across > found[0]:
+            found = across, messages, topology
+    assert found is not None
+    return found[1], found[2]
