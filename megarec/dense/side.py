@@ -22,6 +22,7 @@ from megarec.dense.monitor import Monitor
 from megarec.dense.reduction import GradientReduction
 from megarec.dense.tensor_parallel import is_sharded
 from megarec.distributed.topology import Topology
+from megarec.models.norms import apply_statistics, batch_norms
 from megarec.slices import Ints, ParameterShard, TensorSlice
 
 
@@ -66,6 +67,7 @@ class DenseSide:
             backward pass of a step on; collective.
         average_replicated: called between the last backward pass of a step and what reads its gradients
             (dense/replicated.py); collective.
+        label_smoothing: e; the loss has the labels y (1 - e) + e / 2.
 
     Attributes:
         monitor: TensorBoard and the like, as the deepspeed section says.
@@ -79,9 +81,11 @@ class DenseSide:
         reason: str,
         reduction: GradientReduction,
         average_replicated: Callable[[], None],
+        label_smoothing: float = 0.0,
     ) -> None:
         self.engine, self.learning_rate, self.reason = engine, learning_rate, reason
         self._topology = topology
+        self._label_smoothing = label_smoothing
         self._reduction, self._average_replicated = reduction, average_replicated
         self.monitor = Monitor(engine.monitor)
 
@@ -118,7 +122,10 @@ class DenseSide:
         kept: list[Tensor] = []
         rows = slice(micro * values.shape[0], (micro + 1) * values.shape[0])
         out = engine(batch.numeric[rows], keep_gradient(values, kept), batch.keys[rows])
-        loss = binary_cross_entropy_with_logits(out, batch.labels[rows])
+        labels = batch.labels[rows]
+        if self._label_smoothing:
+            labels = labels.lerp(labels.new_full((), 0.5), self._label_smoothing)
+        loss = binary_cross_entropy_with_logits(out, labels)
         if micro + 1 == self.accumulation:
             self._reduction.begin()
         backward(engine, loss)
@@ -138,6 +145,7 @@ class DenseSide:
         self.engine.step()
         if not self.engine.was_step_applied():
             return DenseUpdate("overflow" if overflow else "gradient", norm)
+        apply_statistics(self.module)
         if want_norm and norm is None:
             norm = self.engine.get_global_grad_norm()
         return DenseUpdate(None, None if norm is None else float(norm))
@@ -191,17 +199,35 @@ class DenseSide:
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             yield name, getattr(parameter, "shard", ParameterShard(shape, ())).shape
 
+    def statistics_shapes(self) -> Iterator[tuple[str, Ints]]:
+        """(running statistic of a batch normalisation, shape of the whole)."""
+        for piece in masters.statistics(self.module, self._topology):
+            yield piece.name, piece.shape
+
     def check_supported(self) -> None:
         """Raise a UserError for what no checkpoint can hold: before the training, not at its first save."""
         masters.check_supported(self.engine)
 
     def held(self) -> list[TensorSlice]:
-        """Master weights and optimizer states on this rank, as slices of whole tensors; live, no copies."""
+        """Master weights, optimizer states and running statistics on this rank, as slices of whole tensors; live, no
+        copies."""
         return masters.held(self.engine, self._topology)
 
     def written(self) -> list[TensorSlice]:
         """Those that this rank writes: equal holders write equal parts, so that no two write the same."""
         return masters.written(self.engine, self._topology)
+
+    def masters(self) -> list[Tensor]:
+        """Every tensor that holds master weights or running statistics on this rank, once each; live."""
+        return masters.tensors(self.engine, self._topology)
+
+    def laid_out(self, of_master: Callable[[Tensor], Tensor], *, to_write: bool) -> list[TensorSlice]:
+        """Slices of what is laid out as `masters` are (`masters.laid_out`)."""
+        return masters.laid_out(self.engine, self._topology, of_master, to_write=to_write)
+
+    def take_over_masters(self) -> None:
+        """Set the weights that the model computes with from master weights that were changed; collective."""
+        masters.sync_from_masters(self.engine)
 
     def allocate_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Give the optimizer exactly the states that a checkpoint has (`masters.allocate_states`)."""
@@ -224,6 +250,9 @@ class DenseSide:
         for name, parameter in parameters.items():
             if getattr(parameter, "ds_persist", True):
                 yield name, is_sharded(parameter), parameter
+        for norm_name, norm in batch_norms(self.module):
+            yield f"{norm_name}.running_mean", norm.sharded, norm.running_mean
+            yield f"{norm_name}.running_var", norm.sharded, norm.running_var
         for name, suffix, tensor in masters.unsharded_states(self.engine, self._topology):
             yield f"{name}/{suffix}", is_sharded(parameters[name]), tensor
 

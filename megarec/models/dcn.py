@@ -1,8 +1,9 @@
-"""DCNv2 (Wang et al. 2021, arXiv 2008.13535), stacked: cross layers over the flattened embeddings, then an MLP.
+"""DCNv2 (Wang et al. 2021, arXiv 2008.13535): cross layers over the flattened embeddings, and an MLP behind or beside.
 
     x_{l+1} = x_0 * (W x_l + b) + x_l                    full rank, W [E, E]
     x_{l+1} = x_0 * (U (V x_l) + b) + x_l                low rank, V [R, E], U [E, R]
-    logit   = MLP(x_L)
+    logit   = MLP(x_L)                                   stacked
+    logit   = MLP(x_0) + w . x_L                         parallel: a linear map of both streams' last columns
 
 Layer l holds interactions of order 1 .. l + 1. With three layers of rank 512 it is the interaction of MLPerf's
 DLRM-DCNv2, whose bottom MLP is the input layer's numeric MLP and whose top MLP is the head.
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megarec.config.models import DcnConfig
-from megarec.models.blocks import MLP, mlp_of, number_dropouts
+from megarec.models.blocks import MLP, head_of, number_dropouts
 
 
 class CrossLayer(nn.Module):
@@ -54,7 +55,8 @@ class Dcn(nn.Module):
         super().__init__()
         width = n * config.dim
         self.layers = nn.ModuleList(CrossLayer(width, config.rank, config.bias) for _ in range(config.layers))
-        self.head = mlp_of(config, width, config.head, 1)
+        self.linear = MLP(width, [], 1, bias=False) if config.structure == "parallel" else None
+        self.head = head_of(config, width, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -62,4 +64,6 @@ class Dcn(nn.Module):
         x_BE = first_BE = x_BND.flatten(1)
         for layer in self.layers:
             x_BE = layer(first_BE, x_BE)
-        return self.head(x_BE, keys).squeeze(1)
+        if self.linear is None:
+            return self.head(x_BE, keys).squeeze(1)
+        return (self.linear(x_BE) + self.head(first_BE, keys)).squeeze(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megarec.config.models import DlrmConfig
 from megarec.errors import UserError
-from megarec.models.blocks import mlp_of, number_dropouts
+from megarec.models.blocks import head_of, number_dropouts
 
 
 def head_inputs(n: int, dense: int, dim: int) -> int:
@@ -48,7 +48,7 @@ class Dlrm(nn.Module):
         super().__init__()
         self.n = n
         self.dense = dense
-        self.head = mlp_of(config, head_inputs(n, dense, config.dim), config.head, 1)
+        self.head = head_of(config, head_inputs(n, dense, config.dim), config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

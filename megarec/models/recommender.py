@@ -3,6 +3,8 @@
 `build_over_arch` makes what a config asks for: modules `forward(x_BND, keys) -> logits [B]` that know no process group.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from megarec.config.models import (
@@ -32,6 +34,7 @@ from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.models.dcn import Dcn
 from megarec.models.dlrm import Dlrm
 from megarec.models.inputs import EmbeddedColumns, InputLayer
+from megarec.models.sequences import SequenceInput, SequenceLayer
 from megarec.models.wukong import LayerNormFactory, Wukong, torch_layer_norm
 
 
@@ -83,6 +86,11 @@ class Recommender(nn.Module):
         config: the over-arch and the input MLPs.
         embedding_dropout: probability per element of the looked-up embeddings.
         layer_norm: makes a LayerNorm over (width, with bias or not).
+        sequences: what is read position by position; `layout` has the embeddings that their blocks make, last among
+            those of full width.
+
+    Attributes:
+        width: columns of the looked-up embeddings.
 
     Raises:
         UserError: sizes that do not fit together, or data without features.
@@ -95,18 +103,32 @@ class Recommender(nn.Module):
         config: OverArchConfig,
         embedding_dropout: float = 0.0,
         layer_norm: LayerNormFactory = torch_layer_norm,
+        sequences: Sequence[SequenceInput] = (),
     ) -> None:
         super().__init__()
+        self.width, self.sequences = layout.width, None
+        if sequences:
+            made = config.dim * sum(own.embeddings for own in sequences)
+            full = config.dim * layout.full_embeddings - made
+            self.sequences = SequenceLayer(sequences, layout.width - made, full, config, layer_norm)
+            self.width = self.sequences.width
         self.inputs = InputLayer(layout, numeric, config, embedding_dropout)
         self.over_arch = build_over_arch(self.inputs.embeddings, self.inputs.numeric_embeddings, config, layer_norm)
         number_dropouts(self)
 
     def forward(self, numeric: Tensor, embedded: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Numeric [B, f], looked-up embeddings [B, layout.width], dropout keys int64 [B] -> logits float32 [B].
+        """Numeric [B, f], looked-up embeddings [B, width], dropout keys int64 [B] -> logits float32 [B].
 
         The inputs are cast to the parameters' dtype. Keys are needed in training when there is dropout.
         """
         dtype = next(self.parameters()).dtype
         with fast_cpu_gemm(embedded.device, dtype):
-            x_BND = self.inputs(numeric.to(dtype), embedded.to(dtype), keys)
+            x_BND = self.embed(numeric.to(dtype), embedded.to(dtype), keys)
             return self.over_arch(x_BND, keys).float()
+
+    def embed(self, numeric: Tensor, embedded: Tensor, keys: Tensor | None = None) -> Tensor:
+        """X_0 [B, N, D]: what `forward` makes first."""
+        if self.sequences is not None:
+            embedded = self.sequences(embedded)
+        x_BND: Tensor = self.inputs(numeric, embedded, keys)
+        return x_BND

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megarec.config.models import WukongConfig
 from megarec.errors import UserError
-from megarec.models.blocks import mlp_of, number_dropouts
+from megarec.models.blocks import head_of, mlp_of, number_dropouts
 from megarec.models.projection import Projection
 
 LayerNormFactory = Callable[[int, bool], nn.Module]
@@ -167,7 +167,7 @@ class Wukong(nn.Module):
         super().__init__()
         sizes = layer_sizes(n, config)
         self.layers = nn.ModuleList(InteractionLayer(layer, config, layer_norm) for layer in sizes)
-        self.head = mlp_of(config, sizes[-1].outputs * config.dim, config.head, 1)
+        self.head = head_of(config, sizes[-1].outputs * config.dim, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -27,7 +27,8 @@ def mean_ids(feature: Feature, examples: int) -> float:
     """Ids of some examples, lists at their mean length."""
     if not feature.multi_valued:
         return examples
-    return examples * (IDS_OF_A_LIST if feature.mean_length == 1 else feature.mean_length)
+    mean = IDS_OF_A_LIST if feature.mean_length == 1 else feature.mean_length
+    return examples * min(mean, feature.positions or mean)
 
 
 def touched_rows(rows: int, ids: float) -> float:
@@ -86,7 +87,7 @@ def sparse_messages(
         return [message for message in found if message.bytes]
     small = all(table.rows < 2**31 for part in parts for table in part.tables)
     dtype = torch.int32 if small else torch.int64
-    features = [part.features for part in parts]
+    features = [part.looked_up for part in parts]
     counts = [[mean_ids(feature, examples) for feature in own] for own in features]
     found = _ids(counts, features, peer, dtype, examples)
     own = on_host(shards, topology)
@@ -99,6 +100,8 @@ def sparse_messages(
     found.append(_all_to_all("towers", [examples * outputs[topology.host]] * peer.size, wire.forward, peer))
     back = [examples * columns for columns in outputs]
     found.append(_all_to_all("towers", back, wire.backward, peer, "backward"))
+    asked = [sum(f.columns * mean_ids(f, examples) for f in part.unpooled) for part in parts]
+    found += _rows([asked[topology.host]] * peer.size, asked, peer, wire)
     if modules is not None and held is not None:
         found.append(_tower_gradients(spec, held.of_host(topology.host, topology.hosts), tower))
     return [message for message in found if message.bytes]
@@ -127,9 +130,11 @@ def _group_messages(
     if spread:
         plan = plan_lookups(layout, spread, group.size)
         rows = {table.name: table.rows for table in layout.tables}
-        counts = [[mean_ids(s.feature, examples) * _row_share(s, rows) for s in slots] for slots in plan.slots]
-        sources = [[slot.source for slot in slots] for slots in plan.slots]
-        found += _ids(counts, sources, group, plan.index_dtype, examples)
+        every = [(*own, *unpooled) for own, unpooled in zip(plan.slots, plan.unpooled, strict=True)]
+        counts = [[mean_ids(s.feature, examples) * _row_share(s, rows) for s in slots] for slots in every]
+        found += _ids(counts, plan.sources, group, plan.index_dtype, examples)
+        asked = [sum(s.columns * mean_ids(s.feature, examples) * _row_share(s, rows) for s in u) for u in plan.unpooled]
+        found += _rows([asked[group.rank]] * group.size, asked, group, wire)
         columns = [sum(slot.columns for slot in slots if not slot.by_rows) for slots in plan.slots]
         split = sum(slot.columns for slot in plan.slots[group.rank] if slot.by_rows)
         own = columns[group.rank]
@@ -140,9 +145,19 @@ def _group_messages(
         found.append(_to_all(f"{summed} embeddings", examples * split, wire.forward, group))
         found.append(_to_all("all_gather embeddings", examples * split, wire.backward, group, "backward"))
         found.append(_squares(config, layout, spread, group, examples))
+    if config.embedding.gradient_clipping is not None:
+        found.append(_all_reduce("table norm", 1, group))
     copied = {shard.table: shard for shard in shards if shard.table in names}
     found.append(_all_reduce("gradients", sum(s.rows * (s.columns + 1) for s in copied.values()), group))
     return found
+
+
+def _rows(sent: Sequence[float], back: Sequence[float], group: _Group, wire: WireDtypes) -> list[Message]:
+    """exchange/unpooled.py: the rows of sequences, and their gradients; numbers for each rank."""
+    return [
+        _all_to_all("sequences", sent, wire.forward, group),
+        _all_to_all("sequences", back, wire.backward, group, "backward"),
+    ]
 
 
 def _row_share(slot: Lookup, rows: dict[str, int]) -> float:
@@ -152,14 +167,15 @@ def _row_share(slot: Lookup, rows: dict[str, int]) -> float:
 def _squares(
     config: RunConfig, layout: EmbeddingLayout, shards: Sequence[Shard], group: _Group, examples: int
 ) -> Message:
-    """torch_backend.py, ColumnShardSum: a number for each touched row to every rank with other columns of it."""
+    """torch_backend.py, ColumnShardSum: a number for each updated row to every rank with other columns of it."""
     sizes = [0.0] * group.size
     if config.embedding.optimizer == "rowwise_adagrad":
         for mine in (shard for shard in shards if shard.rank == group.rank):
-            ids = sum(mean_ids(f, examples) for f in layout.features if f.table == mine.table) * group.size
+            ids = sum(mean_ids(f, examples) for f in layout.looked_up if f.table == mine.table) * group.size
             for other in shards:
                 if (other.table, other.row_start) == (mine.table, mine.row_start) and other.rank != mine.rank:
-                    sizes[other.rank] += touched_rows(mine.rows, ids)
+                    all_rows = config.embedding.rule_of(mine.table).all_rows
+                    sizes[other.rank] += mine.rows if all_rows else touched_rows(mine.rows, ids)
     return _all_to_all("squares", sizes, torch.float32, group, "backward")
 
 

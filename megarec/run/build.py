@@ -22,6 +22,7 @@ from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes, r
 from megarec.distributed.process import describe_device, threads_that_pay
 from megarec.distributed.topology import Topology, build_topology, check_groups, separate_groups
 from megarec.errors import UserError
+from megarec.run.averages import Averages
 from megarec.run.fits import check_fits
 from megarec.run.rounding import rounding_warning
 from megarec.run.schedule import Schedule
@@ -52,6 +53,7 @@ class Run:
     test: EvalLoader
     sparse: SparseSide
     dense: DenseSide
+    averages: Averages
     schedule: Schedule
     ledger: Ledger
     overlap: bool
@@ -123,6 +125,7 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
         test=test,
         sparse=model.sparse,
         dense=model.dense,
+        averages=Averages(config.train.ema, model.dense, model.sparse, spec.layout),
         schedule=schedule,
         ledger=model.ledger,
         overlap=overlaps(config, topology, device),

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from megarec.config.base import ModelConfig
+
 FLOP_PER_MAC = 2
 PASSES = 3  # forward, gradient of the input, gradient of the weight
 
@@ -44,10 +46,27 @@ def total(parts: Parts) -> Part:
 
 
 def count_mlp(
-    inputs: int, hidden: Sequence[int], outputs: int, bias: bool | Sequence[bool], *, input_gradient: bool = True
+    inputs: int,
+    hidden: Sequence[int],
+    outputs: int,
+    bias: bool | Sequence[bool],
+    *,
+    input_gradient: bool = True,
+    normed: bool = False,
 ) -> Part:
-    """An MLP, with biases in all its layers or by layer; without `input_gradient` nothing needs that of its input."""
+    """An MLP, with biases in all its layers or by layer; without `input_gradient` nothing needs that of its input.
+
+    Args:
+        normed: a normalisation with a gain, and a bias where the layers have one, follows every hidden layer.
+    """
     macs = [a * b for a, b in pairwise([inputs, *hidden, outputs])]
     by_layer = [bias] * len(macs) if isinstance(bias, bool) else bias
     biases = sum(width for width, has_bias in zip([*hidden, outputs], by_layer, strict=True) if has_bias)
+    if normed:
+        biases += sum(width * (1 + has_bias) for width, has_bias in zip(hidden, by_layer, strict=False))
     return Part(sum(macs) + biases, sum(macs), 0 if input_gradient else macs[0])
+
+
+def count_head(config: ModelConfig, inputs: int, hidden: Sequence[int], outputs: int = 1) -> Part:
+    """An MLP that ends in the logit (models/blocks.py, `head_of`)."""
+    return count_mlp(inputs, hidden, outputs, config.bias, normed=config.norm != "none")

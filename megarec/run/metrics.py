@@ -55,6 +55,11 @@ class Quality:
     not_finite: int = 0
     gauc: Gauc | None = None
 
+    @property
+    def auc_minus_logloss(self) -> float:
+        """What FuxiCTR's recipes watch."""
+        return self.auc - self.logloss
+
 
 def described(found: Quality) -> dict[str, Any]:
     """As JSON can say it: an undefined metric is null; `not_finite` is there where it is the reason."""
@@ -85,7 +90,7 @@ def in_words(found: Quality) -> str:
     return f"{words}  GAUC {found.gauc.by_impressions:.4f} by impressions, {found.gauc.by_group:.4f} by group"
 
 
-def why_undefined(found: Quality, metric: Literal["logloss", "auc"]) -> str | None:
+def why_undefined(found: Quality, metric: Literal["logloss", "auc", "auc_minus_logloss"]) -> str | None:
     """Why a set of predictions has no such metric; None: it has one."""
     if math.isfinite(getattr(found, metric)):
         return None

@@ -31,7 +31,7 @@ class TrainState:
 
     step: Count = 0
     best: float = math.inf
-    best_by: Literal["logloss", "auc"] | None = None
+    best_by: Literal["logloss", "auc", "auc_minus_logloss"] | None = None
     since_best: Count = 0
     since_drop: Count = 0
     plateau_drops: Count = 0

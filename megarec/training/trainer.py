@@ -42,7 +42,8 @@ Predict = Callable[[Run], dict[str, float]]
 def train(config: RunConfig, resume: bool, started: float, predict: Predict | None = None) -> dict[str, Any]:
     """Train, keep the best by validation, test it, write metrics.json; collective.
 
-    A run that its fault policy stops writes one too, with the reason as "stopped" and no "test".
+    A run that its fault policy stops writes one too, with the reason as "stopped" and no "test"; one with train.test
+    off has no "test" either.
 
     Args:
         resume: continue from the latest checkpoint under train.output_dir, or start from scratch if there is none.
@@ -137,17 +138,19 @@ def _train_and_test(
 
     checkpoints.wait()
     best = None if math.isinf(state.best) else checkpoints.load_best()
-    valid, test = evaluate(run, run.valid), evaluate(run, run.test)
+    valid, test = evaluate(run, run.valid), evaluate(run, run.test) if config.train.test else None
     problem = _why_not_finished(run, state, valid, test)
     if problem is not None:
         _log.warning("%s", problem)
     at = f"step {state.step}, the last" if best is None else f"step {best}, the best by {config.train.best_by}"
     _log.info("valid at %s: %s", at, in_words(valid))
-    _log.info("test  at %s: %s", at, in_words(test))
-    monitor.scalars(state.step, step_log.points("test", test))
+    metrics: dict[str, Any] = {}
+    if test is not None:
+        _log.info("test  at %s: %s", at, in_words(test))
+        monitor.scalars(state.step, step_log.points("test", test))
+        metrics["test"] = described(test)
     monitor.flush()
-    metrics = {
-        "test": described(test),
+    metrics |= {
         "valid": described(valid),
         "step": state.step if best is None else best,
         "best_by": None if best is None else config.train.best_by,
@@ -177,15 +180,16 @@ def _nothing_to_train(run: Run, state: TrainState) -> str | None:
 def _check_validation(run: Run) -> None:
     """Raise a UserError where no validation could ever choose a best model."""
     labels = run.valid.store.labels
-    if run.config.train.best_by == "auc" and len(labels) == 1:
+    best_by = run.config.train.best_by
+    if best_by != "logloss" and len(labels) == 1:
         raise UserError(
-            f"train.best_by='auc': all {len(run.valid.store):,} labels of the split valid of {run.config.data.path} "
-            f"are {labels[0]:g}, and one class has no AUC; use train.best_by='logloss', or prepare a split valid "
-            "with both labels"
+            f"train.best_by={best_by!r}: all {len(run.valid.store):,} labels of the split valid of "
+            f"{run.config.data.path} are {labels[0]:g}, and one class has no AUC; use train.best_by='logloss', or "
+            "prepare a split valid with both labels"
         )
 
 
-def _why_not_finished(run: Run, state: TrainState, valid: Quality, test: Quality) -> str | None:
+def _why_not_finished(run: Run, state: TrainState, valid: Quality, test: Quality | None) -> str | None:
     """Why what a run was asked for, the metrics of its best model, cannot be had; None: they can."""
     metric = run.config.train.best_by
     reason = why_undefined(valid, metric)
@@ -194,7 +198,7 @@ def _why_not_finished(run: Run, state: TrainState, valid: Quality, test: Quality
             f"no best model was chosen, as no validation had a finite {metric} (the last: {reason}); what is tested is "
             f"step {state.step}, the last. Correct or leave out such rows of the split valid, or lower learning rates"
         )
-    if test.not_finite:
+    if test is not None and test.not_finite:
         return (
             f"the tested model has no metrics: {test.not_finite:,} of {test.examples:,} logits of the split test are "
             "NaN or infinite; correct or leave out such rows of it"
@@ -227,11 +231,13 @@ def _write_output(run: Run, name: str, content: str, told: str) -> None:
 
 
 def evaluate(run: Run, loader: EvalLoader) -> Quality:
-    """Exact metrics over all examples of a split and all ranks; collective, the same on every rank."""
+    """Exact metrics over all examples of a split and all ranks, of averaged weights where the run has them; collective,
+    the same on every rank."""
     predictions = Predictions()
-    for batch in loader.batches():
-        batch = batch.to(run.device)
-        predictions.add(predict(run.dense, run.sparse, batch), batch.labels, batch.valid)
+    with run.averages.in_place():
+        for batch in loader.batches():
+            batch = batch.to(run.device)
+            predictions.add(predict(run.dense, run.sparse, batch), batch.labels, batch.valid)
     return predictions.gather(run.topology.world, loader.groups)
 
 
@@ -313,6 +319,8 @@ class Trainer:
         action: Action = "go on"
         if result.cause is None:
             self.policy.applied(self.step_check.loss)
+            with timer.part("optimizer"):
+                run.averages.update(state.step + 1 - state.skipped_steps)
             step_log.window.add(result.logits, batch.labels)
         else:
             action = self.policy.skipped(result.cause)
@@ -359,7 +367,8 @@ class Trainer:
         self.prefetcher.drain()  # the ids of the next step are its traffic
         with self.step_log.off_the_clock():
             found = evaluate(run, run.valid)
-        improved = self.patience.update(found.logloss if config.train.best_by == "logloss" else -found.auc)
+        score = float(getattr(found, config.train.best_by))
+        improved = self.patience.update(score if config.train.best_by == "logloss" else -score)
         if (reason := why_undefined(found, config.train.best_by)) is not None:
             _log.warning(
                 "VALIDATION AT STEP %d HAS NO %s, SO IT CANNOT BE THE BEST: %s",

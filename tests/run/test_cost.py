@@ -6,6 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from megarec.config.base import Norm
 from megarec.config.models import OverArchConfig, WukongConfig
 from megarec.models.recommender import Recommender
 from megarec.run.cost import count, count_wukong, total
@@ -31,15 +32,22 @@ models = wukong.configs(**INPUTS) | dlrm.configs(**INPUTS) | dcn.configs(**INPUT
     full=st.lists(st.integers(1, 3), max_size=3),
     small=st.lists(st.integers(1, 3), max_size=2),
     numeric=st.integers(0, 3),
+    norm=st.sampled_from(["none", "layer", "batch"]),
     device=st.sampled_from(["cpu", "meta"]),
 )
 @settings(max_examples=100, deadline=None)
 def test_counts_what_the_model_has_and_does(
-    config: OverArchConfig, numeric_embeddings: int, full: list[int], small: list[int], numeric: int, device: str
+    config: OverArchConfig,
+    numeric_embeddings: int,
+    full: list[int],
+    small: list[int],
+    numeric: int,
+    norm: Norm,
+    device: str,
 ) -> None:
     assume(full or small or numeric)
     assume(config.name != "dlrm" or full not in ([], [1]) or small or numeric)  # a lone embedding has no pair
-    config = config.model_copy(update={"numeric_embeddings": numeric_embeddings})
+    config = config.model_copy(update={"numeric_embeddings": numeric_embeddings, "norm": norm})
     places = layout(config.dim, full, small)
     cost = count(config, places, numeric, places.tables)
     assert cost.sparse_parameters == sum(table.rows * table.columns for table in places.tables)

@@ -131,6 +131,7 @@ def _schema(shape: Shape) -> Schema:
             multi_valued=True,
             pooling="mean" if i % 2 == 0 else "sum",
             table="single_0" if i == 0 else None,
+            newest="last",
         )
         for i in range(shape.multi)
     ]

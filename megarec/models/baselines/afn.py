@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megarec.config.models import AfnConfig
 from megarec.errors import UserError
-from megarec.models.blocks import init_fan_in_, mlp_of, number_dropouts
+from megarec.models.blocks import head_of, init_fan_in_, number_dropouts
 from megarec.models.wukong import LayerNormFactory, torch_layer_norm
 
 
@@ -82,8 +82,8 @@ class Afn(nn.Module):
         each = embeddings_of_each(n, config)
         self.separate = config.embeddings == "separate"
         self.layers = nn.ModuleList([LogarithmicLayer(each, config, layer_norm)])
-        self.mlp = mlp_of(config, config.neurons * config.dim, config.mlp, 1)
-        self.head = mlp_of(config, each * config.dim, config.head, 1)
+        self.mlp = head_of(config, config.neurons * config.dim, config.mlp)
+        self.head = head_of(config, each * config.dim, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

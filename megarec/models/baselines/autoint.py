@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megarec.config.base import Activation
 from megarec.config.models import AutoIntConfig
-from megarec.models.blocks import MLP, activation_function, init_fan_in_, mlp_of, number_dropouts
+from megarec.models.blocks import MLP, activation_function, head_of, init_fan_in_, number_dropouts
 
 
 class AttentionLayer(nn.Module):
@@ -66,7 +66,7 @@ class AutoInt(nn.Module):
             for index in range(config.layers)
         )
         self.attention_output = MLP(n * width, [], 1, bias=False)
-        self.head = mlp_of(config, n * config.dim, config.head, 1)
+        self.head = head_of(config, n * config.dim, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

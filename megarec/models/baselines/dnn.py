@@ -12,7 +12,7 @@ Shape suffixes: B examples, N embeddings of one example, D width of an embedding
 from torch import Tensor, nn
 
 from megarec.config.models import DnnConfig, LrConfig
-from megarec.models.blocks import mlp_of, number_dropouts
+from megarec.models.blocks import head_of, number_dropouts
 
 
 class Dnn(nn.Module):
@@ -25,7 +25,7 @@ class Dnn(nn.Module):
 
     def __init__(self, n: int, config: DnnConfig | LrConfig) -> None:
         super().__init__()
-        self.head = mlp_of(config, n * config.dim, config.head, 1)
+        self.head = head_of(config, n * config.dim, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from megarec.config.models import FinalMlpConfig
 from megarec.errors import UserError
-from megarec.models.blocks import MLP, activation_function, init_fan_in_, mlp_of, number_dropouts
+from megarec.models.blocks import MLP, activation_function, head_of, init_fan_in_, mlp_of, number_dropouts
 from megarec.models.initial import draw_normal_
+from megarec.models.norms import norm_of
 
 
 class FusionSizes(NamedTuple):
@@ -128,9 +129,9 @@ class FinalMlp(nn.Module):
         super().__init__()
         width = n * config.dim
         self.gates = nn.ModuleList(Gate(places, n, config) for places in gate_contexts(n, config))
-        self.streams = nn.ModuleList(
-            mlp_of(config, width, widths[:-1], widths[-1]) for widths in (config.mlp1, config.mlp2)
-        )
+        streams = (config.mlp1, config.mlp2)
+        self.streams = nn.ModuleList(head_of(config, width, widths[:-1], widths[-1]) for widths in streams)
+        self.norms = nn.ModuleList(norm_of(config.norm, widths[-1], config.bias) or nn.Identity() for widths in streams)
         self.activation = activation_function(config.activation)
         self.fusion = Fusion(fusion_sizes(config))
         self.head = MLP(config.mlp1[-1] + config.mlp2[-1], [], 1, bias=config.bias)  # w_1, w_2 and b
@@ -140,5 +141,6 @@ class FinalMlp(nn.Module):
         """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
         x_BE = x_BND.flatten(1)
         inputs = [x_BE * gate(x_BND, keys) for gate in self.gates] or [x_BE, x_BE]
-        first, second = (self.activation(mlp(x, keys)) for mlp, x in zip(self.streams, inputs, strict=True))
+        streams = zip(self.streams, self.norms, inputs, strict=True)
+        first, second = (self.activation(norm(mlp(x, keys))) for mlp, norm, x in streams)
         return self.head(torch.cat([first, second], dim=1)).squeeze(1) + self.fusion(first, second)

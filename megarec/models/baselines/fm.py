@@ -14,7 +14,7 @@ Shape suffixes: B examples, N embeddings of one example, D width of an embedding
 from torch import Tensor, nn
 
 from megarec.config.models import DeepFmConfig, FmConfig
-from megarec.models.blocks import MLP, mlp_of, number_dropouts
+from megarec.models.blocks import MLP, head_of, number_dropouts
 
 
 def pair_products(x_BND: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class DeepFm(nn.Module):
     def __init__(self, n: int, config: DeepFmConfig) -> None:
         super().__init__()
         self.linear = MLP(n * config.dim, [], 1, bias=False)
-        self.head = mlp_of(config, n * config.dim, config.head, 1)
+        self.head = head_of(config, n * config.dim, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megarec.config.models import MaskNetConfig
-from megarec.models.blocks import MLP, activation_function, mlp_of, number_dropouts
+from megarec.models.blocks import MLP, activation_function, head_of, mlp_of, number_dropouts
 from megarec.models.wukong import LayerNormFactory, torch_layer_norm
 
 
@@ -52,7 +52,7 @@ class MaskNet(nn.Module):
         super().__init__()
         self.norm = layer_norm(config.dim, config.bias)
         self.layers = nn.ModuleList(MaskBlock(n * config.dim, config, layer_norm) for _ in range(config.blocks))
-        self.head = mlp_of(config, config.blocks * config.width, config.head, 1)
+        self.head = head_of(config, config.blocks * config.width, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megarec.config.models import XDeepFmConfig
-from megarec.models.blocks import MLP, init_fan_in_, mlp_of, number_dropouts
+from megarec.models.blocks import MLP, head_of, init_fan_in_, number_dropouts
 
 
 class CinLayer(nn.Module):
@@ -55,7 +55,7 @@ class XDeepFm(nn.Module):
         )
         self.linear = MLP(n * config.dim, [], 1, bias=False)
         self.cin_output = MLP(sum(config.cin), [], 1, bias=False)
-        self.head = mlp_of(config, n * config.dim, config.head, 1)
+        self.head = head_of(config, n * config.dim, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
