@@ -24,6 +24,7 @@ from megarec.sparse.towers.replicas import states_of
 def described(schema: Mapping[str, Any]) -> dict[str, Any]:
     """What of a schema decides its shapes; counts of rows, mean lengths, orders and texts for people do not."""
     kept = {key: schema.get(key) for key in ("categorical", "numeric", "label")}
+    kept["tasks"] = schema.get("tasks") or []  # an earlier version had one label
     features = kept["categorical"]
     if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
         return kept

@@ -22,6 +22,7 @@ from megarec.slices import Ints, TensorSlice
 
 WINDOW = "metrics/window"
 RANDOM = "random/"
+MISSING = -1e30  # in place of a label; no logit
 
 
 def written(run: Run, window: Predictions | None) -> list[TensorSlice]:
@@ -34,9 +35,9 @@ def written(run: Run, window: Predictions | None) -> list[TensorSlice]:
     pieces += _averages(run, pieces, to_write=True)
     pieces += [_row_of_rank(run, RANDOM + name, state) for name, state in _random_states(run.device).items()]
     if window is not None and window.logits:
-        shown = torch.stack([torch.cat(window.logits), torch.cat(window.labels)])
+        shown = _without_nan(window.packed())
         examples = shown.shape[1]
-        whole, start = (2, examples * topology.world_size), (0, examples * topology.rank)
+        whole, start = (len(shown), examples * topology.world_size), (0, examples * topology.rank)
         pieces.append(TensorSlice(WINDOW, whole, start, shown))
     return [piece for piece in pieces if piece.tensor.numel()]
 
@@ -252,10 +253,16 @@ def _set_random_state(name: str, state: Tensor) -> None:
 
 def _fill_window(run: Run, reader: Reader, window: Predictions) -> None:
     """The examples in equal parts over the ranks, however many those are now."""
-    examples, rest = divmod(reader.index.tensors[WINDOW].shape[1], run.topology.world_size)
+    rows, all_examples = reader.index.tensors[WINDOW].shape
+    examples, rest = divmod(all_examples, run.topology.world_size)
     if rest:
         return  # another batch size: the log's next line is of fewer examples
-    shown = torch.empty(2, examples, device=run.device)
+    shown = torch.empty(rows, examples, device=run.device)
     reader.fill(TensorSlice(WINDOW, reader.index.tensors[WINDOW].shape, (0, examples * run.topology.rank), shown))
-    window.logits.append(shown[0])
-    window.labels.append(shown[1])
+    window.unpack(shown.where(shown != MISSING, torch.nan))
+
+
+def _without_nan(window: Tensor) -> Tensor:
+    """A checkpoint holds finite numbers alone; a label that is missing is a NaN."""
+    logits, labels = window.chunk(2)
+    return torch.cat([logits, labels.nan_to_num(MISSING)])

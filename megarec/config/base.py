@@ -39,6 +39,22 @@ def by_name(default: str) -> Discriminator:
     return Discriminator(name)
 
 
+class TasksConfig(Section):
+    """How several labels (data.label) are predicted over what the model emits; of one label nothing is read here."""
+
+    name: Literal["shared", "mmoe", "ple", "esmm"] = Field(
+        "shared",
+        description="before each label's own MLP (model.head): nothing; experts mixed by a gate a label; experts of "
+        "each label's own beside shared ones; nothing, and each label's probability is a product (docs/tasks.md)",
+    )
+    experts: Size = Field(4, description="mmoe: experts; ple: those of a level that all labels share")
+    expert: Annotated[list[Size], Field(min_length=1, max_length=1_000)] = Field(
+        [64], description="mmoe, ple: widths of an expert's layers, each with an activation"
+    )
+    own_experts: Size = Field(1, description="ple: those of a level that a label has for itself")
+    levels: Layers = Field(1, description="ple: levels; one is the paper's CGC")
+
+
 class SequenceConfig(Section):
     """Lists in order whose rows are not pooled: a target attends to what came before it (docs/sequences.md)."""
 
@@ -101,6 +117,7 @@ class ModelConfig(Section):
     numeric_embeddings: Size = Field(1, description="embeddings of width d that the numeric MLP emits")
     small_mlp: Widths = Field([64], description="hidden widths of the MLP over the grouped small embeddings")
     small_embeddings: Size = Field(1, description="embeddings of width d that the small-embedding MLP emits")
+    tasks: TasksConfig = Field(TasksConfig(), description="how several labels are predicted")
     sequences: Annotated[list[SequenceConfig], Field(max_length=100)] = Field(
         [], description="lists that a block reads position by position in front of the model, in place of pooling"
     )

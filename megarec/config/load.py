@@ -13,12 +13,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megarec.config.base import TasksConfig
 from megarec.config.deepspeed import check_deepspeed_section
 from megarec.config.models import MODELS, SCALED_SIZES, WukongConfig
 from megarec.config.regularisation import L2Config, problem_of
 from megarec.config.sections import EmbeddingConfig, RunConfig, Section
 from megarec.config.towers import TOWER_MODULES, DlrmTowerConfig, IdentityTowerConfig, TowersFile
-from megarec.errors import UserError
+from megarec.errors import UserError, did_you_mean
 from megarec.files import NotJson, parse_json, read_object
 
 TAGGED: dict[str, Mapping[str, type[Section]]] = {"model": MODELS, "tower_module": TOWER_MODULES}  # by their name
@@ -217,6 +218,7 @@ def _check_across_fields(config: RunConfig, path: Path) -> None:
         )
     if isinstance(config.model, WukongConfig):
         _check_layers(config.model, fail)
+    _check_labels(config, fail)
     _check_towers(config, fail)
 
 
@@ -233,6 +235,29 @@ def _check_clipping(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -
             fail(
                 f"{where}={placement!r} with embedding.gradient_clipping: copies on every rank are not in its sum; "
                 "take 'table', 'column' or 'row'"
+            )
+
+
+_OF_HEADS = {"shared": (), "esmm": (), "mmoe": ("experts", "expert")}  # keys of model.tasks; ple has them all
+
+
+def _check_labels(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -> None:
+    label, train, heads = config.data.label, config.train, config.model.tasks
+    labels = label if isinstance(label, list) else []
+    if len(labels) < 2:
+        keys = ("model.tasks", heads != TasksConfig()), ("train.label_weights", train.label_weights)
+        for key in [key for key, given in (*keys, ("train.best_label", train.best_label)) if given]:
+            fail(f"{key} is of several labels, and data.label={json.dumps(label)} names none or one; name them there")
+        return
+    for key, names in (("train.label_weights", train.label_weights), ("train.best_label", [train.best_label])):
+        for name in names:
+            if name is not None and name not in labels:
+                fail(f"{key} names {name!r}, which data.label does not; {did_you_mean(name, labels)}")
+    known = _OF_HEADS.get(heads.name, tuple(type(heads).model_fields))
+    for key, default in TasksConfig():
+        if key not in ("name", *known) and getattr(heads, key) != default:
+            fail(
+                f"model.tasks.{key} says nothing of model.tasks.name={heads.name!r}; leave it out, or take other heads"
             )
 
 

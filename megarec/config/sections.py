@@ -32,7 +32,10 @@ class DataConfig(Section):
         1024, description="examples of one optimizer step over all ranks and micro-batches"
     )
     features: list[str] | None = Field(None, description="the features to use, categorical and numeric; null: all")
-    label: str | None = Field(None, description="which of the data's labels to predict; null: the first")
+    label: str | Annotated[list[str], Field(min_length=1, max_length=1_000)] | None = Field(
+        None, description="which of the data's labels to predict, several as a list (docs/tasks.md); null: the first"
+    )
+    weighted: bool = Field(False, description="an example's loss times its number in the data's weight column")
     prefetch: Annotated[int, Field(gt=0, le=10_000)] = Field(
         4, description="batches a rank prepares ahead in the background"
     )
@@ -241,6 +244,12 @@ class TrainConfig(Section):
     evaluate_every: Positive | None = Field(None, description="optimizer steps between validations; null: every epoch")
     best_by: Literal["logloss", "auc", "auc_minus_logloss"] = Field(
         "logloss", description="the validation metric whose best model is kept and tested, and that patience watches"
+    )
+    best_label: str | None = Field(
+        None, description="of several labels, the one whose metric that is; null: the first of data.label"
+    )
+    label_weights: dict[str, Above0] = Field(
+        {}, description="of several labels, what the loss of each is multiplied by; 1 where it is not named"
     )
     early_stopping: Positive | None = Field(
         None, description="stop after this many validations without improvement; null: never"

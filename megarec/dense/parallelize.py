@@ -16,6 +16,7 @@ from megarec.config.sections import RunConfig
 from megarec.dense.engine import base_learning_rate, build_engine, mark_gradients_of_shards, prepare_deepspeed
 from megarec.dense.groups import ModelParallelUnit, model_parallel_unit, set_deepspeed_groups
 from megarec.dense.layers import compile_layers, fuse_layers, recompute_layers
+from megarec.dense.objective import objective
 from megarec.dense.reduction import gradient_reduction
 from megarec.dense.replicated import replicated_average
 from megarec.dense.settings import check_precision, refusals_of_deepspeed, settings_of
@@ -90,5 +91,6 @@ def parallelize(
     reduction = gradient_reduction(engine, topology, ledger, overlap)
     mark_gradients_of_shards(engine)
     average = replicated_average(engine, tensor)
-    rate, smoothing = base_learning_rate(engine, config), config.train.label_smoothing
-    return DenseSide(engine, topology, rate, f"{reason}; {fused}", reduction, average, smoothing)
+    loss = objective(model, config, build_channel(topology, "world", ledger))
+    rate = base_learning_rate(engine, config)
+    return DenseSide(engine, topology, rate, f"{reason}; {fused}", loss, reduction, average)

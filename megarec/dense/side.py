@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.data.batch import Batch
 from megarec.dense import masters
 from megarec.dense.engine import backward, compute_dtype, gradient_norm, loss_scale, loss_scale_can_shrink, skip_step
 from megarec.dense.memory import Parts, dense_bytes
 from megarec.dense.monitor import Monitor
+from megarec.dense.objective import Objective
 from megarec.dense.reduction import GradientReduction
 from megarec.dense.tensor_parallel import is_sharded
 from megarec.distributed.topology import Topology
@@ -31,15 +31,17 @@ class DenseResult:
     """What a forward and a backward pass of the dense model made on this rank.
 
     Attributes:
-        logits: [B].
-        loss: their mean.
+        logits: [B], or of several labels [B, T].
+        loss: what the backward pass was of (dense/objective.py).
         gradient: [B, columns], of the embeddings: that of the mean over this rank's examples of all micro-batches; may
             be part of a wider matrix.
+        finite: float32 [T], 1 where a label's loss is finite on this rank, else 0; None: of one label.
     """
 
     logits: Tensor
     loss: Tensor
     gradient: Tensor
+    finite: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,11 @@ class DenseSide:
         engine: DeepSpeed's, around the model.
         learning_rate: the base rate that the schedule scales.
         reason: which optimizer and which kernels were taken and why, for the log.
+        objective: the loss.
         reduction: averages gradients over the data group where DeepSpeed does not (dense/reduction.py), from the last
             backward pass of a step on; collective.
         average_replicated: called between the last backward pass of a step and what reads its gradients
             (dense/replicated.py); collective.
-        label_smoothing: e; the loss has the labels y (1 - e) + e / 2.
 
     Attributes:
         monitor: TensorBoard and the like, as the deepspeed section says.
@@ -79,13 +81,12 @@ class DenseSide:
         topology: Topology,
         learning_rate: float,
         reason: str,
+        objective: Objective,
         reduction: GradientReduction,
         average_replicated: Callable[[], None],
-        label_smoothing: float = 0.0,
     ) -> None:
         self.engine, self.learning_rate, self.reason = engine, learning_rate, reason
-        self._topology = topology
-        self._label_smoothing = label_smoothing
+        self._topology, self._objective = topology, objective
         self._reduction, self._average_replicated = reduction, average_replicated
         self.monitor = Monitor(engine.monitor)
 
@@ -122,15 +123,12 @@ class DenseSide:
         kept: list[Tensor] = []
         rows = slice(micro * values.shape[0], (micro + 1) * values.shape[0])
         out = engine(batch.numeric[rows], keep_gradient(values, kept), batch.keys[rows])
-        labels = batch.labels[rows]
-        if self._label_smoothing:
-            labels = labels.lerp(labels.new_full((), 0.5), self._label_smoothing)
-        loss = binary_cross_entropy_with_logits(out, labels)
+        loss, finite = self._objective(out, batch, rows)
         if micro + 1 == self.accumulation:
             self._reduction.begin()
         backward(engine, loss)
         scale = self.loss_scale() or 1.0
-        return DenseResult(out.detach(), loss.detach(), kept[0] if scale == 1.0 else kept[0] / scale)
+        return DenseResult(out.detach(), loss.detach(), kept[0] if scale == 1.0 else kept[0] / scale, finite)
 
     def apply(self, want_norm: bool = False) -> DenseUpdate:
         """One optimizer step; collective.
@@ -158,7 +156,7 @@ class DenseSide:
 
     @torch.no_grad()
     def predict(self, batch: Batch, values: Tensor) -> Tensor:
-        """Logits [B], in evaluation mode."""
+        """Logits [B], or of several labels [B, T], in evaluation mode."""
         self.engine.eval()
         logits: Tensor = self.engine(batch.numeric, values, batch.keys)
         return logits

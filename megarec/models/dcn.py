@@ -49,21 +49,26 @@ class Dcn(nn.Module):
     Args:
         n: embeddings per example in X_0.
         config: the sizes.
+        headless: stop before the maps that make the logit: `columns` of them leave (multi_task.py).
     """
 
-    def __init__(self, n: int, config: DcnConfig) -> None:
+    def __init__(self, n: int, config: DcnConfig, headless: bool = False) -> None:
         super().__init__()
-        width = n * config.dim
+        self.columns = width = n * config.dim
         self.layers = nn.ModuleList(CrossLayer(width, config.rank, config.bias) for _ in range(config.layers))
-        self.linear = MLP(width, [], 1, bias=False) if config.structure == "parallel" else None
-        self.head = head_of(config, width, config.head)
+        self.parallel = config.structure == "parallel"
+        self.columns = 2 * width if self.parallel else width
+        self.linear = MLP(width, [], 1, bias=False) if self.parallel and not headless else None
+        self.head = None if headless else head_of(config, width, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
-        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
+        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]; headless: [B, columns]."""
         x_BE = first_BE = x_BND.flatten(1)
         for layer in self.layers:
             x_BE = layer(first_BE, x_BE)
+        if self.head is None:
+            return torch.cat([first_BE, x_BE], dim=1) if self.parallel else x_BE
         if self.linear is None:
             return self.head(x_BE, keys).squeeze(1)
         return (self.linear(x_BE) + self.head(first_BE, keys)).squeeze(1)

@@ -105,7 +105,8 @@ class BatchNorm(ColumnNorm):
         """Take the last batch into the running statistics."""
         assert self._seen is not None
         for running, seen in zip((self.running_mean, self.running_var), self._seen, strict=True):
-            running.lerp_(seen.view(-1), MOMENTUM)
+            new = seen.view(-1)  # of a label that was left out of the step it may be NaN (multi_task.py)
+            running.lerp_(new.where(new.isfinite(), running), MOMENTUM)
         self._seen = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

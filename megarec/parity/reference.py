@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
+from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag, logsigmoid
 
 from megarec.config.sections import DenseConfig, EmbeddingConfig, RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.batch import Batch, Ids
-from megarec.data.schema import load_schema, select_features
+from megarec.data.schema import load_schema, selected
 from megarec.data.stream import open_training
 from megarec.models.initial import initialize, materialize
 from megarec.models.norms import apply_statistics
@@ -42,7 +42,7 @@ def reference_losses(config: RunConfig, steps: int) -> list[float]:
 
 def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
     """The first `steps` global batches; float32 on one process."""
-    schema = select_features(load_schema(Path(config.data.path)), config.data.features)
+    schema = selected(load_schema(Path(config.data.path)), config.data)
     loader = open_training(
         config.data,
         schema,
@@ -68,11 +68,9 @@ def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
         embedded = tables.look_up(batch)
         sequences, rows = tables.look_up_sequences(batch)
         logits = model(batch.numeric, torch.cat([towers.forward(embedded), sequences], dim=1), batch.keys)
-        loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
-        smoothing, minimised = config.train.label_smoothing, loss
-        if smoothing:
-            labels = batch.labels * (1 - smoothing) + smoothing / 2
-            minimised = binary_cross_entropy_with_logits(logits.float(), labels)
+        loss = plain_loss(logits.float(), batch, config)
+        smoothing = config.train.label_smoothing
+        minimised = plain_loss(logits.float(), batch, config, smoothing) if smoothing else loss
         (minimised + tables.looked_up_l2(embedded, rows) / batch.size).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed["gradient_clipping"])
         optimizer.step()
@@ -96,6 +94,25 @@ def evaluates(config: RunConfig) -> bool:
     """Whether evaluation takes other numbers than the last step did: then the loss of the next batch, evaluated, stands
     behind the losses of the steps."""
     return config.model.norm == "batch" or config.train.ema is not None
+
+
+def plain_loss(logits: Tensor, batch: Batch, config: RunConfig, smoothing: float = 0.0) -> Tensor:
+    """What is minimised, by the definition: of one label the mean cross-entropy; of several a sum over labels and the
+    examples that have one, over the number of all examples (dense/objective.py)."""
+    if batch.weights is None and not batch.some_missing and logits.dim() == 1:
+        smooth = batch.labels * (1 - smoothing) + smoothing / 2 if smoothing else batch.labels
+        return binary_cross_entropy_with_logits(logits, smooth.to(logits.dtype))
+    names = config.data.label if isinstance(config.data.label, list) else [""]
+    weights = torch.ones(batch.size) if batch.weights is None else batch.weights
+    total = torch.zeros((), dtype=logits.dtype)
+    columns = zip(names, logits.view(batch.size, -1).T, batch.labels.view(batch.size, -1).T, strict=True)
+    for name, logit, label in columns:
+        there = (label == 0) | (label == 1)
+        y = label[there].to(logits.dtype) * (1 - smoothing) + smoothing / 2
+        x, w = logit[there], weights[there].to(logits.dtype)
+        loss = -(w * (y * logsigmoid(x) + (1 - y) * logsigmoid(-x))).sum() / batch.size
+        total = total + config.train.label_weights.get(name, 1.0) * loss
+    return total
 
 
 def plain_optimizer(

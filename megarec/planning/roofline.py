@@ -173,8 +173,8 @@ def dense_ops(config: RunConfig, spec: ModelSpec, examples: int) -> list[Op]:
         glued = [tensor for tensor in (embedded, x_BND, gradient, embedded.grad) if tensor is not None]
         places = {tensor.untyped_storage()._cdata for tensor in glued}
         with OpCounter() as second:
-            logits = model.over_arch(x_BND.detach().requires_grad_(), keys).float()
-            nn.functional.binary_cross_entropy_with_logits(logits, torch.empty(examples)).backward()
+            logits = model.logits(x_BND.detach().requires_grad_(), keys)
+            nn.functional.binary_cross_entropy_with_logits(logits, torch.empty(logits.shape)).backward()
     own = [op for op in first.ops if op.kind != "memory" or places.isdisjoint(op.reads.keys() | op.writes.keys())]
     return own + second.ops
 

@@ -51,6 +51,25 @@ def count_baseline(n: int, config: BaselineConfig) -> dict[str, Parts]:
             return _count_afn(n, config)
 
 
+def emitted_columns(n: int, config: BaselineConfig) -> int:
+    """Columns that leave a model without the maps that make its logit."""
+    match config:
+        case LrConfig() | DnnConfig():
+            return n * config.dim
+        case FmConfig() | DeepFmConfig():
+            return (n + 1) * config.dim
+        case XDeepFmConfig():
+            return n * config.dim + sum(config.cin)
+        case AutoIntConfig():
+            return n * (config.dim + config.heads * config.attention_dim)
+        case MaskNetConfig():
+            return config.blocks * config.width
+        case FinalMlpConfig():
+            return config.mlp1[-1] + 2 * config.mlp2[-1]
+        case AfnConfig():
+            return (embeddings_of_each(n, config) + config.neurons) * config.dim
+
+
 def _numbered(layers: Sequence[Parts]) -> dict[str, Parts]:
     return {f"layers.{index}": parts for index, parts in enumerate(layers)}
 

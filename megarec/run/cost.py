@@ -17,8 +17,8 @@ from megarec.models.dlrm import head_inputs
 from megarec.models.inputs import EmbeddedColumns, input_embeddings
 from megarec.models.sequences import DIN_MLP, SequenceInput
 from megarec.models.wukong import LayerSizes, layer_sizes
-from megarec.run.baseline_cost import count_baseline
-from megarec.run.cost_parts import Part, Parts, count_head, count_mlp, total
+from megarec.run.baseline_cost import count_baseline, emitted_columns
+from megarec.run.cost_parts import Part, Parts, count_head, count_mlp, count_tasks, total
 from megarec.sparse.layout import Table
 from megarec.sparse.towers.sizes import TowerSizes
 
@@ -30,7 +30,8 @@ class Cost:
     Attributes:
         layers: by layer, then by part, in the order of the forward pass. `sparse` has the part `tables`; `towers`,
             where there are tower modules, `towers.0` and so on; `sequences`, where there are any, `sequences.0` and so
-            on; `inputs` has `small_mlp` and `numeric_mlp`; `layers.0` and so on are the over-arch's; `head` comes last.
+            on; `inputs` has `small_mlp` and `numeric_mlp`; `layers.0` and so on are the over-arch's; `head` comes last,
+            of several labels with `experts`, `gates` and `towers`.
     """
 
     layers: dict[str, Parts]
@@ -78,6 +79,7 @@ def count(
     tables: Iterable[Table],
     modules: TowerSizes | None = None,
     sequences: Iterable[SequenceInput] = (),
+    labels: int = 1,
 ) -> Cost:
     """Parameters and training FLOPs per example of tables, tower modules, input layer and over-arch.
 
@@ -87,6 +89,7 @@ def count(
         numeric: how many numeric features there are.
         modules: the tower modules (sparse/towers/sizes.py), if there are any.
         sequences: what is read position by position, counted as it is computed, over all positions of each.
+        labels: how many are predicted.
 
     Raises:
         UserError: sizes that do not fit together, or data without features.
@@ -97,8 +100,29 @@ def count(
     if parts := {f"sequences.{index}": _count_sequence(own, config) for index, own in enumerate(sequences)}:
         layers["sequences"] = parts
     layers["inputs"] = _count_inputs(config, columns, numeric)
-    n = input_embeddings(columns, numeric, config)
-    return Cost(layers | _count_over_arch(n, config.numeric_embeddings if numeric else 0, config))
+    n, dense = input_embeddings(columns, numeric, config), config.numeric_embeddings if numeric else 0
+    over_arch = _count_over_arch(n, dense, config)
+    if labels > 1:
+        over_arch |= {"head": _fusion(over_arch["head"]) | count_tasks(_emitted(n, dense, config), config, labels)}
+    return Cost(layers | over_arch)
+
+
+def _fusion(head: Parts) -> Parts:
+    """What of a model's last part is there for several labels as well."""
+    return {name: part for name, part in head.items() if name == "fusion"}
+
+
+def _emitted(n: int, dense: int, config: OverArchConfig) -> int:
+    """Columns that leave a model without the maps that make its logit."""
+    match config:
+        case WukongConfig():
+            return layer_sizes(n, config)[-1].outputs * config.dim
+        case DlrmConfig():
+            return head_inputs(n, dense, config.dim)
+        case DcnConfig():
+            return n * config.dim * (2 if config.structure == "parallel" else 1)
+        case _:
+            return emitted_columns(n, config)
 
 
 def count_towers(modules: TowerSizes) -> Parts:

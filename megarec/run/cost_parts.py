@@ -70,3 +70,31 @@ def count_mlp(
 def count_head(config: ModelConfig, inputs: int, hidden: Sequence[int], outputs: int = 1) -> Part:
     """An MLP that ends in the logit (models/blocks.py, `head_of`)."""
     return count_mlp(inputs, hidden, outputs, config.bias, normed=config.norm != "none")
+
+
+def count_tasks(columns: int, config: ModelConfig, labels: int) -> Parts:
+    """Experts, gates and towers of several labels (models/multi_task.py) over what the dense model emits."""
+    sizes = config.tasks
+    *hidden, width = sizes.expert
+    experts, gates = Part(0), Part(0)
+
+    def add(inputs: int, count: int, mixed: Sequence[int]) -> None:
+        nonlocal experts, gates
+        for _ in range(count):
+            experts = experts.plus(count_mlp(inputs, hidden, width, config.bias))
+        for number in mixed:
+            gates = gates.plus(Part(inputs * number, (inputs + width) * number))
+
+    inputs = columns
+    if sizes.name == "mmoe":
+        add(columns, sizes.experts, [sizes.experts] * labels)
+        inputs = width
+    if sizes.name == "ple":
+        everyone = sizes.experts + labels * sizes.own_experts
+        for level in range(sizes.levels):
+            mixed = [sizes.experts + sizes.own_experts] * labels + [everyone] * (level + 1 < sizes.levels)
+            add(inputs, everyone, mixed)
+            inputs = width
+    towers = functools.reduce(Part.plus, [count_head(config, inputs, config.head)] * labels)
+    parts = {"experts": experts, "gates": gates, "towers": towers}
+    return {name: part for name, part in parts.items() if part.parameters}

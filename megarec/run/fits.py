@@ -104,7 +104,8 @@ def host_needs(
     share = config.data.batch_size // topology.world_size
     batches = min(config.data.prefetch, examples["train"] // config.data.batch_size)
     width = 4 if all(table.rows < 2**31 for table in spec.layout.tables) else 8  # of an id, or a list's length
-    row = 8 + 4 + 4 * spec.numeric + width * sum(max(1, feature.positions) for feature in spec.layout.looked_up)
+    row = 8 + 4 * spec.labels + 4 * config.data.weighted + 4 * spec.numeric
+    row += width * sum(max(1, feature.positions) for feature in spec.layout.looked_up)
     needs = [Need(f"data.prefetch {batches:,} batches", ranks * batches * share * row)]
     if (stream := config.data.stream_rows) is not None:
         held = min(2 * stream, examples["train"])  # two windows over all ranks
@@ -188,7 +189,8 @@ def kept_predictions(
         (window * config.data.batch_size, f"train.log_every {window:,} steps"),
         *((examples[split], f"{split} split") for split in ("valid", "test")),
     )
-    own = 2 * 4 * most // topology.world_size
+    labels = len(config.data.label) if isinstance(config.data.label, list) else 1
+    own = 2 * 4 * labels * most // topology.world_size
     return Need(f"predictions of {what}", len(ranks) * own + (own * topology.world_size if 0 in ranks else 0))
 
 

@@ -31,6 +31,7 @@ def resolve_scale(
     numeric: int,
     modules: TowerSizes | None = None,
     sequences: Sequence[SequenceInput] = (),
+    labels: int = 1,
 ) -> tuple[OverArchConfig, tuple[str, ...]]:
     """The dense model's sizes, all explicit, and the reasons for them; `config` itself where `scale` is not given.
 
@@ -45,6 +46,7 @@ def resolve_scale(
         numeric: how many numeric features there are.
         modules: the tower modules, if there are any; their cost counts.
         sequences: what is read position by position; its cost counts.
+        labels: how many are predicted.
 
     Raises:
         UserError: `scale` lies below the smallest model of the recipe.
@@ -52,7 +54,7 @@ def resolve_scale(
     if not isinstance(config, WukongConfig) or config.scale is None:
         return config, ()
     scale, n = config.scale, input_embeddings(columns, numeric, config)
-    candidates = _candidates(config, scale, columns, numeric, modules, sequences)
+    candidates = _candidates(config, scale, columns, numeric, modules, sequences, labels)
     smallest, least = candidates[0]
     if scale < least:
         raise UserError(
@@ -72,6 +74,7 @@ def _candidates(
     numeric: int,
     modules: TowerSizes | None,
     sequences: Sequence[SequenceInput],
+    labels: int,
 ) -> list[tuple[WukongConfig, float]]:
     """Models on the path and their GFLOP/example, rising, to the first beyond twice the scale.
 
@@ -80,7 +83,7 @@ def _candidates(
     """
     candidates: list[tuple[WukongConfig, float]] = []
     for model in _path(config):
-        gflop = count(model, columns, numeric, (), modules, sequences).flop / 1e9
+        gflop = count(model, columns, numeric, (), modules, sequences, labels).flop / 1e9
         if not candidates or gflop > candidates[-1][1]:
             candidates.append((model, gflop))
         if gflop > 2 * scale:

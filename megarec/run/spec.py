@@ -39,6 +39,7 @@ class ModelSpec:
         dense_sizes: the same for the dense model alone; behind tower modules `dim` is the width that they emit.
         embedding_dropout: probability per element of the looked-up embeddings.
         cost: parameters and training FLOPs per example.
+        labels: how many are predicted.
         reasons: why towers and `model.scale`, where they are given, chose these sizes; lines for the log.
         sequences: what the dense model reads position by position.
     """
@@ -51,6 +52,7 @@ class ModelSpec:
     dense_sizes: OverArchConfig
     embedding_dropout: float
     cost: Cost
+    labels: int
     reasons: tuple[str, ...]
     sequences: tuple[SequenceInput, ...] = ()
 
@@ -71,7 +73,13 @@ class ModelSpec:
         """
         with torch.device("meta"):
             return Recommender(
-                self.columns, self.numeric, self.dense_sizes, self.embedding_dropout, layer_norm, self.sequences
+                self.columns,
+                self.numeric,
+                self.dense_sizes,
+                self.embedding_dropout,
+                layer_norm,
+                self.sequences,
+                self.labels,
             )
 
 
@@ -81,7 +89,7 @@ def resolve(config: RunConfig, schema: Schema) -> ModelSpec:
     Raises:
         UserError: features, towers and sizes do not fit together, or `model.scale` is too small.
     """
-    numeric = len(schema.numeric)
+    numeric, labels = len(schema.numeric), len(schema.predicted)
     apart = not isinstance(config.tower_module, IdentityTowerConfig)
     layout = build_layout(schema, config.embedding, config.model.dim, config.model.sequences, targets_apart=apart)
     towers = resolve_towers(config, layout)
@@ -92,7 +100,7 @@ def resolve(config: RunConfig, schema: Schema) -> ModelSpec:
         made = sum(own.embeddings for own in sequences)
         columns = dataclasses.replace(columns, full_embeddings=columns.full_embeddings + made)
     requested: OverArchConfig = over_arch_config(config.model, modules)
-    dense_sizes, scale_reasons = resolve_scale(requested, columns, numeric, modules, sequences)
+    dense_sizes, scale_reasons = resolve_scale(requested, columns, numeric, modules, sequences, labels)
     return ModelSpec(
         layout=layout,
         numeric=numeric,
@@ -101,7 +109,8 @@ def resolve(config: RunConfig, schema: Schema) -> ModelSpec:
         sizes=dense_sizes.model_copy(update={"dim": config.model.dim}),
         dense_sizes=dense_sizes,
         embedding_dropout=config.embedding.dropout,
-        cost=count(dense_sizes, columns, numeric, layout.tables, modules, sequences),
+        cost=count(dense_sizes, columns, numeric, layout.tables, modules, sequences, labels),
+        labels=labels,
         sequences=sequences,
         reasons=(*towers.reasons, *scale_reasons),
     )

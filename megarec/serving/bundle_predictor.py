@@ -56,7 +56,7 @@ class BundlePredictor:
             raise UserError(error) from error
 
     def predict(self, batch: Batch) -> Tensor:
-        """Logits float32 [B]."""
+        """Logits float32 [B], or of several labels [B, T]."""
         from megarec.serving.scorer.rows import Encoded
 
         ids = {name: _ids(found) for name, found in batch.ids.items()}
@@ -82,8 +82,8 @@ def write_run(directory: Path, config: RunConfig, schema: Schema) -> None:
     write_json(directory / RUN_FILE, {"config": config.model_dump(by_alias=True), "schema": schema.model_dump()})
 
 
-def fitted_temperature(directory: Path, data: Path) -> float:
-    """What a bundle's logits are divided by for the least LogLoss on the split valid.
+def fitted_temperature(directory: Path, data: Path) -> float | list[float]:
+    """What a bundle's logits are divided by for the least LogLoss on the split valid; of several labels one for each.
 
     Args:
         data: the prepared data set.
@@ -98,7 +98,11 @@ def fitted_temperature(directory: Path, data: Path) -> float:
     )  # fmt: skip
     scored = [(model.predict(batch)[: batch.valid], batch.labels[: batch.valid]) for batch in rows.batches()]
     logits, labels = (torch.cat(parts).numpy() for parts in zip(*scored, strict=True))
-    return fit_temperature(logits, labels).temperature
+    if not model.schema.tasks:
+        return fit_temperature(logits, labels).temperature
+    there = np.isfinite(labels)
+    pairs = ((logits[own, place], labels[own, place]) for place, own in enumerate(there.T))
+    return [fit_temperature(x, y).temperature for x, y in pairs]
 
 
 def _ids(found: Ids) -> Any:

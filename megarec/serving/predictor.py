@@ -55,7 +55,7 @@ class BatchModel(Protocol):
     schema: Schema
 
     def predict(self, batch: Batch) -> Tensor:
-        """Logits float32 [B]."""
+        """Logits float32 [B], or of several labels [B, T]."""
 
 
 class Predictor:
@@ -72,7 +72,7 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
-        """Logits float32 [B]; their sigmoid is the predicted probability of the label.
+        """Logits float32 [B], or of several labels [B, T]; their sigmoid is the predicted probability of the label.
 
         Raises:
             UserError: the batch lacks a feature of the schema, or has an id outside its table.

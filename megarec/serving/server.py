@@ -1,6 +1,7 @@
 """`megarec serve`: raw rows over HTTP, scored in batches of what waits.
 
     POST /score    {"rows": [{...}, ...]} -> {"predictions": [0.12, null, ...], "errors": {"1": "..."}}
+                   of several labels: {"predictions": [{"click": 0.12, "buy": 0.03}, null, ...], ...}
     GET  /health   200 once the model is there
     GET  /metrics  counters and times for Prometheus
 
@@ -27,6 +28,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from megarec.serving.scorer import Scorer, ScoringError
+from megarec.serving.scorer.scorer import Scores
+
+Prediction = float | dict[str, float] | None
+"""A row's probability, of several labels one by name; None: the row has an error."""
 
 SECONDS_TO_SEND = 10.0  # that a client has for its whole body
 WAITING_REQUESTS = 1024  # more are refused with 503
@@ -66,7 +71,7 @@ class Refused(Exception):
 class _Waiting:
     rows: list[Any]
     size: int
-    answer: asyncio.Future[tuple[list[float | None], dict[int, str]]]
+    answer: asyncio.Future[tuple[list[Prediction], dict[int, str]]]
 
 
 class Batcher:
@@ -79,7 +84,7 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, "scorer")
         self._running: asyncio.Task[None] | None = None
 
-    async def score(self, rows: list[Any], size: int) -> tuple[list[float | None], dict[int, str]]:
+    async def score(self, rows: list[Any], size: int) -> tuple[list[Prediction], dict[int, str]]:
         """Probabilities, None for a row with an error, and the errors by place.
 
         Args:
@@ -129,10 +134,10 @@ class Batcher:
             self._waiting_bytes -= first.size
         return batch
 
-    def _answers(self, batch: Sequence[_Waiting]) -> list[tuple[list[float | None], dict[int, str]]]:
+    def _answers(self, batch: Sequence[_Waiting]) -> list[tuple[list[Prediction], dict[int, str]]]:
         scores = self._scorer.score([row for waiting in batch for row in waiting.rows])
         self._sizes.observe(len(scores.probabilities))
-        found = [None if p != p else p for p in scores.probabilities.tolist()]
+        found = self._shown(scores)
         answers, start = [], 0
         for waiting in batch:
             end = start + len(waiting.rows)
@@ -140,6 +145,12 @@ class Batcher:
             answers.append((found[start:end], errors))
             start = end
         return answers
+
+    def _shown(self, scores: Scores) -> list[Prediction]:
+        if self._scorer.labels:
+            rows = [dict(zip(self._scorer.labels, row, strict=True)) for row in scores.probabilities.tolist()]
+            return [None if place in scores.errors else row for place, row in enumerate(rows)]
+        return [None if p != p else p for p in scores.probabilities.tolist()]
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -16,8 +16,8 @@ from megarec.distributed.collectives import gather_texts, raise_together
 from megarec.distributed.process import start_process
 from megarec.errors import PREEMPTED, STOPPED, RunEnded, UserError
 from megarec.files import write_whole
-from megarec.run.build import Run, build_run
-from megarec.run.metrics import Predictions, Quality, described, in_words, why_undefined
+from megarec.run.build import Run, build_run, predictions_of
+from megarec.run.metrics import Quality, described, in_words, why_undefined
 from megarec.run.schedule import Patience
 from megarec.run.state import TrainState
 from megarec.signals import Interruption
@@ -100,7 +100,7 @@ def _train_and_test(
     config, output, monitor = run.config, Path(run.config.train.output_dir), run.dense.monitor
     _check_validation(run)
     checkpoints = Checkpoints(output / "checkpoints", run)
-    window = Predictions()
+    window = predictions_of(run)
     state, name = checkpoints.resume(window) or (TrainState(), None)
     run.schedule.plateau_drops = state.plateau_drops
     monitor.start(state.step)
@@ -178,10 +178,10 @@ def _nothing_to_train(run: Run, state: TrainState) -> str | None:
 
 
 def _check_validation(run: Run) -> None:
-    """Raise a UserError where no validation could ever choose a best model."""
+    """Raise a UserError where no validation could ever choose a best model; of the first label alone."""
     labels = run.valid.store.labels
-    best_by = run.config.train.best_by
-    if best_by != "logloss" and len(labels) == 1:
+    best_by, of_first = run.config.train.best_by, run.config.train.best_label in (None, run.schema.label)
+    if best_by != "logloss" and of_first and len(labels) == 1:
         raise UserError(
             f"train.best_by={best_by!r}: all {len(run.valid.store):,} labels of the split valid of "
             f"{run.config.data.path} are {labels[0]:g}, and one class has no AUC; use train.best_by='logloss', or "
@@ -233,7 +233,7 @@ def _write_output(run: Run, name: str, content: str, told: str) -> None:
 def evaluate(run: Run, loader: EvalLoader) -> Quality:
     """Exact metrics over all examples of a split and all ranks, of averaged weights where the run has them; collective,
     the same on every rank."""
-    predictions = Predictions()
+    predictions = predictions_of(run)
     with run.averages.in_place():
         for batch in loader.batches():
             batch = batch.to(run.device)
@@ -318,10 +318,10 @@ class Trainer:
             result = step()
         action: Action = "go on"
         if result.cause is None:
-            self.policy.applied(self.step_check.loss)
+            action = self.policy.applied(self.step_check.loss, self.step_check.left_out)
             with timer.part("optimizer"):
                 run.averages.update(state.step + 1 - state.skipped_steps)
-            step_log.window.add(result.logits, batch.labels)
+            step_log.window.add(result.logits, batch.labels, left_out=self.step_check.left_out)
         else:
             action = self.policy.skipped(result.cause)
             self.run.dense.monitor.scalars(state.step + 1, step_log.skips())

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from megarec.config.base import Norm
+from megarec.config.base import Norm, TasksConfig
 from megarec.config.models import OverArchConfig, WukongConfig
 from megarec.models.recommender import Recommender
 from megarec.run.cost import count, count_wukong, total
@@ -56,6 +56,32 @@ def test_counts_what_the_model_has_and_does(
         model = Recommender(places, numeric, config)
         embedded = torch.randn(BATCH, places.width, requires_grad=True)
         model(torch.randn(BATCH, numeric), embedded).sum().backward()
+    assert cost.dense_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert cost.flop * BATCH == counter.get_total_flops()
+
+
+@given(
+    config=models,
+    heads=st.sampled_from(["shared", "mmoe", "ple", "esmm"]),
+    experts=st.integers(1, 3),
+    own=st.integers(1, 2),
+    levels=st.integers(1, 3),
+    expert=st.lists(st.integers(1, 4), min_size=1, max_size=2),
+    labels=st.integers(2, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_counts_several_labels(
+    config: OverArchConfig, heads: str, experts: int, own: int, levels: int, expert: list[int], labels: int
+) -> None:
+    sizes = {"name": heads, "experts": experts, "own_experts": own, "levels": levels, "expert": expert}
+    config = config.model_copy(update={"tasks": TasksConfig.model_validate(sizes)})
+    places = layout(config.dim, [1, 1], [2])
+    cost = count(config, places, 2, places.tables, labels=labels)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = Recommender(places, 2, config, labels=labels)
+        logits = model(torch.randn(BATCH, 2), torch.randn(BATCH, places.width, requires_grad=True))
+        logits.sum().backward()
+    assert logits.shape == (BATCH, labels)
     assert cost.dense_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert cost.flop * BATCH == counter.get_total_flops()
 

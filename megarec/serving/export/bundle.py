@@ -92,7 +92,7 @@ def export_bundle(
         shutil.copytree(Path(scorer.__file__).parent, directory / SCORER, ignore=shutil.ignore_patterns("__pycache__"))
         (directory / "score.py").write_text(SCORE)
         write_run(directory, config, schema)
-        write_triton(directory)
+        write_triton(directory, len(schema.predicted))
         _write_manifest(directory, manifest)
         sample, golden = golden_sample(Bundle(directory), model, prepared)
         write_json(directory / GOLDEN_FILE, sample)
@@ -166,6 +166,7 @@ def _manifest(
         "version": VERSION,
         "model": config.model.name,
         "label": schema.label_rule or schema.label,
+        "labels": list(schema.tasks),
         "null_words": [] if kept is None else kept.spec.null_words,
         "text": _text_files(None if kept is None else kept.spec),
         "tables": _write_tables(layout.tables, weights, tables, directory),

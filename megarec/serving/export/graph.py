@@ -46,7 +46,7 @@ class ScoredModel(nn.Module):
         return {name: size for name, size in (("embedded", self.width), ("numeric", self.numeric)) if size}
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The inputs, float32 [B, columns] each -> logits float32 [B]."""
+        """The inputs, float32 [B, columns] each -> logits float32 [B], or of several labels [B, T]."""
         given = dict(zip(self.inputs, inputs, strict=True))
         nothing = inputs[0][:, :0]
         embedded = given.get("embedded", nothing)
@@ -91,7 +91,8 @@ def scored_model(config: RunConfig, spec: ModelSpec, weights: Weights, width: in
 
 
 def export_onnx(model: ScoredModel, path: Path) -> None:
-    """Write a graph with the inputs of the model, float32 [batch, columns], and the output logit [batch].
+    """Write a graph with the inputs of the model, float32 [batch, columns], and the output logit, [batch] or of
+    several labels [batch, labels].
 
     Raises:
         UserError: the packages that this needs are not installed.

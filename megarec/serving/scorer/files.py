@@ -96,12 +96,12 @@ def main(directory: Path) -> None:
     try:
         scorer = Scorer(directory)
         out = csv.writer(sys.stdout, lineterminator="\n")
-        out.writerow(["prediction", "error"])
+        out.writerow([*([f"{label}:prediction" for label in scorer.labels] or ["prediction"]), "error"])
         for rows in rows_of(Path(sys.argv[1]), scorer.bundle.manifest["text"]):
             scores = scorer.score(rows)
-            for place, probability in enumerate(scores.probabilities.tolist()):
+            for place, found in enumerate(scores.probabilities.reshape(len(rows), -1).tolist()):
                 error = scores.errors.get(place, "")
-                out.writerow(["" if error else repr(probability), error])
+                out.writerow([*("" if error else repr(probability) for probability in found), error])
     except ScoringError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

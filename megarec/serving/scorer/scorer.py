@@ -22,8 +22,9 @@ class Scores:
     """What became of the rows.
 
     Attributes:
-        probabilities: float64 [rows], calibrated if the export was; NaN where a row has an error.
-        logits: float32 [rows], what the model itself says; NaN likewise.
+        probabilities: float64 [rows], or of several labels [rows, labels], calibrated if the export was; NaN where a
+            row has an error.
+        logits: float32 of the same shape, what the model itself says; NaN likewise.
         errors: by place of a row, why it has no score.
     """
 
@@ -40,6 +41,9 @@ class Scorer:
         threads: of one call, in the dense model.
         check: whether the golden sample is scored first.
 
+    Attributes:
+        labels: where the model predicts several, in the order of the scores; else empty.
+
     Raises:
         ScoringError: a file is missing or not what was exported, or the golden sample has other scores here.
     """
@@ -49,7 +53,8 @@ class Scorer:
         try:
             self._encoder = RowEncoder(self.bundle)
             self._tables = open_tables(self.bundle)
-            self._temperature = float(self.bundle.manifest["temperature"])
+            self.labels: list[str] = self.bundle.manifest.get("labels", [])  # an earlier version's export has one
+            self._temperature = np.array(self.bundle.manifest["temperature"], np.float64)
             path = self.bundle.path(self.bundle.manifest["dense"], whole=True)
         except (KeyError, TypeError, AttributeError) as error:  # a manifest of version 1 has no seal
             what = f"{self.bundle.directory / MANIFEST}: is no manifest of an export ({error!r})"
@@ -70,7 +75,7 @@ class Scorer:
 
         A row that cannot be scored gets an error of its own; the others are scored.
         """
-        logits = np.full(len(rows), np.nan, np.float32)
+        logits = np.full((len(rows), len(self.labels)) if self.labels else len(rows), np.nan, np.float32)
         errors: dict[int, str] = {}
         for start in range(0, len(rows), ROWS_AT_ONCE):
             encoded = self.encode(rows[start : start + ROWS_AT_ONCE])
@@ -90,7 +95,7 @@ class Scorer:
         return {name: inputs[name] for name in self._inputs}
 
     def logits(self, encoded: Encoded) -> Floats:
-        """Float32 [rows] of rows that are encoded already."""
+        """Float32 [rows], or of several labels [rows, labels], of rows that are encoded already."""
         (found,) = self._dense.run(None, self.inputs(encoded))
         return found
 
@@ -108,10 +113,10 @@ class Scorer:
             raise ScoringError(f"{path}: row {place} of the golden sample cannot be scored: {why}")
         difference = np.abs(found.logits - expected) / np.maximum(np.abs(expected), 1)
         if not (difference <= golden["tolerance"]).all():
-            place = int(np.nanargmax(difference))
+            at = np.unravel_index(int(np.nanargmax(difference)), difference.shape)
             raise ScoringError(
-                f"{path}: row {place} of the golden sample has the logit {found.logits[place]:.7g} here, "
-                f"{expected[place]:.7g} where it was exported; copy the export again, or export again"
+                f"{path}: row {at[0]} of the golden sample has the logit {found.logits[at]:.7g} here, "
+                f"{expected[at]:.7g} where it was exported; copy the export again, or export again"
             )
 
 
