@@ -21,7 +21,7 @@ from google.protobuf import text_format
 from megarec.checkpoint.offline import locate
 from megarec.commands import evaluate
 from megarec.data.loader import EvalLoader
-from megarec.data.schema import load_schema
+from megarec.data.schema import load_schema, select_label
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.data.store import open_split
 from megarec.dense.layers import has_compiler
@@ -92,7 +92,12 @@ def raw_rows(data: Path, split: str = "test") -> list[dict[str, Any]]:
 
 def trainer_logits(checkpoint: Path, data: Path) -> np.ndarray:
     """What the run's own evaluation computes for the test split."""
-    schema = load_schema(data)
+    return trainer_logits_of(checkpoint, data, None)
+
+
+def trainer_logits_of(checkpoint: Path, data: Path, labels: list[str] | None) -> np.ndarray:
+    """The same of several labels."""
+    schema = select_label(load_schema(data), labels)
     store = open_split(data, "test", schema, "error")
     rows = EvalLoader(store, schema, batch_size=64, rank=0, world_size=1, seed=1, prefetch=1, pin_memory=False)
     model = load_checkpoint(checkpoint)
