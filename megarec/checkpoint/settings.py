@@ -31,6 +31,7 @@ SPOKEN_OF = (
     "embedding.update_rows",
     "embedding.rounding",
     "embedding.tables",
+    "embedding.gradient_clipping",
     "embedding.dropout",
     "dense.learning_rate",
     "dense.betas",

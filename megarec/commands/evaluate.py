@@ -27,6 +27,7 @@ from megarec.data.writing import ROWS_PER_GROUP
 from megarec.distributed.process import quiet_libraries, rank_device
 from megarec.errors import ArgumentParser, UserError, did_you_mean, exits_cleanly
 from megarec.evaluation.page import page
+from megarec.evaluation.raw_rows import RawRows, score_raw_rows
 from megarec.evaluation.report import Report, Scored, as_json, as_lines, is_finite, make_report
 from megarec.files import whole_file
 from megarec.metrics.slices import Slices, in_tenths, slices_of
@@ -50,7 +51,8 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(as_json(report)))
         return
-    print(f"{model_path} on {arguments.data}, {arguments.split}: {report.quality.examples:,} examples")
+    rows = arguments.data if arguments.data.is_file() else f"{arguments.data}, {arguments.split}"
+    print(f"{model_path} on {rows}: {report.quality.examples:,} examples")
     print("\n".join(as_lines(report)))
 
 
@@ -58,7 +60,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(description="Score a trained model on a split of prepared data.")
     add = parser.add_argument
     add("--run", type=Path, required=True, help="a run's directory (its best checkpoint), a checkpoint, or an export")
-    add("--data", type=Path, required=True, metavar="DIR", help="a prepared data set")
+    add("--data", type=Path, required=True, help="a prepared data set; for an export also a file of labelled raw rows")
     add("--split", choices=SPLITS, default="test", help="default: test")
     add("--cache", type=Path, metavar="DIR", help="for the cached rows (default: the run's data.cache)")
     add("--group", metavar="COLUMN", help="for GAUC, NDCG and HR (default: the one that the data name, if any)")
@@ -109,26 +111,34 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Report]:
             check_output_file(path, option, kind)
     if arguments.compare is not None and not arguments.bootstrap:
         raise UserError("--compare with --bootstrap 0: a comparison needs draws; leave --bootstrap out")
-    opened = open_model(arguments.run, data, split, cache)
-    column = arguments.group or opened.rows.schema.group
+    if data.is_file() and arguments.calibrate:
+        remedy = "leave it out, or prepare the file (prepare_data.py table --like)"
+        raise UserError(f"--calibrate with --data {data}: a file has no split valid to fit on; {remedy}")
+
+    def opened_by(run: Path, option: str) -> "Opened | OpenedFile":
+        if data.is_file():
+            return open_file(run, data, [*filter(None, [arguments.group]), *arguments.slice], option)
+        return open_model(run, data, split, cache, option)
+
+    opened = opened_by(arguments.run, "--run")
+    column = arguments.group or opened.group
     groups = None if column is None else opened.column(column)
     sliced = {name: opened.column(name) for name in arguments.slice}  # a wrong name ends it before long work
-    rival = None if arguments.compare is None else open_model(arguments.compare, data, split, cache, "--compare")
+    rival = None if arguments.compare is None else opened_by(arguments.compare, "--compare")
     with _file(predictions, "predictions") as file:
-        table = None if file is None else PredictionTable(file, groups, opened.rows.schema.tasks)
-        logits, labels = score(opened, table)
+        table = None if file is None else PredictionTable(file, groups, opened.labels)
+        logits, labels = opened.score(table)
         if table is not None:
             table.close()
     codes = None if groups is None else coded(groups).codes
-    names, own_names = (each.rows.schema.predicted for each in (opened, rival or opened))
-    scored = by_label(names, logits, labels, codes, column)
+    scored = by_label(opened.labels, logits, labels, codes, column)
     validation = scored
     if arguments.calibrate and split != "valid":
-        validation = by_label(names, *score(open_model(arguments.run, data, "valid", cache), None))
+        validation = by_label(opened.labels, *open_model(arguments.run, data, "valid", cache).score(None))
     other: dict[str, Scored] = {}
     if rival is not None:
-        other = by_label(own_names, *score(rival, None), codes, column)
-        for name in names:
+        other = by_label(rival.labels, *rival.score(None), codes, column)
+        for name in opened.labels:
             if name not in other:
                 raise UserError(f"--compare {arguments.compare}: does not predict {name!r}; compare a model that does")
             if not np.array_equal(other[name].labels, scored[name].labels):
@@ -145,12 +155,12 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Report]:
         )
         for name, own in scored.items()
     }
-    report = reports[opened.model.config.train.best_label or names[0]]
+    report = reports[opened.model.config.train.best_label or opened.labels[0]]
     if len(reports) > 1:
         report = dataclasses.replace(report, labels=reports)
     with _file(arguments.html, "html") as file:
         if file is not None:
-            file.write(page(report, str(opened.path), f"{opened.rows.schema.name}, {split}").encode())
+            file.write(page(report, str(opened.path), opened.title).encode())
     return opened.path, report
 
 
@@ -169,9 +179,95 @@ class Opened:
     data: Path
     split: Split
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """That the model predicts."""
+        return self.rows.schema.predicted
+
+    @property
+    def title(self) -> str:
+        """Of the rows, for people."""
+        return f"{self.rows.schema.name}, {self.split}"
+
+    @property
+    def group(self) -> str | None:
+        """The column that the data name as group."""
+        return self.rows.schema.group
+
     def column(self, name: str) -> pa.ChunkedArray:
         """Values of a column, row by row."""
         return read_column(self.data, self.split, name, self.rows.schema, bool(self.rows.store.skipped))
+
+    def score(self, table: "PredictionTable | None") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits and labels float32 of all rows, [N] or of several labels [N, T]; they go into the table, in order."""
+        logits, labels = [], []
+        for batch in self.rows.batches():
+            batch = batch.to(self.device)
+            found = self.model.predict(batch)[: batch.valid].float().cpu()
+            logits.append(found)
+            labels.append(batch.labels[: batch.valid].cpu())
+            if table is not None:
+                table.add(found, labels[-1])
+        return torch.cat(logits).numpy(), torch.cat(labels).numpy()
+
+
+@dataclass(frozen=True)
+class OpenedFile:
+    """An export and what it says of the raw rows of a file.
+
+    Attributes:
+        path: of the export.
+        title: of the rows, for people.
+    """
+
+    path: Path
+    model: BatchModel
+    rows: RawRows
+    title: str
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """That the model predicts."""
+        return self.model.schema.predicted
+
+    @property
+    def group(self) -> str | None:
+        """The column that the data name as group, if the file has it."""
+        name = self.model.schema.group
+        return name if name in self.rows.columns else None
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Values of a column, row by row."""
+        return self.rows.columns[name]
+
+    def score(self, table: "PredictionTable | None") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits and labels float32 of all rows, [N] or of several labels [N, T]; they go into the table, in order."""
+        if table is not None:
+            table.add(torch.from_numpy(self.rows.logits), torch.from_numpy(self.rows.labels))
+        return self.rows.logits, self.rows.labels
+
+
+def open_file(run: Path, file: Path, columns: list[str], option: str) -> OpenedFile:
+    """An export, and the scores of the raw rows of a file.
+
+    Args:
+        columns: those that are asked for.
+        option: that the export was given by, for messages.
+
+    Raises:
+        UserError: it is no export, or a row cannot be scored.
+    """
+    path = find_model(run, option)
+    if not (path / MANIFEST).is_file():
+        raise UserError(
+            f"{option} {run}: only an export scores raw rows: checkpoint.py export {run} DIR --format onnx; or prepare "
+            f"{file} (prepare_data.py table --like) and give that data set as --data"
+        )
+    model = BundlePredictor(path)
+    rows = score_raw_rows(model, file, columns, model.schema.group)
+    if rows.skipped:
+        print(f"data.bad_rows=skip: left out of {file}: {rows.skipped}", file=sys.stderr)
+    return OpenedFile(path, model, rows, file.name)
 
 
 def open_model(run: Path, data: Path | None, split: Split, cache: Path | None, option: str = "--run") -> Opened:
@@ -217,27 +313,13 @@ def by_label(
     groups: NDArray[np.int32] | None = None,
     column: str | None = None,
 ) -> dict[str, Scored]:
-    """What was made of the rows that have a label, for each label; arguments as of `score` and of `Scored`."""
+    """What was made of the rows that have a label, for each label; arguments as of `Opened.score` and of `Scored`."""
     found = {}
     for name, x, y in zip(names, logits.reshape(len(logits), -1).T, labels.reshape(len(labels), -1).T, strict=True):
         there = np.isfinite(y)
         own = None if groups is None else groups[there]
         found[name] = Scored(x[there], y[there], own, column, None if there.all() else there)
     return found
-
-
-def score(opened: Opened, table: "PredictionTable | None") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Logits and labels float32 of all rows, [N] or of several labels [N, T]; they go into the table as well, in
-    order."""
-    logits, labels = [], []
-    for batch in opened.rows.batches():
-        batch = batch.to(opened.device)
-        found = opened.model.predict(batch)[: batch.valid].float().cpu()
-        logits.append(found)
-        labels.append(batch.labels[: batch.valid].cpu())
-        if table is not None:
-            table.add(found, labels[-1])
-    return torch.cat(logits).numpy(), torch.cat(labels).numpy()
 
 
 def _slices(name: str, values: pa.ChunkedArray, scored: Scored) -> Slices:
@@ -335,12 +417,12 @@ class PredictionTable:
 
     Args:
         groups: what group each row of the split belongs to; None: rows have no groups.
-        labels: of several labels, whose columns are "<label>:label" and so on.
+        labels: that are predicted; the columns of several are "<label>:label" and so on.
     """
 
     def __init__(self, file: BinaryIO, groups: pa.ChunkedArray | None = None, labels: Sequence[str] = ()) -> None:
         self._groups = groups
-        named = [field.with_name(f"{label}:{field.name}") for label in labels for field in COLUMNS]
+        named = [field.with_name(f"{label}:{field.name}") for label in labels for field in COLUMNS if len(labels) > 1]
         self._columns = pa.schema(named) if named else COLUMNS
         if groups is not None:
             self._columns = self._columns.append(pa.field("group", groups.type))

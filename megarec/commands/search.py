@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from megarec.commands.evaluate import open_model, score
+from megarec.commands.evaluate import open_model
 from megarec.errors import UserError
 from megarec.evaluation.report import Scored, is_finite
 from megarec.files import read_object, write_json
@@ -73,7 +73,7 @@ def _calibrated(trial: Trial, rows: Rows) -> float | None:
         return loss if isinstance(loss, float) else None
     folder = folder_of(rows.output, trial)
     try:
-        valid, test = (Scored(*score(open_model(folder, None, split, None), None)) for split in ("valid", "test"))
+        valid, test = (Scored(*open_model(folder, None, split, None).score(None)) for split in ("valid", "test"))
     except UserError as error:
         print(f"no calibrated LogLoss of {trial.name}: {error}", flush=True)
         return None

@@ -62,14 +62,15 @@ class SequenceConfig(Section):
         description="lists in order (schema.json names their newest end) that share positions"
     )
     target: Annotated[list[str], Field(min_length=1, max_length=100)] = Field(
-        description="as many single-valued features: what attends, such as the item that is ranked"
+        description="single-valued features: what attends, such as the item that is ranked; the first lists are "
+        "compared with them one by one, further ones (such as a rating) lie beside these"
     )
     block: Literal["din", "hstu"] = Field(description="din: target attention; hstu: one layer of pointwise attention")
     max_length: Annotated[int, Field(gt=0, le=100_000)] = Field(
         50, description="positions: the newest ids of a list that are looked up"
     )
     tables: Literal["own", "target"] = Field(
-        "own", description="own: as the data say; target: each list shares the table of its target, whose ids it has"
+        "own", description="own: as the data say; target: a list shares the table of its target, whose ids it has"
     )
     mlp: Widths | None = Field(None, description="din: hidden widths of the activation unit; null: [80, 40]")
     heads: Size | None = Field(None, description="hstu: attention heads; null: 1")
@@ -77,10 +78,10 @@ class SequenceConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "SequenceConfig":
-        if len(self.features) != len(self.target):
+        if len(self.features) < len(self.target):
             raise ValueError(
-                f"{len(self.features)} features and {len(self.target)} targets: give each list the target that it is "
-                "compared with"
+                f"{len(self.features)} features and {len(self.target)} targets: give each target the list that is "
+                "compared with it"
             )
         others = {"din": ("heads", "position_bias"), "hstu": ("mlp",)}[self.block]
         for name in others:

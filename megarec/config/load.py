@@ -195,6 +195,7 @@ def _check_across_fields(config: RunConfig, path: Path) -> None:
     if config.embedding.optimizer == "adam" and (backend := config.embedding.backend) in ("fbgemm", "triton"):
         fail(f"embedding.optimizer='adam' needs embedding.backend='torch' (or 'auto'): {backend} has no lazy Adam")
     _check_tables(config.embedding, fail)
+    _check_clipping(config, fail)
     if "optimizer" in config.deepspeed and config.dense.model_fields_set:
         given = ", ".join(f"dense.{name}" for name in sorted(config.dense.model_fields_set))
         fail(f"deepspeed.optimizer and {given} both describe the dense optimizer; keep one of them")
@@ -241,6 +242,22 @@ def _check_labels(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -> 
         if key not in ("name", *known) and getattr(heads, key) != default:
             fail(
                 f"model.tasks.{key} says nothing of model.tasks.name={heads.name!r}; leave it out, or take other heads"
+            )
+
+
+def _check_clipping(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -> None:
+    """The norm over all tables is summed where each row lies once, over one group of ranks."""
+    if config.embedding.gradient_clipping is None:
+        return
+    if config.parallel.exchange == "tower":
+        fail("embedding.gradient_clipping needs parallel.exchange='flat': under SPTT no group holds all tables")
+    stated = {"embedding.placement": config.embedding.placement}
+    stated |= {f"embedding.tables.{name}.placement": own for name, own in config.embedding.table_placements.items()}
+    for where, placement in stated.items():
+        if placement in ("auto", "replicated"):
+            fail(
+                f"{where}={placement!r} with embedding.gradient_clipping: copies on every rank are not in its sum; "
+                "take 'table', 'column' or 'row'"
             )
 
 

@@ -41,12 +41,14 @@ class TableRule:
         coupled: L2 on all rows, in the gradient: g += coupled x w.
         decay: L2 on all rows beside it: w -= rate x decay x w at every step, before the step.
         stochastic: weights are rounded up or down at random, in proportion to what is nearer.
+        clipped: the gradient is clipped by its norm over all tables, L2 on all rows included.
     """
 
     all_rows: bool = False
     coupled: float = 0.0
     decay: float = 0.0
     stochastic: bool = False
+    clipped: bool = False
 
     @property
     def lazy_decay(self) -> bool:
@@ -60,6 +62,8 @@ class TableRule:
             return "every row is updated at every step" + (", with L2" if self.coupled or self.decay else "")
         if self.decay:
             return "its rows decay at every step"
+        if self.clipped:
+            return "its gradient is clipped"
         return "its weights are rounded stochastically" if self.stochastic else None
 
 

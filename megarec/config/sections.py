@@ -96,6 +96,11 @@ class EmbeddingConfig(Section):
         description="which rows the optimizer steps: looked_up, or all, as torch's dense optimizers; null: all where "
         "L2 on all rows is in the gradient, else looked_up",
     )
+    gradient_clipping: Above0 | None = Field(
+        None,
+        description="the largest norm of the gradient of all tables together, as deepspeed.gradient_clipping of the "
+        "dense model; L2 on all rows is in it; null: not clipped",
+    )
     dropout: Probability = Field(0.0, description="on the looked-up embeddings; the mask is the same on every topology")
     initial_std: Above0 | None = Field(None, description="normal initialisation; null: uniform in +-1/sqrt(rows)")
     features: dict[str, FeatureEmbedding] = Field({}, description="by feature name")
@@ -111,7 +116,8 @@ class EmbeddingConfig(Section):
         on_all = l2.weight if l2.rows == "all" else 0.0
         coupled, decay = (on_all, 0.0) if l2.coupled else (0.0, on_all)
         rows = (own.update_rows if own is not None else None) or self.update_rows
-        return TableRule(rows == "all" or coupled > 0, coupled, decay, self.rounding == "stochastic")
+        clipped = self.gradient_clipping is not None
+        return TableRule(rows == "all" or coupled > 0, coupled, decay, self.rounding == "stochastic", clipped)
 
     def looked_up_l2(self, table: str) -> float:
         """The weight of L2 on what is looked up of a table."""

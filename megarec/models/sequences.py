@@ -1,17 +1,19 @@
 """Sequences in front of a dense model: attention of a target over what came before it (docs/sequences.md).
 
-    DIN   y = sum over positions of MLP([h, t, h - t, h * t]) h        (Zhou et al. 2018, arXiv 1706.06978, eq. 3)
+    DIN   y = sum over positions of MLP([h, t, h' - t, h' * t]) h      (Zhou et al. 2018, arXiv 1706.06978, eq. 3)
     HSTU  u, q = silu(f1 t);  k, v = silu(f1 h), of every position and of the target
           y = t + f2(norm(sum of silu(q k + b) / n v) * u)             (Zhai et al. 2024, arXiv 2402.17152, eq. 1 to 3)
 
-h is what lies at a position, the embeddings of all its features one after another; t the target's, of as many features.
-y has their width and enters the dense model as so many embeddings. DIN's weights are not normalised, as published. Of
-HSTU's layer only the row of the target is computed, because nothing else is read; n is the number of positions, empty
-ones and the target included; b is a learned number a position.
+h is what lies at a position, the embeddings of all its features one after another; t the target's, of as many features
+or fewer: h' is as much of h, and HSTU's t ends in zeros, as what is known of the past alone is not known of the target.
+y has the width of h and enters the dense model as so many embeddings. DIN's weights are not normalised, as published.
+Of HSTU's layer only the row of the target is computed, because nothing else is read; n is the number of positions,
+empty ones and the target included; b is a learned number a position.
 
 Neither is a softmax, so that torch's scaled_dot_product_attention computes neither.
 
-Shape suffixes: B examples, P positions, H columns of a position (features x width), S heads, E columns of a head.
+Shape suffixes: B examples, P positions, H columns of a position (features x width), T of the target, S heads, E columns
+of a head.
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, pad, silu
 
 from megarec.config.base import ModelConfig, SequenceConfig
 from megarec.models.blocks import MLP, init_fan_in_
@@ -49,30 +51,36 @@ class SequenceInput:
     @property
     def embeddings(self) -> int:
         """How many it adds to X_0."""
-        return len(self.targets)
+        return len(self.config.features)
 
     @property
     def columns(self) -> int:
         """H."""
         return self.embeddings * self.width
 
+    @property
+    def target_columns(self) -> int:
+        """T."""
+        return len(self.targets) * self.width
+
 
 class DinBlock(nn.Module):
     """DIN's activation unit and weighted sum.
 
     Args:
-        columns: H.
+        columns, target_columns: H and T.
         config: of the whole model: bias and activation.
     """
 
-    def __init__(self, columns: int, hidden: Sequence[int], config: ModelConfig) -> None:
+    def __init__(self, columns: int, target_columns: int, hidden: Sequence[int], config: ModelConfig) -> None:
         super().__init__()
-        self.unit = MLP(4 * columns, hidden, 1, bias=config.bias, activation=config.activation)
+        self.unit = MLP(columns + 3 * target_columns, hidden, 1, bias=config.bias, activation=config.activation)
 
-    def forward(self, h_BPH: Tensor, t_BH: Tensor, mask_BP: Tensor) -> Tensor:
+    def forward(self, h_BPH: Tensor, t_BT: Tensor, mask_BP: Tensor) -> Tensor:
         """[B, H]."""
-        t_BPH = t_BH.unsqueeze(1).expand_as(h_BPH)
-        weight_BP1 = self.unit(torch.cat([h_BPH, t_BPH, h_BPH - t_BPH, h_BPH * t_BPH], dim=2))
+        compared_BPT = h_BPH[:, :, : t_BT.shape[1]]
+        t_BPT = t_BT.unsqueeze(1).expand_as(compared_BPT)
+        weight_BP1 = self.unit(torch.cat([h_BPH, t_BPT, compared_BPT - t_BPT, compared_BPT * t_BPT], dim=2))
         weight_B1P = weight_BP1.transpose(1, 2) * mask_BP.unsqueeze(1)
         return (weight_B1P @ h_BPH).squeeze(1)
 
@@ -106,9 +114,10 @@ class HstuBlock(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, h_BPH: Tensor, t_BH: Tensor, mask_BP: Tensor) -> Tensor:
+    def forward(self, h_BPH: Tensor, t_BT: Tensor, mask_BP: Tensor) -> Tensor:
         """[B, H]."""
-        columns = t_BH.shape[1]
+        columns = h_BPH.shape[2]
+        t_BH = pad(t_BT, (0, columns - t_BT.shape[1]))
         weight, bias = self.f1.weight, self.f1.bias
         of_all, of_target = (None, None) if bias is None else bias.split(2 * columns)
         x_BQH = torch.cat([t_BH.unsqueeze(1), h_BPH], dim=1)  # the target, then the newest, ...
@@ -155,7 +164,7 @@ class SequenceLayer(nn.Module):
             settings = own.config
             if settings.block == "din":
                 hidden = DIN_MLP if settings.mlp is None else settings.mlp
-                self.blocks.append(DinBlock(own.columns, hidden, config))
+                self.blocks.append(DinBlock(own.columns, own.target_columns, hidden, config))
             else:
                 heads, bias = settings.heads or 1, settings.position_bias is not False
                 self.blocks.append(HstuBlock(own.columns, settings.max_length, heads, bias, config, layer_norm))
@@ -170,8 +179,8 @@ class SequenceLayer(nn.Module):
         for own, block, to_dim in zip(self.inputs, self.blocks, self.maps, strict=True):
             positions = own.config.max_length
             h_BPH = embedded[:, own.start : own.start + positions * own.columns].unflatten(1, (positions, own.columns))
-            t_BH = torch.cat([embedded[:, start : start + own.width] for start in own.targets], dim=1)
+            t_BT = torch.cat([embedded[:, start : start + own.width] for start in own.targets], dim=1)
             mask_BP = embedded[:, own.mask : own.mask + positions].detach()
-            made.append(to_dim(block(h_BPH, t_BH, mask_BP).unflatten(1, (own.embeddings, own.width))).flatten(1))
+            made.append(to_dim(block(h_BPH, t_BT, mask_BP).unflatten(1, (own.embeddings, own.width))).flatten(1))
         pooled = embedded[:, : self.arriving]
         return torch.cat([pooled[:, : self.full_columns], *made, pooled[:, self.full_columns :]], dim=1)

@@ -193,9 +193,9 @@ def _small_all_rows() -> list[Case]:
     """L2 on all rows: Adam steps every row; or rows decay, lazily, whatever the optimizer."""
     adam = OPTIMIZERS[3]
     return [
-        Case(2, (adam, ALL_ROWS), (_zero(1), ROW)),
+        Case(2, (adam, ALL_ROWS, *SEQUENCES), (_zero(1), ROW)),
         Case(4, (adam, ALL_ROWS, UNEVEN_TWO), (_zero(2), COLUMN, *_hosts(2))),
-        Case(4, (DECAYED,), (_zero(1), MIXED)),
+        Case(4, (DECAYED, *SEQUENCES), (_zero(1), MIXED)),
         Case(2, (DECAYED, UNEVEN_TWO), (_zero(0), ROW, *_hosts(1), *OVERLAP)),
     ]
 
@@ -234,6 +234,12 @@ def _small_norms() -> list[Case]:
     chosen += [Case(4, layer, (*_tensor(2), _zero(3)))]
     chosen += [Case(2, (_normed(name, "batch"),), (*_tensor(2), _zero(2))) for name in ("finalmlp", "dcn")]
     chosen += [Case(ranks, ema, (_zero(stage),)) for ranks, stage in ((2, 0), (4, 3))]
+    clipped = ("embedding.gradient_clipping=0.01", "embedding.optimizer=sgd", *DENSE_SGD)
+    on_all = 'embedding.l2={"weight": 0.01, "rows": "all", "coupled": true}'
+    chosen += [
+        Case(2, (*clipped, "embedding.update_rows=all"), (_zero(1), COLUMN)),
+        Case(4, (*clipped, on_all), (_zero(2), ROW)),
+    ]
     coupled = ("dense.optimizer=adam", "dense.weight_decay=0.1", "train.label_smoothing=0.1")
     chosen += [Case(4, (*batch, *ema, *coupled), (*_tensor(2), _zero(3), COLUMN))]
     numbers = (*FAMILIES[1][0], FULL_WIDTH, LARGE_ROWS, TOWER_MODULES["dlrm"], UNEVEN_TWO)

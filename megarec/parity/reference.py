@@ -237,17 +237,26 @@ class PlainTables:
     @torch.no_grad()
     def update(self, batch: Batch) -> None:
         self.steps += 1
+        if self.config.gradient_clipping is not None:
+            self._clip(self.config.gradient_clipping)
         for table in self.layout.tables:
             weight = self.weights[table.name]
             assert weight.grad is not None
             rule = self.config.rule_of(table.name)
             weight -= self.config.learning_rate * rule.decay * weight
             if rule.all_rows:
-                self._dense_step(table.name, rule.coupled)
+                self._dense_step(table.name, 0.0 if rule.clipped else rule.coupled)
                 continue
             rows = _touched(batch, [f for f in self.layout.looked_up if f.table == table.name])
             self._update_rows(table.name, rows, weight.grad[rows])
             weight.grad = None
+
+    def _clip(self, most: float) -> None:
+        """The gradients of all tables, with L2 on all rows in them, to a norm of at most `most`."""
+        for name, weight in self.weights.items():
+            assert weight.grad is not None
+            weight.grad += self.config.rule_of(name).coupled * weight
+        torch.nn.utils.clip_grad_norm_(list(self.weights.values()), most)
 
     def _dense_step(self, name: str, l2: float) -> None:
         """torch's own optimizer over the whole table; row-wise Adagrad has none."""

@@ -145,6 +145,8 @@ def _group_messages(
         found.append(_to_all(f"{summed} embeddings", examples * split, wire.forward, group))
         found.append(_to_all("all_gather embeddings", examples * split, wire.backward, group, "backward"))
         found.append(_squares(config, layout, spread, group, examples))
+    if config.embedding.gradient_clipping is not None:
+        found.append(_all_reduce("table norm", 1, group))
     copied = {shard.table: shard for shard in shards if shard.table in names}
     found.append(_all_reduce("gradients", sum(s.rows * (s.columns + 1) for s in copied.values()), group))
     return found

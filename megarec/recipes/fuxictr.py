@@ -147,9 +147,12 @@ def _optimizers(keys: Keys, run: dict[str, Any]) -> None:
         embedding["dropout"] = dropout
         keys.said("embedding_dropout", dropout, "embedding.dropout")
     norm = keys.number("max_gradient_norm", GRADIENT_NORM)
+    embedding["gradient_clipping"] = norm
     run |= {"embedding": embedding, "dense": dense, "deepspeed": {"gradient_clipping": norm}}
-    remark = "of the dense gradient; FuxiCTR's norm is of the tables' as well"
-    keys.said("(max_gradient_norm)", norm, "deepspeed.gradient_clipping", "differs", remark)
+    remark = "each side by its own norm; FuxiCTR's is one norm of both"
+    keys.said(
+        "(max_gradient_norm)", norm, "embedding.gradient_clipping, deepspeed.gradient_clipping", "differs", remark
+    )
 
 
 def _l2(keys: Keys, key: str) -> float:

@@ -154,7 +154,11 @@ def _count_sequence(own: SequenceInput, config: ModelConfig) -> Part:
     columns, positions, settings = own.columns, own.config.max_length, own.config
     if settings.block == "din":
         hidden = DIN_MLP if settings.mlp is None else settings.mlp
-        block = count_mlp(4 * columns, hidden, 1, config.bias).times(positions).plus(Part(0, positions * columns))
+        block = (
+            count_mlp(columns + 3 * own.target_columns, hidden, 1, config.bias)
+            .times(positions)
+            .plus(Part(0, positions * columns))
+        )
     else:
         every = positions + 1  # of which the target: k and v of each, u and q of the target alone
         parameters = 5 * columns**2 + (7 if config.bias else 1) * columns

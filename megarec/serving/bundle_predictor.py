@@ -1,7 +1,8 @@
 """A scoring bundle as a predictor of prepared batches: what `megarec evaluate` takes in place of a run."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +18,11 @@ from megarec.data.store import open_split
 from megarec.errors import UserError
 from megarec.files import read_object, write_json
 from megarec.metrics.calibrated import fit_temperature
+
+if TYPE_CHECKING:
+    from megarec.serving.scorer.bundle import RowError
+    from megarec.serving.scorer.rows import Row
+    from megarec.serving.scorer.scorer import Scores
 
 RUN_FILE = "run.json"
 
@@ -39,11 +45,11 @@ class BundlePredictor:
             what = f"{directory}: scoring an export needs the packages of the extra 'serve' ({error})"
             raise UserError(f"{what}: pip install 'megarec[serve]'") from error
         path = directory / RUN_FILE
-        about = read_object(path, "the run of an export")
         try:
+            self._scorer = Scorer(directory, torch.get_num_threads())
+            about = read_object(self._scorer.bundle.path(RUN_FILE), "the run of an export")
             self.config = RunConfig.model_validate(about["config"])
             self.schema = Schema.model_validate(about["schema"])
-            self._scorer = Scorer(directory, torch.get_num_threads())
         except (KeyError, ValidationError) as error:
             raise UserError(f"{path}: is not what was exported ({error}); export the run again") from error
         except ScoringError as error:
@@ -55,6 +61,20 @@ class BundlePredictor:
 
         ids = {name: _ids(found) for name, found in batch.ids.items()}
         return torch.from_numpy(self._scorer.logits(Encoded(list(range(batch.size)), ids, batch.numeric.numpy())))
+
+    def raw_rows(self, file: Path) -> "Iterator[list[Row | RowError]]":
+        """The rows of a file, as the export's score.py reads them.
+
+        Raises:
+            ScoringError: it cannot be read.
+        """
+        from megarec.serving.scorer.files import rows_of
+
+        return rows_of(file, self._scorer.bundle.manifest["text"])
+
+    def score(self, rows: "Sequence[Row | RowError]") -> "Scores":
+        """Logits and errors of raw rows."""
+        return self._scorer.score(rows)
 
 
 def write_run(directory: Path, config: RunConfig, schema: Schema) -> None:

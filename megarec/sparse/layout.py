@@ -6,6 +6,7 @@ The sparse side hands on one matrix [B, width]: per feature its pooled embedding
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -272,9 +273,8 @@ def sequence_tables(schema: Schema, sequences: Iterable[SequenceConfig]) -> dict
         return by_name[name]
 
     for index, sequence in enumerate(sequences):
-        for name, target in zip(sequence.features, sequence.target, strict=True):
-            own, its = look(index, "features", name), look(index, "target", target)
-            where = f"model.sequences.{index}"
+        for name, target in itertools.zip_longest(sequence.features, sequence.target):
+            own, where = look(index, "features", name), f"model.sequences.{index}"
             if name in lists:
                 raise UserError(f"{where}.features names {name!r}, as entry {lists[name]} does: keep it in one")
             lists[name] = index
@@ -284,6 +284,11 @@ def sequence_tables(schema: Schema, sequences: Iterable[SequenceConfig]) -> dict
                     f"{where}.features: {name!r} is {what}; expected a list in order: prepare it as "
                     '"type": "sequence", without weights'
                 )
+            owners[name] = None
+            if target is None:  # of the past alone
+                continue
+            its = look(index, "target", target)
+            owners.setdefault(target, None)
             if its.multi_valued:
                 raise UserError(f"{where}.target: {target!r} is a list; expected a feature with one value an example")
             if sequence.tables == "target":
@@ -293,9 +298,7 @@ def sequence_tables(schema: Schema, sequences: Iterable[SequenceConfig]) -> dict
                         f'{where}.tables="target": {name!r} ({own.rows:,} rows) does not have the ids of {target!r} '
                         f'({its.rows:,} rows): prepare it with "vocabulary" of {target!r}, or leave tables out'
                     )
-                owners[target], owners[name] = owners.get(target), its.table or target
-            else:
-                owners[target], owners[name] = owners.get(target), None
+                owners[name] = its.table or target
     for index, sequence in enumerate(sequences):
         for target in sequence.target:
             if target in lists:

@@ -30,12 +30,13 @@ CASES = {
     "hstu": settings("hstu", heads=3),
     "hstu without positions": settings("hstu", position_bias=False),
 }
+CASES |= {f"{name}, one target": config.model_copy(update={"target": ["c"]}) for name, config in CASES.items()}
 
 
 def layer(config: SequenceConfig, dim: int = WIDTH, *, bias: bool = True) -> SequenceLayer:
     """Of one sequence behind eight pooled columns and the embeddings of two targets, all weights random."""
     torch.manual_seed(3)
-    targets = (8, 8 + WIDTH)
+    targets = (8, 8 + WIDTH)[: len(config.target)]
     start = 8 + 2 * WIDTH
     own = SequenceInput(config, WIDTH, start, start + POSITIONS * 2 * WIDTH, targets)
     made = SequenceLayer([own], start, 8, DnnConfig(name="dnn", dim=dim, bias=bias), torch_layer_norm).double()
@@ -63,9 +64,11 @@ def mlp(linears: nn.ModuleList, x: Tensor) -> Tensor:
 
 def din(made: SequenceLayer, rows: Tensor, t: Tensor) -> Tensor:
     """Zhou et al. 2018, equation 3: v = sum of a(e_j, v_A) e_j, jagged: over the rows that are there."""
-    total = torch.zeros_like(t)
+    total = torch.zeros(2 * WIDTH, dtype=t.dtype)
     for h in rows:
-        total = total + mlp(made.blocks[0].unit.linears, torch.cat([h, t, h - t, h * t])) * h  # type: ignore[union-attr]
+        compared = h[: len(t)]
+        unit: Any = made.blocks[0].unit
+        total = total + mlp(unit.linears, torch.cat([h, t, compared - t, compared * t])) * h
     return total
 
 
@@ -74,6 +77,7 @@ def hstu(made: SequenceLayer, rows: Tensor, t: Tensor) -> Tensor:
     row, and what the model adds of its input."""
     block: Any = made.blocks[0]
     heads, bias = block.heads, block.position_bias
+    t = torch.cat([t, torch.zeros(2 * WIDTH - len(t), dtype=t.dtype)])  # of the past alone: not known of the target
     x = [*rows.flip(0), t]  # in time: the oldest first
     silu = lambda z: z / (1 + torch.exp(-z))  # noqa: E731
     k, v, u, q = zip(*(silu(block.f1.weight @ own + block.f1.bias).chunk(4) for own in x), strict=True)
@@ -99,7 +103,8 @@ def test_blocks_are_their_equations_in_values_and_gradients(name: str) -> None:
     equation = din if name.startswith("din") else hstu
     found = made(embedded)
     targets = embedded.detach()[:, 8 : 8 + 2 * WIDTH].clone().requires_grad_()
-    expected = torch.stack([equation(made, own, t) for own, t in zip(rows, targets, strict=True)])
+    columns = WIDTH * len(CASES[name].target)
+    expected = torch.stack([equation(made, own, t[:columns]) for own, t in zip(rows, targets, strict=True)])
     torch.testing.assert_close(found[:, 8 : 8 + 2 * WIDTH], expected, rtol=1e-11, atol=1e-11)
     assert torch.equal(found[:, :8], embedded[:, :8]) and torch.equal(
         found[:, 8 + 2 * WIDTH :], embedded[:, 8 : 8 + 12]
@@ -139,7 +144,7 @@ def test_cost_is_what_torch_counts(name: str, dim: int, bias: bool) -> None:
     config = DnnConfig(name="dnn", dim=dim, head=[5], bias=bias)
     start = 8 + 2 * WIDTH
     start += -start % dim
-    own = SequenceInput(CASES[name], WIDTH, start, start + POSITIONS * 2 * WIDTH, (0, WIDTH))
+    own = SequenceInput(CASES[name], WIDTH, start, start + POSITIONS * 2 * WIDTH, (0, WIDTH)[: len(CASES[name].target)])
     columns = OverArchInput(dim, start // dim + 2, 0)
     cost = count(config, columns, 0, (), None, [own])
     model = Recommender(columns, 0, config, sequences=[own])

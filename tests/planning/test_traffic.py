@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "flat": {},
     "flat in 16 bits": {"parallel": {"messages": ["fp16", "bf16"]}},
     "flat, by columns": {"embedding": {"placement": "column", "optimizer": "adagrad"}},
+    "flat, by columns, all rows": {"embedding": {"placement": "column", "update_rows": "all"}},
     "flat, copies": {"embedding": {"placement": "replicated"}},
     "flat with tower modules": {"parallel": {"towers": TOWER["towers"]}, "tower_module": DLRM},
     "tower": {"parallel": TOWER},

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megarec.commands import import_recipe
 from megarec.config.load import load_config
 from megarec.config.regularisation import L2Config
 from megarec.data.preparation.table_spec import load_table_spec
+from megarec.errors import UserError
 from megarec.recipes.fuxictr_models import MODELS
 
 BASE = {"model_root": "./checkpoints/", "num_workers": 3, "verbose": 1, "early_stop_patience": 2, "eval_steps": None}
@@ -166,6 +168,7 @@ def test_every_model_becomes_a_run_that_loads(model: str, tmp_path: Path, monkey
     assert config.embedding.l2 == L2Config(weight=0.05, rows="all", coupled=True)
     assert (config.embedding.optimizer, config.embedding.update_rows) == ("adam", "all")
     assert config.embedding.initial_std == 1e-4
+    assert config.embedding.gradient_clipping == config.deepspeed["gradient_clipping"] == 10.0
     assert (config.dense.optimizer, config.dense.learning_rate) == ("adam", 1e-3)
     assert (config.schedule.plateau_patience, config.schedule.plateau_factor) == (1, 0.1)
     assert (config.train.early_stopping, config.train.best_by, config.train.seed) == (2, "auc", 2021)
@@ -330,3 +333,26 @@ def test_a_file_that_is_something_else_is_refused(
     with pytest.raises(SystemExit) as ended:
         import_recipe.main()
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs/recipes").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_recipes_load(path: Path) -> None:
+    config = load_config(path)
+    assert config.embedding.rule_of("user").all_rows and config.model.norm == "batch"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("embedding.placement=auto", "embedding.placement='auto' with embedding.gradient_clipping: copies"),
+        ('embedding.tables={"user": {"placement": "replicated"}}', "embedding.tables.user.placement='replicated' with"),
+        ("parallel.exchange=tower", "needs parallel.exchange='flat'"),
+        ("embedding.backend=fbgemm", "embedding.backend='torch'"),
+    ],
+)
+def test_a_norm_that_nobody_can_sum_is_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(SHIPPED[0], ["embedding.gradient_clipping=1.0", "parallel.towers=2", override])

@@ -1,132 +1,34 @@
-"""Every model leaves the trainer: raw rows scored by numpy and onnxruntime have the trainer's logits."""
+"""What an export is: files that score without torch and megarec, damage that is named, formats of others."""
 
 import csv
 import importlib.util
 import json
+import re
 import runpy
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from google.protobuf import text_format
 
-from megarec.checkpoint.offline import locate
-from megarec.commands import evaluate
-from megarec.data.loader import EvalLoader
-from megarec.data.schema import load_schema, select_label
+from megarec.commands import checkpoint, evaluate
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
-from megarec.data.store import open_split
 from megarec.dense.layers import has_compiler
-from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
+from megarec.serving.bundle_predictor import BundlePredictor
 from megarec.serving.export.bundle import export_bundle
-from megarec.serving.predictor import load_checkpoint
 from megarec.serving.scorer import Scorer, ScoringError
-from megarec.serving.scorer.bundle import Bundle
-from megarec.serving.scorer.tables import TableType
-from tests.checkpoint.runs import TOWER_MODULE, TOWERS, leg, write_run
+from megarec.serving.scorer.bundle import checksum, sealed
+from tests.serving.trained_runs import OF_TABLE, RUNS, raw_rows
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
-
-Pools = Callable[[int], RankPool]
-SIZES = {"dim": 8, "numeric_embeddings": 2, "numeric_mlp": [8]}
-WUKONG = {"name": "wukong", "layers": 2, "num_fm": 2, "num_lcb": 2, "rank": 4, "mlp": [16], "head": [8], "dropout": 0.1}
-TOWER = {"parallel": {"towers": TOWERS}}
-RUNS: dict[str, dict[str, Any]] = {
-    "wukong": {"model": WUKONG},
-    "wukong, attentive": {"model": WUKONG | {"projection": "attentive", "attentive": {"compressed": 2, "mlp": [8]}}},
-    "wukong, full": {"model": WUKONG | {"fm": "full"}},
-    **{
-        name: {"model": {"name": name}}
-        for name in ["dlrm", "dcn", "lr", "fm", "dnn", "deepfm", "xdeepfm", "autoint", "masknet", "finalmlp", "afn"]
-    },
-    "wukong, wukong towers": {"model": WUKONG, "tower_module": TOWER_MODULE, **TOWER},
-    "dlrm, dlrm towers": {"model": {"name": "dlrm"}, "tower_module": {"name": "dlrm", "compression": 2}, **TOWER},
-    "dcn, dcn towers": {"model": {"name": "dcn"}, "tower_module": {"name": "dcn", "compression": 2}, **TOWER},
-    "dcn, towers without modules": {"model": {"name": "dcn"}, **TOWER},
-    "wukong, several and small embeddings": {
-        "model": WUKONG,
-        "embedding": {"features": {"single_1": {"embeddings": 2}, "single_2": {"width": 4}, "single_3": {"width": 4}}},
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "data"
-    prepare_synthetic(Shape(examples=400, numeric=3, seed=3), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(rank_pool: Pools, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The checkpoint of a run that took three steps."""
-    known: dict[str, Path] = {}
-
-    def train(name: str) -> Path:
-        if name not in known:
-            path = write_run(tmp_path_factory.mktemp("run"), data)
-            run = json.loads(path.read_text())
-            sections = RUNS[name] | {"model": SIZES | RUNS[name]["model"]}
-            run |= {key: run.get(key, {}) | section if key != "model" else section for key, section in sections.items()}
-            path.write_text(json.dumps(run))
-            rank_pool(1).run(partial(leg, load=False, save=True), path, [], 0, 3)
-            known[name] = locate(path.parent / "out" / "checkpoints/latest")
-        return known[name]
-
-    return train
-
-
-def raw_rows(data: Path, split: str = "test") -> list[dict[str, Any]]:
-    return pq.read_table(data / split).to_pylist()
-
-
-def trainer_logits(checkpoint: Path, data: Path) -> np.ndarray:
-    """What the run's own evaluation computes for the test split."""
-    return trainer_logits_of(checkpoint, data, None)
-
-
-def trainer_logits_of(checkpoint: Path, data: Path, labels: list[str] | None) -> np.ndarray:
-    """The same of several labels."""
-    schema = select_label(load_schema(data), labels)
-    store = open_split(data, "test", schema, "error")
-    rows = EvalLoader(store, schema, batch_size=64, rank=0, world_size=1, seed=1, prefetch=1, pin_memory=False)
-    model = load_checkpoint(checkpoint)
-    return np.concatenate([model.predict(batch)[: batch.valid].numpy() for batch in rows.batches()])
-
-
-def batches(rows: list[dict[str, Any]], sizes: tuple[int, ...]) -> Iterator[list[dict[str, Any]]]:
-    for size in sizes:
-        yield [rows[place % len(rows)] for place in range(size)]
-
-
-FAST = ("wukong", "wukong, attentive", "autoint", "dlrm, dlrm towers", "wukong, several and small embeddings")
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
-)
-def test_raw_rows_have_the_logits_of_the_trainer(
-    name: str, trained: Callable[[str], Path], data: Path, tmp_path: Path
-) -> None:
-    checkpoint = trained(name)
-    export_bundle(checkpoint, tmp_path / "out")
-    scorer, expected, rows = Scorer(tmp_path / "out"), trainer_logits(checkpoint, data), raw_rows(data)
-    assert expected.std() > 1e-3
-    for batch in batches(rows, (1, 7, len(rows), 9_000)):
-        found = scorer.score(batch)
-        wanted = expected[np.arange(len(batch)) % len(rows)]
-        assert not found.errors and (np.abs(found.logits - wanted) <= 1e-5 * np.maximum(1, np.abs(wanted))).all()
-        assert found.probabilities == pytest.approx(1 / (1 + np.exp(-wanted.astype(np.float64))), abs=1e-5)
 
 
 def score_file(export: Path, file: Path) -> list[list[str]]:
@@ -160,40 +62,97 @@ def test_an_export_scores_files_without_torch_and_megarec(
     assert [float(line[0]) for line in found[1:-1]] == pytest.approx(expected, abs=1e-7) and "expected" in found[-1][1]
 
 
-def test_quantised_tables_are_smaller_and_near(trained: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
-    checkpoint, rows = trained("wukong"), raw_rows(data)
-    expected = trainer_logits(checkpoint, data)
-    sizes, off = {}, {}
-    for kind in get_args(TableType):
-        export_bundle(checkpoint, tmp_path / kind, tables=kind)
-        sizes[kind] = sum(path.stat().st_size for path in (tmp_path / kind / "tables").iterdir())
-        off[kind] = float(np.abs(Scorer(tmp_path / kind).score(rows).logits - expected).max())
-    width = SIZES["dim"]
-    wanted = {"fp32": 4 * width, "fp16": 2 * width, "int8": width + 2, "int4": width // 2 + 4}
-    assert {kind: size * 4 * width // sizes["fp32"] for kind, size in sizes.items()} == wanted
-    assert off["fp32"] <= 1e-5 < off["int4"] < 0.5 and off["fp16"] <= 2e-3 and off["int8"] <= 5e-2
+def test_every_damaged_file_is_named(trained: Callable[[str], Path], data: Path, columns: Path, tmp_path: Path) -> None:
+    """Truncated, with one bit another, or gone: of each file, the manifest too."""
+    out, random = tmp_path / "out", np.random.default_rng(2)
+    export_bundle(trained(OF_TABLE), out, columns)
+    checkpoint.verify_export(out)
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.stat().st_size]
+    read = {"manifest.json", "dense.onnx", "golden.json", "run.json", "tables", "vocabulary"}
+    assert read <= {path.relative_to(out).parts[0] for path in files}
+    for path in files:
+        good = path.read_bytes()
+        place, bit = int(random.integers(len(good))), 1 << int(random.integers(8))
+        flipped = bytearray(good)
+        flipped[place] ^= bit
+        for damaged in (bytes(flipped), good[: int(random.integers(len(good)))], good + b"x", None):
+            if damaged is None:
+                path.unlink()
+            else:
+                path.write_bytes(damaged)
+            with pytest.raises(UserError) as told:
+                checkpoint.verify_export(out)
+            assert str(path) in str(told.value) and "\n" not in str(told.value)
+            if path.relative_to(out).parts[0] in read:
+                with pytest.raises(UserError, match=re.escape(str(path))):
+                    BundlePredictor(out)
+        path.write_bytes(good)
+    checkpoint.verify_export(out)
 
 
-def test_a_damaged_export_is_named(trained: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_large_file_is_compared_when_asked(
+    trained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size at once: opening an export does not read its tables."""
     export_bundle(trained("dcn"), tmp_path / "out")
-    table = next((tmp_path / "out" / "tables").iterdir())
-    good = table.read_bytes()
-    table.write_bytes(bytes(len(good)))
-    with pytest.raises(ScoringError, match=f"{table.name}: is not what was exported"):
-        Bundle(tmp_path / "out").verify()
-    table.write_bytes(good[:-1])
-    with pytest.raises(ScoringError, match=f"{table.name}: has {len(good) - 1} bytes, the manifest says {len(good)}"):
+    monkeypatch.setattr("megarec.serving.scorer.bundle._SMALL", 100)
+    table = tmp_path / "out/tables/multi_1.bin"
+    content = bytearray(table.read_bytes())
+    content[-1] ^= 1
+    table.write_bytes(content)
+    scorer = Scorer(tmp_path / "out", check=False)
+    with pytest.raises(ScoringError, match="is not what was exported; copy the export again"):
+        scorer.bundle.verify()
+    table.write_bytes(content[:-1])
+    with pytest.raises(ScoringError, match=f"has {len(content) - 1} bytes, the manifest says {len(content)}"):
         Scorer(tmp_path / "out")
-    table.write_bytes(good)
+
+
+def with_manifest(export: Path, change: Callable[[dict[str, Any]], None], version: int = 2) -> None:
+    manifest = json.loads((export / "manifest.json").read_text()) | {"version": version}
+    change(manifest)
+    (export / "manifest.json").write_bytes(sealed(manifest) if version > 1 else json.dumps(manifest).encode())
+
+
+def test_another_logit_than_where_it_was_exported(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    export_bundle(trained("dcn"), tmp_path / "out")
     golden = json.loads((tmp_path / "out/golden.json").read_text())
     golden["logits"][3] *= 1.001
-    text = json.dumps(golden, indent=2)
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    manifest["files"]["golden.json"]["bytes"] = len(text)
-    (tmp_path / "out/golden.json").write_text(text)
-    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "out/golden.json").write_text(json.dumps(golden))
+
+    def told(manifest: dict[str, Any]) -> None:
+        path = tmp_path / "out/golden.json"
+        manifest["files"]["golden.json"] = {"bytes": path.stat().st_size, "sha256": checksum(path)}
+
+    with_manifest(tmp_path / "out", told)
     with pytest.raises(ScoringError, match=r"row 3 of the golden sample has the logit"):
         Scorer(tmp_path / "out")
+
+
+def test_an_export_of_version_1_scores(trained: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    """It has no seal, and says less of its files of rows."""
+    export_bundle(trained("dcn"), tmp_path / "out")
+    expected = Scorer(tmp_path / "out").score(raw_rows(data)).logits.tolist()
+
+    def of_before(manifest: dict[str, Any]) -> None:
+        for key in ("header", "labels"):
+            del manifest["text"][key]
+        del manifest["sealed"]
+
+    with_manifest(tmp_path / "out", of_before, version=1)
+    assert Scorer(tmp_path / "out").score(raw_rows(data)).logits.tolist() == expected
+    good = (tmp_path / "out/manifest.json").read_bytes()
+    for change, said in (
+        (lambda manifest: manifest.pop("tables"), "is no manifest of an export"),
+        (lambda manifest: manifest.update(dense="../x"), "'../x' is no file of the export"),
+        (lambda manifest: manifest.update(dense="/etc/x", files={"/etc/x": {}}), "is no file of the export"),
+        (lambda manifest: manifest.update(features=[5]), "is no manifest of an export"),
+    ):
+        (tmp_path / "out/manifest.json").write_bytes(good)
+        with_manifest(tmp_path / "out", change, version=1)
+        with pytest.raises(ScoringError, match=re.escape(said)) as raised:
+            Scorer(tmp_path / "out")
+        assert "manifest.json" in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_mistakes_leave_nothing(trained: Callable[[str], Path], data: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from megarec.serving.scorer.scorer import Scorer
 from megarec.serving.server import application
 from megarec.training import trainer
 from tests.checkpoint.runs import write_run
-from tests.serving.test_bundle import trainer_logits_of
+from tests.serving.trained_runs import trainer_logits
 
 LABELS = ["label", "label_1"]
 
@@ -34,7 +34,7 @@ def test_every_label_leaves_the_trainer(tmp_path: Path) -> None:
     export = tmp_path / "export"
     checkpoint = locate(tmp_path / "out")
     export_bundle(checkpoint, export, calibrate=True)
-    expected, scorer = trainer_logits_of(checkpoint, data, LABELS), Scorer(export)
+    expected, scorer = trainer_logits(checkpoint, data, labels=LABELS), Scorer(export)
     rows = pq.read_table(data / "test").drop_columns(["label", "label_1", "weight"]).to_pylist()
     found = scorer.score([*rows, {"single_0": "x"}])
     assert scorer.labels == LABELS and expected.shape == (len(rows), 2)

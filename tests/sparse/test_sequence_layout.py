@@ -92,3 +92,13 @@ def test_heads_divide_the_columns_of_a_position() -> None:
         UserError, match=r"sequences.0.heads=3 does not divide the 16 columns .* 2 features x model.dim=8"
     ):
         sequence_inputs(layout, [entry], 48, targets_apart=False)
+
+
+def test_a_list_without_a_target_lies_beside_the_others() -> None:
+    entry = SequenceConfig.model_validate({**BOTH, "target": ["item"], "tables": "target"})
+    layout = build_layout(SCHEMA, EmbeddingConfig(), 8, [entry])
+    assert [(f.name, f.table) for f in layout.unpooled] == [("views", "item"), ("kinds", "kinds")]
+    (own,) = sequence_inputs(layout, [entry], layout.width, targets_apart=False)
+    assert (own.embeddings, own.columns, own.target_columns, own.targets) == (2, 16, 8, (0,))
+    with pytest.raises(ValueError, match="1 features and 2 targets"):
+        SequenceConfig.model_validate({**BOTH, "features": ["views"]})

@@ -79,6 +79,33 @@ def test_a_cpu_build_is_not_used_on_cuda() -> None:
     assert (choice.backend != "fbgemm", "without CUDA" in choice.reason) == (True, True)
 
 
+def test_what_torch_alone_can_do_is_torchs_and_the_rest_stays() -> None:
+    decay = {"weight": 0.1, "rows": "all", "coupled": False}
+    tables = {"item": {"l2": decay}, "wide": {"update_rows": "all"}, "user": {"l2": 0.1}}
+    config = EmbeddingConfig.model_validate({"optimizer": "sgd", "tables": tables})
+    found = choose_backends(LAYOUT, place(LAYOUT, "table", 1), config, CPU)
+    assert {name: choice.backend for name, choice in found.items()} == {
+        "item": "torch", "wide": "torch", "user": "fbgemm", "clicks": "fbgemm", "small": "fbgemm",
+    }  # fmt: skip
+    assert found["item"].reason == "its rows decay at every step, which torch's alone can"
+    half = choices(optimizer="sgd", weights="fp16", rounding="stochastic")["user"]
+    assert half == local.Choice("torch", "its weights are rounded stochastically, which torch's alone can")
+    with pytest.raises(UserError, match="cannot hold table 'item': every row is updated at every step, which torch's"):
+        choices(backend="fbgemm", optimizer="sgd", update_rows="all")
+
+
+def test_whole_updates_that_are_felt_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    choices(optimizer="adam", update_rows="all", ranks=2)
+    assert not caplog.records
+    monkeypatch.setattr(local, "SMALL_UPDATE", (60_000, 2**40))
+    choices(optimizer="adam", update_rows="all", ranks=2)
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "reads and writes 0.0 GB on rank " in line
+    assert "most of it for 300 rows x 8 columns of table 'user'; L2 with coupled=false touches" in line
+
+
 @st.composite
 def layouts(draw: st.DrawFn) -> EmbeddingLayout:
     """Tables of any size, shared or not, features of any kind in any order."""

@@ -25,7 +25,11 @@ from tests.logged import logged_lines
 Pools = Callable[[int], RankPool]
 RECIPE: dict[str, dict[str, Any]] = {
     "model": {"name": "dnn", "dim": 8, "head": [16, 8], "norm": "batch", "dropout": 0.1},
-    "embedding": {"learning_rate": 0.1},
+    "embedding": {
+        "learning_rate": 0.1,
+        "l2": {"weight": 0.01, "rows": "all", "coupled": False},
+        "tables": {"single_1": {"l2": {"weight": 1e-4, "rows": "all"}}},
+    },
     "dense": {"learning_rate": 0.03, "optimizer": "adam", "weight_decay": 1e-4},
     "schedule": {"plateau_patience": 1, "plateau_factor": 0.1},
     "train": {"epochs": 30, "early_stopping": 2, "best_by": "auc", "label_smoothing": 0.05, "ema": {"decay": 0.9}},

@@ -26,7 +26,7 @@ from megarec.serving.export.graph import Golden, compile_program, export_onnx, e
 from megarec.serving.export.raw_values import write_raw_values
 from megarec.serving.export.triton import write_triton
 from megarec.serving.predictor import Weights, checked_spec, open_checkpoint
-from megarec.serving.scorer.bundle import FORMAT, MANIFEST, VERSION, Bundle, checksum
+from megarec.serving.scorer.bundle import FORMAT, MANIFEST, VERSION, Bundle, checksum, sealed
 from megarec.serving.scorer.tables import TableType, encode_rows
 from megarec.sparse.layout import EmbeddingLayout, Table
 from megarec.sparse.run_placement import layouts_by_host
@@ -93,17 +93,16 @@ def export_bundle(
         (directory / "score.py").write_text(SCORE)
         write_run(directory, config, schema)
         write_triton(directory, len(schema.predicted))
-        write_json(directory / MANIFEST, manifest | {"files": _files(directory)})
-        sample, golden = golden_sample(Bundle(directory), model)
+        _write_manifest(directory, manifest)
+        sample, golden = golden_sample(Bundle(directory), model, prepared)
         write_json(directory / GOLDEN_FILE, sample)
         compiled = {} if exported is None else _compiled(exported, directory, golden)
-        manifest |= compiled | {"files": _files(directory)}
-        write_json(directory / MANIFEST, manifest)
+        files = _write_manifest(directory, manifest | compiled)
         if calibrate:
             manifest["temperature"] = fitted_temperature(directory, prepared)
-            write_json(directory / MANIFEST, manifest)
-    size = sum(about["bytes"] for about in manifest["files"].values())
-    return {"files": len(manifest["files"]), "bytes": size, **compiled, **said_of(checkpoint, read_index(checkpoint))}
+            _write_manifest(directory, manifest | compiled)
+    size = sum(about["bytes"] for about in files.values())
+    return {"files": len(files), "bytes": size, **compiled, **said_of(checkpoint, read_index(checkpoint))}
 
 
 def _compiled(program: torch.export.ExportedProgram, directory: Path, golden: Golden) -> dict[str, Any]:
@@ -115,17 +114,24 @@ def _compiled(program: torch.export.ExportedProgram, directory: Path, golden: Go
 def _text_files(spec: TableSpec | None) -> dict[str, Any]:
     """How the text files look that the model was trained on."""
     if spec is None:
-        return {"encoding": WITH_MARK, "delimiter": None, "columns": None}
-    encoding = WITH_MARK if is_utf8(spec.encoding) else spec.encoding
-    return {"encoding": encoding, "delimiter": spec.delimiter, "columns": None if spec.header else list(spec.columns)}
-
-
-def _files(directory: Path) -> dict[str, Any]:
-    """By name, the size and checksum of every file but the manifest."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+        return {"encoding": WITH_MARK, "delimiter": None, "header": True, "columns": None, "labels": []}
     return {
-        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in files
+        "encoding": WITH_MARK if is_utf8(spec.encoding) else spec.encoding,
+        "delimiter": spec.delimiter,
+        "header": spec.header,
+        "columns": list(spec.columns),
+        "labels": list(spec.labels),
     }
+
+
+def _write_manifest(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write it with the size and checksum of every other file, which are returned by name."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in paths
+    }
+    (directory / MANIFEST).write_bytes(sealed(manifest | {"files": files}))
+    return files
 
 
 def _looked_up(spec: ModelSpec) -> EmbeddingLayout:

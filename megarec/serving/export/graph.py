@@ -20,7 +20,7 @@ from megarec.serving.predictor import Weights, dense_model
 from megarec.sparse.towers.modules import TowerModules
 
 OPSET = 20
-TOLERANCE = 1e-5  # relative, or absolute below 1: another machine adds in another order
+TOLERANCE = 1e-5  # of logits at least, relative, or absolute below 1: another machine adds in another order
 EXAMPLES = 3  # of the traced batch: 0 and 1 would be taken for fixed sizes
 
 
@@ -58,15 +58,20 @@ class ScoredModel(nn.Module):
 
 @dataclass(frozen=True)
 class Golden:
-    """Inputs of a model in its order, and its logits float32 [rows] by plain torch."""
+    """Inputs of a model in its order, and its logits float32 [rows] by plain torch.
+
+    Attributes:
+        tolerance: how far off another computation may be, relative, or absolute below 1.
+    """
 
     inputs: tuple[Tensor, ...]
     logits: Tensor
+    tolerance: float
 
     def difference(self, found: Tensor) -> str | None:
         """Which of the found logits is furthest off, if that is more than another order of adding makes."""
         off = (found - self.logits).abs() / self.logits.abs().clamp(min=1)
-        if bool((off <= TOLERANCE).all()):
+        if bool((off <= self.tolerance).all()):
             return None
         place = int(off.argmax())
         logits = f"{float(found[place]):.7g}, expected {float(self.logits[place]):.7g}"

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from .bundle import Bundle, ScoringError
+from .bundle import MANIFEST, Bundle, RowError, ScoringError
 from .rows import Encoded, FeatureIds, Row, RowEncoder
 from .tables import Floats, Table, open_tables
 
@@ -50,15 +50,18 @@ class Scorer:
 
     def __init__(self, directory: str | Path, threads: int = 1, check: bool = True) -> None:
         self.bundle = Bundle(Path(directory))
-        manifest = self.bundle.manifest
-        self._encoder = RowEncoder(self.bundle)
-        self._tables = open_tables(self.bundle)
-        self.labels: list[str] = manifest.get("labels", [])  # an earlier version's export has one
-        self._temperature = np.array(manifest["temperature"], np.float64)
+        try:
+            self._encoder = RowEncoder(self.bundle)
+            self._tables = open_tables(self.bundle)
+            self.labels: list[str] = self.bundle.manifest.get("labels", [])  # an earlier version's export has one
+            self._temperature = np.array(self.bundle.manifest["temperature"], np.float64)
+            path = self.bundle.path(self.bundle.manifest["dense"], whole=True)
+        except (KeyError, TypeError, AttributeError) as error:  # a manifest of version 1 has no seal
+            what = f"{self.bundle.directory / MANIFEST}: is no manifest of an export ({error!r})"
+            raise ScoringError(f"{what}; export again") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        path = self.bundle.path(manifest["dense"])
         try:
             self._dense = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own types are not public
@@ -67,7 +70,7 @@ class Scorer:
         if check:
             self._check_golden()
 
-    def score(self, rows: Sequence[Row]) -> Scores:
+    def score(self, rows: Sequence[Row | RowError]) -> Scores:
         """Score raw rows, each an object with the columns of the files that the model was trained on.
 
         A row that cannot be scored gets an error of its own; the others are scored.
@@ -81,7 +84,7 @@ class Scorer:
             errors |= {start + place: why for place, why in encoded.errors.items()}
         return Scores(self._probabilities(logits), logits, errors)
 
-    def encode(self, rows: Sequence[Row]) -> Encoded:
+    def encode(self, rows: Sequence[Row | RowError]) -> Encoded:
         """Raw rows as ids and numbers; those that cannot be scored are left out, with their errors."""
         return self._encoder.encode(rows)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
-from megarec.distributed.collectives import Channel
+from megarec.distributed.collectives import Channel, all_reduce_sum
 from megarec.errors import UserError
 from megarec.kernels.launch import triton_problem
 from megarec.sparse.layout import EmbeddingLayout
@@ -227,7 +227,8 @@ class LocalTables:
             assert not split
             return ReplicatedTorchTables(parts, columns, config, device, channel, self._mark, self._unpooled)
         owners = ColumnShardSum([part.shard for part in parts], shards, channel, device)
-        return TorchTables(parts, columns, config, device, owners.sum if split else None, self._unpooled)
+        total = functools.partial(all_reduce_sum, channel=channel, purpose="table norm", direction="backward")
+        return TorchTables(parts, columns, config, device, owners.sum if split else None, self._unpooled, total)
 
     def fill(self, seed: int) -> None:
         """Initial weights (initial.py)."""

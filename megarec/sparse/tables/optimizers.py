@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megarec.config.regularisation import TableRule
 from megarec.config.sections import EmbeddingConfig
 from megarec.sparse.placement import Shard
 
 ADAM_BETAS = (0.9, 0.999)
+GPU_CELLS = 2**24  # of a table whose every row is updated, that are updated at a time on an accelerator
 
 
 @dataclass
@@ -125,15 +125,10 @@ ROW_OPTIMIZERS = {
 
 
 def whole_update_bytes(shards: Sequence[Shard], config: EmbeddingConfig) -> int:
-    """What updates of all rows hold beside the tables, where they are not made in pieces (a CPU's): the gradients of
-    the tables that lie in one stack, and as much again for a root or a change."""
-    stacks: dict[tuple[int, TableRule], int] = {}
-    for shard in shards:
-        rule = config.rule_of(shard.table)
-        if rule.all_rows:
-            kind = shard.columns, rule
-            stacks[kind] = stacks.get(kind, 0) + 2 * 4 * shard.rows * shard.columns
-    return max(stacks.values(), default=0)
+    """What updates of all rows hold at most beside the tables, on an accelerator: the gradient of a piece of them, and
+    as much again for a root or a change."""
+    cells = sum(shard.rows * shard.columns for shard in shards if config.rule_of(shard.table).all_rows)
+    return 2 * 4 * min(cells, GPU_CELLS)
 
 
 def table_bytes(shards: Sequence[Shard], config: EmbeddingConfig) -> int:

@@ -20,11 +20,11 @@ from torch.nn.functional import embedding_bag
 from megarec.config.regularisation import TableRule
 from megarec.sparse.placement import Shard
 from megarec.sparse.tables.base import LocalIds, LocalShard, State
-from megarec.sparse.tables.optimizers import Hyperparameters, RowGradient, RowOptimizer
+from megarec.sparse.tables.optimizers import GPU_CELLS, Hyperparameters, RowGradient, RowOptimizer
 from megarec.sparse.tables.stochastic import Rounding
 
 CPU_CHUNK = 4096  # touched rows that are updated at a time, so that their gradients stay in the cache
-CPU_CELLS = 2**19  # of neighbours that are: 2 MiB of weights, gradient and each state; smaller ones cost their calls
+CPU_CELLS = 2**19  # of neighbours that are: 2 MiB of weights, gradient and each state; fewer cost their calls
 
 
 class LazyDecay:
@@ -97,7 +97,7 @@ class StackedTable:
         self._state = optimizer.new_state(self._weight)
         self._steps = torch.zeros(len(shards), 1, dtype=torch.int64)  # updates so far, of every shard
         self._chunk = CPU_CHUNK if device.type == "cpu" else sum(rows)
-        self._neighbours = max(1, CPU_CELLS // self.columns) if device.type == "cpu" else sum(rows)
+        self._neighbours = max(1, (CPU_CELLS if device.type == "cpu" else GPU_CELLS) // self.columns)
         self._decay = LazyDecay(self.rows, device) if rule.lazy_decay else None
         self._rounding: Rounding | None = None
 
@@ -122,10 +122,7 @@ class StackedTable:
             bags = self._pool(keys, ids.offsets.long(), ids.weights).view(self.slots, ids.examples, self.columns)
             return bags.transpose(0, 1).reshape(ids.examples, -1)
         keys = keys.view(self.slots, ids.examples).T.reshape(-1)  # in the order of the output
-        rows = self._weight.index_select(0, keys).to(torch.float32)
-        if self._decay is not None:
-            rows.mul_(self._decay.pending(keys))
-        return rows.view(ids.examples, -1)
+        return self.rows_of(keys).view(ids.examples, -1)
 
     def gradients(
         self, ids: LocalIds, grad: Tensor, single: tuple[Tensor, Tensor] | None = None
@@ -144,8 +141,8 @@ class StackedTable:
         rows, values = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
         starts = range(0, self.rows, self._neighbours)
         firsts = [0, rows.numel()]
-        if len(starts) > 1:  # on a CPU alone
-            firsts[1:1] = torch.searchsorted(rows, torch.tensor(starts[1:])).tolist()
+        if len(starts) > 1:
+            firsts[1:1] = torch.searchsorted(rows, torch.tensor(starts[1:], device=rows.device)).tolist()
         for start, (first, last) in zip(starts, itertools.pairwise(firsts), strict=True):
             own = slice(start, min(start + self._neighbours, self.rows))
             whole = self._l2_gradient(own)
@@ -232,7 +229,9 @@ class StackedTable:
             return
         for start in range(0, self.rows, self._neighbours):
             rows = slice(start, min(start + self._neighbours, self.rows))
-            self._set(rows, self._weight[rows].float() * self._decay.pending(rows), 2 * int(self._steps[0]) + 1)
+            decayed = self._weight[rows].float().mul_(self._decay.pending(rows))  # float32: the weights themselves
+            if self._weight.dtype != torch.float32:
+                self._set(rows, decayed, 2 * int(self._steps[0]) + 1)
         self._decay.forget()
 
     def _set(self, rows: Tensor | slice, values: Tensor, draw: int) -> None:

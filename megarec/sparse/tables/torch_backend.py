@@ -33,6 +33,7 @@ class TorchTables:
         table_columns: columns of each shard's whole table.
         unpooled: the slots of this rank whose rows are looked up one by one.
         sum_squares: sums partial squares over the owners of a table (co_owners.py); None: every shard has whole rows.
+        sum_over_ranks: of a number, where gradients are clipped: every rank updates once a step; collective.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class TorchTables:
         device: torch.device,
         sum_squares: SumSquares | None,
         unpooled: Sequence[Lookup] = (),
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._table_columns = table_columns
+        self._clip, self._sum_over_ranks = config.gradient_clipping, sum_over_ranks
         self._device = device
         self._sum_squares = sum_squares
         self._optimizer = ROW_OPTIMIZERS[config.optimizer]
@@ -123,6 +126,10 @@ class TorchTables:
             stack.gradients(part, own, self._single(ids, stack))
             for stack, part, own in zip(self._stacks, self._parts(ids), columns, strict=True)
         ]
+        if self._clip is not None:
+            clipped = [list(chunks) for chunks in gradients]
+            self._clip_norm([gradient.values for chunks in clipped for gradient in chunks])
+            gradients = [iter(chunks) for chunks in clipped]
         if self._optimizer.rowwise and self._sum_squares is not None:
             held = [list(chunks) for chunks in gradients]
             self._set_shared_mean_squares(held, self._sum_squares)
@@ -133,6 +140,18 @@ class TorchTables:
                 if self._optimizer.rowwise and gradient.mean_square is None:
                     gradient.mean_square = gradient.values.square().mean(dim=1, keepdim=True)
                 stack.apply(gradient, self._hyperparameters)
+
+    def _clip_norm(self, values: Sequence[Tensor]) -> None:
+        """Scale gradients to a norm over all tables of at most embedding.gradient_clipping, as torch's clip_grad_norm_;
+        the host waits for nothing."""
+        assert self._clip is not None
+        square = torch.zeros(1, device=self._device)
+        for part in values:
+            square += part.square().sum()
+        norm = (square if self._sum_over_ranks is None else self._sum_over_ranks(square)).sqrt()
+        factor = (self._clip / (norm + 1e-6)).clamp_(max=1)
+        for part in values:
+            part.mul_(factor)
 
     def _set_shared_mean_squares(self, held: Sequence[list[RowGradient]], sum_squares: SumSquares) -> None:
         """Means of g^2 over the rows of the global tables, of which this rank has some of the columns."""
