@@ -15,6 +15,7 @@ python tools/bench.py prepare          # files of Criteo's format, made up, at t
 python tools/bench.py groups           # does the partitioner find the hidden groups of made-up data
 python tools/bench.py loader           # the loader's examples a second over bare takes of Arrow
 python tools/bench.py serving          # one raw row from an export, and over HTTP, beside eager torch
+python tools/bench.py tasks            # one MMoE of two labels beside two models of one, made-up data
 python tools/bench.py evaluation       # GAUC, NDCG and bootstrap of ten million rows, beside scikit-learn
 python tools/bench.py sequences        # lists row by row, as sequences want them, beside the pooled exchange
 """
@@ -47,6 +48,7 @@ NAMES = (
     "serving",
     "evaluation",
     "sequences",
+    "tasks",
 )
 
 

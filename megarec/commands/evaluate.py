@@ -113,20 +113,19 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Report]:
     sliced = {name: opened.column(name) for name in arguments.slice}  # a wrong name ends it before long work
     rival = None if arguments.compare is None else opened_by(arguments.compare, "--compare")
     with _file(predictions, "predictions") as file:
-        table = None if file is None else PredictionTable(file, groups, opened.model.schema.tasks)
+        table = None if file is None else PredictionTable(file, groups, opened.labels)
         logits, labels = opened.score(table)
         if table is not None:
             table.close()
     codes = None if groups is None else coded(groups).codes
-    names, own_names = (each.model.schema.predicted for each in (opened, rival or opened))
-    scored = by_label(names, logits, labels, codes, column)
+    scored = by_label(opened.labels, logits, labels, codes, column)
     validation = scored
     if arguments.calibrate and split != "valid":
-        validation = by_label(names, *open_model(arguments.run, data, "valid", cache).score(None))
+        validation = by_label(opened.labels, *open_model(arguments.run, data, "valid", cache).score(None))
     other: dict[str, Scored] = {}
     if rival is not None:
-        other = by_label(own_names, *rival.score(None), codes, column)
-        for name in names:
+        other = by_label(rival.labels, *rival.score(None), codes, column)
+        for name in opened.labels:
             if name not in other:
                 raise UserError(f"--compare {arguments.compare}: does not predict {name!r}; compare a model that does")
             if not np.array_equal(other[name].labels, scored[name].labels):
@@ -143,7 +142,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Report]:
         )
         for name, own in scored.items()
     }
-    report = reports[opened.model.config.train.best_label or names[0]]
+    report = reports[opened.model.config.train.best_label or opened.labels[0]]
     if len(reports) > 1:
         report = dataclasses.replace(report, labels=reports)
     with _file(arguments.html, "html") as file:
@@ -159,7 +158,7 @@ def by_label(
     groups: NDArray[np.int32] | None = None,
     column: str | None = None,
 ) -> dict[str, Scored]:
-    """What was made of the rows that have a label, for each label; arguments as of `score` and of `Scored`."""
+    """What was made of the rows that have a label, for each label; arguments as of `Opened.score` and of `Scored`."""
     found = {}
     for name, x, y in zip(names, logits.reshape(len(logits), -1).T, labels.reshape(len(labels), -1).T, strict=True):
         there = np.isfinite(y)

@@ -42,6 +42,11 @@ class Opened:
     split: Split
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """That the model predicts."""
+        return self.rows.schema.predicted
+
+    @property
     def title(self) -> str:
         """Of the rows, for people."""
         return f"{self.rows.schema.name}, {self.split}"
@@ -81,6 +86,11 @@ class OpenedFile:
     model: BatchModel
     rows: RawRows
     title: str
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """That the model predicts."""
+        return self.model.schema.predicted
 
     @property
     def group(self) -> str | None:

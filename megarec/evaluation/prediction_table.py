@@ -18,12 +18,12 @@ class PredictionTable:
 
     Args:
         groups: what group each row of the split belongs to; None: rows have no groups.
-        labels: of several labels, whose columns are "<label>:label" and so on.
+        labels: that are predicted; the columns of several are "<label>:label" and so on.
     """
 
     def __init__(self, file: BinaryIO, groups: pa.ChunkedArray | None = None, labels: Sequence[str] = ()) -> None:
         self._groups = groups
-        named = [field.with_name(f"{label}:{field.name}") for label in labels for field in COLUMNS]
+        named = [field.with_name(f"{label}:{field.name}") for label in labels for field in COLUMNS if len(labels) > 1]
         self._columns = pa.schema(named) if named else COLUMNS
         if groups is not None:
             self._columns = self._columns.append(pa.field("group", groups.type))

@@ -13,7 +13,7 @@ import torch
 from megarec.checkpoint.offline import locate
 from megarec.data.loader import EvalLoader
 from megarec.data.preparation.prepare import MaxBad, prepare_table
-from megarec.data.schema import load_schema
+from megarec.data.schema import load_schema, select_label
 from megarec.data.store import open_split
 from megarec.distributed.rank_pool import RankPool
 from megarec.serving.predictor import load_checkpoint
@@ -122,13 +122,14 @@ def raw_rows(data: Path, split: str = "test") -> list[dict[str, Any]]:
     return pq.read_table(data / split).to_pylist()
 
 
-def trainer_logits(checkpoint: Path, data: Path, tables: str = "fp32") -> np.ndarray:
+def trainer_logits(checkpoint: Path, data: Path, tables: str = "fp32", labels: list[str] | None = None) -> np.ndarray:
     """What the run's own evaluation computes for the test split.
 
     Args:
         tables: fp16: with every embedding rounded to the nearest float16.
+        labels: several that the run predicts; None: one.
     """
-    schema = load_schema(data)
+    schema = select_label(load_schema(data), labels)
     store = open_split(data, "test", schema, "error")
     rows = EvalLoader(store, schema, batch_size=64, rank=0, world_size=1, seed=1, prefetch=1, pin_memory=False)
     model = load_checkpoint(checkpoint)
