@@ -3,7 +3,7 @@
 import logging
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -21,6 +21,14 @@ from megarec.training.step import StepResult
 
 MIB = 2**20
 _log = logging.getLogger(__name__)
+
+Predict = Callable[[Run], dict[str, float]]
+"""Points that TensorBoard shows beside what is measured, by their tags."""
+
+
+def no_prediction(run: Run) -> dict[str, float]:
+    """Nothing beside what is measured."""
+    return {}
 
 
 class StepLog:

@@ -30,16 +30,13 @@ from megarec.training.id_prefetch import BatchFuture, IdPrefetcher
 from megarec.training.profiling import tracing
 from megarec.training.run_directory import check_outputs, only_run_in, set_aside
 from megarec.training.step import StepResult, predict, train_step
-from megarec.training.step_log import StepLog
+from megarec.training.step_log import Predict, StepLog, no_prediction
 
 METRICS_FILE = "metrics.json"
 _log = logging.getLogger(__name__)
 
 
-Predict = Callable[[Run], dict[str, float]]
-
-
-def train(config: RunConfig, resume: bool, started: float, predict: Predict | None = None) -> dict[str, Any]:
+def train(config: RunConfig, resume: bool, started: float, predict: Predict = no_prediction) -> dict[str, Any]:
     """Train, keep the best by validation, test it, write metrics.json; collective.
 
     A run that its fault policy stops writes one too, with the reason as "stopped" and no "test"; one with train.test
@@ -56,26 +53,23 @@ def train(config: RunConfig, resume: bool, started: float, predict: Predict | No
     Raises:
         RunEnded: stopped by the fault policy, or pre-empted; on every rank, with everything saved that will be.
     """
-    with Interruption() as interruption:
-        return _train(config, resume, started, interruption, predict)
+    with Interruption() as stop:
+        return _train(config, resume, started, stop, predict)
 
 
-def _train(
-    config: RunConfig, resume: bool, started: float, interruption: Interruption, predict: Predict | None
-) -> dict[str, Any]:
+def _train(config: RunConfig, resume: bool, started: float, stop: Interruption, predict: Predict) -> dict[str, Any]:
     check_outputs(config)
     device = start_process(config)
     with only_run_in(Path(config.train.output_dir), device) as remark:
         run = build_run(config, device, watched=True)
         previous, console = _begin(run, resume)
         with console:
-            interruption.take_keyboard()
+            stop.take_keyboard()
             if remark is not None:
                 _log.warning("%s", remark)
             if previous is not None:
                 _log.info("an earlier run is in %s now: this one starts from scratch", previous)
-            predicted = {} if predict is None else predict(run)
-            return _train_and_test(run, console, resume, started, interruption, predicted)
+            return _train_and_test(run, console, resume, started, stop, predict(run))
 
 
 def _begin(run: Run, resume: bool) -> tuple[Path | None, Console]:
@@ -99,8 +93,7 @@ def _train_and_test(
 ) -> dict[str, Any]:
     config, output, monitor = run.config, Path(run.config.train.output_dir), run.dense.monitor
     _check_validation(run)
-    checkpoints = Checkpoints(output / "checkpoints", run)
-    window = predictions_of(run)
+    checkpoints, window = Checkpoints(output / "checkpoints", run), predictions_of(run)
     state, name = checkpoints.resume(window) or (TrainState(), None)
     run.schedule.plateau_drops = state.plateau_drops
     monitor.start(state.step)
