@@ -73,7 +73,7 @@ def plan(config: RunConfig, hardware: "Hardware", hosts: int, ranks_per_host: in
     check_machine(config, hardware, hosts, per_host)
     schema = schema_of(config.data)
     made = plan_run(config, resolve(config, schema), hardware, hosts, per_host)
-    found = compare(config, schema, hosts, per_host, hardware)
+    found = compare(config, schema, hosts, per_host, hardware, made.work)
     result = as_json(made, found)
     if in_json:
         print(json.dumps(result))

@@ -3,8 +3,8 @@
 import argparse
 from collections.abc import Callable
 
-from megarec.commands.evaluate import open_model
 from megarec.errors import UserError
+from megarec.evaluation.opened import open_model
 from megarec.evaluation.report import Scored, is_finite
 from megarec.files import read_object, write_json
 from megarec.metrics.calibrated import fit_temperature

@@ -222,6 +222,22 @@ def _check_across_fields(config: RunConfig, path: Path) -> None:
     _check_towers(config, fail)
 
 
+def _check_clipping(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -> None:
+    """The norm over all tables is summed where each row lies once, over one group of ranks."""
+    if config.embedding.gradient_clipping is None:
+        return
+    if config.parallel.exchange == "tower":
+        fail("embedding.gradient_clipping needs parallel.exchange='flat': under SPTT no group holds all tables")
+    stated = {"embedding.placement": config.embedding.placement}
+    stated |= {f"embedding.tables.{name}.placement": own for name, own in config.embedding.table_placements.items()}
+    for where, placement in stated.items():
+        if placement in ("auto", "replicated"):
+            fail(
+                f"{where}={placement!r} with embedding.gradient_clipping: copies on every rank are not in its sum; "
+                "take 'table', 'column' or 'row'"
+            )
+
+
 _OF_HEADS = {"shared": (), "esmm": (), "mmoe": ("experts", "expert")}  # keys of model.tasks; ple has them all
 
 
@@ -242,22 +258,6 @@ def _check_labels(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -> 
         if key not in ("name", *known) and getattr(heads, key) != default:
             fail(
                 f"model.tasks.{key} says nothing of model.tasks.name={heads.name!r}; leave it out, or take other heads"
-            )
-
-
-def _check_clipping(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -> None:
-    """The norm over all tables is summed where each row lies once, over one group of ranks."""
-    if config.embedding.gradient_clipping is None:
-        return
-    if config.parallel.exchange == "tower":
-        fail("embedding.gradient_clipping needs parallel.exchange='flat': under SPTT no group holds all tables")
-    stated = {"embedding.placement": config.embedding.placement}
-    stated |= {f"embedding.tables.{name}.placement": own for name, own in config.embedding.table_placements.items()}
-    for where, placement in stated.items():
-        if placement in ("auto", "replicated"):
-            fail(
-                f"{where}={placement!r} with embedding.gradient_clipping: copies on every rank are not in its sum; "
-                "take 'table', 'column' or 'row'"
             )
 
 

@@ -20,7 +20,7 @@ class RawRows:
     """What an export says of the rows of a file.
 
     Attributes:
-        logits, labels: float32 [rows].
+        logits, labels: float32 [rows], or of several labels [rows, labels]; NaN: a label that is missing.
         columns: values of those that were asked for, row by row.
         skipped: how many rows are left out, by reason; only with data.bad_rows=skip.
     """
@@ -32,19 +32,18 @@ class RawRows:
 
 
 def score_raw_rows(model: BundlePredictor, file: Path, wanted: Sequence[str], maybe: str | None) -> RawRows:
-    """Score a CSV, TSV, parquet or Arrow file that also has the label.
+    """Score a CSV, TSV, parquet or Arrow file that also has the labels that the model predicts.
 
     Args:
         wanted: columns whose values are kept.
         maybe: another one, if the file has it.
 
     Raises:
-        UserError: the file cannot be read, lacks the label or a wanted column, or has a row that cannot be scored.
+        UserError: the file cannot be read, lacks a label or a wanted column, or has a row that cannot be scored.
     """
     from megarec.serving.scorer import RowError, ScoringError
 
     names, skips = model.schema.predicted, model.config.data.bad_rows == "skip"
-    optional = [name in model.schema.optional for name in names]
     logits, labels = [], []
     kept: dict[str, list[Any]] = {name: [] for name in [*wanted, *([maybe] if maybe else ())]}
     skipped: Counter[str] = Counter()
@@ -53,16 +52,14 @@ def score_raw_rows(model: BundlePredictor, file: Path, wanted: Sequence[str], ma
         for rows in model.raw_rows(file):
             first = next((row for row in rows if not isinstance(row, RowError)), None)
             if first is not None and not start:
-                for label in names:
-                    _check_columns(file, list(first), label, model.schema.label_rule, wanted)
+                _check_columns(file, list(first), names, model.schema.label_rule, wanted)
                 if maybe not in first:
                     kept.pop(maybe or "", None)
             found = model.score(rows)
-            own = [[_label(row, name, may) for name, may in zip(names, optional, strict=True)] for row in rows]
+            own = np.array([[_label(row, name, model.schema.optional) for name in names] for row in rows], np.float32)
+            wrong = np.isinf(own)
             errors = {
-                place: f"{names[values.index(None)]} is not 0 or 1"
-                for place, values in enumerate(own)
-                if None in values
+                int(n): f"{names[int(wrong[n].argmax())]} is not 0 or 1" for n in np.flatnonzero(wrong.any(axis=1))
             }
             errors |= found.errors
             if errors and not skips:
@@ -72,7 +69,7 @@ def score_raw_rows(model: BundlePredictor, file: Path, wanted: Sequence[str], ma
             good = [place for place in range(len(rows)) if place not in errors]
             there = [row for place in good if not isinstance(row := rows[place], RowError)]
             logits.append(found.logits[good])
-            labels.append(np.array([own[place] for place in good], np.float32).reshape(len(good), len(names)))
+            labels.append(own[good].reshape(found.logits[good].shape))
             for name, values in kept.items():
                 values += [row.get(name) for row in there]
             start += len(rows)
@@ -81,33 +78,34 @@ def score_raw_rows(model: BundlePredictor, file: Path, wanted: Sequence[str], ma
     if not sum(map(len, logits)):
         raise UserError(f"{file}: has no row that can be scored")
     columns = {name: _typed(file, name, values) for name, values in kept.items()}
-    found_labels = np.concatenate(labels)
-    return RawRows(
-        np.concatenate(logits), found_labels if len(names) > 1 else found_labels[:, 0], columns, dict(skipped)
-    )
+    return RawRows(np.concatenate(logits), np.concatenate(labels), columns, dict(skipped))
 
 
-def _check_columns(file: Path, found: list[str], label: str, rule: str, wanted: Sequence[str]) -> None:
-    if label not in found:
-        made = f" ({rule})" if rule else ""
-        raise UserError(f"{file}: there is no column {label!r}, the label{made}; {did_you_mean(label, found)}")
+def _check_columns(file: Path, found: list[str], labels: Sequence[str], rule: str, wanted: Sequence[str]) -> None:
+    for label in labels:
+        if label not in found:
+            made = f" ({rule})" if rule else ""
+            what = f"{label!r}, {'the' if len(labels) == 1 else 'a'} label{made}"
+            raise UserError(f"{file}: there is no column {what}; {did_you_mean(label, found)}")
     for name in wanted:
         if name not in found:
             raise UserError(f"{file}: there is no column {name!r}; {did_you_mean(name, found)}")
 
 
-def _label(row: Any, name: str, optional: bool) -> float | None:
-    """0, 1, NaN where an optional one is missing; None: it is no label."""
+def _label(row: Any, name: str, optional: Sequence[str]) -> float:
+    """0 or 1; NaN: a row may lack it, and does; infinite: it is none."""
     from megarec.serving.scorer import RowError
     from megarec.serving.scorer.values import number
 
-    try:
-        value = number(row.get(name)) if not isinstance(row, RowError) else None
-    except RowError:
-        return None
-    if optional and value is None and not isinstance(row, RowError):
+    if isinstance(row, RowError):
+        return math.inf
+    if name in optional and row.get(name) in (None, ""):
         return math.nan
-    return value if value in (0.0, 1.0) else None
+    try:
+        value = number(row.get(name))
+    except RowError:
+        return math.inf
+    return value if value in (0.0, 1.0) else math.inf
 
 
 def _typed(file: Path, name: str, values: list[Any]) -> pa.ChunkedArray:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from megarec.config.deepspeed import micro_batch_size
 from megarec.config.sections import RunConfig
@@ -21,6 +22,7 @@ from megarec.dense.memory import Parts, saved_activations
 from megarec.dense.tensor_parallel import shard_mlps
 from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
+from megarec.models.blocks import MLP
 from megarec.planning.held_memory import runtime_bytes
 from megarec.planning.zero import MASTER, dense_parts, zero_of
 from megarec.run.build import overlaps
@@ -73,6 +75,7 @@ def predict(
     if device.type != "cpu":
         parts["communication"] += whole_update_bytes(own, config.embedding)
     parts["activations"] = activation_bytes(config, spec, micro_batch)
+    parts["activations"] += zero.width * micro_batch * scattered_columns(spec, topology)
     parts["tables"] = table_bytes(own, config.embedding)
     parts["towers"] = tower_bytes(config, spec.towers, micro_batch * zero.accumulation, topology)
     parts["runtime"], parts["cached"] = runtime_bytes(topology, device, connected), 0
@@ -80,13 +83,19 @@ def predict(
     return parts
 
 
-def largest_rank(config: RunConfig, spec: ModelSpec, topology: Topology, device: torch.device = CPU) -> Parts:
+def largest_rank(
+    config: RunConfig,
+    spec: ModelSpec,
+    topology: Topology,
+    device: torch.device = CPU,
+    shards: Sequence[Shard] | None = None,
+) -> Parts:
     """`predict` with totals, of the rank whose tables take most; the topology's own rank does not matter.
 
     Raises:
         UserError: ranks, batch and tables do not fit together.
     """
-    shards = place_run(config, spec.layout, spec.towers, topology)
+    shards = place_run(config, spec.layout, spec.towers, topology) if shards is None else shards
     held = dict.fromkeys(range(topology.world_size), 0)
     for shard in shards:
         held[shard.rank] += table_bytes([shard], config.embedding)
@@ -113,6 +122,27 @@ def parameter_sizes(spec: ModelSpec, topology: Topology) -> list[int]:
     place_in_group = topology.rank % topology.tensor_size
     shard_mlps(model, Channel("tensor", None, place_in_group, topology.tensor_size, Ledger()))
     return [parameter.numel() for parameter in model.parameters()]
+
+
+def scattered_columns(spec: ModelSpec, topology: Topology) -> int:
+    """Columns of an example that tensor-parallel MLPs save twice: the input of a last layer that is row-parallel by
+    itself, as it was and as columns of all ranks' examples (dense/tensor_parallel.py)."""
+    if topology.tensor_size == 1:
+        return 0
+    found = 0
+    for module in spec.meta_model().modules():
+        if is_shared(module, topology.tensor_size) and isinstance(module, MLP):
+            linears = [linear for linear in module.linears if isinstance(linear, nn.Linear)]
+            found += linears[-1].in_features * (len(linears) % 2)
+    return found
+
+
+def is_shared(module: nn.Module, size: int) -> bool:
+    """Whether the ranks of a tensor group share it: MLPs, but for a single layer whose inputs do not divide."""
+    if not isinstance(module, MLP):
+        return False
+    first = module.linears[0]
+    return len(module.linears) > 1 or (isinstance(first, nn.Linear) and first.in_features % size == 0)
 
 
 def tower_bytes(config: RunConfig, resolved: ResolvedTowers, examples: int, topology: Topology) -> int:

@@ -6,6 +6,7 @@ step those that DeepSpeed moves. step_time.py says how long it takes on a machin
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megarec.config.deepspeed import micro_batch_size
@@ -14,10 +15,12 @@ from megarec.dense.reduction import BUCKETS
 from megarec.distributed.topology import Topology
 from megarec.errors import UserError
 from megarec.planning import roofline
+from megarec.planning.dense_traffic import dense_messages
 from megarec.planning.skew import Reads
 from megarec.planning.traffic import Message, mean_ids, sparse_messages
 from megarec.planning.zero import Zero, zero_of
 from megarec.run.spec import ModelSpec
+from megarec.sparse.placement import Shard
 from megarec.sparse.run_placement import place_run
 
 SPTT_COPY_BYTES = 16, 8
@@ -36,6 +39,7 @@ class Work:
             stay in a host; `tensor` those of the tensor-parallel layers.
         overlap: whether messages travel while the rank computes; None: as the machine decides (run/build.py).
         buckets: messages that carry the dense gradients.
+        dense_messages: of the dense side, as far as the ledger counts them.
         early: whether these leave while the backward pass still computes.
         moved: bytes in memory by what is done; ids spread evenly over the rows.
         reads: lookups of each table by all ranks.
@@ -55,14 +59,20 @@ class Work:
     overlap: bool | None
     buckets: int
     early: bool
+    dense_messages: list[Message]
     moved: dict[str, int]
     reads: tuple[Reads, ...]
     launches: int
     flop: int
 
 
-def work_of(config: RunConfig, spec: ModelSpec, hosts: int, ranks_per_host: int) -> Work:
+def work_of(
+    config: RunConfig, spec: ModelSpec, hosts: int, ranks_per_host: int, shards: Sequence[Shard] | None = None
+) -> Work:
     """A step of the rank that sends most to other hosts.
+
+    Args:
+        shards: where all tables lie; None: as the config places them.
 
     Raises:
         UserError: ranks, batch and tables do not fit together.
@@ -73,7 +83,7 @@ def work_of(config: RunConfig, spec: ModelSpec, hosts: int, ranks_per_host: int)
     if zero.offloaded:
         raise UserError("plan: deepspeed.zero_optimization.offload_optimizer is not in its model; leave it out")
     batch, sizes = config.data.batch_size // world, roofline.parameter_sizes(spec, first)
-    messages, topology = busiest(config, spec, first)
+    messages, topology = busiest(config, spec, first, shards)
     towered = config.parallel.exchange == "tower"
     modules, held, tower_ops = spec.towers.modules, spec.towers.towers, list[roofline.Op]()
     if modules is not None and held is not None:
@@ -91,6 +101,7 @@ def work_of(config: RunConfig, spec: ModelSpec, hosts: int, ranks_per_host: int)
         rings=roofline.zero_messages(sum(sizes), zero),
         inside=roofline.hpz_messages(sum(sizes), zero),
         tensor=roofline.tensor_messages(spec, zero, topology, batch),
+        dense_messages=dense_messages(config, spec, topology),
         stage=zero.stage,
         overlap=config.parallel.overlap,
         buckets=_buckets(sum(sizes), zero),
@@ -120,10 +131,12 @@ def _reads(config: RunConfig, spec: ModelSpec) -> tuple[Reads, ...]:
     return tuple(Reads(t.rows, t.columns * element, ids[t.name]) for t in spec.layout.tables)
 
 
-def busiest(config: RunConfig, spec: ModelSpec, first: Topology) -> tuple[list[Message], Topology]:
+def busiest(
+    config: RunConfig, spec: ModelSpec, first: Topology, shards: Sequence[Shard] | None = None
+) -> tuple[list[Message], Topology]:
     """The messages and the place of the rank that sends most to other hosts: of those that may, by the columns that
     they and their hosts look up."""
-    shards = place_run(config, spec.layout, spec.towers, first)
+    shards = place_run(config, spec.layout, spec.towers, first) if shards is None else shards
     lookups = Counter(feature.table for feature in spec.layout.features)
     columns, of_host = [0] * first.world_size, [0] * first.hosts
     for shard in shards:

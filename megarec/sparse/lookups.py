@@ -84,14 +84,20 @@ def plan_lookups(
         triton: those of Triton; the others are torch's.
     """
     position = {table.name: index for index, table in enumerate(layout.tables)}
-    features = {name: [f for f in layout.features if f.table == name] for name in position}
-    unpooled = {name: [f for f in layout.unpooled if f.table == name] for name in position}
+    features: dict[str, list[Feature]] = {name: [] for name in position}
+    unpooled: dict[str, list[Feature]] = {name: [] for name in position}
+    for kinds, listed in ((features, layout.features), (unpooled, layout.unpooled)):
+        for feature in listed:
+            kinds[feature.table].append(feature)
     by_rows = split_by_rows(shards)
     by_rank: list[tuple[Lookup, ...]] = []
     rows: list[tuple[Lookup, ...]] = []
     held: list[tuple[Shard, ...]] = []
-    for rank in range(world_size):
-        mine = sorted((shard for shard in shards if shard.rank == rank), key=lambda shard: position[shard.table])
+    of_rank: list[list[Shard]] = [[] for _ in range(world_size)]
+    for shard in shards:
+        of_rank[shard.rank].append(shard)
+    for own in of_rank:
+        mine = sorted(own, key=lambda shard: position[shard.table])
         offsets = {True: 0, False: 0}
         slots: list[Lookup] = []
         mine = _in_order(mine, fused, triton, by_rows)

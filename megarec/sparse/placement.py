@@ -10,8 +10,10 @@ replicated  a copy on every rank: nothing is sent but the gradients of its rows
 """
 
 import dataclasses
+import heapq
 import itertools
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -282,6 +284,7 @@ def lay_out(layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int)
     load = [0.0] * ranks
     everywhere = {table.name for table in layout.tables if plans[table.name].kind in ("row", "replicated")}
     shards: dict[str, list[Shard]] = {}
+    lightest: list[tuple[float, int]] = []  # a heap, from the first table on that does not lie on all ranks
     for table in sorted(layout.tables, key=lambda table: (table.name not in everywhere, -costs[table.name])):
         plan = plans[table.name]
         if plan.kind == "row":
@@ -290,13 +293,17 @@ def lay_out(layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int)
         elif plan.kind == "replicated":
             shards[table.name] = [Shard(table.name, r, 0, table.rows, 0, table.columns) for r in range(ranks)]
         else:
-            columns = _even_columns(table, plan.parts)
-            lightest = sorted(range(ranks), key=load.__getitem__)  # wider slices come first: to the lighter ranks
+            if not lightest:
+                lightest = sorted((own, rank) for rank, own in enumerate(load))
+            columns = _even_columns(table, plan.parts)  # wider slices come first: to the lighter ranks
+            takers = [heapq.heappop(lightest)[1] for _ in columns]
             shards[table.name] = [
-                Shard(table.name, rank, 0, table.rows, *own) for rank, own in zip(lightest, columns, strict=False)
+                Shard(table.name, rank, 0, table.rows, *own) for rank, own in zip(takers, columns, strict=True)
             ]
         for shard in shards[table.name]:
             load[shard.rank] += costs[table.name] * shard.rows * shard.columns / (table.rows * table.columns)
+            if table.name not in everywhere:
+                heapq.heappush(lightest, (load[shard.rank], shard.rank))
     return tuple(shard for table in layout.tables for shard in shards[table.name])
 
 
@@ -307,11 +314,8 @@ def split_by_rows(shards: Sequence[Shard]) -> set[str]:
 
 def replicated(shards: Sequence[Shard]) -> set[str]:
     """The tables of which several ranks hold a copy."""
-    holders: dict[Shard, int] = {}
-    for shard in shards:
-        cells = dataclasses.replace(shard, rank=0)
-        holders[cells] = holders.get(cells, 0) + 1
-    return {shard.table for shard, count in holders.items() if count > 1}
+    holders = Counter((s.table, s.row_start, s.row_stop, s.column_start, s.column_stop) for s in shards)
+    return {table for (table, *_), count in holders.items() if count > 1}
 
 
 def even_ranges(rows: int, parts: int) -> list[tuple[int, int]]:

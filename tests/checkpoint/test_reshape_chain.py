@@ -5,9 +5,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from megarec.distributed.rank_pool import RankPool
-from tests.checkpoint.runs import TOWER_MODULE, TOWERS, leg, write_run
+from megarec.run.state import TrainState
+from megarec.sparse.tables.base import State
+from tests.checkpoint.runs import TOWER_MODULE, TOWERS, build, leg, store, train_steps, write_run
 
 Pools = Callable[[int], RankPool]
 
@@ -117,3 +121,41 @@ def test_optimizers_of_deepspeeds_section(
         overrides = [f"deepspeed.zero_optimization.stage={stage}"]
         found = rank_pool(ranks).run(partial(leg, load=True, save=False), path, overrides, first, first + 3)[0].losses
         assert drift(found[:1], whole[first : first + 1]) < 1e-6 and drift(found, whole[first:]) < 1e-5
+
+
+def tables_of(path: Path, overrides: list[str], steps: int) -> State:
+    """On a rank: its tables as it has saved them after so many steps; 0: as it has loaded them."""
+    run = build(path, overrides)
+    checkpoints = store(run)
+    if steps:
+        train_steps(run, 0, steps)
+        checkpoints.save(TrainState(step=steps))
+        checkpoints.wait()
+    else:
+        assert checkpoints.resume() is not None
+    return {name: (shard, tensor.clone()) for name, (shard, tensor) in run.sparse.state().items()}
+
+
+def test_tables_of_other_ranks_are_the_same_to_the_last_bit(rank_pool: Pools, data: Path, tmp_path: Path) -> None:
+    """In float16, rounded by chance: decayed to the step of the save, and with the steps that chances hang on."""
+    half = {"weights": "fp16", "rounding": "stochastic"}
+    path = write_run(tmp_path, data, embedding={**ALL_ROWS, **half}, parallel={"towers": TOWERS})
+
+    def tables(ranks: int, overrides: list[str], steps: int) -> dict[str, Tensor]:
+        parts = [part for state in rank_pool(ranks).run(tables_of, path, overrides, steps) for part in state.items()]
+        found: dict[str, Tensor] = {}
+        for name, (shard, _) in parts:
+            rows, columns = shard.row_stop, shard.column_stop
+            before = found.get(name, torch.empty(0, 0)).shape
+            found[name] = torch.full((max(rows, before[0]), max(columns, before[1])), float("nan"))
+        for name, (shard, tensor) in parts:
+            found[name][shard.slices] = tensor.float()
+        return found
+
+    saved = tables(*FLAT_2, 3)
+    assert not any(tensor.isnan().any() for tensor in saved.values())
+    assert saved["single_0/steps"].item() == 3 and "single_1/second_moment" in saved
+    for ranks, overrides in (TOWER_4, COLUMN_2, ROWS_2):
+        loaded = tables(ranks, overrides, 0)
+        assert loaded.keys() == saved.keys()
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.items()), overrides

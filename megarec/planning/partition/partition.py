@@ -47,7 +47,7 @@ from megarec.planning.partition.mds import Kind, place_in_plane, wanted_distance
 from megarec.planning.partition.planted import agreement, planted_assignment
 from megarec.planning.partition.spectral import coordinates
 from megarec.run.spec import resolve
-from megarec.sparse.layout import EmbeddingLayout
+from megarec.sparse.layout import EmbeddingLayout, sequence_tables
 from megarec.sparse.towers.assignment import Towers, assign_towers
 
 LEARNED = get_args(Kind)
@@ -127,7 +127,7 @@ def partition(config: RunConfig, requested: Requested, say: Callable[[str], None
         UserError: whatever the user can fix, before anything long is done where that can be known.
     """
     check_requested(requested)
-    schema = schema_of(config.data)
+    config, schema = all_pooled(config, schema_of(config.data))
     parallel = config.parallel.model_copy(update={"towers": requested.towers})
     spec = resolve(config.model_copy(update={"parallel": parallel}), schema)  # refuses more towers than tables
     layout, strided = spec.layout, spec.towers.towers
@@ -147,6 +147,22 @@ def partition(config: RunConfig, requested: Requested, say: Callable[[str], None
         towers, requested.strategy, config.train.seed, layout, cost, picture,
         agreement(towers.features, config.data.path), tuple(reasons), seconds,
     )  # fmt: skip
+
+
+def all_pooled(config: RunConfig, schema: Schema) -> tuple[RunConfig, Schema]:
+    """A run whose sequences are pooled as any list, each in the table that it has as a sequence: what a tower holds is
+    the same, and how features interact is measured on pooled embeddings.
+
+    Raises:
+        UserError: `model.sequences` names features that cannot be one.
+    """
+    tables = sequence_tables(schema, config.model.sequences)
+    features = tuple(
+        feature.model_copy(update={"table": table}) if (table := tables.get(feature.name)) else feature
+        for feature in schema.categorical
+    )
+    model = config.model.model_copy(update={"sequences": []})
+    return config.model_copy(update={"model": model}), schema.model_copy(update={"categorical": features})
 
 
 def _picture(requested: Requested, interactions: Matrix | None, seed: int, reasons: list[str]) -> Picture | None:

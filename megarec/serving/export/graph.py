@@ -73,8 +73,8 @@ class Golden:
         off = (found - self.logits).abs() / self.logits.abs().clamp(min=1)
         if bool((off <= self.tolerance).all()):
             return None
-        place = int(off.argmax())
-        logits = f"{float(found[place]):.7g}, expected {float(self.logits[place]):.7g}"
+        place = int(off.reshape(len(off), -1).amax(1).argmax())
+        logits = f"{found[place].tolist()}, expected {self.logits[place].tolist()}"
         return f"compiled, row {place} of the golden sample has the logit {logits}"
 
 

@@ -21,10 +21,12 @@ from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
 from megarec.files import check_json_output
 from megarec.planning.partition import probe
-from megarec.planning.partition.partition import Requested, check_requested, inside_and_across, partition
+from megarec.planning.partition.partition import Requested, all_pooled, check_requested, inside_and_across, partition
 from megarec.planning.partition.probe import probe_config
 from megarec.planning.partition.report import write_partition
 from megarec.run.cost import count_towers
+from megarec.run.spec import resolve
+from megarec.sparse.towers.assignment import assign_towers
 from megarec.sparse.towers.sizes import resolve_towers
 from megarec.training.trainer import train
 from tests.processes import python
@@ -296,3 +298,17 @@ def test_mistakes_exit_with_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
     assert not (tmp_path / "towers.json").exists()
+
+
+def test_sequences_lie_with_the_table_of_their_target() -> None:
+    features = [CategoricalFeature(name=name, rows=9) for name in ("item", "user", "hour")]
+    features.append(CategoricalFeature(name="seen", rows=9, multi_valued=True, newest="last"))
+    schema = Schema(name="s", label_rule="", categorical=tuple(features), rows={}, source="made up")
+    entry = {"features": ["seen"], "target": ["item"], "block": "din", "tables": "target"}
+    config = RunConfig.model_validate({"model": {"name": "dnn", "dim": 4, "sequences": [entry]}, "data": {"path": "-"}})
+    pooled, shared = all_pooled(config, schema)
+    assert not pooled.model.sequences and [f.table for f in shared.categorical] == [None, None, None, "item"]
+    towers = assign_towers(resolve(pooled, shared).layout, 3).features
+    assert (
+        towers == assign_towers(resolve(config, schema).layout, 3).features == (("item", "seen"), ("user",), ("hour",))
+    )

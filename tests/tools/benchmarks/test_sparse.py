@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megarec.errors import UserError
-from tools.benchmarks import flat, tables
+from tools.benchmarks import flat, regularisation, tables
 from tools.benchmarks.workload import equal_tables, random_batch
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -31,6 +31,18 @@ def test_tables_reports_the_ratios_of_its_medians() -> None:
         "over_fbgemm": pytest.approx(step["sparse side"] / step["bare fbgemm"]),
         "torch_over_fbgemm": pytest.approx(step["sparse side in torch"] / step["bare fbgemm"]),
     }
+
+
+def test_regularisation_steps_every_table_in_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(regularisation.SIZES, "cpu", regularisation.Size(50, 8, 16))
+    monkeypatch.setattr(regularisation, "REPETITIONS", 1)
+    result = regularisation.run()
+    step = {row["name"]: row["step_ms"] for row in result["rows"]}
+    held = {row["name"]: row["bytes"] for row in result["rows"]}
+    assert set(step) == {*regularisation.OURS, "plain torch, all rows", "lazy decay, saved"}
+    assert held["lazy decay"] == held["looked-up rows"] + 8 * 50
+    ratio = step["all rows, L2 in the gradient"] / step["plain torch, all rows"]
+    assert result["ratios"]["all_rows_over_plain_torch"] == pytest.approx(ratio)
 
 
 def test_bare_fbgemm_looks_up_the_same_features() -> None:
