@@ -1,5 +1,6 @@
 """The training loop of one run, top to bottom."""
 
+import contextlib
 import json
 import logging
 import math
@@ -303,11 +304,8 @@ class Trainer:
                 check=self.step_check,
             )
 
-        if step_log.first_step_seconds is None:
-            with saved_activations(step_log.activations, run.dense.module):
-                result = step()
-            step_log.first_step_done()
-        else:
+        first = step_log.first_step_seconds is None
+        with saved_activations(step_log.activations, run.dense.module) if first else contextlib.nullcontext():
             result = step()
         action: Action = "go on"
         if result.cause is None:
@@ -318,6 +316,8 @@ class Trainer:
         else:
             action = self.policy.skipped(result.cause)
             self.run.dense.monitor.scalars(state.step + 1, step_log.skips())
+        if first:
+            step_log.first_step_done()
         if action == "go on":
             state.step += 1
             step_log.step_done()
