@@ -16,10 +16,13 @@ import torch
 from megarec.config.deepspeed import micro_batch_size
 from megarec.config.sections import RunConfig
 from megarec.dense.memory import Parts, saved_activations
+from megarec.dense.settings import settings_of
 from megarec.dense.tensor_parallel import shard_mlps
 from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
 from megarec.planning.held_memory import runtime_bytes
+from megarec.planning.memo import Same, remembered
+from megarec.planning.traffic import placed, seen_by
 from megarec.planning.zero import MASTER, dense_parts, zero_of
 from megarec.run.build import overlaps
 from megarec.run.fits import activation_bytes
@@ -68,7 +71,7 @@ def predict(
     parts["communication"] += exchange_bytes(
         spec.layout, shards, micro_batch * zero.accumulation, topology, by_micro_batch=by_micro_batch
     )
-    parts["activations"] = activation_bytes(config, spec, micro_batch)
+    parts["activations"] = _saved(config, spec, micro_batch)
     parts["tables"] = table_bytes(own, config.embedding)
     parts["towers"] = tower_bytes(config, spec.towers, micro_batch * zero.accumulation, topology)
     parts["runtime"], parts["cached"] = runtime_bytes(topology, device, connected), 0
@@ -76,19 +79,42 @@ def predict(
     return parts
 
 
-def largest_rank(config: RunConfig, spec: ModelSpec, topology: Topology, device: torch.device = CPU) -> Parts:
+def largest_rank(
+    config: RunConfig,
+    spec: ModelSpec,
+    topology: Topology,
+    device: torch.device = CPU,
+    shards: Sequence[Shard] | None = None,
+) -> Parts:
     """`predict` with totals, of the rank whose tables take most; the topology's own rank does not matter.
+
+    Args:
+        shards: `traffic.placed`; None: they are placed here.
 
     Raises:
         UserError: ranks, batch and tables do not fit together.
     """
-    shards = place_run(config, spec.layout, spec.towers, topology)
-    held = dict.fromkeys(range(topology.world_size), 0)
-    for shard in shards:
-        held[shard.rank] += table_bytes([shard], config.embedding)
-    largest = dataclasses.replace(topology, rank=max(held, key=lambda rank: held[rank]))
+    shards = shards or placed(config, spec, topology)
+    largest = dataclasses.replace(topology, rank=_holds_most(config, shards, topology.world_size))
     micro = micro_batch_size(config, topology.world_size)
-    return with_totals(predict(config, spec, largest, micro, shards, device))
+    return with_totals(predict(config, spec, largest, micro, seen_by(shards, config, largest), device))
+
+
+@remembered(lambda config, shards, ranks: (Same(shards), config.embedding.model_dump_json()))
+def _holds_most(config: RunConfig, shards: Sequence[Shard], ranks: int) -> int:
+    """The first of the ranks whose tables take most."""
+    held: list[list[Shard]] = [[] for _ in range(ranks)]
+    for shard in shards:
+        held[shard.rank].append(shard)
+    sizes = [table_bytes(own, config.embedding) for own in held]
+    return sizes.index(max(sizes))
+
+
+@remembered(
+    lambda config, spec, examples: (Same(spec), examples, settings_of(config.deepspeed).dtype, config.dense.recompute)
+)
+def _saved(config: RunConfig, spec: ModelSpec, examples: int) -> int:
+    return activation_bytes(config, spec, examples)
 
 
 def with_totals(parts: Parts) -> Parts:
@@ -103,6 +129,7 @@ def with_totals(parts: Parts) -> Parts:
     return {**parts, "model_states": states, "total": states + sparse + moment + outside}
 
 
+@remembered(lambda spec, topology: (Same(spec), topology.tensor_size, topology.rank % topology.tensor_size))
 def parameter_sizes(spec: ModelSpec, topology: Topology) -> list[int]:
     """Elements of every dense parameter of the rank, as tensor parallelism shards it, in the model's order."""
     model = spec.meta_model()
@@ -111,6 +138,15 @@ def parameter_sizes(spec: ModelSpec, topology: Topology) -> list[int]:
     return [parameter.numel() for parameter in model.parameters()]
 
 
+@remembered(
+    lambda config, resolved, examples, topology: (
+        Same(resolved),
+        examples,
+        topology.host if config.parallel.exchange == "tower" else None,
+        topology.hosts,
+        config.dense.optimizer,
+    )
+)
 def tower_bytes(config: RunConfig, resolved: ResolvedTowers, examples: int, topology: Topology) -> int:
     """Parameters, gradients, optimizer state and saved activations of the modules that a rank runs, all float32.
 
@@ -131,6 +167,15 @@ def tower_bytes(config: RunConfig, resolved: ResolvedTowers, examples: int, topo
     return 4 * copies * sum(parameter.numel() for parameter in bank.parameters()) + kept["bytes"]
 
 
+@remembered(
+    lambda layout, shards, examples, topology, *, by_micro_batch=False: (
+        Same(shards),
+        examples,
+        topology.rank,
+        topology.world_size,
+        by_micro_batch,
+    )
+)
 def exchange_bytes(
     layout: EmbeddingLayout,
     shards: Sequence[Shard],

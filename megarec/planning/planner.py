@@ -22,6 +22,7 @@ from megarec.planning.hardware import Hardware
 from megarec.planning.memory import largest_rank
 from megarec.planning.pieces import Piece, Timeline, timeline
 from megarec.planning.step_time import pieces_of
+from megarec.planning.traffic import placed
 from megarec.planning.work import Work, work_of
 from megarec.run.spec import ModelSpec
 
@@ -88,17 +89,18 @@ def plan_run(config: RunConfig, spec: ModelSpec, hardware: Hardware, hosts: int,
     """
     check_machine(config, hardware, hosts, ranks_per_host)
     ranks = hosts * ranks_per_host
-    work = work_of(config, spec, hosts, ranks_per_host)
+    job = Topology(0, ranks, ranks_per_host, config.parallel.tensor)
+    shards = placed(config, spec, job)
+    work = work_of(config, spec, hosts, ranks_per_host, shards)
     pieces = pieces_of(work, hardware)
     found = timeline(pieces)
-    job = Topology(0, ranks, ranks_per_host, config.parallel.tensor)
     peak = 1e12 * Clock(hardware).peak(settings_of(config.deepspeed).dtype.itemsize)
     return Plan(
         hardware=hardware,
         hosts=hosts,
         ranks_per_host=ranks_per_host,
         examples=config.data.batch_size // ranks,
-        memory=largest_rank(config, spec, job, torch.device(hardware.device)),
+        memory=largest_rank(config, spec, job, torch.device(hardware.device), shards),
         available=int(1e9 * hardware.memory_gb.value),
         work=work,
         traffic=sent_by(work),

@@ -77,9 +77,12 @@ def plan_lookups(
     position = {table.name: index for index, table in enumerate(layout.tables)}
     features = {name: [f for f in layout.features if f.table == name] for name in position}
     by_rows = split_by_rows(shards)
+    held: list[list[Shard]] = [[] for _ in range(world_size)]
+    for shard in shards:
+        held[shard.rank].append(shard)
     by_rank: list[tuple[Lookup, ...]] = []
-    for rank in range(world_size):
-        mine = sorted((shard for shard in shards if shard.rank == rank), key=lambda shard: position[shard.table])
+    for own in held:
+        mine = sorted(own, key=lambda shard: position[shard.table])
         offsets = {True: 0, False: 0}
         slots: list[Lookup] = []
         for shard in _in_order(mine, fused, triton, by_rows):

@@ -10,8 +10,10 @@ replicated  a copy on every rank: nothing is sent but the gradients of its rows
 """
 
 import dataclasses
+import heapq
 import itertools
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -196,6 +198,7 @@ def place(
     idle_ranks: bool = False,
     tables: Mapping[str, Requested] | None = None,
     examples: int | None = None,
+    copies: Collection[int] | None = None,
 ) -> tuple[Shard, ...]:
     """Shards of every table, the same on every rank, in table order and then in the order of their slices.
 
@@ -207,11 +210,12 @@ def place(
         idle_ranks: whether a rank may hold nothing; with other kinds than "table" and "column" it always may.
         tables: the kinds of tables that differ.
         examples: see `plan_tables`.
+        copies: see `lay_out`.
 
     Raises:
         UserError: a rank would hold nothing; the message has the arithmetic and a remedy.
     """
-    shards = lay_out(layout, choose_plans(layout, kind, world_size, tables or {}, examples), world_size)
+    shards = lay_out(layout, choose_plans(layout, kind, world_size, tables or {}, examples), world_size, copies)
     must_hold = layout.tables and kind in ("table", "column") and not tables and not idle_ranks
     if must_hold and len({shard.rank for shard in shards}) < world_size:
         raise UserError(_idle_ranks(layout, kind, world_size))
@@ -242,48 +246,82 @@ def choose_plans(
     plans = [plan_tables(layout, kind, ranks, tables, examples, split_threshold) for split_threshold in (1, 2, 4)]
     if plans[0] == plans[-1]:
         return plans[0]
-    uneven = [imbalance(layout, lay_out(layout, plan, ranks), ranks) for plan in plans]
+    uneven = [imbalance(layout, plans[0], ranks)]
+    if uneven[0] <= EVEN:
+        return plans[0]
+    uneven += [imbalance(layout, plan, ranks) for plan in plans[1:]]
     accepted = max(EVEN, 1.1 * min(uneven))
     return next(plan for plan, value in zip(plans, uneven, strict=True) if value <= accepted)
 
 
-def imbalance(layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int) -> float:
+def imbalance(layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int) -> float:
     """The most that a rank has over the mean, of cells held or of columns read."""
-    names = replicated(shards)
-    size = {table.name: table.rows * table.columns for table in layout.tables}
-    read = dict.fromkeys(size, 0.0)
+    read = dict.fromkeys((table.name for table in layout.tables), 0.0)
     for feature in layout.features:
         read[feature.table] += feature.columns * feature.mean_length
     cells, columns = [0.0] * ranks, [0.0] * ranks
-    for shard in shards:
-        own = shard.rows * shard.columns
-        cells[shard.rank] += own
-        columns[shard.rank] += read[shard.table] * (1 / ranks if shard.table in names else own / size[shard.table])
+    assigned = _assign(layout, plans, ranks)
+    for table in layout.tables:
+        size, kind = table.rows * table.columns, plans[table.name].kind
+        if kind == "replicated":
+            cells = [own + size for own in cells]
+            columns = [own + read[table.name] / ranks for own in columns]
+        elif kind == "row":
+            for rank, (start, stop) in enumerate(even_ranges(table.rows, ranks)):
+                cells[rank] += (stop - start) * table.columns
+                columns[rank] += read[table.name] * ((stop - start) * table.columns / size)
+        else:
+            for rank, (start, stop) in assigned[table.name]:
+                cells[rank] += table.rows * (stop - start)
+                columns[rank] += read[table.name] * (table.rows * (stop - start) / size)
     return max(max(load) * ranks / sum(load) for load in (cells, columns))
 
 
-def lay_out(layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int) -> tuple[Shard, ...]:
-    """Give the pieces of every table to ranks."""
+def lay_out(
+    layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int, copies: Collection[int] | None = None
+) -> tuple[Shard, ...]:
+    """Give the pieces of every table to ranks.
+
+    Args:
+        copies: the ranks whose copies of replicated tables are listed; None: all.
+    """
+    assigned, shards = _assign(layout, plans, ranks), list[Shard]()
+    for table in layout.tables:
+        name, rows, columns = table.name, table.rows, table.columns
+        if plans[name].kind == "row":
+            shards += [Shard(name, rank, *own, 0, columns) for rank, own in enumerate(even_ranges(rows, ranks))]
+        elif plans[name].kind == "replicated":
+            held = range(ranks) if copies is None else copies
+            shards += [Shard(name, rank, 0, rows, 0, columns) for rank in held]
+        else:
+            shards += [Shard(name, rank, 0, rows, *own) for rank, own in assigned[name]]
+    return tuple(shards)
+
+
+def _assign(
+    layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int
+) -> dict[str, list[tuple[int, tuple[int, int]]]]:
+    """(rank, columns) of every piece of the tables that do not lie on all ranks."""
     costs = table_costs(layout)
     load = [0.0] * ranks
     everywhere = {table.name for table in layout.tables if plans[table.name].kind in ("row", "replicated")}
-    shards: dict[str, list[Shard]] = {}
+    found: dict[str, list[tuple[int, tuple[int, int]]]] = {}
     for table in sorted(layout.tables, key=lambda table: (table.name not in everywhere, -costs[table.name])):
-        plan = plans[table.name]
-        if plan.kind == "row":
-            rows = even_ranges(table.rows, ranks)
-            shards[table.name] = [Shard(table.name, r, *rows[r], 0, table.columns) for r in range(ranks)]
-        elif plan.kind == "replicated":
-            shards[table.name] = [Shard(table.name, r, 0, table.rows, 0, table.columns) for r in range(ranks)]
+        size = table.rows * table.columns
+        if plans[table.name].kind == "row":
+            for rank, (start, stop) in enumerate(even_ranges(table.rows, ranks)):
+                load[rank] += costs[table.name] * (stop - start) * table.columns / size
+        elif plans[table.name].kind == "replicated":
+            cost = costs[table.name] * table.rows * table.columns / size
+            load = [own + cost for own in load]
         else:
-            columns = _even_columns(table, plan.parts)
-            lightest = sorted(range(ranks), key=load.__getitem__)  # wider slices come first: to the lighter ranks
-            shards[table.name] = [
-                Shard(table.name, rank, 0, table.rows, *own) for rank, own in zip(lightest, columns, strict=False)
-            ]
-        for shard in shards[table.name]:
-            load[shard.rank] += costs[table.name] * shard.rows * shard.columns / (table.rows * table.columns)
-    return tuple(shard for table in layout.tables for shard in shards[table.name])
+            columns = _even_columns(table, plans[table.name].parts)
+            # Wider slices come first: to the lighter ranks.
+            lightest = heapq.nsmallest(len(columns), range(ranks), key=load.__getitem__)
+            found[table.name] = list(zip(lightest, columns, strict=False))
+            for rank, (start, stop) in found[table.name]:
+                load[rank] += costs[table.name] * table.rows * (stop - start) / size
+    return found
 
 
 def split_by_rows(shards: Sequence[Shard]) -> set[str]:
@@ -293,11 +331,8 @@ def split_by_rows(shards: Sequence[Shard]) -> set[str]:
 
 def replicated(shards: Sequence[Shard]) -> set[str]:
     """The tables of which several ranks hold a copy."""
-    holders: dict[Shard, int] = {}
-    for shard in shards:
-        cells = dataclasses.replace(shard, rank=0)
-        holders[cells] = holders.get(cells, 0) + 1
-    return {shard.table for shard, count in holders.items() if count > 1}
+    holders = Counter((s.table, s.row_start, s.row_stop, s.column_start, s.column_stop) for s in shards)
+    return {table for (table, *_), count in holders.items() if count > 1}
 
 
 def even_ranges(rows: int, parts: int) -> list[tuple[int, int]]:
