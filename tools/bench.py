@@ -7,6 +7,7 @@ python tools/bench.py tensor          # tensor parallelism against data parallel
 python tools/bench.py recompute       # what activation checkpointing saves and costs
 python tools/bench.py towers           # flat and tower exchange over shaped links, and TorchRec's (as root)
 python tools/bench.py plan             # the planner's steps beside those that towers measured
+python tools/bench.py planner          # the planner's steps beside measured systems of MLPerf Training
 python tools/bench.py checkpoint       # saving and loading over plain writes and reads; steps beside a save
 python tools/bench.py overlap          # waiting for ids, with and without overlap (as root)
 python tools/bench.py prepare          # files of Criteo's format, made up, at two sizes: rows/s and memory
@@ -37,6 +38,7 @@ NAMES = (
     "checkpoint",
     "groups",
     "plan",
+    "planner",
     "loader",
     "prepare",
     "serving",
@@ -50,7 +52,9 @@ def main() -> None:
     parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="towers only: a picture as well, .png or .svg")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="plan only: what `towers --json` printed")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="plan: what `towers --json` printed; planner: a CSV of systems"
+    )
     arguments = parser.parse_args()
     if arguments.name not in NAMES:
         near = difflib.get_close_matches(arguments.name, NAMES, n=1)
@@ -58,8 +62,8 @@ def main() -> None:
         raise UserError(f"no benchmark is called {arguments.name!r}; {hint}")
     if arguments.plot and arguments.name != "towers":
         raise UserError(f"--plot {arguments.plot}: there is a picture of the benchmark 'towers' only")
-    if arguments.results and arguments.name != "plan":
-        raise UserError(f"--results {arguments.results}: only the benchmark 'plan' reads another one's results")
+    if arguments.results and arguments.name not in ("plan", "planner"):
+        raise UserError(f"--results {arguments.results}: only 'plan' and 'planner' read results")
     given = [arguments.results] if arguments.results else []
     result = importlib.import_module(f"tools.benchmarks.{arguments.name}").run(*given)
     if arguments.plot:

@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megarec.distributed.topology import Topology
 from megarec.errors import UserError
@@ -23,10 +23,25 @@ from megarec.planning.op_counts import Op, Shape, fused
 from megarec.planning.traffic import Message
 
 GEMM_SHARE, BATCHED_SHARE = 0.9, 0.4
-"""Of the rate of a large product: the products of a model, and those example by example. From a review of the code."""
+"""Of the rate of a large product: the products of a model where SMs are not known, and those example by example. From
+a review of the code."""
 TILE, TERMS = 128, 2048
-KERNEL_US = 2.0
-"""Start and end of a kernel on the device, in which it does no work."""
+
+
+class Constants(NamedTuple):
+    """What an accelerator is said to reach, whichever it is.
+
+    Attributes:
+        gemm_share: of the rate of a large product, by those of a model that fill the chip: in the middle of a step, at
+            its power limit, with cold caches.
+        kernel_us: start and end of a kernel, in which the device does no work.
+    """
+
+    gemm_share: float
+    kernel_us: float
+
+
+FITTED = Constants(gemm_share=0.7, kernel_us=1.0)
 Bound = Literal["compute", "memory", "link", "launches"]
 
 
@@ -50,8 +65,8 @@ class PartTime:
 class Clock:
     """Work at the rates of a device."""
 
-    def __init__(self, device: Hardware) -> None:
-        self.device = device
+    def __init__(self, device: Hardware, constants: Constants = FITTED) -> None:
+        self.device, self._constants = device, constants
 
     def gemm(self, width: int) -> float:
         """TFLOP/s that a large product of elements of so many bytes reaches.
@@ -122,10 +137,13 @@ class Clock:
     def _work_of(self, ops: Sequence[Op], tflops: float) -> tuple[float, float]:
         """Seconds of those that compute longer than they move bytes, and of the others."""
         compute = memory = 0.0
-        share = {"gemm": GEMM_SHARE, "batched": BATCHED_SHARE, "memory": 1.0}
-        for op in ops:
+        cache = 0.0 if self.device.cache_mb is None else 1e6 * self.device.cache_mb.value
+        found = from_cache(ops, cache)
+        products = GEMM_SHARE if self.device.sms is None else self._constants.gemm_share
+        share = {"gemm": products, "batched": BATCHED_SHARE, "memory": 1.0}
+        for op, hit in zip(ops, found, strict=True):
             computing = self._filling(op) * op.flop / (1e12 * tflops * share[op.kind])
-            moving = op.bytes / self._copy
+            moving = (op.bytes - hit) / self._copy
             compute += computing if computing > moving else 0.0
             memory += moving if computing <= moving else 0.0
         return compute, memory
@@ -139,7 +157,7 @@ class Clock:
     @property
     def start(self) -> float:
         """Seconds of a kernel beside its work."""
-        return 0.0 if self.device.sms is None else 1e-6 * KERNEL_US
+        return 0.0 if self.device.sms is None else 1e-6 * self._constants.kernel_us
 
     def _part(self, flop: int, moved: int, launches: int, compute: float, memory: float) -> PartTime:
         started = launches * 1e-6 * self.device.launch_us.value
@@ -154,3 +172,19 @@ def filling(shape: Shape, sms: float) -> float:
     padded = rows * columns * TILE * TILE / (shape.m * shape.n)
     units = shape.batch * rows * columns * math.ceil(shape.k / TERMS)
     return padded * (1 + sms / (2 * units))
+
+
+def from_cache(ops: Sequence[Op], cache: float) -> list[float]:
+    """Of each operation, the bytes that it reads from the last cache: the less was touched since the tensor was, the
+    more of it is still there."""
+    if not cache:
+        return [0.0] * len(ops)
+    touched, last, found = 0.0, dict[int, float](), list[float]()
+    for op in ops:
+        here = {**op.reads, **op.writes}
+        far = {storage: touched - last[storage] + here[storage] for storage in op.reads if storage in last}
+        found.append(sum(op.reads[storage] * max(0.0, 1 - distance / cache) for storage, distance in far.items()))
+        for storage, size in here.items():
+            touched += size
+            last[storage] = touched
+    return found

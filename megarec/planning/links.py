@@ -2,7 +2,8 @@
 
     all-to-all in a host       delay + bytes / link
     all-to-all over H hosts    delay(H) + bytes to other hosts / (network x (1 - incast / H) x ramp(bytes a pair)),
-                               or its bytes inside the hosts at the link's rate, whichever takes longer
+                               or its bytes inside the hosts at the link's rate, whichever takes longer; both
+                               where they share a fabric (PCIe)
     ring over H hosts          H x delay + bytes / (share x the network of all ranks of a host that are in the ring)
 
 Hosts whose ranks the links of a host join (hardware.scale_up_ranks: NVL72) count as one host here.
@@ -33,7 +34,8 @@ def message_seconds(message: Message, topology: Topology, hardware: Hardware) ->
     inside = (message.bytes - message.cross_host_bytes) / _bytes(needed(hardware, "host_link_gb_s"))
     if not message.cross_host_bytes:
         return _us(needed(hardware, "host_link_us")) + inside
-    return network_delay(hosts, hardware) + max(inside, across_seconds(message, hosts, hardware))
+    across = across_seconds(message, hosts, hardware)
+    return network_delay(hosts, hardware) + (inside + across if hardware.one_fabric else max(inside, across))
 
 
 def linked_hosts(hosts: int, ranks_per_host: int, hardware: Hardware) -> int:
@@ -66,7 +68,9 @@ def ring_seconds(sent: float, hosts: int, ranks_of_a_host: int, hardware: Hardwa
     linked = linked_hosts(hosts, ranks_of_a_host, hardware)
     hosts, ranks_of_a_host = linked, ranks_of_a_host * (hosts // linked)
     if hosts == 1:
-        return _us(needed(hardware, "host_link_us")) + sent / _bytes(needed(hardware, "host_link_gb_s"))
+        own = hardware.host_ring_gb_s
+        rate = needed(hardware, "host_link_gb_s") if own is None else own.value
+        return _us(needed(hardware, "host_link_us")) + sent / _bytes(rate)
     rate = _bytes(needed(hardware, "network_gb_s")) * needed(hardware, "ring_share") * ranks_of_a_host
     return _us(hosts * needed(hardware, "ring_us_per_host")) + sent / rate
 

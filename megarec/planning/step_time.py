@@ -14,7 +14,7 @@ On a CPU the ranks of a host share its cores, which send as well as compute: all
 
 from collections.abc import Sequence
 
-from megarec.planning.clock import Clock
+from megarec.planning.clock import FITTED, Clock, Constants
 from megarec.planning.hardware import Figure, Hardware, needed
 from megarec.planning.links import linked_hosts, network_delay
 from megarec.planning.pieces import Piece, Stream
@@ -27,20 +27,21 @@ LOOKUP_KERNELS, UPDATE_KERNELS, CHECK_KERNELS = 10, 16, 12
 IDS, EXCHANGED = ("ids", "lengths", "weights"), ("embeddings", "towers", "squares", "gradients")
 
 
-def pieces_of(work: Work, hardware: Hardware) -> list[Piece]:
+def pieces_of(work: Work, hardware: Hardware, constants: Constants = FITTED) -> list[Piece]:
     """A step, in an order in which its streams could run it.
 
     Raises:
         UserError: a figure of the machine is not known.
     """
-    return _in_turn(work, hardware) if hardware.device == "cpu" else _on_streams(work, hardware)
+    rates = _Rates(work, hardware, constants)
+    return _in_turn(work, hardware, rates) if hardware.device == "cpu" else _on_streams(work, hardware, rates)
 
 
 class _Rates:
     """Seconds of the parts of a step."""
 
-    def __init__(self, work: Work, hardware: Hardware) -> None:
-        self._work, self._hardware, self._clock = work, hardware, Clock(hardware)
+    def __init__(self, work: Work, hardware: Hardware, constants: Constants) -> None:
+        self._work, self._hardware, self._clock = work, hardware, Clock(hardware, constants)
 
     def sent(self, what: Sequence[str], direction: str | None = None) -> float:
         own = [
@@ -105,8 +106,8 @@ class _Rates:
         return network_delay(hosts, self._hardware) if hosts > 1 else 1e-6 * needed(self._hardware, "host_link_us")
 
 
-def _in_turn(work: Work, hardware: Hardware) -> list[Piece]:
-    rates, clock = _Rates(work, hardware), Clock(hardware)
+def _in_turn(work: Work, hardware: Hardware, rates: _Rates) -> list[Piece]:
+    clock = Clock(hardware)
     dense = clock.dense(work.dense, work.accumulation, clock.gemm(work.width))
     seconds = {"ids": rates.sent(IDS), "lookup": rates.lookup, "exchange": rates.sent(EXCHANGED)}
     if work.towers:
@@ -164,8 +165,8 @@ class _Step:
             self.pieces.append(Piece(f"host waits for {self._last}", "launches", "host", self._launch, (self._last,)))
 
 
-def _on_streams(work: Work, hardware: Hardware) -> list[Piece]:
-    rates, step = _Rates(work, hardware), _Step(1e-6 * hardware.launch_us.value)
+def _on_streams(work: Work, hardware: Hardware, rates: _Rates) -> list[Piece]:
+    step = _Step(1e-6 * hardware.launch_us.value)
     overlap, ids = work.overlap is not False, rates.sent(IDS)
     if ids and not overlap:
         step.message("ids", "ids", ids)

@@ -28,6 +28,7 @@ Requested = Placement
 COLUMN_UNIT = 4  # FBGEMM wants widths in multiples of four
 WIDE = 16  # columns of a slice: a cache line of float32
 LARGE = 1.5  # of a rank's fair share of the cost
+FEW = 8  # ranks, as of a host, of which each can send whole embeddings of a table that is split by rows
 REPLICATED_CELLS = 2**18  # at most 1 MiB in float32
 EVEN = 1.25  # 26 equal tables on 8 ranks stay whole: 4 over 3.25
 
@@ -90,14 +91,15 @@ def plan_tables(
 
 
 def table_costs(layout: EmbeddingLayout) -> dict[str, float]:
-    """Cost of a table: its share of all bytes plus its share of all columns read (list length x columns a feature)."""
+    """Cost of a table: its share of all bytes, plus that of all columns read (list length x columns a feature), plus
+    that of all columns sent (columns a feature)."""
     size = {table.name: float(table.rows * table.columns) for table in layout.tables}
-    traffic = dict.fromkeys(size, 0.0)
+    read, sent = dict.fromkeys(size, 0.0), dict.fromkeys(size, 0.0)
     for feature in layout.features:
-        traffic[feature.table] += feature.columns * feature.mean_length
-    bytes_total = sum(size.values())
-    traffic_total = sum(traffic.values()) or 1.0  # nothing is read where all lists are always empty
-    return {name: size[name] / bytes_total + traffic[name] / traffic_total for name in size}
+        read[feature.table] += feature.columns * feature.mean_length
+        sent[feature.table] += feature.columns
+    totals = [sum(share.values()) or 1.0 for share in (size, read, sent)]  # lists may all be always empty
+    return {n: size[n] / totals[0] + read[n] / totals[1] + sent[n] / totals[2] for n in size}
 
 
 def check_table_names(parts: Sequence[EmbeddingLayout], tables: Collection[str]) -> None:
@@ -140,18 +142,21 @@ def _as_requested(table: Table, requested: Kind, ranks: int, why: str) -> TableP
 
 def _automatic(table: Table, shares: float, split_threshold: int, ranks: int) -> TablePlan:
     """Whole where it fits; else in columns, which send no more than a whole table; rows, of which every rank sends as
-    much as a whole table, only where the widest useful split leaves slices of more than `LARGE` fair shares.
+    much as a whole table, only where the widest useful split leaves slices of more than `LARGE` fair shares. Of more
+    than `FEW` ranks the narrowest split comes before rows.
 
     Args:
         shares: cost of the table in fair shares of a rank.
     """
     parts = min(ranks, math.ceil(shares * split_threshold - 1e-9))
-    slices = min(parts, max(1, table.columns // WIDE))
+    narrow = ranks > FEW and shares / max(1, table.columns // WIDE) > LARGE
+    width = COLUMN_UNIT if narrow else WIDE
+    slices = min(parts, max(1, table.columns // width))
     why = f"{shares:.2f} of a fair share"
     if shares / slices > LARGE and table.rows >= ranks:
-        return TablePlan("row", ranks, f"{why}, {shares / slices:.2f} in slices of {WIDE} columns")
+        return TablePlan("row", ranks, f"{why}, {shares / slices:.2f} in slices of {width} columns")
     if slices > 1:
-        return TablePlan("column", slices, f"{why}, slices of at least {WIDE} columns")
+        return TablePlan("column", slices, f"{why}, slices of at least {width} columns")
     return TablePlan("table", 1, why)
 
 
@@ -255,26 +260,30 @@ def choose_plans(
 
 
 def imbalance(layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int) -> float:
-    """The most that a rank has over the mean, of cells held or of columns read."""
-    read = dict.fromkeys((table.name for table in layout.tables), 0.0)
+    """The most that a rank has over the mean: of cells held, of columns read, or of columns sent."""
+    read, features = (dict.fromkeys((table.name for table in layout.tables), 0.0) for _ in range(2))
     for feature in layout.features:
         read[feature.table] += feature.columns * feature.mean_length
-    cells, columns = [0.0] * ranks, [0.0] * ranks
+        features[feature.table] += 1
+    cells, columns, sent = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
     assigned = _assign(layout, plans, ranks)
+
+    def add(rank: int, table: Table, rows: int, width: int) -> None:
+        cells[rank] += rows * width
+        columns[rank] += read[table.name] * (rows * width / (table.rows * table.columns))
+        sent[rank] += width * features[table.name]
+
     for table in layout.tables:
-        size, kind = table.rows * table.columns, plans[table.name].kind
-        if kind == "replicated":
-            cells = [own + size for own in cells]
-            columns = [own + read[table.name] / ranks for own in columns]
-        elif kind == "row":
+        if plans[table.name].kind == "replicated":
+            cells = [own + table.rows * table.columns for own in cells]
+            columns = [own + read[table.name] * (1 / ranks) for own in columns]
+        elif plans[table.name].kind == "row":
             for rank, (start, stop) in enumerate(even_ranges(table.rows, ranks)):
-                cells[rank] += (stop - start) * table.columns
-                columns[rank] += read[table.name] * ((stop - start) * table.columns / size)
+                add(rank, table, stop - start, table.columns)
         else:
             for rank, (start, stop) in assigned[table.name]:
-                cells[rank] += table.rows * (stop - start)
-                columns[rank] += read[table.name] * (table.rows * (stop - start) / size)
-    return max(max(load) * ranks / sum(load) for load in (cells, columns))
+                add(rank, table, table.rows, stop - start)
+    return max(max(load) * ranks / (sum(load) or 1.0) for load in (cells, columns, sent))
 
 
 def lay_out(

@@ -61,16 +61,20 @@ def test_greedy_balance(sizes: list[tuple[int, int]], ranks: int, sharing: int) 
     assume(len(sizes) >= ranks)
     layout = layout_of(sizes, sharing)
     costs = table_costs(layout)
-    assert sum(costs.values()) == pytest.approx(2.0)
+    assert sum(costs.values()) == pytest.approx(3.0)
     held = {rank: [costs[s.table] for s in place(layout, "table", ranks) if s.rank == rank] for rank in range(ranks)}
     lightest = min(sum(costs) for costs in held.values())
     for costs_of_rank in held.values():
         assert sum(costs_of_rank) - min(costs_of_rank) <= lightest + 1e-9
 
 
-def test_cost_counts_bytes_and_lookups() -> None:
-    costs = table_costs(layout_of([(10, 4), (30, 4)], sharing=1))  # t0: 40 of 160 cells, 8 of 12 looked-up columns
-    assert costs == pytest.approx({"t0": 40 / 160 + 8 / 12, "t1": 120 / 160 + 4 / 12})
+def test_cost_counts_bytes_lookups_and_what_is_sent() -> None:
+    layout = layout_of([(10, 4), (30, 4)], sharing=1)  # t0: 40 of 160 cells, 8 of 12 columns that are sent
+    assert table_costs(layout) == pytest.approx({"t0": 40 / 160 + 2 * 8 / 12, "t1": 120 / 160 + 2 * 4 / 12})
+    long = dataclasses.replace(layout.features[-1], mean_length=7.0)
+    lists = dataclasses.replace(layout, features=(*layout.features[:-1], long))
+    owner = long.table
+    assert table_costs(lists)[owner] > table_costs(layout)[owner]
 
 
 def test_what_cannot_be_placed_says_why() -> None:
@@ -87,9 +91,9 @@ def test_slices_of_state_per_row_and_per_table() -> None:
     assert shard.per_table.slices == (slice(0, 1), slice(0, 1))
 
 
-def test_lists_that_are_always_empty_cost_their_bytes() -> None:
+def test_lists_that_are_always_empty_cost_bytes_and_what_is_sent() -> None:
     layout = layout_of([(10, 4)], sharing=1)
     unread = dataclasses.replace(
         layout, features=tuple(dataclasses.replace(f, mean_length=0.0) for f in layout.features)
     )
-    assert table_costs(unread) == {"t0": 1.0}
+    assert table_costs(unread) == {"t0": 2.0}

@@ -136,7 +136,9 @@ def test_large_tables_are_split_by_columns_where_wide_and_by_rows_where_narrow()
     assert (wide.kind, wide.parts, "slices of at least 16 columns" in wide.why) == ("column", 3, True)
     narrow = plan_tables(layout_of([(10_000, 16), (100, 16)]), "auto", 4, {}, None)["t0"]
     assert (narrow.kind, narrow.parts) == ("row", 4)
-    assert narrow.why == "2.98 of a fair share, 2.98 in slices of 16 columns"
+    assert narrow.why == "2.65 of a fair share, 2.65 in slices of 16 columns"
+    many = plan_tables(layout_of([(10_000, 64), (100, 64)]), "auto", 16, {}, None)["t0"]
+    assert (many.kind, many.parts) == ("column", 11), "over many ranks rows send too much"
     short = plan_tables(layout_of([(3, 16)]), "auto", 4, {}, None)["t0"]
     assert short.kind == "table", "three rows are not for four ranks"
 

@@ -102,6 +102,8 @@ class Hardware(Section):
         None, description="ranks that the links of a host join, where these reach over several hosts"
     )
     host_link_gb_s: Figure | None = Field(None, description="of a rank to the others of its host, each way")
+    one_fabric: bool = Field(False, description="bytes to other hosts take the same way as those inside: PCIe")
+    host_ring_gb_s: Figure | None = Field(None, description="the same in a ring; left out: as host_link_gb_s")
     host_link_us: DelayFigure | None = Field(None, description="of a collective inside a host, beside its bytes")
     network_gb_s: Figure | None = Field(None, description="of a rank to other hosts, each way")
     network_us: ByHosts | None = Field(None, description="of an all-to-all over hosts, beside its bytes; left out: 0")
