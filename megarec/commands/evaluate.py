@@ -27,7 +27,7 @@ from megarec.distributed.process import quiet_libraries, rank_device
 from megarec.errors import ArgumentParser, UserError, did_you_mean, exits_cleanly
 from megarec.evaluation.page import page
 from megarec.evaluation.report import Report, Scored, as_json, as_lines, is_finite, make_report
-from megarec.files import whole_file
+from megarec.files import check_output_file, whole_file
 from megarec.metrics.slices import Slices, in_tenths, slices_of
 from megarec.serving.bundle_predictor import BundlePredictor
 from megarec.serving.predictor import BatchModel, load_checkpoint, load_model
@@ -281,20 +281,6 @@ def fitting_schema(trained: Schema, found: Schema, path: Path) -> Schema:
     of_data = {key: getattr(found, key) for key in ("name", "labels", "labelled", "weight", "group", "time", "rows")}
     label = trained.label if trained.label in found.labels else found.label
     return trained.model_copy(update=of_data | {"label": label})
-
-
-def check_output_file(path: Path, option: str, kind: str) -> None:
-    """Before long work.
-
-    Raises:
-        UserError: it is a directory, a device or the like, or lies in no directory.
-    """
-    if path.is_dir():
-        raise UserError(f"--{option} {path}: is a directory; expected the name of a file ({kind}), new or to replace")
-    if path.exists() and not path.is_file():
-        raise UserError(f"--{option} {path}: is no regular file; expected the name of a file ({kind})")
-    if not path.parent.is_dir():
-        raise UserError(f"--{option} {path}: {path.parent} is no directory; make it, or choose another path")
 
 
 class PredictionTable:
