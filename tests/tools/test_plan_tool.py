@@ -43,7 +43,7 @@ def test_choose_writes_a_run_a_trace_and_a_page(tmp_path: Path) -> None:
     assert found["choice"]["given"]["examples_per_second"] <= found["examples_per_second"]
     config = load_config(out)
     assert config.deepspeed["zero_optimization"] == {"stage": 0, **found["choice"]["settings"][ZERO]}
-    again = json.loads(python("tools/plan.py", "--config", out, *command[6:-1], "--json", cwd=ROOT).stdout)
+    again = json.loads(python("tools/plan.py", "--config", out, *command[5:-1], "--json", cwd=ROOT).stdout)
     assert again["step_ms"] == found["step_ms"] and again["memory_bytes"] == found["memory_bytes"]
     assert json.loads(trace.read_text())["otherData"]["step_ms"] == pytest.approx(found["step_ms"]["total"])
     assert "Timeline of a rank" in page.read_text()
