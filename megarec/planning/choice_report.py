@@ -125,30 +125,39 @@ def as_json(chosen: Chosen) -> dict[str, Any]:
 def remedies(search: Search, best: Candidate) -> list[Remedy]:
     """Changes beyond the search, each alone, that let the best config fit: first those that need no more ranks, then
     by how many examples a second they leave; where none is enough, by what is still missing."""
-    found = []
-    for what, config, hosts in _changes(search, best.config):
+    found, enough = list[Remedy](), set[str]()
+    for kind, what, config, hosts in _changes(search, best.config):
+        if kind in enough:
+            continue
         own = Search(config, search.specs, search.hardware, hosts, search.ranks_per_host, search.allowed)
         made = own.candidate(config)
         if made.plan is not None:
             found.append(Remedy(what, made.plan, made.missing, own.ranks))
+            enough |= set() if made.missing else {kind}
     return sorted(found, key=lambda r: (r.missing, r.ranks, -r.plan.examples_per_second))
 
 
-def _changes(search: Search, config: RunConfig) -> Iterator[tuple[str, RunConfig, int]]:
+def _changes(search: Search, config: RunConfig) -> Iterator[tuple[str, str, RunConfig, int]]:
+    """(kind, for people, config, hosts); of a kind the mildest first."""
     embedding, hosts = config.embedding, search.hosts
     if embedding.weights == "fp32":
         half = embedding.model_copy(update={"weights": "fp16"})
-        yield "embedding.weights=fp16 (rounds the tables)", config.model_copy(update={"embedding": half}), hosts
+        yield (
+            "weights",
+            "embedding.weights=fp16 (rounds the tables)",
+            config.model_copy(update={"embedding": half}),
+            hosts,
+        )
     if embedding.optimizer in ("adam", "adagrad"):
         rows = embedding.model_copy(update={"optimizer": "rowwise_adagrad"})
-        yield "embedding.optimizer=rowwise_adagrad", config.model_copy(update={"embedding": rows}), hosts
+        yield "optimizer", "embedding.optimizer=rowwise_adagrad", config.model_copy(update={"embedding": rows}), hosts
     size = config.data.batch_size
     while size % (2 * search.ranks) == 0:
         size //= 2
-        yield f"data.batch_size={size}", put(with_batch(config, size), _ACCUMULATION, 1), hosts
+        yield "batch", f"data.batch_size={size}", put(with_batch(config, size), _ACCUMULATION, 1), hosts
     while hosts < MOST_HOSTS:
         hosts *= 2
-        yield f"{hosts} hosts", put(on_hosts(config, hosts), _ACCUMULATION, 1), hosts
+        yield "hosts", f"{hosts} hosts", put(on_hosts(config, hosts), _ACCUMULATION, 1), hosts
 
 
 _ACCUMULATION = "deepspeed.gradient_accumulation_steps"
