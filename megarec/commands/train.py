@@ -46,9 +46,10 @@ def main() -> None:
         with reported():
             end_without_launcher()
             from megarec.distributed.process import leave_job
+            from megarec.planning.planner import monitored_points
             from megarec.training.trainer import train  # seconds of imports that --print-config and a mistake can save
 
-            train(config, resume=arguments.resume, started=STARTED)
+            train(config, resume=arguments.resume, started=STARTED, predict=monitored_points)
             leave_job()
             if "RANK" in os.environ:
                 end_well()

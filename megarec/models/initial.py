@@ -19,7 +19,8 @@ TILE = 256, 1024  # rows, columns of the whole tensor that are drawn together: a
 
 def draw_normal_(weight: Tensor, std: float) -> None:
     """Draw a weight [rows, columns], and remember its standard deviation for `initialize`."""
-    nn.init.normal_(weight, std=std)
+    if not weight.is_meta:  # where there is nothing to draw, torch takes a while to find out
+        nn.init.normal_(weight, std=std)
     weight.initial_std = std  # type: ignore[attr-defined]
 
 

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from megarec.config.deepspeed import micro_batch_size
 from megarec.config.sections import RunConfig
@@ -20,6 +21,7 @@ from megarec.dense.settings import settings_of
 from megarec.dense.tensor_parallel import shard_mlps
 from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
+from megarec.models.blocks import MLP
 from megarec.planning.held_memory import runtime_bytes
 from megarec.planning.memo import Same, remembered
 from megarec.planning.traffic import placed, seen_by
@@ -72,6 +74,7 @@ def predict(
         spec.layout, shards, micro_batch * zero.accumulation, topology, by_micro_batch=by_micro_batch
     )
     parts["activations"] = _saved(config, spec, micro_batch)
+    parts["activations"] += zero.width * micro_batch * scattered_columns(spec, topology)
     parts["tables"] = table_bytes(own, config.embedding)
     parts["towers"] = tower_bytes(config, spec.towers, micro_batch * zero.accumulation, topology)
     parts["runtime"], parts["cached"] = runtime_bytes(topology, device, connected), 0
@@ -94,7 +97,7 @@ def largest_rank(
     Raises:
         UserError: ranks, batch and tables do not fit together.
     """
-    shards = shards or placed(config, spec, topology)
+    shards = placed(config, spec, topology) if shards is None else shards
     largest = dataclasses.replace(topology, rank=_holds_most(config, shards, topology.world_size))
     micro = micro_batch_size(config, topology.world_size)
     return with_totals(predict(config, spec, largest, micro, seen_by(shards, config, largest), device))
@@ -136,6 +139,28 @@ def parameter_sizes(spec: ModelSpec, topology: Topology) -> list[int]:
     place_in_group = topology.rank % topology.tensor_size
     shard_mlps(model, Channel("tensor", None, place_in_group, topology.tensor_size, Ledger()))
     return [parameter.numel() for parameter in model.parameters()]
+
+
+@remembered(lambda spec, topology: (Same(spec), topology.tensor_size))
+def scattered_columns(spec: ModelSpec, topology: Topology) -> int:
+    """Columns of an example that tensor-parallel MLPs save twice: the input of a last layer that is row-parallel by
+    itself, as it was and as columns of all ranks' examples (dense/tensor_parallel.py)."""
+    if topology.tensor_size == 1:
+        return 0
+    found = 0
+    for module in spec.meta_model().modules():
+        if is_shared(module, topology.tensor_size) and isinstance(module, MLP):
+            linears = [linear for linear in module.linears if isinstance(linear, nn.Linear)]
+            found += linears[-1].in_features * (len(linears) % 2)
+    return found
+
+
+def is_shared(module: nn.Module, size: int) -> bool:
+    """Whether the ranks of a tensor group share it: MLPs, but for a single layer whose inputs do not divide."""
+    if not isinstance(module, MLP):
+        return False
+    first = module.linears[0]
+    return len(module.linears) > 1 or (isinstance(first, nn.Linear) and first.in_features % size == 0)
 
 
 @remembered(

@@ -7,33 +7,41 @@
 Memory is memory.py's, traffic traffic.py's and roofline.py's (the ledger's bytes), pieces step_time.py's.
 """
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 
+from megarec.config.deepspeed import micro_batch_size
 from megarec.config.sections import RunConfig
 from megarec.dense.memory import Parts
 from megarec.dense.settings import settings_of
 from megarec.distributed.topology import Topology, check_divides, check_job
 from megarec.errors import UserError
 from megarec.planning.clock import Clock
+from megarec.planning.dense_traffic import run_messages
 from megarec.planning.hardware import Hardware
-from megarec.planning.memory import largest_rank
+from megarec.planning.memory import largest_rank, predict
 from megarec.planning.pieces import Piece, Timeline, timeline
 from megarec.planning.step_time import pieces_of
 from megarec.planning.traffic import placed
 from megarec.planning.work import Work, work_of
+from megarec.run.build import Run
 from megarec.run.spec import ModelSpec
+from megarec.sparse.placement import Shard
+from megarec.sparse.run_placement import place_run
 
 Link = Literal["host", "network"]
+MIB = 2**20
 
 
 class Sent(NamedTuple):
     """Bytes that a rank sends in a step.
 
     Attributes:
-        what: as in the ledger, or of the dense model: `dense gradients and weights`, `tensor-parallel layers`.
+        what: as in the ledger; from ZeRO 1 on `dense gradients and weights`, which it does not count.
         link: to ranks of its own host, or to those of others.
     """
 
@@ -78,11 +86,19 @@ class Plan:
         return self.examples * self.hosts * self.ranks_per_host / self.seconds
 
 
-def plan_run(config: RunConfig, spec: ModelSpec, hardware: Hardware, hosts: int, ranks_per_host: int) -> Plan:
+def plan_run(
+    config: RunConfig,
+    spec: ModelSpec,
+    hardware: Hardware,
+    hosts: int,
+    ranks_per_host: int,
+    shards: Sequence[Shard] | None = None,
+) -> Plan:
     """Predict memory, traffic and time of a run.
 
     Args:
         spec: the model that `config` asks for.
+        shards: where all tables lie; None: as the config places them.
 
     Raises:
         UserError: ranks, batch, tables and machine do not fit together, or a figure of the machine is not known.
@@ -90,7 +106,8 @@ def plan_run(config: RunConfig, spec: ModelSpec, hardware: Hardware, hosts: int,
     check_machine(config, hardware, hosts, ranks_per_host)
     ranks = hosts * ranks_per_host
     job = Topology(0, ranks, ranks_per_host, config.parallel.tensor)
-    shards = placed(config, spec, job)
+    micro_batch_size(config, ranks)  # fails on the arithmetic before anything takes time
+    shards = placed(config, spec, job) if shards is None else shards
     work = work_of(config, spec, hosts, ranks_per_host, shards)
     pieces = pieces_of(work, hardware)
     found = timeline(pieces)
@@ -111,7 +128,8 @@ def plan_run(config: RunConfig, spec: ModelSpec, hardware: Hardware, hosts: int,
 
 
 def sent_by(work: Work) -> tuple[Sent, ...]:
-    """Traffic by link, none that is empty. Of a ring over hosts each rank sends an equal share to the next host."""
+    """Traffic by link, none that is empty: what the ledger counts, and from ZeRO 1 on passes of a ring, of which each
+    rank sends an equal share to the next host."""
     found: dict[tuple[str, Link], int] = {}
 
     def add(what: str, inside: int, across: int) -> None:
@@ -119,14 +137,13 @@ def sent_by(work: Work) -> tuple[Sent, ...]:
         for link, size in sizes.items():
             found[what, link] = found.get((what, link), 0) + size
 
-    for message in work.messages:
+    for message in (*work.messages, *work.dense_messages):
         add(message.op, message.bytes - message.cross_host_bytes, message.cross_host_bytes)
     topology = work.topology
-    ring, crossing = sum(work.rings), 0
+    ring, crossing = sum(work.rings) if work.stage else 0, 0
     if topology.hosts > 1:
         crossing = ring * topology.tensor_size // topology.ranks_per_host
     add("dense gradients and weights", ring - crossing + sum(work.inside), crossing)
-    add("tensor-parallel layers", int(sum(work.tensor)), 0)
     return tuple(Sent(what, link, size) for (what, link), size in found.items() if size)
 
 
@@ -145,3 +162,33 @@ def check_machine(config: RunConfig, hardware: Hardware, hosts: int, ranks_per_h
             f"{config.parallel.ranks_per_host}; make them equal"
         )
     check_divides(hosts * ranks_per_host, ranks_per_host, config.parallel.tensor)
+
+
+def monitored_points(run: Run) -> dict[str, float]:
+    """What a run's monitor shows beside what it measures, by tag: memory by part and bytes sent of this rank.
+
+    Tags are those of the measured points with `_predicted` behind them. Lists count with their mean length, and
+    traffic is the ledger's, which does not see what DeepSpeed sends itself from ZeRO 1 on. None where the planner does
+    not know the run's optimizer.
+    """
+    config, spec, topology = run.config, run.spec, run.topology
+    shards = place_run(config, spec.layout, spec.towers, topology)
+    try:
+        micro = micro_batch_size(config, topology.world_size)
+        parts = predict(config, spec, topology, micro, shards, run.device)
+        messages = run_messages(config, spec, topology, shards)
+    except UserError:  # a run that trains is not ended by what is only shown
+        return {}
+    sent: dict[str, int] = defaultdict(int)
+    for message in messages:
+        sent[message.group] += message.bytes
+        sent["cross_host"] += message.cross_host_bytes
+    held = {
+        "tables": parts["tables"],
+        "dense": parts["parameters"] + parts["optimizer"],
+        "activations": parts["activations"],
+    }
+    return {
+        **{f"workload/memory_mib/{part}_predicted": size / MIB for part, size in held.items()},
+        **{f"workload/traffic_mib_per_step/{group}_predicted": size / MIB for group, size in sent.items()},
+    }

@@ -6,6 +6,7 @@ another; a step waits for the rank that sends most to other hosts, and tables an
 over the ranks in what they look up and update.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,15 @@ from megarec.config.base import Section
 from megarec.config.sections import RunConfig
 from megarec.config.towers import TOWER_MODULES, IdentityTowerConfig, TowerModule
 from megarec.data.schema import Schema
+from megarec.distributed.topology import Topology
 from megarec.errors import UserError
 from megarec.planning.hardware import Hardware
 from megarec.planning.pieces import timeline
 from megarec.planning.step_time import pieces_of
 from megarec.planning.work import Work, work_of
 from megarec.run.spec import ModelSpec, resolve
+from megarec.sparse.placement import Shard
+from megarec.sparse.run_placement import place_run
 
 COMPRESSIONS = (2, 4, 8, 16)
 FLAT, SPTT = "flat", "SPTT alone"
@@ -80,19 +84,35 @@ class TowersPay:
     sentence: str
 
 
-def compare(config: RunConfig, schema: Schema, hosts: int, ranks_per_host: int, hardware: Hardware) -> TowersPay:
+def compare(
+    config: RunConfig, schema: Schema, hosts: int, ranks_per_host: int, hardware: Hardware, work: Work | None = None
+) -> TowersPay:
     """Predict the run and every variant of it.
+
+    Args:
+        work: of the run, where it is known.
 
     Raises:
         UserError: ranks, batch, tables and machine do not fit together, or a figure of the machine is not known.
     """
-    run = predict(config, resolve(config, schema), hosts, ranks_per_host, hardware, "this run")
-    variants = [predict(*_flat(config, schema), hosts, ranks_per_host, hardware, FLAT)]
+    known = work_of(config, resolve(config, schema), hosts, ranks_per_host) if work is None else work
+    run = time_of(known, hardware, "this run")
+    plain = config.parallel.exchange == "flat" and run.compression is None
+    variants = [
+        dataclasses.replace(run, name=FLAT)
+        if plain
+        else predict(*_flat(config, schema), hosts, ranks_per_host, hardware, FLAT)
+    ]
+    shards = None  # modules change nothing of where tables lie
     for compression in (None, *COMPRESSIONS):
         name = SPTT if compression is None else f"compression {compression}"
         try:
             own = with_towers(config, hosts, compression)
-            variants.append(predict(own, resolve(own, schema), hosts, ranks_per_host, hardware, name))
+            spec = resolve(own, schema)
+            if shards is None:
+                job = Topology(0, hosts * ranks_per_host, ranks_per_host, own.parallel.tensor)
+                shards = place_run(own, spec.layout, spec.towers, job)
+            variants.append(predict(own, spec, hosts, ranks_per_host, hardware, name, shards))
         except UserError as error:
             variants.append(Variant(name, compression, impossible=str(error)))
     best, pays = choose(variants)
@@ -162,10 +182,16 @@ def time_of(work: Work, hardware: Hardware, name: str) -> Variant:
 
 
 def predict(
-    config: RunConfig, spec: ModelSpec, hosts: int, ranks_per_host: int, hardware: Hardware, name: str
+    config: RunConfig,
+    spec: ModelSpec,
+    hosts: int,
+    ranks_per_host: int,
+    hardware: Hardware,
+    name: str,
+    shards: Sequence[Shard] | None = None,
 ) -> Variant:
     """A step of one way to run the model; see `work_of` and `time_of`."""
-    return time_of(work_of(config, spec, hosts, ranks_per_host), hardware, name)
+    return time_of(work_of(config, spec, hosts, ranks_per_host, shards), hardware, name)
 
 
 def choose(variants: Sequence[Variant]) -> tuple[Variant | None, bool]:

@@ -137,6 +137,8 @@ def seen_by(shards: Sequence[Shard], config: RunConfig, topology: Topology) -> S
     if config.parallel.exchange == "tower" or topology.rank < 2:
         return shards
     names = replicated(shards)
+    if any(s.rank == topology.rank and s.table in names for s in shards):
+        return shards  # all copies are listed
     copies = [dataclasses.replace(s, rank=topology.rank) for s in shards if s.table in names and s.rank == 0]
     return [*shards, *copies]
 

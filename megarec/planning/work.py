@@ -15,6 +15,7 @@ from megarec.dense.reduction import BUCKETS
 from megarec.distributed.topology import Topology
 from megarec.errors import UserError
 from megarec.planning import roofline
+from megarec.planning.dense_traffic import dense_messages
 from megarec.planning.memo import Same, remembered
 from megarec.planning.skew import Reads
 from megarec.planning.traffic import Message, mean_ids, placed, sparse_messages
@@ -38,6 +39,7 @@ class Work:
             stay in a host; `tensor` those of the tensor-parallel layers.
         overlap: whether messages travel while the rank computes; None: as the machine decides (run/build.py).
         buckets: messages that carry the dense gradients.
+        dense_messages: of the dense side, as far as the ledger counts them.
         early: whether these leave while the backward pass still computes.
         moved: bytes in memory by what is done; ids spread evenly over the rows.
         reads: lookups of each table by all ranks.
@@ -57,6 +59,7 @@ class Work:
     overlap: bool | None
     buckets: int
     early: bool
+    dense_messages: list[Message]
     moved: dict[str, int]
     reads: tuple[Reads, ...]
     launches: int
@@ -69,7 +72,7 @@ def work_of(
     """A step of the rank that sends most to other hosts.
 
     Args:
-        shards: `traffic.placed`; None: they are placed here.
+        shards: where all tables lie (`traffic.placed` is enough); None: as the config places them.
 
     Raises:
         UserError: ranks, batch and tables do not fit together.
@@ -80,7 +83,8 @@ def work_of(
     if zero.offloaded:
         raise UserError("plan: deepspeed.zero_optimization.offload_optimizer is not in its model; leave it out")
     batch, sizes = config.data.batch_size // world, roofline.parameter_sizes(spec, first)
-    messages, topology = busiest(config, spec, first, shards or placed(config, spec, first))
+    shards = placed(config, spec, first) if shards is None else shards
+    messages, topology = busiest(config, spec, first, shards)
     towered = config.parallel.exchange == "tower"
     modules, held, tower_ops = spec.towers.modules, spec.towers.towers, list[roofline.Op]()
     if modules is not None and held is not None:
@@ -98,6 +102,7 @@ def work_of(
         rings=roofline.zero_messages(sum(sizes), zero),
         inside=roofline.hpz_messages(sum(sizes), zero),
         tensor=roofline.tensor_messages(spec, zero, topology, batch),
+        dense_messages=dense_messages(config, spec, topology),
         stage=zero.stage,
         overlap=config.parallel.overlap,
         buckets=_buckets(sum(sizes), zero),

@@ -164,12 +164,13 @@ def _gradients(sizes: Sequence[int], zero: Zero, partition: int) -> int:
     if zero.offloaded:  # zero/stage_1_and_2.py: they go to the fp32 copy in host memory (part `step`)
         return 0
     # zero/stage_1_and_2.py, copy_grads_in_partition: every parameter that reaches into the partition, whole
-    start = zero.rank * partition
-    stops = list(itertools.accumulate(sizes))
-    touching = (
-        size for size, stop in zip(sizes, stops, strict=True) if stop > start and stop - size < start + partition
-    )
-    return zero.width * sum(touching)
+    return zero.width * sum(_touching(sizes, zero, partition))
+
+
+def _touching(sizes: Sequence[int], zero: Zero, partition: int) -> list[int]:
+    """Sizes of the parameters that reach into the rank's partition."""
+    start, stops = zero.rank * partition, itertools.accumulate(sizes)
+    return [size for size, stop in zip(sizes, stops, strict=True) if stop > start and stop - size < start + partition]
 
 
 def _offload_buffer(zero: Zero, partition: int) -> int:
@@ -181,6 +182,9 @@ def _step(sizes: Sequence[int], zero: Zero, partition: int) -> int:
     """The gradients as the optimizer takes them, in fp32; with offload they stay, else they live while it steps."""
     if zero.stage == 3 and not zero.offloaded:  # zero/stage3.py steps sub-group by sub-group
         return MASTER * min(partition, int(zero.settings.sub_group_size))
+    if zero.width == MASTER and not zero.offloaded:  # a partition inside one parameter is a view of its whole gradient
+        touching = _touching(sizes, zero, partition)
+        return MASTER * (touching[0] if len(touching) == 1 else partition)
     return MASTER * partition
 
 

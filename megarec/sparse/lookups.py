@@ -75,7 +75,9 @@ def plan_lookups(
         triton: those of Triton; the others are torch's.
     """
     position = {table.name: index for index, table in enumerate(layout.tables)}
-    features = {name: [f for f in layout.features if f.table == name] for name in position}
+    features: dict[str, list[Feature]] = {name: [] for name in position}
+    for feature in layout.features:
+        features[feature.table].append(feature)
     by_rows = split_by_rows(shards)
     held: list[list[Shard]] = [[] for _ in range(world_size)]
     for shard in shards:

@@ -315,6 +315,7 @@ def _assign(
     load = [0.0] * ranks
     everywhere = {table.name for table in layout.tables if plans[table.name].kind in ("row", "replicated")}
     found: dict[str, list[tuple[int, tuple[int, int]]]] = {}
+    lightest: list[tuple[float, int]] = []  # a heap, from the first table on that does not lie on all ranks
     for table in sorted(layout.tables, key=lambda table: (table.name not in everywhere, -costs[table.name])):
         size = table.rows * table.columns
         if plans[table.name].kind == "row":
@@ -324,12 +325,14 @@ def _assign(
             cost = costs[table.name] * table.rows * table.columns / size
             load = [own + cost for own in load]
         else:
-            columns = _even_columns(table, plans[table.name].parts)
-            # Wider slices come first: to the lighter ranks.
-            lightest = heapq.nsmallest(len(columns), range(ranks), key=load.__getitem__)
-            found[table.name] = list(zip(lightest, columns, strict=False))
+            if not lightest:
+                lightest = sorted((own, rank) for rank, own in enumerate(load))
+            columns = _even_columns(table, plans[table.name].parts)  # wider slices come first: to the lighter ranks
+            takers = [heapq.heappop(lightest)[1] for _ in columns]
+            found[table.name] = list(zip(takers, columns, strict=True))
             for rank, (start, stop) in found[table.name]:
                 load[rank] += costs[table.name] * table.rows * (stop - start) / size
+                heapq.heappush(lightest, (load[rank], rank))
     return found
 
 

@@ -33,9 +33,19 @@ class StepLog:
         state: of the run.
         window: predictions that the log has not shown yet.
         started: time.time() of the process start.
+        predicted: points that stand beside the measured ones, the same at every log line.
     """
 
-    def __init__(self, run: Run, console: Console, state: TrainState, window: Predictions, started: float) -> None:
+    def __init__(
+        self,
+        run: Run,
+        console: Console,
+        state: TrainState,
+        window: Predictions,
+        started: float,
+        predicted: dict[str, float],
+    ) -> None:
+        self._predicted = predicted
         self.run, self.console, self.state, self.window = run, console, state, window
         self.started = started
         self.timer = StepTimer(run.device)
@@ -114,6 +124,7 @@ class StepLog:
             "workload/tflops": tflops,
             "workload/mfu": None if tflops is None else tflops / self._peak,
             **self._of_all_ranks(self.timer.milliseconds()),
+            **self._predicted,
         }
         if not self._laid_out and (rate is not None or state.step == run.schedule.total_steps):  # else tags are missing
             tags = [tag for tag, value in values.items() if value is not None]

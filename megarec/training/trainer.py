@@ -36,7 +36,10 @@ METRICS_FILE = "metrics.json"
 _log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
+Predict = Callable[[Run], dict[str, float]]
+
+
+def train(config: RunConfig, resume: bool, started: float, predict: Predict | None = None) -> dict[str, Any]:
     """Train, keep the best by validation, test it, write metrics.json; collective.
 
     A run that its fault policy stops writes one too, with the reason as "stopped" and no "test".
@@ -44,6 +47,7 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
     Args:
         resume: continue from the latest checkpoint under train.output_dir, or start from scratch if there is none.
         started: time.time() of the process start, for the time to the first step.
+        predict: points that TensorBoard shows beside what is measured, by their tags.
 
     Returns:
         What metrics.json holds.
@@ -52,10 +56,12 @@ def train(config: RunConfig, resume: bool, started: float) -> dict[str, Any]:
         RunEnded: stopped by the fault policy, or pre-empted; on every rank, with everything saved that will be.
     """
     with Interruption() as interruption:
-        return _train(config, resume, started, interruption)
+        return _train(config, resume, started, interruption, predict)
 
 
-def _train(config: RunConfig, resume: bool, started: float, interruption: Interruption) -> dict[str, Any]:
+def _train(
+    config: RunConfig, resume: bool, started: float, interruption: Interruption, predict: Predict | None
+) -> dict[str, Any]:
     check_outputs(config)
     device = start_process(config)
     with only_run_in(Path(config.train.output_dir), device) as remark:
@@ -67,7 +73,8 @@ def _train(config: RunConfig, resume: bool, started: float, interruption: Interr
                 _log.warning("%s", remark)
             if previous is not None:
                 _log.info("an earlier run is in %s now: this one starts from scratch", previous)
-            return _train_and_test(run, console, resume, started, interruption)
+            predicted = {} if predict is None else predict(run)
+            return _train_and_test(run, console, resume, started, interruption, predicted)
 
 
 def _begin(run: Run, resume: bool) -> tuple[Path | None, Console]:
@@ -87,7 +94,7 @@ def _begin(run: Run, resume: bool) -> tuple[Path | None, Console]:
 
 
 def _train_and_test(
-    run: Run, console: Console, resume: bool, started: float, interruption: Interruption
+    run: Run, console: Console, resume: bool, started: float, interruption: Interruption, predicted: dict[str, float]
 ) -> dict[str, Any]:
     config, output, monitor = run.config, Path(run.config.train.output_dir), run.dense.monitor
     _check_validation(run)
@@ -112,7 +119,7 @@ def _train_and_test(
         _log.warning(line)
     if (reason := _nothing_to_train(run, state)) is not None:
         _log.warning("NO STEP WILL BE MADE: %s is at step %d, and %s", name, state.step, reason)
-    step_log = StepLog(run, console, state, window, started)
+    step_log = StepLog(run, console, state, window, started, predicted)
     trainer = Trainer(run, step_log, checkpoints, interruption)
     try:
         with tracing(config.train.trace, output / "trace", run.topology.rank, state.step) as step_done:

@@ -5,6 +5,7 @@ n_t embeddings of width D leave it. The compression is F N / (sum n_t D): by as 
 D is one number over all towers, since the dense model sees sum n_t embeddings of width D.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -198,10 +199,13 @@ def _proportional_preset(
 
 def apportion(total: int, weights: Sequence[int], least: int) -> list[int]:
     """Whole numbers near total x weight / sum of weights, at least `least` each, that add up to `total`."""
-    parts = [least] * len(weights)
+    parts, whole = [least] * len(weights), sum(weights)
+    largest = [(least * whole - total * weight, place) for place, weight in enumerate(weights)]  # shortfalls, negative
+    heapq.heapify(largest)
     for _ in range(total - sum(parts)):
-        shortfalls = [total * weight - part * sum(weights) for weight, part in zip(weights, parts, strict=True)]
-        parts[shortfalls.index(max(shortfalls))] += 1
+        shortfall, place = largest[0]
+        parts[place] += 1
+        heapq.heapreplace(largest, (shortfall + whole, place))
     return parts
 
 

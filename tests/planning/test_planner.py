@@ -1,0 +1,81 @@
+"""A plan is a pure function; its parts agree with each other, and with what a run's monitor is told."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from megarec.config.load import load_config
+from megarec.data.schema import schema_of
+from megarec.distributed.topology import Topology
+from megarec.errors import UserError
+from megarec.planning.hardware import Figure, load_hardware
+from megarec.planning.planner import Plan, monitored_points, plan_run
+from megarec.run.build import Run
+from megarec.run.spec import resolve
+
+CONFIG = Path(__file__).resolve().parents[2] / "ds_configs/mlperf-dlrm-dcnv2.json"
+
+
+def plan(kind: str, hosts: int, ranks: int, *overrides: str, **figures: float) -> Plan:
+    hardware = load_hardware(kind)
+    changed = {name: Figure(value=value, source="made up") for name, value in figures.items()}
+    config = load_config(CONFIG, ["data.batch_size=65536", *overrides])
+    return plan_run(config, resolve(config, schema_of(config.data)), hardware.model_copy(update=changed), hosts, ranks)
+
+
+def test_parts_of_a_plan_agree() -> None:
+    found = plan("h100", 2, 8)
+    assert found.fits and found.memory["total"] < found.available == 80_000_000_000
+    assert found.seconds == pytest.approx(sum(found.timeline.exposed.values()))
+    assert found.examples_per_second == pytest.approx(65_536 / found.seconds)
+    names = [piece.name for piece in found.pieces]
+    assert len(set(names)) == len(names)
+    assert all(set(piece.after) <= set(names[:place]) for place, piece in enumerate(found.pieces))
+    sent = {(row.what, row.link): row.bytes for row in found.traffic}
+    messages = found.work.messages
+    assert sum(size for (_, link), size in sent.items() if link == "network") >= sum(
+        message.cross_host_bytes for message in messages
+    )
+    assert plan("h100", 2, 8).timeline == found.timeline
+
+
+def test_a_slower_part_of_a_machine_makes_a_longer_step() -> None:
+    base = plan("h100", 2, 4).seconds
+    for figure, value in (
+        ("network_gb_s", 5.0), ("gemm_tflops", 100.0), ("memory_tb_s", 0.5), ("host_link_gb_s", 5.0),
+    ):  # fmt: skip
+        assert plan("h100", 2, 4, **{figure: value}).seconds > 1.05 * base, figure
+    assert not plan("a40", 1, 2).fits, "209 GB of tables on two cards of 48"
+
+
+def test_hosts_of_one_scale_up_domain_cross_no_network() -> None:
+    joined, apart = plan("gb200", 2, 4), plan("gb200", 2, 4, scale_up_ranks=4)
+    assert joined.seconds == pytest.approx(plan("gb200", 1, 8).seconds, rel=0.01)
+    assert apart.seconds > 1.2 * joined.seconds
+
+
+@pytest.mark.parametrize(
+    ("hosts", "ranks", "overrides", "said"),
+    [
+        (1, 9, (), "a host of H100 has 8"),
+        (0, 8, (), "--hosts 0: expected at least 1"),
+        (1, 8, ("parallel.ranks_per_host=4",), "make them equal"),
+        (3, 8, (), "65536"),
+    ],
+)
+def test_what_cannot_be(hosts: int, ranks: int, overrides: tuple[str, ...], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        plan("h100", hosts, ranks, *overrides)
+
+
+def test_the_monitor_is_told_the_same() -> None:
+    config = load_config(CONFIG, ["data.batch_size=512", "deepspeed.fp16.enabled=false", "embedding.placement=auto"])
+    spec, topology = resolve(config, schema_of(config.data)), Topology(1, 2, 2, 1)
+    run: Any = SimpleNamespace(config=config, spec=spec, topology=topology, device=torch.device("cpu"))
+    points = monitored_points(cast(Run, run))
+    assert points["workload/memory_mib/tables_predicted"] > 50_000
+    assert points["workload/traffic_mib_per_step/world_predicted"] > 0
+    assert points["workload/traffic_mib_per_step/cross_host_predicted"] == 0

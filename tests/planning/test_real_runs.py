@@ -1,0 +1,147 @@
+"""A plan against real steps on 1, 2 and 4 ranks: bytes of memory by part, and bytes sent, to the byte."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from megarec.config.deepspeed import micro_batch_size
+from megarec.config.sections import RunConfig
+from megarec.data.batch import Batch, Ids
+from megarec.data.schema import CategoricalFeature, Schema
+from megarec.dense.memory import Parts
+from megarec.distributed.process import start_process
+from megarec.distributed.rank_pool import RankPool
+from megarec.distributed.topology import Topology, build_topology
+from megarec.planning import rehearse
+from megarec.planning.dense_traffic import run_messages
+from megarec.planning.memory import predict
+from megarec.planning.shrink import Fit
+from megarec.run.build import build_model
+from megarec.run.spec import resolve
+from megarec.sparse.run_placement import place_run
+
+EXAMPLES, LENGTH, STEPS = 64, 2, rehearse.STEPS
+NAMES = [f"f{i}" for i in range(6)]
+SCHEMA = Schema(
+    name="real",
+    categorical=tuple(
+        CategoricalFeature(name=name, rows=400, multi_valued=i == 5, mean_length=LENGTH if i == 5 else 1)
+        for i, name in enumerate(NAMES)
+    ),
+    numeric=("n0", "n1"),
+    rows={},
+)
+WUKONG = {
+    "name": "wukong", "dim": 16, "layers": 2, "num_fm": 4, "num_lcb": 4, "rank": 6, "mlp": [64, 64], "head": [32],
+    "numeric_mlp": [16],
+}  # fmt: skip
+DLRM = {"name": "dlrm", "dim": 16, "numeric_mlp": [64], "head": [128, 64]}
+DCN = {"name": "dcn", "dim": 16, "layers": 2, "rank": 16, "numeric_mlp": [16], "head": [128]}
+TOWERS = {"exchange": "tower", "towers": [NAMES[:3], NAMES[3:]]}
+MODULE = {"name": "dlrm", "compression": 2}
+
+
+def _deepspeed(stage: int, **more: Any) -> dict[str, Any]:
+    return {"deepspeed": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000}, **more}}
+
+
+BF16 = {"bf16": {"enabled": True}}
+CASES: dict[str, dict[str, Any]] = {
+    "wukong": {"model": WUKONG},
+    "wukong, ZeRO 1": {"model": WUKONG, **_deepspeed(1)},
+    "wukong, ZeRO 2 in bf16": {"model": WUKONG, **_deepspeed(2, **BF16), "embedding": {"weights": "fp16"}},
+    "wukong, recomputed": {"model": WUKONG, "dense": {"recompute": "full"}},
+    "wukong, two micro-batches": {"model": WUKONG, **_deepspeed(0, gradient_accumulation_steps=2)},
+    "wukong, SGD": {"model": WUKONG, "dense": {"optimizer": "sgd"}, "embedding": {"optimizer": "sgd"}},
+    "dlrm": {"model": DLRM},
+    "dlrm, ZeRO 2": {"model": DLRM, **_deepspeed(2)},
+    "dlrm in 16 bits": {"model": DLRM, "parallel": {"messages": ["fp16", "bf16"]}},
+    "dlrm, by columns": {"model": DLRM, "embedding": {"placement": "column", "optimizer": "adagrad"}},
+    "dcn": {"model": DCN},
+    "dcn, ZeRO 1 in bf16": {"model": DCN, **_deepspeed(1, **BF16)},
+    "dcn, copies": {"model": DCN, "embedding": {"placement": "replicated"}},
+}
+ON_HOSTS: dict[str, dict[str, Any]] = {  # two hosts of two ranks
+    "wukong, towers": {"model": WUKONG, "parallel": TOWERS},
+    "wukong, tower modules": {
+        "model": WUKONG,
+        "parallel": TOWERS,
+        "tower_module": {"name": "wukong", "compression": 2},
+    },
+    "dlrm, tower modules": {"model": DLRM, "parallel": TOWERS, "tower_module": MODULE},
+    "dlrm, tower modules, ZeRO 2": {"model": DLRM, "parallel": TOWERS, "tower_module": MODULE, **_deepspeed(2)},
+    "dcn, towers in 16 bits": {"model": DCN, "parallel": {**TOWERS, "messages": ["fp16", "fp16"]}},
+    "dcn, flat over hosts": {"model": DCN},
+    "wukong, tensor 2": {"model": WUKONG, "parallel": {"tensor": 2}},
+}
+PARTS = ("parameters", "gradients", "optimizer", "step", "activations", "tables", "towers")
+"""What is predicted exactly; `communication` of ZeRO is an estimate, held to a bound of its own."""
+
+
+def config_of(case: dict[str, Any], ranks: int) -> RunConfig:
+    base: dict[str, Any] = {
+        "data": {"path": "-", "batch_size": EXAMPLES * ranks},
+        "train": {"threads": 1},
+        "deepspeed": {"zero_optimization": {"stage": 0}},
+    }
+    return RunConfig.model_validate({**base, **case})
+
+
+def a_batch(size: int) -> Batch:
+    """Lists of mean length; ids spread evenly."""
+    ids = {name: Ids(torch.arange(size) * 7 % 400) for name in NAMES[:5]}
+    ids["f5"] = Ids(torch.arange(size * LENGTH) * 3 % 400, torch.full((size,), LENGTH))
+    numeric, labels = torch.randn(size, 2), torch.arange(size) % 2
+    return Batch(numeric, ids, labels.float(), torch.arange(size), size)
+
+
+def real_steps(names: list[str], hosts: int) -> dict[str, tuple[Parts, list[dict[str, Any]]]]:
+    """On a rank: by case, the parts at their peaks and the ledger of some steps."""
+    cases, found = {**CASES, **ON_HOSTS}, {}
+    for name in names:
+        world = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
+        config = config_of(cases[name], world)
+        device = start_process(config)
+        topology = build_topology(world // hosts, config.parallel.tensor)
+        spec = resolve(config, SCHEMA)
+        model = build_model(config, spec, topology, device)
+        micro = micro_batch_size(config, topology.world_size)
+        fitted = Fit(spec.cost, config, SCHEMA, spec, (), micro, micro, None, {}, {})
+        with patch.object(rehearse, "make_batch", lambda schema, size, seed: a_batch(size)):
+            peak, _, _ = rehearse.run_steps(fitted, model, topology, device)
+        found[name] = peak, model.ledger.rows()
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "hosts"), [(1, 1), (2, 1), (4, 1), (4, 2)])
+def test_memory_and_traffic(ranks: int, hosts: int, rank_pool: Callable[[int], RankPool]) -> None:
+    names = list(ON_HOSTS if hosts == 2 else CASES)
+    cases = {**CASES, **ON_HOSTS}
+    wrong = []
+    for rank, by_case in enumerate(rank_pool(ranks).run(real_steps, names, hosts)):
+        for name, (peak, rows) in by_case.items():
+            config = config_of(cases[name], ranks)
+            spec, topology = resolve(config, SCHEMA), Topology(rank, ranks, ranks // hosts, config.parallel.tensor)
+            shards = place_run(config, spec.layout, spec.towers, topology)
+            predicted = predict(config, spec, topology, micro_batch_size(config, ranks), shards)
+            for part in PARTS:
+                if abs(predicted[part] - peak[part]) > 0.05 * max(peak[part], 4096):
+                    wrong.append(f"{name}, rank {rank} of {ranks}: {part} {predicted[part]:,}, held {peak[part]:,}")
+            expected: dict[tuple[str, str, str, str], list[int]] = {}
+            for message in run_messages(config, spec, topology, shards):
+                entry = expected.setdefault(message[:4], [0, 0])
+                entry[0] += message.bytes
+                entry[1] += message.cross_host_bytes
+            sent = {
+                (row["group"], row["op"], row["dtype"], row["direction"]): [
+                    row["bytes"] / STEPS, row["cross_host_bytes"] / STEPS,
+                ]
+                for row in rows
+                if row["bytes"]
+            }  # fmt: skip
+            if sent != expected:
+                wrong.append(f"{name}, rank {rank} of {ranks}: sent {sent}, predicted {expected}")
+    assert not wrong, "\n".join(wrong)
