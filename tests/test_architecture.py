@@ -22,7 +22,7 @@ FLOORS = [  # from the ground up; rooms of one floor do not know each other
     ["checkpoint"],
     ["training"],
     ["serving", "launching", "planning", "parity"],
-    ["scaling", "evaluation"],
+    ["scaling", "evaluation", "recipes"],
     ["commands"],
     ["train"],
 ]

@@ -23,7 +23,7 @@ from megarec.files import parse_json, read_json, renamed_to, write_whole
 from megarec.launching.exit_report import parse
 from megarec.launching.preflight import files_of
 from megarec.scaling.grid import read_grid
-from megarec.scaling.results import _read_row, _validation_loss
+from megarec.scaling.results import _read_row, validation_loss
 from megarec.scaling.sweep import _metrics
 
 ROOT = Path(__file__).parents[1]
@@ -150,8 +150,8 @@ def test_half_a_line_of_a_killed_rank_is_none_of_its_causes() -> None:
 def test_a_row_of_a_sweep_whose_quality_is_no_number_is_never_the_best() -> None:
     by_auc: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(best_by="auc")))
     for value in (None, math.nan, math.inf, -math.inf):
-        assert _validation_loss(by_auc, {"valid_auc": value}) == math.inf
-    assert _validation_loss(by_auc, {"valid_auc": 0.75}) == -0.75
+        assert validation_loss(by_auc, {"valid_auc": value, "valid_logloss": 0.5}) == math.inf
+    assert validation_loss(by_auc, {"valid_auc": 0.75, "valid_logloss": 0.5}) == -0.75
 
 
 def test_a_key_that_comes_again_is_found_in_time() -> None:
@@ -175,6 +175,7 @@ ELSEWHERE = {  # where another reader stands, and why
     "megarec/data/preparation/merge.py": "the work's own note; what is not whole is made again",
     "megarec/data/preparation/scan.py": "the work's own note; what is not whole is made again",
     "megarec/data/preparation/splits.py": "the work's own note; what is not whole is made again",
+    "megarec/scaling/search_report.py": "the words that the search itself gave a trial as --set",
     "tools/benchmarks/groups.py": "what the tools print",
     "tools/benchmarks/testbed.py": "what `ip -json` says",
     "tools/benchmarks/towers.py": "what its own ranks say",

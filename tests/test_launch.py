@@ -52,12 +52,20 @@ def test_print_config_shows_the_resolved_run(config: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["two"], "error: JOBS two: expected a whole number from 1 on\n"),
-        (["2", "tower"], "error: STUDY tower: no ds_configs/studies/tower.json; expected towers or towers-first\n"),
+        (["towers", "two"], "error: JOBS two: expected a whole number from 1 on\n"),
+        (
+            ["towers", "2", "tower"],
+            "error: STUDY tower: no ds_configs/studies/tower.json; expected towers or towers-first\n",
+        ),
+        (
+            ["search", "2", "ml"],
+            "error: NAME ml: expected movielens-100k, movielens-100k-by-time or movielens-1m\n",
+        ),
     ],
 )
-def test_a_study_of_towers_is_refused_before_its_data_are_made(words: list[str], said: str) -> None:
-    done = subprocess.run(["bash", ROOT / "launch/towers.sh", *words], capture_output=True, text=True, timeout=60)
+def test_a_study_is_refused_before_its_data_are_made(words: list[str], said: str) -> None:
+    script = [ROOT / f"launch/{words[0]}.sh", *words[1:]]
+    done = subprocess.run(["bash", *script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 

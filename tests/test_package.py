@@ -11,6 +11,7 @@ import pytest
 import megarec
 from megarec import ray_cluster
 from megarec.commands.cli import COMMANDS, LAUNCH
+from megarec.scaling import proposals
 from tests import processes
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +100,8 @@ def test_the_metadata_agrees_with_the_pins_of_the_scripts() -> None:
     assert pins("requirements-dev.txt") == set(extras["dev"])
     assert pins("requirements-docs.txt") == set(extras["docs"])
     assert pins("requirements-serve.txt") == {*extras["export"], *extras["serve"]}
-    assert extras["ray"] == [ray_cluster.REQUIREMENT] and ray_cluster.REQUIREMENT in extras["dev"]
+    for name, requirement in (("ray", ray_cluster.REQUIREMENT), ("search", proposals.REQUIREMENT)):
+        assert extras[name] == [requirement] and requirement in extras["dev"]
 
 
 def test_the_scripts_take_the_python_versions_of_the_metadata() -> None:

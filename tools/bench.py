@@ -1,6 +1,7 @@
 """One benchmark side by side with its reference, in one run.
 
 python tools/bench.py tables          # the sparse side over bare FBGEMM
+python tools/bench.py regularisation  # L2 on all rows of a table of a million rows, over plain torch
 python tools/bench.py flat --json     # the flat exchange over TorchRec's (bash tools/bench_env.sh first)
 python tools/bench.py dense           # the dense model against the machine's GEMM peak
 python tools/bench.py tensor          # tensor parallelism against data parallelism on two ranks
@@ -15,6 +16,7 @@ python tools/bench.py groups           # does the partitioner find the hidden gr
 python tools/bench.py loader           # the loader's examples a second over bare takes of Arrow
 python tools/bench.py serving          # one raw row from an export, and over HTTP, beside eager torch
 python tools/bench.py evaluation       # GAUC, NDCG and bootstrap of ten million rows, beside scikit-learn
+python tools/bench.py sequences        # lists row by row, as sequences want them, beside the pooled exchange
 """
 
 import difflib
@@ -29,6 +31,7 @@ from megarec.errors import ArgumentParser, UserError, exits_cleanly
 
 NAMES = (
     "tables",
+    "regularisation",
     "flat",
     "dense",
     "tensor",
@@ -43,6 +46,7 @@ NAMES = (
     "prepare",
     "serving",
     "evaluation",
+    "sequences",
 )
 
 

@@ -22,12 +22,15 @@ from megarec.sparse.towers.replicas import states_of
 
 
 def described(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a schema decides its shapes; counts of rows, mean lengths and texts for people do not."""
+    """What of a schema decides its shapes; counts of rows, mean lengths, orders and texts for people do not."""
     kept = {key: schema.get(key) for key in ("categorical", "numeric", "label")}
+    kept["tasks"] = schema.get("tasks") or []  # an earlier version had one label
     features = kept["categorical"]
     if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
         return kept
-    return kept | {"categorical": [{key: f[key] for key in f if key != "mean_length"} for f in features]}
+    return kept | {
+        "categorical": [{key: f[key] for key in f if key not in ("mean_length", "newest")} for f in features]
+    }
 
 
 def check_schema(directory: Path, index: Index, schema: Mapping[str, Any]) -> None:
@@ -82,7 +85,10 @@ def check_tensors(
 
 def _why(index: Index, config: Mapping[str, Any]) -> str:
     for section in ("model", "tower_module", "embedding", "dense", "data"):
-        for key, there, here in differences(index.config.get(section), config.get(section), section):
+        known, own = index.config.get(section), config.get(section)
+        if isinstance(known, dict) and isinstance(own, dict):  # a key that an earlier version did not have is no reason
+            own = {key: value for key, value in own.items() if key in known}
+        for key, there, here in differences(known, own, section):
             if key not in ("embedding.placement", "embedding.backend", "data.path"):
                 return f" ({key}: {short(there)} there, {short(here)} here); resume with its config"
     return "; resume with the config it was written with"

@@ -1,6 +1,7 @@
 """What a checkpoint of a run consists of, and the way back."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from megarec.checkpoint import compatibility, settings, sparse
 from megarec.checkpoint.format import DTYPES, Index
+from megarec.checkpoint.offline import AVERAGES
 from megarec.checkpoint.reading import Reader
 from megarec.checkpoint.sparse import TABLES, TOWERS
 from megarec.dense.masters import DENSE as DENSE
@@ -20,21 +22,47 @@ from megarec.slices import Ints, TensorSlice
 
 WINDOW = "metrics/window"
 RANDOM = "random/"
+MISSING = -1e30  # in place of a label; no logit
 
 
 def written(run: Run, window: Predictions | None) -> list[TensorSlice]:
     """What this rank writes; over all ranks every element of every tensor once."""
     layout, topology = run.spec.layout, run.topology
+    run.sparse.settle()
     pieces = run.dense.written() + sparse.tables_written(run.sparse, layout, topology)
     if run.sparse.modules is not None:
         pieces += sparse.towers_written(run.sparse.modules, topology, run.config.parallel.exchange)
+    pieces += _averages(run, pieces, to_write=True)
     pieces += [_row_of_rank(run, RANDOM + name, state) for name, state in _random_states(run.device).items()]
     if window is not None and window.logits:
-        shown = torch.stack([torch.cat(window.logits), torch.cat(window.labels)])
+        shown = _without_nan(window.packed())
         examples = shown.shape[1]
-        whole, start = (2, examples * topology.world_size), (0, examples * topology.rank)
+        whole, start = (len(shown), examples * topology.world_size), (0, examples * topology.rank)
         pieces.append(TensorSlice(WINDOW, whole, start, shown))
     return [piece for piece in pieces if piece.tensor.numel()]
+
+
+def _averages(run: Run, weights: list[TensorSlice], *, to_write: bool) -> list[TensorSlice]:
+    """Slices of averaged weights, called as what they are averages of, behind AVERAGES.
+
+    Args:
+        weights: slices of tables and tower modules, among others.
+    """
+    averages = run.averages
+    if not averages:
+        return []
+    tensors = {TABLES + name: tensor for name, tensor in averages.tables.items()}
+    tensors |= {TOWERS + name: tensor for name, tensor in averages.modules.items()}
+    pieces = run.dense.laid_out(averages.of_master, to_write=to_write)
+    pieces += [replace(piece, tensor=tensors[piece.name]) for piece in weights if piece.name in tensors]
+    return [replace(piece, name=AVERAGES + piece.name) for piece in pieces]
+
+
+def _averages_held(run: Run) -> list[TensorSlice]:
+    weights = sparse.tables_held(run.sparse, run.spec.layout)
+    if run.sparse.modules is not None:
+        weights += sparse.towers_held(run.sparse.modules)
+    return _averages(run, weights, to_write=False)
 
 
 def about(run: Run, position: TrainState) -> dict[str, Any]:
@@ -69,8 +97,12 @@ def check(run: Run, directory: Path, index: Index, position: TrainState) -> None
     compatibility.check_tower_modules(run, directory, index)
     _check_names(run, directory, index)
     parameters = {DENSE + name: shape for name, shape in run.dense.shapes()}
-    expected = parameters | _expected_states(index, parameters, position)
+    expected = parameters | _expected_states(index, parameters, position) | dict(run.dense.statistics_shapes())
     compatibility.check_tensors(directory, index, expected, (DENSE,), config)
+    for piece in _averages_held(run):
+        there = index.tensors.get(piece.name)
+        if there is not None and there.shape != piece.shape:
+            raise UserError(f"{directory}: {piece.name} is {list(there.shape)} there, {list(piece.shape)} in this run")
     layout = run.spec.layout
     mine = {piece.name: piece for piece in sparse.tables_held(run.sparse, layout)}
     tables: dict[str, Ints] = {f"{TABLES}{table.name}/weight": (table.rows, table.columns) for table in layout.tables}
@@ -91,7 +123,7 @@ def _check_names(run: Run, directory: Path, index: Index) -> None:
     tables = {TABLES + table.name for table in run.spec.layout.tables}
     for name in index.tensors:
         of_table = name.startswith(TABLES)
-        if not (of_table or name == WINDOW or name.startswith((DENSE, TOWERS, RANDOM))):
+        if not (of_table or name == WINDOW or name.startswith((DENSE, TOWERS, RANDOM, AVERAGES))):
             raise DamagedCheckpoint(f"{directory}: {name} is there, which no run has")
         if of_table and name.rpartition("/")[0] not in tables:
             raise UserError(f"{directory}: {name} is there, but this run has no such table; resume with its config")
@@ -136,9 +168,14 @@ def fill(run: Run, reader: Reader, window: Predictions | None) -> None:
         run.dense.allocate_states(_dense_states(reader))
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{reader.directory}: {error}") from error
+    run.sparse.settle()  # else what waits would be applied to the checkpoint's weights
     for piece in run.dense.held() + sparse.tables_held(run.sparse, run.spec.layout):
         reader.fill(piece)
     compatibility.fill_tower_modules(run, reader)
+    run.averages.start()
+    for piece in _averages_held(run):
+        if piece.name in index.tensors:  # else this run is the first one that averages it
+            reader.fill(piece)
     for name, state in random.items():
         _set_random_state(name, state)
     if window is not None and WINDOW in index.tensors:
@@ -216,10 +253,16 @@ def _set_random_state(name: str, state: Tensor) -> None:
 
 def _fill_window(run: Run, reader: Reader, window: Predictions) -> None:
     """The examples in equal parts over the ranks, however many those are now."""
-    examples, rest = divmod(reader.index.tensors[WINDOW].shape[1], run.topology.world_size)
+    rows, all_examples = reader.index.tensors[WINDOW].shape
+    examples, rest = divmod(all_examples, run.topology.world_size)
     if rest:
         return  # another batch size: the log's next line is of fewer examples
-    shown = torch.empty(2, examples, device=run.device)
+    shown = torch.empty(rows, examples, device=run.device)
     reader.fill(TensorSlice(WINDOW, reader.index.tensors[WINDOW].shape, (0, examples * run.topology.rank), shown))
-    window.logits.append(shown[0])
-    window.labels.append(shown[1])
+    window.unpack(shown.where(shown != MISSING, torch.nan))
+
+
+def _without_nan(window: Tensor) -> Tensor:
+    """A checkpoint holds finite numbers alone; a label that is missing is a NaN."""
+    logits, labels = window.chunk(2)
+    return torch.cat([logits, labels.nan_to_num(MISSING)])

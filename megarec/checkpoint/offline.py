@@ -33,6 +33,7 @@ from megarec.files import read_object, write_whole
 from megarec.slices import Ints, TensorSlice, rectangles, share_of_range
 
 METRICS = "metrics.json"  # of the run, two levels above its checkpoints
+AVERAGES = "ema/"  # before the name of a weight: its average over the steps (train.ema)
 BLOCK = 1 << 24  # bytes of a new file that are put together at a time
 
 
@@ -145,7 +146,7 @@ def export(source: Path, target: Path) -> dict[str, Any]:
     index = read_index(source)
     verify(source, index)
     parts = [
-        Part(name, name, DTYPES[entry.dtype], (0,) * len(entry.shape), entry.shape)
+        Part(source_of(name, index), name, DTYPES[entry.dtype], (0,) * len(entry.shape), entry.shape)
         for name, entry in index.tensors.items()
         if is_weight(name)
     ]
@@ -162,6 +163,11 @@ def is_weight(name: str) -> bool:
     if name.startswith(TABLES):
         return name.endswith("/weight")
     return any(name.startswith(prefix) and "/" not in name.removeprefix(prefix) for prefix in (DENSE, TOWERS))
+
+
+def source_of(weight: str, index: Index) -> str:
+    """Where a weight that is evaluated comes from: its average, if there is one."""
+    return AVERAGES + weight if AVERAGES + weight in index.tensors else weight
 
 
 def _parts_of(index: Index, rank: int, ranks: int) -> Iterator[Part]:

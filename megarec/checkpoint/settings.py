@@ -23,10 +23,15 @@ SPOKEN_OF = (
     "data.stream_rows",
     "data.batch_size",
     "data.bad_rows",
+    "data.weighted",
     "embedding.optimizer",
     "embedding.learning_rate",
     "embedding.eps",
     "embedding.l2",
+    "embedding.update_rows",
+    "embedding.rounding",
+    "embedding.tables",
+    "embedding.gradient_clipping",
     "embedding.dropout",
     "dense.learning_rate",
     "dense.betas",
@@ -38,6 +43,10 @@ SPOKEN_OF = (
     "train.epochs",
     "train.max_steps",
     "train.seed",
+    "train.label_smoothing",
+    "train.ema",
+    "train.best_label",
+    "train.label_weights",
     "deepspeed.optimizer",
     "deepspeed.gradient_clipping",
     "deepspeed.bf16",
@@ -82,6 +91,8 @@ def _changes(index: Index, config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
         there = RunConfig.model_validate(there).model_dump(mode="json")
     except ValidationError:  # another version's, with keys or numbers that this one refuses: what both know
         there = {section: _known(there.get(section), values) for section, values in here.items()}
+    for config_of in (there, here):
+        config_of["embedding"] = _of_updates(config_of["embedding"])
     for section, values in here.items():
         for key, before, now in differences(there[section], values, section):
             if not _alike(before, now):
@@ -90,6 +101,14 @@ def _changes(index: Index, config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
 
 def _known(there: Any, here: dict[str, Any]) -> dict[str, Any]:
     return {key: there.get(key, value) if isinstance(there, dict) else value for key, value in here.items()}
+
+
+def _of_updates(embedding: dict[str, Any]) -> dict[str, Any]:
+    """Without what tables say of where they lie and how they started."""
+    tables = embedding["tables"] if isinstance(embedding["tables"], dict) else {}
+    started = ("placement", "initial_std")
+    own = {name: {key: v for key, v in table.items() if key not in started and v} for name, table in tables.items()}
+    return embedding | {"tables": {name: table for name, table in own.items() if table}}
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -12,6 +12,7 @@ from rich.text import Text
 from megarec.checkpoint import offline, reading
 from megarec.checkpoint.format import read_index
 from megarec.errors import ArgumentParser, UserError, exits_cleanly, one_line
+from megarec.serving.scorer.bundle import MANIFEST, Bundle, ScoringError
 from megarec.serving.scorer.tables import TableType
 from megarec.signals import unwinding
 
@@ -25,7 +26,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("inspect", "what is inside; only the index is read"),
-        ("verify", "recompute every checksum"),
+        ("verify", "recompute every checksum; also of an export that scores raw rows"),
         ("reshape", "rewrite it for another number of ranks"),
         ("export", "the model alone: for megarec.load_model, or to score raw rows"),
     ):
@@ -41,6 +42,10 @@ def main() -> None:
             command.add_argument("--ranks", type=int, required=True, help="how many files")
         command.add_argument("--json", action="store_true", help="one JSON object on standard output")
     arguments = parser.parse_args()
+    if arguments.command == "verify" and (arguments.checkpoint / MANIFEST).is_file():
+        good = verify_export(arguments.checkpoint)
+        print(json.dumps(good) if arguments.json else f"{arguments.checkpoint}: {good['files']} files, good")
+        return
     directory = offline.locate(arguments.checkpoint)
     if arguments.command == "inspect":
         inspect(directory, arguments.json)
@@ -100,6 +105,21 @@ def export(directory: Path, arguments: argparse.Namespace) -> dict[str, object]:
         program=arguments.format == "torch",
         calibrate=bool(arguments.calibrate),
     )
+
+
+def verify_export(directory: Path) -> dict[str, object]:
+    """Compare the checksums of an export that scores raw rows.
+
+    Raises:
+        UserError: a file is missing, or another one.
+    """
+    try:
+        bundle = Bundle(directory)
+        bundle.verify()
+    except ScoringError as error:
+        raise UserError(error) from error
+    files = bundle.manifest["files"].values()
+    return {"bytes": sum(about["bytes"] for about in files), "files": len(files), "good": True}
 
 
 def inspect(directory: Path, in_json: bool) -> None:

@@ -35,6 +35,7 @@ COMMANDS = {
     "train": Command("megarec.commands.train", "train one model from one JSON"),
     "launch": Command("", f"start a watched run: {', '.join(LAUNCH)}"),
     "prepare": Command("megarec.commands.prepare_data", "raw data to parquet shards and schema.json"),
+    "import-recipe": Command("megarec.commands.import_recipe", "a FuxiCTR recipe to a run's JSON and its data's spec"),
     "flops": Command("megarec.commands.flops", "count a run's parameters and training FLOPs per example"),
     "placement": Command("megarec.commands.placement", "show where a run's tables lie, and why"),
     "partition-towers": Command("megarec.commands.partition_towers", "assign the categorical features to towers"),

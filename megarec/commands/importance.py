@@ -10,11 +10,11 @@ import json
 import sys
 from pathlib import Path
 
-from megarec.commands.evaluate import MOST_EXAMPLES, find_model, open_model
 from megarec.data.schema import SPLITS
 from megarec.distributed.process import quiet_libraries
 from megarec.errors import ArgumentParser, exits_cleanly
 from megarec.evaluation.importance import Importances, Lost, importances
+from megarec.evaluation.opened import MOST_EXAMPLES, find_model, open_model
 from megarec.evaluation.report import aligned, number
 
 

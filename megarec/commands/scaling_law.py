@@ -32,7 +32,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     sweep = commands.add_parser("sweep", help="models x learning rates x seeds; goes on where an earlier sweep ended")
     sweep.add_argument(
-        "--study", type=Path, required=True, metavar="FILE", help="JSON: base, models, learning rates, seeds"
+        "--study",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON: base, models, learning rates, seeds; or a search: base, budget, families",
     )
     sweep.add_argument("--output", type=Path, metavar="DIR", help="default: runs/<the study's name>")
     places = sweep.add_mutually_exclusive_group()
@@ -91,10 +95,12 @@ def main() -> None:
 
 def run_study(arguments: argparse.Namespace) -> None:
     # torch, which counting needs and the other commands do without
+    from megarec.commands.search import check_options, run_rounds, tell_search
     from megarec.launching.hosts import read_hostfile
     from megarec.scaling.array import tasks_of
     from megarec.scaling.grid import read_grid
     from megarec.scaling.results import Rows
+    from megarec.scaling.search import is_search, read_search
     from megarec.scaling.sweep import local_slots, only_sweep_in, slots_of, slots_on, take_over
 
     for name in ("jobs", "budget_gflop", "hours", "gflop_per_second"):
@@ -102,8 +108,11 @@ def run_study(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected more than 0")
     if arguments.jobs > MOST_JOBS:
         raise UserError(f"--jobs {arguments.jobs}: expected at most {MOST_JOBS:,} runs at a time on one machine")
-    trials = read_grid(arguments.study)
+    search = read_search(arguments.study) if is_search(arguments.study) else None
+    trials = read_grid(arguments.study) if search is None else search.trials()[0]
     output = arguments.output or Path("runs") / arguments.study.stem
+    if search is not None:
+        check_options(search, arguments)
     if arguments.array is not None:
         run_share(arguments, trials, output)
         return
@@ -117,13 +126,20 @@ def run_study(arguments: argparse.Namespace) -> None:
             print(f"{output}: the sweep of another study that was there is in {previous} now", flush=True)
         rows = Rows(output, trials)
         if (tasks := tasks_of(output)) is not None and not arguments.plan:
+            if search is not None:
+                tell_search(search, rows)
             collect(arguments, trials, rows, tasks)
             return
         with ExitStack() as stack:
             if cluster is not None:
                 stack.enter_context(cluster.sharing(output, lambda text: say(f"LOST {text}")))
                 slots = slots_on(cluster, trials)
-            failed = run_planned(arguments, trials, rows, slots)
+            if search is not None and search.file.sampler == "optuna":
+                failed: list[str] | None = run_rounds(search, rows, slots, say)
+            else:
+                failed = run_planned(arguments, trials, rows, slots)
+        if search is not None and failed is not None:
+            tell_search(search, rows)
     if failed is not None:
         tell_end(rows, failed)
 

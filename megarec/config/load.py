@@ -13,11 +13,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megarec.config.base import TasksConfig
 from megarec.config.deepspeed import check_deepspeed_section
 from megarec.config.models import MODELS, SCALED_SIZES, WukongConfig
-from megarec.config.sections import RunConfig, Section
+from megarec.config.regularisation import L2Config, problem_of
+from megarec.config.sections import EmbeddingConfig, RunConfig, Section
 from megarec.config.towers import TOWER_MODULES, DlrmTowerConfig, IdentityTowerConfig, TowersFile
-from megarec.errors import UserError
+from megarec.errors import UserError, did_you_mean
 from megarec.files import NotJson, parse_json, read_object
 
 TAGGED: dict[str, Mapping[str, type[Section]]] = {"model": MODELS, "tower_module": TOWER_MODULES}  # by their name
@@ -72,13 +74,20 @@ def _section_at(root: type[Section], loc: list[Any]) -> type[Section] | None:
         if isinstance(current, type) and issubclass(current, Section):
             field = current.model_fields.get(str(part))
             current = field.annotation if field else None
-        elif typing.get_origin(current) is dict:
-            current = typing.get_args(current)[1]
-        if isinstance(current, types.UnionType):
-            current = next(
-                (a for a in typing.get_args(current) if isinstance(a, type) and issubclass(a, Section)), None
-            )
+        elif typing.get_origin(current) in (dict, list):
+            current = typing.get_args(current)[-1]
+        if not isinstance(current, type):
+            kinds = [kind for kind in _members(current) if isinstance(kind, type) and issubclass(kind, Section)]
+            current = kinds[0] if kinds else current
     return current if isinstance(current, type) and issubclass(current, Section) else None
+
+
+def _members(kind: Any) -> list[Any]:
+    """The types of a union and of its unions, without what Annotated says of them; of another type, itself."""
+    bare = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+    if isinstance(bare, types.UnionType) or typing.get_origin(bare) is typing.Union:
+        return [member for part in typing.get_args(bare) for member in _members(part)]
+    return [bare]
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -185,6 +194,8 @@ def _check_across_fields(config: RunConfig, path: Path) -> None:
 
     if config.embedding.optimizer == "adam" and (backend := config.embedding.backend) in ("fbgemm", "triton"):
         fail(f"embedding.optimizer='adam' needs embedding.backend='torch' (or 'auto'): {backend} has no lazy Adam")
+    _check_tables(config.embedding, fail)
+    _check_clipping(config, fail)
     if "optimizer" in config.deepspeed and config.dense.model_fields_set:
         given = ", ".join(f"dense.{name}" for name in sorted(config.dense.model_fields_set))
         fail(f"deepspeed.optimizer and {given} both describe the dense optimizer; keep one of them")
@@ -200,9 +211,76 @@ def _check_across_fields(config: RunConfig, path: Path) -> None:
             f"model.numeric_bias lists {len(config.model.numeric_bias)} layers, but model.numeric_mlp with "
             f"{layers - 1} hidden widths has {layers}"
         )
+    if config.model.norm == "batch" and (count := config.deepspeed.get("gradient_accumulation_steps", 1)) != 1:
+        fail(
+            f"model.norm='batch' with deepspeed.gradient_accumulation_steps={count}: its statistics are those of the "
+            "whole global batch, which no micro-batch sees; leave the latter out, or take model.norm='layer'"
+        )
     if isinstance(config.model, WukongConfig):
         _check_layers(config.model, fail)
+    _check_labels(config, fail)
     _check_towers(config, fail)
+
+
+def _check_clipping(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -> None:
+    """The norm over all tables is summed where each row lies once, over one group of ranks."""
+    if config.embedding.gradient_clipping is None:
+        return
+    if config.parallel.exchange == "tower":
+        fail("embedding.gradient_clipping needs parallel.exchange='flat': under SPTT no group holds all tables")
+    stated = {"embedding.placement": config.embedding.placement}
+    stated |= {f"embedding.tables.{name}.placement": own for name, own in config.embedding.table_placements.items()}
+    for where, placement in stated.items():
+        if placement in ("auto", "replicated"):
+            fail(
+                f"{where}={placement!r} with embedding.gradient_clipping: copies on every rank are not in its sum; "
+                "take 'table', 'column' or 'row'"
+            )
+
+
+_OF_HEADS = {"shared": (), "esmm": (), "mmoe": ("experts", "expert")}  # keys of model.tasks; ple has them all
+
+
+def _check_labels(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -> None:
+    label, train, heads = config.data.label, config.train, config.model.tasks
+    labels = label if isinstance(label, list) else []
+    if len(labels) < 2:
+        keys = ("model.tasks", heads != TasksConfig()), ("train.label_weights", train.label_weights)
+        for key in [key for key, given in (*keys, ("train.best_label", train.best_label)) if given]:
+            fail(f"{key} is of several labels, and data.label={json.dumps(label)} names none or one; name them there")
+        return
+    for key, names in (("train.label_weights", train.label_weights), ("train.best_label", [train.best_label])):
+        for name in names:
+            if name is not None and name not in labels:
+                fail(f"{key} names {name!r}, which data.label does not; {did_you_mean(name, labels)}")
+    known = _OF_HEADS.get(heads.name, tuple(type(heads).model_fields))
+    for key, default in TasksConfig():
+        if key not in ("name", *known) and getattr(heads, key) != default:
+            fail(
+                f"model.tasks.{key} says nothing of model.tasks.name={heads.name!r}; leave it out, or take other heads"
+            )
+
+
+def _check_tables(embedding: EmbeddingConfig, fail: Callable[[str], typing.NoReturn]) -> None:
+    stated = {"embedding": (embedding.l2, embedding.update_rows)}
+    for name, own in embedding.tables.items():
+        l2 = embedding.l2 if own.l2 is None else own.l2
+        stated[f"embedding.tables.{name}"] = (l2, own.update_rows or embedding.update_rows)
+    for where, (l2, update_rows) in stated.items():
+        if problem := problem_of(where, l2, update_rows, embedding.learning_rate):
+            fail(problem)
+    if embedding.rounding == "stochastic" and embedding.weights != "fp16":
+        fail(
+            f"embedding.rounding='stochastic' has nothing to round at embedding.weights={embedding.weights!r}; take "
+            "embedding.weights='fp16', or leave rounding out"
+        )
+    if embedding.weights == "fp16" and embedding.rounding == "nearest":
+        for where, (l2, _) in stated.items():
+            if isinstance(l2, L2Config) and l2.rows == "all" and l2.weight:
+                fail(
+                    f"{where}.l2 on all rows and embedding.weights='fp16' need embedding.rounding='stochastic': a "
+                    "step's decay is far less than half of what fp16 numbers are apart, and would always be rounded off"
+                )
 
 
 def _check_layers(model: WukongConfig, fail: Callable[[str], typing.NoReturn]) -> None:

@@ -188,11 +188,14 @@ class DlrmConfig(ModelConfig):
 
 
 class DcnConfig(ModelConfig):
-    """DCNv2 (arXiv 2008.13535), stacked: cross layers over the flattened embeddings, then the head."""
+    """DCNv2 (arXiv 2008.13535): cross layers over the flattened embeddings, and the head behind or beside them."""
 
     name: Literal["dcn"]
     layers: Layers = Field(3, description="cross layers")
     rank: Size | None = Field(512, description="of the low-rank cross products U V x; null: full products W x")
+    structure: Literal["stacked", "parallel"] = Field(
+        "stacked", description="the head reads the last cross layer, or the embeddings beside the cross layers"
+    )
 
 
 OverArchConfig = WukongConfig | DlrmConfig | DcnConfig | BaselineConfig

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from megarec.config.base import Above0, Betas, Count, Fraction, Positive, Probability, Ranks, Rate, Section, Seed, Size
 from megarec.config.models import ModelSection
+from megarec.config.regularisation import L2, L2Config, Rows, TableRule
 from megarec.config.towers import IdentityTowerConfig, TowerLists, TowerModuleSection
 
 
@@ -31,7 +32,10 @@ class DataConfig(Section):
         1024, description="examples of one optimizer step over all ranks and micro-batches"
     )
     features: list[str] | None = Field(None, description="the features to use, categorical and numeric; null: all")
-    label: str | None = Field(None, description="which of the data's labels to predict; null: the first")
+    label: str | Annotated[list[str], Field(min_length=1, max_length=1_000)] | None = Field(
+        None, description="which of the data's labels to predict, several as a list (docs/tasks.md); null: the first"
+    )
+    weighted: bool = Field(False, description="an example's loss times its number in the data's weight column")
     prefetch: Annotated[int, Field(gt=0, le=10_000)] = Field(
         4, description="batches a rank prepares ahead in the background"
     )
@@ -51,9 +55,12 @@ Placement = Literal["auto", "table", "column", "row", "replicated"]
 
 
 class TableConfig(Section):
-    """How one table is held, where it differs."""
+    """How one table is held, started and regularised, where it differs: each key as embedding's own of that name."""
 
-    placement: Placement = Field(description="as embedding.placement, for this table")
+    placement: Placement | None = Field(None, description="as embedding.placement, for this table")
+    l2: L2 | None = Field(None, description="as embedding.l2, for this table")
+    update_rows: Rows | None = Field(None, description="as embedding.update_rows, for this table")
+    initial_std: Above0 | None = Field(None, description="as embedding.initial_std, for this table")
 
 
 class EmbeddingConfig(Section):
@@ -68,6 +75,9 @@ class EmbeddingConfig(Section):
         "auto", description="auto: FBGEMM where it can (optimizer, widths), else Triton on a GPU, else torch"
     )
     weights: Literal["fp32", "fp16"] = Field("fp32", description="stored type of the tables")
+    rounding: Literal["nearest", "stochastic"] = Field(
+        "nearest", description="of fp16 weights after an update; stochastic: by chance, the same on every topology"
+    )
     placement: Placement = Field(
         "table",
         description="whole tables per rank; every table split by columns, or by rows, over all ranks; replicated: a "
@@ -76,9 +86,20 @@ class EmbeddingConfig(Section):
     tables: dict[str, TableConfig] = Field(
         {}, description="by table: the name of its feature, or of the one whose table others share"
     )
-    l2: Rate = Field(
+    l2: L2 = Field(
         0.0,
-        description="adds l2 x mean over examples of |looked-up embeddings|^2 to what is minimised",
+        description="a number adds l2 x mean over examples of |looked-up embeddings|^2 to what is minimised; an object "
+        "says on which rows L2 acts, and whether through the optimizer",
+    )
+    update_rows: Rows | None = Field(
+        None,
+        description="which rows the optimizer steps: looked_up, or all, as torch's dense optimizers; null: all where "
+        "L2 on all rows is in the gradient, else looked_up",
+    )
+    gradient_clipping: Above0 | None = Field(
+        None,
+        description="the largest norm of the gradient of all tables together, as deepspeed.gradient_clipping of the "
+        "dense model; L2 on all rows is in it; null: not clipped",
     )
     dropout: Probability = Field(0.0, description="on the looked-up embeddings; the mask is the same on every topology")
     initial_std: Above0 | None = Field(None, description="normal initialisation; null: uniform in +-1/sqrt(rows)")
@@ -87,13 +108,46 @@ class EmbeddingConfig(Section):
     @property
     def table_placements(self) -> dict[str, Placement]:
         """What `tables` says of placement."""
-        return {name: table.placement for name, table in self.tables.items()}
+        return {name: table.placement for name, table in self.tables.items() if table.placement is not None}
+
+    def rule_of(self, table: str) -> TableRule:
+        """How the rows of a table are regularised and updated."""
+        l2, own = self._l2_of(table), self.tables.get(table)
+        on_all = l2.weight if l2.rows == "all" else 0.0
+        coupled, decay = (on_all, 0.0) if l2.coupled else (0.0, on_all)
+        rows = (own.update_rows if own is not None else None) or self.update_rows
+        clipped = self.gradient_clipping is not None
+        return TableRule(rows == "all" or coupled > 0, coupled, decay, self.rounding == "stochastic", clipped)
+
+    def looked_up_l2(self, table: str) -> float:
+        """The weight of L2 on what is looked up of a table."""
+        l2 = self._l2_of(table)
+        return l2.weight if l2.rows == "looked_up" else 0.0
+
+    def initial_std_of(self, table: str) -> float | None:
+        """Of a table's first weights; None: uniform."""
+        own = self.tables.get(table)
+        return self.initial_std if own is None or own.initial_std is None else own.initial_std
+
+    def only_read(self) -> "EmbeddingConfig":
+        """For tables that nothing updates: without state, and in whatever backend looks up fastest."""
+        untrained = {"l2": None, "update_rows": None}
+        tables = {name: own.model_copy(update=untrained) for name, own in self.tables.items()}
+        plain = {"optimizer": "sgd", "l2": 0.0, "update_rows": None, "rounding": "nearest", "tables": tables}
+        return self.model_copy(update=plain)
+
+    def _l2_of(self, table: str) -> L2Config:
+        own = self.tables.get(table)
+        l2 = self.l2 if own is None or own.l2 is None else own.l2
+        return l2 if isinstance(l2, L2Config) else L2Config(weight=l2)
 
 
 class DenseConfig(Section):
     """The dense model's optimizer; `deepspeed.optimizer` may take its place."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = Field(
+        "adamw", description="adam: weight_decay is coupled, a part of the gradient (L2); adamw: it is not"
+    )
     learning_rate: Rate = 1e-3
     betas: Betas = Field((0.9, 0.999), strict=False)
     eps: Above0 = 1e-8
@@ -170,6 +224,15 @@ class FaultsConfig(Section):
     )
 
 
+class EmaConfig(Section):
+    """Exponential moving averages of weights, which validation, test and export take (run/averages.py)."""
+
+    decay: Probability = Field(0.999, description="of an applied step; smaller in the first ones")
+    table_rows: Count = Field(
+        1_000_000, description="tables of at most so many rows are averaged; of larger ones the last weights are taken"
+    )
+
+
 class TrainConfig(Section):
     """One run."""
 
@@ -179,11 +242,20 @@ class TrainConfig(Section):
     output_dir: str = Field("runs/run", min_length=1, description="relative to the working directory")
     log_every: Positive = Field(20, description="optimizer steps between log lines and TensorBoard points")
     evaluate_every: Positive | None = Field(None, description="optimizer steps between validations; null: every epoch")
-    best_by: Literal["logloss", "auc"] = Field(
+    best_by: Literal["logloss", "auc", "auc_minus_logloss"] = Field(
         "logloss", description="the validation metric whose best model is kept and tested, and that patience watches"
+    )
+    best_label: str | None = Field(
+        None, description="of several labels, the one whose metric that is; null: the first of data.label"
+    )
+    label_weights: dict[str, Above0] = Field(
+        {}, description="of several labels, what the loss of each is multiplied by; 1 where it is not named"
     )
     early_stopping: Positive | None = Field(
         None, description="stop after this many validations without improvement; null: never"
+    )
+    test: bool = Field(
+        True, description="test the best model at the end; false: a search leaves the test split to what it chooses"
     )
     checkpoint_every: Positive | None = Field(
         None, description="optimizer steps between checkpoints; null: at every validation"
@@ -197,6 +269,13 @@ class TrainConfig(Section):
     )
     reset_towers: bool = Field(
         False, description="--resume starts tower modules from scratch, for other towers than the checkpoint's"
+    )
+    label_smoothing: Probability = Field(
+        0.0, description="e: what is minimised has the labels y (1 - e) + e / 2 in place of y; metrics have y"
+    )
+    ema: EmaConfig | None = Field(
+        None,
+        description="validate, test and export averages of the weights over the steps; null: the last weights",
     )
     faults: FaultsConfig = Field(FaultsConfig(), description="what to do about faulty steps")
     verify_replicas_every: Count = Field(

@@ -32,7 +32,7 @@ class TowerModuleConfig(Section):
     dim: Size | None = Field(
         None, description="D: width of the embeddings that leave the towers; null: by compression, else model.dim"
     )
-    optimizer: Literal["adamw", "sgd"] | None = Field(None, description="null: as dense")
+    optimizer: Literal["adamw", "adam", "sgd"] | None = Field(None, description="null: as dense")
     learning_rate: Rate | None = Field(None, description="null: as dense")
     betas: Betas | None = Field(None, strict=False, description="null: as dense")
     eps: Above0 | None = Field(None, description="null: as dense")

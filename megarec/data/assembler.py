@@ -71,11 +71,16 @@ class Assembler:
         blocks = [BlockReader(file, layout, number, order, batch, at) for number, order in enumerate(self._orders)]
         ids = torch.int32 if layout.id_kind.itemsize == 4 else torch.int64
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((size,), torch.int64), ((len(self._rows_of), size), ids)]
-        shapes += [((size, len(layout.schema.numeric)), torch.float32), ((size,), torch.float32)]
+        numeric_features, predicted = len(layout.schema.numeric), len(layout.schema.predicted)
+        shapes += [((size, columns), torch.float32) for columns in (numeric_features, predicted)]
+        shapes += [((size, 1), torch.float32)] * layout.schema.weighted
+        floating = len(shapes)
         shapes += [((reader.size,), kind) for reader, kind in zip(blocks, (ids, torch.float32), strict=False)]
-        buffer, (of_rows, integers, numeric, labels, *jagged) = carve(shapes, pinned)
+        buffer, (of_rows, integers, *others) = carve(shapes, pinned)
         of_rows.numpy()[:] = keys
-        turned, numbers, outcomes = integers.numpy(), numeric.numpy(), labels.numpy()
+        floats, jagged = others[: floating - 2], others[floating - 2 :]
+        turned, parts_of_floats = integers.numpy(), [tensor.numpy() for tensor in floats]
+        ends = np.cumsum([part.shape[1] for part in parts_of_floats])[:-1]
         step = max(_FEWEST_ROWS, _TILE_BYTES // (8 * layout.words))
         for start in range(0, size, step):
             tile = slice(start, start + step)
@@ -83,13 +88,23 @@ class Assembler:
             if (layout.checksums(salt, numbers_of[tile], records) != records[:, -1]).any():
                 raise Damaged("a row has another checksum")
             turned[self._rows_of, tile] = layout.integers(records).T
-            floats = layout.floats(records)
-            numbers[tile], outcomes[tile] = floats[:, :-1], floats[:, -1]
+            for part, found in zip(parts_of_floats, np.split(layout.floats(records), ends, axis=1), strict=True):
+                part[tile] = found
             for reader in blocks:
                 reader.take(tile, records)
         parts = [list(values.split(reader.join(values.numpy()))) for reader, values in zip(blocks, jagged, strict=True)]
-        found = self._by_name(integers, parts)
-        return Batch(numeric, {name: found[name] for name in self._names}, labels, of_rows, valid, buffer)
+        by_name = self._by_name(integers, parts)
+        numeric, labels, *weights = floats
+        return Batch(
+            numeric,
+            {name: by_name[name] for name in self._names},
+            labels if predicted > 1 else labels.squeeze(1),
+            of_rows,
+            valid,
+            buffer,
+            weights[0].squeeze(1) if weights else None,
+            not layout.schema.complete,
+        )
 
     def _by_name(self, integers: Tensor, parts: Sequence[list[Tensor]]) -> dict[str, Ids]:
         """The ids of a batch.

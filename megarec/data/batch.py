@@ -36,11 +36,13 @@ class Batch:
     Attributes:
         numeric: float32 [B, number of numeric features].
         ids: per categorical feature, by name.
-        labels: float32 [B], 0 or 1.
+        labels: float32 [B], 0 or 1, or NaN where one is missing; [B, T] of several labels.
         keys: int64 [B], a number per example and epoch that is the same on every topology: dropout hashes it.
         valid: how many leading examples count; fewer than B only in the last evaluation batches, whose rest is
             padding so that every rank runs the same number of equal batches.
         buffer: uint8, at the start of its memory: all the tensors are views of it; None: each has its own memory.
+        weights: float32 [B], by which the examples' losses are multiplied; None: not weighted.
+        some_missing: whether a label may be missing.
     """
 
     numeric: Tensor
@@ -49,6 +51,8 @@ class Batch:
     keys: Tensor
     valid: int
     buffer: Tensor | None = None
+    weights: Tensor | None = None
+    some_missing: bool = False
 
     @property
     def size(self) -> int:
@@ -78,6 +82,8 @@ class Batch:
 
     def _tensors(self) -> Iterator[Tensor]:
         yield from (self.numeric, self.labels, self.keys)
+        if self.weights is not None:
+            yield self.weights
         for ids in self.ids.values():
             yield from (tensor for tensor in (ids.values, ids.lengths, ids.weights) if tensor is not None)
 
@@ -86,7 +92,15 @@ class Batch:
             return None if tensor is None else change(tensor)
 
         ids = {name: Ids(change(f.values), changed(f.lengths), changed(f.weights)) for name, f in self.ids.items()}
-        return Batch(change(self.numeric), ids, change(self.labels), change(self.keys), self.valid)
+        return Batch(
+            change(self.numeric),
+            ids,
+            change(self.labels),
+            change(self.keys),
+            self.valid,
+            weights=changed(self.weights),
+            some_missing=self.some_missing,
+        )
 
 
 _LARGE = 4 << 20

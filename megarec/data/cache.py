@@ -234,6 +234,8 @@ def _fingerprint(
     columns = [(f.name, f.rows, f.multi_valued, f.weighted) for f in schema.categorical]
     files = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
     key: list[object] = [_LAYOUT, bad_rows, columns, schema.numeric, schema.label, schema.rows.get(split), files]
+    if schema.tasks or schema.optional or schema.weighted:
+        key.append([schema.tasks, schema.optional, schema.row_weights])
     if elsewhere:
         key.append(str(shards[0].parent.resolve()))  # the caches of several data sets may lie in one place
     if kind.by_group:
@@ -255,7 +257,8 @@ def _build(
             for group, batch in _groups(shard, schema, kind):
                 good = good_rows(batch, schema, bad_rows, shard, start, skipped)
                 start += len(batch)
-                labels.update(np.unique(as_numbers(good.column(schema.label), np.float32)).tolist())
+                known = good.column(schema.label).drop_null()
+                labels.update(np.unique(as_numbers(known, np.float32)).tolist())
                 yield Part(number, group, len(batch), good, written)
                 written += len(good)
 
@@ -301,7 +304,7 @@ def opened(shard: Path, schema: Schema) -> Iterator[tuple[pq.ParquetFile, list[s
     Raises:
         UserError: it lacks one, or cannot be read; inside as well.
     """
-    columns = [f.name for f in schema.categorical] + [*schema.numeric, schema.label]
+    columns = [f.name for f in schema.categorical] + list(schema.numbers)
     columns += [f.weights_column for f in schema.categorical if f.weighted]
     try:
         with pq.ParquetFile(shard) as file:

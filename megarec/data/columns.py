@@ -85,7 +85,7 @@ def _kind(shard: Path, columns: pa.Schema, name: str) -> pa.DataType:
 
 
 def _checked(schema: Schema) -> list[str]:
-    names = [*(f.name for f in schema.categorical), *schema.numeric, schema.label]
+    names = [*(f.name for f in schema.categorical), *schema.numbers]
     return names + [f.weights_column for f in schema.categorical if f.weighted]
 
 

@@ -1,10 +1,12 @@
 """A row of a cache as one record: all that an example needs lies side by side, so that reading it is one copy.
 
-    [ids of single-valued features | lengths of lists | numeric | label | padding | spans of the blocks | checksum]
+    [ids of single-valued features | lengths of lists | numeric | labels | weight | padding | spans of the blocks |
+     checksum]
 
-in 64-bit words. Ids and lengths are int32 where every table is small enough, else int64. What a row's lists hold lies
-in blocks outside the records, all lists of a row one after another: one block of ids, one of weights. A span says
-where: first and last element (counted from the record batch's first) and the XXH3 of what is there.
+in 64-bit words. Of labels and weight there are those in use; a label that is missing is NaN. Ids and lengths are int32
+where every table is small enough, else int64. What a row's lists hold lies in blocks outside the records, all lists of
+a row one after another: one block of ids, one of weights. A span says where: first and last element (counted from the
+record batch's first) and the XXH3 of what is there.
 
 The checksum covers the record and where it stands, and whoever reads a row compares it and the hashes: no row that
 changed on its way through disk and memory is trained on, and nothing is read that is not needed. It is linear in the
@@ -95,16 +97,16 @@ class RecordLayout:
     @cached_property
     def _spans(self) -> int:
         """The word at which the spans begin."""
-        return -(-(self._integers * self.id_kind.itemsize + 4 * (len(self.schema.numeric) + 1)) // 8)
+        return -(-(self._integers * self.id_kind.itemsize + 4 * len(self.schema.numbers)) // 8)
 
     def integers(self, records: UInt64) -> NDArray[Any]:
         """[B, ids of single-valued features, then lengths of lists]: a view."""
         return records.view(self.id_kind)[:, : self._integers]
 
     def floats(self, records: UInt64) -> NDArray[np.float32]:
-        """[B, numeric features, then the label]: a view."""
+        """[B, numeric features, then labels and weight in use]: a view."""
         first = self._integers * self.id_kind.itemsize // 4
-        return records.view(np.float32)[:, first : first + len(self.schema.numeric) + 1]
+        return records.view(np.float32)[:, first : first + len(self.schema.numbers)]
 
     def lengths(self, records: UInt64) -> NDArray[Any]:
         """[B, lists]: a view."""
@@ -143,8 +145,9 @@ class RecordLayout:
         """Checked rows of a shard as a record batch of the cache, from its row `first` on."""
         records = np.zeros((len(batch), self.words), np.uint64)
         _turn([as_numbers(batch.column(name), self.id_kind.type) for name in self.singles], self.integers(records))
-        numbers = [*self.schema.numeric, self.schema.label]
-        _turn([as_numbers(batch.column(name), np.float32) for name in numbers], self.floats(records))
+        absent = dict.fromkeys(self.schema.optional, np.nan)
+        numbers = [as_numbers(batch.column(name), np.float32, absent.get(name, 0)) for name in self.schema.numbers]
+        _turn(numbers, self.floats(records))
         features = [f for f in self.schema.categorical if f.multi_valued]
         lengths = self.lengths(records)
         for place, feature in enumerate(features):

@@ -61,8 +61,10 @@ def check_columns(path: Path, columns: pa.Schema, schema: Schema) -> None:
             check(feature.name, pa.types.is_integer, "int64")
     for name in schema.numeric:
         check(name, lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind), "float32")
-    if schema.labelled:
-        check(schema.label, lambda kind: pa.types.is_boolean(kind) or pa.types.is_primitive(kind), "0 or 1")
+    for name in schema.predicted if schema.labelled else ():
+        check(name, lambda kind: pa.types.is_boolean(kind) or pa.types.is_primitive(kind), "0 or 1")
+    for name in schema.row_weights:
+        check(name, pa.types.is_primitive, "float32")
 
 
 def _is_integer_list(kind: pa.DataType) -> bool:
@@ -88,16 +90,30 @@ def find_defects(batch: pa.RecordBatch, schema: Schema) -> Iterator[Defect]:
         yield from _nulls(name, column)
         finite = np.isfinite(as_numbers(column, np.float32))
         yield from _defect(name, ~finite, column, "a finite number")
-    column = batch.column(schema.label)
-    yield from _nulls(schema.label, column)
-    labels = as_numbers(column, np.float32)
-    yield from _defect(schema.label, (labels != 0) & (labels != 1), column, "0 or 1")
+    for name in schema.predicted:
+        column, optional = batch.column(name), name in schema.optional
+        if not optional:
+            yield from _nulls(name, column)
+        labels = as_numbers(column, np.float32)
+        bad = (labels != 0) & (labels != 1)
+        yield from _defect(name, bad, column, "0, 1 or null" if optional else "0 or 1")
+    for name in schema.row_weights:
+        column = batch.column(name)
+        yield from _nulls(name, column)
+        weights = as_numbers(column, np.float32)
+        yield from _defect(name, ~(np.isfinite(weights) & (weights >= 0)), column, "a finite number of at least 0")
 
 
-def as_numbers(column: pa.Array, kind: type[np.generic]) -> NDArray[Any]:
-    """The column as a NumPy vector of this type; a null becomes 0, which is flagged as a null."""
+def as_numbers(column: pa.Array, kind: type[np.generic], absent: float = 0) -> NDArray[Any]:
+    """The column as a NumPy vector of this type.
+
+    Args:
+        absent: what a null becomes; 0, which is flagged as a null.
+    """
+    if column.null_count and absent != 0:
+        column = column.cast(pa.float64())
     if column.null_count:
-        column = pc.fill_null(column, pa.scalar(0).cast(column.type))
+        column = pc.fill_null(column, pa.scalar(absent).cast(column.type))
     with np.errstate(over="ignore"):  # a float64 too large for float32 becomes inf, which is flagged
         return column.to_numpy(zero_copy_only=False).astype(kind, copy=False)
 

@@ -74,7 +74,12 @@ class Schema(BaseModel):
     name: str
     label: str = "label"
     labels: tuple[str, ...] = Field((), description="all label columns, of which `label` is in use; empty: that one")
-    weight: str | None = Field(None, description="the column of how much a row counts; training does not read it")
+    tasks: tuple[str, ...] = Field(
+        (), description="the labels that a run predicts, where they are several, `label` first; of data empty"
+    )
+    optional: tuple[str, ...] = Field((), description="labels that a row may lack: null")
+    weight: str | None = Field(None, description="the column of how much a row counts: where `weighted`, in the loss")
+    weighted: bool = Field(False, description="whether a run takes `weight`; of data false")
     group: str | None = Field(
         None,
         description="the column of what a row belongs to (int64; a single-valued feature or not), for AUC by group",
@@ -105,7 +110,13 @@ class Schema(BaseModel):
     def _consistent(self) -> "Schema":
         if self.labels and self.label not in self.labels:
             raise ValueError(f"label={self.label!r} is not one of labels={list(self.labels)}")
-        names = [f.name for f in self.categorical] + list(self.numeric) + list(self.labels or [self.label])
+        labels = list(self.labels or [self.label])
+        for key, some in (("tasks", self.tasks), ("optional", self.optional)):
+            if not set(some) <= set(labels):
+                raise ValueError(f"{key}={list(some)} names other columns than labels={labels}")
+        if (self.tasks and self.label != self.tasks[0]) or (self.weighted and self.weight is None):
+            raise ValueError("tasks begins with label, and weighted needs weight")
+        names = [f.name for f in self.categorical] + list(self.numeric) + labels
         group = None if self.group in [f.name for f in self.categorical if not f.multi_valued] else self.group
         names += [name for name in (self.weight, group, self.time) if name is not None]
         names += [f.weights_column for f in self.categorical if f.weighted]
@@ -120,6 +131,26 @@ class Schema(BaseModel):
             if owner.rows != feature.rows:
                 raise ValueError(f"{feature.name}.rows={feature.rows} differs from its table's rows={owner.rows}")
         return self
+
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """The labels in use."""
+        return self.tasks or (self.label,)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row has the labels in use."""
+        return set(self.optional).isdisjoint(self.predicted)
+
+    @property
+    def row_weights(self) -> tuple[str, ...]:
+        """The weight column, where it is in use."""
+        return (self.weight,) if self.weighted and self.weight is not None else ()
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """What stands in a record as float32: numeric features, labels in use, the weight in use."""
+        return (*self.numeric, *self.predicted, *self.row_weights)
 
 
 def load_schema(directory: Path) -> Schema:
@@ -163,7 +194,7 @@ def schema_of(data: DataConfig) -> Schema:
             else f"data.path={data.path!r} holds no {SCHEMA_FILE}: prepare the data (python tools/prepare_data.py "
             "--help), or set data.schema to a schema.json that describes them"
         )
-    return select_label(select_features(read_schema(path), data.features), data.label)
+    return selected(read_schema(path), data)
 
 
 def save_schema(schema: Schema, directory: Path) -> None:
@@ -223,16 +254,35 @@ def check_labelled(path: Path, schema: Schema) -> None:
         )
 
 
-def select_label(schema: Schema, name: str | None) -> Schema:
-    """The schema with another of its labels in use; None: as it is.
+def select_label(schema: Schema, label: str | list[str] | None) -> Schema:
+    """The schema with other labels in use; None: as it is.
 
     Raises:
-        UserError: the data have no such label.
+        UserError: the data have no such label, or one is named twice.
     """
     known = schema.labels or (schema.label,)
-    if name is not None and name not in known:
-        raise UserError(f"data.label={name!r}, which {schema.name} does not have; {did_you_mean(name, known)}")
-    return schema.model_copy(update={"label": name or schema.label})
+    names = [schema.label] if label is None else [label] if isinstance(label, str) else label
+    for name in names:
+        if label is not None and name not in known:
+            raise UserError(f"data.label={name!r}, which {schema.name} does not have; {did_you_mean(name, known)}")
+        if names.count(name) > 1:
+            raise UserError(f"data.label names {name!r} {names.count(name)} times; name it once")
+    return schema.model_copy(update={"label": names[0], "tasks": tuple(names) if len(names) > 1 else ()})
+
+
+def selected(schema: Schema, data: DataConfig) -> Schema:
+    """The schema of what a run reads: its features, labels and weight.
+
+    Raises:
+        UserError: the data do not have them.
+    """
+    if data.weighted and schema.weight is None:
+        raise UserError(
+            f"data.weighted=true, and {schema.name} has no weight column: prepare it with a column of type 'weight', "
+            "or leave data.weighted out"
+        )
+    chosen = select_label(select_features(schema, data.features), data.label)
+    return chosen.model_copy(update={"weighted": data.weighted})
 
 
 MADE_UP = "made up"

@@ -146,12 +146,14 @@ def _dense_optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.O
     # The rate is set before every step; 0 keeps an optimizer step that DeepSpeed may take while it starts harmless.
     if dense.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=dense.weight_decay), "torch SGD"
+    decoupled = dense.optimizer == "adamw"
     apex_adam, why = fused_adam() if config.train.fused_kernels == "auto" else (None, "train.fused_kernels=torch")
     if apex_adam is not None:
-        return apex_adam(model.parameters(), lr=0.0, **_adam_arguments(dense)), f"apex FusedAdam: {why}"
-    return torch.optim.AdamW(
-        model.parameters(), lr=0.0, fused=True, **_adam_arguments(dense)
-    ), f"torch fused AdamW: {why}"
+        return apex_adam(
+            model.parameters(), lr=0.0, adam_w_mode=decoupled, **_adam_arguments(dense)
+        ), f"apex FusedAdam: {why}"
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    return kind(model.parameters(), lr=0.0, fused=True, **_adam_arguments(dense)), f"torch fused {kind.__name__}: {why}"
 
 
 def _adam_arguments(dense: DenseConfig) -> dict[str, Any]:
@@ -279,7 +281,7 @@ def probe_apex() -> tuple[bool, str]:
 
 
 def fused_adam() -> tuple[Callable[..., torch.optim.Optimizer] | None, str]:
-    """apex's FusedAdam in its AdamW mode (the default), or None; and the reason."""
+    """apex's FusedAdam, or None; and the reason."""
     found, why = probe_apex()
     return (importlib.import_module("apex.optimizers").FusedAdam if found else None), why
 

@@ -11,8 +11,8 @@ All are "elements [first, last) of the rank's part of the parameter, at an offse
 The part is the whole parameter or, under tensor parallelism, the rectangle that `shard_of` names.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import isfinite, prod
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megarec.dense.tensor_parallel import is_sharded
 from megarec.distributed.topology import Topology
 from megarec.errors import DamagedCheckpoint, UserError
+from megarec.models.norms import batch_norms
 from megarec.slices import Ints, ParameterShard, TensorSlice, rectangles, share_of_range
 
 DENSE = "dense/"
@@ -88,7 +89,7 @@ def optimizer_of(engine: Any) -> torch.optim.Optimizer:
 def held(engine: Any, topology: Topology) -> list[TensorSlice]:
     """Everything of the dense side on this rank that a checkpoint fills, single numbers (Adam's step) left out."""
     state = optimizer_of(engine).state
-    return [
+    return statistics(engine.module, topology) + [
         piece
         for fragment in fragments(engine, topology)
         for suffix, values in [("", fragment.master), *_elementwise(fragment.master, state)]
@@ -99,19 +100,65 @@ def held(engine: Any, topology: Topology) -> list[TensorSlice]:
 def written(engine: Any, topology: Topology) -> list[TensorSlice]:
     """What this rank writes: equal holders write equal parts, so that no two write the same."""
     optimizer = optimizer_of(engine)
-    data_rank, tensor_rank = divmod(topology.rank, topology.tensor_size)
-    pieces: list[TensorSlice] = []
+    pieces = _written_statistics(engine.module, topology)
     for fragment in fragments(engine, topology):
-        first, last = fragment.first, fragment.last
-        if fragment.data_replicas:
-            first, last = share_of_range(first, last, topology.data_size, data_rank)
-        if fragment.tensor_replicas:
-            first, last = share_of_range(first, last, topology.tensor_size, tensor_rank)
+        first, last = _written_range(fragment, topology)
         for suffix, values in [("", fragment.master), *_elementwise(fragment.master, optimizer.state)]:
             pieces += fragment.pieces(suffix, values, first, last)
         if first == 0 < last and not any(fragment.shard.start):
             for what, number in _numbers(fragment.master, optimizer).items():
                 pieces.append(TensorSlice(f"{DENSE}{fragment.name}/{what}", (), (), torch.as_tensor(number).cpu()))
+    return pieces
+
+
+def _written_statistics(model: nn.Module, topology: Topology) -> list[TensorSlice]:
+    data_rank, tensor_rank = divmod(topology.rank, topology.tensor_size)
+    pieces = statistics(model, topology)
+    return [p for p in pieces if data_rank == 0 and (tensor_rank == 0 or p.tensor.shape != p.shape)]
+
+
+def _written_range(fragment: Fragment, topology: Topology) -> tuple[int, int]:
+    """What of a fragment this rank writes."""
+    data_rank, tensor_rank = divmod(topology.rank, topology.tensor_size)
+    first, last = fragment.first, fragment.last
+    if fragment.data_replicas:
+        first, last = share_of_range(first, last, topology.data_size, data_rank)
+    if fragment.tensor_replicas:
+        first, last = share_of_range(first, last, topology.tensor_size, tensor_rank)
+    return first, last
+
+
+def tensors(engine: Any, topology: Topology) -> list[Tensor]:
+    """Every tensor that holds master weights or running statistics on this rank, once each; live."""
+    found = [fragment.master for fragment in fragments(engine, topology)]
+    found += [piece.tensor for piece in statistics(engine.module, topology)]
+    return list({id(tensor): tensor for tensor in found}.values())
+
+
+def laid_out(
+    engine: Any, topology: Topology, of_tensor: Callable[[Tensor], Tensor], *, to_write: bool
+) -> list[TensorSlice]:
+    """Slices of what is laid out as the master weights and running statistics are, such as their averages.
+
+    Args:
+        of_tensor: such a tensor for each of `tensors`.
+        to_write: those that this rank writes; else all it holds.
+    """
+    found = _written_statistics(engine.module, topology) if to_write else statistics(engine.module, topology)
+    pieces = [replace(piece, tensor=of_tensor(piece.tensor)) for piece in found]
+    for fragment in fragments(engine, topology):
+        first, last = _written_range(fragment, topology) if to_write else (fragment.first, fragment.last)
+        pieces += fragment.pieces("", of_tensor(fragment.master), first, last)
+    return pieces
+
+
+def statistics(model: nn.Module, topology: Topology) -> list[TensorSlice]:
+    """Running statistics of batch normalisations: this rank's columns, live; data ranks hold the same."""
+    pieces = []
+    for name, norm in batch_norms(model):
+        columns = norm.running_mean.numel() * (topology.tensor_size if norm.sharded else 1)
+        for what in ("running_mean", "running_var"):
+            pieces.append(TensorSlice(f"{DENSE}{name}.{what}", (columns,), (norm.first_column,), getattr(norm, what)))
     return pieces
 
 
@@ -242,6 +289,7 @@ def sync_from_masters(engine: Any) -> None:
     """Set the weights that the model computes with from the master weights; collective."""
     wrapper = engine.optimizer
     if engine.zero_optimization_stage() == 3:
+        wrapper.checkpoint_event_prologue()  # small parameters that are whole would stay what they were
         for group in range(len(wrapper.fp32_partitioned_groups_flat)):
             wrapper._reassign_or_swap_out_partitioned_parameters(group)
         wrapper.checkpoint_event_epilogue()

@@ -16,14 +16,16 @@ from megarec.config.sections import RunConfig
 from megarec.dense.engine import base_learning_rate, build_engine, mark_gradients_of_shards, prepare_deepspeed
 from megarec.dense.groups import ModelParallelUnit, model_parallel_unit, set_deepspeed_groups
 from megarec.dense.layers import compile_layers, fuse_layers, recompute_layers
+from megarec.dense.objective import objective
 from megarec.dense.reduction import gradient_reduction
 from megarec.dense.replicated import replicated_average
 from megarec.dense.settings import check_precision, refusals_of_deepspeed, settings_of
 from megarec.dense.side import DenseSide
-from megarec.dense.tensor_parallel import shard_mlps
-from megarec.distributed.collectives import Channel, Ledger
+from megarec.dense.tensor_parallel import shard_mlps, synchronise_norms
+from megarec.distributed.collectives import Channel, Ledger, build_channel
 from megarec.distributed.topology import Topology
 from megarec.models.initial import fill_initial, initialize, materialize, with_memory
+from megarec.models.norms import start_statistics
 
 
 def materialize_and_fill(
@@ -41,6 +43,7 @@ def materialize_and_fill(
         materialize(model, device)
         initialize(model, seed)
         return
+    start_statistics(model, device)
     # zero.Init reads the type, offloading, hpZ and quantisation of the partitions; batch sizes mean nothing to it.
     named = ("zero_optimization", "bf16", "bfloat16", "fp16")
     config = {"train_micro_batch_size_per_gpu": 1, **{key: section[key] for key in named if key in section}}
@@ -75,6 +78,7 @@ def parallelize(
     tensor = Channel("tensor", topology.tensor, topology.rank % topology.tensor_size, topology.tensor_size, ledger)
     prepare_deepspeed()
     shard_mlps(model, tensor)
+    synchronise_norms(model, build_channel(topology, "world", ledger), build_channel(topology, "data", ledger))
     fused = fuse_layers(model, config.train.fused_kernels == "auto", config.deepspeed, device)
     compile_layers(model, config.dense, config.deepspeed, device)
     recompute_layers(model, config.dense.recompute)
@@ -87,4 +91,6 @@ def parallelize(
     reduction = gradient_reduction(engine, topology, ledger, overlap)
     mark_gradients_of_shards(engine)
     average = replicated_average(engine, tensor)
-    return DenseSide(engine, topology, base_learning_rate(engine, config), f"{reason}; {fused}", reduction, average)
+    loss = objective(model, config, build_channel(topology, "world", ledger))
+    rate = base_learning_rate(engine, config)
+    return DenseSide(engine, topology, rate, f"{reason}; {fused}", loss, reduction, average)

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.data.batch import Batch
 from megarec.dense import masters
 from megarec.dense.engine import backward, compute_dtype, gradient_norm, loss_scale, loss_scale_can_shrink, skip_step
 from megarec.dense.memory import Parts, dense_bytes
 from megarec.dense.monitor import Monitor
+from megarec.dense.objective import Objective
 from megarec.dense.reduction import GradientReduction
 from megarec.dense.tensor_parallel import is_sharded
 from megarec.distributed.topology import Topology
+from megarec.models.norms import apply_statistics, batch_norms
 from megarec.slices import Ints, ParameterShard, TensorSlice
 
 
@@ -30,15 +31,17 @@ class DenseResult:
     """What a forward and a backward pass of the dense model made on this rank.
 
     Attributes:
-        logits: [B].
-        loss: their mean.
+        logits: [B], or of several labels [B, T].
+        loss: what the backward pass was of (dense/objective.py).
         gradient: [B, columns], of the embeddings: that of the mean over this rank's examples of all micro-batches; may
             be part of a wider matrix.
+        finite: float32 [T], 1 where a label's loss is finite on this rank, else 0; None: of one label.
     """
 
     logits: Tensor
     loss: Tensor
     gradient: Tensor
+    finite: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class DenseSide:
         engine: DeepSpeed's, around the model.
         learning_rate: the base rate that the schedule scales.
         reason: which optimizer and which kernels were taken and why, for the log.
+        objective: the loss.
         reduction: averages gradients over the data group where DeepSpeed does not (dense/reduction.py), from the last
             backward pass of a step on; collective.
         average_replicated: called between the last backward pass of a step and what reads its gradients
@@ -77,11 +81,12 @@ class DenseSide:
         topology: Topology,
         learning_rate: float,
         reason: str,
+        objective: Objective,
         reduction: GradientReduction,
         average_replicated: Callable[[], None],
     ) -> None:
         self.engine, self.learning_rate, self.reason = engine, learning_rate, reason
-        self._topology = topology
+        self._topology, self._objective = topology, objective
         self._reduction, self._average_replicated = reduction, average_replicated
         self.monitor = Monitor(engine.monitor)
 
@@ -118,12 +123,12 @@ class DenseSide:
         kept: list[Tensor] = []
         rows = slice(micro * values.shape[0], (micro + 1) * values.shape[0])
         out = engine(batch.numeric[rows], keep_gradient(values, kept), batch.keys[rows])
-        loss = binary_cross_entropy_with_logits(out, batch.labels[rows])
+        loss, finite = self._objective(out, batch, rows)
         if micro + 1 == self.accumulation:
             self._reduction.begin()
         backward(engine, loss)
         scale = self.loss_scale() or 1.0
-        return DenseResult(out.detach(), loss.detach(), kept[0] if scale == 1.0 else kept[0] / scale)
+        return DenseResult(out.detach(), loss.detach(), kept[0] if scale == 1.0 else kept[0] / scale, finite)
 
     def apply(self, want_norm: bool = False) -> DenseUpdate:
         """One optimizer step; collective.
@@ -138,6 +143,7 @@ class DenseSide:
         self.engine.step()
         if not self.engine.was_step_applied():
             return DenseUpdate("overflow" if overflow else "gradient", norm)
+        apply_statistics(self.module)
         if want_norm and norm is None:
             norm = self.engine.get_global_grad_norm()
         return DenseUpdate(None, None if norm is None else float(norm))
@@ -150,7 +156,7 @@ class DenseSide:
 
     @torch.no_grad()
     def predict(self, batch: Batch, values: Tensor) -> Tensor:
-        """Logits [B], in evaluation mode."""
+        """Logits [B], or of several labels [B, T], in evaluation mode."""
         self.engine.eval()
         logits: Tensor = self.engine(batch.numeric, values, batch.keys)
         return logits
@@ -191,17 +197,35 @@ class DenseSide:
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             yield name, getattr(parameter, "shard", ParameterShard(shape, ())).shape
 
+    def statistics_shapes(self) -> Iterator[tuple[str, Ints]]:
+        """(running statistic of a batch normalisation, shape of the whole)."""
+        for piece in masters.statistics(self.module, self._topology):
+            yield piece.name, piece.shape
+
     def check_supported(self) -> None:
         """Raise a UserError for what no checkpoint can hold: before the training, not at its first save."""
         masters.check_supported(self.engine)
 
     def held(self) -> list[TensorSlice]:
-        """Master weights and optimizer states on this rank, as slices of whole tensors; live, no copies."""
+        """Master weights, optimizer states and running statistics on this rank, as slices of whole tensors; live, no
+        copies."""
         return masters.held(self.engine, self._topology)
 
     def written(self) -> list[TensorSlice]:
         """Those that this rank writes: equal holders write equal parts, so that no two write the same."""
         return masters.written(self.engine, self._topology)
+
+    def masters(self) -> list[Tensor]:
+        """Every tensor that holds master weights or running statistics on this rank, once each; live."""
+        return masters.tensors(self.engine, self._topology)
+
+    def laid_out(self, of_master: Callable[[Tensor], Tensor], *, to_write: bool) -> list[TensorSlice]:
+        """Slices of what is laid out as `masters` are (`masters.laid_out`)."""
+        return masters.laid_out(self.engine, self._topology, of_master, to_write=to_write)
+
+    def take_over_masters(self) -> None:
+        """Set the weights that the model computes with from master weights that were changed; collective."""
+        masters.sync_from_masters(self.engine)
 
     def allocate_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Give the optimizer exactly the states that a checkpoint has (`masters.allocate_states`)."""
@@ -224,6 +248,9 @@ class DenseSide:
         for name, parameter in parameters.items():
             if getattr(parameter, "ds_persist", True):
                 yield name, is_sharded(parameter), parameter
+        for norm_name, norm in batch_norms(self.module):
+            yield f"{norm_name}.running_mean", norm.sharded, norm.running_mean
+            yield f"{norm_name}.running_var", norm.sharded, norm.running_var
         for name, suffix, tensor in masters.unsharded_states(self.engine, self._topology):
             yield f"{name}/{suffix}", is_sharded(parameters[name]), tensor
 

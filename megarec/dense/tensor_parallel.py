@@ -23,13 +23,16 @@ from torch import Tensor, nn
 
 from megarec.distributed.collectives import (
     Channel,
+    Direction,
     all_gather_rows,
     all_to_all_with_grad,
     reduce_scatter_rows,
+    sum_in_place,
 )
 from megarec.errors import UserError
 from megarec.models.blocks import MLP, KeyedDropout
 from megarec.models.cpu_gemm import fast_cpu_gemm, scaled_product
+from megarec.models.norms import BatchNorm, ColumnNorm, SumOverRanks, batch_norms
 from megarec.slices import ParameterShard
 
 
@@ -134,17 +137,21 @@ class TensorParallelMLP(nn.Module):
         self.channel = channel
         self.relu = mlp.relu
         self.activation = mlp.activation
-        self.dropouts = mlp.dropouts
+        self.dropouts, self.norms = mlp.dropouts, mlp.norms
         linears = [linear for linear in mlp.linears if isinstance(linear, nn.Linear)]
         _check_widths([linear.out_features for linear in linears[:-1]], name, channel.size)
         self.linears = nn.ModuleList()
         for index, linear in enumerate(linears):
             column = index % 2 == 0 and index + 1 < len(linears)
             self.linears.append((ColumnParallelLinear if column else RowParallelLinear)(linear, channel))
-        for layer, dropout in zip(self.linears, self.dropouts, strict=False):
+        for index, (layer, dropout) in enumerate(zip(self.linears, self.dropouts, strict=False)):
             if isinstance(layer, ColumnParallelLinear):
                 assert isinstance(dropout, KeyedDropout)
                 dropout.first_column = layer.first_column
+                if self.norms:
+                    norm = self.norms[index]
+                    assert isinstance(norm, ColumnNorm)
+                    _shard_norm(norm, layer.first_column, channel)
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """[B, inputs] and the examples' dropout keys int64 [B] -> [B, outputs]."""
@@ -158,6 +165,7 @@ class TensorParallelMLP(nn.Module):
             x = linear(x)
             if index < last:
                 of_group = isinstance(linear, ColumnParallelLinear)
+                x = self.norms[index](x) if self.norms else x
                 x = self.activation(x) if self.relu else x
                 x = self.dropouts[index](x, group_keys if of_group else keys)
         return x
@@ -195,6 +203,42 @@ def _sharded(whole: Tensor, dimension: int, channel: Channel) -> nn.Parameter:
     return parameter
 
 
+def _shard_norm(norm: ColumnNorm, first_column: int, channel: Channel) -> None:
+    """Keep this rank's columns of a normalisation behind a column-parallel layer; those of examples meet in the group.
+
+    In a batch normalisation each rank has its own columns of the group's examples (`synchronise_norms`).
+    """
+    norm.weight = _sharded(norm.weight, 0, channel)
+    if norm.bias is not None:
+        norm.bias = _sharded(norm.bias, 0, channel)
+    if isinstance(norm, BatchNorm):
+        for name in ("running_mean", "running_var"):
+            setattr(norm, name, getattr(norm, name).tensor_split(channel.size)[channel.rank].clone())
+    else:
+        norm.spread_over(_sum_over(channel, "layer statistics"), channel.size, channel.size)
+    norm.first_column, norm.sharded = first_column, True
+
+
+def synchronise_norms(model: nn.Module, world: Channel, data: Channel) -> None:
+    """Let every batch normalisation take its statistics over the global batch; after `shard_mlps`.
+
+    Behind a column-parallel layer a rank has the examples of its tensor group, elsewhere its own alone.
+    """
+    for _, norm in batch_norms(model):
+        channel = data if norm.sharded else world
+        if world.size > 1:
+            share = world.size // data.size if norm.sharded else 1
+            norm.spread_over(_sum_over(channel, "batch statistics"), channel.size, share)
+
+
+def _sum_over(channel: Channel, purpose: str) -> SumOverRanks:
+    def total(tensor: Tensor, direction: Direction) -> None:
+        if channel.size > 1:
+            sum_in_place(tensor, channel, purpose, direction)
+
+    return total
+
+
 def is_sharded(parameter: Tensor) -> bool:
     """Whether the ranks of a tensor group hold different parts of a parameter."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
@@ -203,8 +247,8 @@ def is_sharded(parameter: Tensor) -> bool:
 def shard_mlps(model: nn.Module, channel: Channel) -> None:
     """Replace every MLP of a model by a tensor-parallel one, in place; without a tensor group nothing changes.
 
-    A single linear layer whose inputs do not divide (13 numeric features straight to an embedding) stays whole: it
-    works on this rank's own examples alone, so only its memory is not divided.
+    MLPs of sequences stay whole. So does a single linear layer whose inputs do not divide (13 numeric features straight
+    to an embedding): it works on this rank's own examples alone, so only its memory is not divided.
 
     Raises:
         UserError: a hidden width does not divide by the size of the tensor group.
@@ -212,6 +256,8 @@ def shard_mlps(model: nn.Module, channel: Channel) -> None:
     if channel.size == 1:
         return
     for name, module in list(model.named_modules()):
+        if name.startswith("sequences."):
+            continue  # small, and once a position: to gather positions would take longer than to compute them
         if isinstance(module, MLP) and (len(module.linears) > 1 or _inputs(module) % channel.size == 0):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, TensorParallelMLP(module, name, channel))

@@ -113,7 +113,7 @@ class Channel:
 
 def build_channel(
     topology: Topology,
-    name: Literal["world", "tower", "peer", "tensor"],
+    name: Literal["world", "tower", "peer", "tensor", "data"],
     ledger: Ledger,
     ids: Topology | None = None,
 ) -> Channel:

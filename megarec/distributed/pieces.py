@@ -73,7 +73,12 @@ def _copy(source: list[list[Tensor]], target: list[list[Tensor]]) -> None:
 
 
 def _post(sent: list[list[Tensor]], received: list[list[Tensor]], group: dist.ProcessGroup) -> Wait:
-    """Pieces of a pair of ranks arrive in the order in which they are posted."""
+    """Pieces of a pair of ranks arrive in the order in which they are posted.
+
+    A message left to itself waits as long as the group's ranks had to find each other, not as long as the group says
+    now; so the wait names the group's patience.
+    """
+    patience = group._get_backend(torch.device("cpu")).options._timeout
     rank, size = dist.get_rank(group), len(sent)
     work: list[dist.Work | None] = []
     for turn in range(1, size):
@@ -88,6 +93,6 @@ def _post(sent: list[list[Tensor]], received: list[list[Tensor]], group: dist.Pr
     def wait() -> None:
         for posted in work:
             if posted is not None:
-                posted.wait()
+                posted.wait(patience)
 
     return wait

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
+from torch import Tensor
 
 from megarec.data.batch import Batch
 from megarec.data.loader import example_keys
@@ -96,11 +97,11 @@ def importances(
         for start in range(0, len(rows), batch_size):
             part = slice(start, start + batch_size)
             batch, others = (_read(store, own, seed, device) for own in (rows[part], rows[places[part]]))
-            labels[part] = batch.labels.cpu()
+            labels[part] = _first(batch.labels)
             if repeat == 0:
-                true[part] = model.predict(batch).float().cpu()
+                true[part] = _first(model.predict(batch))
             for place, changed in enumerate(_each_permuted(batch, others, names)):
-                logits[place, part] = model.predict(changed).float().cpu()
+                logits[place, part] = _first(model.predict(changed))
         if repeat == 0:
             base = _metrics(true, labels)
         for place, own in enumerate(logits):
@@ -129,8 +130,15 @@ def _each_permuted(batch: Batch, others: Batch, names: list[str]) -> Iterator[Ba
             yield dataclasses.replace(batch, numeric=numeric, buffer=None)
 
 
+def _first(values: Tensor) -> Tensor:
+    """[B], or of several labels [B, T] the first one's."""
+    return (values if values.dim() == 1 else values[:, 0]).float().cpu()
+
+
 def _metrics(logits: Floats, labels: Floats) -> tuple[float, float]:
-    """AUC and LogLoss; NaN where a logit is not finite."""
+    """AUC and LogLoss of the rows that have the label; NaN where a logit is not finite."""
+    there = np.isfinite(labels)
+    logits, labels = logits[there], labels[there]
     if not np.isfinite(logits).all():
         return math.nan, math.nan
     auc = group_scores(logits, labels, np.zeros(len(logits), np.int32)).auc

@@ -31,21 +31,25 @@ def page(report: Report, model: str, data: str) -> str:
     found = report.quality
     parts = [HEAD.format(title=shown(title)), f"<h1>{shown(title)}</h1>"]
     parts.append(f'<p class="soft">{shown(data)}: {found.examples:,} examples</p>')
-    if found.not_finite:
-        parts.append(
-            f'<p class="alarm">{found.not_finite:,} logits are NaN or infinite: they leave every metric undefined</p>'
-        )
-    parts.append('<div class="cards">')
-    parts += _metrics(report)
-    parts += _curve_card(report)
-    parts.append("</div>")
-    parts += _comparison(report)
-    if report.slices:
-        parts.append("<h2>Slices</h2>")
-    for place, column in enumerate(report.slices):
-        parts += _slices(column, f"slice{place}")
+    for number_of, (label, own) in enumerate((report.labels or {"": report}).items()):
+        parts += [f"<h2>Label {shown(label)}</h2>"] if label else []
+        parts += _of_label(own, f"label{number_of}" if label else "")
     parts.append("</body>\n</html>\n")
     return "\n".join(parts)
+
+
+def _of_label(report: Report, link: str) -> Iterator[str]:
+    if not_finite := report.quality.not_finite:
+        yield f'<p class="alarm">{not_finite:,} logits are NaN or infinite: they leave every metric undefined</p>'
+    yield '<div class="cards">'
+    yield from _metrics(report)
+    yield from _curve_card(report)
+    yield "</div>"
+    yield from _comparison(report)
+    if report.slices:
+        yield "<h2>Slices</h2>"
+    for place, column in enumerate(report.slices):
+        yield from _slices(column, f"{link}slice{place}")
 
 
 def _cells(rows: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,14 @@ class Scored:
         labels: float32 [N], 0 or 1.
         groups: int32 [N], what group a row belongs to, -1: none; None: rows have no groups.
         column: that the groups are from.
+        there: bool [all rows of the split], those that have the label; None: all have it.
     """
 
     logits: NDArray[np.float32]
     labels: NDArray[np.float32]
     groups: NDArray[np.int32] | None = None
     column: str | None = None
+    there: NDArray[np.bool_] | None = None
 
     def prepared(self, ks: tuple[int, ...]) -> ScoredRows:
         """For draws; the logits must be finite."""
@@ -78,6 +80,7 @@ class Report:
         draws: how many.
         compared: by metric, with the other model; None: there is none.
         drawn_by: what the comparison drew, "examples" or "groups".
+        labels: of several labels the report of each, by name; the numbers above are those of train.best_label.
     """
 
     quality: Quality
@@ -90,6 +93,7 @@ class Report:
     calibrated: Calibrated | None
     other: str | None
     compared: dict[str, Difference] | None
+    labels: dict[str, "Report"] = field(default_factory=dict)
 
     @property
     def drawn_by(self) -> str:
@@ -189,6 +193,8 @@ def as_json(report: Report) -> dict[str, Any]:
         found["compared"] = {"other": report.other, "draws": report.draws, "drawn_by": report.drawn_by} | {
             "metrics": {name: _difference(own) for name, own in report.compared.items()}
         }
+    if report.labels:
+        found["labels"] = {name: as_json(own) for name, own in report.labels.items()}
     return found
 
 
@@ -203,6 +209,8 @@ def _difference(found: Difference) -> dict[str, Any]:
 
 def as_lines(report: Report) -> list[str]:
     """As the terminal shows it."""
+    if report.labels:
+        return [line for name, own in report.labels.items() for line in (f"label {name}:", *as_lines(own), "")][:-1]
     lines = [in_words(report.quality)]
     if (grouped := report.grouped) is not None:
         lines.append(

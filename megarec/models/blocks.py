@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, leaky_relu, silu
 
-from megarec.config.base import Activation, ModelConfig
+from megarec.config.base import Activation, ModelConfig, Norm
 from megarec.models.initial import draw_normal_
+from megarec.models.norms import norm_of
 
 _LANE_BITS = 16
 _LANES = 64 // _LANE_BITS  # one 64-bit hash serves four columns
@@ -112,8 +113,17 @@ def number_dropouts(model: nn.Module) -> None:
 
 
 def activation_function(name: Activation) -> Callable[[Tensor], Tensor]:
-    """What `model.activation` names: ReLU, or SiLU, x / (1 + e^-x) (Elfwing et al. 2018, arXiv 1702.03118)."""
-    return {"relu": torch.relu, "silu": silu}[name]
+    """What `model.activation` names: ReLU, or SiLU, x / (1 + e^-x) (Elfwing et al. 2018, arXiv 1702.03118), GELU, ReLU
+    with a slope of 0.01 below 0, tanh or the logistic function."""
+    named: dict[Activation, Callable[[Tensor], Tensor]] = {
+        "relu": torch.relu,
+        "silu": silu,
+        "gelu": gelu,
+        "leaky_relu": leaky_relu,
+        "tanh": torch.tanh,
+        "sigmoid": torch.sigmoid,
+    }
+    return named[name]
 
 
 def init_fan_in_(weight: Tensor, fan_in: int, gain: float = 1.0) -> None:
@@ -122,9 +132,9 @@ def init_fan_in_(weight: Tensor, fan_in: int, gain: float = 1.0) -> None:
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU or SiLU and keyed dropout between them; the last one is linear.
+    """Linear layers, each but the last one with normalisation, activation and keyed dropout behind it, in this order.
 
-    Weights are normal with variance 2 / fan-in before either (He et al. 2015) and 1 / fan-in elsewhere; biases
+    Weights are normal with variance 2 / fan-in before an activation (He et al. 2015) and 1 / fan-in elsewhere; biases
     start at 0.
 
     Args:
@@ -133,6 +143,7 @@ class MLP(nn.Module):
         dropout: probability after every hidden layer.
         relu: whether anything lies between the layers; without it is a factorised (low-rank) linear map.
         activation: what does.
+        norm: what comes before it.
     """
 
     def __init__(
@@ -145,6 +156,7 @@ class MLP(nn.Module):
         dropout: float = 0.0,
         relu: bool = True,
         activation: Activation = "relu",
+        norm: Norm = "none",
     ) -> None:
         super().__init__()
         self.relu = relu
@@ -155,6 +167,8 @@ class MLP(nn.Module):
             nn.Linear(fan_in, fan_out, bias=has_bias)
             for (fan_in, fan_out), has_bias in zip(itertools.pairwise(widths), biases, strict=True)
         )
+        norms = (norm_of(norm, width, has_bias) for width, has_bias in zip(hidden, biases, strict=False))
+        self.norms = nn.ModuleList(part for part in norms if part is not None)
         self.dropouts = nn.ModuleList(KeyedDropout(dropout) for _ in hidden)
         self.reset_parameters()
 
@@ -170,8 +184,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """[B, inputs] -> [B, outputs]."""
         *hidden, last = self.linears
-        for linear, dropout in zip(hidden, self.dropouts, strict=True):
+        for index, (linear, dropout) in enumerate(zip(hidden, self.dropouts, strict=True)):
             x = linear(x)
+            if self.norms:
+                x = self.norms[index](x)
             x = dropout(self.activation(x) if self.relu else x, keys)
         return last(x)
 
@@ -179,3 +195,16 @@ class MLP(nn.Module):
 def mlp_of(config: ModelConfig, inputs: int, hidden: Sequence[int], outputs: int) -> MLP:
     """An MLP with the biases, the dropout and the activation of a dense model's config."""
     return MLP(inputs, hidden, outputs, bias=config.bias, dropout=config.dropout, activation=config.activation)
+
+
+def head_of(config: ModelConfig, inputs: int, hidden: Sequence[int], outputs: int = 1) -> MLP:
+    """The same with `model.norm`, for MLPs that end in the logit."""
+    return MLP(
+        inputs,
+        hidden,
+        outputs,
+        bias=config.bias,
+        dropout=config.dropout,
+        activation=config.activation,
+        norm=config.norm,
+    )

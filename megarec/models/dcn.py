@@ -1,8 +1,9 @@
-"""DCNv2 (Wang et al. 2021, arXiv 2008.13535), stacked: cross layers over the flattened embeddings, then an MLP.
+"""DCNv2 (Wang et al. 2021, arXiv 2008.13535): cross layers over the flattened embeddings, and an MLP behind or beside.
 
     x_{l+1} = x_0 * (W x_l + b) + x_l                    full rank, W [E, E]
     x_{l+1} = x_0 * (U (V x_l) + b) + x_l                low rank, V [R, E], U [E, R]
-    logit   = MLP(x_L)
+    logit   = MLP(x_L)                                   stacked
+    logit   = MLP(x_0) + w . x_L                         parallel: a linear map of both streams' last columns
 
 Layer l holds interactions of order 1 .. l + 1. With three layers of rank 512 it is the interaction of MLPerf's
 DLRM-DCNv2, whose bottom MLP is the input layer's numeric MLP and whose top MLP is the head.
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megarec.config.models import DcnConfig
-from megarec.models.blocks import MLP, mlp_of, number_dropouts
+from megarec.models.blocks import MLP, head_of, number_dropouts
 
 
 class CrossLayer(nn.Module):
@@ -48,18 +49,26 @@ class Dcn(nn.Module):
     Args:
         n: embeddings per example in X_0.
         config: the sizes.
+        headless: stop before the maps that make the logit: `columns` of them leave (multi_task.py).
     """
 
-    def __init__(self, n: int, config: DcnConfig) -> None:
+    def __init__(self, n: int, config: DcnConfig, headless: bool = False) -> None:
         super().__init__()
-        width = n * config.dim
+        self.columns = width = n * config.dim
         self.layers = nn.ModuleList(CrossLayer(width, config.rank, config.bias) for _ in range(config.layers))
-        self.head = mlp_of(config, width, config.head, 1)
+        self.parallel = config.structure == "parallel"
+        self.columns = 2 * width if self.parallel else width
+        self.linear = MLP(width, [], 1, bias=False) if self.parallel and not headless else None
+        self.head = None if headless else head_of(config, width, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
-        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
+        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]; headless: [B, columns]."""
         x_BE = first_BE = x_BND.flatten(1)
         for layer in self.layers:
             x_BE = layer(first_BE, x_BE)
-        return self.head(x_BE, keys).squeeze(1)
+        if self.head is None:
+            return torch.cat([first_BE, x_BE], dim=1) if self.parallel else x_BE
+        if self.linear is None:
+            return self.head(x_BE, keys).squeeze(1)
+        return (self.linear(x_BE) + self.head(first_BE, keys)).squeeze(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megarec.config.models import DlrmConfig
 from megarec.errors import UserError
-from megarec.models.blocks import mlp_of, number_dropouts
+from megarec.models.blocks import head_of, number_dropouts
 
 
 def head_inputs(n: int, dense: int, dim: int) -> int:
@@ -39,22 +39,25 @@ class Dlrm(nn.Module):
         n: embeddings per example in X_0.
         dense: how many of them, the last ones, come from numeric features.
         config: the sizes; `head` is the top MLP.
+        headless: stop before the maps that make the logit: `columns` of them leave (multi_task.py).
 
     Raises:
         UserError: there is neither a pair of embeddings nor a dense one.
     """
 
-    def __init__(self, n: int, dense: int, config: DlrmConfig) -> None:
+    def __init__(self, n: int, dense: int, config: DlrmConfig, headless: bool = False) -> None:
         super().__init__()
         self.n = n
         self.dense = dense
-        self.head = mlp_of(config, head_inputs(n, dense, config.dim), config.head, 1)
+        self.columns = head_inputs(n, dense, config.dim)
+        self.head = None if headless else head_of(config, self.columns, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
-        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
+        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]; headless: [B, columns]."""
         products_BNN = torch.bmm(x_BND, x_BND.mT)
         row_P, column_P = torch.tril_indices(self.n, self.n, -1, device=x_BND.device)
         pairs_BP = products_BNN.flatten(1).index_select(1, row_P * self.n + column_P)
         dense_BE = x_BND[:, self.n - self.dense :].flatten(1)  # E = dense x D
-        return self.head(torch.cat([dense_BE, pairs_BP], dim=1), keys).squeeze(1)
+        x_BE = torch.cat([dense_BE, pairs_BP], dim=1)
+        return x_BE if self.head is None else self.head(x_BE, keys).squeeze(1)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from megarec.models.norms import start_statistics
 from megarec.slices import shard_of
 
 TILE = 256, 1024  # rows, columns of the whole tensor that are drawn together: another value draws other weights
@@ -25,11 +26,15 @@ def draw_normal_(weight: Tensor, std: float) -> None:
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:
-    """Give every parameter that lies on the meta device memory on `device`; keeps what is remembered about it."""
+    """Give every parameter that lies on the meta device memory on `device`; keeps what is remembered about it.
+
+    Running statistics start at mean 0 and variance 1.
+    """
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.is_meta:
                 setattr(part, name, with_memory(parameter, device, parameter.dtype))
+    start_statistics(module, device)
 
 
 def with_memory(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

@@ -3,6 +3,8 @@
 `build_over_arch` makes what a config asks for: modules `forward(x_BND, keys) -> logits [B]` that know no process group.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from megarec.config.models import (
@@ -32,11 +34,17 @@ from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.models.dcn import Dcn
 from megarec.models.dlrm import Dlrm
 from megarec.models.inputs import EmbeddedColumns, InputLayer
+from megarec.models.multi_task import TaskHeads
+from megarec.models.sequences import SequenceInput, SequenceLayer
 from megarec.models.wukong import LayerNormFactory, Wukong, torch_layer_norm
 
 
 def build_over_arch(
-    n: int, dense: int, config: OverArchConfig, layer_norm: LayerNormFactory = torch_layer_norm
+    n: int,
+    dense: int,
+    config: OverArchConfig,
+    layer_norm: LayerNormFactory = torch_layer_norm,
+    headless: bool = False,
 ) -> nn.Module:
     """The dense model over n embeddings of width d per example.
 
@@ -45,33 +53,34 @@ def build_over_arch(
         dense: how many of them, the last ones, come from numeric features.
         config: the model and its sizes.
         layer_norm: makes a LayerNorm over (width, with bias or not), where the model has any.
+        headless: without the maps that make the logit: what they take leaves, [B, columns] (multi_task.py).
 
     Raises:
         UserError: sizes that do not fit together.
     """
     match config:
         case WukongConfig():
-            return Wukong(n, config, layer_norm)
+            return Wukong(n, config, layer_norm, headless=headless)
         case DlrmConfig():
-            return Dlrm(n, dense, config)
+            return Dlrm(n, dense, config, headless=headless)
         case DcnConfig():
-            return Dcn(n, config)
+            return Dcn(n, config, headless=headless)
         case LrConfig() | DnnConfig():
-            return Dnn(n, config)
+            return Dnn(n, config, headless=headless)
         case FmConfig():
-            return Fm(n, config)
+            return Fm(n, config, headless=headless)
         case DeepFmConfig():
-            return DeepFm(n, config)
+            return DeepFm(n, config, headless=headless)
         case XDeepFmConfig():
-            return XDeepFm(n, config)
+            return XDeepFm(n, config, headless=headless)
         case AutoIntConfig():
-            return AutoInt(n, config)
+            return AutoInt(n, config, headless=headless)
         case MaskNetConfig():
-            return MaskNet(n, config, layer_norm)
+            return MaskNet(n, config, layer_norm, headless=headless)
         case FinalMlpConfig():
-            return FinalMlp(n, config)
+            return FinalMlp(n, config, headless=headless)
         case AfnConfig():
-            return Afn(n, config, layer_norm)
+            return Afn(n, config, layer_norm, headless=headless)
 
 
 class Recommender(nn.Module):
@@ -83,6 +92,12 @@ class Recommender(nn.Module):
         config: the over-arch and the input MLPs.
         embedding_dropout: probability per element of the looked-up embeddings.
         layer_norm: makes a LayerNorm over (width, with bias or not).
+        sequences: what is read position by position; `layout` has the embeddings that their blocks make, last among
+            those of full width.
+        labels: T, how many are predicted.
+
+    Attributes:
+        width: columns of the looked-up embeddings.
 
     Raises:
         UserError: sizes that do not fit together, or data without features.
@@ -95,18 +110,41 @@ class Recommender(nn.Module):
         config: OverArchConfig,
         embedding_dropout: float = 0.0,
         layer_norm: LayerNormFactory = torch_layer_norm,
+        sequences: Sequence[SequenceInput] = (),
+        labels: int = 1,
     ) -> None:
         super().__init__()
+        self.width, self.sequences = layout.width, None
+        if sequences:
+            made = config.dim * sum(own.embeddings for own in sequences)
+            full = config.dim * layout.full_embeddings - made
+            self.sequences = SequenceLayer(sequences, layout.width - made, full, config, layer_norm)
+            self.width = self.sequences.width
         self.inputs = InputLayer(layout, numeric, config, embedding_dropout)
-        self.over_arch = build_over_arch(self.inputs.embeddings, self.inputs.numeric_embeddings, config, layer_norm)
+        n, dense = self.inputs.embeddings, self.inputs.numeric_embeddings
+        self.over_arch = build_over_arch(n, dense, config, layer_norm, headless=labels > 1)
+        columns: int = self.over_arch.columns  # type: ignore[assignment]
+        self.tasks = TaskHeads(columns, config, labels) if labels > 1 else None
         number_dropouts(self)
 
+    def logits(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
+        """X_0 [B, n, d] -> logits float32 [B], or of several labels [B, T]."""
+        emitted: Tensor = self.over_arch(x_BND, keys)
+        return emitted.float() if self.tasks is None else self.tasks(emitted, keys)
+
     def forward(self, numeric: Tensor, embedded: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Numeric [B, f], looked-up embeddings [B, layout.width], dropout keys int64 [B] -> logits float32 [B].
+        """Numeric [B, f], looked-up embeddings [B, width], dropout keys int64 [B] -> logits float32 [B], or of several
+        labels [B, T].
 
         The inputs are cast to the parameters' dtype. Keys are needed in training when there is dropout.
         """
         dtype = next(self.parameters()).dtype
         with fast_cpu_gemm(embedded.device, dtype):
-            x_BND = self.inputs(numeric.to(dtype), embedded.to(dtype), keys)
-            return self.over_arch(x_BND, keys).float()
+            return self.logits(self.embed(numeric.to(dtype), embedded.to(dtype), keys), keys)
+
+    def embed(self, numeric: Tensor, embedded: Tensor, keys: Tensor | None = None) -> Tensor:
+        """X_0 [B, N, D]: what `forward` makes first."""
+        if self.sequences is not None:
+            embedded = self.sequences(embedded)
+        x_BND: Tensor = self.inputs(numeric, embedded, keys)
+        return x_BND

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megarec.config.models import WukongConfig
 from megarec.errors import UserError
-from megarec.models.blocks import mlp_of, number_dropouts
+from megarec.models.blocks import head_of, mlp_of, number_dropouts
 from megarec.models.projection import Projection
 
 LayerNormFactory = Callable[[int, bool], nn.Module]
@@ -158,20 +158,29 @@ class Wukong(nn.Module):
         n: embeddings per example in X_0.
         config: the sizes.
         layer_norm: makes a LayerNorm over (width, with bias or not), such as a fused one.
+        headless: stop before the maps that make the logit: `columns` of them leave (multi_task.py).
 
     Raises:
         UserError: a list of sizes has another length than `model.layers`.
     """
 
-    def __init__(self, n: int, config: WukongConfig, layer_norm: LayerNormFactory = torch_layer_norm) -> None:
+    def __init__(
+        self,
+        n: int,
+        config: WukongConfig,
+        layer_norm: LayerNormFactory = torch_layer_norm,
+        headless: bool = False,
+    ) -> None:
         super().__init__()
         sizes = layer_sizes(n, config)
         self.layers = nn.ModuleList(InteractionLayer(layer, config, layer_norm) for layer in sizes)
-        self.head = mlp_of(config, sizes[-1].outputs * config.dim, config.head, 1)
+        self.columns = sizes[-1].outputs * config.dim
+        self.head = None if headless else head_of(config, self.columns, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
-        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
+        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]; headless: [B, columns]."""
         for layer in self.layers:
             x_BND = layer(x_BND, keys)
-        return self.head(x_BND.flatten(1), keys).squeeze(1)
+        x_BE = x_BND.flatten(1)
+        return x_BE if self.head is None else self.head(x_BE, keys).squeeze(1)

@@ -55,6 +55,8 @@ COLUMN, FBGEMM, TORCH = "embedding.placement=column", "embedding.backend=fbgemm"
 ROW, REPLICATED = "embedding.placement=row", "embedding.placement=replicated"
 MIXED = 'embedding.tables={"single_1": {"placement": "row"}, "single_2": {"placement": "replicated"}}'
 OPTIMIZERS = tuple(f"embedding.optimizer={name}" for name in ("rowwise_adagrad", "adagrad", "sgd", "adam"))
+ALL_ROWS = 'embedding.l2={"weight": 1e-3, "rows": "all"}'
+DECAYED = 'embedding.l2={"weight": 0.1, "rows": "all", "coupled": false}'
 DENSE_SGD = ("dense.optimizer=sgd", "dense.learning_rate=0.1")
 ATTENTIVE, FULL_FM = "model.projection=attentive", "model.fm=full"
 DLRM = 'model={"name": "dlrm", "dim": 16, "head": [16], "dropout": 0.1}'
@@ -62,6 +64,11 @@ DCN_LOW_RANK, DCN_FULL_RANK = (
     f'model={{"name": "dcn", "layers": 2, "rank": {rank}, "dim": 16, "head": [16], "dropout": 0.1}}'
     for rank in ("8", "null")
 )
+NORMED = {
+    "dnn": '"head": [16, 8, 12], "dropout": 0.1',
+    "finalmlp": '"mlp1": [16, 8], "mlp2": [8], "fusion_heads": 2, "dropout": 0.1',
+    "dcn": '"layers": 2, "rank": null, "structure": "parallel", "head": [16, 8], "dropout": 0.1',
+}
 BASELINES = {
     "lr": '"dropout": 0.1',
     "fm": '"dropout": 0.1',
@@ -75,6 +82,15 @@ BASELINES = {
 }
 MODELS = ((), (ATTENTIVE,), (FULL_FM,), (DLRM,), (DCN_LOW_RANK,), (DCN_FULL_RANK,))
 
+
+# Two labels: the second is missing in a quarter of the rows, and examples have weights.
+TWO_LABELS = ('data.label=["label", "label_1"]', "data.weighted=true", 'train.label_weights={"label_1": 0.5}')
+MMOE = 'model.tasks={"name": "mmoe", "experts": 3, "expert": [12, 8]}'
+PLE = 'model.tasks={"name": "ple", "experts": 2, "own_experts": 2, "levels": 2, "expert": [12, 8]}'
+ESMM = 'model.tasks={"name": "esmm"}'
+# With ReLU a sign flips within 20 steps under one of these topologies, and the loss parts at once (docs/parity.md).
+SMOOTH = "model.activation=silu"
+HEADS = ((), (MMOE, SMOOTH), (PLE, SMOOTH), (ESMM, SMOOTH))
 
 # Tower modules take embeddings of full width alone; multi_0 shares the table of single_0.
 FULL_WIDTH = 'embedding.features={"single_1": {"embeddings": 2}}'
@@ -91,6 +107,13 @@ TOWER_MODULES = {
     "dlrm": 'tower_module={"name": "dlrm", "compression": 2}',
     "dcn": 'tower_module={"name": "dcn", "compression": 2, "rank": 4}',
 }
+# Lists of up to four ids: DIN cuts them to three, and multi_0 shares the table of its target.
+SEQUENCES = (
+    'model.sequences=[{"features": ["multi_0"], "target": ["single_0"], "block": "din", "max_length": 3, "mlp": [8]}, '
+    '{"features": ["multi_1"], "target": ["single_3"], "block": "hstu", "max_length": 5, "heads": 2}]',
+    FULL_WIDTH,
+    LARGE_ROWS,
+)
 FAMILIES = (((), "wukong"), ((DLRM,), "dlrm"), ((DCN_LOW_RANK,), "dcn"))
 
 
@@ -100,7 +123,21 @@ def _hosts(ranks_per_host: int) -> tuple[str, ...]:
 
 
 def _small() -> list[Case]:
-    return _small_sparse() + _small_dense() + _small_bf16() + _small_towers()
+    chosen = _small_sparse() + _small_dense() + _small_norms() + _small_labels() + _small_bf16()
+    return chosen + _small_towers() + _small_sequences()
+
+
+def _small_sequences() -> list[Case]:
+    """Rows that travel one by one: placements, both exchanges, tower modules, micro-batches, tensor parallelism."""
+    sgd = (*DENSE_SGD, "embedding.optimizer=sgd")
+    chosen = [Case(1, SEQUENCES), Case(2, SEQUENCES, (_zero(1),)), Case(4, (*SEQUENCES, *sgd), (_zero(2), MIXED))]
+    chosen += [Case(2, (*SEQUENCES, DCN_LOW_RANK), (_zero(3), COLUMN)), Case(4, SEQUENCES, (_zero(0), ROW, *OVERLAP))]
+    chosen += [Case(4, SEQUENCES, (_zero(1), *_tensor(2)))]
+    chosen += [Case(4, (*SEQUENCES, *sgd, UNEVEN_TWO), (_zero(2), *_hosts(2)))]
+    chosen += [Case(2, (*SEQUENCES, UNEVEN_TWO), (_zero(0), *_hosts(1), *OVERLAP))]
+    modules = (*SEQUENCES, TOWER_MODULES["dcn"], UNEVEN_TWO)
+    chosen += [Case(2, modules, (_zero(0),)), Case(4, modules, (_zero(1), *_hosts(2)))]
+    return [*chosen, Case(2, (*SEQUENCES, DECAYED), (_zero(1), MIXED)), Case(2, (*SEQUENCES, OPTIMIZERS[3], ALL_ROWS))]
 
 
 def _small_towers() -> list[Case]:
@@ -129,6 +166,17 @@ def _small_micro_batches() -> list[Case]:
     return chosen
 
 
+def _small_labels() -> list[Case]:
+    """Two labels: ZeRO x tensor parallelism x exchange, every kind of heads among them; micro-batches; bf16."""
+    chosen = []
+    for index, (stage, ways, towers) in enumerate(itertools.product((0, 1, 2, 3), (1, 2), (False, True))):
+        heads, exchange = HEADS[(index + index // 4) % len(HEADS)], _hosts(1 if ways == 1 else 2) if towers else ()
+        numbers = (*TWO_LABELS, *heads, *((UNEVEN_FOUR,) if towers else ()))
+        chosen.append(Case(2 if ways == 1 or not towers else 4, numbers, (*_tensor(ways), _zero(stage), *exchange)))
+    chosen += [Case(2, (*TWO_LABELS, DLRM), (_zero(1), *OVERLAP)), Case(2, (*TWO_LABELS[1:2],), (_zero(2),))]
+    return [*chosen, Case(2, (*TWO_LABELS, *HEADS[1]), (_zero(2), BF16), BF16_TOLERANCE)]
+
+
 def _small_sparse() -> list[Case]:
     chosen = [Case(ranks, topology=(_zero(2), COLUMN)) for ranks in (2, 4)]
     chosen += [Case(ranks, topology=(_zero(1), backend)) for ranks in (1, 2) for backend in (FBGEMM, TORCH)]
@@ -137,7 +185,19 @@ def _small_sparse() -> list[Case]:
     chosen += [Case(2, (optimizer,), (_zero(1), COLUMN)) for optimizer in OPTIMIZERS]
     chosen += [Case(2, (OPTIMIZERS[3],), (_zero(1), ROW)), Case(2, topology=(_zero(2), REPLICATED))]
     chosen += [Case(4, topology=(_zero(1), MIXED)), Case(4, (UNEVEN_TWO,), (_zero(2), MIXED, *_hosts(2)))]
-    return chosen + [Case(2, (optimizer,), (_zero(2),)) for optimizer in OPTIMIZERS[1:]]
+    chosen += [Case(2, (optimizer,), (_zero(2),)) for optimizer in OPTIMIZERS[1:]]
+    return chosen + _small_all_rows()
+
+
+def _small_all_rows() -> list[Case]:
+    """L2 on all rows: Adam steps every row; or rows decay, lazily, whatever the optimizer."""
+    adam = OPTIMIZERS[3]
+    return [
+        Case(2, (adam, ALL_ROWS, *SEQUENCES), (_zero(1), ROW)),
+        Case(4, (adam, ALL_ROWS, UNEVEN_TWO), (_zero(2), COLUMN, *_hosts(2))),
+        Case(4, (DECAYED, *SEQUENCES), (_zero(1), MIXED)),
+        Case(2, (DECAYED, UNEVEN_TWO), (_zero(0), ROW, *_hosts(1), *OVERLAP)),
+    ]
 
 
 def _small_dense() -> list[Case]:
@@ -157,6 +217,33 @@ def _small_dense() -> list[Case]:
         Case(2, topology=(*_tensor(ways), _zero(stage), f"dense.recompute={policy}"))
         for policy, stage, ways in recomputed
     ]
+
+
+def _normed(name: str, norm: str) -> str:
+    return f'model={{"name": "{name}", "dim": 16, {NORMED[name]}, "norm": "{norm}"}}'
+
+
+def _small_norms() -> list[Case]:
+    """Statistics over the global batch, and over columns that a tensor group shares, at every stage; averaged weights,
+    of tables and tower modules too."""
+    batch, layer = ((_normed("dnn", norm),) for norm in ("batch", "layer"))
+    ema = ("train.ema.decay=0.8",)
+    chosen = [Case(ranks, batch, (_zero(stage),)) for ranks, stage in ((2, 0), (4, 2))]
+    chosen += [Case(ranks, batch, (*_tensor(ranks), _zero(stage))) for ranks, stage in ((2, 3), (4, 1))]
+    chosen += [Case(4, (*batch, *DENSE_SGD, UNEVEN_TWO), (*_tensor(2), _zero(1), *_hosts(2)))]
+    chosen += [Case(4, layer, (*_tensor(2), _zero(3)))]
+    chosen += [Case(2, (_normed(name, "batch"),), (*_tensor(2), _zero(2))) for name in ("finalmlp", "dcn")]
+    chosen += [Case(ranks, ema, (_zero(stage),)) for ranks, stage in ((2, 0), (4, 3))]
+    clipped = ("embedding.gradient_clipping=0.01", "embedding.optimizer=sgd", *DENSE_SGD)
+    on_all = 'embedding.l2={"weight": 0.01, "rows": "all", "coupled": true}'
+    chosen += [
+        Case(2, (*clipped, "embedding.update_rows=all"), (_zero(1), COLUMN)),
+        Case(4, (*clipped, on_all), (_zero(2), ROW)),
+    ]
+    coupled = ("dense.optimizer=adam", "dense.weight_decay=0.1", "train.label_smoothing=0.1")
+    chosen += [Case(4, (*batch, *ema, *coupled), (*_tensor(2), _zero(3), COLUMN))]
+    numbers = (*FAMILIES[1][0], FULL_WIDTH, LARGE_ROWS, TOWER_MODULES["dlrm"], UNEVEN_TWO)
+    return [*chosen, Case(4, (*numbers, *ema, "train.ema.table_rows=50"), (*_tensor(2), _zero(2), *_hosts(2), ROW))]
 
 
 def _small_bf16() -> list[Case]:
@@ -179,6 +266,8 @@ def _full_baselines() -> list[Case]:
         model = f'model={{"name": "{name}", "dim": 16, {sizes}}}'
         numbers = (model, *TAME_LOGARITHMS) if name == "afn" else (model,)
         chosen.append(Case(2, numbers, (*_tensor(ways), _zero(2))))
+        heads = HEADS[1 if ways == 1 else 2]
+        chosen.append(Case(2, (*numbers, *TWO_LABELS, *heads), (*_tensor(ways), _zero(2))))
     return chosen
 
 
@@ -207,6 +296,13 @@ def _full_sparse() -> list[Case]:
         for optimizer in OPTIMIZERS:
             if backend == TORCH or _fbgemm_can(optimizer, placement):
                 chosen.append(Case(ranks, (optimizer,), topology))
+    for regularised, optimizer, placement, exchange in itertools.product(
+        (ALL_ROWS, DECAYED), OPTIMIZERS, (None, COLUMN, ROW, REPLICATED), ((), (UNEVEN_TWO,))
+    ):
+        if (regularised, optimizer) == (ALL_ROWS, OPTIMIZERS[0]):
+            continue  # torch has no row-wise Adagrad to be the reference
+        topology = tuple(filter(None, (_zero(1), placement, *(_hosts(2) if exchange else ()))))
+        chosen.append(Case(4, (optimizer, regularised, *exchange), topology))
     return chosen
 
 

@@ -10,16 +10,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
+from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag, logsigmoid
 
 from megarec.config.sections import DenseConfig, EmbeddingConfig, RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.batch import Batch, Ids
-from megarec.data.schema import load_schema, select_features
+from megarec.data.schema import load_schema, selected
 from megarec.data.stream import open_training
 from megarec.models.initial import initialize, materialize
+from megarec.models.norms import apply_statistics
 from megarec.run.spec import resolve
-from megarec.sparse.layout import EmbeddingLayout
+from megarec.sparse.layout import EmbeddingLayout, Feature
 from megarec.sparse.tables.initial import initial_rows
 from megarec.sparse.towers.assignment import tower_columns
 from megarec.sparse.towers.modules import TowerModules
@@ -41,7 +42,7 @@ def reference_losses(config: RunConfig, steps: int) -> list[float]:
 
 def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
     """The first `steps` global batches; float32 on one process."""
-    schema = select_features(load_schema(Path(config.data.path)), config.data.features)
+    schema = selected(load_schema(Path(config.data.path)), config.data)
     loader = open_training(
         config.data,
         schema,
@@ -59,31 +60,70 @@ def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
     initialize(model, config.train.seed)
     optimizer = plain_optimizer(model.parameters(), config.dense)
     tables = PlainTables(spec.layout, config.embedding, config.train.seed)
+    averages = PlainAverages(config, model, tables, towers)
     done = []
     for step in range(steps):
         epoch, position = divmod(step, loader.steps_per_epoch)
         batch = next(iter(loader.batches(epoch, start=position)))
         embedded = tables.look_up(batch)
-        logits = model(batch.numeric, towers.forward(embedded), batch.keys)
-        loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
-        (loss + config.embedding.l2 * embedded.pow(2).sum() / batch.size).backward()
+        sequences, rows = tables.look_up_sequences(batch)
+        logits = model(batch.numeric, torch.cat([towers.forward(embedded), sequences], dim=1), batch.keys)
+        loss = plain_loss(logits.float(), batch, config)
+        smoothing = config.train.label_smoothing
+        minimised = plain_loss(logits.float(), batch, config, smoothing) if smoothing else loss
+        (minimised + tables.looked_up_l2(embedded, rows) / batch.size).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed["gradient_clipping"])
         optimizer.step()
         optimizer.zero_grad()
+        apply_statistics(model)
         towers.update()
         tables.update(batch)
+        averages.update()
         done.append(ReferenceStep(float(loss.detach()), float(norm)))
+    if evaluates(config):
+        epoch, position = divmod(steps, loader.steps_per_epoch)
+        batch = next(iter(loader.batches(epoch, start=position)))
+        averages.take_over()
+        with torch.no_grad():
+            logits = model.eval()(batch.numeric, towers.forward(tables.look_up(batch)), batch.keys)
+            done.append(ReferenceStep(float(binary_cross_entropy_with_logits(logits, batch.labels)), 0.0))
     return done
+
+
+def evaluates(config: RunConfig) -> bool:
+    """Whether evaluation takes other numbers than the last step did: then the loss of the next batch, evaluated, stands
+    behind the losses of the steps."""
+    return config.model.norm == "batch" or config.train.ema is not None
+
+
+def plain_loss(logits: Tensor, batch: Batch, config: RunConfig, smoothing: float = 0.0) -> Tensor:
+    """What is minimised, by the definition: of one label the mean cross-entropy; of several a sum over labels and the
+    examples that have one, over the number of all examples (dense/objective.py)."""
+    if batch.weights is None and not batch.some_missing and logits.dim() == 1:
+        smooth = batch.labels * (1 - smoothing) + smoothing / 2 if smoothing else batch.labels
+        return binary_cross_entropy_with_logits(logits, smooth.to(logits.dtype))
+    names = config.data.label if isinstance(config.data.label, list) else [""]
+    weights = torch.ones(batch.size) if batch.weights is None else batch.weights
+    total = torch.zeros((), dtype=logits.dtype)
+    columns = zip(names, logits.view(batch.size, -1).T, batch.labels.view(batch.size, -1).T, strict=True)
+    for name, logit, label in columns:
+        there = (label == 0) | (label == 1)
+        y = label[there].to(logits.dtype) * (1 - smoothing) + smoothing / 2
+        x, w = logit[there], weights[there].to(logits.dtype)
+        loss = -(w * (y * logsigmoid(x) + (1 - y) * logsigmoid(-x))).sum() / batch.size
+        total = total + config.train.label_weights.get(name, 1.0) * loss
+    return total
 
 
 def plain_optimizer(
     parameters: Iterable[nn.Parameter], settings: DenseConfig | TowerOptimizer
 ) -> torch.optim.Optimizer:
-    """torch's SGD or AdamW, not fused."""
+    """torch's SGD, Adam or AdamW, not fused."""
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, rate, weight_decay=decay)
-    return torch.optim.AdamW(parameters, rate, betas=settings.betas, eps=settings.eps, weight_decay=decay)
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, rate, betas=settings.betas, eps=settings.eps, weight_decay=decay)
 
 
 class PlainTowers:
@@ -113,6 +153,31 @@ class PlainTowers:
             self.optimizer.zero_grad()
 
 
+class PlainAverages:
+    """Of all weights and running statistics, over the steps; without `train.ema` nothing."""
+
+    def __init__(self, config: RunConfig, model: nn.Module, tables: "PlainTables", towers: "PlainTowers") -> None:
+        self.ema = config.train.ema
+        weights = [*model.parameters(), *model.buffers(), *(towers.bank.parameters() if towers.bank else ())]
+        if self.ema is not None:
+            weights += [weight for weight in tables.weights.values() if len(weight) <= self.ema.table_rows]
+        self.weights = [weight.detach() for weight in weights]
+        self.averages = [weight.clone() for weight in self.weights]
+        self.steps = 0
+
+    def update(self) -> None:
+        if self.ema is None:
+            return
+        self.steps += 1
+        decay = min(self.ema.decay, (1 + self.steps) / (10 + self.steps))
+        for weight, average in zip(self.weights, self.averages, strict=True):
+            average.copy_(decay * average + (1 - decay) * weight)
+
+    def take_over(self) -> None:
+        if self.ema is not None:
+            torch._foreach_copy_(self.weights, self.averages)
+
+
 class PlainTables:
     """Whole tables on one process, dense gradients, each optimizer written out."""
 
@@ -120,8 +185,10 @@ class PlainTables:
         self.layout = layout
         self.config = config
         self.steps = 0
+        self.dense: dict[str, torch.optim.Optimizer] = {}
         self.weights = {
-            t.name: initial_rows(t, seed, config.initial_std, 0, t.rows).requires_grad_() for t in layout.tables
+            t.name: initial_rows(t, seed, config.initial_std_of(t.name), 0, t.rows).requires_grad_()
+            for t in layout.tables
         }
         self.first = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.second = {name: torch.zeros_like(w) for name, w in self.weights.items()}
@@ -142,15 +209,66 @@ class PlainTables:
             pooled.append(summed / lengths.clamp(min=1).unsqueeze(1) if mean else summed)
         return torch.cat(pooled, dim=1) if pooled else torch.empty(batch.size, 0)
 
+    def look_up_sequences(self, batch: Batch) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+        """What lies behind the pooled columns, example by example; and the rows of each table that were looked up."""
+        by_name = {feature.name: feature for feature in self.layout.unpooled}
+        examples, looked_up = [], list[tuple[str, Tensor]]()
+        for example in range(batch.size):
+            parts = [torch.empty(0)]
+            for sequence in self.layout.sequences:
+                features = [by_name[name] for name in sequence.features]
+                rows = [self.weights[f.table][newest_of_list(batch.ids[f.name], example, f)] for f in features]
+                looked_up += [(f.table, own) for f, own in zip(features, rows, strict=True)]
+                missing = sequence.positions - len(rows[0])
+                there = torch.cat(rows, dim=1).flatten()
+                parts += [there, torch.zeros(missing * len(rows) * sequence.columns)]
+                if sequence.masked:
+                    parts += [torch.ones(len(rows[0])), torch.zeros(missing)]
+            examples.append(torch.cat(parts))
+        return torch.stack(examples), looked_up
+
+    def looked_up_l2(self, embedded: Tensor, rows: list[tuple[str, Tensor]]) -> Tensor:
+        """L2 of looked-up embeddings and of rows of sequences, summed over examples."""
+        squares = embedded.pow(2).sum(dim=0)
+        weights = [self.config.looked_up_l2(f.table) for f in self.layout.features for _ in range(f.columns)]
+        of_rows = sum((self.config.looked_up_l2(table) * own.pow(2).sum() for table, own in rows), torch.zeros(()))
+        return torch.tensor(weights) @ squares + of_rows
+
     @torch.no_grad()
     def update(self, batch: Batch) -> None:
         self.steps += 1
+        if self.config.gradient_clipping is not None:
+            self._clip(self.config.gradient_clipping)
         for table in self.layout.tables:
             weight = self.weights[table.name]
             assert weight.grad is not None
-            rows = _touched(batch, [f.name for f in self.layout.features if f.table == table.name])
+            rule = self.config.rule_of(table.name)
+            weight -= self.config.learning_rate * rule.decay * weight
+            if rule.all_rows:
+                self._dense_step(table.name, 0.0 if rule.clipped else rule.coupled)
+                continue
+            rows = _touched(batch, [f for f in self.layout.looked_up if f.table == table.name])
             self._update_rows(table.name, rows, weight.grad[rows])
             weight.grad = None
+
+    def _clip(self, most: float) -> None:
+        """The gradients of all tables, with L2 on all rows in them, to a norm of at most `most`."""
+        for name, weight in self.weights.items():
+            assert weight.grad is not None
+            weight.grad += self.config.rule_of(name).coupled * weight
+        torch.nn.utils.clip_grad_norm_(list(self.weights.values()), most)
+
+    def _dense_step(self, name: str, l2: float) -> None:
+        """torch's own optimizer over the whole table; row-wise Adagrad has none."""
+        weight, rate, eps = self.weights[name], self.config.learning_rate, self.config.eps
+        if name not in self.dense:
+            self.dense[name] = {
+                "adam": lambda: torch.optim.Adam([weight], rate, eps=eps, weight_decay=l2),
+                "adagrad": lambda: torch.optim.Adagrad([weight], rate, eps=eps, weight_decay=l2),
+                "sgd": lambda: torch.optim.SGD([weight], rate, weight_decay=l2),
+            }[self.config.optimizer]()
+        self.dense[name].step()
+        self.dense[name].zero_grad()
 
     def _update_rows(self, name: str, rows: Tensor, g: Tensor) -> None:
         rate, eps = self.config.learning_rate, self.config.eps
@@ -170,6 +288,18 @@ class PlainTables:
             w[rows] -= rate * bias_2**0.5 / bias_1 * m[rows] / (v[rows].sqrt() + eps)
 
 
-def _touched(batch: Batch, features: list[str]) -> Tensor:
-    ids: list[Ids] = [batch.ids[name] for name in features]
-    return torch.cat([i.values for i in ids]).long().unique()
+def _touched(batch: Batch, features: list[Feature]) -> Tensor:
+    ids = [batch.ids[f.name].values for f in features if not f.positions]
+    for feature in features:
+        if feature.positions:
+            ids += [newest_of_list(batch.ids[feature.name], example, feature) for example in range(batch.size)]
+    return torch.cat(ids).long().unique()
+
+
+def newest_of_list(ids: Ids, example: int, feature: Feature) -> Tensor:
+    """Of an example, newest first, as many as the feature has positions."""
+    if ids.lengths is None:
+        return ids.values[example : example + 1].long()
+    stop = int(ids.lengths[: example + 1].sum())
+    own = ids.values[stop - int(ids.lengths[example]) : stop].long()
+    return (own if feature.newest_first else own.flip(0))[: feature.positions]

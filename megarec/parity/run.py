@@ -8,17 +8,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.config.load import load_config
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.distributed.process import start_process
 from megarec.distributed.rank_pool import RankPool
 from megarec.parity.cases import Case
-from megarec.parity.reference import reference_losses
+from megarec.parity.reference import evaluates, plain_loss, reference_losses
 from megarec.run.build import build_run
 from megarec.training.profiling import StepTimer
-from megarec.training.step import train_step
+from megarec.training.step import predict, train_step
 
 STEPS = 20
 
@@ -69,7 +68,7 @@ def run_matrix(chosen: list[Case], report: Callable[[Result], None] = lambda res
 
 def write_base(directory: Path) -> Path:
     """The base config and its synthetic data under `directory`; returns the config's path."""
-    prepare_synthetic(Shape(examples=2_000, seed=5), directory / "data")
+    prepare_synthetic(Shape(examples=2_000, seed=5, labels=2), directory / "data")
     path = directory / "parity.json"
     path.write_text(json.dumps({**BASE, "data": {"path": str(directory / "data"), "batch_size": 64}}))
     return path
@@ -83,7 +82,8 @@ def compare(case: Case, path: Path, pool: RankPool, reference: list[float]) -> R
 
 
 def case_losses(path: Path, overrides: list[str], steps: int) -> list[float]:
-    """Runs on every rank: the losses of the first `steps` global batches through the real engine and exchange."""
+    """Runs on every rank: the losses of the first `steps` global batches through the real engine and exchange; where
+    `evaluates` says so, the last one is evaluated, not trained."""
     config = load_config(path, overrides)
     device = start_process(config)
     run = build_run(config, device)
@@ -93,8 +93,13 @@ def case_losses(path: Path, overrides: list[str], steps: int) -> list[float]:
     for step in range(steps):
         epoch, position = divmod(step, run.train.steps_per_epoch)
         batch = next(iter(run.train.batches(epoch, start=position))).to(device)
-        result = train_step(run.dense, run.sparse, batch, timer=clock)
-        loss = binary_cross_entropy_with_logits(result.logits.double(), batch.labels.double())
+        if step + 1 == steps and evaluates(config):
+            with run.averages.in_place():
+                logits = predict(run.dense, run.sparse, batch)
+        else:
+            logits = train_step(run.dense, run.sparse, batch, timer=clock).logits
+            run.averages.update(step + 1)
+        loss = plain_loss(logits.double().cpu(), batch.to(torch.device("cpu")), config).to(device)
         dist.all_reduce(loss)
         losses.append(float(loss) / run.topology.world_size)
     del run

@@ -3,12 +3,14 @@
 Parts: `parameters`, `gradients`, `optimizer` and `step` of the dense side and its `communication` (zero.py);
 `activations`, what a micro-batch saves for its backward pass; `tables`, the rank's shards with their optimizer state;
 `towers`, the rank's tower modules with gradients, optimizer state and what a step saves for their backward pass.
-`communication` holds the exchange's buffers as well. `runtime` is what an accelerator's libraries take of its memory
+`communication` holds the exchange's buffers as well, and the gradients of whole-table
+updates that follow it on an accelerator. `runtime` is what an accelerator's libraries take of its memory
 (held_memory.py). `snapshot` is what a checkpoint copies of the rank into the machine's memory, page-locked where there
 is an accelerator: no part of the total, which a run reaches before its first one.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +34,7 @@ from megarec.run.spec import ModelSpec
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.placement import Shard, replicated
 from megarec.sparse.run_placement import place_run
-from megarec.sparse.tables.optimizers import table_bytes
+from megarec.sparse.tables.optimizers import table_bytes, whole_update_bytes
 from megarec.sparse.towers.modules import TowerModules
 from megarec.sparse.towers.replicas import resolve_optimizer
 from megarec.sparse.towers.sizes import ResolvedTowers
@@ -73,6 +75,8 @@ def predict(
     parts["communication"] += exchange_bytes(
         spec.layout, shards, micro_batch * zero.accumulation, topology, by_micro_batch=by_micro_batch
     )
+    if device.type != "cpu":
+        parts["communication"] += whole_update_bytes(own, config.embedding)
     parts["activations"] = _saved(config, spec, micro_batch)
     parts["activations"] += zero.width * micro_batch * scattered_columns(spec, topology)
     parts["tables"] = table_bytes(own, config.embedding)
@@ -188,7 +192,7 @@ def tower_bytes(config: RunConfig, resolved: ResolvedTowers, examples: int, topo
     with torch.device("meta"), saved_activations(kept):
         bank = TowerModules(modules, here)
         bank(torch.empty(examples * hosts, columns, requires_grad=True))
-    copies = 4 if resolve_optimizer(modules.module, config.dense).optimizer == "adamw" else 2
+    copies = 2 if resolve_optimizer(modules.module, config.dense).optimizer == "sgd" else 4
     return 4 * copies * sum(parameter.numel() for parameter in bank.parameters()) + kept["bytes"]
 
 
@@ -212,8 +216,8 @@ def exchange_bytes(
     """What the exchange holds around its backward message, float32, all of it as large as its forward one.
 
     The rank's matrix of looked-up embeddings and its gradient, cut up by owner; the pooled rows of its own tables for
-    the whole global batch, and their gradient. On one rank nothing is sent. Copies need the gradient of all their rows,
-    and its sum, and look up the rank's own examples alone.
+    the whole global batch, and their gradient. Sequences count as if every list were full. On one rank
+    nothing is sent. Copies need the gradient of all their rows, and its sum, and look up the rank's own examples alone.
 
     Args:
         shards: of all ranks.
@@ -222,8 +226,11 @@ def exchange_bytes(
     """
     names = replicated(shards)
     mine = [shard for shard in shards if shard.rank == topology.rank]
-    lookups = sum(s.columns * sum(f.table == s.table for f in layout.features) for s in mine if s.table not in names)
+    reads = Counter(feature.table for feature in layout.features)
+    for feature in layout.unpooled:
+        reads[feature.table] += max(1, feature.positions)
+    lookups = sum(s.columns * reads[s.table] for s in mine if s.table not in names)
     gradients = sum(shard.rows * (shard.columns + 1) for shard in mine if shard.table in names)
-    own, owned = examples * layout.width, examples * topology.world_size * lookups
+    own, owned = examples * (layout.width + layout.sequence_columns), examples * topology.world_size * lookups
     owned *= 3 if by_micro_batch else 2
     return 4 * (2 * own + own + owned + 2 * gradients) if topology.world_size > 1 else 4 * 2 * own

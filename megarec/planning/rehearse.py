@@ -57,12 +57,15 @@ def make_batch(schema: Schema, size: int, seed: int) -> Batch:
         if feature.weighted:
             weights = torch.rand(total, generator=random)
         ids[feature.name] = Ids(values, lengths, weights)
+    labels = (size, len(schema.tasks)) if schema.tasks else (size,)
     return Batch(
         numeric=torch.randn(size, len(schema.numeric), generator=random),
         ids=ids,
-        labels=torch.randint(0, 2, (size,), generator=random).float(),
+        labels=torch.randint(0, 2, labels, generator=random).float(),
         keys=torch.arange(size),
         valid=size,
+        weights=torch.ones(size) if schema.weighted else None,
+        some_missing=not schema.complete,
     )
 
 

@@ -168,17 +168,17 @@ def dense_ops(config: RunConfig, spec: ModelSpec, examples: int) -> list[Op]:
     model = spec.meta_model().to(dtype)
     recompute_layers(model, config.dense.recompute)
     with torch.device("meta"):
-        embedded = torch.empty(examples, model.inputs.width, dtype=dtype, requires_grad=True)
+        embedded = torch.empty(examples, model.width, dtype=dtype, requires_grad=True)
         numeric, keys = torch.empty(examples, spec.numeric, dtype=dtype), torch.empty(examples, dtype=torch.int64)
         with OpCounter() as first:
-            x_BND = model.inputs(numeric, embedded, keys)
+            x_BND = model.embed(numeric, embedded, keys)
             gradient = torch.empty_like(x_BND)
             x_BND.backward(gradient)
         glued = [tensor for tensor in (embedded, x_BND, gradient, embedded.grad) if tensor is not None]
         places = {tensor.untyped_storage()._cdata for tensor in glued}
         with OpCounter() as second:
-            logits = model.over_arch(x_BND.detach().requires_grad_(), keys).float()
-            nn.functional.binary_cross_entropy_with_logits(logits, torch.empty(examples)).backward()
+            logits = model.logits(x_BND.detach().requires_grad_(), keys)
+            nn.functional.binary_cross_entropy_with_logits(logits, torch.empty(logits.shape)).backward()
     own = [op for op in first.ops if op.kind != "memory" or places.isdisjoint(op.reads.keys() | op.writes.keys())]
     return own + second.ops
 
@@ -200,14 +200,16 @@ def tower_ops(spec: ModelSpec, examples: int, towers: Sequence[int] | None = Non
 def glue_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> int:
     """Between tables and dense model, both ways: what the lookup writes and the update reads as well."""
     in_fp32 = "fp32" in config.parallel.messages
-    return (GLUE_BYTES_IN_FP32 if in_fp32 else GLUE_BYTES_A_COLUMN) * layout.width * examples
+    return (
+        (GLUE_BYTES_IN_FP32 if in_fp32 else GLUE_BYTES_A_COLUMN) * (layout.width + layout.sequence_columns) * examples
+    )
 
 
 def lookup_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> int:
     """Ids and rows that are read; what is written belongs to the glue."""
     element = 2 if config.embedding.weights == "fp16" else 4
     of_table = {table.name: table.columns for table in layout.tables}
-    return int(sum(mean_ids(f, examples) * (of_table[f.table] * element + 4) for f in layout.features))
+    return int(sum(mean_ids(f, examples) * (of_table[f.table] * element + 4) for f in layout.looked_up))
 
 
 @remembered(
@@ -220,16 +222,18 @@ def lookup_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> i
     )
 )
 def update_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int, skewed: bool = False) -> int:
-    """Ids sorted, weights and optimizer states of the touched rows read and written. What is read of gradients belongs
-    to the glue.
+    """Ids sorted, weights and optimizer states of the rows that are updated read and written: of all, or of the touched
+    ones. What is read of gradients belongs to the glue.
 
     Args:
         skewed: ids follow a power law (skew.py); else they are spread evenly over the rows.
     """
     total, touched = 0, skew.touched_rows if skewed else touched_rows
     for table in layout.tables:
-        ids = sum(mean_ids(feature, examples) for feature in layout.features if feature.table == table.name)
-        rows = Shard(table.name, 0, 0, max(1, round(touched(table.rows, ids))), 0, table.columns)
+        ids = sum(mean_ids(feature, examples) for feature in layout.looked_up if feature.table == table.name)
+        all_rows = config.embedding.rule_of(table.name).all_rows
+        count = table.rows if all_rows else max(1, round(touched(table.rows, ids)))
+        rows = Shard(table.name, 0, 0, count, 0, table.columns)
         total += int(ids * SORT_BYTES_AN_ID) + 2 * table_bytes([rows], config.embedding)
     return total
 

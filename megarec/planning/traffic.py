@@ -28,7 +28,8 @@ def mean_ids(feature: Feature, examples: int) -> float:
     """Ids of some examples, lists at their mean length."""
     if not feature.multi_valued:
         return examples
-    return examples * (IDS_OF_A_LIST if feature.mean_length == 1 else feature.mean_length)
+    mean = IDS_OF_A_LIST if feature.mean_length == 1 else feature.mean_length
+    return examples * min(mean, feature.positions or mean)
 
 
 def touched_rows(rows: int, ids: float) -> float:
@@ -65,13 +66,14 @@ class _Group(NamedTuple):
 
 class _Loads(NamedTuple):
     """By rank of a group, of what others send it: ids, lists and weights of so many examples; columns of its tables,
-    and of its parts of tables that are split by rows."""
+    and of its parts of tables that are split by rows; numbers of the rows of sequences."""
 
     ids: list[float]
     lists: list[int]
     weights: list[float]
     columns: list[int]
     split: list[int]
+    rows: list[float]
 
 
 def sparse_messages(
@@ -107,6 +109,8 @@ def sparse_messages(
     found.append(_all_to_all("towers", [examples * outputs[topology.host]] * peer.size, wire.forward, peer))
     back = [examples * columns for columns in outputs]
     found.append(_all_to_all("towers", back, wire.backward, peer, "backward"))
+    asked = [sum(f.columns * mean_ids(f, examples) for f in part.unpooled) for part in parts]
+    found += _rows([asked[topology.host]] * peer.size, asked, peer, wire)
     if modules is not None and held is not None:
         found.append(_tower_gradients(spec, held.of_host(topology.host, topology.hosts), tower))
     return [message for message in found if message.bytes]
@@ -146,11 +150,12 @@ def seen_by(shards: Sequence[Shard], config: RunConfig, topology: Topology) -> S
 def _by_host(parts: Sequence[EmbeddingLayout], examples: int) -> _Loads:
     """What peers send each other: the ids of the features that each host looks up."""
     return _Loads(
-        [sum(mean_ids(feature, examples) for feature in part.features) for part in parts],
-        [examples * sum(feature.multi_valued for feature in part.features) for part in parts],
-        [sum(mean_ids(feature, examples) for feature in part.features if feature.weighted) for part in parts],
+        [sum(mean_ids(feature, examples) for feature in part.looked_up) for part in parts],
+        [examples * sum(feature.multi_valued for feature in part.looked_up) for part in parts],
+        [sum(mean_ids(feature, examples) for feature in part.looked_up if feature.weighted) for part in parts],
         columns=[],
         split=[],
+        rows=[],
     )
 
 
@@ -170,10 +175,15 @@ def _wire(config: RunConfig) -> WireDtypes:
 def _loads(layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int, examples: int) -> _Loads:
     """sparse/lookups.py, slot by slot: a feature looked up in a shard. Of tables split by rows every rank gets the ids
     of its rows, as lists."""
-    found = _Loads([0.0] * ranks, [0] * ranks, [0.0] * ranks, [0] * ranks, [0] * ranks)
+    found = _Loads([0.0] * ranks, [0] * ranks, [0.0] * ranks, [0] * ranks, [0] * ranks, [0.0] * ranks)
     by_rows, rows = split_by_rows(shards), {table.name: table.rows for table in layout.tables}
     of_table: dict[str, list[Feature]] = {}
+    pooled, sequences = (dict.fromkeys(rows, 0.0) for _ in range(2))
     for feature in layout.features:
+        pooled[feature.table] += 1
+    for feature in layout.unpooled:
+        sequences[feature.table] += mean_ids(feature, examples)
+    for feature in layout.looked_up:
         of_table.setdefault(feature.table, []).append(feature)
     looked_up = {
         name: (
@@ -191,7 +201,8 @@ def _loads(layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int, example
         found.ids[shard.rank] += share * ids
         found.lists[shard.rank] += examples * (features if split else lists)
         found.weights[shard.rank] += share * weights
-        (found.split if split else found.columns)[shard.rank] += features * shard.columns
+        (found.split if split else found.columns)[shard.rank] += int(pooled[shard.table]) * shard.columns
+        found.rows[shard.rank] += share * sequences[shard.table] * shard.columns
     return found
 
 
@@ -206,6 +217,7 @@ def _group_messages(
         loads = _loads(layout, spread, group.size, examples)
         own, split = loads.columns[group.rank], loads.split[group.rank]
         found += _ids(loads, group, _index_dtype([layout]))
+        found += _rows([loads.rows[group.rank]] * group.size, loads.rows, group, wire)
         found.append(_all_to_all("embeddings", [examples * own] * group.size, wire.forward, group))
         back = [examples * width for width in loads.columns]
         found.append(_all_to_all("embeddings", back, wire.backward, group, "backward"))
@@ -213,6 +225,8 @@ def _group_messages(
         found.append(_to_all(f"{summed} embeddings", examples * split, wire.forward, group))
         found.append(_to_all("all_gather embeddings", examples * split, wire.backward, group, "backward"))
         found.append(_squares(config, layout, spread, group, examples))
+    if config.embedding.gradient_clipping is not None:
+        found.append(_all_reduce("table norm", 1, group))
     copied = {shard.table: shard for shard in shards if shard.table in names}
     found.append(_all_reduce("gradients", sum(s.rows * (s.columns + 1) for s in copied.values()), group))
     return found
@@ -222,20 +236,30 @@ def _index_dtype(parts: Sequence[EmbeddingLayout]) -> torch.dtype:
     return torch.int32 if all(table.rows < 2**31 for part in parts for table in part.tables) else torch.int64
 
 
+def _rows(sent: Sequence[float], back: Sequence[float], group: _Group, wire: WireDtypes) -> list[Message]:
+    """exchange/unpooled.py: the rows of sequences, and their gradients; numbers for each rank."""
+    return [
+        _all_to_all("sequences", sent, wire.forward, group),
+        _all_to_all("sequences", back, wire.backward, group, "backward"),
+    ]
+
+
 def _squares(
     config: RunConfig, layout: EmbeddingLayout, shards: Sequence[Shard], group: _Group, examples: int
 ) -> Message:
-    """torch_backend.py, ColumnShardSum: a number for each touched row to every rank with other columns of it."""
+    """torch_backend.py, ColumnShardSum: a number for each updated row to every rank with other columns of it."""
     sizes = [0.0] * group.size
     if config.embedding.optimizer == "rowwise_adagrad":
         of_table = dict.fromkeys((table.name for table in layout.tables), 0.0)
-        for feature in layout.features:
+        for feature in layout.looked_up:
             of_table[feature.table] += mean_ids(feature, examples)
         here = {(s.table, s.row_start): s for s in shards if s.rank == group.rank}
         for other in shards:
             mine = here.get((other.table, other.row_start))
             if mine is not None and other.rank != mine.rank:
-                sizes[other.rank] += touched_rows(mine.rows, of_table[mine.table] * group.size)
+                all_rows = config.embedding.rule_of(mine.table).all_rows
+                touched = touched_rows(mine.rows, of_table[mine.table] * group.size)
+                sizes[other.rank] += mine.rows if all_rows else touched
     return _all_to_all("squares", sizes, torch.float32, group, "backward")
 
 

@@ -90,7 +90,7 @@ def zero_of(config: RunConfig, topology: Topology) -> Zero:
 def _moments(config: RunConfig) -> int:
     given: dict[str, Any] | None = config.deepspeed.get("optimizer")
     if given is None:
-        return {"adamw": 2, "sgd": 0}[config.dense.optimizer]
+        return {"adamw": 2, "adam": 2, "sgd": 0}[config.dense.optimizer]
     name = str(given.get("type")).lower()
     if name == "sgd":
         return int(bool(given.get("params", {}).get("momentum")))

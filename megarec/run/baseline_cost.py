@@ -16,7 +16,7 @@ from megarec.config.models import (
 )
 from megarec.models.baselines.afn import embeddings_of_each
 from megarec.models.baselines.finalmlp import fusion_sizes, gate_contexts
-from megarec.run.cost_parts import Part, Parts, count_mlp
+from megarec.run.cost_parts import Part, Parts, count_head, count_mlp
 
 
 def count_baseline(n: int, config: BaselineConfig) -> dict[str, Parts]:
@@ -26,7 +26,7 @@ def count_baseline(n: int, config: BaselineConfig) -> dict[str, Parts]:
         UserError: sizes that do not fit together.
     """
     columns = n * config.dim
-    head = count_mlp(columns, config.head, 1, config.bias)
+    head = count_head(config, columns, config.head)
     linear = count_mlp(columns, [], 1, bias=False)
     match config:
         case LrConfig() | FmConfig() | DnnConfig():
@@ -49,6 +49,25 @@ def count_baseline(n: int, config: BaselineConfig) -> dict[str, Parts]:
             return _count_finalmlp(n, config)
         case AfnConfig():
             return _count_afn(n, config)
+
+
+def emitted_columns(n: int, config: BaselineConfig) -> int:
+    """Columns that leave a model without the maps that make its logit."""
+    match config:
+        case LrConfig() | DnnConfig():
+            return n * config.dim
+        case FmConfig() | DeepFmConfig():
+            return (n + 1) * config.dim
+        case XDeepFmConfig():
+            return n * config.dim + sum(config.cin)
+        case AutoIntConfig():
+            return n * (config.dim + config.heads * config.attention_dim)
+        case MaskNetConfig():
+            return config.blocks * config.width
+        case FinalMlpConfig():
+            return config.mlp1[-1] + 2 * config.mlp2[-1]
+        case AfnConfig():
+            return (embeddings_of_each(n, config) + config.neurons) * config.dim
 
 
 def _numbered(layers: Sequence[Parts]) -> dict[str, Parts]:
@@ -75,7 +94,7 @@ def _count_masknet(columns: int, config: MaskNetConfig) -> dict[str, Parts]:
         "hidden": count_mlp(columns, [], config.width, bias=False),
         "layer_norm": _layer_norm(config.width, config.bias),
     }
-    head = count_mlp(config.blocks * config.width, config.head, 1, config.bias)
+    head = count_head(config, config.blocks * config.width, config.head)
     norm = {"layer_norm": _layer_norm(config.dim, config.bias)}
     return {"norm": norm} | _numbered([block] * config.blocks) | {"head": {"head": head}}
 
@@ -88,19 +107,24 @@ def _count_finalmlp(n: int, config: FinalMlpConfig) -> dict[str, Parts]:
         gate = count_mlp(inputs, config.gate_mlp, columns, config.bias)
         layers[f"gates.{index}"] = {"gate": gate.plus(Part(0 if places else config.dim))}
     for index, widths in enumerate((config.mlp1, config.mlp2)):
-        layers[f"streams.{index}"] = {"stream": count_mlp(columns, widths[:-1], widths[-1], config.bias)}
+        layers[f"streams.{index}"] = {"stream": _count_stream(config, columns, widths)}
     sizes = fusion_sizes(config)
     weights = sizes.heads * sizes.first * sizes.second
     head = count_mlp(config.mlp1[-1] + config.mlp2[-1], [], 1, config.bias)
     return layers | {"head": {"fusion": Part(weights, weights), "head": head}}
 
 
+def _count_stream(config: FinalMlpConfig, columns: int, widths: list[int]) -> Part:
+    stream = count_head(config, columns, widths[:-1], widths[-1])
+    return stream if config.norm == "none" else stream.plus(_layer_norm(widths[-1], config.bias))
+
+
 def _count_afn(n: int, config: AfnConfig) -> dict[str, Parts]:
     each, products = embeddings_of_each(n, config), config.neurons * config.dim
     powers = each * config.neurons
     norms = _layer_norm(each * config.dim, config.bias).plus(_layer_norm(products, config.bias))
-    mlp = count_mlp(products, config.mlp, 1, config.bias)
-    head = count_mlp(each * config.dim, config.head, 1, config.bias)
+    mlp = count_head(config, products, config.mlp)
+    head = count_head(config, each * config.dim, config.head)
     return {
         "layers.0": {"powers": Part(powers, powers * config.dim), "layer_norm": norms},
         "head": {"mlp": mlp, "head": head},

@@ -27,28 +27,30 @@ def binned_quality(window: Predictions, world: dist.ProcessGroup | None) -> Qual
         window: without padding.
     """
     if not window.logits:
-        return _quality([0.0] * 6)
-    logits, labels = torch.cat(window.logits), torch.cat(window.labels)
+        return window.of_labels([_quality([0.0] * 6)] * max(1, len(window.names)))
+    logits, labels = window.packed().chunk(2)
     window.clear()
-    finite = logits.isfinite()
-    logits = logits.where(finite, 0).double()
+    found = torch.stack([_of_label(*pair, world) for pair in zip(logits, labels, strict=True)])
+    return window.of_labels([_quality(numbers) for numbers in found.tolist()])
+
+
+def _of_label(logits: Tensor, labels: Tensor, world: dist.ProcessGroup | None) -> Tensor:
+    """What `_quality` takes, of one label's predictions [N]; where the label is NaN it is missing."""
+    there = labels.isfinite()
+    finite = logits.isfinite() | ~there
+    labels, logits = labels.where(there, 0), logits.where(finite & there, 0).double()
     bins = torch.add(_bins(logits, world), labels.long(), alpha=BINS)
     counts = torch.zeros(2 * BINS, dtype=torch.int32, device=logits.device)
-    counts.index_add_(0, bins, torch.ones_like(bins, dtype=torch.int32))
-    sums = torch.stack(
-        [
-            binary_cross_entropy_with_logits(logits, labels.double(), reduction="sum"),
-            logits.sigmoid().sum(),
-            finite.logical_not().sum().double(),
-        ]
-    )
+    counts.index_add_(0, bins, there.to(torch.int32))
+    losses = binary_cross_entropy_with_logits(logits, labels.double(), there.double(), reduction="sum")
+    sums = torch.stack([losses, (logits.sigmoid() * there).sum(), finite.logical_not().sum().double()])
     if world is not None:
         dist.all_reduce(counts, group=world)
         dist.all_reduce(sums, group=world)
     negatives, positives = counts.double().view(2, BINS)
     below = negatives.cumsum(0) - negatives
     pairs = (positives * (below + negatives / 2)).sum()
-    return _quality(torch.cat([torch.stack([pairs, positives.sum(), negatives.sum()]), sums]).tolist())
+    return torch.cat([torch.stack([pairs, positives.sum(), negatives.sum()]), sums])
 
 
 def _bins(logits: Tensor, world: dist.ProcessGroup | None) -> Tensor:

@@ -11,7 +11,7 @@ from megarec.config.sections import DataConfig, RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.columns import group_codes
 from megarec.data.loader import EpochLoader, EvalLoader, Source
-from megarec.data.schema import Schema, Split, load_schema, select_features, select_label
+from megarec.data.schema import Schema, Split, load_schema, selected
 from megarec.data.store import open_split
 from megarec.data.stream import open_training
 from megarec.dense.engine import layer_norm_factory
@@ -22,7 +22,9 @@ from megarec.distributed.collectives import MESSAGE_TYPES, Ledger, WireDtypes, r
 from megarec.distributed.process import describe_device, threads_that_pay
 from megarec.distributed.topology import Topology, build_topology, check_groups, separate_groups
 from megarec.errors import UserError
+from megarec.run.averages import Averages
 from megarec.run.fits import check_fits
+from megarec.run.metrics import Predictions
 from megarec.run.rounding import rounding_warning
 from megarec.run.schedule import Schedule
 from megarec.run.spec import ModelSpec, resolve
@@ -52,6 +54,7 @@ class Run:
     test: EvalLoader
     sparse: SparseSide
     dense: DenseSide
+    averages: Averages
     schedule: Schedule
     ledger: Ledger
     overlap: bool
@@ -75,7 +78,7 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
 
     path = Path(config.data.path)
     data = config.data
-    schema = select_label(select_features(load_schema(path), data.features), data.label)
+    schema = selected(load_schema(path), data)
     loading: dict[str, Any] = {
         "batch_size": data.batch_size,
         "rank": topology.rank,
@@ -123,6 +126,7 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
         test=test,
         sparse=model.sparse,
         dense=model.dense,
+        averages=Averages(config.train.ema, model.dense, model.sparse, spec.layout),
         schedule=schedule,
         ledger=model.ledger,
         overlap=overlaps(config, topology, device),
@@ -130,6 +134,11 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
         rounding=rounding_warning(config, spec, total_steps),
         skipped_rows=skipped,
     )
+
+
+def predictions_of(run: Run) -> Predictions:
+    """Room for what a run predicts."""
+    return Predictions(run.schema.tasks, run.config.train.best_label)
 
 
 def _held_out(

@@ -15,9 +15,10 @@ from megarec.config.models import DcnConfig, DlrmConfig, OverArchConfig, WukongC
 from megarec.config.towers import DcnTowerConfig, DlrmTowerConfig, WukongTowerConfig
 from megarec.models.dlrm import head_inputs
 from megarec.models.inputs import EmbeddedColumns, input_embeddings
+from megarec.models.sequences import DIN_MLP, SequenceInput
 from megarec.models.wukong import LayerSizes, layer_sizes
-from megarec.run.baseline_cost import count_baseline
-from megarec.run.cost_parts import Part, Parts, count_mlp, total
+from megarec.run.baseline_cost import count_baseline, emitted_columns
+from megarec.run.cost_parts import Part, Parts, count_head, count_mlp, count_tasks, total
 from megarec.sparse.layout import Table
 from megarec.sparse.towers.sizes import TowerSizes
 
@@ -28,8 +29,9 @@ class Cost:
 
     Attributes:
         layers: by layer, then by part, in the order of the forward pass. `sparse` has the part `tables`; `towers`,
-            where there are tower modules, `towers.0` and so on; `inputs` has `small_mlp` and `numeric_mlp`;
-            `layers.0` and so on are the over-arch's; `head` comes last.
+            where there are tower modules, `towers.0` and so on; `sequences`, where there are any, `sequences.0` and so
+            on; `inputs` has `small_mlp` and `numeric_mlp`; `layers.0` and so on are the over-arch's; `head` comes last,
+            of several labels with `experts`, `gates` and `towers`.
     """
 
     layers: dict[str, Parts]
@@ -76,6 +78,8 @@ def count(
     numeric: int,
     tables: Iterable[Table],
     modules: TowerSizes | None = None,
+    sequences: Iterable[SequenceInput] = (),
+    labels: int = 1,
 ) -> Cost:
     """Parameters and training FLOPs per example of tables, tower modules, input layer and over-arch.
 
@@ -84,6 +88,8 @@ def count(
         columns: what the dense model reads.
         numeric: how many numeric features there are.
         modules: the tower modules (sparse/towers/sizes.py), if there are any.
+        sequences: what is read position by position, counted as it is computed, over all positions of each.
+        labels: how many are predicted.
 
     Raises:
         UserError: sizes that do not fit together, or data without features.
@@ -91,9 +97,32 @@ def count(
     layers = {"sparse": {"tables": Part(sum(table.rows * table.columns for table in tables))}}
     if modules is not None:
         layers["towers"] = count_towers(modules)
+    if parts := {f"sequences.{index}": _count_sequence(own, config) for index, own in enumerate(sequences)}:
+        layers["sequences"] = parts
     layers["inputs"] = _count_inputs(config, columns, numeric)
-    n = input_embeddings(columns, numeric, config)
-    return Cost(layers | _count_over_arch(n, config.numeric_embeddings if numeric else 0, config))
+    n, dense = input_embeddings(columns, numeric, config), config.numeric_embeddings if numeric else 0
+    over_arch = _count_over_arch(n, dense, config)
+    if labels > 1:
+        over_arch |= {"head": _fusion(over_arch["head"]) | count_tasks(_emitted(n, dense, config), config, labels)}
+    return Cost(layers | over_arch)
+
+
+def _fusion(head: Parts) -> Parts:
+    """What of a model's last part is there for several labels as well."""
+    return {name: part for name, part in head.items() if name == "fusion"}
+
+
+def _emitted(n: int, dense: int, config: OverArchConfig) -> int:
+    """Columns that leave a model without the maps that make its logit."""
+    match config:
+        case WukongConfig():
+            return layer_sizes(n, config)[-1].outputs * config.dim
+        case DlrmConfig():
+            return head_inputs(n, dense, config.dim)
+        case DcnConfig():
+            return n * config.dim * (2 if config.structure == "parallel" else 1)
+        case _:
+            return emitted_columns(n, config)
 
 
 def count_towers(modules: TowerSizes) -> Parts:
@@ -120,6 +149,26 @@ def _count_tower(sizes: TowerSizes, tower: int) -> Part:
             raise AssertionError(f"sizes of {sizes.module!r} are missing")
 
 
+def _count_sequence(own: SequenceInput, config: ModelConfig) -> Part:
+    """A block over all positions, and the map to the width of the model where that is another."""
+    columns, positions, settings = own.columns, own.config.max_length, own.config
+    if settings.block == "din":
+        hidden = DIN_MLP if settings.mlp is None else settings.mlp
+        block = (
+            count_mlp(columns + 3 * own.target_columns, hidden, 1, config.bias)
+            .times(positions)
+            .plus(Part(0, positions * columns))
+        )
+    else:
+        every = positions + 1  # of which the target: k and v of each, u and q of the target alone
+        parameters = 5 * columns**2 + (7 if config.bias else 1) * columns
+        parameters += every if settings.position_bias is not False else 0
+        block = Part(parameters, 2 * every * columns**2 + 3 * columns**2 + 2 * every * columns)
+    if own.width == config.dim:
+        return block
+    return block.plus(count_mlp(own.width, [], config.dim, config.bias).times(own.embeddings))
+
+
 def _count_inputs(config: ModelConfig, layout: EmbeddedColumns, numeric: int) -> Parts:
     parts = {}
     if layout.small_columns:
@@ -134,6 +183,7 @@ def _count_inputs(config: ModelConfig, layout: EmbeddedColumns, numeric: int) ->
 
 def _count_over_arch(n: int, dense: int, config: OverArchConfig) -> dict[str, Parts]:
     """The layers over n embeddings per example, of which the last `dense` come from numeric features."""
+    beside: Parts = {}
     match config:
         case WukongConfig():
             sizes = layer_sizes(n, config)
@@ -144,11 +194,13 @@ def _count_over_arch(n: int, dense: int, config: OverArchConfig) -> dict[str, Pa
             columns = head_inputs(n, dense, config.dim)
         case DcnConfig():
             columns = n * config.dim
+            if config.structure == "parallel":
+                beside = {"linear": count_mlp(columns, [], 1, bias=False)}
             layers = [_count_cross_layer(columns, config.rank, config.bias)] * config.layers
         case _:
             return count_baseline(n, config)
     numbered: dict[str, Parts] = {f"layers.{index}": parts for index, parts in enumerate(layers)}
-    return numbered | {"head": {"head": count_mlp(columns, config.head, 1, config.bias)}}
+    return numbered | {"head": beside | {"head": count_head(config, columns, config.head)}}
 
 
 def count_wukong(n: int, config: WukongConfig) -> Parts:

@@ -104,7 +104,8 @@ def host_needs(
     share = config.data.batch_size // topology.world_size
     batches = min(config.data.prefetch, examples["train"] // config.data.batch_size)
     width = 4 if all(table.rows < 2**31 for table in spec.layout.tables) else 8  # of an id, or a list's length
-    row = 8 + 4 + 4 * spec.numeric + width * len(spec.layout.features)
+    row = 8 + 4 * spec.labels + 4 * config.data.weighted + 4 * spec.numeric
+    row += width * sum(max(1, feature.positions) for feature in spec.layout.looked_up)
     needs = [Need(f"data.prefetch {batches:,} batches", ranks * batches * share * row)]
     if (stream := config.data.stream_rows) is not None:
         held = min(2 * stream, examples["train"])  # two windows over all ranks
@@ -139,14 +140,14 @@ def least_dense_bytes(config: RunConfig, spec: ModelSpec, topology: Topology, on
 def _state_bytes(config: RunConfig, spec: ModelSpec, topology: Topology) -> int:
     """Masters and optimizer states of one rank."""
     settings = settings_of(config.deepspeed)
-    states = {"adamw": 2, "sgd": 0}[config.dense.optimizer] if "optimizer" not in config.deepspeed else 0
+    states = {"adamw": 2, "adam": 2, "sgd": 0}[config.dense.optimizer] if "optimizer" not in config.deepspeed else 0
     shards = topology.data_size if settings.stage else 1
     return int(4 * (states + (settings.dtype.itemsize < 4)) * _dense_parameters(spec) / topology.tensor_size / shards)
 
 
 def least_step_bytes(config: RunConfig, spec: ModelSpec, topology: Topology) -> int:
     """Least bytes of the looked-up embeddings, their gradients, and what a micro-batch saves, on one rank."""
-    looked_up = 2 * 4 * spec.layout.width * (config.data.batch_size // topology.world_size)
+    looked_up = 2 * 4 * spec.arriving * (config.data.batch_size // topology.world_size)
     if config.dense.compile:
         return looked_up  # it saves less, no one can say by how much
     return looked_up + activation_bytes(config, spec, micro_batch_size(config, topology.world_size))
@@ -161,7 +162,7 @@ def activation_bytes(config: RunConfig, spec: ModelSpec, micro_batch: int) -> in
     recompute_layers(model, config.dense.recompute)
     kept: dict[str, int] = {}
     with torch.device("meta"), saved_activations(kept, model):
-        embedded = torch.empty(micro_batch, model.inputs.width, requires_grad=True)
+        embedded = torch.empty(micro_batch, model.width, requires_grad=True)
         keys = torch.empty(micro_batch, dtype=torch.int64)
         model(torch.empty(micro_batch, spec.numeric), embedded, keys)
     return kept["bytes"]
@@ -188,7 +189,8 @@ def kept_predictions(
         (window * config.data.batch_size, f"train.log_every {window:,} steps"),
         *((examples[split], f"{split} split") for split in ("valid", "test")),
     )
-    own = 2 * 4 * most // topology.world_size
+    labels = len(config.data.label) if isinstance(config.data.label, list) else 1
+    own = 2 * 4 * labels * most // topology.world_size
     return Need(f"predictions of {what}", len(ranks) * own + (own * topology.world_size if 0 in ranks else 0))
 
 

@@ -1,6 +1,10 @@
-"""Quality of predictions: AUC, LogLoss, normalized entropy, calibration, GAUC; exact over all ranks."""
+"""Quality of predictions: AUC, LogLoss, normalized entropy, calibration, GAUC; exact over all ranks.
+
+Of several labels each has its own, over the examples that have the label; examples are not weighted.
+"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -44,6 +48,7 @@ class Quality:
         not_finite: how many logits are NaN or infinite. A single one leaves every metric undefined: it has no place in
             an order, and a mean without it would be of another model.
         gauc: by the column that the data name as group; None: they name none.
+        labels: of several labels the quality of each, by name; the numbers above are those of train.best_label.
     """
 
     auc: float
@@ -54,15 +59,24 @@ class Quality:
     examples: int
     not_finite: int = 0
     gauc: Gauc | None = None
+    labels: dict[str, "Quality"] = field(default_factory=dict)
+
+    @property
+    def auc_minus_logloss(self) -> float:
+        """What FuxiCTR's recipes watch."""
+        return self.auc - self.logloss
 
 
 def described(found: Quality) -> dict[str, Any]:
     """As JSON can say it: an undefined metric is null; `not_finite` is there where it is the reason."""
-    values: dict[str, Any] = {key: known(value) for key, value in asdict(found).items() if key != "gauc"}
+    numbers = {key: value for key, value in vars(found).items() if key not in ("gauc", "labels")}
+    values: dict[str, Any] = {key: known(value) for key, value in numbers.items()}
     if not found.not_finite:
         del values["not_finite"]
     if found.gauc is not None:
         values["gauc"] = {key: known(value) for key, value in asdict(found.gauc).items()}
+    if found.labels:
+        values["labels"] = {name: described(own) for name, own in found.labels.items()}
     return values
 
 
@@ -72,11 +86,16 @@ def points(found: Quality) -> dict[str, float | None]:
     values = {name: getattr(found, name) for name in names}
     if found.gauc is not None:
         values |= {"gauc_by_impressions": found.gauc.by_impressions, "gauc_by_group": found.gauc.by_group}
-    return {name: known(value) for name, value in values.items()}
+    shown = {name: known(value) for name, value in values.items()}
+    for label, own in found.labels.items():
+        shown |= {f"labels/{label}/{name}": value for name, value in points(own).items()}
+    return shown
 
 
 def in_words(found: Quality) -> str:
     """As a log line shows it."""
+    if found.labels:
+        return "  |  ".join(f"{name}: {in_words(own)}" for name, own in found.labels.items())
     if found.not_finite:
         return f"no metrics: {found.not_finite:,} of {found.examples:,} logits are NaN or infinite"
     words = f"AUC {found.auc:.4f}  LogLoss {found.logloss:.4f}  NE {found.ne:.4f}  calibration {found.calibration:.3f}"
@@ -85,7 +104,7 @@ def in_words(found: Quality) -> str:
     return f"{words}  GAUC {found.gauc.by_impressions:.4f} by impressions, {found.gauc.by_group:.4f} by group"
 
 
-def why_undefined(found: Quality, metric: Literal["logloss", "auc"]) -> str | None:
+def why_undefined(found: Quality, metric: Literal["logloss", "auc", "auc_minus_logloss"]) -> str | None:
     """Why a set of predictions has no such metric; None: it has one."""
     if math.isfinite(getattr(found, metric)):
         return None
@@ -119,22 +138,44 @@ def quality(logits: Tensor, labels: Tensor) -> Quality:
 
 @dataclass
 class Predictions:
-    """Logits and labels of this rank since the last `gather`; every rank adds the same number of equal batches."""
+    """Logits and labels of this rank since the last `gather`, [B] each or of several labels [B, T]; every rank adds the
+    same number of equal batches.
 
+    Attributes:
+        names: of several labels, in order.
+        main: the one that stands for all (train.best_label); None: the first.
+    """
+
+    names: tuple[str, ...] = ()
+    main: str | None = None
     logits: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
 
-    def add(self, logits: Tensor, labels: Tensor, valid: int | None = None) -> None:
-        """Take in a batch [B]; examples from `valid` on are padding and do not count."""
+    def add(self, logits: Tensor, labels: Tensor, valid: int | None = None, left_out: Sequence[str] = ()) -> None:
+        """Take in a batch; examples from `valid` on are padding and do not count, nor do labels that are left out."""
         labels = labels.detach().float().clone()
         if valid is not None:
             labels[valid:] = math.nan
+        if places := [self.names.index(name) for name in left_out]:
+            labels[:, places] = math.nan
+            logits = logits.index_fill(1, torch.tensor(places, device=logits.device), 0.0)
         self.logits.append(logits.detach().float())
         self.labels.append(labels)
 
     def clear(self) -> None:
         self.logits.clear()
         self.labels.clear()
+
+    def packed(self) -> Tensor:
+        """Logits and labels, [2, N], or of several labels [2 T, N]: all logits, then all labels."""
+        both = torch.stack([torch.cat(self.logits), torch.cat(self.labels)])
+        return both if both.dim() == 2 else both.permute(0, 2, 1).reshape(-1, both.shape[1])
+
+    def unpack(self, packed: Tensor) -> None:
+        """Take in what `packed` made."""
+        logits, labels = packed.chunk(2)
+        for mine, found in ((self.logits, logits), (self.labels, labels)):
+            mine.append(found[0] if len(found) == 1 else found.T.contiguous())
 
     def gather(self, world: dist.ProcessGroup | None, groups: NDArray[Any] | None = None) -> Quality:
         """Metrics over all ranks, computed by rank 0, the same on each of them; forgets the predictions.
@@ -144,26 +185,38 @@ class Predictions:
                 GAUC of batches that an EvalLoader made. None: without it.
         """
         if not self.logits:
-            return quality(torch.empty(0), torch.empty(0))
-        share = len(self.logits[0])
-        mine = torch.stack([torch.cat(self.logits), torch.cat(self.labels)])
+            return self.of_labels([quality(torch.empty(0), torch.empty(0))] * max(1, len(self.names)))
+        share, mine = len(self.logits[0]), self.packed()
         self.clear()
+        labels = len(mine) // 2
         if world is None:
-            return _quality_of([mine], share, groups)
+            return self.of_labels([_quality_of([mine[k::labels]], share, groups) for k in range(labels)])
         first = dist.get_rank(world) == 0
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(world))] if first else None
         dist.gather(mine, everyone, group=world, group_dst=0)
-        found = torch.zeros(len(fields(Quality)) + len(fields(Gauc)), dtype=torch.float64, device=mine.device)
+        found = torch.zeros(labels, _NUMBERS, dtype=torch.float64, device=mine.device)
         if everyone is not None:
-            found.copy_(torch.tensor(_numbers(_quality_of(everyone, share, groups)), dtype=torch.float64))
+            of_label = [[rank[label::labels] for rank in everyone] for label in range(labels)]
+            numbers = [_numbers(_quality_of(ranks, share, groups)) for ranks in of_label]
+            found.copy_(torch.tensor(numbers, dtype=torch.float64))
         dist.broadcast(found, group=world, group_src=0)
-        return _from_numbers(found.tolist())
+        return self.of_labels([_from_numbers(numbers) for numbers in found.tolist()])
+
+    def of_labels(self, found: Sequence[Quality]) -> Quality:
+        """The quality of all labels, as that of the main one; of one label alone its own."""
+        if len(found) == 1:
+            return found[0]
+        by_name = dict(zip(self.names, found, strict=True))
+        return replace(by_name[self.main or self.names[0]], labels=by_name)
+
+
+_NUMBERS = 7 + len(fields(Gauc)) + 1
 
 
 def _numbers(found: Quality) -> list[float]:
     """Of fixed length, the last whether there is a GAUC."""
     gauc = found.gauc
-    numbers: list[float] = list(astuple(replace(found, gauc=None)))[:-1]
+    numbers = [float(value) for name, value in vars(found).items() if name not in ("gauc", "labels")]
     return [*numbers, *((0.0,) * len(fields(Gauc)) if gauc is None else astuple(gauc)), float(gauc is not None)]
 
 
@@ -176,7 +229,7 @@ def _from_numbers(numbers: list[float]) -> Quality:
 
 
 def _quality_of(ranks: list[Tensor], share: int, groups: NDArray[Any] | None) -> Quality:
-    """Metrics of logits and labels [2, N] of every rank, padding left out.
+    """Metrics of logits and labels [2, N] of every rank, padding and missing labels left out.
 
     Args:
         share: rows of a batch.
@@ -188,8 +241,10 @@ def _quality_of(ranks: list[Tensor], share: int, groups: NDArray[Any] | None) ->
     if groups is None:
         return found
     in_order = torch.stack(ranks).cpu().view(len(ranks), 2, -1, share).permute(1, 2, 0, 3).reshape(2, -1)
-    logits, labels = in_order[:, ~in_order[1].isnan()]
-    return replace(found, gauc=gauc_of(over_groups_of(logits.numpy(), labels.numpy(), groups)))
+    logits, labels = in_order[:, : len(groups)]  # padding comes last
+    there = ~labels.isnan()
+    own = groups[there.numpy()]
+    return replace(found, gauc=gauc_of(over_groups_of(logits[there].numpy(), labels[there].numpy(), own)))
 
 
 def over_groups_of(

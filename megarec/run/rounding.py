@@ -71,13 +71,13 @@ def _lone_l2(config: RunConfig, spec: ModelSpec) -> str | None:
     That sign flips by rounding where the element passes zero. A row-wise optimizer measures steps by the whole row.
     """
     embedding = config.embedding
-    if not (embedding.dropout and embedding.l2 and spec.layout.tables) or embedding.optimizer not in (
-        "adam",
-        "adagrad",
-    ):
+    if not embedding.dropout or embedding.optimizer not in ("adam", "adagrad"):
         return None
-    size = embedding.initial_std or (3 * min(table.rows for table in spec.layout.tables)) ** -0.5
-    gradient = 2 * embedding.l2 * size / config.data.batch_size
+    sizes = (
+        embedding.looked_up_l2(table.name) * (embedding.initial_std_of(table.name) or (3 * table.rows) ** -0.5)
+        for table in spec.layout.tables
+    )
+    gradient = 2 * max(sizes, default=0.0) / config.data.batch_size
     if gradient <= 2 * embedding.eps:
         return None
     return (

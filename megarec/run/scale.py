@@ -9,13 +9,14 @@ and the MLP's widths of 8, from 1024 on of 64, so that tensor parallelism up to 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count as count_up
 from typing import Any
 
 from megarec.config.models import OverArchConfig, WukongConfig
 from megarec.errors import UserError
 from megarec.models.inputs import EmbeddedColumns, input_embeddings
+from megarec.models.sequences import SequenceInput
 from megarec.run.cost import count
 from megarec.sparse.towers.sizes import TowerSizes
 
@@ -25,7 +26,12 @@ STEP = 8
 
 
 def resolve_scale(
-    config: OverArchConfig, columns: EmbeddedColumns, numeric: int, modules: TowerSizes | None = None
+    config: OverArchConfig,
+    columns: EmbeddedColumns,
+    numeric: int,
+    modules: TowerSizes | None = None,
+    sequences: Sequence[SequenceInput] = (),
+    labels: int = 1,
 ) -> tuple[OverArchConfig, tuple[str, ...]]:
     """The dense model's sizes, all explicit, and the reasons for them; `config` itself where `scale` is not given.
 
@@ -39,6 +45,8 @@ def resolve_scale(
         columns: what the dense model reads; it fixes n.
         numeric: how many numeric features there are.
         modules: the tower modules, if there are any; their cost counts.
+        sequences: what is read position by position; its cost counts.
+        labels: how many are predicted.
 
     Raises:
         UserError: `scale` lies below the smallest model of the recipe.
@@ -46,7 +54,7 @@ def resolve_scale(
     if not isinstance(config, WukongConfig) or config.scale is None:
         return config, ()
     scale, n = config.scale, input_embeddings(columns, numeric, config)
-    candidates = _candidates(config, scale, columns, numeric, modules)
+    candidates = _candidates(config, scale, columns, numeric, modules, sequences, labels)
     smallest, least = candidates[0]
     if scale < least:
         raise UserError(
@@ -60,7 +68,13 @@ def resolve_scale(
 
 
 def _candidates(
-    config: WukongConfig, scale: float, columns: EmbeddedColumns, numeric: int, modules: TowerSizes | None
+    config: WukongConfig,
+    scale: float,
+    columns: EmbeddedColumns,
+    numeric: int,
+    modules: TowerSizes | None,
+    sequences: Sequence[SequenceInput],
+    labels: int,
 ) -> list[tuple[WukongConfig, float]]:
     """Models on the path and their GFLOP/example, rising, to the first beyond twice the scale.
 
@@ -69,7 +83,7 @@ def _candidates(
     """
     candidates: list[tuple[WukongConfig, float]] = []
     for model in _path(config):
-        gflop = count(model, columns, numeric, (), modules).flop / 1e9
+        gflop = count(model, columns, numeric, (), modules, sequences, labels).flop / 1e9
         if not candidates or gflop > candidates[-1][1]:
             candidates.append((model, gflop))
         if gflop > 2 * scale:

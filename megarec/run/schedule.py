@@ -43,7 +43,7 @@ class Patience:
     """Counts validations since the best one. One without a score (NaN or infinite) is never the best.
 
     Attributes:
-        best: lowest score so far: validation LogLoss, or minus the AUC (train.best_by).
+        best: lowest score so far: validation LogLoss, or minus what is better the larger (train.best_by).
         since_best: validations since then.
         since_drop: validations since the best one or the last drop of the learning rate.
     """

@@ -21,6 +21,7 @@ class TrainState:
         best, since_best, since_drop, plateau_drops: of the validation's score (training.schedule).
         best_by: the metric that `best` is of (train.best_by); None: there is no best yet, or an earlier version saved.
         skipped_steps: steps that were not applied; `skipped` counts them by cause.
+        faulty_labels: of several labels, steps that were applied without one, because its loss was not finite.
         left_out: steps whose batches are passed over, because they were faulty before a rollback.
         rollbacks: so many there were.
         losses: mean losses of the last applied steps, of which `train.faults.spike` takes the median.
@@ -31,12 +32,13 @@ class TrainState:
 
     step: Count = 0
     best: float = math.inf
-    best_by: Literal["logloss", "auc"] | None = None
+    best_by: Literal["logloss", "auc", "auc_minus_logloss"] | None = None
     since_best: Count = 0
     since_drop: Count = 0
     plateau_drops: Count = 0
     skipped_steps: Count = 0
     skipped: dict[str, Count] = field(default_factory=dict)
+    faulty_labels: dict[str, Count] = field(default_factory=dict)
     left_out: list[Count] = field(default_factory=list)
     rollbacks: Count = 0
     losses: list[float] = field(default_factory=list)

@@ -149,10 +149,15 @@ def _exceeds(unit: str, needed: float, spent: float, limit: float | None) -> str
 
 
 def _line(model: str, trials: list[Trial], pace: Pace) -> Line:
-    """A model's trials at most: one learning rate's of all seeds, the others' of the first."""
-    runs = sum(trial.tuning for trial in trials) + sum(not t.tuning for t in trials if t.rate == trials[0].rate)
-    one = trials[0]
-    return Line(model, runs, one.cost.flop / 1e9, runs * one.gflop, runs * pace.seconds(one), None)
+    """A model's trials at most: all that choose with the first seed, and the other seeds of the one that costs most."""
+    others: dict[int, list[Trial]] = {}
+    for trial in trials:
+        if not trial.tuning:
+            others.setdefault(trial.rate, []).append(trial)
+    runs = [trial for trial in trials if trial.tuning]
+    runs += max(others.values(), key=lambda own: sum(trial.gflop for trial in own), default=[])
+    cost, seconds = max(trial.cost.flop for trial in trials), sum(pace.seconds(trial) for trial in runs)
+    return Line(model, len(runs), cost / 1e9, sum(trial.gflop for trial in runs), seconds, None)
 
 
 def find_pace(trials: list[Trial], rows: Rows, stated: float | None, slot: Slot) -> Pace:

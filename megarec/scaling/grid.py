@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,15 @@ class StudyFile(Section):
     @field_validator("models")
     @classmethod
     def _names_can_be_directories(cls, models: dict[str, Any]) -> dict[str, Any]:
-        for name in models:
-            if re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*", name) is None:
-                raise ValueError(f"{name!r} cannot name a directory; take letters, digits, '_', '.', '+' and '-'")
-        return models
+        return directory_names(models)
+
+
+def directory_names(models: dict[str, Any]) -> dict[str, Any]:
+    """The same models, if their names can name directories; else a ValueError."""
+    for name in models:
+        if re.fullmatch(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*", name) is None:
+            raise ValueError(f"{name!r} cannot name a directory; take letters, digits, '_', '.', '+' and '-'")
+    return models
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-        rate: place in the study's learning rates.
-        tuning: whether it takes part in the choice of the learning rate.
+        rate: place in the study's learning rates, or in a search the number of its draw.
+        tuning: whether it takes part in the choice of the learning rate, or of the draw.
         base, overrides: `megarec train --config base --set ...`.
         config_hash: of the resolved config and the data's schema, without where and on how many threads it runs.
         examples: it trains on, if it does not stop early.
@@ -77,6 +82,16 @@ class Trial:
         """Of the whole training."""
         return self.cost.flop / 1e9 * self.examples
 
+    @property
+    def steps(self) -> int:
+        """That it makes, if it does not stop early."""
+        return self.examples // self.config.data.batch_size
+
+    @property
+    def searching(self) -> bool:
+        """Whether it is a search's, which leaves the test split alone and may be lost."""
+        return self.tuning and not self.config.train.test
+
 
 def read_grid(path: Path) -> list[Trial]:
     """All trials of a study, model by model in its order: every learning rate with every seed.
@@ -92,7 +107,7 @@ def read_grid(path: Path) -> list[Trial]:
             for seed in study.seeds:
                 overrides = [f"{key}={json.dumps(value)}" for key, value in {**sets, **rates}.items()]
                 try:
-                    trial = _trial(model, rate, seed, seed == study.seeds[0], base, overrides)
+                    trial = make_trial(model, rate, seed, seed == study.seeds[0], base, overrides)
                 except UserError as error:
                     raise UserError(f"{path}: models.{model}: {error}") from error
                 if twin := trials.setdefault(trial.name, trial) if trial.name in trials else None:
@@ -101,13 +116,15 @@ def read_grid(path: Path) -> list[Trial]:
     return list(trials.values())
 
 
-def _trial(model: str, rate: int, seed: int, tuning: bool, base: Path, overrides: list[str]) -> Trial:
+def make_trial(model: str, rate: int, seed: int, tuning: bool, base: Path, overrides: list[str]) -> Trial:
+    """A trial of a run's JSON and what it sets.
+
+    Raises:
+        UserError: the config does not do, or its data are not there.
+    """
     overrides = [*overrides, f"train.seed={seed}", "deepspeed.tensorboard.enabled=true"]
     config = load_config(base, overrides)
     schema = schema_of(config.data)
-    data = schema.model_dump(exclude={"unknown"} if schema.identity else {"unknown", "identity"})
-    content = [config.model_dump(mode="json", exclude={"train": {"output_dir", "threads"}, "data": {"cache"}}), data]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     steps = config.train.epochs * (schema.rows["train"] // config.data.batch_size)
     return Trial(
         model,
@@ -119,9 +136,30 @@ def _trial(model: str, rate: int, seed: int, tuning: bool, base: Path, overrides
         config,
         schema,
         resolve(config, schema).cost,
-        digest[:12],
+        _hash(config, schema),
         min(steps, config.train.max_steps or steps) * config.data.batch_size,
     )
+
+
+def tested_with(trial: Trial, seed: int) -> Trial:
+    """The same run with another seed and with its test, as what a search chose is tested."""
+    overrides = [word for word in trial.overrides if not word.startswith(("train.seed=", "train.test="))]
+    train = trial.config.train.model_copy(update={"seed": seed, "test": True})
+    config = trial.config.model_copy(update={"train": train})
+    return replace(
+        trial,
+        seed=seed,
+        tuning=False,
+        overrides=(*overrides, f"train.seed={seed}"),
+        config=config,
+        config_hash=_hash(config, trial.schema),
+    )
+
+
+def _hash(config: RunConfig, schema: Schema) -> str:
+    data = schema.model_dump(exclude={"unknown"} if schema.identity else {"unknown", "identity"})
+    content = [config.model_dump(mode="json", exclude={"train": {"output_dir", "threads"}, "data": {"cache"}}), data]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def of_models(trials: list[Trial]) -> Iterator[tuple[str, list[Trial]]]:

@@ -19,6 +19,7 @@ from megarec.scaling.grid import Trial, of_models
 
 Row = dict[str, Any]
 TABLE = "runs.parquet"
+DONE, DIVERGED, FAILED = "done", "diverged", "failed"  # how a trial ended; the last two: a search's, without metrics
 _METRICS = ("auc", "logloss", "ne", "calibration")
 
 
@@ -31,9 +32,14 @@ class Rows:
     """
 
     def __init__(self, output: Path, trials: list[Trial], *, shared: bool = False) -> None:
-        self.output, self.trials, self._shared = output, trials, shared
+        self.output, self._shared = output, shared
         (output / "rows").mkdir(parents=True, exist_ok=True)
         self.of: dict[str, Row] = {}
+        self.take(trials)
+
+    def take(self, trials: list[Trial]) -> None:
+        """These are the sweep's trials from now on; their rows are read, as far as they are there."""
+        self.trials = trials
         self._read()
 
     def _read(self) -> None:
@@ -53,7 +59,11 @@ class Rows:
         """`runs.parquet`: the rows in the order of the grid."""
         chosen = {model: self.chosen_rate(model) for model, _ in of_models(self.trials)}
         rows = [
-            {**self.of[trial.name], "chosen": trial.rate == chosen[trial.model]}
+            {
+                "status": DONE,  # of rows that an earlier version wrote
+                **self.of[trial.name],
+                "chosen": trial.rate == chosen[trial.model] and not trial.searching,
+            }
             for trial in self.trials
             if trial.name in self.of
         ]
@@ -62,21 +72,30 @@ class Rows:
         write_whole(self.output / TABLE, sink.getvalue().to_pybytes())
 
     def chosen_rate(self, model: str) -> int | None:
-        """The learning rate whose trial with the first seed is best on validation, of those that have ended.
+        """The learning rate, or draw, that is best on validation with the first seed, of those that have ended.
+
+        None is also where a search must not choose: most of its trials failed, or none came to its end.
 
         Raises:
             UserError: their validation has no quality.
         """
-        tried = [t for t in self.trials if t.model == model and t.tuning and t.name in self.of]
-        if not tried:
+        tuning = [trial for trial in self.trials if trial.model == model and trial.tuning]
+        tried = [trial for trial in tuning if trial.name in self.of]
+        if not tried or 2 * sum(self.status(trial) == FAILED for trial in tried) > len(tuning):
             return None
-        losses = [_validation_loss(trial, self.of[trial.name]) for trial in tried]
-        if min(losses) == float("inf"):
+        losses = [validation_loss(trial, self.of[trial.name]) for trial in tried]
+        if min(losses) == math.inf:
+            if tried[0].searching:
+                return None
             raise UserError(
                 f"{model}: no validation {tried[0].config.train.best_by} to choose a learning rate by, in "
                 f"{self._path(tried[0])}; the validation split needs rows of both labels"
             )
         return tried[losses.index(min(losses))].rate
+
+    def status(self, trial: Trial) -> str | None:
+        """How a trial ended; None: it has not."""
+        return self.of[trial.name].get("status", DONE) if trial.name in self.of else None
 
     def _path(self, trial: Trial) -> Path:
         return self.output / "rows" / f"{trial.name}.json"
@@ -89,7 +108,46 @@ def row_of(trial: Trial, metrics: dict[str, Any], seconds: float | None, host: s
         seconds: that its last start took, from process to exit; None: no sweep saw it end.
     """
     optimum = trial.schema.optimum.get("test")
-    logloss = metrics["test"]["logloss"]
+    test = metrics["test"] if trial.config.train.test else dict.fromkeys(_METRICS)
+    logloss = test["logloss"]
+    return {
+        **_which(trial),
+        "status": DONE,
+        "steps": metrics["train"]["steps"],
+        "examples": metrics["train"]["steps"] * trial.config.data.batch_size,
+        **{key: test[key] for key in _METRICS},
+        **{f"valid_{key}": metrics["valid"][key] for key in _METRICS},
+        "optimum_logloss": optimum and optimum.drawn,
+        "excess_logloss": optimum and logloss and logloss - optimum.drawn,
+        "examples_per_second": metrics["train"]["examples_per_second"],
+        "first_step_seconds": metrics["train"]["first_step_seconds"],
+        "seconds": seconds,
+        "host": host,
+    }
+
+
+def lost_row(trial: Trial, status: str, steps: int | None, seconds: float | None, host: str | None) -> Row:
+    """The row of a search's trial that came to no metrics: it has used up its part of the budget all the same.
+
+    Args:
+        status: DIVERGED or FAILED.
+        steps: that it made; None: nobody knows.
+    """
+    optimum = trial.schema.optimum.get("test")
+    return {
+        **_which(trial),
+        "status": status,
+        "steps": steps,
+        "examples": None if steps is None else steps * trial.config.data.batch_size,
+        **dict.fromkeys([*_METRICS, *(f"valid_{key}" for key in _METRICS)]),
+        "optimum_logloss": optimum and optimum.drawn,
+        **dict.fromkeys(("excess_logloss", "examples_per_second", "first_step_seconds")),
+        "seconds": seconds,
+        "host": host,
+    }
+
+
+def _which(trial: Trial) -> Row:
     return {
         "model": trial.model,
         "seed": trial.seed,
@@ -100,16 +158,6 @@ def row_of(trial: Trial, metrics: dict[str, Any], seconds: float | None, host: s
         "parameters": trial.cost.parameters,
         "dense_parameters": trial.cost.dense_parameters,
         "sparse_parameters": trial.cost.sparse_parameters,
-        "steps": metrics["train"]["steps"],
-        "examples": metrics["train"]["steps"] * trial.config.data.batch_size,
-        **{key: metrics["test"][key] for key in _METRICS},
-        **{f"valid_{key}": metrics["valid"][key] for key in _METRICS},
-        "optimum_logloss": optimum and optimum.drawn,
-        "excess_logloss": optimum and logloss and logloss - optimum.drawn,
-        "examples_per_second": metrics["train"]["examples_per_second"],
-        "first_step_seconds": metrics["train"]["first_step_seconds"],
-        "seconds": seconds,
-        "host": host,
     }
 
 
@@ -124,8 +172,11 @@ def _read_row(path: Path) -> Row:
     return row
 
 
-def _validation_loss(trial: Trial, row: Row) -> float:
-    quality = row[f"valid_{trial.config.train.best_by}"]
+def validation_loss(trial: Trial, row: Row) -> float:
+    """What `train.best_by` asks for of validation, turned so that less is better; infinite: the row has none."""
+    best_by, (auc, logloss) = trial.config.train.best_by, (row["valid_auc"], row["valid_logloss"])
+    both = None if auc is None or logloss is None else auc - logloss
+    quality = {"auc": auc, "logloss": logloss, "auc_minus_logloss": both}[best_by]
     if quality is None or not math.isfinite(quality):  # of a split without rows or with one label, or of no numbers
-        return float("inf")
+        return math.inf
     return float(quality if trial.config.train.best_by == "logloss" else -quality)

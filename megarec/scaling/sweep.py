@@ -1,6 +1,7 @@
 """Runs a sweep's trials, some at a time, here, on hosts or on a Ray cluster; goes on where an earlier sweep ended."""
 
 import fcntl
+import functools
 import json
 import os
 import socket
@@ -19,7 +20,7 @@ from megarec.launching.commands import TRAIN_SCRIPT
 from megarec.launching.hosts import OPTIONS, Host, accelerator, keep_alive, on_ssh_host
 from megarec.ray_cluster import RayCluster
 from megarec.scaling.grid import Trial
-from megarec.scaling.results import TABLE, Rows, row_of
+from megarec.scaling.results import DIVERGED, FAILED, TABLE, Rows, lost_row, row_of
 from megarec.scaling.trial_process import attended
 from megarec.training.run_directory import move_to_previous
 
@@ -28,7 +29,7 @@ SSH_FAILED = 255  # ssh's own exit code; a trial has none so high
 _POLL_SECONDS = 0.2
 HERE = "localhost"
 STUDY_NOTE = "sweep.json"
-PARTS = (STUDY_NOTE, TABLE, "rows", "runs", "plan.json", "probe")
+PARTS = (STUDY_NOTE, TABLE, "rows", "runs", "plan.json", "probe", "search.json", "search.md", "chosen", "calibrated")
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def run_sweep(
 
     A place whose host cannot be reached any more is given up, and its trial runs elsewhere. A rate that the fault
     policy stopped has lost; any other that failed keeps its model's other seeds waiting, for the same command again.
+    A search's trial gets a row all the same, as diverged or, after a second try, as failed: it has had its turn.
 
     Args:
         share: the trials to run, by name, while others run the rest; None: all. A model with one learning rate then
@@ -270,19 +272,20 @@ def _next(
     trials: list[Trial], rows: Rows, running: dict[Slot, Running], failed: dict[str, int], share: set[str] | None
 ) -> Trial | None:
     """Cheapest first, trials that choose a learning rate before others."""
-    settled = {*rows.of, *failed}
+    settled = {*rows.of, *(trial.name for trial in trials if trial.name in failed and not trial.searching)}
     at_work = {run.trial.name for run in running.values()}
     lost = {name for name, code in failed.items() if code == STOPPED}
     if share is not None:
         lost |= {trial.name for trial in trials if trial.tuning and stopped(folder_of(rows.output, trial))}
     open_models = {trial.model for trial in trials if trial.tuning and trial.name not in {*rows.of, *lost}}
     one_rate = {trial.model for trial in trials} - {trial.model for trial in trials if trial.rate > 0}
+    chosen = functools.cache(rows.chosen_rate)
     for trial in sorted(trials, key=lambda trial: (not trial.tuning, trial.gflop)):
         if trial.name in settled or trial.name in at_work or (share is not None and trial.name not in share):
             continue
         if trial.tuning or (share is not None and trial.model in one_rate):
             return trial
-        if trial.model not in open_models and trial.rate == rows.chosen_rate(trial.model):
+        if trial.model not in open_models and trial.rate == chosen(trial.model):
             return trial
     return None
 
@@ -291,8 +294,12 @@ def _collect(trials: list[Trial], rows: Rows) -> None:
     """Take in what ended after an earlier sweep had been killed, or just before."""
     for trial in trials:
         folder = folder_of(rows.output, trial)
-        if trial.name not in rows.of and (metrics := _metrics(folder)):
+        if trial.name in rows.of:
+            continue
+        if metrics := _metrics(folder):
             rows.add(trial, _row_of(trial, metrics, None, None, folder))
+        elif trial.searching and stopped(folder):
+            rows.add(trial, lost_row(trial, DIVERGED, _steps(folder), None, None))
     rows.write_table()
 
 
@@ -326,19 +333,33 @@ def _finish(
     trial, folder = run.trial, folder_of(rows.output, run.trial)
     _close(run.process)
     metrics = _metrics(folder) if code == 0 else None
-    if metrics is None:
-        failed[trial.name] = code
-        say(f"FAILED {trial.name}: exit code {code}; {folder / 'output.txt'}")
-        return
     seconds, host = time.time() - run.started, slot.host or HERE
     if isinstance(run.process, OnCluster):
         _, seconds, host = run.process.ended
+    if metrics is None:
+        second = trial.name in failed
+        failed[trial.name] = code
+        say(f"FAILED {trial.name}: exit code {code}; {folder / 'output.txt'}")
+        if trial.searching and (second or code == STOPPED):
+            del failed[trial.name]
+            status = DIVERGED if code == STOPPED else FAILED
+            rows.add(trial, lost_row(trial, status, _steps(folder), seconds, host))
+        return
+    failed.pop(trial.name, None)
     row = _row_of(trial, metrics, seconds, host, folder)
     rows.add(trial, row)
-    say(
-        f"{len(rows.of)} done  {trial.model} seed {trial.seed} rate {trial.rate}: "
-        f"valid LogLoss {row['valid_logloss']:.4f}, test LogLoss {row['logloss']:.4f}, {row['seconds']:.0f} s"
-    )
+    if trial.searching:
+        quality = f"draw {trial.rate}: valid LogLoss {_words(row['valid_logloss'])}, AUC {_words(row['valid_auc'])}"
+    else:
+        quality = (
+            f"seed {trial.seed} rate {trial.rate}: valid LogLoss {_words(row['valid_logloss'])}, "
+            f"test LogLoss {_words(row['logloss'])}"
+        )
+    say(f"{len(rows.of)} done  {trial.model} {quality}, {seconds:.0f} s")
+
+
+def _words(metric: float | None) -> str:
+    return "none" if metric is None else f"{metric:.4f}"
 
 
 def _say_lost(slot: Slot, run: Running, left: list[Slot], say: Callable[[str], None]) -> None:
@@ -365,6 +386,14 @@ def stopped(folder: Path) -> bool:
         return "stopped" in read_object(folder / "metrics.json", "the metrics of a run", nan=True)
     except UserError:  # there are none
         return False
+
+
+def _steps(folder: Path) -> int | None:
+    """That a run made which the fault policy stopped; None: it did not say."""
+    if not stopped(folder):
+        return None
+    steps = read_object(folder / "metrics.json", "the metrics of a run", nan=True).get("train", {}).get("steps")
+    return steps if isinstance(steps, int) else None
 
 
 def _row_of(

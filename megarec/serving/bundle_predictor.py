@@ -1,7 +1,8 @@
 """A scoring bundle as a predictor of prepared batches: what `megarec evaluate` takes in place of a run."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +18,11 @@ from megarec.data.store import open_split
 from megarec.errors import UserError
 from megarec.files import read_object, write_json
 from megarec.metrics.calibrated import fit_temperature
+
+if TYPE_CHECKING:
+    from megarec.serving.scorer.bundle import RowError
+    from megarec.serving.scorer.rows import Row
+    from megarec.serving.scorer.scorer import Scores
 
 RUN_FILE = "run.json"
 
@@ -39,22 +45,36 @@ class BundlePredictor:
             what = f"{directory}: scoring an export needs the packages of the extra 'serve' ({error})"
             raise UserError(f"{what}: pip install 'megarec[serve]'") from error
         path = directory / RUN_FILE
-        about = read_object(path, "the run of an export")
         try:
+            self._scorer = Scorer(directory, torch.get_num_threads())
+            about = read_object(self._scorer.bundle.path(RUN_FILE), "the run of an export")
             self.config = RunConfig.model_validate(about["config"])
             self.schema = Schema.model_validate(about["schema"])
-            self._scorer = Scorer(directory, torch.get_num_threads())
         except (KeyError, ValidationError) as error:
             raise UserError(f"{path}: is not what was exported ({error}); export the run again") from error
         except ScoringError as error:
             raise UserError(error) from error
 
     def predict(self, batch: Batch) -> Tensor:
-        """Logits float32 [B]."""
+        """Logits float32 [B], or of several labels [B, T]."""
         from megarec.serving.scorer.rows import Encoded
 
         ids = {name: _ids(found) for name, found in batch.ids.items()}
         return torch.from_numpy(self._scorer.logits(Encoded(list(range(batch.size)), ids, batch.numeric.numpy())))
+
+    def raw_rows(self, file: Path) -> "Iterator[list[Row | RowError]]":
+        """The rows of a file, as the export's score.py reads them.
+
+        Raises:
+            ScoringError: it cannot be read.
+        """
+        from megarec.serving.scorer.files import rows_of
+
+        return rows_of(file, self._scorer.bundle.manifest["text"])
+
+    def score(self, rows: "Sequence[Row | RowError]") -> "Scores":
+        """Logits and errors of raw rows."""
+        return self._scorer.score(rows)
 
 
 def write_run(directory: Path, config: RunConfig, schema: Schema) -> None:
@@ -62,8 +82,8 @@ def write_run(directory: Path, config: RunConfig, schema: Schema) -> None:
     write_json(directory / RUN_FILE, {"config": config.model_dump(by_alias=True), "schema": schema.model_dump()})
 
 
-def fitted_temperature(directory: Path, data: Path) -> float:
-    """What a bundle's logits are divided by for the least LogLoss on the split valid.
+def fitted_temperature(directory: Path, data: Path) -> float | list[float]:
+    """What a bundle's logits are divided by for the least LogLoss on the split valid; of several labels one for each.
 
     Args:
         data: the prepared data set.
@@ -78,7 +98,11 @@ def fitted_temperature(directory: Path, data: Path) -> float:
     )  # fmt: skip
     scored = [(model.predict(batch)[: batch.valid], batch.labels[: batch.valid]) for batch in rows.batches()]
     logits, labels = (torch.cat(parts).numpy() for parts in zip(*scored, strict=True))
-    return fit_temperature(logits, labels).temperature
+    if not model.schema.tasks:
+        return fit_temperature(logits, labels).temperature
+    there = np.isfinite(labels)
+    pairs = ((logits[own, place], labels[own, place]) for place, own in enumerate(there.T))
+    return [fit_temperature(x, y).temperature for x, y in pairs]
 
 
 def _ids(found: Ids) -> Any:

@@ -24,7 +24,7 @@ from megarec.checkpoint.format import (
     read_export,
     read_index,
 )
-from megarec.checkpoint.offline import is_weight
+from megarec.checkpoint.offline import is_weight, source_of
 from megarec.checkpoint.reading import Reader, index_of_file, verify
 from megarec.checkpoint.sparse import TABLES, TOWERS
 from megarec.checkpoint.writing import verify_file
@@ -55,7 +55,7 @@ class BatchModel(Protocol):
     schema: Schema
 
     def predict(self, batch: Batch) -> Tensor:
-        """Logits float32 [B]."""
+        """Logits float32 [B], or of several labels [B, T]."""
 
 
 class Predictor:
@@ -72,7 +72,7 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
-        """Logits float32 [B]; their sigmoid is the predicted probability of the label.
+        """Logits float32 [B], or of several labels [B, T]; their sigmoid is the predicted probability of the label.
 
         Raises:
             UserError: the batch lacks a feature of the schema, or has an id outside its table.
@@ -144,7 +144,8 @@ def _weights(reader: Reader, path: Path, about: str) -> Weights:
     shapes = {name: entry.shape for name, entry in reader.index.tensors.items() if is_weight(name)}
 
     def fill(name: str, into: Tensor, first_row: int = 0) -> None:
-        reader.fill(TensorSlice(name, shapes[name], (first_row, *(0 for _ in shapes[name][1:]))[: into.dim()], into))
+        start = (first_row, *(0 for _ in shapes[name][1:]))[: into.dim()]
+        reader.fill(TensorSlice(source_of(name, reader.index), shapes[name], start, into))
 
     return Weights(shapes, fill, path, about)
 
@@ -158,7 +159,7 @@ def checked_spec(config: RunConfig, schema: Schema, weights: Weights) -> ModelSp
     try:
         spec = resolve(config, schema)
         model = spec.meta_model()
-        expected = {DENSE + name: tuple(p.shape) for name, p in model.named_parameters()}
+        expected = {DENSE + name: tuple(p.shape) for name, p in [*model.named_parameters(), *model.named_buffers()]}
         expected |= {f"{TABLES}{table.name}/weight": (table.rows, table.columns) for table in spec.layout.tables}
         expected |= _tower_shapes(spec.towers)
     except (AssertionError, RuntimeError, LookupError, TypeError, ArithmeticError) as error:
@@ -176,8 +177,8 @@ def dense_model(config: RunConfig, spec: ModelSpec, weights: Weights, device: to
     materialize(model, device)
     model.to(settings_of(config.deepspeed).dtype).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            weights.fill(DENSE + name, parameter)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            weights.fill(DENSE + name, tensor)
     return model
 
 
@@ -186,7 +187,7 @@ def _predictor(config: RunConfig, schema: Schema, weights: Weights, device: torc
     module = config.tower_module
     sparse = SparseSide(
         spec.layout,
-        config.embedding.model_copy(update={"optimizer": "sgd"}),  # it keeps no state
+        config.embedding.only_read(),
         ONE_RANK,
         seed=config.train.seed,
         device=device,

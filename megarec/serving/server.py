@@ -1,6 +1,7 @@
 """`megarec serve`: raw rows over HTTP, scored in batches of what waits.
 
     POST /score    {"rows": [{...}, ...]} -> {"predictions": [0.12, null, ...], "errors": {"1": "..."}}
+                   of several labels: {"predictions": [{"click": 0.12, "buy": 0.03}, null, ...], ...}
     GET  /health   200 once the model is there
     GET  /metrics  counters and times for Prometheus
 
@@ -27,9 +28,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from megarec.serving.scorer import Scorer, ScoringError
+from megarec.serving.scorer.scorer import Scores
+
+Prediction = float | dict[str, float] | None
+"""A row's probability, of several labels one by name; None: the row has an error."""
 
 SECONDS_TO_SEND = 10.0  # that a client has for its whole body
 WAITING_REQUESTS = 1024  # more are refused with 503
+WAITING_BYTES = 1 << 26  # likewise, of their bodies: a row in memory is many times its text
+BATCH_BYTES = 1 << 22  # of bodies scored at a time, or one request
 _TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 
@@ -63,7 +70,8 @@ class Refused(Exception):
 @dataclass
 class _Waiting:
     rows: list[Any]
-    answer: asyncio.Future[tuple[list[float | None], dict[int, str]]]
+    size: int
+    answer: asyncio.Future[tuple[list[Prediction], dict[int, str]]]
 
 
 class Batcher:
@@ -72,19 +80,25 @@ class Batcher:
     def __init__(self, scorer: Scorer, batch_rows: int, sizes: Histogram) -> None:
         self._scorer, self._most, self._sizes = scorer, batch_rows, sizes
         self._queue: deque[_Waiting] = deque()
+        self._waiting_bytes = 0
         self._thread = ThreadPoolExecutor(1, "scorer")
         self._running: asyncio.Task[None] | None = None
 
-    async def score(self, rows: list[Any]) -> tuple[list[float | None], dict[int, str]]:
+    async def score(self, rows: list[Any], size: int) -> tuple[list[Prediction], dict[int, str]]:
         """Probabilities, None for a row with an error, and the errors by place.
+
+        Args:
+            size: bytes of their text.
 
         Raises:
             Refused: too many requests wait.
         """
-        if len(self._queue) >= WAITING_REQUESTS:
-            raise Refused(503, f"{WAITING_REQUESTS} requests wait already; ask again later")
-        waiting = _Waiting(rows, asyncio.get_running_loop().create_future())
+        if len(self._queue) >= WAITING_REQUESTS or self._waiting_bytes >= WAITING_BYTES:
+            what = f"{len(self._queue)} requests of {self._waiting_bytes:,} bytes"
+            raise Refused(503, f"{what} wait already; ask again later")
+        waiting = _Waiting(rows, size, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
+        self._waiting_bytes += size
         if self._running is None:
             self._running = asyncio.create_task(self._run())
         return await waiting.answer
@@ -93,11 +107,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         try:
             while self._queue:
-                batch: list[_Waiting] = []
-                rows = 0
-                while self._queue and (not batch or rows + len(self._queue[0].rows) <= self._most):
-                    batch.append(self._queue.popleft())
-                    rows += len(batch[-1].rows)
+                batch = self._next_batch()
                 try:
                     answers = await loop.run_in_executor(self._thread, self._answers, batch)
                 except Exception as error:  # the server's fault: these requests get it, later ones are served
@@ -111,10 +121,23 @@ class Batcher:
         finally:
             self._running = None
 
-    def _answers(self, batch: Sequence[_Waiting]) -> list[tuple[list[float | None], dict[int, str]]]:
+    def _next_batch(self) -> list[_Waiting]:
+        """What waits longest: at least one request, and no more than fit."""
+        batch: list[_Waiting] = []
+        rows = size = 0
+        while self._queue:
+            first = self._queue[0]
+            rows, size = rows + len(first.rows), size + first.size
+            if batch and (rows > self._most or size > BATCH_BYTES):
+                break
+            batch.append(self._queue.popleft())
+            self._waiting_bytes -= first.size
+        return batch
+
+    def _answers(self, batch: Sequence[_Waiting]) -> list[tuple[list[Prediction], dict[int, str]]]:
         scores = self._scorer.score([row for waiting in batch for row in waiting.rows])
         self._sizes.observe(len(scores.probabilities))
-        found = [None if p != p else p for p in scores.probabilities.tolist()]
+        found = self._shown(scores)
         answers, start = [], 0
         for waiting in batch:
             end = start + len(waiting.rows)
@@ -122,6 +145,12 @@ class Batcher:
             answers.append((found[start:end], errors))
             start = end
         return answers
+
+    def _shown(self, scores: Scores) -> list[Prediction]:
+        if self._scorer.labels:
+            rows = [dict(zip(self._scorer.labels, row, strict=True)) for row in scores.probabilities.tolist()]
+            return [None if place in scores.errors else row for place, row in enumerate(rows)]
+        return [None if p != p else p for p in scores.probabilities.tolist()]
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -142,9 +171,10 @@ def application(scorer: Scorer, limits: Limits = Limits()) -> Starlette:
 
     async def score(request: Request) -> Response:
         try:
-            given = _rows(await _body(request, limits.body_bytes), limits.rows)
+            body = await _body(request, limits.body_bytes)
+            given = _rows(body, limits.rows)
             start = time.perf_counter()
-            found, errors = await batcher.score(given)
+            found, errors = await batcher.score(given, len(body))
             seconds.observe(time.perf_counter() - start)
         except Refused as refused:
             requests.labels(str(refused.status)).inc()

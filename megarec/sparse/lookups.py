@@ -23,7 +23,7 @@ class Lookup:
     """One feature looked up in one shard.
 
     Attributes:
-        start: first column of its output in the matrix [B, width].
+        start: first column of its output in the matrix [B, width]; of an unpooled feature, in its row.
         offset: first column of its output among the columns of its rank that travel with it: those of tables split by
             rows go apart from the others.
         by_rows: whether the table is split by rows.
@@ -54,11 +54,20 @@ class LookupPlan:
 
     Attributes:
         slots: slots[r] are the slots of rank r, in the order of its output columns.
+        unpooled: unpooled[r] are those of unpooled features.
+        shards: shards[r] are those of rank r, in the order of its slots.
         index_dtype: of ids on the wire and in lookups: int32 where every table is small enough.
     """
 
     slots: tuple[tuple[Lookup, ...], ...]
+    unpooled: tuple[tuple[Lookup, ...], ...]
+    shards: tuple[tuple[Shard, ...], ...]
     index_dtype: torch.dtype
+
+    @property
+    def sources(self) -> list[list[Feature]]:
+        """By rank, whose ids it receives: those of its slots, then those of its unpooled ones."""
+        return [[s.source for s in (*own, *rows)] for own, rows in zip(self.slots, self.unpooled, strict=True)]
 
 
 def plan_lookups(
@@ -76,25 +85,32 @@ def plan_lookups(
     """
     position = {table.name: index for index, table in enumerate(layout.tables)}
     features: dict[str, list[Feature]] = {name: [] for name in position}
-    for feature in layout.features:
-        features[feature.table].append(feature)
+    unpooled: dict[str, list[Feature]] = {name: [] for name in position}
+    for kinds, listed in ((features, layout.features), (unpooled, layout.unpooled)):
+        for feature in listed:
+            kinds[feature.table].append(feature)
     by_rows = split_by_rows(shards)
-    held: list[list[Shard]] = [[] for _ in range(world_size)]
-    for shard in shards:
-        held[shard.rank].append(shard)
     by_rank: list[tuple[Lookup, ...]] = []
-    for own in held:
+    rows: list[tuple[Lookup, ...]] = []
+    held: list[tuple[Shard, ...]] = []
+    of_rank: list[list[Shard]] = [[] for _ in range(world_size)]
+    for shard in shards:
+        of_rank[shard.rank].append(shard)
+    for own in of_rank:
         mine = sorted(own, key=lambda shard: position[shard.table])
         offsets = {True: 0, False: 0}
         slots: list[Lookup] = []
-        for shard in _in_order(mine, fused, triton, by_rows):
+        mine = _in_order(mine, fused, triton, by_rows)
+        for shard in mine:
             split = shard.table in by_rows
             for feature in features[shard.table]:
                 slots.append(Lookup(feature, shard, feature.start + shard.column_start, offsets[split], split))
                 offsets[split] += shard.columns
         by_rank.append(tuple(slots))
+        held.append(tuple(mine))
+        rows.append(tuple(Lookup(f, s, s.column_start, 0, s.table in by_rows) for s in mine for f in unpooled[s.table]))
     small = all(table.rows < 2**31 for table in layout.tables)
-    return LookupPlan(tuple(by_rank), torch.int32 if small else torch.int64)
+    return LookupPlan(tuple(by_rank), tuple(rows), tuple(held), torch.int32 if small else torch.int64)
 
 
 def _in_order(

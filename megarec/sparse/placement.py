@@ -20,7 +20,7 @@ from typing import Literal
 
 from megarec.config.sections import Placement
 from megarec.errors import UserError, did_you_mean
-from megarec.sparse.layout import EmbeddingLayout, Table
+from megarec.sparse.layout import EmbeddingLayout, Feature, Table
 
 Kind = Literal["table", "column", "row", "replicated"]
 Requested = Placement
@@ -84,7 +84,7 @@ def plan_tables(
             plans[table.name] = _as_requested(table, own, ranks, why)
         elif table.name in chosen:
             rows = (examples or 0) * _features(layout, table)
-            plans[table.name] = TablePlan("replicated", ranks, f"{table.rows:,} rows, {rows:,} looked up by a rank")
+            plans[table.name] = TablePlan("replicated", ranks, f"{table.rows:,} rows, {rows:,.0f} looked up by a rank")
         else:
             plans[table.name] = _automatic(table, costs[table.name] / share, split_threshold, ranks)
     return plans
@@ -95,11 +95,16 @@ def table_costs(layout: EmbeddingLayout) -> dict[str, float]:
     that of all columns sent (columns a feature)."""
     size = {table.name: float(table.rows * table.columns) for table in layout.tables}
     read, sent = dict.fromkeys(size, 0.0), dict.fromkeys(size, 0.0)
-    for feature in layout.features:
+    for feature in layout.looked_up:
         read[feature.table] += feature.columns * feature.mean_length
-        sent[feature.table] += feature.columns
+        sent[feature.table] += feature.columns * _sent_rows(layout, feature)
     totals = [sum(share.values()) or 1.0 for share in (size, read, sent)]  # lists may all be always empty
     return {n: size[n] / totals[0] + read[n] / totals[1] + sent[n] / totals[2] for n in size}
+
+
+def _sent_rows(layout: EmbeddingLayout, feature: Feature) -> float:
+    """Rows that an example's feature sends on: one, however many are pooled; of a sequence every one."""
+    return feature.mean_length if feature in layout.unpooled else 1.0
 
 
 def check_table_names(parts: Sequence[EmbeddingLayout], tables: Collection[str]) -> None:
@@ -125,8 +130,10 @@ def _replication_pays(layout: EmbeddingLayout, table: Table, examples: int | Non
     return 2 * table.rows <= examples * _features(layout, table)
 
 
-def _features(layout: EmbeddingLayout, table: Table) -> int:
-    return sum(feature.table == table.name for feature in layout.features)
+def _features(layout: EmbeddingLayout, table: Table) -> float:
+    """Rows that travel to an example: one a pooled feature, those of a sequence at its mean length."""
+    pooled = sum(feature.table == table.name for feature in layout.features)
+    return pooled + sum(feature.mean_length for feature in layout.unpooled if feature.table == table.name)
 
 
 def _as_requested(table: Table, requested: Kind, ranks: int, why: str) -> TablePlan:
@@ -262,9 +269,9 @@ def choose_plans(
 def imbalance(layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int) -> float:
     """The most that a rank has over the mean: of cells held, of columns read, or of columns sent."""
     read, features = (dict.fromkeys((table.name for table in layout.tables), 0.0) for _ in range(2))
-    for feature in layout.features:
+    for feature in layout.looked_up:
         read[feature.table] += feature.columns * feature.mean_length
-        features[feature.table] += 1
+        features[feature.table] += _sent_rows(layout, feature)
     cells, columns, sent = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
     assigned = _assign(layout, plans, ranks)
 

@@ -10,6 +10,7 @@ from megarec.distributed.topology import Topology
 from megarec.sparse.exchange.tower_exchange import host_layouts
 from megarec.sparse.layout import EmbeddingLayout, Table
 from megarec.sparse.placement import Kind, Shard, check_table_names, choose_plans, place, place_on_hosts, replicated
+from megarec.sparse.tables.optimizers import table_bytes
 from megarec.sparse.towers.assignment import check_towers
 from megarec.sparse.towers.sizes import ResolvedTowers
 
@@ -89,6 +90,7 @@ class TablePlacement:
         host: that holds it; None: all of them.
         ranks: of the whole job, in the order of their slices.
         bytes: of its weights on all ranks together.
+        state_bytes: of what its optimizer and its regularisation keep beside them.
     """
 
     table: str
@@ -99,6 +101,7 @@ class TablePlacement:
     host: int | None
     ranks: tuple[int, ...]
     bytes: int
+    state_bytes: int
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,14 @@ class RankLoad:
     """What one rank has.
 
     Attributes:
-        bytes: of weights.
+        bytes: of weights; `state_bytes`: as of a table.
         lookups: rows it reads in a step, lists taken at their mean length where the data say it, else at 1.
     """
 
     rank: int
     shards: int
     bytes: int
+    state_bytes: int
     lookups: float
 
 
@@ -169,6 +173,7 @@ def explain(config: RunConfig, layout: EmbeddingLayout, towers: ResolvedTowers, 
                     host=None if flat else host,
                     ranks=tuple(shard.rank for shard in own),
                     bytes=_bytes(own, config),
+                    state_bytes=table_bytes(own, settings) - _bytes(own, config),
                 )
             )
     loads = []
@@ -179,7 +184,8 @@ def explain(config: RunConfig, layout: EmbeddingLayout, towers: ResolvedTowers, 
         own = [shard for shard in shards if shard.rank == rank]
         share = {s: 1 / group if s.table in names else _share_of_rows(s, by_name[s.table]) for s in own}
         lookups = config.data.batch_size * sum(per_example[s.table] * share[s] for s in own)
-        loads.append(RankLoad(rank, len(own), _bytes(own, config), lookups))
+        size = _bytes(own, config)
+        loads.append(RankLoad(rank, len(own), size, table_bytes(own, settings) - size, lookups))
     return Explanation(tuple(tables), tuple(loads))
 
 
@@ -190,7 +196,7 @@ def _bytes(shards: Sequence[Shard], config: RunConfig) -> int:
 def _lookups(layout: EmbeddingLayout) -> dict[str, float]:
     """Rows of a table that an example looks up."""
     lookups = dict.fromkeys((table.name for table in layout.tables), 0.0)
-    for feature in layout.features:
+    for feature in layout.looked_up:
         lookups[feature.table] += feature.mean_length
     return lookups
 

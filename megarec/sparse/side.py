@@ -6,7 +6,8 @@
 Both give the same numbers; without tower modules, in float32 and with whole rows or columns, to the last bit.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from megarec.distributed.topology import Topology
 from megarec.sparse.exchange.direct import direct_assembly
 from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup
 from megarec.sparse.exchange.parts import joined, rows_of
+from megarec.sparse.exchange.sequences import Padding, SequenceLookup, newest_of
 from megarec.sparse.exchange.tower_exchange import (
     Back,
     Change,
@@ -47,6 +49,7 @@ class StepLookup:
         ids: what was looked up.
         features: whose columns those of `leaf`, else of `values`, are.
         modules: the tower modules of this rank.
+        padding: where sequences lie behind the other columns; None: there are none.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class StepLookup:
         modules: TowerReplicas | None,
         micro_batches: int,
         parts: int,
+        padding: Padding | None = None,
     ) -> None:
+        self._padding = padding
         self._exchanged, self._leaf, self._ids, self._features, self._modules = exchanged, leaf, ids, features, modules
         self._micro_batches, self._parts = micro_batches, parts
         self._arrived: list[Tensor] = []
@@ -135,8 +140,11 @@ class StepLookup:
         Returns:
             Embeddings [examples, columns], the features whose columns they are, and the ids that were looked up. With
             tower modules they are those that this rank's modules took in, under the tower exchange for the examples of
-            its peers as well; without, those of this rank's examples.
+            its peers as well, and no sequences; without, those of this rank's examples.
         """
+        if self._leaf is None and self._padding is not None:
+            values, unpooled = self._padding.by_feature(self.values)
+            return values, (*self._features, *unpooled), batch.ids
         if self._leaf is None:
             return self.values, self._features, batch.ids
         return self._leaf.detach(), self._features, self._ids.ids
@@ -182,7 +190,8 @@ class SparseSide:
         shards: tuple[Shard, ...] | None = None,
         overlap: bool = False,
     ) -> None:
-        self._layout, self._topology, self._l2, self._rate = layout, topology, config.l2, config.learning_rate
+        self._layout, self._topology, self._rate = layout, topology, config.learning_rate
+        self.decaying = {table.name for table in layout.tables if config.rule_of(table.name).lazy_decay}
         self._dtype, self._overlap = dtype, overlap
         self._exchange: TowerExchange | None = None
         world, tower, peer = (build_channel(topology, name, ledger, ids) for name in ("world", "tower", "peer"))
@@ -204,13 +213,16 @@ class SparseSide:
             )  # fmt: skip
             self._group = self._exchange.group
         for tables in self._group.tables:
-            tables.fill(seed, config.initial_std)
+            tables.fill(seed)
+        self._padding = Padding(layout) if layout.sequences else None
         self.modules: TowerReplicas | None = None
         if towers.towers is not None and towers.modules is not None:
             assert tower_optimizer is not None
             host, hosts, replicas = (0, 1, world) if exchange == "flat" else (topology.host, topology.hosts, tower)
             here = towers.towers.of_host(host, hosts)
             self.modules = TowerReplicas(towers.modules, here, tower_optimizer, replicas, seed, device)
+        self._l2 = _looked_up_l2(layout if self.modules is None else self._group.layout, config, device)
+        self._unpooled_l2 = {feature.name: config.looked_up_l2(feature.table) for feature in layout.unpooled}
 
     @property
     def id_order(self) -> list[str]:
@@ -219,6 +231,8 @@ class SparseSide:
 
     def distribute(self, batch: Batch) -> Distributed:
         """Send the ids of a batch to the owners of the tables (TorchRec's input_dist); reads no table; collective."""
+        if self._padding is not None:
+            batch = dataclasses.replace(batch, ids=newest_of(batch, self._layout))
         return (self._exchange or self._group).distribute(batch)
 
     def forward(self, ids: Distributed, micro_batches: int = 1) -> StepLookup:
@@ -233,7 +247,8 @@ class SparseSide:
         overlap = self._overlap and (self.modules is None or self._exchange is not None)
         parts = micro_batches if overlap else 1
         peers = self._topology.hosts if self._exchange is not None else 1
-        l2 = 2 * self._l2 / (ids.size // peers * self._topology.world_size)
+        examples = ids.size // peers * self._topology.world_size
+        l2 = self._l2 if self._l2 is None else 2 * self._l2 / examples
 
         def change(pooled: Tensor) -> tuple[Tensor, Back]:
             """What happens to looked-up embeddings before they go on, and to their gradient on its way back."""
@@ -251,17 +266,24 @@ class SparseSide:
         if self._exchange is not None and self.modules is None:
             exchanged = (
                 ChangedLookup(self._exchange.pool_direct(ids, parts=parts), change, self._dtype, world_size)
-                if self._l2
+                if l2 is not None
                 else self._exchange.pool_direct(ids, self._dtype, world_size, parts)
             )
         elif self._exchange is not None:
             exchanged = self._exchange.pool(ids, change, self._dtype, world_size, parts)
-        elif self.modules is None and not self._l2:
+        elif self.modules is None and l2 is None:
             exchanged = self._group.pool(ids, self._dtype, world_size, parts)
         else:
             exchanged = ChangedLookup(self._group.pool(ids, parts=parts), change, self._dtype, world_size)
+        if self._padding is not None:
+            own = ids.ids if ids.own is None else ids.own
+            exchanged = SequenceLookup(
+                exchanged, (self._exchange or self._group).rows(ids), self._padding, own, ids.size // peers // parts,
+                parts=parts, dtype=self._dtype, divide=world_size,
+                l2={feature: 2 * l2 / examples for feature, l2 in self._unpooled_l2.items()},
+            )  # fmt: skip
         features = (self._layout if leaf is None else self._group.layout).features
-        return StepLookup(exchanged, leaf, ids, features, self.modules, micro_batches, parts)
+        return StepLookup(exchanged, leaf, ids, features, self.modules, micro_batches, parts, self._padding)
 
     def look_up(self, batch: Batch) -> StepLookup:
         """`distribute` and `forward`."""
@@ -276,11 +298,21 @@ class SparseSide:
 
     def memory_bytes(self) -> int:
         """Bytes of this rank's table weights and their optimizer state."""
-        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.state().values())
+        return sum(tables.memory_bytes() for tables in self._group.tables)
 
     def row_usage(self) -> dict[str, float]:
         """Share of the rows that training has looked up so far, for every table of this rank."""
         return {name: share for tables in self._group.tables for name, share in tables.row_usage().items()}
+
+    def settle(self, names: Collection[str] | None = None) -> None:
+        """Apply decay that has waited for rows to be touched, before `state` is saved, and before another takes its
+        place. Lookups apply what has waited to what they read.
+
+        Args:
+            names: of tables, with which others may be settled; None: of all.
+        """
+        for tables in self._group.tables:
+            tables.settle(names)
 
     def state(self) -> State:
         """The tables as a checkpoint keeps them, by "<table>/<what>", as slices of global tensors; live, no copies.
@@ -334,15 +366,28 @@ class ChangedLookup:
         self._inner.forget()
 
 
-def _add_l2(gradient: Tensor, pooled: Tensor, l2: float) -> Tensor:
+def _looked_up_l2(layout: EmbeddingLayout, config: EmbeddingConfig, device: torch.device) -> float | Tensor | None:
+    """L2 on looked-up embeddings: of all of them, or float32 [columns of the layout]; None: of none."""
+    weights = [config.looked_up_l2(feature.table) for feature in layout.features]
+    if not any(weights):
+        return None
+    if len(set(weights)) == 1:
+        return weights[0]
+    by_column = [weight for weight, f in zip(weights, layout.features, strict=True) for _ in range(f.columns)]
+    return torch.tensor(by_column, device=device)
+
+
+def _add_l2(gradient: Tensor, pooled: Tensor, l2: float | Tensor | None) -> Tensor:
     """Adds L2 to the objective, the mean over the global batch of |e|^2, by its gradient.
 
     On the looked-up embeddings, so that it acts on every backend: FBGEMM ignores its own weight decay on CPUs.
 
     Args:
-        l2: embedding.l2 x 2 / global batch.
+        l2: embedding.l2 x 2 / global batch, of all columns or of each.
     """
-    return gradient.float().add(pooled, alpha=l2) if l2 else gradient
+    if l2 is None:
+        return gradient
+    return gradient.float().add(pooled, alpha=l2) if isinstance(l2, float) else gradient.float().addcmul(pooled, l2)
 
 
 def _through(made: Tensor, leaf: Tensor, gradient: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ A chart has one tag, so that two runs in it are two curves.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,21 +27,26 @@ _BY_GROUP = ("gauc_by_impressions", "gauc_by_group")  # of validation and test, 
 Layout = dict[str, dict[str, list[str | list[str]]]]
 
 
-def layout(tags: Sequence[str], grouped: bool = False) -> Layout:
+def layout(tags: Sequence[str], grouped: bool = False, labels: Sequence[str] = ()) -> Layout:
     """Categories of charts, quality first, each split beside the others; one tag a chart.
 
     Args:
         tags: that the run writes, but for those of validation and test, which come later.
         grouped: the data name a group, so that validation and test have a GAUC.
+        labels: where a run predicts several, whose points are there by label as well.
     """
-    quality = [f"{split}/{name}" for name in _QUALITY for split in ("train", "valid", "test")]
-    quality += [f"{split}/{name}" for name in _BY_GROUP for split in ("valid", "test") if grouped]
+    quality = []
+    for label in ("", *(f"labels/{name}/" for name in labels)):
+        quality += [f"{split}/{label}{name}" for name in _QUALITY for split in ("train", "valid", "test")]
+        quality += [f"{split}/{label}{name}" for name in _BY_GROUP for split in ("valid", "test") if grouped]
     groups: dict[str, list[str]] = {"Quality": quality, **{category: [] for category in _CATEGORIES}}
     for tag in tags:
         if tag not in quality:
             groups[next(category for category, start in _CATEGORIES.items() if tag.startswith(start))].append(tag)
     return {
-        category: {tag: ["Multiline", [f"^{tag}$"]] for tag in found} for category, found in groups.items() if found
+        category: {tag: ["Multiline", [f"^{re.escape(tag) if 'labels/' in tag else tag}$"]] for tag in found}
+        for category, found in groups.items()
+        if found
     }
 
 

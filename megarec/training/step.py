@@ -25,7 +25,7 @@ class StepResult:
     """What one step leaves for the log.
 
     Attributes:
-        logits: [B] of this rank, before the update.
+        logits: [B], or of several labels [B, T], of this rank, before the update.
         gradient_norm: of the dense side before clipping, over all ranks; None when it was not asked for or is not kept.
         cause: why nothing was changed, the same on all ranks: the check's, or "overflow" (fp16) or "gradient" when
             DeepSpeed refused the step; None: the step was applied.
@@ -105,5 +105,5 @@ def train_step(
 
 @torch.no_grad()
 def predict(dense: DenseSide, sparse: SparseSide, batch: Batch) -> Tensor:
-    """Logits [B] of a batch, in evaluation mode."""
+    """Logits [B], or of several labels [B, T], of a batch, in evaluation mode."""
     return dense.predict(batch, sparse.look_up(batch).values)

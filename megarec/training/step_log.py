@@ -3,7 +3,7 @@
 import logging
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -21,6 +21,14 @@ from megarec.training.step import StepResult
 
 MIB = 2**20
 _log = logging.getLogger(__name__)
+
+Predict = Callable[[Run], dict[str, float]]
+"""Points that TensorBoard shows beside what is measured, by their tags."""
+
+
+def no_prediction(run: Run) -> dict[str, float]:
+    """Nothing beside what is measured."""
+    return {}
 
 
 class StepLog:
@@ -84,6 +92,7 @@ class StepLog:
         """TensorBoard's counts of steps that were not applied."""
         state = self.state
         by_cause = {f"train/skipped_steps/{cause}": float(count) for cause, count in state.skipped.items()}
+        by_cause |= {f"train/faulty_labels/{label}": float(count) for label, count in state.faulty_labels.items()}
         return {"train/skipped_steps": state.skipped_steps, "train/rollbacks": state.rollbacks, **by_cause}
 
     def points(self, split: str, found: Quality) -> dict[str, float | None]:
@@ -108,10 +117,11 @@ class StepLog:
         tflops = None if rate is None else rate * run.spec.cost.flop / 1e12
         speed = "" if rate is None else f"{rate:,.0f} examples/s"
         epoch = state.step / run.train.steps_per_epoch
-        _log.info(
-            f"step {state.step}/{run.schedule.total_steps}  epoch {epoch:.2f}  loss {seen.logloss:.4f}  "
-            f"NE {seen.ne:.4f}  AUC {seen.auc:.4f}  {speed}".rstrip()
+        shown = "  |  ".join(
+            f"{name}loss {own.logloss:.4f}  NE {own.ne:.4f}  AUC {own.auc:.4f}"
+            for name, own in ({f"{label}: ": q for label, q in seen.labels.items()} or {"": seen}).items()
         )
+        _log.info(f"step {state.step}/{run.schedule.total_steps}  epoch {epoch:.2f}  {shown}  {speed}".rstrip())
         self.console.progress(state.step, f"{speed}  loss {seen.logloss:.4f}  NE {seen.ne:.4f}".lstrip())
         values = {
             **self.points("train", seen),
@@ -128,7 +138,7 @@ class StepLog:
         }
         if not self._laid_out and (rate is not None or state.step == run.schedule.total_steps):  # else tags are missing
             tags = [tag for tag, value in values.items() if value is not None]
-            run.dense.monitor.layout(layout(tags, grouped=run.schema.group is not None))
+            run.dense.monitor.layout(layout(tags, run.schema.group is not None, run.schema.tasks))
             self._laid_out = True
         run.dense.monitor.scalars(state.step, values)
         self._window_steps = self._timed_steps = 0
@@ -168,6 +178,7 @@ class StepLog:
         examples = self._trained_steps * self.run.config.data.batch_size
         rate = examples / self._train_seconds if self._train_seconds else None
         tflops = rate * flop / 1e12 if rate else None
+        of_labels = {"faulty_steps_by_label": state.faulty_labels} if self.run.schema.tasks else {}
         return {
             "examples_per_second": rate,
             "gflop_per_example": flop / 1e9,
@@ -179,6 +190,7 @@ class StepLog:
             "skipped_by_cause": state.skipped,
             "rollbacks": state.rollbacks,
             "first_step_seconds": self.first_step_seconds,
+            **of_labels,
         }
 
 

@@ -16,8 +16,8 @@ from megarec.distributed.collectives import gather_texts, raise_together
 from megarec.distributed.process import start_process
 from megarec.errors import PREEMPTED, STOPPED, RunEnded, UserError
 from megarec.files import write_whole
-from megarec.run.build import Run, build_run
-from megarec.run.metrics import Predictions, Quality, described, in_words, why_undefined
+from megarec.run.build import Run, build_run, predictions_of
+from megarec.run.metrics import Quality, described, in_words, why_undefined
 from megarec.run.schedule import Patience
 from megarec.run.state import TrainState
 from megarec.signals import Interruption
@@ -30,19 +30,17 @@ from megarec.training.id_prefetch import BatchFuture, IdPrefetcher
 from megarec.training.profiling import tracing
 from megarec.training.run_directory import check_outputs, only_run_in, set_aside
 from megarec.training.step import StepResult, predict, train_step
-from megarec.training.step_log import StepLog
+from megarec.training.step_log import Predict, StepLog, no_prediction
 
 METRICS_FILE = "metrics.json"
 _log = logging.getLogger(__name__)
 
 
-Predict = Callable[[Run], dict[str, float]]
-
-
-def train(config: RunConfig, resume: bool, started: float, predict: Predict | None = None) -> dict[str, Any]:
+def train(config: RunConfig, resume: bool, started: float, predict: Predict = no_prediction) -> dict[str, Any]:
     """Train, keep the best by validation, test it, write metrics.json; collective.
 
-    A run that its fault policy stops writes one too, with the reason as "stopped" and no "test".
+    A run that its fault policy stops writes one too, with the reason as "stopped" and no "test"; one with train.test
+    off has no "test" either.
 
     Args:
         resume: continue from the latest checkpoint under train.output_dir, or start from scratch if there is none.
@@ -55,26 +53,23 @@ def train(config: RunConfig, resume: bool, started: float, predict: Predict | No
     Raises:
         RunEnded: stopped by the fault policy, or pre-empted; on every rank, with everything saved that will be.
     """
-    with Interruption() as interruption:
-        return _train(config, resume, started, interruption, predict)
+    with Interruption() as stop:
+        return _train(config, resume, started, stop, predict)
 
 
-def _train(
-    config: RunConfig, resume: bool, started: float, interruption: Interruption, predict: Predict | None
-) -> dict[str, Any]:
+def _train(config: RunConfig, resume: bool, started: float, stop: Interruption, predict: Predict) -> dict[str, Any]:
     check_outputs(config)
     device = start_process(config)
     with only_run_in(Path(config.train.output_dir), device) as remark:
         run = build_run(config, device, watched=True)
         previous, console = _begin(run, resume)
         with console:
-            interruption.take_keyboard()
+            stop.take_keyboard()
             if remark is not None:
                 _log.warning("%s", remark)
             if previous is not None:
                 _log.info("an earlier run is in %s now: this one starts from scratch", previous)
-            predicted = {} if predict is None else predict(run)
-            return _train_and_test(run, console, resume, started, interruption, predicted)
+            return _train_and_test(run, console, resume, started, stop, predict(run))
 
 
 def _begin(run: Run, resume: bool) -> tuple[Path | None, Console]:
@@ -98,8 +93,7 @@ def _train_and_test(
 ) -> dict[str, Any]:
     config, output, monitor = run.config, Path(run.config.train.output_dir), run.dense.monitor
     _check_validation(run)
-    checkpoints = Checkpoints(output / "checkpoints", run)
-    window = Predictions()
+    checkpoints, window = Checkpoints(output / "checkpoints", run), predictions_of(run)
     state, name = checkpoints.resume(window) or (TrainState(), None)
     run.schedule.plateau_drops = state.plateau_drops
     monitor.start(state.step)
@@ -137,17 +131,19 @@ def _train_and_test(
 
     checkpoints.wait()
     best = None if math.isinf(state.best) else checkpoints.load_best()
-    valid, test = evaluate(run, run.valid), evaluate(run, run.test)
+    valid, test = evaluate(run, run.valid), evaluate(run, run.test) if config.train.test else None
     problem = _why_not_finished(run, state, valid, test)
     if problem is not None:
         _log.warning("%s", problem)
     at = f"step {state.step}, the last" if best is None else f"step {best}, the best by {config.train.best_by}"
     _log.info("valid at %s: %s", at, in_words(valid))
-    _log.info("test  at %s: %s", at, in_words(test))
-    monitor.scalars(state.step, step_log.points("test", test))
+    metrics: dict[str, Any] = {}
+    if test is not None:
+        _log.info("test  at %s: %s", at, in_words(test))
+        monitor.scalars(state.step, step_log.points("test", test))
+        metrics["test"] = described(test)
     monitor.flush()
-    metrics = {
-        "test": described(test),
+    metrics |= {
         "valid": described(valid),
         "step": state.step if best is None else best,
         "best_by": None if best is None else config.train.best_by,
@@ -175,17 +171,18 @@ def _nothing_to_train(run: Run, state: TrainState) -> str | None:
 
 
 def _check_validation(run: Run) -> None:
-    """Raise a UserError where no validation could ever choose a best model."""
+    """Raise a UserError where no validation could ever choose a best model; of the first label alone."""
     labels = run.valid.store.labels
-    if run.config.train.best_by == "auc" and len(labels) == 1:
+    best_by, of_first = run.config.train.best_by, run.config.train.best_label in (None, run.schema.label)
+    if best_by != "logloss" and of_first and len(labels) == 1:
         raise UserError(
-            f"train.best_by='auc': all {len(run.valid.store):,} labels of the split valid of {run.config.data.path} "
-            f"are {labels[0]:g}, and one class has no AUC; use train.best_by='logloss', or prepare a split valid "
-            "with both labels"
+            f"train.best_by={best_by!r}: all {len(run.valid.store):,} labels of the split valid of "
+            f"{run.config.data.path} are {labels[0]:g}, and one class has no AUC; use train.best_by='logloss', or "
+            "prepare a split valid with both labels"
         )
 
 
-def _why_not_finished(run: Run, state: TrainState, valid: Quality, test: Quality) -> str | None:
+def _why_not_finished(run: Run, state: TrainState, valid: Quality, test: Quality | None) -> str | None:
     """Why what a run was asked for, the metrics of its best model, cannot be had; None: they can."""
     metric = run.config.train.best_by
     reason = why_undefined(valid, metric)
@@ -194,7 +191,7 @@ def _why_not_finished(run: Run, state: TrainState, valid: Quality, test: Quality
             f"no best model was chosen, as no validation had a finite {metric} (the last: {reason}); what is tested is "
             f"step {state.step}, the last. Correct or leave out such rows of the split valid, or lower learning rates"
         )
-    if test.not_finite:
+    if test is not None and test.not_finite:
         return (
             f"the tested model has no metrics: {test.not_finite:,} of {test.examples:,} logits of the split test are "
             "NaN or infinite; correct or leave out such rows of it"
@@ -227,11 +224,13 @@ def _write_output(run: Run, name: str, content: str, told: str) -> None:
 
 
 def evaluate(run: Run, loader: EvalLoader) -> Quality:
-    """Exact metrics over all examples of a split and all ranks; collective, the same on every rank."""
-    predictions = Predictions()
-    for batch in loader.batches():
-        batch = batch.to(run.device)
-        predictions.add(predict(run.dense, run.sparse, batch), batch.labels, batch.valid)
+    """Exact metrics over all examples of a split and all ranks, of averaged weights where the run has them; collective,
+    the same on every rank."""
+    predictions = predictions_of(run)
+    with run.averages.in_place():
+        for batch in loader.batches():
+            batch = batch.to(run.device)
+            predictions.add(predict(run.dense, run.sparse, batch), batch.labels, batch.valid)
     return predictions.gather(run.topology.world, loader.groups)
 
 
@@ -312,8 +311,10 @@ class Trainer:
             result = step()
         action: Action = "go on"
         if result.cause is None:
-            self.policy.applied(self.step_check.loss)
-            step_log.window.add(result.logits, batch.labels)
+            action = self.policy.applied(self.step_check.loss, self.step_check.left_out)
+            with timer.part("optimizer"):
+                run.averages.update(state.step + 1 - state.skipped_steps)
+            step_log.window.add(result.logits, batch.labels, left_out=self.step_check.left_out)
         else:
             action = self.policy.skipped(result.cause)
             self.run.dense.monitor.scalars(state.step + 1, step_log.skips())
@@ -359,7 +360,8 @@ class Trainer:
         self.prefetcher.drain()  # the ids of the next step are its traffic
         with self.step_log.off_the_clock():
             found = evaluate(run, run.valid)
-        improved = self.patience.update(found.logloss if config.train.best_by == "logloss" else -found.auc)
+        score = float(getattr(found, config.train.best_by))
+        improved = self.patience.update(score if config.train.best_by == "logloss" else -score)
         if (reason := why_undefined(found, config.train.best_by)) is not None:
             _log.warning(
                 "VALIDATION AT STEP %d HAS NO %s, SO IT CANNOT BE THE BEST: %s",

@@ -35,6 +35,9 @@ SAID = {
     "dense.learning_rate=0.5": "dense.learning_rate is 0.5 now, 0.01 until step 2",
     "embedding.learning_rate=0.5": "embedding.learning_rate is 0.5 now, 0.1 until step 2",
     "embedding.l2=0.1": "embedding.l2 is 0.1 now, 0.0 until step 2",
+    'embedding.l2={"weight": 0.1, "rows": "all"}': "embedding.l2 is {'weight': 0.1, 'rows': 'all', 'coupled': True} "
+    "now, 0.0 until step 2",
+    'embedding.tables={"single_0": {"l2": 0.1}}': "embedding.tables.single_0 is {'l2': 0.1} now, None until step 2",
     "model.dropout=0.2": "model.dropout is 0.2 now, 0.1 until step 2",
     "schedule.decay=linear": "schedule.decay is 'linear' now, 'constant' until step 2",
     "train.epochs=7": "train.epochs is 7 now, 1 until step 2",
@@ -49,6 +52,7 @@ ALL_THE_SAME = (
     "deepspeed.gradient_accumulation_steps=2",
     "embedding.placement=column",
     "embedding.backend=torch",
+    'embedding.tables={"single_0": {"placement": "column", "initial_std": 0.3}}',
     "dense.recompute=full",
     "model.num_lcb=[2]",
 )

@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from megarec.checkpoint.compatibility import check_schema
-from megarec.commands.evaluate import fitting_schema
 from megarec.data.preparation.prepare import prepare_as, prepare_table
 from megarec.data.schema import Schema, load_schema, select_features
 from megarec.data.sources import planted
 from megarec.data.sources.planted import prepare_planted
 from megarec.data.sources.synthetic import Shape, _schema, prepare_like, prepare_synthetic
 from megarec.errors import UserError
+from megarec.evaluation.opened import fitting_schema
 from tests.data.preparation.test_prepare import write_spec
 
 COLUMNS: dict[str, Any] = {

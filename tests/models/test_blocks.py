@@ -1,6 +1,7 @@
 """MLP, its initialisation, and keyed dropout: against plain formulas and statistics."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -149,11 +150,21 @@ def test_every_dropout_gets_its_own_salt() -> None:
     assert [module.salt for module in model.modules() if isinstance(module, KeyedDropout)] == [0, 1, 2]
 
 
+PLAIN: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "relu": lambda x: x.clamp(min=0),
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "gelu": lambda x: x * (1 + (x / 2**0.5).erf()) / 2,
+    "leaky_relu": lambda x: torch.where(x > 0, x, 0.01 * x),
+    "tanh": lambda x: 1 - 2 / ((2 * x).exp() + 1),
+    "sigmoid": lambda x: 1 / (1 + (-x).exp()),
+}
+
+
 @given(
     widths=st.lists(st.integers(1, 6), min_size=2, max_size=5),
     bias=st.booleans(),
     p=st.sampled_from([0.0, 0.4]),
-    activation=st.sampled_from(["relu", "silu"]),
+    activation=st.sampled_from(list(PLAIN)),
 )
 @settings(max_examples=40, deadline=None)
 def test_mlp(widths: list[int], bias: bool, p: float, activation: Activation) -> None:
@@ -167,7 +178,7 @@ def test_mlp(widths: list[int], bias: bool, p: float, activation: Activation) ->
         if bias:
             expected = expected + mlp.get_parameter(f"linears.{i}.bias")
         if i < len(widths) - 2:
-            expected = expected.clamp(min=0) if activation == "relu" else expected / (1 + (-expected).exp())
+            expected = PLAIN[activation](expected)
             expected = expected * kept(keys, p, widths[i + 1], salt=i) / (1 - p)
     torch.testing.assert_close(mlp(x, keys), expected)
     assert len(list(mlp.parameters())) == (len(widths) - 1) * (2 if bias else 1)

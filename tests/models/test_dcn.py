@@ -25,18 +25,21 @@ def configs(draw: st.DrawFn, **fixed: object) -> DcnConfig:
         "rank": draw(size | st.none()),
         "head": draw(st.lists(size, max_size=2)),
         "bias": draw(st.booleans()),
+        "structure": draw(st.sampled_from(["stacked", "parallel"])),
     }
     return DcnConfig.model_validate(drawn | fixed)
 
 
 def dcn(x: Tensor, p: Parameters, config: DcnConfig) -> Tensor:
-    """The equations of the paper, stacked: x_{l+1} = x_0 * (W x_l + b) + x_l, or with U V in W's place."""
+    """The equations of the paper: x_{l+1} = x_0 * (W x_l + b) + x_l, or with U V in W's place; MLP behind or beside."""
     first = x = x.reshape(len(x), -1)
     for i in range(config.layers):
         product = p[f"layers.{i}.product.linears.0.weight"]
         if config.rank is not None:
             product = p[f"layers.{i}.product.linears.1.weight"] @ product
         x = first * (torch.einsum("oi,bi->bo", product, x) + p.get(f"layers.{i}.bias", 0)) + x
+    if config.structure == "parallel":
+        return (mlp(first, p, "head") + torch.einsum("oi,bi->bo", p["linear.linears.0.weight"], x)).reshape(-1)
     return mlp(x, p, "head").reshape(-1)
 
 

@@ -57,6 +57,7 @@ SMALL_WUKONG = (
 SHIPPED = [
     QUICKSTART,
     Shipped("movielens-1m.json", "movielens-1m.json", ("data.batch_size=512",)),
+    Shipped("movielens-1m-din.json", "movielens-1m-rated.json", ("data.batch_size=512",)),
     Shipped("dlrm-criteo-terabyte.json", "criteo-terabyte.json", ("data.batch_size=64",), (RELU,), SILU),
     *(
         Shipped(f"{name}.json", f"{name}.json", SMALL_WUKONG, (RELU,), SILU)

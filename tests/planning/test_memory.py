@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarec.config.load import load_config
-from megarec.config.sections import RunConfig
+from megarec.config.sections import EmbeddingConfig, RunConfig
 from megarec.data.schema import CategoricalFeature, Schema
 from megarec.dense.layers import recompute_layers
 from megarec.dense.memory import saved_activations
@@ -24,7 +24,7 @@ from megarec.sparse.layout import build_layout
 from megarec.sparse.placement import Shard
 from megarec.sparse.run_placement import place_run
 from megarec.sparse.side import SparseSide
-from megarec.sparse.tables.optimizers import table_bytes
+from megarec.sparse.tables.optimizers import table_bytes, whole_update_bytes
 from megarec.sparse.towers.sizes import NO_TOWERS
 
 SCHEMA = Schema(
@@ -87,6 +87,19 @@ def test_tables_are_as_large_as_the_real_ones(optimizer: str, weights: str) -> N
     real = SparseSide(layout, config.embedding, ONE_RANK, seed=1, device=cpu, ledger=Ledger())
     steps = sum(tensor.nbytes for name, (_, tensor) in real.state().items() if name.endswith("/steps"))
     assert table_bytes(real.shards, config.embedding) == real.memory_bytes() - steps
+
+
+def test_what_regularisation_keeps_is_counted() -> None:
+    """How far rows are decayed; and, where it is not made in pieces, the gradient of a whole-table update."""
+    lazy = {"weight": 0.1, "rows": "all", "coupled": False}
+    config = config_of(MODELS[0], embedding={"l2": lazy, "tables": {"item": {"l2": {"weight": 0.1, "rows": "all"}}}})
+    layout = build_layout(SCHEMA, config.embedding, 16)
+    real = SparseSide(layout, config.embedding, ONE_RANK, seed=1, device=torch.device("cpu"), ledger=Ledger())
+    assert table_bytes(real.shards, config.embedding) == real.memory_bytes()
+    plain = table_bytes(real.shards, EmbeddingConfig())
+    assert real.memory_bytes() - plain == 8 * sum(t.rows for t in layout.tables if t.name != "item")
+    item = layout.table("item")
+    assert whole_update_bytes(real.shards, config.embedding) == 8 * item.rows * item.columns
 
 
 @given(rows=st.integers(1, 10**9), columns=st.integers(1, 512))

@@ -15,13 +15,18 @@ from megarec.run.build import build_model
 from megarec.run.spec import resolve
 
 LOCAL, RANKS, EXAMPLES, LENGTH = 2, 4, 6, 2
-NAMES = [f"f{i}" for i in range(7)]
+NAMES = [f"f{i}" for i in range(8)]
 SCHEMA = Schema(
     name="traffic",
     label_rule="random",
     categorical=tuple(
         CategoricalFeature(
-            name=name, rows=40, multi_valued=i == 6, weighted=i == 6, mean_length=LENGTH if i == 6 else 1
+            name=name,
+            rows=40,
+            multi_valued=i >= 6,
+            weighted=i == 6,
+            newest="last" if i == 7 else None,
+            mean_length=LENGTH if i >= 6 else 1,
         )
         for i, name in enumerate(NAMES)
     ),
@@ -30,11 +35,13 @@ SCHEMA = Schema(
     source="synthetic",
 )
 TOWER = {"exchange": "tower", "towers": [NAMES[:3], NAMES[3:]]}
+SEQUENCE = [{"features": ["f7"], "target": ["f0"], "block": "din"}]
 DLRM, DCN = {"name": "dlrm", "compression": 4}, {"name": "dcn", "compression": 2}
 CASES: dict[str, dict[str, Any]] = {
     "flat": {},
     "flat in 16 bits": {"parallel": {"messages": ["fp16", "bf16"]}},
     "flat, by columns": {"embedding": {"placement": "column", "optimizer": "adagrad"}},
+    "flat, by columns, all rows": {"embedding": {"placement": "column", "update_rows": "all"}},
     "flat, copies": {"embedding": {"placement": "replicated"}},
     "flat with tower modules": {"parallel": {"towers": TOWER["towers"]}, "tower_module": DLRM},
     "tower": {"parallel": TOWER},
@@ -43,6 +50,16 @@ CASES: dict[str, dict[str, Any]] = {
     "tower, copies": {"parallel": TOWER, "embedding": {"placement": "replicated"}, "tower_module": DLRM},
     "tower, by columns": {"parallel": TOWER, "embedding": {"placement": "column", "optimizer": "sgd"}},
     "flat, rows": {"embedding": {"placement": "row"}},
+    "flat, a sequence": {"sequences": SEQUENCE},
+    "flat, a sequence by rows in 16 bits": {
+        "sequences": SEQUENCE, "parallel": {"messages": ["fp16", "bf16"]}, "embedding": {"placement": "row"},
+    },
+    "flat, a sequence that is cut": {"sequences": [{**SEQUENCE[0], "max_length": 1}]},
+    "tower, a sequence": {"sequences": SEQUENCE, "parallel": TOWER},
+    "tower modules, a sequence by columns": {
+        "sequences": SEQUENCE, "parallel": TOWER, "tower_module": DCN,
+        "embedding": {"placement": "column", "optimizer": "sgd"},
+    },
     "tower, rows in 16 bits": {
         "parallel": {**TOWER, "messages": ["fp16", "bf16"]}, "embedding": {"placement": "row"}, "tower_module": DCN,
     },
@@ -50,13 +67,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def config_of(case: dict[str, Any]) -> RunConfig:
-    base = {
+    base: dict[str, Any] = {
         "model": {"name": "dlrm", "dim": 16, "numeric_mlp": [8], "head": [8]},
         "data": {"path": "-", "batch_size": RANKS * EXAMPLES},
         "train": {"threads": 1},
         "deepspeed": {"zero_optimization": {"stage": 0}},
     }
-    return RunConfig.model_validate({**base, **case})
+    base["model"]["sequences"] = case.get("sequences", [])
+    return RunConfig.model_validate({**base, **{key: value for key, value in case.items() if key != "sequences"}})
 
 
 def a_batch() -> Batch:
@@ -65,6 +83,7 @@ def a_batch() -> Batch:
     lengths = torch.full((EXAMPLES,), LENGTH)
     count = EXAMPLES * LENGTH
     ids["f6"] = Ids(torch.arange(count) * 10 % 40, lengths, torch.ones(count))
+    ids["f7"] = Ids(torch.arange(count) * 10 % 40, lengths)
     return Batch(torch.zeros(EXAMPLES, 1), ids, torch.zeros(EXAMPLES), torch.arange(EXAMPLES), EXAMPLES)
 
 

@@ -6,6 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from megarec.config.base import Norm, TasksConfig
 from megarec.config.models import OverArchConfig, WukongConfig
 from megarec.models.recommender import Recommender
 from megarec.run.cost import count, count_wukong, total
@@ -31,15 +32,22 @@ models = wukong.configs(**INPUTS) | dlrm.configs(**INPUTS) | dcn.configs(**INPUT
     full=st.lists(st.integers(1, 3), max_size=3),
     small=st.lists(st.integers(1, 3), max_size=2),
     numeric=st.integers(0, 3),
+    norm=st.sampled_from(["none", "layer", "batch"]),
     device=st.sampled_from(["cpu", "meta"]),
 )
 @settings(max_examples=100, deadline=None)
 def test_counts_what_the_model_has_and_does(
-    config: OverArchConfig, numeric_embeddings: int, full: list[int], small: list[int], numeric: int, device: str
+    config: OverArchConfig,
+    numeric_embeddings: int,
+    full: list[int],
+    small: list[int],
+    numeric: int,
+    norm: Norm,
+    device: str,
 ) -> None:
     assume(full or small or numeric)
     assume(config.name != "dlrm" or full not in ([], [1]) or small or numeric)  # a lone embedding has no pair
-    config = config.model_copy(update={"numeric_embeddings": numeric_embeddings})
+    config = config.model_copy(update={"numeric_embeddings": numeric_embeddings, "norm": norm})
     places = layout(config.dim, full, small)
     cost = count(config, places, numeric, places.tables)
     assert cost.sparse_parameters == sum(table.rows * table.columns for table in places.tables)
@@ -48,6 +56,32 @@ def test_counts_what_the_model_has_and_does(
         model = Recommender(places, numeric, config)
         embedded = torch.randn(BATCH, places.width, requires_grad=True)
         model(torch.randn(BATCH, numeric), embedded).sum().backward()
+    assert cost.dense_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert cost.flop * BATCH == counter.get_total_flops()
+
+
+@given(
+    config=models,
+    heads=st.sampled_from(["shared", "mmoe", "ple", "esmm"]),
+    experts=st.integers(1, 3),
+    own=st.integers(1, 2),
+    levels=st.integers(1, 3),
+    expert=st.lists(st.integers(1, 4), min_size=1, max_size=2),
+    labels=st.integers(2, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_counts_several_labels(
+    config: OverArchConfig, heads: str, experts: int, own: int, levels: int, expert: list[int], labels: int
+) -> None:
+    sizes = {"name": heads, "experts": experts, "own_experts": own, "levels": levels, "expert": expert}
+    config = config.model_copy(update={"tasks": TasksConfig.model_validate(sizes)})
+    places = layout(config.dim, [1, 1], [2])
+    cost = count(config, places, 2, places.tables, labels=labels)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = Recommender(places, 2, config, labels=labels)
+        logits = model(torch.randn(BATCH, 2), torch.randn(BATCH, places.width, requires_grad=True))
+        logits.sum().backward()
+    assert logits.shape == (BATCH, labels)
     assert cost.dense_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert cost.flop * BATCH == counter.get_total_flops()
 

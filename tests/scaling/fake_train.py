@@ -1,7 +1,8 @@
 """Stands in for launch/train.py in tests of the sweep: the same command line and files, without a model.
 
 A state goes through a hash at every step, so that its end tells whether each step was taken once and in order. It
-resumes from its last checkpoint and refuses company. `model.dropout` above 0.8 makes it fail.
+resumes from its last checkpoint and refuses company. `model.dropout` above 0.8 makes it fail, above 0.9 the fault
+policy stops it.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megarec.config.load import load_config
+from megarec.errors import STOPPED
 
 STEPS, STEP_SECONDS = 8, 0.02
 
@@ -34,6 +36,9 @@ def main() -> None:
             other.unlink()
     with (output / "starts").open("a") as starts:
         starts.write("x")
+    if config.model.dropout > 0.9:
+        (output / "metrics.json").write_text(json.dumps({"stopped": "non-finite loss", "train": {"steps": 3}}))
+        sys.exit(STOPPED)
     if config.model.dropout > 0.8:
         sys.exit("this run fails")
     checkpoint = output / "checkpoint.json"
@@ -48,7 +53,8 @@ def main() -> None:
     loss = 0.3 + int(state[:8], 16) / 2**33
     quality = {"auc": 1 - loss, "logloss": loss, "ne": loss, "calibration": 1.0}
     train = {"steps": STEPS, "examples_per_second": 1000.0, "first_step_seconds": 0.1}
-    (output / "metrics.json").write_text(json.dumps({"test": quality, "valid": quality, "train": train}))
+    test = {"test": quality} if config.train.test else {}
+    (output / "metrics.json").write_text(json.dumps({**test, "valid": quality, "train": train}))
 
 
 if __name__ == "__main__":

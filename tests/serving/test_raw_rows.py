@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
@@ -15,8 +16,9 @@ from megarec.data.preparation.encode_rows import RowEncoder as Reference
 from megarec.data.preparation.kept_spec import load_prepared
 from megarec.data.preparation.prepare import MaxBad, prepare_table
 from megarec.errors import UserError
+from megarec.serving.export.bundle import _write_manifest
 from megarec.serving.export.raw_values import write_raw_values
-from megarec.serving.scorer.bundle import FORMAT, MANIFEST, VERSION, Bundle
+from megarec.serving.scorer.bundle import FORMAT, VERSION, Bundle
 from megarec.serving.scorer.rows import RowEncoder
 
 COLUMNS: dict[str, Any] = {
@@ -101,9 +103,8 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, RowEn
             for f in schema.categorical
         ],
         "numeric": [{"name": name, "raw": numbers[name]} for name in schema.numeric],
-        "files": {str(p.relative_to(out)): {"bytes": p.stat().st_size} for p in out.rglob("*") if p.is_file()},
     }
-    (out / MANIFEST).write_text(json.dumps(manifest))
+    _write_manifest(out, manifest)
     return Reference(data), RowEncoder(Bundle(out))
 
 
@@ -199,6 +200,32 @@ def test_each_odd_value_of_each_column(name: str, encoders: tuple[Reference, Row
     for value in VALUES[name]:
         row = dict(zip(COLUMNS, ROWS[2], strict=True)) | {name: value}
         assert scored(encoder, row) == prepared(reference, row), value
+
+
+@pytest.mark.timeout(60)
+def test_hostile_values_are_refused_at_once(encoders: tuple[Reference, RowEncoder]) -> None:
+    """Text that a careless pattern reads in two ways, half of a pair of UTF-16, what repr itself refuses."""
+    good, digits, deep = dict(zip(COLUMNS, ROWS[0], strict=True)), "9" * 100_000, []
+    for _ in range(20_000):
+        deep = [deep]
+    rows: list[Any] = []
+    read = [name for name in COLUMNS if name != "y"]
+    for name in read:
+        hostile = [f"{digits}x", f"{digits}.{digits}x", f"-{digits}e", "\ud800", deep, 10**5000, {"a": 1}, 1 << 70]
+        rows += [good | {name: value} for value in hostile]
+    found = encoders[1].encode(rows)
+    scored = {read[place // 8] for place in found.kept}
+    assert scored <= {"text", "hashed", "seen", "first"}, "any text names a category"
+    assert all("\n" not in why and len(why) < 300 for why in found.errors.values())
+    assert all(8 * place + 3 in found.errors for place in range(len(read))), "the half of a pair"
+
+
+def test_values_of_python_that_no_file_has(encoders: tuple[Reference, RowEncoder]) -> None:
+    good = dict(zip(COLUMNS, ROWS[0], strict=True))
+    early = datetime.min.replace(tzinfo=timezone(timedelta(hours=5)))
+    found = encoders[1].encode([good | {"when": early}, good | {"height": Decimal("sNaN")}, good])
+    assert found.kept == [2] and found.errors[0].startswith("when=datetime.datetime(1, 1, 1")
+    assert found.errors[1] == "height=Decimal('sNaN'), expected a number"
 
 
 def test_a_bad_row_has_its_own_error(encoders: tuple[Reference, RowEncoder]) -> None:

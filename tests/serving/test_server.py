@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,9 @@ import pytest
 
 from megarec.checkpoint.offline import locate
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
+from megarec.distributed.rank_pool import RankPool
 from tests.checkpoint.runs import leg, write_run
 from tests.processes import python
-from tests.serving.test_bundle import Pools
 
 for package in ("onnxruntime", "onnxscript", "starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason="the extras 'export' and 'serve' are not installed")
@@ -30,7 +30,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def export(rank_pool: Pools, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def export(
+    rank_pool: Callable[[int], RankPool], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
     """A bundle, and raw rows for it."""
     from megarec.serving.export.bundle import export_bundle
 
@@ -116,6 +118,8 @@ def hostile(rows: list[dict[str, Any]], chance: random.Random) -> bytes:
                 {"rows": [rows[0] | {"single_0": chance.choice([2**70, "1e5", [1], {"a": 1}])}]}
             ).encode(),
             lambda: whole.replace(b'"rows"', b'"\\ud800"'),
+            lambda: json.dumps({"rows": [rows[0] | {"single_0": "\ud800"}]}).encode(),
+            lambda: json.dumps({"rows": [rows[0] | {"numeric_0": "9" * 19_000 + "x"}]}).encode(),
             lambda: b'{"rows": [{"single_0": NaN}]}',
             lambda: b'{"rows": [{"single_0": ' + b"9" * 5_000 + b"}]}",
             lambda: whole + b" " * 20_001,

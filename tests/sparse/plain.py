@@ -9,7 +9,7 @@ from torch.nn.functional import embedding_bag
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.data.batch import Batch, Ids
-from megarec.sparse.layout import EmbeddingLayout, Feature, Table
+from megarec.sparse.layout import EmbeddingLayout, Feature, Sequence, Table
 from megarec.sparse.tables.initial import initial_rows
 
 SEED = 11
@@ -51,6 +51,26 @@ SINGLE_LAYOUT = EmbeddingLayout(
     full_embeddings=5,
     small_columns=4,
 )
+# `views` and `kinds` share positions, of which the newest three of up to four count; `views` shares the table of pooled
+# features, `likes` has one that nothing pools, its newest first; `item` is looked up row by row as well.
+SEQUENCE_LAYOUT = EmbeddingLayout(
+    8,
+    (*TABLES, Table("likes", 23, 8)),
+    FEATURES,
+    full_embeddings=7,
+    small_columns=4,
+    unpooled=(
+        Feature("views", "item", "sum", True, 0, 8, positions=3),
+        Feature("kinds", "clicks", "sum", True, 0, 8, positions=3),
+        Feature("likes", "likes", "sum", True, 0, 8, positions=5, newest_first=True),
+        Feature("item", "item", "sum", False, 0, 8, positions=1),
+    ),
+    sequences=(
+        Sequence(("views", "kinds"), 8, 3, start=0),
+        Sequence(("likes",), 8, 5, start=3 * 16 + 3),
+        Sequence(("item",), 8, 1, start=3 * 16 + 3 + 5 * 8 + 5, masked=False),
+    ),
+)
 SIX_COLUMNS_LAYOUT = EmbeddingLayout(
     8,
     (Table("six", 50, 6), ITEM, WIDE, USER, CLICKS),
@@ -85,6 +105,12 @@ def global_batch(layout: EmbeddingLayout, examples: int, step: int) -> Batch:
             ids[feature.name] = Ids(values, lengths, weights)
         else:
             ids[feature.name] = Ids(integers(rows, examples))
+    rows_of = {feature.name: layout.table(feature.table).rows for feature in layout.unpooled}
+    for sequence in layout.sequences:
+        lengths = integers(5, examples)
+        for name in sequence.features:
+            if name not in ids:
+                ids[name] = Ids(integers(rows_of[name], int(lengths.sum())), lengths)
     return Batch(torch.zeros(examples, 0), ids, torch.zeros(examples), torch.arange(examples), examples)
 
 
@@ -108,6 +134,15 @@ def loss(embedded: Tensor, examples: Tensor) -> Tensor:
     columns = torch.arange(embedded.shape[1])
     phase = examples.unsqueeze(1) * 0.7 + columns * 1.3
     return (torch.sin(3 * embedded + phase)).sum(dim=1).mean()
+
+
+def newest_rows(ids: Ids, example: int, feature: Feature) -> Tensor:
+    """The ids of an example, newest first, as many as count."""
+    if ids.lengths is None:
+        return ids.values[example : example + 1]
+    first = int(ids.lengths[:example].sum())
+    own = ids.values[first : first + int(ids.lengths[example])]
+    return (own if feature.newest_first else own.flip(0))[: feature.positions]
 
 
 @dataclass
@@ -146,14 +181,32 @@ class PlainTables:
             else:  # a mean divides by the length, as TorchRec's
                 summed = embedding_bag(ids.values, weight, offsets, mode="sum", per_sample_weights=ids.weights)
                 parts.append(summed / lengths.clamp(min=1)[:, None] if feature.pooling == "mean" else summed)
-        return torch.cat(parts, dim=1)
+        return torch.cat([*parts, *(self._padded(sequence, batch) for sequence in self.layout.sequences)], dim=1)
+
+    def _padded(self, sequence: Sequence, batch: Batch) -> Tensor:
+        """[B, positions x features x columns, and the mask], example by example."""
+        unpooled = {feature.name: feature for feature in self.layout.unpooled}
+        examples = []
+        for example in range(batch.size):
+            lists = [newest_rows(batch.ids[name], example, unpooled[name]) for name in sequence.features]
+            embedded = [self.weights[unpooled[n].table][rows] for n, rows in zip(sequence.features, lists, strict=True)]
+            there = torch.stack(embedded, dim=1).flatten(1)  # [positions, features x columns]
+            missing = sequence.positions - there.shape[0]
+            parts = [there.flatten(), torch.zeros(missing * there.shape[1])]
+            if sequence.masked:
+                parts += [torch.ones(there.shape[0]), torch.zeros(missing)]
+            examples.append(torch.cat(parts))
+        return torch.stack(examples)
 
     @torch.no_grad()
     def update(self, batch: Batch) -> None:
         for name, weight in self.weights.items():
             assert weight.grad is not None
             features = [f.name for f in self.layout.features if f.table == name]
-            rows = torch.cat([batch.ids[f].values for f in features]).unique()
+            seen = [batch.ids[f].values for f in features]
+            for feature in (f for f in self.layout.unpooled if f.table == name):
+                seen += [newest_rows(batch.ids[feature.name], example, feature) for example in range(batch.size)]
+            rows = torch.cat(seen).unique()
             g, rate, eps, sums = weight.grad[rows], self.config.learning_rate, self.config.eps, self.square_sums[name]
             if self.config.optimizer == "adam":
                 weight.grad = torch.sparse_coo_tensor(rows[None], g, weight.shape, check_invariants=True)

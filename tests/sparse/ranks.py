@@ -61,6 +61,7 @@ def train(
         lookup.backward(leaf.grad)
         lookup.apply()
         seen.append(leaf.detach())
+    sparse.settle()
     return Part(seen, sparse.state(), sparse.row_usage(), ledger.rows())
 
 

@@ -205,6 +205,8 @@ def test_explanation() -> None:
     assert {name: table.kind for name, table in by_name.items()} == {"user": "row", "item": "row", "sex": "replicated"}
     assert by_name["sex"].bytes == 4 * 4 * 3 * 16
     assert [load.bytes for load in found.ranks] == [4 * 16 * (1500 + 225 + 3)] * 4
+    assert [load.state_bytes for load in found.ranks] == [(4 + 1) * (1500 + 225 + 3)] * 4  # square sums, touched flags
+    assert by_name["sex"].state_bytes == 4 * (4 + 1) * 3
     assert sum(load.lookups for load in found.ranks) == pytest.approx(512 * 4)
     assert found.imbalance == {"bytes": 1.0, "lookups": pytest.approx(1.0)}
     first, *others = found.lines()

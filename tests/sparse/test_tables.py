@@ -41,7 +41,7 @@ def test_auto_by_placement() -> None:
     def wished(optimizer: str, placement: str, table: str) -> local.Choice:
         config = EmbeddingConfig(optimizer=optimizer, placement=placement)  # type: ignore[arg-type]
         shards = [shard for shard in place(LAYOUT, config.placement, 2) if shard.table == table]
-        return requested_backend(shards, config, "cpu")
+        return requested_backend(shards, config, "cpu", unpooled=False)
 
     assert wished("rowwise_adagrad", "table", "user").backend == "fbgemm"
     assert wished("adagrad", "column", "user").backend == "fbgemm"
@@ -77,6 +77,33 @@ def test_a_cpu_build_is_not_used_on_cuda() -> None:
     config = EmbeddingConfig(optimizer="sgd")
     choice = choose_backends(LAYOUT, place(LAYOUT, "table", 1), config, torch.device("cuda"))["user"]
     assert (choice.backend != "fbgemm", "without CUDA" in choice.reason) == (True, True)
+
+
+def test_what_torch_alone_can_do_is_torchs_and_the_rest_stays() -> None:
+    decay = {"weight": 0.1, "rows": "all", "coupled": False}
+    tables = {"item": {"l2": decay}, "wide": {"update_rows": "all"}, "user": {"l2": 0.1}}
+    config = EmbeddingConfig.model_validate({"optimizer": "sgd", "tables": tables})
+    found = choose_backends(LAYOUT, place(LAYOUT, "table", 1), config, CPU)
+    assert {name: choice.backend for name, choice in found.items()} == {
+        "item": "torch", "wide": "torch", "user": "fbgemm", "clicks": "fbgemm", "small": "fbgemm",
+    }  # fmt: skip
+    assert found["item"].reason == "its rows decay at every step, which torch's alone can"
+    half = choices(optimizer="sgd", weights="fp16", rounding="stochastic")["user"]
+    assert half == local.Choice("torch", "its weights are rounded stochastically, which torch's alone can")
+    with pytest.raises(UserError, match="cannot hold table 'item': every row is updated at every step, which torch's"):
+        choices(backend="fbgemm", optimizer="sgd", update_rows="all")
+
+
+def test_whole_updates_that_are_felt_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    choices(optimizer="adam", update_rows="all", ranks=2)
+    assert not caplog.records
+    monkeypatch.setattr(local, "SMALL_UPDATE", (60_000, 2**40))
+    choices(optimizer="adam", update_rows="all", ranks=2)
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "reads and writes 0.0 GB on rank " in line
+    assert "most of it for 300 rows x 8 columns of table 'user'; L2 with coupled=false touches" in line
 
 
 @st.composite
@@ -213,7 +240,8 @@ def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: p
     for rows in (2**30 - 1, 2**30):
         tables = (Table("a", rows, 8), Table("b", rows, 8))
         layout = EmbeddingLayout(8, tables, tuple(Feature(t.name, t.name, "sum", False, 0, 8) for t in tables), 2, 0)
-        shards = group_lookups(plan_lookups(layout, place(layout, "table", 1), 2, fused={"a", "b"}).slots[0])
+        plan = plan_lookups(layout, place(layout, "table", 1), 2, fused={"a", "b"})
+        shards = group_lookups(plan.slots[0], plan.shards[0])
         fbgemm_backend.FbgemmTables(shards, EmbeddingConfig(), CPU).pool(ids)
     assert seen == [(torch.int32, torch.int32), (torch.int64, torch.int64)]
 
@@ -221,7 +249,8 @@ def test_ids_are_wide_enough_for_the_rows_of_all_tables_of_a_rank(monkeypatch: p
 @pytest.mark.filterwarnings("ignore")
 def test_ids_are_checked_where_fbgemms_variable_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = EmbeddingLayout(4, (Table("t", 5, 4),), (Feature("t", "t", "sum", False, 0, 4),), 1, 0)
-    shards = group_lookups(plan_lookups(layout, place(layout, "table", 1), 1, fused={"t"}).slots[0])
+    plan = plan_lookups(layout, place(layout, "table", 1), 1, fused={"t"})
+    shards = group_lookups(plan.slots[0], plan.shards[0])
     outside = LocalIds(torch.tensor([1, 5]), torch.arange(3), (2,), 2)
     monkeypatch.setenv(fbgemm_backend.BOUNDS_CHECK, "0")
     with pytest.raises(RuntimeError, match="idx < num_rows"):

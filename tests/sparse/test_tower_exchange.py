@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarec.config.regularisation import L2Config
 from megarec.config.sections import EmbeddingConfig, TableConfig
 from megarec.distributed.collectives import FP32, Ledger, WireDtypes
 from megarec.distributed.rank_pool import RankPool
@@ -52,10 +53,16 @@ def embedding(optimizer: str, placement: str, backend: str) -> EmbeddingConfig:
 CONFIGS = [embedding(o, "table", "torch") for o in ("rowwise_adagrad", "adagrad", "sgd", "adam")]
 CONFIGS += [embedding(o, "table", "fbgemm") for o in ("rowwise_adagrad", "sgd")]
 CONFIGS += [embedding("adagrad", "column", "torch"), embedding("sgd", "column", "fbgemm")]
+# L2 on all rows: every row stepped, or decayed when it is touched; the latter in float16, rounded by chance.
+WHOLE = {"l2": L2Config(weight=1e-2, rows="all")}
+LAZY = {"l2": L2Config(weight=1e-2, rows="all", coupled=False), "weights": "fp16", "rounding": "stochastic"}
+CONFIGS += [embedding("adam", p, "torch").model_copy(update=WHOLE) for p in ("table", "column")]
+CONFIGS += [embedding(o, "table", "torch").model_copy(update=LAZY) for o in ("rowwise_adagrad", "adam")]
 if find_spec("triton"):
     CONFIGS += [embedding("rowwise_adagrad", "table", "triton"), embedding("adagrad", "column", "triton")]
 MIXED = {"item": "row", "user": "column", "clicks": "replicated", "small": "row", "wide": "table"}
 PARTIAL_SUMS = [embedding(o, "row", "torch") for o in ("rowwise_adagrad", "adam")]
+PARTIAL_SUMS += [embedding("adam", p, "auto").model_copy(update=WHOLE) for p in ("row", "replicated")]
 PARTIAL_SUMS += [embedding("rowwise_adagrad", "row", "fbgemm"), embedding("rowwise_adagrad", "replicated", "auto")]
 PARTIAL_SUMS += [
     embedding(o, "table", "auto").model_copy(
@@ -97,6 +104,7 @@ def train(
         lookup.backward(leaf.grad)
         lookup.apply()
         seen.append(leaf.detach())
+    sparse.settle()
     return Outcome(seen, sparse.state(), ledger.rows())
 
 

@@ -48,7 +48,8 @@ def shards_of(sizes: Sequence[tuple[int, int]], slots: Sequence[Slot]) -> tuple[
     )
     layout = EmbeddingLayout(1, tables, features, 0, starts[-1])
     # As fused tables: in the order of the layout, whatever their widths.
-    return group_lookups(plan_lookups(layout, place(layout, "table", 1), 1, fused=[t.name for t in tables]).slots[0])
+    plan = plan_lookups(layout, place(layout, "table", 1), 1, fused=[t.name for t in tables])
+    return group_lookups(plan.slots[0], plan.shards[0])
 
 
 def ids_of(slots: Sequence[Slot], weighted: bool, dtype: torch.dtype = torch.int64) -> LocalIds:

@@ -39,6 +39,7 @@ class PlainWukong(nn.Module):
     def __init__(self, model: Wukong) -> None:
         super().__init__()
         self.layers = nn.Sequential(*(PlainLayer(layer) for layer in model.layers))  # type: ignore[arg-type]
+        assert model.head is not None
         self.head = copy.deepcopy(model.head)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -47,9 +47,9 @@ def run() -> dict[str, Any]:
     gradient = torch.randn(size.batch, layout.width, generator=torch.Generator().manual_seed(0)).to(device) / size.batch
     bare = _bare_fbgemm(size, batches, device)
     contestants = {
-        "sparse side": _steps(_sparse_side(layout, batches, gradient, "auto")),
-        "sparse side in torch": _steps(_sparse_side(layout, batches, gradient, "torch")),
-        "bare fbgemm": _steps(lambda number: bare(number).backward(gradient)),
+        "sparse side": steps_of(_sparse_side(layout, batches, gradient, "auto")),
+        "sparse side in torch": steps_of(_sparse_side(layout, batches, gradient, "torch")),
+        "bare fbgemm": steps_of(lambda number: bare(number).backward(gradient)),
     }
     seconds = interleave(contestants, REPETITIONS, device=device)
     medians = {name: median_ms(times) for name, times in seconds.items()}
@@ -64,7 +64,7 @@ def run() -> dict[str, Any]:
     }
 
 
-def _steps(step: Callable[[int], None]) -> Callable[[], None]:
+def steps_of(step: Callable[[int], None]) -> Callable[[], None]:
     """A training step on the next of four batches, over and over."""
     numbers = itertools.cycle(range(4))
     return lambda: step(next(numbers))

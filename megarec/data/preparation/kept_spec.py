@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from megarec.data.preparation.merge import Table
-from megarec.data.preparation.table_spec import Bucketised, Lists, Numeric, Sequence, TableSpec, describe
+from megarec.data.preparation.table_spec import Bucketised, Label, Lists, Numeric, Sequence, TableSpec, describe
 from megarec.data.preparation.vocabulary import Hashing, identity_of, read_values
 from megarec.data.schema import CategoricalFeature, Schema, identity_difference, load_schema
 from megarec.errors import UserError
@@ -111,6 +111,9 @@ class KeptSpec(BaseModel):
             label=spec.labels[0],
             labels=tuple(spec.labels),
             labelled=bool(files.labels),
+            optional=tuple(
+                name for name, column in spec.columns.items() if isinstance(column, Label) and column.optional
+            ),
             weight=files.role("weight"),
             group=files.role("group"),
             time=files.role("time"),

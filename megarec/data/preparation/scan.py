@@ -25,7 +25,7 @@ from megarec.data.preparation.piece_files import save as save_batch
 from megarec.data.preparation.roles import group_ids, row_weights, times
 from megarec.data.preparation.splits import Placing
 from megarec.data.preparation.table_reader import Part, Unit, read_unit, usable
-from megarec.data.preparation.table_spec import Bucketised, Categorical, Group, Lists, Numeric, TableSpec
+from megarec.data.preparation.table_spec import Bucketised, Categorical, Group, Label, Lists, Numeric, TableSpec
 from megarec.data.preparation.text_files import BadRow
 from megarec.data.preparation.values import bucket_values, id_lists, id_values, labels, numbers, weights
 from megarec.data.schema import SPLITS
@@ -156,8 +156,8 @@ def values_of(part: Part, spec: TableSpec) -> dict[Key, Any]:
             found[name], found[name, "present"] = numbers(part, name, column)
             if not column.standardise:
                 found[name] = found[name].astype(np.float32)
-        elif column.type == "label":
-            found[name] = labels(part, name)
+        elif isinstance(column, Label):
+            found[name] = labels(part, name, column.optional)
         elif column.type == "weight":
             found[name] = row_weights(part, name)
         elif isinstance(column, Group):
@@ -206,6 +206,8 @@ class _Gathered:
                 if name in self.spec.weights:
                     found = pa.array(self._joined((name, "weights")))
                     rows[f"{name}:weights"] = pa.ListArray.from_arrays(offsets, found)
+            elif isinstance(column, Label) and name in self._values:
+                rows[name] = pa.concat_arrays(self._values.pop(name))
             elif name in self._values:
                 numbers_here = self._joined(name)
                 rows[name] = pa.array(numbers_here)

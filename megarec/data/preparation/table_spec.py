@@ -124,9 +124,10 @@ class Calendar(_Strict):
 
 
 class Label(_Strict):
-    """A column to predict: 0 or 1. Of several, a run takes the first, or the one that its data.label names."""
+    """A column to predict: 0 or 1. Of several, a run takes the first, or those that its data.label names."""
 
     type: Literal["label"]
+    optional: bool = Field(False, description="a row may lack it: it stays missing, and training leaves it out")
 
 
 class Weight(_Strict):

@@ -127,15 +127,17 @@ def _check_finite(part: Part, name: str, values: pa.Array, found: NDArray[np.flo
         part.fail(row, name, values[row].as_py(), "a finite number")
 
 
-def labels(part: Part, name: str) -> NDArray[np.int8]:
-    """The label column as int8 [n], 0 or 1."""
+def labels(part: Part, name: str, optional: bool) -> pa.Array:
+    """The label column as int8 [n], 0 or 1, or null where it is optional and missing."""
     values = part.rows.column(name)
     found = as_float64(part, name, values, "0 or 1")
-    bad = (found != 0) & (found != 1)
+    missing = np.isnan(found) & optional
+    bad = (found != 0) & (found != 1) & ~missing
     if bad.any():
         row = int(bad.argmax())
-        part.fail(row, name, values[row].as_py(), "0 or 1")
-    return found.astype(np.int8)
+        remedy = "" if optional else f" (or columns.{name}.optional in the spec, to keep it missing)"
+        part.fail(row, name, values[row].as_py(), "0 or 1" + remedy * bool(np.isnan(found[row])))
+    return pa.array(np.where(missing, 0, found).astype(np.int8), mask=missing)
 
 
 def canonical_text(values: pa.Array) -> pa.Array:

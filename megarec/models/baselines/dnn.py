@@ -12,7 +12,7 @@ Shape suffixes: B examples, N embeddings of one example, D width of an embedding
 from torch import Tensor, nn
 
 from megarec.config.models import DnnConfig, LrConfig
-from megarec.models.blocks import mlp_of, number_dropouts
+from megarec.models.blocks import head_of, number_dropouts
 
 
 class Dnn(nn.Module):
@@ -21,13 +21,16 @@ class Dnn(nn.Module):
     Args:
         n: embeddings per example in X_0.
         config: the sizes; the head of an LR is empty.
+        headless: stop before the maps that make the logit: `columns` of them leave (multi_task.py).
     """
 
-    def __init__(self, n: int, config: DnnConfig | LrConfig) -> None:
+    def __init__(self, n: int, config: DnnConfig | LrConfig, headless: bool = False) -> None:
         super().__init__()
-        self.head = mlp_of(config, n * config.dim, config.head, 1)
+        self.columns = n * config.dim
+        self.head = None if headless else head_of(config, self.columns, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
-        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
-        return self.head(x_BND.flatten(1), keys).squeeze(1)
+        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]; headless: [B, columns]."""
+        x_BE = x_BND.flatten(1)
+        return x_BE if self.head is None else self.head(x_BE, keys).squeeze(1)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from megarec.config.models import FinalMlpConfig
 from megarec.errors import UserError
-from megarec.models.blocks import MLP, activation_function, init_fan_in_, mlp_of, number_dropouts
+from megarec.models.blocks import MLP, activation_function, head_of, init_fan_in_, mlp_of, number_dropouts
 from megarec.models.initial import draw_normal_
+from megarec.models.norms import norm_of
 
 
 class FusionSizes(NamedTuple):
@@ -106,11 +107,11 @@ class Fusion(nn.Module):
         init_fan_in_(self.weight, self.weight.numel())
 
     def forward(self, first_BP: Tensor, second_BQ: Tensor) -> Tensor:
-        """[B, J P] and [B, J Q] -> [B]."""
+        """[B, J P] and [B, J Q] -> [B, J Q], whose sum over the columns is the fusion."""
         heads, p, q = self.sizes
         first_JBP = first_BP.unflatten(1, (heads, p)).transpose(0, 1)
         products_JBQ = torch.bmm(first_JBP, self.weight.view(heads, p, q))
-        return (products_JBQ.transpose(0, 1).flatten(1) * second_BQ).sum(1)
+        return products_JBQ.transpose(0, 1).flatten(1) * second_BQ
 
 
 class FinalMlp(nn.Module):
@@ -119,26 +120,33 @@ class FinalMlp(nn.Module):
     Args:
         n: embeddings per example in X_0.
         config: the sizes.
+        headless: stop before the maps that make the logit: `columns` of them leave (multi_task.py).
 
     Raises:
         UserError: heads that do not divide the streams, or gates by embeddings that are not there.
     """
 
-    def __init__(self, n: int, config: FinalMlpConfig) -> None:
+    def __init__(self, n: int, config: FinalMlpConfig, headless: bool = False) -> None:
         super().__init__()
         width = n * config.dim
         self.gates = nn.ModuleList(Gate(places, n, config) for places in gate_contexts(n, config))
-        self.streams = nn.ModuleList(
-            mlp_of(config, width, widths[:-1], widths[-1]) for widths in (config.mlp1, config.mlp2)
-        )
+        streams = (config.mlp1, config.mlp2)
+        self.streams = nn.ModuleList(head_of(config, width, widths[:-1], widths[-1]) for widths in streams)
+        self.norms = nn.ModuleList(norm_of(config.norm, widths[-1], config.bias) or nn.Identity() for widths in streams)
         self.activation = activation_function(config.activation)
         self.fusion = Fusion(fusion_sizes(config))
-        self.head = MLP(config.mlp1[-1] + config.mlp2[-1], [], 1, bias=config.bias)  # w_1, w_2 and b
+        inputs = config.mlp1[-1] + config.mlp2[-1]
+        self.columns = inputs + config.mlp2[-1]
+        self.head = None if headless else MLP(inputs, [], 1, bias=config.bias)  # w_1, w_2 and b
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
-        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
+        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]; headless: [B, columns]."""
         x_BE = x_BND.flatten(1)
         inputs = [x_BE * gate(x_BND, keys) for gate in self.gates] or [x_BE, x_BE]
-        first, second = (self.activation(mlp(x, keys)) for mlp, x in zip(self.streams, inputs, strict=True))
-        return self.head(torch.cat([first, second], dim=1)).squeeze(1) + self.fusion(first, second)
+        streams = zip(self.streams, self.norms, inputs, strict=True)
+        first, second = (self.activation(norm(mlp(x, keys))) for mlp, norm, x in streams)
+        fused = self.fusion(first, second)
+        if self.head is None:
+            return torch.cat([first, second, fused], dim=1)
+        return self.head(torch.cat([first, second], dim=1)).squeeze(1) + fused.sum(1)

@@ -11,15 +11,25 @@ embeddings: w_i . E_i[id] is such a number for each id, but it shares its parame
 Shape suffixes: B examples, N embeddings of one example, D width of an embedding.
 """
 
+import torch
 from torch import Tensor, nn
 
 from megarec.config.models import DeepFmConfig, FmConfig
-from megarec.models.blocks import MLP, mlp_of, number_dropouts
+from megarec.models.blocks import MLP, head_of, number_dropouts
 
 
 def pair_products(x_BND: Tensor) -> Tensor:
     """The sum of x_i . x_j over all i < j, in O(N D) (Rendle 2010, lemma 3.1): [B, N, D] -> [B]."""
-    return (x_BND.sum(1).square() - x_BND.square().sum(1)).sum(1) / 2
+    return _squares(x_BND).sum(1) / 2
+
+
+def paired(x_BND: Tensor) -> Tensor:
+    """flatten(X_0), and the products of all pairs before they are summed over d: [B, N, D] -> [B, (N + 1) D]."""
+    return torch.cat([x_BND.flatten(1), _squares(x_BND) / 2], dim=1)
+
+
+def _squares(x_BND: Tensor) -> Tensor:
+    return x_BND.sum(1).square() - x_BND.square().sum(1)
 
 
 class Fm(nn.Module):
@@ -28,15 +38,20 @@ class Fm(nn.Module):
     Args:
         n: embeddings per example in X_0.
         config: the sizes.
+        headless: stop before the maps that make the logit: `columns` of them leave (multi_task.py).
     """
 
-    def __init__(self, n: int, config: FmConfig) -> None:
+    def __init__(self, n: int, config: FmConfig, headless: bool = False) -> None:
         super().__init__()
-        self.head = MLP(n * config.dim, [], 1, bias=config.bias)
+        self.columns = (n + 1) * config.dim
+        self.head = None if headless else MLP(n * config.dim, [], 1, bias=config.bias)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
-        """X_0 [B, n, d] -> logits [B]; there is no dropout that would need keys."""
-        return self.head(x_BND.flatten(1)).squeeze(1) + pair_products(x_BND)
+        """X_0 [B, n, d] -> logits [B]; headless: [B, columns]. There is no dropout that would need keys."""
+        if self.head is None:
+            return paired(x_BND)
+        logits: Tensor = self.head(x_BND.flatten(1)).squeeze(1) + pair_products(x_BND)
+        return logits
 
 
 class DeepFm(nn.Module):
@@ -45,15 +60,20 @@ class DeepFm(nn.Module):
     Args:
         n: embeddings per example in X_0.
         config: the sizes.
+        headless: stop before the maps that make the logit: `columns` of them leave (multi_task.py).
     """
 
-    def __init__(self, n: int, config: DeepFmConfig) -> None:
+    def __init__(self, n: int, config: DeepFmConfig, headless: bool = False) -> None:
         super().__init__()
-        self.linear = MLP(n * config.dim, [], 1, bias=False)
-        self.head = mlp_of(config, n * config.dim, config.head, 1)
+        self.columns = (n + 1) * config.dim
+        self.linear = None if headless else MLP(n * config.dim, [], 1, bias=False)
+        self.head = None if headless else head_of(config, n * config.dim, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
-        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
+        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]; headless: [B, columns]."""
+        if self.linear is None or self.head is None:
+            return paired(x_BND)
         x_BE = x_BND.flatten(1)
-        return (self.linear(x_BE) + self.head(x_BE, keys)).squeeze(1) + pair_products(x_BND)
+        logits: Tensor = (self.linear(x_BE) + self.head(x_BE, keys)).squeeze(1) + pair_products(x_BND)
+        return logits

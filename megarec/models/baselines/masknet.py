@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megarec.config.models import MaskNetConfig
-from megarec.models.blocks import MLP, activation_function, mlp_of, number_dropouts
+from megarec.models.blocks import MLP, activation_function, head_of, mlp_of, number_dropouts
 from megarec.models.wukong import LayerNormFactory, torch_layer_norm
 
 
@@ -46,17 +46,25 @@ class MaskNet(nn.Module):
         n: embeddings per example in X_0.
         config: the sizes.
         layer_norm: makes a LayerNorm over (width, with bias or not).
+        headless: stop before the maps that make the logit: `columns` of them leave (multi_task.py).
     """
 
-    def __init__(self, n: int, config: MaskNetConfig, layer_norm: LayerNormFactory = torch_layer_norm) -> None:
+    def __init__(
+        self,
+        n: int,
+        config: MaskNetConfig,
+        layer_norm: LayerNormFactory = torch_layer_norm,
+        headless: bool = False,
+    ) -> None:
         super().__init__()
         self.norm = layer_norm(config.dim, config.bias)
         self.layers = nn.ModuleList(MaskBlock(n * config.dim, config, layer_norm) for _ in range(config.blocks))
-        self.head = mlp_of(config, config.blocks * config.width, config.head, 1)
+        self.columns = config.blocks * config.width
+        self.head = None if headless else head_of(config, self.columns, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
-        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
+        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]; headless: [B, columns]."""
         x_BE, normed_BE = x_BND.flatten(1), self.norm(x_BND).flatten(1)
-        blocks = [layer(x_BE, normed_BE, keys) for layer in self.layers]
-        return self.head(torch.cat(blocks, dim=1), keys).squeeze(1)
+        blocks = torch.cat([layer(x_BE, normed_BE, keys) for layer in self.layers], dim=1)
+        return blocks if self.head is None else self.head(blocks, keys).squeeze(1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megarec.config.models import XDeepFmConfig
-from megarec.models.blocks import MLP, init_fan_in_, mlp_of, number_dropouts
+from megarec.models.blocks import MLP, head_of, init_fan_in_, number_dropouts
 
 
 class CinLayer(nn.Module):
@@ -45,26 +45,32 @@ class XDeepFm(nn.Module):
     Args:
         n: embeddings per example in X_0.
         config: the sizes.
+        headless: stop before the maps that make the logit: `columns` of them leave (multi_task.py).
     """
 
-    def __init__(self, n: int, config: XDeepFmConfig) -> None:
+    def __init__(self, n: int, config: XDeepFmConfig, headless: bool = False) -> None:
         super().__init__()
         widths = [n, *config.cin]
         self.layers = nn.ModuleList(
             CinLayer(inputs, n, outputs) for inputs, outputs in zip(widths[:-1], config.cin, strict=True)
         )
-        self.linear = MLP(n * config.dim, [], 1, bias=False)
-        self.cin_output = MLP(sum(config.cin), [], 1, bias=False)
-        self.head = mlp_of(config, n * config.dim, config.head, 1)
+        self.columns = n * config.dim + sum(config.cin)
+        self.headless = headless
+        if not headless:
+            self.linear = MLP(n * config.dim, [], 1, bias=False)
+            self.cin_output = MLP(sum(config.cin), [], 1, bias=False)
+            self.head = head_of(config, n * config.dim, config.head)
         number_dropouts(self)
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
-        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]."""
+        """X_0 [B, n, d] and the examples' dropout keys int64 [B] -> logits [B]; headless: [B, columns]."""
         maps_BDH = first_BDN = x_BND.mT
         pooled = []
         for layer in self.layers:
             maps_BDH = layer(maps_BDH, first_BDN)
             pooled.append(maps_BDH.sum(1))
         x_BE = x_BND.flatten(1)
+        if self.headless:
+            return torch.cat([x_BE, *pooled], dim=1)
         logit = self.linear(x_BE) + self.cin_output(torch.cat(pooled, dim=1)) + self.head(x_BE, keys)
         return logit.squeeze(1)

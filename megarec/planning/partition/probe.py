@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.config.base import ModelConfig
 from megarec.config.deepspeed import MONITORS
@@ -24,6 +23,7 @@ from megarec.config.sections import RunConfig
 from megarec.config.towers import IdentityTowerConfig
 from megarec.data.schema import load_schema
 from megarec.data.store import Store
+from megarec.dense.objective import label_losses
 from megarec.distributed.process import start_process
 from megarec.errors import UserError
 from megarec.planning.partition.interactions import InteractionMean, Matrix, Measure, second_differences
@@ -152,6 +152,7 @@ def _train(run: Run, say: Callable[[str], None]) -> float:
         run.sparse.scale_learning_rate(factor)
         result = train_step(run.dense, run.sparse, batch, timer=timer)
         if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
-            loss = binary_cross_entropy_with_logits(result.logits.float(), batch.labels)
+            logits, labels = result.logits.float(), batch.labels
+            loss = label_losses(logits.view(batch.size, -1), labels.view(batch.size, -1), batch.weights).sum()
             say(f"probe: step {step + 1}/{steps}, loss {loss:.4f}")
     return float(loss)

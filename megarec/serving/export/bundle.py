@@ -22,11 +22,11 @@ from megarec.run.spec import ModelSpec
 from megarec.serving import scorer
 from megarec.serving.bundle_predictor import fitted_temperature, write_run
 from megarec.serving.export.golden import golden_sample
-from megarec.serving.export.graph import export_onnx, export_program, scored_model
+from megarec.serving.export.graph import Golden, compile_program, export_onnx, export_program, scored_model
 from megarec.serving.export.raw_values import write_raw_values
 from megarec.serving.export.triton import write_triton
 from megarec.serving.predictor import Weights, checked_spec, open_checkpoint
-from megarec.serving.scorer.bundle import FORMAT, MANIFEST, VERSION, Bundle, checksum
+from megarec.serving.scorer.bundle import FORMAT, MANIFEST, VERSION, Bundle, checksum, sealed
 from megarec.serving.scorer.tables import TableType, encode_rows
 from megarec.sparse.layout import EmbeddingLayout, Table
 from megarec.sparse.run_placement import layouts_by_host
@@ -45,7 +45,8 @@ from scorer.files import main  # noqa: E402
 
 main(HERE)
 '''
-DENSE_FILE, PROGRAM_FILE, GOLDEN_FILE, SCORER = "dense.onnx", "dense.pt2", "golden.json", "scorer"
+DENSE_FILE, PROGRAM_FILE, COMPILED_FILE = "dense.onnx", "dense.pt2", "dense_compiled.pt2"
+GOLDEN_FILE, SCORER = "golden.json", "scorer"
 
 
 def export_bundle(
@@ -62,16 +63,22 @@ def export_bundle(
         checkpoint: its directory.
         data: the prepared data set that the run was trained on; None: where the run's config says.
         tables: the type in which embedding tables are written.
-        program: whether the dense model is written as a `torch.export` program as well.
+        program: whether the dense model is written as a `torch.export` program as well, and compiled where that works.
         calibrate: whether logits are divided by a temperature that is fitted on the split valid.
 
     Returns:
-        How many files and bytes, and what is said of the checkpoint.
+        How many files and bytes, the compiled program or why there is none, and what is said of the checkpoint.
 
     Raises:
-        UserError: the checkpoint is damaged, the data set is not the one, or the target exists.
+        UserError: the checkpoint is damaged, the data set is not the one, the target exists, or the model reads
+            sequences.
     """
     config, schema, weights = open_checkpoint(checkpoint)
+    if config.model.sequences:
+        raise UserError(
+            f"{checkpoint}: model.sequences is read position by position, which an export to ONNX or torch cannot do "
+            "yet; take --format native (megarec.load_model reads it), or train without sequences"
+        )
     spec = checked_spec(config, schema, weights)
     prepared = data or Path(config.data.path)
     _check_data(schema, prepared, checkpoint)
@@ -80,38 +87,51 @@ def export_bundle(
         manifest = _manifest(config, schema, layout, weights, prepared, tables, directory)
         model = scored_model(config, spec, weights, layout.width)
         export_onnx(model, directory / DENSE_FILE)
-        if program:
-            export_program(model, directory / PROGRAM_FILE)
+        exported = export_program(model, directory / PROGRAM_FILE) if program else None
         manifest |= {"dense": DENSE_FILE, "golden": GOLDEN_FILE, "width": layout.width, "temperature": 1.0}
         shutil.copytree(Path(scorer.__file__).parent, directory / SCORER, ignore=shutil.ignore_patterns("__pycache__"))
         (directory / "score.py").write_text(SCORE)
         write_run(directory, config, schema)
-        write_triton(directory)
-        write_json(directory / MANIFEST, manifest | {"files": _files(directory)})
-        write_json(directory / GOLDEN_FILE, golden_sample(Bundle(directory), model))
-        manifest["files"] = _files(directory)
-        write_json(directory / MANIFEST, manifest)
+        write_triton(directory, len(schema.predicted))
+        _write_manifest(directory, manifest)
+        sample, golden = golden_sample(Bundle(directory), model, prepared)
+        write_json(directory / GOLDEN_FILE, sample)
+        compiled = {} if exported is None else _compiled(exported, directory, golden)
+        files = _write_manifest(directory, manifest | compiled)
         if calibrate:
             manifest["temperature"] = fitted_temperature(directory, prepared)
-            write_json(directory / MANIFEST, manifest)
-    size = sum(about["bytes"] for about in manifest["files"].values())
-    return {"files": len(manifest["files"]), "bytes": size, **said_of(checkpoint, read_index(checkpoint))}
+            _write_manifest(directory, manifest | compiled)
+    size = sum(about["bytes"] for about in files.values())
+    return {"files": len(files), "bytes": size, **compiled, **said_of(checkpoint, read_index(checkpoint))}
+
+
+def _compiled(program: torch.export.ExportedProgram, directory: Path, golden: Golden) -> dict[str, Any]:
+    """What the manifest and the command say of the compiled program, after an attempt to write it."""
+    why = compile_program(program, directory / COMPILED_FILE, golden)
+    return {"compiled": COMPILED_FILE} if why is None else {"not_compiled": why}
 
 
 def _text_files(spec: TableSpec | None) -> dict[str, Any]:
     """How the text files look that the model was trained on."""
     if spec is None:
-        return {"encoding": WITH_MARK, "delimiter": None, "columns": None}
-    encoding = WITH_MARK if is_utf8(spec.encoding) else spec.encoding
-    return {"encoding": encoding, "delimiter": spec.delimiter, "columns": None if spec.header else list(spec.columns)}
-
-
-def _files(directory: Path) -> dict[str, Any]:
-    """By name, the size and checksum of every file but the manifest."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+        return {"encoding": WITH_MARK, "delimiter": None, "header": True, "columns": None, "labels": []}
     return {
-        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in files
+        "encoding": WITH_MARK if is_utf8(spec.encoding) else spec.encoding,
+        "delimiter": spec.delimiter,
+        "header": spec.header,
+        "columns": list(spec.columns),
+        "labels": list(spec.labels),
     }
+
+
+def _write_manifest(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write it with the size and checksum of every other file, which are returned by name."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": checksum(path)} for path in paths
+    }
+    (directory / MANIFEST).write_bytes(sealed(manifest | {"files": files}))
+    return files
 
 
 def _looked_up(spec: ModelSpec) -> EmbeddingLayout:
@@ -146,6 +166,7 @@ def _manifest(
         "version": VERSION,
         "model": config.model.name,
         "label": schema.label_rule or schema.label,
+        "labels": list(schema.tasks),
         "null_words": [] if kept is None else kept.spec.null_words,
         "text": _text_files(None if kept is None else kept.spec),
         "tables": _write_tables(layout.tables, weights, tables, directory),

@@ -1,49 +1,103 @@
-"""A golden sample: raw rows made of known values, with the logits that torch computes for them here."""
+"""A golden sample: raw rows like those of the data, with the logits that torch computes for them here."""
 
+import copy
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from megarec.serving.export.graph import ScoredModel
+from megarec.data.cache import shards_of
+from megarec.errors import UserError
+from megarec.serving.export.graph import TOLERANCE, Golden, ScoredModel
 from megarec.serving.scorer.bundle import Bundle
 from megarec.serving.scorer.rows import RowEncoder
 from megarec.serving.scorer.scorer import pooled_embeddings
 from megarec.serving.scorer.tables import open_tables
 
 ROWS = 16
-TOLERANCE = 1e-5  # relative, or absolute below 1: another machine adds in another order
 MOST_IN_A_LIST = 3
+NOISE = 8  # how much further off another machine may be than float32 is here
 
 
-def golden_sample(bundle: Bundle, model: ScoredModel) -> dict[str, Any]:
+def golden_sample(bundle: Bundle, model: ScoredModel, data: Path) -> tuple[dict[str, Any], Golden]:
     """Rows with known, unknown and missing values, and their logits by the exported tables and torch.
+
+    Numbers are of the data: far outside, a model is as coarse as float32, and no machine computes the same.
 
     Args:
         bundle: whole but for this sample.
+        data: the prepared data set.
+
+    Returns:
+        What golden.json holds, and the same as the dense model reads it.
+
+    Raises:
+        UserError: the data set cannot be read.
     """
-    random = np.random.default_rng(1)
-    manifest = bundle.manifest
+    random, manifest = np.random.default_rng(1), bundle.manifest
+    numbers = _raw_numbers(manifest["numeric"], data)
     values = {about["name"]: _values(bundle, about) for about in manifest["features"]}
     rows = []
     for place in range(ROWS):
         row: dict[str, Any] = {}
         for about in manifest["features"]:
             _add(row, about, values[about["name"]], random, missing=place == 1)
-        for about in manifest["numeric"]:
-            raw = about["raw"]
-            missing = place == 1 and raw["missing"] is not None
-            row[raw["column"]] = None if missing else round(float(random.normal()) * 10, 3)
+        for about, drawn in zip(manifest["numeric"], numbers, strict=True):
+            _add_number(row, about["raw"], drawn[place], missing=place == 1)
         rows.append(row)
     encoded = RowEncoder(bundle).encode(rows)
     assert not encoded.errors, encoded.errors
     inputs = {"embedded": pooled_embeddings(manifest, open_tables(bundle), encoded), "numeric": encoded.numeric}
+    given = tuple(torch.from_numpy(inputs[name]) for name in model.inputs)
     with torch.no_grad():
-        logits = model(*(torch.from_numpy(inputs[name]) for name in model.inputs))
-    return {"tolerance": TOLERANCE, "rows": rows, "logits": logits.tolist()}
+        logits = model(*given)
+        exact = copy.deepcopy(model).double()(*(values.double() for values in given))
+    noise = float(((logits - exact).abs() / exact.abs().clamp(min=1)).max())
+    golden = Golden(given, logits, max(TOLERANCE, NOISE * noise))
+    return {"tolerance": golden.tolerance, "rows": rows, "logits": logits.tolist()}, golden
+
+
+def _raw_numbers(numeric: list[dict[str, Any]], data: Path) -> list[list[float]]:
+    """Raw values of every numeric feature in the first rows of the split train, ROWS of them."""
+    if not numeric:
+        return []
+    shard = next(iter(shards_of(data, "train")), data / "train")
+    try:
+        with pq.ParquetFile(shard) as file:
+            names = [about["name"] for about in numeric]
+            batch = next(file.iter_batches(ROWS, columns=names))
+            columns = [batch.column(name).to_numpy(zero_copy_only=False).astype(np.float64) for name in names]
+    except (pa.ArrowException, OSError, StopIteration) as error:
+        raise UserError(f"{shard}: its first rows cannot be read ({error}); prepare the data again") from error
+    return [_untransformed(values, about["raw"]).tolist() for values, about in zip(columns, numeric, strict=True)]
+
+
+def _untransformed(values: NDArray[np.float64], raw: dict[str, Any]) -> NDArray[np.float64]:
+    """About what was in the file."""
+    values = np.resize(values, ROWS)
+    values = np.where(np.isfinite(values), values, 0)
+    if raw["moments"] is not None:
+        values = values * raw["moments"][1] + raw["moments"][0]
+    if raw["log"]:
+        values = np.sign(values) * np.expm1(np.minimum(np.abs(values), 60))
+    return values.round(6)
+
+
+def _add_number(row: dict[str, Any], raw: dict[str, Any], value: float, missing: bool) -> None:
+    missing = missing and raw["missing"] is not None
+    if raw.get("place") is None:
+        row[raw["column"]] = None if missing else value
+    elif missing:
+        row[raw["column"]] = None
+    else:
+        row.setdefault(raw["column"], [0.0] * raw["length"])[raw["place"]] = value
 
 
 def _add(
@@ -62,31 +116,44 @@ def _add(
 def _values(bundle: Bundle, about: dict[str, Any]) -> Callable[[Generator], Any]:
     """Draws a raw value of a feature: one of its vocabulary, now and then one that is unknown."""
     raw = about["raw"]
-    if raw["kind"] == "row":
-        rows = bundle.manifest["tables"][about["table"]]["rows"]
-        return lambda random: int(random.integers(rows))
-    written: Callable[[int], Any] = {"string": lambda n: f"value {n}", "hexadecimal": lambda n: f"{n:x}"}.get(
-        raw["dtype"], int
-    )
-    if raw["kind"] == "hash":
-        return lambda random: written(int(random.integers(1 << 31)))
-    known: NDArray[Any]
-    if raw["dtype"] == "string":
-        ends, text = np.asarray(bundle.array(raw["ends"], "<i8")), np.asarray(bundle.array(raw["text"], "u1"))
-
-        def of_place(place: int) -> Any:
-            return text[ends[place - 1] if place else 0 : ends[place]].tobytes().decode()
-
-        count = len(ends)
-    else:
-        known = np.asarray(bundle.array(raw["keys"], "<i8"))
-        count = len(known)
-
-        def of_place(place: int) -> Any:
-            return written(int(known[place]))
+    if "moment" in raw:
+        return lambda random: _moment(random).strftime(raw["format"])
+    match raw["kind"]:
+        case "row":
+            rows = bundle.manifest["tables"][about["table"]]["rows"]
+            return lambda random: int(random.integers(rows))
+        case "buckets":
+            ends = [0.0, *raw["boundaries"]]
+            return lambda random: round(float(random.choice(ends) + random.normal()), 3)
+        case "hash":
+            return lambda random: _written(raw["dtype"], int(random.integers(1 << 31)))
+    known, count = _vocabulary(bundle, raw)
 
     def drawn(random: Generator) -> Any:
         place = int(random.integers(count + 1 + count // 8))
-        return of_place(place) if place < count else written((1 << 31) + place)
+        return known(place) if place < count else _written(raw["dtype"], (1 << 31) + place)
 
     return drawn
+
+
+def _moment(random: Generator) -> datetime:
+    return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=int(random.integers(1 << 19)))
+
+
+def _written(dtype: str, number: int) -> Any:
+    """A value of that type which most vocabularies do not have."""
+    match dtype:
+        case "string":
+            return f"value {number}"
+        case "hexadecimal":
+            return f"{number:x}"
+    return number
+
+
+def _vocabulary(bundle: Bundle, raw: dict[str, Any]) -> tuple[Callable[[int], Any], int]:
+    """What gives the raw value of a place, and how many there are."""
+    if raw["dtype"] != "string":
+        keys: NDArray[Any] = np.asarray(bundle.array(raw["keys"], "<i8"))
+        return lambda place: f"{keys[place]:x}" if raw["dtype"] == "hexadecimal" else int(keys[place]), len(keys)
+    ends, text = np.asarray(bundle.array(raw["ends"], "<i8")), np.asarray(bundle.array(raw["text"], "u1"))
+    return lambda place: text[ends[place - 1] if place else 0 : ends[place]].tobytes().decode(), len(ends)

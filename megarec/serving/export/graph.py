@@ -5,6 +5,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 from megarec.checkpoint.sparse import TOWERS
 from megarec.config.sections import RunConfig
-from megarec.errors import UserError
+from megarec.errors import UserError, one_line
 from megarec.models.recommender import Recommender
 from megarec.run.spec import ModelSpec
 from megarec.serving.predictor import Weights, dense_model
 from megarec.sparse.towers.modules import TowerModules
 
 OPSET = 20
+TOLERANCE = 1e-5  # of logits at least, relative, or absolute below 1: another machine adds in another order
 EXAMPLES = 3  # of the traced batch: 0 and 1 would be taken for fixed sizes
 
 
@@ -44,7 +46,7 @@ class ScoredModel(nn.Module):
         return {name: size for name, size in (("embedded", self.width), ("numeric", self.numeric)) if size}
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The inputs, float32 [B, columns] each -> logits float32 [B]."""
+        """The inputs, float32 [B, columns] each -> logits float32 [B], or of several labels [B, T]."""
         given = dict(zip(self.inputs, inputs, strict=True))
         nothing = inputs[0][:, :0]
         embedded = given.get("embedded", nothing)
@@ -52,6 +54,28 @@ class ScoredModel(nn.Module):
             embedded = self.towers(embedded)
         logits: Tensor = self.model(given.get("numeric", nothing), embedded)
         return logits
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Inputs of a model in its order, and its logits float32 [rows] by plain torch.
+
+    Attributes:
+        tolerance: how far off another computation may be, relative, or absolute below 1.
+    """
+
+    inputs: tuple[Tensor, ...]
+    logits: Tensor
+    tolerance: float
+
+    def difference(self, found: Tensor) -> str | None:
+        """Which of the found logits is furthest off, if that is more than another order of adding makes."""
+        off = (found - self.logits).abs() / self.logits.abs().clamp(min=1)
+        if bool((off <= self.tolerance).all()):
+            return None
+        place = int(off.argmax())
+        logits = f"{float(found[place]):.7g}, expected {float(self.logits[place]):.7g}"
+        return f"compiled, row {place} of the golden sample has the logit {logits}"
 
 
 def scored_model(config: RunConfig, spec: ModelSpec, weights: Weights, width: int) -> ScoredModel:
@@ -67,7 +91,8 @@ def scored_model(config: RunConfig, spec: ModelSpec, weights: Weights, width: in
 
 
 def export_onnx(model: ScoredModel, path: Path) -> None:
-    """Write a graph with the inputs of the model, float32 [batch, columns], and the output logit [batch].
+    """Write a graph with the inputs of the model, float32 [batch, columns], and the output logit, [batch] or of
+    several labels [batch, labels].
 
     Raises:
         UserError: the packages that this needs are not installed.
@@ -93,12 +118,36 @@ def export_onnx(model: ScoredModel, path: Path) -> None:
         program.save(path)
 
 
-def export_program(model: ScoredModel, path: Path) -> None:
+def export_program(model: ScoredModel, path: Path) -> torch.export.ExportedProgram:
     """Write a `torch.export` program of the same inputs and output; `torch.export.load` reads it."""
     batch = torch.export.Dim("batch", min=1)
     with _quiet(), torch.no_grad():
         program = torch.export.export(model, _example(model), dynamic_shapes=(({0: batch},) * len(model.inputs),))
         torch.export.save(program, path)
+    return program
+
+
+def compile_program(program: torch.export.ExportedProgram, path: Path, golden: Golden) -> str | None:
+    """Write a program as AOTInductor's package for processors like this one; `aoti_load_package` reads it.
+
+    An export does without it, so that nothing which a compiler may do is an error here.
+
+    Args:
+        golden: what it must compute.
+
+    Returns:
+        Why there is none, on one line; None: it is there, and computes that.
+    """
+    try:
+        with _quiet(), torch.no_grad():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+            found = torch._inductor.aoti_load_package(str(path))(*golden.inputs)
+        why = golden.difference(found)
+    except Exception as error:  # of torch, of the compiler, of the loader: their types are not public
+        why = one_line((str(error).strip() or type(error).__name__).splitlines()[0])
+    if why is not None:
+        path.unlink(missing_ok=True)
+    return why
 
 
 def _example(model: ScoredModel) -> tuple[Tensor, ...]:

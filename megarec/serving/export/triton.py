@@ -12,7 +12,7 @@ input [
   { name: "row", data_type: TYPE_STRING, dims: [ 1 ] }
 ]
 output [
-  { name: "probability", data_type: TYPE_FP64, dims: [ 1 ] },
+  { name: "probability", data_type: TYPE_FP64, dims: [ LABELS ] },
   { name: "error", data_type: TYPE_STRING, dims: [ 1 ] }
 ]
 dynamic_batching { max_queue_delay_microseconds: 500 }
@@ -46,7 +46,7 @@ class TritonPythonModel:
         for some in texts:
             end = start + len(some)
             tensors = [
-                pb.Tensor("probability", scores.probabilities[start:end].reshape(-1, 1)),
+                pb.Tensor("probability", scores.probabilities[start:end].reshape(end - start, -1)),
                 pb.Tensor("error", errors[start:end].reshape(-1, 1)),
             ]
             answers.append(pb.InferenceResponse(output_tensors=tensors))
@@ -62,8 +62,8 @@ def _row(text):
 '''
 
 
-def write_triton(directory: Path) -> None:
-    """Write config.pbtxt and 1/model.py into an export."""
-    (directory / "config.pbtxt").write_text(CONFIG)
+def write_triton(directory: Path, labels: int) -> None:
+    """Write config.pbtxt and 1/model.py into an export of a model that predicts so many labels."""
+    (directory / "config.pbtxt").write_text(CONFIG.replace("LABELS", str(labels)))
     (directory / "1").mkdir()
     (directory / "1" / "model.py").write_text(MODEL)

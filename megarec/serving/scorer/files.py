@@ -3,53 +3,70 @@
 import csv
 import sys
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from .bundle import ScoringError
+from .bundle import RowError, ScoringError
+from .rows import Row
 from .scorer import ROWS_AT_ONCE, Scorer
 
 TEXT = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 
 
-def rows_of(path: Path, about: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a file, ROWS_AT_ONCE at a time.
+def rows_of(path: Path, about: dict[str, Any]) -> Iterator[list[Row | RowError]]:
+    """The rows of a file, ROWS_AT_ONCE at a time, and why one cannot be read.
 
     Args:
-        about: how the files look that the model was trained on: `encoding`, `delimiter`, and `columns` where they have
-            no header.
+        about: how the files look that the model was trained on: `encoding` and `delimiter`; `header`, whether text has
+            a line of names, or "auto"; `columns`, the names where it has none, and `labels`, those that files of rows
+            to score may not have.
 
     Raises:
         ScoringError: the file cannot be read.
     """
     try:
-        if path.suffix in (".parquet", ".arrow", ".feather"):
-            yield from _arrow(path)
-        elif path.suffix in TEXT or about["delimiter"] is not None:
+        suffix = path.suffix.lower()
+        if suffix in (".parquet", ".arrow", ".feather"):
+            yield from _arrow(path, suffix)
+        elif suffix in TEXT or about["delimiter"] is not None:
             with path.open(newline="", encoding=about["encoding"]) as file:
-                yield from _text(file, about["delimiter"] or TEXT[path.suffix], about["columns"])
+                yield from _text(file, about["delimiter"] or TEXT[suffix], about)
         else:
             raise ScoringError(f"{path}: expected a name that ends in {', '.join(TEXT)}, .parquet, .arrow or .feather")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ScoringError(f"{path}: cannot be read ({error})") from error
 
 
-def _text(file: TextIO, delimiter: str, columns: list[str] | None) -> Iterator[list[dict[str, Any]]]:
+def _text(file: TextIO, delimiter: str, about: dict[str, Any]) -> Iterator[list[Row | RowError]]:
     csv.field_size_limit(1 << 24)
     quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    lines = csv.reader(file, delimiter=delimiter, quoting=quoting)
-    names = columns if columns is not None else next(lines, [])
-    batch: list[dict[str, Any]] = []
-    for line in lines:
-        batch.append(dict(zip(names, line, strict=False)))
-        if len(batch) == ROWS_AT_ONCE:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    lines: Iterator[list[str]] = (line for line in csv.reader(file, delimiter=delimiter, quoting=quoting) if line)
+    first = next(lines, [])
+    names, are_names = _names(first, about)
+    if not are_names:
+        lines = chain([first], lines)
+    while some := list(islice(lines, ROWS_AT_ONCE)):
+        yield [_row(names, line) for line in some]
 
 
-def _arrow(path: Path) -> Iterator[list[dict[str, Any]]]:
+def _names(first: list[str], about: dict[str, Any]) -> tuple[list[str], bool]:
+    """The names of the columns, and whether the first line of a file has them, as preparation decides it."""
+    columns = about["columns"]
+    header = about.get("header", columns is None)  # earlier exports do not say it
+    if header is True or (header == "auto" and 2 * sum(name in columns for name in first) >= len(first)):
+        return first, True
+    without = [name for name in columns if name not in about.get("labels", ())]
+    return (without if len(first) == len(without) else columns), not first
+
+
+def _row(names: list[str], line: list[str]) -> Row | RowError:
+    if len(line) != len(names):
+        return RowError(f"the row has {len(line)} values, expected {len(names)}")
+    return dict(zip(names, line, strict=True))
+
+
+def _arrow(path: Path, suffix: str) -> Iterator[list[Row | RowError]]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -58,7 +75,7 @@ def _arrow(path: Path) -> Iterator[list[dict[str, Any]]]:
             f"{path}: parquet and Arrow files need pyarrow ({error}); install it, or give CSV"
         ) from error
     try:
-        if path.suffix == ".parquet":
+        if suffix == ".parquet":
             for batch in pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE):
                 yield batch.to_pylist()
             return
@@ -79,12 +96,12 @@ def main(directory: Path) -> None:
     try:
         scorer = Scorer(directory)
         out = csv.writer(sys.stdout, lineterminator="\n")
-        out.writerow(["prediction", "error"])
+        out.writerow([*([f"{label}:prediction" for label in scorer.labels] or ["prediction"]), "error"])
         for rows in rows_of(Path(sys.argv[1]), scorer.bundle.manifest["text"]):
             scores = scorer.score(rows)
-            for place, probability in enumerate(scores.probabilities.tolist()):
+            for place, found in enumerate(scores.probabilities.reshape(len(rows), -1).tolist()):
                 error = scores.errors.get(place, "")
-                out.writerow(["" if error else repr(probability), error])
+                out.writerow([*("" if error else repr(probability) for probability in found), error])
     except ScoringError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

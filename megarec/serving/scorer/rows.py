@@ -61,11 +61,17 @@ class RowEncoder:
         # The numbers of a vector, which is read once for all of them.
         self._columns = [list(same) for _, same in groupby(self._numeric, key=lambda own: own.column)]
 
-    def encode(self, rows: Sequence[Row]) -> Encoded:
-        """A row that cannot be scored is left out, with its reason; the others are as if it was not there."""
+    def encode(self, rows: Sequence[Row | RowError]) -> Encoded:
+        """A row that cannot be scored is left out, with its reason; the others are as if it was not there.
+
+        Args:
+            rows: an error stands for a row that could not even be read.
+        """
         kept, errors, read = [], {}, []
         for place, row in enumerate(rows):
             try:
+                if isinstance(row, RowError):
+                    raise row
                 if not isinstance(row, Mapping):
                     raise RowError(f"{shown(row)}, expected an object with the columns as keys")
                 numbers = [own.number(value) for same in self._columns for own, value in same[0].split(row, same)]
@@ -115,7 +121,9 @@ class _Feature:
             raise RowError(f"{column}={error}") from None
         if len(found) != wanted:
             raise RowError(f"{column}: {len(found)} weights, expected {wanted}, one for each value of {self._column}")
-        if not np.isfinite(np.array(found, np.float32)).all():
+        with np.errstate(over="ignore"):
+            fits = np.isfinite(np.array(found, np.float32)).all()
+        if not fits:
             raise RowError(f"{column}={shown(found)}, expected finite numbers")
         return found
 

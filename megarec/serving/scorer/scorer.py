@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from .bundle import Bundle, ScoringError
+from .bundle import MANIFEST, Bundle, RowError, ScoringError
 from .rows import Encoded, FeatureIds, Row, RowEncoder
 from .tables import Floats, Table, open_tables
 
@@ -22,8 +22,9 @@ class Scores:
     """What became of the rows.
 
     Attributes:
-        probabilities: float64 [rows], calibrated if the export was; NaN where a row has an error.
-        logits: float32 [rows], what the model itself says; NaN likewise.
+        probabilities: float64 [rows], or of several labels [rows, labels], calibrated if the export was; NaN where a
+            row has an error.
+        logits: float32 of the same shape, what the model itself says; NaN likewise.
         errors: by place of a row, why it has no score.
     """
 
@@ -40,47 +41,62 @@ class Scorer:
         threads: of one call, in the dense model.
         check: whether the golden sample is scored first.
 
+    Attributes:
+        labels: where the model predicts several, in the order of the scores; else empty.
+
     Raises:
         ScoringError: a file is missing or not what was exported, or the golden sample has other scores here.
     """
 
     def __init__(self, directory: str | Path, threads: int = 1, check: bool = True) -> None:
         self.bundle = Bundle(Path(directory))
-        manifest = self.bundle.manifest
-        self._encoder = RowEncoder(self.bundle)
-        self._tables = open_tables(self.bundle)
-        self._temperature = float(manifest["temperature"])
+        try:
+            self._encoder = RowEncoder(self.bundle)
+            self._tables = open_tables(self.bundle)
+            self.labels: list[str] = self.bundle.manifest.get("labels", [])  # an earlier version's export has one
+            self._temperature = np.array(self.bundle.manifest["temperature"], np.float64)
+            path = self.bundle.path(self.bundle.manifest["dense"], whole=True)
+        except (KeyError, TypeError, AttributeError) as error:  # a manifest of version 1 has no seal
+            what = f"{self.bundle.directory / MANIFEST}: is no manifest of an export ({error!r})"
+            raise ScoringError(f"{what}; export again") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        path = self.bundle.path(manifest["dense"])
         try:
             self._dense = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own types are not public
             raise ScoringError(f"{path}: onnxruntime cannot read it ({str(error).splitlines()[0]})") from error
-        self._inputs = {entry.name for entry in self._dense.get_inputs()}
+        self._inputs = [entry.name for entry in self._dense.get_inputs()]
         if check:
             self._check_golden()
 
-    def score(self, rows: Sequence[Row]) -> Scores:
+    def score(self, rows: Sequence[Row | RowError]) -> Scores:
         """Score raw rows, each an object with the columns of the files that the model was trained on.
 
         A row that cannot be scored gets an error of its own; the others are scored.
         """
-        logits = np.full(len(rows), np.nan, np.float32)
+        logits = np.full((len(rows), len(self.labels)) if self.labels else len(rows), np.nan, np.float32)
         errors: dict[int, str] = {}
         for start in range(0, len(rows), ROWS_AT_ONCE):
-            encoded = self._encoder.encode(rows[start : start + ROWS_AT_ONCE])
+            encoded = self.encode(rows[start : start + ROWS_AT_ONCE])
             if encoded.kept:
                 logits[np.array(encoded.kept) + start] = self.logits(encoded)
             errors |= {start + place: why for place, why in encoded.errors.items()}
         return Scores(self._probabilities(logits), logits, errors)
 
-    def logits(self, encoded: Encoded) -> Floats:
-        """Float32 [rows] of rows that are encoded already."""
+    def encode(self, rows: Sequence[Row | RowError]) -> Encoded:
+        """Raw rows as ids and numbers; those that cannot be scored are left out, with their errors."""
+        return self._encoder.encode(rows)
+
+    def inputs(self, encoded: Encoded) -> dict[str, Floats]:
+        """What the dense model reads, by name: float32 [rows, columns] each."""
         embedded = pooled_embeddings(self.bundle.manifest, self._tables, encoded)
         inputs = {"embedded": embedded, "numeric": encoded.numeric}
-        (found,) = self._dense.run(None, {name: inputs[name] for name in self._inputs})
+        return {name: inputs[name] for name in self._inputs}
+
+    def logits(self, encoded: Encoded) -> Floats:
+        """Float32 [rows], or of several labels [rows, labels], of rows that are encoded already."""
+        (found,) = self._dense.run(None, self.inputs(encoded))
         return found
 
     def _probabilities(self, logits: Floats) -> NDArray[np.float64]:
@@ -97,10 +113,10 @@ class Scorer:
             raise ScoringError(f"{path}: row {place} of the golden sample cannot be scored: {why}")
         difference = np.abs(found.logits - expected) / np.maximum(np.abs(expected), 1)
         if not (difference <= golden["tolerance"]).all():
-            place = int(np.nanargmax(difference))
+            at = np.unravel_index(int(np.nanargmax(difference)), difference.shape)
             raise ScoringError(
-                f"{path}: row {place} of the golden sample has the logit {found.logits[place]:.7g} here, "
-                f"{expected[place]:.7g} where it was exported; copy the export again, or export again"
+                f"{path}: row {at[0]} of the golden sample has the logit {found.logits[at]:.7g} here, "
+                f"{expected[at]:.7g} where it was exported; copy the export again, or export again"
             )
 
 

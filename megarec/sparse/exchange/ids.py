@@ -76,7 +76,7 @@ class IdExchange:
         torch.cumsum(lengths.view(-1), 0, dtype=self._dtype, out=offsets[1:])
         counts = tuple(sum(map(sum, of_slot)) for of_slot in sums)
         weights = self._exchange_weights(ids, sums, counts) if any(self._weighted) else None
-        return LocalIds(values, offsets, counts, ranks * size, weights)
+        return LocalIds(values, offsets, counts, ranks * size, weights, sums)
 
     def _exchange_weights(self, ids: Mapping[str, Ids], sums: list[list[list[int]]], counts: Sequence[int]) -> Tensor:
         """Those of weighted slots from all ranks, ones for the others: float32, in the order of the values."""
@@ -152,35 +152,39 @@ class RowSplitter:
         by_feature: dict[str, list[Lookup]] = {}
         for of_rank in slots:
             for slot in of_rank:
-                if slot.by_rows:
-                    by_feature.setdefault(slot.feature.name, []).append(slot)
+                known = by_feature.setdefault(slot.feature.name, [])
+                if slot.by_rows and all(slot.source.name != other.source.name for other in known):
+                    known.append(slot)
+        by_feature = {feature: own for feature, own in by_feature.items() if own}
         self._names = {feature: [slot.source.name for slot in own] for feature, own in by_feature.items()}
         starts = {feature: [slot.shard.row_start for slot in own] for feature, own in by_feature.items()}
         self._starts = {name: torch.tensor(rows, device=device) for name, rows in starts.items()}
 
-    def __call__(self, ids: Mapping[str, Ids], size: int) -> Mapping[str, Ids]:
-        """`ids` of `size` examples by feature, and beside them the parts under the names of their slots."""
+    def __call__(self, ids: Mapping[str, Ids], size: int) -> tuple[Mapping[str, Ids], dict[str, Tensor]]:
+        """`ids` of `size` examples by feature, and beside them the parts under the names of their slots; and by these
+        names, where among the feature's ids each came from."""
         if not self._names:
-            return ids
+            return ids, {}
         parts = {name: _by_owner(ids[name], starts, size) for name, starts in self._starts.items()}
-        counts = torch.stack([lengths.sum(dim=1) for _, lengths, _ in parts.values()]).tolist()  # waits for the device
-        split = dict(ids)
-        for (feature, (values, lengths, weights)), sizes in zip(parts.items(), counts, strict=True):
+        counts = torch.stack([lengths.sum(dim=1) for _, lengths, _, _ in parts.values()]).tolist()  # waits for a device
+        split, orders = dict(ids), dict[str, Tensor]()
+        for (feature, (values, lengths, weights, order)), sizes in zip(parts.items(), counts, strict=True):
             of_owner = values.split(sizes)
+            orders |= zip(self._names[feature], order.split(sizes), strict=True)
             weighted = [None] * len(sizes) if weights is None else weights.split(sizes)
             for owner, name in enumerate(self._names[feature]):
                 split[name] = Ids(of_owner[owner], lengths[owner], weighted[owner])
-        return split
+        return split, orders
 
 
-def _by_owner(ids: Ids, starts: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _by_owner(ids: Ids, starts: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Sort ids by owner, in the order of examples within one.
 
     Args:
         starts: int64 [owners], first row of every owner.
 
     Returns:
-        Rows counted from the owner's first, lengths int64 [owners, size], and the weights in the same order.
+        Rows counted from the owner's first, lengths int64 [owners, size], the weights in the same order, and that.
     """
     starts = starts.to(ids.values.dtype)
     owners, order = (torch.bucketize(ids.values, starts, right=True) - 1).sort(stable=True)
@@ -191,4 +195,4 @@ def _by_owner(ids: Ids, starts: Tensor, size: int) -> tuple[Tensor, Tensor, Tens
     lengths = torch.zeros(starts.numel() * size, dtype=torch.int64, device=values.device)
     lengths.index_add_(0, owners * size + bags.index_select(0, order), torch.ones_like(owners))
     weights = None if ids.weights is None else ids.weights.index_select(0, order)
-    return values, lengths.view(-1, size), weights
+    return values, lengths.view(-1, size), weights, order

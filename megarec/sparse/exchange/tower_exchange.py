@@ -24,6 +24,7 @@ from megarec.sparse.exchange.group import Distributed, Exchanged, TableGroup
 from megarec.sparse.exchange.ids import IdExchange
 from megarec.sparse.exchange.parts import PartedExchange
 from megarec.sparse.exchange.regroup import ColumnBlock, Regroup
+from megarec.sparse.exchange.unpooled import LocalRows, RowExchange, RowPiece, TowerRows
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.placement import Shard
 
@@ -60,10 +61,14 @@ class TowerExchange:
     ) -> None:
         self._peer, self._outputs, self._assembly, self._sections = peer, outputs, assembly, sections
         self._messages = messages if peer.size > 1 else FP32
-        self._features = hosts[peer.rank].features
+        self._features, self._unpooled = hosts[peer.rank].looked_up, [f.name for f in hosts[peer.rank].unpooled]
         small = all(table.rows < 2**31 for layout in hosts for table in layout.tables)
         dtype = torch.int32 if small else torch.int64
-        self._ids = IdExchange([layout.features for layout in hosts], peer, dtype, device)
+        self._ids = IdExchange([layout.looked_up for layout in hosts], peer, dtype, device)
+        names = [[feature.name for feature in layout.unpooled] for layout in hosts]
+        self._rows = LocalRows(len(hosts[peer.rank].features), names)
+        pieces = [[RowPiece(f.name, f.name, 0, f.columns) for f in layout.unpooled] for layout in hosts]
+        self._row_exchange = RowExchange(pieces, peer, "sequences", self._messages)
         self.group = TableGroup(
             hosts[peer.rank], shards, config, tower, blocks=peer.size, messages=messages, device=device
         )
@@ -78,7 +83,13 @@ class TowerExchange:
         arrived = self._ids(batch.ids, batch.size)
         ids = {f.name: arrived.of_slot(slot, f) for slot, f in enumerate(self._features)}
         there = self.group.distribute_ids(ids, batch.size * self._peer.size)
-        return dataclasses.replace(there, own=batch.ids)
+        rows = self._rows.apart(arrived, batch.ids, {}).unpooled
+        return dataclasses.replace(there, own=batch.ids, peers=rows)
+
+    def rows(self, batch: Distributed) -> TowerRows:
+        """The rows of sequences, of all hosts; collective."""
+        assert batch.peers is not None
+        return TowerRows(self.group.rows(batch), self._unpooled, self._row_exchange, batch.peers)
 
     def pool_direct(
         self, batch: Distributed, dtype: torch.dtype = torch.float32, divide: int = 1, parts: int = 1
@@ -186,12 +197,19 @@ def host_layouts(layout: EmbeddingLayout, towers: Sequence[Sequence[str]], hosts
     parts = []
     for host in range(hosts):
         features, start = [], 0
-        for name in (name for tower in towers[host * per_host : (host + 1) * per_host] for name in tower):
-            features.append(dataclasses.replace(by_name[name], start=start))
-            start += by_name[name].columns
-        held = {feature.table for feature in features}
+        names = [name for tower in towers[host * per_host : (host + 1) * per_host] for name in tower]
+        for name in names:
+            if name in by_name:
+                features.append(dataclasses.replace(by_name[name], start=start))
+                start += by_name[name].columns
+        unpooled = tuple(feature for feature in layout.unpooled if feature.name in names)
+        held = {feature.table for feature in (*features, *unpooled)}
         tables = tuple(table for table in layout.tables if table.name in held)
-        parts.append(EmbeddingLayout(layout.dim, tables, tuple(features), full_embeddings=0, small_columns=start))
+        parts.append(
+            EmbeddingLayout(
+                layout.dim, tables, tuple(features), full_embeddings=0, small_columns=start, unpooled=unpooled
+            )
+        )
     return parts
 
 

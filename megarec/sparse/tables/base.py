@@ -20,6 +20,8 @@ class LocalIds:
         counts: values per slot.
         examples: E.
         weights: float32, one a value, 1 where a feature is not weighted; None: no slot is.
+        by_block: by_block[slot][block][rank], how many values each has; None: one an example.
+        unpooled: what is looked up row by row beside them; None: nothing.
     """
 
     values: Tensor
@@ -27,6 +29,8 @@ class LocalIds:
     counts: tuple[int, ...]
     examples: int
     weights: Tensor | None = None
+    by_block: list[list[list[int]]] | None = None
+    unpooled: "Unpooled | None" = None
 
     def counts_on_device(self) -> Tensor:
         """`counts` as int64 [slots], made there: a copy from the host would make it wait for an accelerator."""
@@ -41,7 +45,8 @@ class LocalIds:
         offsets = self.offsets[start * self.examples : stop * self.examples + 1]
         own = slice(first, first + sum(counts))
         weights = None if self.weights is None else self.weights[own]
-        return LocalIds(self.values[own], offsets - first, counts, self.examples, weights)
+        by_block = None if self.by_block is None else self.by_block[start:stop]
+        return LocalIds(self.values[own], offsets - first, counts, self.examples, weights, by_block)
 
     def of_slot(self, slot: int, feature: Feature) -> Ids:
         """The ids of one slot, which has this feature, as those of a batch of E examples."""
@@ -51,6 +56,29 @@ class LocalIds:
         return Ids(
             self.values[own], lengths, self.weights[own] if feature.weighted and self.weights is not None else None
         )
+
+
+@dataclass
+class Unpooled:
+    """What this rank looks up row by row, in a step.
+
+    Attributes:
+        ids: of its unpooled slots.
+        by_block: by_block[slot][block][rank], how many ids each has.
+        orders: by slot that this rank's own ids go to, where they are sorted by owner: where each came from.
+        sent: by rank and by slot of it, how many of this rank's own ids it has.
+        gradients: by slot, [ids, columns]: set before the update.
+    """
+
+    ids: LocalIds
+    by_block: list[list[list[int]]]
+    orders: dict[str, Tensor]
+    sent: list[list[int]]
+    gradients: list[Tensor] | None = None
+
+    def values(self) -> tuple[Tensor, ...]:
+        """The ids of every slot."""
+        return self.ids.values.split(list(self.ids.counts))
 
 
 State = dict[str, tuple[Shard, Tensor]]
@@ -99,7 +127,6 @@ class LocalShard:
         return any(slot.source.multi_valued for slot in self.slots)
 
 
-def group_lookups(slots: Sequence[Lookup]) -> tuple[LocalShard, ...]:
+def group_lookups(slots: Sequence[Lookup], shards: Sequence[Shard]) -> tuple[LocalShard, ...]:
     """Shards in slot order, each with its slots."""
-    shards = dict.fromkeys(slot.shard for slot in slots)
     return tuple(LocalShard(shard, tuple(slot for slot in slots if slot.shard == shard)) for shard in shards)

@@ -1,9 +1,10 @@
 """Tables of one rank: which backend holds which table and why, and the record of touched rows."""
 
+import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,17 +12,19 @@ import torch
 from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
-from megarec.distributed.collectives import Channel
+from megarec.distributed.collectives import Channel, all_reduce_sum
 from megarec.errors import UserError
 from megarec.kernels.launch import triton_problem
 from megarec.sparse.layout import EmbeddingLayout
-from megarec.sparse.lookups import Lookup, LookupPlan, plan_lookups
+from megarec.sparse.lookups import LookupPlan, plan_lookups
 from megarec.sparse.placement import COLUMN_UNIT, Shard, replicated
-from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State, Tables, group_lookups
+from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State, Tables, Unpooled, group_lookups
 from megarec.sparse.tables.initial import fill_initial
+from megarec.sparse.tables.optimizers import table_bytes
 from megarec.sparse.tables.torch_backend import ColumnShardSum, ReplicatedTorchTables, TorchTables
 
 FBGEMM_COLUMNS_ON_GPU = 1024
+SMALL_UPDATE = (2**28, 2**33)  # bytes of a rank's whole-table updates: near 0.05 s on a CPU, and 5 ms on a GPU
 TRITON_COLUMNS = 8192  # a program holds a row in registers
 _log = logging.getLogger(__name__)
 
@@ -46,9 +49,11 @@ def choose_backends(
         UserError: embedding.backend names a backend that cannot hold a table, or that does not work here.
     """
     choices = {}
+    unpooled = {feature.table for feature in layout.unpooled}
     slow: dict[str, list[str]] = {}  # tables by what keeps both fast backends from holding them
     for table in layout.tables:
-        choice = requested_backend([shard for shard in shards if shard.table == table.name], config, device.type)
+        own = [shard for shard in shards if shard.table == table.name]
+        choice = requested_backend(own, config, device.type, unpooled=table.name in unpooled)
         if choice.backend == "fbgemm" and (problem := _fbgemm_problem(device.type)) is not None:
             choice = Choice("torch" if device.type == "cpu" or config.backend == "fbgemm" else "triton", problem)
         if choice.backend == "triton" and (problem := triton_problem(device.type)) is not None:
@@ -62,13 +67,38 @@ def choose_backends(
         choices[table.name] = choice
     for reason, names in slow.items():
         _log.warning("SLOW TABLES: %d tables are held by plain torch, because %s", len(names), reason)
+    _warn_of_whole_updates(shards, config, device.type)
     return choices
 
 
-def requested_backend(shards: Sequence[Shard], config: EmbeddingConfig, device: str) -> Choice:
-    """The backend of a table that is placed as these shards, by config and type of device: the same on every rank."""
+def _warn_of_whole_updates(shards: Sequence[Shard], config: EmbeddingConfig, device: str) -> None:
+    """One line where updates of all rows move so much memory that they are felt in every step."""
+    whole = [shard for shard in shards if config.rule_of(shard.table).all_rows]
+    ranks = {shard.rank: [other for other in whole if other.rank == shard.rank] for shard in whole}
+    moved = {rank: 2 * table_bytes(own, config) for rank, own in ranks.items()}
+    rank = max(moved, key=lambda rank: moved[rank], default=None)
+    if rank is None or moved[rank] <= SMALL_UPDATE[device != "cpu"]:
+        return
+    largest = max(ranks[rank], key=lambda shard: shard.rows * shard.columns)
+    _log.warning(
+        "WHOLE-TABLE UPDATES: every step reads and writes %.1f GB on rank %d, most of it for %s rows x %d columns of "
+        "table %r; L2 with coupled=false touches the rows of a batch alone (docs/regularisation.md)",
+        *(moved[rank] / 1e9, rank, f"{largest.rows:,}", largest.columns, largest.table),
+    )
+
+
+def requested_backend(shards: Sequence[Shard], config: EmbeddingConfig, device: str, *, unpooled: bool) -> Choice:
+    """The backend of a table that is placed as these shards, by config and type of device: the same on every rank.
+
+    Args:
+        unpooled: whether rows of it travel one by one.
+    """
     if config.backend == "torch":
         return Choice("torch", 'embedding.backend="torch"')
+    if unpooled:
+        return Choice("torch", "a sequence looks up its rows one by one: one update has their gradients and the pooled")
+    if (own := config.rule_of(shards[0].table).reason) is not None:
+        return Choice("torch", f"{own}, which torch's alone can")
     if replicated(shards):
         return Choice("torch", "a copy on every rank: the gradients of all ranks are summed before its update")
     if config.optimizer == "adam":
@@ -95,7 +125,11 @@ def routes_of(
 ) -> LookupPlan:
     """Who looks up what of tables that are spread over a group."""
     by_table = {table: [s for s in shards if s.table == table] for table in {s.table for s in shards}}
-    backends = {table: requested_backend(own, config, device.type).backend for table, own in by_table.items()}
+    unpooled = {feature.table for feature in layout.unpooled}
+    backends = {
+        table: requested_backend(own, config, device.type, unpooled=table in unpooled).backend
+        for table, own in by_table.items()
+    }
     fused, triton = ([t for t, backend in backends.items() if backend == kind] for kind in ("fbgemm", "triton"))
     return plan_lookups(layout, shards, ranks, fused, triton)
 
@@ -123,7 +157,7 @@ class LocalTables:
     """The shards of this rank; its slots are in the order of the output's columns.
 
     Args:
-        slots: of this rank.
+        plan: who looks up what; this rank is that of the channel.
         shards: of all ranks.
         replicated: whether every rank of the channel holds these tables whole.
         output: the type in which summed rows are asked for; a backend may emit float32 instead.
@@ -131,7 +165,7 @@ class LocalTables:
 
     def __init__(
         self,
-        slots: Sequence[Lookup],
+        plan: LookupPlan,
         layout: EmbeddingLayout,
         shards: Sequence[Shard],
         choices: dict[str, Choice],
@@ -143,7 +177,8 @@ class LocalTables:
         output: torch.dtype = torch.float32,
     ) -> None:
         self._layout, self.replicated = layout, replicated
-        local = group_lookups(slots)
+        slots, self._unpooled = plan.slots[channel.rank], plan.unpooled[channel.rank]
+        local = group_lookups(slots, plan.shards[channel.rank])
         # Row-wise Adagrad over column slices needs every rank in its exchange, one without such slices as well.
         split = config.optimizer == "rowwise_adagrad" and any(shard.column_start > 0 for shard in shards)
         self._groups: list[tuple[int, Tables]] = []  # (slots, tables), in slot order
@@ -164,12 +199,17 @@ class LocalTables:
                 self._groups.append((count, self._torch_tables(parts, shards, config, channel, device, split=split)))
         if not local or (split and "torch" not in made):
             self._groups.append((0, self._torch_tables([], shards, config, channel, device, split=split)))
+        self._in_torch = [tables for _, tables in self._groups if isinstance(tables, TorchTables)]
+        self._std_of = config.initial_std_of
         rows = [part.shard.rows for part in local]
         flags = torch.zeros(sum(rows), dtype=torch.bool, device=device)  # one buffer: a step marks all its rows at once
         self._flags = flags
         self._touched = {part.shard: view.unsqueeze(1) for part, view in zip(local, flags.split(rows), strict=True)}
         first_row = {part.shard: sum(rows[:index]) for index, part in enumerate(local)}
-        self._first_rows = torch.tensor([first_row[slot.shard] for slot in slots], dtype=torch.int64, device=device)
+        self._first_rows, self._first_unpooled = (
+            torch.tensor([first_row[slot.shard] for slot in own], dtype=torch.int64, device=device)
+            for own in (slots, self._unpooled)
+        )
 
     def _torch_tables(
         self,
@@ -185,33 +225,47 @@ class LocalTables:
         columns = [self._layout.table(part.shard.table).columns for part in parts]
         if self.replicated:
             assert not split
-            return ReplicatedTorchTables(parts, columns, config, device, channel, self._mark)
+            return ReplicatedTorchTables(parts, columns, config, device, channel, self._mark, self._unpooled)
         owners = ColumnShardSum([part.shard for part in parts], shards, channel, device)
-        return TorchTables(parts, columns, config, device, owners.sum if split else None)
+        total = functools.partial(all_reduce_sum, channel=channel, purpose="table norm", direction="backward")
+        return TorchTables(parts, columns, config, device, owners.sum if split else None, self._unpooled, total)
 
-    def fill(self, seed: int, std: float | None) -> None:
+    def fill(self, seed: int) -> None:
         """Initial weights (initial.py)."""
+        for tables in self._in_torch:
+            tables.start(seed)
         for name, (shard, tensor) in self.state().items():
             if name == f"{shard.table}/weight":
-                fill_initial(tensor, shard, self._layout.table(shard.table), seed, std)
+                fill_initial(tensor, shard, self._layout.table(shard.table), seed, self._std_of(shard.table))
 
     def pool(self, ids: LocalIds) -> Pooled:
         """Summed rows of every bag, contiguous [examples, columns of all slots]."""
         parts = []
         first = 0
         for slots, tables in self._groups:
-            parts.append(tables.pool(ids.part(first, first + slots)))
+            own = ids.part(first, first + slots)
+            if ids.unpooled is not None and isinstance(tables, TorchTables):
+                own = dataclasses.replace(own, unpooled=ids.unpooled)
+            parts.append(tables.pool(own))
             first += slots
         columns = [part.values.shape[1] for part in parts]
 
         def update(gradient: Tensor) -> None:
             if not self.replicated:  # else in the update itself, which knows all ranks' rows
-                self._touch(ids)  # with the update: a step that is skipped touches nothing
+                self._touch(ids, self._first_rows)  # with the update: a step that is skipped touches nothing
+                if ids.unpooled is not None:
+                    self._touch(ids.unpooled.ids, self._first_unpooled)
             for part, own in zip(parts, gradient.split(columns, dim=1), strict=True):
                 part.update(own)
 
         shown = [part.values for part, width in zip(parts, columns, strict=True) if width] or [parts[0].values]
         return Pooled(shown[0] if len(shown) == 1 else torch.cat(shown, dim=1), update)
+
+    def rows_of(self, unpooled: Unpooled) -> list[Tensor]:
+        """The rows of every unpooled slot, float32 [ids, columns]; `update` of what `pool` returns takes their
+        gradients as well."""
+        holders = [tables for _, tables in self._groups if isinstance(tables, TorchTables)]
+        return holders[0].rows_of(unpooled) if holders else []
 
     def set_learning_rate(self, rate: float) -> None:
         for _, tables in self._groups:
@@ -224,14 +278,24 @@ class LocalTables:
         counts = torch.stack([touched.sum() for touched in self._touched.values()]).tolist()  # one wait for all tables
         return {shard.table: count / shard.rows for shard, count in zip(self._touched, counts, strict=True)}
 
+    def settle(self, names: Collection[str] | None = None) -> None:
+        """Apply decay that has waited for rows to be touched: of these tables, or of all."""
+        for tables in self._in_torch:
+            tables.settle(names)
+
+    def memory_bytes(self) -> int:
+        """Weights, optimizer state, and what is kept beside them."""
+        state = sum(tensor.nbytes for _, tensor in self.state().values())
+        return state + sum(tables.decay_bytes for tables in self._in_torch)
+
     def state(self) -> State:
         named: State = {f"{shard.table}/touched": (shard.per_row, touched) for shard, touched in self._touched.items()}
         for _, tables in self._groups:
             named |= tables.state()
         return named
 
-    def _touch(self, ids: LocalIds) -> None:
-        first_rows = self._first_rows.repeat_interleave(ids.counts_on_device(), output_size=ids.values.numel())
+    def _touch(self, ids: LocalIds, first_rows: Tensor) -> None:
+        first_rows = first_rows.repeat_interleave(ids.counts_on_device(), output_size=ids.values.numel())
         self._mark(first_rows.add_(ids.values))
 
     def _mark(self, rows: Tensor) -> None:

@@ -9,15 +9,16 @@ same order, so that every copy of the state stays equal to the last bit.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig
 from megarec.distributed.collectives import Channel, all_reduce_sum, all_to_all
+from megarec.sparse.lookups import Lookup
 from megarec.sparse.placement import Shard
-from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State
+from megarec.sparse.tables.base import LocalIds, LocalShard, Pooled, State, Unpooled
 from megarec.sparse.tables.optimizers import ROW_OPTIMIZERS, Hyperparameters, RowGradient
 from megarec.sparse.tables.stacked import StackedTable
 
@@ -30,7 +31,9 @@ class TorchTables:
 
     Args:
         table_columns: columns of each shard's whole table.
+        unpooled: the slots of this rank whose rows are looked up one by one.
         sum_squares: sums partial squares over the owners of a table (co_owners.py); None: every shard has whole rows.
+        sum_over_ranks: of a number, where gradients are clipped: every rank updates once a step; collective.
     """
 
     def __init__(
@@ -40,17 +43,43 @@ class TorchTables:
         config: EmbeddingConfig,
         device: torch.device,
         sum_squares: SumSquares | None,
+        unpooled: Sequence[Lookup] = (),
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._table_columns = table_columns
+        self._clip, self._sum_over_ranks = config.gradient_clipping, sum_over_ranks
         self._device = device
         self._sum_squares = sum_squares
         self._optimizer = ROW_OPTIMIZERS[config.optimizer]
         self._hyperparameters = Hyperparameters(config.learning_rate, config.eps)
         dtype = torch.float16 if config.weights == "fp16" else torch.float32
-        self._stacks = [
-            StackedTable(list(alike), self._optimizer, dtype, device)
-            for _, alike in itertools.groupby(shards, key=lambda local: local.shard.columns)
+        kinds = itertools.groupby(shards, key=lambda local: (local.shard.columns, config.rule_of(local.shard.table)))
+        self._stacks = [StackedTable(list(alike), self._optimizer, rule, dtype, device) for (_, rule), alike in kinds]
+        self._unpooled = [
+            (stack, first)  # of each slot, its stack and its shard's first row there
+            for slot in unpooled
+            for stack in self._stacks
+            if (first := stack.first_row(slot.shard)) is not None
         ]
+
+    @torch.no_grad()
+    def rows_of(self, unpooled: Unpooled) -> list[Tensor]:
+        """The rows of every unpooled slot, float32 [ids, columns]."""
+        return [
+            stack.rows_of(values.long() + first)
+            for values, (stack, first) in zip(unpooled.values(), self._unpooled, strict=True)
+        ]
+
+    def _single(self, ids: LocalIds, stack: StackedTable) -> tuple[Tensor, Tensor] | None:
+        """Keys of the rows that were looked up one by one in a stack, and their gradients; None: there are none."""
+        if ids.unpooled is None or not any(stack is other for other, _ in self._unpooled):
+            return None
+        assert ids.unpooled.gradients is not None, "the gradients of sequences come before the update"
+        parts = zip(ids.unpooled.values(), ids.unpooled.gradients, self._unpooled, strict=True)
+        own = [(values.long() + first, grad) for values, grad, (other, first) in parts if other is stack]
+        if len(own) == 1:
+            return own[0][0], own[0][1].float()
+        return torch.cat([keys for keys, _ in own]), torch.cat([grad.float() for _, grad in own])
 
     @torch.no_grad()
     def pool(self, ids: LocalIds) -> Pooled:
@@ -58,6 +87,23 @@ class TorchTables:
 
     def set_learning_rate(self, rate: float) -> None:
         self._hyperparameters.learning_rate = rate
+
+    def start(self, seed: int) -> None:
+        """First of all, with the seed of the run."""
+        for stack in self._stacks:
+            stack.start(seed)
+
+    def settle(self, names: Collection[str] | None = None) -> None:
+        """Apply decay that has waited for rows to be touched, so that the weights are what they mean: of these tables
+        and those that lie in one stack with them, or of all."""
+        for stack in self._stacks:
+            if names is None or any(local.shard.table in names for local in stack.shards):
+                stack.settle()
+
+    @property
+    def decay_bytes(self) -> int:
+        """What the record of waiting decay takes."""
+        return sum(stack.decay_bytes for stack in self._stacks)
 
     def state(self) -> State:
         named: State = {}
@@ -76,17 +122,36 @@ class TorchTables:
     def update(self, ids: LocalIds, grad: Tensor) -> None:
         """One optimizer step, given the gradient float32 [examples, columns of all slots] of `look_up`."""
         columns = grad.split([stack.slots * stack.columns for stack in self._stacks], dim=1)
-        gradients = [s.gradients(p, c) for s, p, c in zip(self._stacks, self._parts(ids), columns, strict=True)]
+        gradients = [
+            stack.gradients(part, own, self._single(ids, stack))
+            for stack, part, own in zip(self._stacks, self._parts(ids), columns, strict=True)
+        ]
+        if self._clip is not None:
+            clipped = [list(chunks) for chunks in gradients]
+            self._clip_norm([gradient.values for chunks in clipped for gradient in chunks])
+            gradients = [iter(chunks) for chunks in clipped]
         if self._optimizer.rowwise and self._sum_squares is not None:
             held = [list(chunks) for chunks in gradients]
             self._set_shared_mean_squares(held, self._sum_squares)
             gradients = [iter(chunks) for chunks in held]
         for stack, chunks in zip(self._stacks, gradients, strict=True):
-            stack.count_step()
+            stack.begin_step(self._hyperparameters)
             for gradient in chunks:
                 if self._optimizer.rowwise and gradient.mean_square is None:
                     gradient.mean_square = gradient.values.square().mean(dim=1, keepdim=True)
                 stack.apply(gradient, self._hyperparameters)
+
+    def _clip_norm(self, values: Sequence[Tensor]) -> None:
+        """Scale gradients to a norm over all tables of at most embedding.gradient_clipping, as torch's clip_grad_norm_;
+        the host waits for nothing."""
+        assert self._clip is not None
+        square = torch.zeros(1, device=self._device)
+        for part in values:
+            square += part.square().sum()
+        norm = (square if self._sum_over_ranks is None else self._sum_over_ranks(square)).sqrt()
+        factor = (self._clip / (norm + 1e-6)).clamp_(max=1)
+        for part in values:
+            part.mul_(factor)
 
     def _set_shared_mean_squares(self, held: Sequence[list[RowGradient]], sum_squares: SumSquares) -> None:
         """Means of g^2 over the rows of the global tables, of which this rank has some of the columns."""
@@ -94,15 +159,20 @@ class TorchTables:
         for stack, chunks in zip(self._stacks, held, strict=True):
             if chunks:
                 squares = torch.cat([gradient.values.square().sum(dim=1) for gradient in chunks])
-                partial += stack.split_by_shard(torch.cat([gradient.rows for gradient in chunks]), squares)
+                partial += stack.split_by_shard(
+                    torch.cat([self._numbers(gradient.rows) for gradient in chunks]), squares
+                )
             else:
                 partial += [torch.empty(0, device=self._device)] * len(stack.shards)
         whole = [square / columns for square, columns in zip(sum_squares(partial), self._table_columns, strict=True)]
         for stack, chunks in zip(self._stacks, held, strict=True):
             means = torch.cat(whole[: len(stack.shards)]).unsqueeze(1)
             whole = whole[len(stack.shards) :]
-            for gradient, mean in zip(chunks, means.split([g.rows.numel() for g in chunks]), strict=True):
+            for gradient, mean in zip(chunks, means.split([len(g.values) for g in chunks]), strict=True):
                 gradient.mean_square = mean
+
+    def _numbers(self, rows: Tensor | slice) -> Tensor:
+        return torch.arange(rows.start, rows.stop, device=self._device) if isinstance(rows, slice) else rows
 
     def _parts(self, ids: LocalIds) -> list[LocalIds]:
         """The ids of each stack."""
@@ -129,8 +199,9 @@ class ReplicatedTorchTables(TorchTables):
         device: torch.device,
         channel: Channel,
         mark: Callable[[Tensor], None],
+        unpooled: Sequence[Lookup] = (),
     ) -> None:
-        super().__init__(shards, table_columns, config, device, sum_squares=None)
+        super().__init__(shards, table_columns, config, device, sum_squares=None, unpooled=unpooled)
         self._channel, self._mark = channel, mark
 
     @torch.no_grad()
@@ -141,20 +212,20 @@ class ReplicatedTorchTables(TorchTables):
         buffer = torch.zeros(sum(sizes), device=self._device)
         own = [part.view(s.rows, s.columns + 1) for part, s in zip(buffer.split(sizes), stacks, strict=True)]
         for stack, part, of_stack, sums in zip(stacks, self._parts(ids), columns, own, strict=True):
-            for gradient in stack.gradients(part, of_stack):
-                sums[gradient.rows, :-1] = gradient.values
-                sums[gradient.rows, -1] = 1
+            for rows, values in stack.touched_gradients(part, of_stack, self._single(ids, stack)):
+                sums[rows, :-1] = values
+                sums[rows, -1] = 1
         total = all_reduce_sum(buffer, self._channel, "gradients", "backward")
         first = 0
         for stack, flat in zip(stacks, total.split(sizes), strict=True):
             sums = flat.view(stack.rows, stack.columns + 1)
-            rows = sums[:, -1].nonzero().squeeze(1)
-            self._mark(rows + first)
+            touched = sums[:, -1].nonzero().squeeze(1)
+            self._mark(touched + first)
             first += stack.rows
-            gradient = RowGradient(rows, sums[rows, :-1].contiguous())
+            gradient = stack.of_sums(touched, sums[:, :-1])
             if self._optimizer.rowwise:
                 gradient.mean_square = gradient.values.square().mean(dim=1, keepdim=True)
-            stack.count_step()
+            stack.begin_step(self._hyperparameters)
             stack.apply(gradient, self._hyperparameters)
 
 

@@ -42,7 +42,7 @@ def assign_towers(layout: EmbeddingLayout, requested: int | Sequence[Sequence[st
     if not requested:
         raise UserError("parallel.towers lists no tower: give each tower's features, a number of towers, or null")
     tower_of: dict[str, int] = {}
-    known = [feature.name for feature in layout.features]
+    known = _names(layout)
     for tower, names in enumerate(requested):
         if not names:
             raise UserError(f"parallel.towers[{tower}] is empty: give it a feature, or leave the tower out")
@@ -84,15 +84,15 @@ def _strided(layout: EmbeddingLayout, count: int) -> Towers:
         )
     if count > len(tables):
         raise UserError(
-            f"parallel.towers={count}: {len(layout.features)} categorical features with {len(tables)} tables fill at "
+            f"parallel.towers={count}: {len(_names(layout))} categorical features with {len(tables)} tables fill at "
             f"most {len(tables)} towers"
         )
-    return _in_order(layout, {f.name: tables[f.table] % count for f in layout.features}, count)
+    return _in_order(layout, {f.name: tables[f.table] % count for f in layout.looked_up}, count)
 
 
 def _check_tables(layout: EmbeddingLayout, tower_of: dict[str, int]) -> None:
-    first = {feature.table: feature.name for feature in reversed(layout.features)}
-    for feature in layout.features:
+    first = {feature.table: feature.name for feature in reversed(layout.looked_up)}
+    for feature in layout.looked_up:
         other = first[feature.table]
         if tower_of[feature.name] != tower_of[other]:
             raise UserError(
@@ -102,18 +102,18 @@ def _check_tables(layout: EmbeddingLayout, tower_of: dict[str, int]) -> None:
 
 
 def _in_order(layout: EmbeddingLayout, tower_of: dict[str, int], count: int) -> Towers:
-    return Towers(
-        tuple(
-            tuple(feature.name for feature in layout.features if tower_of[feature.name] == tower)
-            for tower in range(count)
-        )
-    )
+    return Towers(tuple(tuple(name for name in _names(layout) if tower_of[name] == tower) for tower in range(count)))
+
+
+def _names(layout: EmbeddingLayout) -> list[str]:
+    """Of all features, each once."""
+    return list(dict.fromkeys(feature.name for feature in layout.looked_up))
 
 
 def tower_columns(layout: EmbeddingLayout, towers: Towers) -> list[list[int]]:
-    """By tower, the columns of its features in the matrix [B, layout.width], feature after feature.
+    """By tower, the columns of its pooled features in the matrix [B, layout.width], feature after feature.
 
     `[column for tower in tower_columns(...) for column in tower]` brings the matrix into tower order.
     """
     columns = {f.name: range(f.start, f.start + f.columns) for f in layout.features}
-    return [[column for name in names for column in columns[name]] for names in towers.features]
+    return [[column for name in names for column in columns.get(name, ())] for names in towers.features]

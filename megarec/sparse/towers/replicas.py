@@ -23,7 +23,7 @@ from megarec.sparse.towers.sizes import TowerSizes
 class TowerOptimizer(NamedTuple):
     """Every hyper-parameter explicit; names as in the `dense` section. Gradients are not clipped."""
 
-    optimizer: Literal["adamw", "sgd"]
+    optimizer: Literal["adamw", "adam", "sgd"]
     learning_rate: float
     betas: tuple[float, float]
     eps: float
@@ -37,10 +37,10 @@ def resolve_optimizer(module: TowerModule, dense: DenseConfig) -> TowerOptimizer
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: TowerOptimizer) -> torch.optim.Optimizer:
-    """torch's own SGD or fused AdamW, at the base learning rate (the schedule scales it before each step)."""
+    """torch's own SGD, or fused Adam or AdamW, at the base learning rate (the schedule scales it before each step)."""
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(
+    return (torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW)(
         parameters,
         settings.learning_rate,
         betas=settings.betas,

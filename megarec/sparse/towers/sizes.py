@@ -108,7 +108,12 @@ def resolve_towers(config: RunConfig, layout: EmbeddingLayout) -> ResolvedTowers
             f"tower_module: {deep:,} layers in each of {len(towers.features):,} towers; expected at most "
             f"{MOST_LINEAR:,} in all"
         )
-    inputs = [sum(columns[name] for name in names) // layout.dim for names in towers.features]
+    inputs = [sum(columns.get(name, 0) for name in names) // layout.dim for names in towers.features]
+    if 0 in inputs:
+        raise UserError(
+            f"parallel.towers[{inputs.index(0)}] holds sequences alone, and tower_module.name={module.name!r} takes "
+            "pooled features: put another feature into that tower"
+        )
     sizes, why = module_sizes(module, layout.dim, inputs, config.model.bias, config.model.activation)
     return ResolvedTowers(towers, sizes, (held, why))
 

@@ -22,6 +22,7 @@ class RankHealth:
         embeddings, dense, towers: sums of its gradients: of the embeddings, of the dense model's parameters, and of the
             tower modules' parameters and inputs.
         signum: the signal it was sent; 0: none.
+        labels: of several labels, 1 where the loss of one is finite, else 0.
     """
 
     loss: float
@@ -29,6 +30,7 @@ class RankHealth:
     dense: float
     towers: float
     signum: float
+    labels: tuple[float, ...] = ()
 
     @property
     def finite_loss(self) -> bool:
@@ -107,17 +109,27 @@ class FaultPolicy:
         deviation = statistics.median(abs(loss - median) for loss in self._state.losses)
         return median + self._config.spike_deviations * max(deviation, 0.01 * median)
 
-    def applied(self, loss: float) -> None:
-        """A step was applied."""
+    def applied(self, loss: float, left_out: Sequence[str] = ()) -> Action:
+        """A step was applied; what now.
+
+        Args:
+            left_out: labels that it was made without: so many steps in a row as of any fault are allowed.
+        """
+        for label in left_out:
+            self._state.faulty_labels[label] = self._state.faulty_labels.get(label, 0) + 1
+        if left_out:
+            return self._faulty_step("label")
         self.in_a_row = 0
         if self._config.spike != "off":
             self._state.losses = [*self._state.losses, loss][-self._config.spike_window :]
+        return "go on"
 
     def skipped(self, cause: str) -> Action:
         """The step where the run stands was not applied; what now. Overflows of fp16 are no faults."""
         self.count(cause)
-        if cause == "overflow":
-            return "go on"
+        return "go on" if cause == "overflow" else self._faulty_step(cause)
+
+    def _faulty_step(self, cause: str) -> Action:
         self.in_a_row += 1
         self._faulty.append(self._state.step)
         action: Action = "go on"

@@ -5,13 +5,15 @@ summed is this rank's own, before gradients are reduced over ranks, which would 
 tensor parallelism the ranks of a tensor group share what they compute: a fault in a gradient shows on all of them.)
 
 `StepCheck` is asked once a step, before anything changes: it gathers the health of all ranks, names the cause, and logs
-what was wrong and where.
+what was wrong and where. Of several labels those that the backward pass has left out (dense/objective.py) are named as
+well; the step is applied without them.
 """
 
 import logging
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -26,6 +28,7 @@ from megarec.training.faults.report import diagnose
 from megarec.training.step import StepTensors
 
 _log = logging.getLogger(__name__)
+OWN = 5  # numbers of a rank's health, before those of labels
 
 
 class HealthGather:
@@ -50,7 +53,7 @@ class HealthGather:
         self.dense.append((name, gradient.sum(dtype=torch.float32)))
 
     def __call__(self, tensors: StepTensors) -> Callable[[], list[RankHealth]]:
-        """Ask every rank; collective, one all-gather of five numbers.
+        """Ask every rank; collective, one all-gather of five numbers, and one for each of several labels.
 
         Returns:
             Waits for the answers: the health of every rank, the same on all of them.
@@ -65,17 +68,24 @@ class HealthGather:
                 torch.full((), float(self._signum()), device=device),  # a kernel; a copy would make the host wait
             ]
         )
+        finite = [made.finite for made in tensors.made if made.finite is not None]
+        if finite:
+            mine = torch.cat([mine, torch.stack(finite).amin(0)])
         gathered = all_gather_rows(mine.unsqueeze(0), self._world, "health")
 
         def answer() -> list[RankHealth]:
             rows = gathered.wait().tolist()  # the one wait of a step for an accelerator
-            return [RankHealth(*row) for row in rows]
+            return [replace(RankHealth(*row[:OWN]), labels=tuple(row[OWN:])) for row in rows]
 
         return answer
 
     def clear(self) -> None:
         """Before the next step."""
         self.dense.clear()
+
+
+def _some(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 def _total(sums: list[Tensor], device: torch.device) -> Tensor:
@@ -89,6 +99,7 @@ class StepCheck:
         loss: mean over the global batch of the last step.
         signum: a signal that some rank was sent; 0: none.
         said: what the log has of the last faulty step.
+        left_out: labels that the last step was made without.
     """
 
     def __init__(self, run: Run, policy: FaultPolicy, state: TrainState, interruption: Interruption) -> None:
@@ -96,6 +107,7 @@ class StepCheck:
         world = build_channel(run.topology, "world", run.ledger)
         self._gather = HealthGather(run.dense.module, world, lambda: interruption.signum or 0)
         self.loss, self.signum, self.said = math.nan, 0, ""
+        self.left_out: list[str] = []
 
     def __call__(self, tensors: StepTensors) -> Callable[[], str | None]:
         answers = self._gather(tensors)
@@ -107,10 +119,24 @@ class StepCheck:
         cause = cause_of(ranks, self._run.dense.loss_scale_can_shrink())
         if cause is None and self._policy.spikes(self.loss):
             cause = "spike"
+        self.left_out = self._say_left_out(ranks) if cause is None else []
         if cause is not None and cause != "overflow":
             self._report(cause, ranks, tensors)
         self._gather.clear()
         return cause
+
+    def _say_left_out(self, ranks: list[RankHealth]) -> list[str]:
+        """Labels whose loss is not finite on some rank."""
+        found = {
+            label: [rank for rank, health in enumerate(ranks) if not health.labels[place]]
+            for place, label in enumerate(self._run.schema.predicted if ranks[0].labels else ())
+        }
+        faulty = {label: ranks_of for label, ranks_of in found.items() if ranks_of}
+        if faulty:
+            named = (f"label {label}: its loss is not finite on ranks {_some(own)}" for label, own in faulty.items())
+            self.said = "; ".join(named)
+            _log.warning("FAULTY STEP %d, MADE WITHOUT %s", self._state.step + 1, self.said)
+        return list(faulty)
 
     def _report(self, cause: str, ranks: list[RankHealth], tensors: StepTensors) -> None:
         run, faulty = self._run, faulty_ranks(ranks)

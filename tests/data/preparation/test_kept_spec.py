@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megarec.commands.evaluate import fitting_schema
 from megarec.commands.prepare_data import main
 from megarec.data.preparation.encode_rows import RowEncoder
 from megarec.data.preparation.kept_spec import load_prepared
@@ -19,6 +18,7 @@ from megarec.data.schema import load_schema
 from megarec.data.sources.criteo import criteo_spec, write_made_up
 from megarec.data.store import open_split
 from megarec.errors import UserError
+from megarec.evaluation.opened import fitting_schema
 from tests.data.preparation.test_prepare import EXPECTED, SPEC, TEST, TRAIN, prepare, prepare_weighted, write_spec
 
 UNLABELLED = "\n".join(line.rsplit(",", 1)[0] for line in TEST.splitlines()) + "\n"

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megarec.commands.evaluate import fitting_schema
 from megarec.commands.prepare_data import main
 from megarec.data.preparation import merge, scan, splits, table_reader, text_files
 from megarec.data.preparation.encode_rows import RowEncoder
@@ -23,6 +22,7 @@ from megarec.data.schema import Schema, load_schema, select_label
 from megarec.data.sources.synthetic import prepare_like
 from megarec.data.store import open_split
 from megarec.errors import UserError
+from megarec.evaluation.opened import fitting_schema
 from tests.data.preparation.test_preparation import content, killed_at
 from tests.data.preparation.test_prepare import all_splits, write_spec
 

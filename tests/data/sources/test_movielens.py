@@ -124,6 +124,19 @@ def test_without_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         prepare_movielens("movielens-1m", tmp_path / "out", split="random", seed=1, history=-1, wheel=wheel)
 
 
+def test_ratings_of_the_past(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratings = [(1, 10 + i, 1 + i % 5, 1000 + i) for i in range(20)]
+    wheel = make_wheel(tmp_path / "x.whl", "movielens-1m", ratings, monkeypatch)
+    known = {"seed": 1, "history_ratings": True, "wheel": wheel}
+    schema = prepare_movielens("movielens-1m", tmp_path / "out", split="time", history=3, **known)  # type: ignore[arg-type]
+    rows = read_split(tmp_path / "out", "test")
+    assert [row["history_rating"] for row in rows] == [[1 + j % 5 for j in range(i - 3, i)] for i in (18, 19)]
+    lists = {f.name: (f.rows, f.newest) for f in schema.categorical if f.multi_valued}
+    assert lists == {"history": (17, "last"), "history_rating": (6, "last")}
+    with pytest.raises(UserError, match="--history-ratings with --split random --history 3: expected --split time"):
+        prepare_movielens("movielens-1m", tmp_path / "out", split="random", history=3, **known)  # type: ignore[arg-type]
+
+
 def test_random_split_is_fixed_by_its_seed() -> None:
     timestamps = np.arange(1000)
     first, again, other = (split_rows(timestamps, "random", seed) for seed in (1, 1, 2))
