@@ -88,6 +88,20 @@ def check_json_output(option: str, output: Path, example: str) -> None:
         raise UserError(f"{option} {output}: {output.parent} cannot be written; choose another directory")
 
 
+def check_output_file(path: Path, option: str, kind: str) -> None:
+    """Before long work.
+
+    Raises:
+        UserError: it is a directory, a device or the like, or lies in no directory.
+    """
+    if path.is_dir():
+        raise UserError(f"--{option} {path}: is a directory; expected the name of a file ({kind}), new or to replace")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--{option} {path}: is no regular file; expected the name of a file ({kind})")
+    if not path.parent.is_dir():
+        raise UserError(f"--{option} {path}: {path.parent} is no directory; make it, or choose another path")
+
+
 def sync_directory(directory: Path) -> None:
     """Make names that were created or changed in a directory survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)

@@ -21,7 +21,7 @@ from megarec.evaluation.opened import Opened, OpenedFile, open_file, open_model
 from megarec.evaluation.page import page
 from megarec.evaluation.prediction_table import PredictionTable
 from megarec.evaluation.report import Report, Scored, as_json, as_lines, is_finite, make_report
-from megarec.files import whole_file
+from megarec.files import check_output_file, whole_file
 from megarec.metrics.slices import Slices, in_tenths, slices_of
 from megarec.signals import unwinding
 
@@ -176,20 +176,6 @@ def _slices(name: str, values: pa.ChunkedArray, scored: Scored) -> Slices:
         codes, names = in_tenths(values.to_numpy().astype(np.float64))
         return slices_of(name, scored.logits, scored.labels, codes, names)
     return slices_of(name, scored.logits, scored.labels, found.codes, found.values.to_pylist())
-
-
-def check_output_file(path: Path, option: str, kind: str) -> None:
-    """Before long work.
-
-    Raises:
-        UserError: it is a directory, a device or the like, or lies in no directory.
-    """
-    if path.is_dir():
-        raise UserError(f"--{option} {path}: is a directory; expected the name of a file ({kind}), new or to replace")
-    if path.exists() and not path.is_file():
-        raise UserError(f"--{option} {path}: is no regular file; expected the name of a file ({kind})")
-    if not path.parent.is_dir():
-        raise UserError(f"--{option} {path}: {path.parent} is no directory; make it, or choose another path")
 
 
 @contextlib.contextmanager

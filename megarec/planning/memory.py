@@ -19,11 +19,14 @@ from torch import nn
 from megarec.config.deepspeed import micro_batch_size
 from megarec.config.sections import RunConfig
 from megarec.dense.memory import Parts, saved_activations
+from megarec.dense.settings import settings_of
 from megarec.dense.tensor_parallel import shard_mlps
 from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
 from megarec.models.blocks import MLP
 from megarec.planning.held_memory import runtime_bytes
+from megarec.planning.memo import Same, remembered
+from megarec.planning.traffic import placed, seen_by
 from megarec.planning.zero import MASTER, dense_parts, zero_of
 from megarec.run.build import overlaps
 from megarec.run.fits import activation_bytes
@@ -74,7 +77,7 @@ def predict(
     )
     if device.type != "cpu":
         parts["communication"] += whole_update_bytes(own, config.embedding)
-    parts["activations"] = activation_bytes(config, spec, micro_batch)
+    parts["activations"] = _saved(config, spec, micro_batch)
     parts["activations"] += zero.width * micro_batch * scattered_columns(spec, topology)
     parts["tables"] = table_bytes(own, config.embedding)
     parts["towers"] = tower_bytes(config, spec.towers, micro_batch * zero.accumulation, topology)
@@ -92,16 +95,33 @@ def largest_rank(
 ) -> Parts:
     """`predict` with totals, of the rank whose tables take most; the topology's own rank does not matter.
 
+    Args:
+        shards: `traffic.placed`; None: they are placed here.
+
     Raises:
         UserError: ranks, batch and tables do not fit together.
     """
-    shards = place_run(config, spec.layout, spec.towers, topology) if shards is None else shards
-    held = dict.fromkeys(range(topology.world_size), 0)
-    for shard in shards:
-        held[shard.rank] += table_bytes([shard], config.embedding)
-    largest = dataclasses.replace(topology, rank=max(held, key=lambda rank: held[rank]))
+    shards = placed(config, spec, topology) if shards is None else shards
+    largest = dataclasses.replace(topology, rank=_holds_most(config, shards, topology.world_size))
     micro = micro_batch_size(config, topology.world_size)
-    return with_totals(predict(config, spec, largest, micro, shards, device))
+    return with_totals(predict(config, spec, largest, micro, seen_by(shards, config, largest), device))
+
+
+@remembered(lambda config, shards, ranks: (Same(shards), config.embedding.model_dump_json()))
+def _holds_most(config: RunConfig, shards: Sequence[Shard], ranks: int) -> int:
+    """The first of the ranks whose tables take most."""
+    held: list[list[Shard]] = [[] for _ in range(ranks)]
+    for shard in shards:
+        held[shard.rank].append(shard)
+    sizes = [table_bytes(own, config.embedding) for own in held]
+    return sizes.index(max(sizes))
+
+
+@remembered(
+    lambda config, spec, examples: (Same(spec), examples, settings_of(config.deepspeed).dtype, config.dense.recompute)
+)
+def _saved(config: RunConfig, spec: ModelSpec, examples: int) -> int:
+    return activation_bytes(config, spec, examples)
 
 
 def with_totals(parts: Parts) -> Parts:
@@ -116,6 +136,7 @@ def with_totals(parts: Parts) -> Parts:
     return {**parts, "model_states": states, "total": states + sparse + moment + outside}
 
 
+@remembered(lambda spec, topology: (Same(spec), topology.tensor_size, topology.rank % topology.tensor_size))
 def parameter_sizes(spec: ModelSpec, topology: Topology) -> list[int]:
     """Elements of every dense parameter of the rank, as tensor parallelism shards it, in the model's order."""
     model = spec.meta_model()
@@ -124,6 +145,7 @@ def parameter_sizes(spec: ModelSpec, topology: Topology) -> list[int]:
     return [parameter.numel() for parameter in model.parameters()]
 
 
+@remembered(lambda spec, topology: (Same(spec), topology.tensor_size))
 def scattered_columns(spec: ModelSpec, topology: Topology) -> int:
     """Columns of an example that tensor-parallel MLPs save twice: the input of a last layer that is row-parallel by
     itself, as it was and as columns of all ranks' examples (dense/tensor_parallel.py)."""
@@ -145,6 +167,15 @@ def is_shared(module: nn.Module, size: int) -> bool:
     return len(module.linears) > 1 or (isinstance(first, nn.Linear) and first.in_features % size == 0)
 
 
+@remembered(
+    lambda config, resolved, examples, topology: (
+        Same(resolved),
+        examples,
+        topology.host if config.parallel.exchange == "tower" else None,
+        topology.hosts,
+        config.dense.optimizer,
+    )
+)
 def tower_bytes(config: RunConfig, resolved: ResolvedTowers, examples: int, topology: Topology) -> int:
     """Parameters, gradients, optimizer state and saved activations of the modules that a rank runs, all float32.
 
@@ -165,6 +196,15 @@ def tower_bytes(config: RunConfig, resolved: ResolvedTowers, examples: int, topo
     return 4 * copies * sum(parameter.numel() for parameter in bank.parameters()) + kept["bytes"]
 
 
+@remembered(
+    lambda layout, shards, examples, topology, *, by_micro_batch=False: (
+        Same(shards),
+        examples,
+        topology.rank,
+        topology.world_size,
+        by_micro_batch,
+    )
+)
 def exchange_bytes(
     layout: EmbeddingLayout,
     shards: Sequence[Shard],

@@ -26,6 +26,7 @@ from megarec.planning.hardware import Hardware
 from megarec.planning.memory import largest_rank, predict
 from megarec.planning.pieces import Piece, Timeline, timeline
 from megarec.planning.step_time import pieces_of
+from megarec.planning.traffic import placed
 from megarec.planning.work import Work, work_of
 from megarec.run.build import Run
 from megarec.run.spec import ModelSpec
@@ -106,7 +107,7 @@ def plan_run(
     ranks = hosts * ranks_per_host
     job = Topology(0, ranks, ranks_per_host, config.parallel.tensor)
     micro_batch_size(config, ranks)  # fails on the arithmetic before anything takes time
-    shards = place_run(config, spec.layout, spec.towers, job) if shards is None else shards
+    shards = placed(config, spec, job) if shards is None else shards
     work = work_of(config, spec, hosts, ranks_per_host, shards)
     pieces = pieces_of(work, hardware)
     found = timeline(pieces)

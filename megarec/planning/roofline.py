@@ -25,6 +25,7 @@ from megarec.models.blocks import MLP
 from megarec.planning import skew
 from megarec.planning.clock import Clock, PartTime
 from megarec.planning.hardware import load_hardware
+from megarec.planning.memo import Same, remembered
 from megarec.planning.memory import parameter_sizes
 from megarec.planning.op_counts import Op, OpCounter
 from megarec.planning.traffic import mean_ids, sparse_messages, touched_rows
@@ -158,6 +159,9 @@ def predict_step(config: RunConfig, spec: ModelSpec, name: str, batch: int | Non
     return dataclasses.replace(made, mfu=flop / made.seconds / peak, fused_mfu=flop / made.fused_seconds / peak)
 
 
+@remembered(
+    lambda config, spec, examples: (Same(spec), examples, settings_of(config.deepspeed).dtype, config.dense.recompute)
+)
 def dense_ops(config: RunConfig, spec: ModelSpec, examples: int) -> list[Op]:
     """Forward and backward of the dense model on some examples, but for what puts X_0 together: that is glue."""
     dtype = settings_of(config.deepspeed).dtype
@@ -179,6 +183,7 @@ def dense_ops(config: RunConfig, spec: ModelSpec, examples: int) -> list[Op]:
     return own + second.ops
 
 
+@remembered(lambda spec, examples, towers=None: (Same(spec), examples, None if towers is None else tuple(towers)))
 def tower_ops(spec: ModelSpec, examples: int, towers: Sequence[int] | None = None) -> list[Op]:
     """Forward and backward of some towers' modules on some examples; None: of all, as each rank of a host sees them
     on its own examples, or its share of them on as many more."""
@@ -207,6 +212,15 @@ def lookup_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int) -> i
     return int(sum(mean_ids(f, examples) * (of_table[f.table] * element + 4) for f in layout.looked_up))
 
 
+@remembered(
+    lambda config, layout, examples, skewed=False: (
+        Same(layout),
+        examples,
+        skewed,
+        config.embedding.optimizer,
+        config.embedding.weights,
+    )
+)
 def update_bytes(config: RunConfig, layout: EmbeddingLayout, examples: int, skewed: bool = False) -> int:
     """Ids sorted, weights and optimizer states of the rows that are updated read and written: of all, or of the touched
     ones. What is read of gradients belongs to the glue.
@@ -253,6 +267,7 @@ def hpz_messages(parameters: int, zero: Zero) -> list[int]:
     return [zero.width * parameters * (sharers - 1) // sharers]
 
 
+@remembered(lambda spec, zero, topology, examples: (Same(spec), zero.width, topology.tensor_size, examples))
 def tensor_messages(spec: ModelSpec, zero: Zero, topology: Topology, examples: int) -> list[float]:
     """Bytes that a rank sends for the tensor-parallel layers."""
     if topology.tensor_size == 1:

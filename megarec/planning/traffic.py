@@ -5,6 +5,7 @@ evenly over rows that ranks share, and the rows that a batch touches in a table 
 sums of squares of row-wise Adagrad).
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,10 +15,10 @@ import torch
 from megarec.config.sections import RunConfig
 from megarec.distributed.collectives import MESSAGE_TYPES, Direction, WireDtypes
 from megarec.distributed.topology import Topology, group_ranks
+from megarec.planning.memo import Same, remembered
 from megarec.run.spec import ModelSpec
 from megarec.sparse.layout import EmbeddingLayout, Feature
-from megarec.sparse.lookups import Lookup, plan_lookups
-from megarec.sparse.placement import Shard, replicated
+from megarec.sparse.placement import Shard, replicated, split_by_rows
 from megarec.sparse.run_placement import layouts_by_host, on_host, place_run
 
 IDS_OF_A_LIST = 2.5  # on average, as in synthetic data; where the data say their own, that
@@ -63,6 +64,18 @@ class _Group(NamedTuple):
     remote: tuple[bool, ...]
 
 
+class _Loads(NamedTuple):
+    """By rank of a group, of what others send it: ids, lists and weights of so many examples; columns of its tables,
+    and of its parts of tables that are split by rows; numbers of the rows of sequences."""
+
+    ids: list[float]
+    lists: list[int]
+    weights: list[float]
+    columns: list[int]
+    split: list[int]
+    rows: list[float]
+
+
 def sparse_messages(
     config: RunConfig, spec: ModelSpec, topology: Topology, shards: Sequence[Shard] | None = None
 ) -> list[Message]:
@@ -85,11 +98,7 @@ def sparse_messages(
         if modules is not None and held is not None:
             found.append(_tower_gradients(spec, range(len(held)), world))
         return [message for message in found if message.bytes]
-    small = all(table.rows < 2**31 for part in parts for table in part.tables)
-    dtype = torch.int32 if small else torch.int64
-    features = [part.looked_up for part in parts]
-    counts = [[mean_ids(feature, examples) for feature in own] for own in features]
-    found = _ids(counts, features, peer, dtype, examples)
+    found = _ids(_by_host(parts, examples), peer, _index_dtype(parts))
     own = on_host(shards, topology)
     found += _group_messages(config, parts[topology.host], own, tower, examples * topology.hosts)
     outputs = [part.width for part in parts]
@@ -107,6 +116,49 @@ def sparse_messages(
     return [message for message in found if message.bytes]
 
 
+@remembered(
+    lambda config, spec, topology: (
+        Same(spec.layout),
+        Same(spec.towers),
+        config.parallel.exchange,
+        config.embedding.placement,
+        str(config.embedding.table_placements),
+        config.data.batch_size,
+        topology.world_size,
+        topology.ranks_per_host,
+    ),
+    kept=8,
+)
+def placed(config: RunConfig, spec: ModelSpec, topology: Topology) -> tuple[Shard, ...]:
+    """Where all tables of a job lie. Of replicated tables the copies of ranks 0 and 1 alone under the flat exchange:
+    thousands of ranks have millions of them. `seen_by` has a rank's own."""
+    return place_run(config, spec.layout, spec.towers, topology, copies=range(min(2, topology.world_size)))
+
+
+@remembered(lambda shards, config, topology: (Same(shards), config.parallel.exchange, topology.rank), kept=8)
+def seen_by(shards: Sequence[Shard], config: RunConfig, topology: Topology) -> Sequence[Shard]:
+    """`placed`, with the copies that the rank of a topology holds."""
+    if config.parallel.exchange == "tower" or topology.rank < 2:
+        return shards
+    names = replicated(shards)
+    if any(s.rank == topology.rank and s.table in names for s in shards):
+        return shards  # all copies are listed
+    copies = [dataclasses.replace(s, rank=topology.rank) for s in shards if s.table in names and s.rank == 0]
+    return [*shards, *copies]
+
+
+def _by_host(parts: Sequence[EmbeddingLayout], examples: int) -> _Loads:
+    """What peers send each other: the ids of the features that each host looks up."""
+    return _Loads(
+        [sum(mean_ids(feature, examples) for feature in part.looked_up) for part in parts],
+        [examples * sum(feature.multi_valued for feature in part.looked_up) for part in parts],
+        [sum(mean_ids(feature, examples) for feature in part.looked_up if feature.weighted) for part in parts],
+        columns=[],
+        split=[],
+        rows=[],
+    )
+
+
 def _group(topology: Topology, name: str) -> _Group:
     every = {"world": [list(range(topology.world_size))]}
     kinds = group_ranks(topology.world_size, topology.ranks_per_host, topology.tensor_size) | every
@@ -120,6 +172,40 @@ def _wire(config: RunConfig) -> WireDtypes:
     return WireDtypes(forward, backward)
 
 
+def _loads(layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int, examples: int) -> _Loads:
+    """sparse/lookups.py, slot by slot: a feature looked up in a shard. Of tables split by rows every rank gets the ids
+    of its rows, as lists."""
+    found = _Loads([0.0] * ranks, [0] * ranks, [0.0] * ranks, [0] * ranks, [0] * ranks, [0.0] * ranks)
+    by_rows, rows = split_by_rows(shards), {table.name: table.rows for table in layout.tables}
+    of_table: dict[str, list[Feature]] = {}
+    pooled, sequences = (dict.fromkeys(rows, 0.0) for _ in range(2))
+    for feature in layout.features:
+        pooled[feature.table] += 1
+    for feature in layout.unpooled:
+        sequences[feature.table] += mean_ids(feature, examples)
+    for feature in layout.looked_up:
+        of_table.setdefault(feature.table, []).append(feature)
+    looked_up = {
+        name: (
+            len(own),
+            sum(feature.multi_valued for feature in own),
+            sum(mean_ids(feature, examples) for feature in own),
+            sum(mean_ids(feature, examples) for feature in own if feature.weighted),
+        )
+        for name, own in of_table.items()
+    }
+    for shard in shards:
+        features, lists, ids, weights = looked_up[shard.table]
+        split = shard.table in by_rows
+        share = shard.rows / rows[shard.table] if split else 1.0
+        found.ids[shard.rank] += share * ids
+        found.lists[shard.rank] += examples * (features if split else lists)
+        found.weights[shard.rank] += share * weights
+        (found.split if split else found.columns)[shard.rank] += int(pooled[shard.table]) * shard.columns
+        found.rows[shard.rank] += share * sequences[shard.table] * shard.columns
+    return found
+
+
 def _group_messages(
     config: RunConfig, layout: EmbeddingLayout, shards: Sequence[Shard], group: _Group, examples: int
 ) -> list[Message]:
@@ -128,18 +214,12 @@ def _group_messages(
     spread = [shard for shard in shards if shard.table not in names]
     wire, found = _wire(config), list[Message]()
     if spread:
-        plan = plan_lookups(layout, spread, group.size)
-        rows = {table.name: table.rows for table in layout.tables}
-        every = [(*own, *unpooled) for own, unpooled in zip(plan.slots, plan.unpooled, strict=True)]
-        counts = [[mean_ids(s.feature, examples) * _row_share(s, rows) for s in slots] for slots in every]
-        found += _ids(counts, plan.sources, group, plan.index_dtype, examples)
-        asked = [sum(s.columns * mean_ids(s.feature, examples) * _row_share(s, rows) for s in u) for u in plan.unpooled]
-        found += _rows([asked[group.rank]] * group.size, asked, group, wire)
-        columns = [sum(slot.columns for slot in slots if not slot.by_rows) for slots in plan.slots]
-        split = sum(slot.columns for slot in plan.slots[group.rank] if slot.by_rows)
-        own = columns[group.rank]
+        loads = _loads(layout, spread, group.size, examples)
+        own, split = loads.columns[group.rank], loads.split[group.rank]
+        found += _ids(loads, group, _index_dtype([layout]))
+        found += _rows([loads.rows[group.rank]] * group.size, loads.rows, group, wire)
         found.append(_all_to_all("embeddings", [examples * own] * group.size, wire.forward, group))
-        back = [examples * width for width in columns]
+        back = [examples * width for width in loads.columns]
         found.append(_all_to_all("embeddings", back, wire.backward, group, "backward"))
         summed = "reduce_scatter" if wire.forward == torch.float32 else "all_to_all"
         found.append(_to_all(f"{summed} embeddings", examples * split, wire.forward, group))
@@ -152,6 +232,10 @@ def _group_messages(
     return found
 
 
+def _index_dtype(parts: Sequence[EmbeddingLayout]) -> torch.dtype:
+    return torch.int32 if all(table.rows < 2**31 for part in parts for table in part.tables) else torch.int64
+
+
 def _rows(sent: Sequence[float], back: Sequence[float], group: _Group, wire: WireDtypes) -> list[Message]:
     """exchange/unpooled.py: the rows of sequences, and their gradients; numbers for each rank."""
     return [
@@ -160,41 +244,30 @@ def _rows(sent: Sequence[float], back: Sequence[float], group: _Group, wire: Wir
     ]
 
 
-def _row_share(slot: Lookup, rows: dict[str, int]) -> float:
-    return slot.shard.rows / rows[slot.shard.table] if slot.by_rows else 1.0
-
-
 def _squares(
     config: RunConfig, layout: EmbeddingLayout, shards: Sequence[Shard], group: _Group, examples: int
 ) -> Message:
     """torch_backend.py, ColumnShardSum: a number for each updated row to every rank with other columns of it."""
     sizes = [0.0] * group.size
     if config.embedding.optimizer == "rowwise_adagrad":
-        for mine in (shard for shard in shards if shard.rank == group.rank):
-            ids = sum(mean_ids(f, examples) for f in layout.looked_up if f.table == mine.table) * group.size
-            for other in shards:
-                if (other.table, other.row_start) == (mine.table, mine.row_start) and other.rank != mine.rank:
-                    all_rows = config.embedding.rule_of(mine.table).all_rows
-                    sizes[other.rank] += mine.rows if all_rows else touched_rows(mine.rows, ids)
+        of_table = dict.fromkeys((table.name for table in layout.tables), 0.0)
+        for feature in layout.looked_up:
+            of_table[feature.table] += mean_ids(feature, examples)
+        here = {(s.table, s.row_start): s for s in shards if s.rank == group.rank}
+        for other in shards:
+            mine = here.get((other.table, other.row_start))
+            if mine is not None and other.rank != mine.rank:
+                all_rows = config.embedding.rule_of(mine.table).all_rows
+                touched = touched_rows(mine.rows, of_table[mine.table] * group.size)
+                sizes[other.rank] += mine.rows if all_rows else touched
     return _all_to_all("squares", sizes, torch.float32, group, "backward")
 
 
-def _ids(
-    counts: Sequence[Sequence[float]],
-    features: Sequence[Sequence[Feature]],
-    group: _Group,
-    dtype: torch.dtype,
-    examples: int,
-) -> list[Message]:
-    """exchange/ids.py: lengths of lists, ids, weights; `counts` are ids by rank and slot."""
-    lists = [examples * sum(feature.multi_valued for feature in own) for own in features]
-    found = [_all_to_all("lengths", lists, dtype, group)] if any(lists) else []
-    found.append(_all_to_all("ids", [sum(own) for own in counts], dtype, group))
-    weighted = [
-        sum(count for count, feature in zip(of_rank, own, strict=True) if feature.weighted)
-        for of_rank, own in zip(counts, features, strict=True)
-    ]
-    return [*found, _all_to_all("weights", weighted, torch.float32, group)]
+def _ids(loads: _Loads, group: _Group, dtype: torch.dtype) -> list[Message]:
+    """exchange/ids.py: lengths of lists, ids, weights."""
+    found = [_all_to_all("lengths", loads.lists, dtype, group)] if any(loads.lists) else []
+    found.append(_all_to_all("ids", loads.ids, dtype, group))
+    return [*found, _all_to_all("weights", loads.weights, torch.float32, group)]
 
 
 def _all_to_all(

@@ -16,12 +16,12 @@ from megarec.distributed.topology import Topology
 from megarec.errors import UserError
 from megarec.planning import roofline
 from megarec.planning.dense_traffic import dense_messages
+from megarec.planning.memo import Same, remembered
 from megarec.planning.skew import Reads
-from megarec.planning.traffic import Message, mean_ids, sparse_messages
+from megarec.planning.traffic import Message, mean_ids, placed, sparse_messages
 from megarec.planning.zero import Zero, zero_of
 from megarec.run.spec import ModelSpec
 from megarec.sparse.placement import Shard
-from megarec.sparse.run_placement import place_run
 
 SPTT_COPY_BYTES = 16, 8
 """Read and written once more by SPTT than by flat, both ways, for a column of an example: in fp32, and in 16 bits."""
@@ -72,7 +72,7 @@ def work_of(
     """A step of the rank that sends most to other hosts.
 
     Args:
-        shards: where all tables lie; None: as the config places them.
+        shards: where all tables lie (`traffic.placed` is enough); None: as the config places them.
 
     Raises:
         UserError: ranks, batch and tables do not fit together.
@@ -83,6 +83,7 @@ def work_of(
     if zero.offloaded:
         raise UserError("plan: deepspeed.zero_optimization.offload_optimizer is not in its model; leave it out")
     batch, sizes = config.data.batch_size // world, roofline.parameter_sizes(spec, first)
+    shards = placed(config, spec, first) if shards is None else shards
     messages, topology = busiest(config, spec, first, shards)
     towered = config.parallel.exchange == "tower"
     modules, held, tower_ops = spec.towers.modules, spec.towers.towers, list[roofline.Op]()
@@ -123,6 +124,7 @@ def _buckets(parameters: int, zero: Zero) -> int:
     return BUCKETS if zero.stage == 0 else max(1, -(-parameters // int(zero.settings.reduce_bucket_size)))
 
 
+@remembered(lambda config, spec: (Same(spec.layout), config.embedding.weights, config.data.batch_size))
 def _reads(config: RunConfig, spec: ModelSpec) -> tuple[Reads, ...]:
     element = 2 if config.embedding.weights == "fp16" else 4
     ids = dict.fromkeys((table.name for table in spec.layout.tables), 0.0)
@@ -132,32 +134,48 @@ def _reads(config: RunConfig, spec: ModelSpec) -> tuple[Reads, ...]:
 
 
 def busiest(
-    config: RunConfig, spec: ModelSpec, first: Topology, shards: Sequence[Shard] | None = None
+    config: RunConfig, spec: ModelSpec, first: Topology, shards: Sequence[Shard]
 ) -> tuple[list[Message], Topology]:
-    """The messages and the place of the rank that sends most to other hosts: of those that may, by the columns that
-    they and their hosts look up."""
-    shards = place_run(config, spec.layout, spec.towers, first) if shards is None else shards
+    """The messages and the place of the rank that sends most to other hosts."""
+    messages, rank = _busiest(config, spec, first, shards)
+    return messages, dataclasses.replace(first, rank=rank)
+
+
+@remembered(
+    lambda config, spec, first, shards: (
+        Same(spec),
+        Same(shards),
+        first.ranks_per_host,
+        config.data.batch_size,
+        str(config.parallel.messages),
+        config.embedding.optimizer,
+    )
+)
+def _busiest(config: RunConfig, spec: ModelSpec, first: Topology, shards: Sequence[Shard]) -> tuple[list[Message], int]:
+    """Of the ranks that may be it, by the columns that they and their hosts look up."""
     lookups = Counter(feature.table for feature in spec.layout.features)
     columns, of_host = [0] * first.world_size, [0] * first.hosts
     for shard in shards:
         columns[shard.rank] += shard.columns * lookups[shard.table]
         of_host[shard.rank // first.ranks_per_host] += shard.columns * lookups[shard.table]
 
+    total = sum(of_host)
+
     def sent(rank: int) -> int:
         """Flat: own columns to the ranks of other hosts, and gradients of the columns that those own; towers alike,
         by host."""
-        host, total = rank // first.ranks_per_host, sum(of_host)
+        host = rank // first.ranks_per_host
         if config.parallel.exchange == "tower":
             return of_host[host] * (first.hosts - 2) + total
         return columns[rank] * (first.world_size - first.ranks_per_host) + total - of_host[host]
 
     likely = sorted(range(first.world_size), key=lambda rank: (-sent(rank), rank))
-    found: tuple[int, list[Message], Topology] | None = None
+    found: tuple[int, list[Message], int] | None = None
     for rank in dict.fromkeys((0, *likely[:2], likely[-1])):
         topology = dataclasses.replace(first, rank=rank)
         messages = sparse_messages(config, spec, topology, shards)
         across = sum(message.cross_host_bytes for message in messages)
         if found is None or across > found[0]:
-            found = across, messages, topology
+            found = across, messages, rank
     assert found is not None
     return found[1], found[2]

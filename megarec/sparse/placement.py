@@ -210,6 +210,7 @@ def place(
     idle_ranks: bool = False,
     tables: Mapping[str, Requested] | None = None,
     examples: int | None = None,
+    copies: Collection[int] | None = None,
 ) -> tuple[Shard, ...]:
     """Shards of every table, the same on every rank, in table order and then in the order of their slices.
 
@@ -221,11 +222,12 @@ def place(
         idle_ranks: whether a rank may hold nothing; with other kinds than "table" and "column" it always may.
         tables: the kinds of tables that differ.
         examples: see `plan_tables`.
+        copies: see `lay_out`.
 
     Raises:
         UserError: a rank would hold nothing; the message has the arithmetic and a remedy.
     """
-    shards = lay_out(layout, choose_plans(layout, kind, world_size, tables or {}, examples), world_size)
+    shards = lay_out(layout, choose_plans(layout, kind, world_size, tables or {}, examples), world_size, copies)
     must_hold = layout.tables and kind in ("table", "column") and not tables and not idle_ranks
     if must_hold and len({shard.rank for shard in shards}) < world_size:
         raise UserError(_idle_ranks(layout, kind, world_size))
@@ -256,55 +258,89 @@ def choose_plans(
     plans = [plan_tables(layout, kind, ranks, tables, examples, split_threshold) for split_threshold in (1, 2, 4)]
     if plans[0] == plans[-1]:
         return plans[0]
-    uneven = [imbalance(layout, lay_out(layout, plan, ranks), ranks) for plan in plans]
+    uneven = [imbalance(layout, plans[0], ranks)]
+    if uneven[0] <= EVEN:
+        return plans[0]
+    uneven += [imbalance(layout, plan, ranks) for plan in plans[1:]]
     accepted = max(EVEN, 1.1 * min(uneven))
     return next(plan for plan, value in zip(plans, uneven, strict=True) if value <= accepted)
 
 
-def imbalance(layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int) -> float:
+def imbalance(layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int) -> float:
     """The most that a rank has over the mean: of cells held, of columns read, or of columns sent."""
-    names = replicated(shards)
-    size = {table.name: table.rows * table.columns for table in layout.tables}
-    read, features = dict.fromkeys(size, 0.0), dict.fromkeys(size, 0.0)
+    read, features = (dict.fromkeys((table.name for table in layout.tables), 0.0) for _ in range(2))
     for feature in layout.looked_up:
         read[feature.table] += feature.columns * feature.mean_length
         features[feature.table] += _sent_rows(layout, feature)
     cells, columns, sent = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
-    for shard in shards:
-        own = shard.rows * shard.columns
-        cells[shard.rank] += own
-        columns[shard.rank] += read[shard.table] * (1 / ranks if shard.table in names else own / size[shard.table])
-        sent[shard.rank] += 0 if shard.table in names else shard.columns * features[shard.table]
+    assigned = _assign(layout, plans, ranks)
+
+    def add(rank: int, table: Table, rows: int, width: int) -> None:
+        cells[rank] += rows * width
+        columns[rank] += read[table.name] * (rows * width / (table.rows * table.columns))
+        sent[rank] += width * features[table.name]
+
+    for table in layout.tables:
+        if plans[table.name].kind == "replicated":
+            cells = [own + table.rows * table.columns for own in cells]
+            columns = [own + read[table.name] * (1 / ranks) for own in columns]
+        elif plans[table.name].kind == "row":
+            for rank, (start, stop) in enumerate(even_ranges(table.rows, ranks)):
+                add(rank, table, stop - start, table.columns)
+        else:
+            for rank, (start, stop) in assigned[table.name]:
+                add(rank, table, table.rows, stop - start)
     return max(max(load) * ranks / (sum(load) or 1.0) for load in (cells, columns, sent))
 
 
-def lay_out(layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int) -> tuple[Shard, ...]:
-    """Give the pieces of every table to ranks."""
+def lay_out(
+    layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int, copies: Collection[int] | None = None
+) -> tuple[Shard, ...]:
+    """Give the pieces of every table to ranks.
+
+    Args:
+        copies: the ranks whose copies of replicated tables are listed; None: all.
+    """
+    assigned, shards = _assign(layout, plans, ranks), list[Shard]()
+    for table in layout.tables:
+        name, rows, columns = table.name, table.rows, table.columns
+        if plans[name].kind == "row":
+            shards += [Shard(name, rank, *own, 0, columns) for rank, own in enumerate(even_ranges(rows, ranks))]
+        elif plans[name].kind == "replicated":
+            held = range(ranks) if copies is None else copies
+            shards += [Shard(name, rank, 0, rows, 0, columns) for rank in held]
+        else:
+            shards += [Shard(name, rank, 0, rows, *own) for rank, own in assigned[name]]
+    return tuple(shards)
+
+
+def _assign(
+    layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int
+) -> dict[str, list[tuple[int, tuple[int, int]]]]:
+    """(rank, columns) of every piece of the tables that do not lie on all ranks."""
     costs = table_costs(layout)
     load = [0.0] * ranks
     everywhere = {table.name for table in layout.tables if plans[table.name].kind in ("row", "replicated")}
-    shards: dict[str, list[Shard]] = {}
+    found: dict[str, list[tuple[int, tuple[int, int]]]] = {}
     lightest: list[tuple[float, int]] = []  # a heap, from the first table on that does not lie on all ranks
     for table in sorted(layout.tables, key=lambda table: (table.name not in everywhere, -costs[table.name])):
-        plan = plans[table.name]
-        if plan.kind == "row":
-            rows = even_ranges(table.rows, ranks)
-            shards[table.name] = [Shard(table.name, r, *rows[r], 0, table.columns) for r in range(ranks)]
-        elif plan.kind == "replicated":
-            shards[table.name] = [Shard(table.name, r, 0, table.rows, 0, table.columns) for r in range(ranks)]
+        size = table.rows * table.columns
+        if plans[table.name].kind == "row":
+            for rank, (start, stop) in enumerate(even_ranges(table.rows, ranks)):
+                load[rank] += costs[table.name] * (stop - start) * table.columns / size
+        elif plans[table.name].kind == "replicated":
+            cost = costs[table.name] * table.rows * table.columns / size
+            load = [own + cost for own in load]
         else:
             if not lightest:
                 lightest = sorted((own, rank) for rank, own in enumerate(load))
-            columns = _even_columns(table, plan.parts)  # wider slices come first: to the lighter ranks
+            columns = _even_columns(table, plans[table.name].parts)  # wider slices come first: to the lighter ranks
             takers = [heapq.heappop(lightest)[1] for _ in columns]
-            shards[table.name] = [
-                Shard(table.name, rank, 0, table.rows, *own) for rank, own in zip(takers, columns, strict=True)
-            ]
-        for shard in shards[table.name]:
-            load[shard.rank] += costs[table.name] * shard.rows * shard.columns / (table.rows * table.columns)
-            if table.name not in everywhere:
-                heapq.heappush(lightest, (load[shard.rank], shard.rank))
-    return tuple(shard for table in layout.tables for shard in shards[table.name])
+            found[table.name] = list(zip(takers, columns, strict=True))
+            for rank, (start, stop) in found[table.name]:
+                load[rank] += costs[table.name] * table.rows * (stop - start) / size
+                heapq.heappush(lightest, (load[rank], rank))
+    return found
 
 
 def split_by_rows(shards: Sequence[Shard]) -> set[str]:

@@ -1,7 +1,7 @@
 """Why the tables of a run lie where they lie, and how evenly; from the config and the schema alone."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,27 +37,37 @@ def place_shards(
     topology: Topology,
     exchange: Literal["flat", "tower"],
     examples: int | None = None,
+    copies: Collection[int] | None = None,
 ) -> tuple[Shard, ...]:
     """Where all tables lie, given `layouts_by_host`; ranks are those of the whole job.
 
     Args:
         examples: of a rank in a step, by which "auto" replicates tables; None: it replicates none.
+        copies: under the flat exchange, the ranks whose copies of replicated tables are listed; None: all.
     """
     check_table_names(parts, config.tables)
     tables = config.table_placements
     if exchange == "flat":
-        return place(parts[0], config.placement, topology.world_size, tables=tables, examples=examples)
+        return place(parts[0], config.placement, topology.world_size, tables=tables, examples=examples, copies=copies)
     of_peers = None if examples is None else examples * topology.hosts
     return place_on_hosts(parts, config.placement, topology.ranks_per_host, tables=tables, examples=of_peers)
 
 
 def place_run(
-    config: RunConfig, layout: EmbeddingLayout, towers: ResolvedTowers, topology: Topology
+    config: RunConfig,
+    layout: EmbeddingLayout,
+    towers: ResolvedTowers,
+    topology: Topology,
+    copies: Collection[int] | None = None,
 ) -> tuple[Shard, ...]:
-    """Where all tables of a run lie; the topology's groups are not looked at."""
-    exchange = config.parallel.exchange
+    """Where all tables of a run lie; the topology's groups are not looked at.
+
+    Args:
+        copies: see `place_shards`.
+    """
+    exchange, examples = config.parallel.exchange, config.data.batch_size // topology.world_size
     parts = layouts_by_host(layout, topology, exchange, towers)
-    return place_shards(parts, config.embedding, topology, exchange, config.data.batch_size // topology.world_size)
+    return place_shards(parts, config.embedding, topology, exchange, examples, copies)
 
 
 def on_host(shards: Sequence[Shard], topology: Topology) -> tuple[Shard, ...]:

@@ -117,7 +117,7 @@ def test_every_cell_exactly_once_or_on_every_rank(
 @settings(deadline=None)
 def test_equal_tables_lie_evenly(count: int, ranks: int, rows: int) -> None:
     layout = layout_of([(rows, 64)] * count)
-    found = imbalance(layout, place(layout, "auto", ranks), ranks)
+    found = imbalance(layout, choose_plans(layout, "auto", ranks, {}, None), ranks)
     pieces = count * min(4, ranks)  # what slices of 16 columns allow
     assert found <= max(1.25, 1.1 * math.ceil(pieces / ranks) * ranks / pieces) + 1e-9
 

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from megarec.config.load import load_config
 from tests.processes import python
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ["--config", "ds_configs/dlrm-criteo-terabyte.json", "--set", "embedding.placement=auto"]
+JOB = [*CONFIG, "--hardware", "h100", "--hosts", "1"]
+ZERO = "deepspeed.zero_optimization"
 KEYS = {"fits", "memory_bytes", "step_ms", "examples_per_second", "mfu", "bytes_per_link", "assumptions"}
 
 
@@ -27,6 +30,25 @@ def test_keys_and_table() -> None:
     assert rows[0]["ratio_to_flat"] == 1 and found["towers"]["sentence"] in " ".join(shown.stdout.split())
 
 
+def test_choose_writes_a_run_a_trace_and_a_page(tmp_path: Path) -> None:
+    out, trace, page = tmp_path / "run.json", tmp_path / "step.json", tmp_path / "plan.html"
+    command = ["tools/plan.py", *CONFIG, "--hardware", "h100", "--hosts", "1", "--ranks-per-host", "4", "--choose"]
+    files = ["--out", out, "--trace", trace, "--html", page]
+    shown = python(*command, *files, cwd=ROOT)
+    assert shown.returncode == 0, shown.stderr
+    assert "the choice with one setting changed" in shown.stdout and "deepspeed.zero_optimization" in shown.stdout
+    found = json.loads(python(*command, "--json", cwd=ROOT).stdout)
+    assert set(found) >= KEYS and found["fits"]
+    assert found["choice"]["chosen"]["step_ms"]["total"] == pytest.approx(found["step_ms"]["total"])
+    assert found["choice"]["given"]["examples_per_second"] <= found["examples_per_second"]
+    config = load_config(out)
+    assert config.deepspeed["zero_optimization"] == {"stage": 0, **found["choice"]["settings"][ZERO]}
+    again = json.loads(python("tools/plan.py", "--config", out, *command[5:-1], "--json", cwd=ROOT).stdout)
+    assert again["step_ms"] == found["step_ms"] and again["memory_bytes"] == found["memory_bytes"]
+    assert json.loads(trace.read_text())["otherData"]["step_ms"] == pytest.approx(found["step_ms"]["total"])
+    assert "Timeline of a rank" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -36,6 +58,10 @@ def test_keys_and_table() -> None:
             "--ranks-per-host 16: a host of H100 has 8",
         ),
         ([*CONFIG, "--hardware", "h100", "--hosts", "0"], "--hosts 0: expected at least 1"),
+        ([*JOB, "--out", "o.json"], "--out belongs to --choose"),
+        ([*JOB, "--choose", "--allow", "mesages"], "--allow mesages: did you mean 'messages'"),
+        ([*JOB, "--trace", "missing/t.json"], "--trace missing/t.json: missing is no directory"),
+        ([*JOB, "--choose", "--set", "model.dim=100000"], "nothing fits: of "),
         ([*CONFIG, "--hosts", "2"], "give --hardware (or --measure FILE alone)"),
         (["--measure", "m.json", "--hosts", "2", "--json"], "--measure FILE stands alone: leave --hosts, --json out"),
         ([*CONFIG, "--hardware", "h100", "--hosts", "3"], "131072"),
