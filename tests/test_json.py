@@ -177,6 +177,7 @@ ELSEWHERE = {  # where another reader stands, and why
     "megarec/data/preparation/splits.py": "the work's own note; what is not whole is made again",
     "megarec/scaling/search_report.py": "the words that the search itself gave a trial as --set",
     "tools/benchmarks/groups.py": "what the tools print",
+    "tools/benchmarks/recipe_plain.py": "plain torch beside the package, of which it knows nothing",
     "tools/benchmarks/testbed.py": "what `ip -json` says",
     "tools/benchmarks/towers.py": "what its own ranks say",
     "tools/benchmarks/towers_rank.py": "what the benchmark says, and a trace that it wrote",

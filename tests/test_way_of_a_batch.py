@@ -16,7 +16,13 @@ from tests.checkpoint.runs import build, write_run
 
 PACKAGE = Path(megarec.__file__).parent
 PAGE = PACKAGE.parent / "docs/architecture.md"
-USED_BY_ALL = {"data/batch.py", "data/cache.py", "sparse/tables/base.py", "distributed/collectives.py"}
+USED_BY_ALL = {
+    "data/batch.py",
+    "data/cache.py",
+    "data/schema.py",
+    "sparse/tables/base.py",
+    "distributed/collectives.py",
+}
 TRAINING_ONLY = {"training/trainer.py"}  # its loop; the test predicts
 
 

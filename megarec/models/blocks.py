@@ -139,7 +139,7 @@ class MLP(nn.Module):
 
     Args:
         inputs, hidden, outputs: widths; without hidden ones it is one linear layer.
-        bias: whether the linear layers have a bias; one for all, or one for each.
+        bias: whether the layers have a bias; one for all, or one for each. Before BatchNorm its own is the bias.
         dropout: probability after every hidden layer.
         relu: whether anything lies between the layers; without it is a factorised (low-rank) linear map.
         activation: what does.
@@ -163,9 +163,11 @@ class MLP(nn.Module):
         self.activation = activation_function(activation)
         widths = [inputs, *hidden, outputs]
         biases = [bias] * (len(widths) - 1) if isinstance(bias, bool) else bias
+        # BatchNorm takes a bias before it away: its gradient would be rounding errors, of which Adam makes whole steps.
+        kept = [has and (norm != "batch" or layer == len(hidden)) for layer, has in enumerate(biases)]
         self.linears = nn.ModuleList(
             nn.Linear(fan_in, fan_out, bias=has_bias)
-            for (fan_in, fan_out), has_bias in zip(itertools.pairwise(widths), biases, strict=True)
+            for (fan_in, fan_out), has_bias in zip(itertools.pairwise(widths), kept, strict=True)
         )
         norms = (norm_of(norm, width, has_bias) for width, has_bias in zip(hidden, biases, strict=False))
         self.norms = nn.ModuleList(part for part in norms if part is not None)
@@ -197,13 +199,16 @@ def mlp_of(config: ModelConfig, inputs: int, hidden: Sequence[int], outputs: int
     return MLP(inputs, hidden, outputs, bias=config.bias, dropout=config.dropout, activation=config.activation)
 
 
-def head_of(config: ModelConfig, inputs: int, hidden: Sequence[int], outputs: int = 1) -> MLP:
-    """The same with `model.norm`, for MLPs that end in the logit."""
+def head_of(
+    config: ModelConfig, inputs: int, hidden: Sequence[int], outputs: int = 1, last_bias: bool | None = None
+) -> MLP:
+    """The same with `model.norm`, for MLPs that end in the logit; `last_bias`: in the last layer, else model.bias."""
+    last = config.bias if last_bias is None else last_bias
     return MLP(
         inputs,
         hidden,
         outputs,
-        bias=config.bias,
+        bias=[config.bias] * len(hidden) + [last],
         dropout=config.dropout,
         activation=config.activation,
         norm=config.norm,

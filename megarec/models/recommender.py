@@ -123,8 +123,10 @@ class Recommender(nn.Module):
         self.inputs = InputLayer(layout, numeric, config, embedding_dropout)
         n, dense = self.inputs.embeddings, self.inputs.numeric_embeddings
         self.over_arch = build_over_arch(n, dense, config, layer_norm, headless=labels > 1)
-        columns: int = self.over_arch.columns  # type: ignore[assignment]
-        self.tasks = TaskHeads(columns, config, labels) if labels > 1 else None
+        self.tasks: TaskHeads | None = None
+        if labels > 1:
+            columns: int = self.over_arch.columns  # type: ignore[assignment]
+            self.tasks = TaskHeads(columns, config, labels)
         number_dropouts(self)
 
     def logits(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -116,7 +116,9 @@ def _count_finalmlp(n: int, config: FinalMlpConfig) -> dict[str, Parts]:
 
 def _count_stream(config: FinalMlpConfig, columns: int, widths: list[int]) -> Part:
     stream = count_head(config, columns, widths[:-1], widths[-1])
-    return stream if config.norm == "none" else stream.plus(_layer_norm(widths[-1], config.bias))
+    if config.norm == "none":
+        return stream
+    return stream.plus(_layer_norm(widths[-1], config.bias and config.norm != "batch"))  # BatchNorm's bias is the MLP's
 
 
 def _count_afn(n: int, config: AfnConfig) -> dict[str, Parts]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from megarec.config.base import ModelConfig
+from megarec.config.base import ModelConfig, Norm
 
 FLOP_PER_MAC = 2
 PASSES = 3  # forward, gradient of the input, gradient of the weight
@@ -52,24 +52,25 @@ def count_mlp(
     bias: bool | Sequence[bool],
     *,
     input_gradient: bool = True,
-    normed: bool = False,
+    norm: Norm = "none",
 ) -> Part:
     """An MLP, with biases in all its layers or by layer; without `input_gradient` nothing needs that of its input.
 
     Args:
-        normed: a normalisation with a gain, and a bias where the layers have one, follows every hidden layer.
+        norm: follows every hidden layer, with a gain and, where the layers have one, a bias; in BatchNorm it is theirs.
     """
     macs = [a * b for a, b in pairwise([inputs, *hidden, outputs])]
     by_layer = [bias] * len(macs) if isinstance(bias, bool) else bias
     biases = sum(width for width, has_bias in zip([*hidden, outputs], by_layer, strict=True) if has_bias)
-    if normed:
-        biases += sum(width * (1 + has_bias) for width, has_bias in zip(hidden, by_layer, strict=False))
+    if norm != "none":
+        of_norm = [1 + (has_bias and norm != "batch") for has_bias in by_layer]
+        biases += sum(width * more for width, more in zip(hidden, of_norm, strict=False))
     return Part(sum(macs) + biases, sum(macs), 0 if input_gradient else macs[0])
 
 
 def count_head(config: ModelConfig, inputs: int, hidden: Sequence[int], outputs: int = 1) -> Part:
     """An MLP that ends in the logit (models/blocks.py, `head_of`)."""
-    return count_mlp(inputs, hidden, outputs, config.bias, normed=config.norm != "none")
+    return count_mlp(inputs, hidden, outputs, config.bias, norm=config.norm)
 
 
 def count_tasks(columns: int, config: ModelConfig, labels: int) -> Parts:

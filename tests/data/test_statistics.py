@@ -398,7 +398,9 @@ def test_what_a_preparation_knows(tmp_path: Path) -> None:
 
     prepare_as(tmp_path / "data", {"test": [tmp_path / "test.csv"]}, tmp_path / "later")
     found = write_statistics(tmp_path / "later", tmp_path / "later").as_json()
-    assert found["labels"]["label"] == {"test": {"rows": 2, "rate": None, "interval": (0.0, 1.0), "invalid": 0}}
+    assert found["labels"]["label"] == {
+        "test": {"rows": 2, "rate": None, "interval": (0.0, 1.0), "invalid": 0, "missing": 0}
+    }
     own = {name: feature(found, name)["splits"]["test"] for name in missing}
     assert {name: figures["missing"] for name, figures in own.items()} == dict.fromkeys(missing, 0.5)
     assert (own["id"]["unknown"], own["hex"]["unknown"], own["age"]["unknown"]) == (1.0, 0.0, None)

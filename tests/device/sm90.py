@@ -116,7 +116,8 @@ def tables(
     """A lookup and an update."""
     feature = Feature("t", "t", "sum", lists, 0, columns, weighted=lists)
     layout = EmbeddingLayout(columns, (Table("t", 5, columns),), (feature,), 1, 0)
-    shards = group_lookups(plan_lookups(layout, place(layout, "table", 1), 1).slots[0])
+    placed = place(layout, "table", 1)
+    shards = group_lookups(plan_lookups(layout, placed, 1).slots[0], placed)
     config = EmbeddingConfig(optimizer=optimizer, weights=weights)  # type: ignore[arg-type]
     held = TritonTables(shards, config, torch.device("cpu"), output)
     values, offsets = torch.zeros(512, dtype=ids), torch.arange(513, dtype=ids)

@@ -84,6 +84,10 @@ SHIPPED = [
         ("float16 in the dense model", "parallel.messages=['fp16', 'fp16']"),
         (*SILU, "deepspeed.fp16.enabled=false", 'parallel.messages=["fp32", "fp32"]'),
     ),
+    *(
+        Shipped(f"recipes/ten-{name}.json", None, ("data.batch_size=64",), (RELU,), SILU)
+        for name in ("dnn", "dcnv2", "wukong")
+    ),
     Shipped("studies/movielens-100k-base.json", "movielens-100k.json", BATCH_128, (RELU, LONE_L2), SMOOTH),
     Shipped("studies/movielens-1m-base.json", "movielens-1m.json", ("data.batch_size=512",), (RELU,), SILU),
     Shipped("studies/planted-base.json", None, ("data.batch_size=64",), (RELU,), SILU),

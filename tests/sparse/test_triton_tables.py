@@ -227,7 +227,7 @@ def test_backends_side_by_side(monkeypatch: pytest.MonkeyPatch, mixed: tuple[str
     if not asked:
         kinds = {name: kind if kind != "torch" else "triton" for name, kind in kinds.items()}
 
-    def choose(shards: Sequence[Shard], *_: object) -> Choice:
+    def choose(shards: Sequence[Shard], *_: object, unpooled: bool) -> Choice:
         return Choice(kinds[shards[0].table] if asked else "fbgemm", "")  # type: ignore[arg-type]
 
     monkeypatch.setattr("megarec.sparse.tables.local.requested_backend", choose)

@@ -24,6 +24,7 @@ from megarec.commands import evaluate, importance
 from megarec.config.load import load_config
 from megarec.data.sources.synthetic import Shape, prepare_synthetic
 from megarec.distributed.rank_pool import RankPool
+from megarec.evaluation import prediction_table
 from megarec.training.trainer import train
 
 TOOL = Path(__file__).parents[2] / "tools/evaluate.py"
@@ -124,7 +125,7 @@ def test_checkpoints_pointers_and_exports_are_the_same_model(call: Call, run: Pa
 def test_predictions_are_the_rows_of_the_split_in_order(
     call: Call, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "ROWS_PER_GROUP", 150)
+    monkeypatch.setattr(prediction_table, "ROWS_PER_GROUP", 150)
     file = tmp_path / "predictions.parquet"
     file.write_text("an earlier one")
     found = json.loads(call("--run", run, "--data", data, "--json", "--predictions", file)[1])

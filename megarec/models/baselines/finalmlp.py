@@ -131,7 +131,8 @@ class FinalMlp(nn.Module):
         width = n * config.dim
         self.gates = nn.ModuleList(Gate(places, n, config) for places in gate_contexts(n, config))
         streams = (config.mlp1, config.mlp2)
-        self.streams = nn.ModuleList(head_of(config, width, widths[:-1], widths[-1]) for widths in streams)
+        bias = config.bias and config.norm != "batch"  # self.norms has it, as in an MLP
+        self.streams = nn.ModuleList(head_of(config, width, widths[:-1], widths[-1], bias) for widths in streams)
         self.norms = nn.ModuleList(norm_of(config.norm, widths[-1], config.bias) or nn.Identity() for widths in streams)
         self.activation = activation_function(config.activation)
         self.fusion = Fusion(fusion_sizes(config))
