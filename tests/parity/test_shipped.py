@@ -85,7 +85,7 @@ SHIPPED = [
         (*SILU, "deepspeed.fp16.enabled=false", 'parallel.messages=["fp32", "fp32"]'),
     ),
     *(
-        Shipped(f"recipes/ten-{name}.json", None, ("data.batch_size=64",), (RELU,), SILU)
+        Shipped(f"recipes/ten-{name}.json", None, ("data.batch_size=64", "model.head=[64, 64]"), (RELU,), SILU)
         for name in ("dnn", "dcnv2", "wukong")
     ),
     Shipped("studies/movielens-100k-base.json", "movielens-100k.json", BATCH_128, (RELU, LONE_L2), SMOOTH),
