@@ -114,6 +114,6 @@ def _timed_as(piece: Piece, stage: int, device: str) -> str | None:
         return "optimizer"
     if name.startswith("dense gradients") and device == "cpu" and not stage:
         return "optimizer"  # sent in the backward pass or after it, and waited for there (dense/side.py, apply)
-    if name.startswith(("forward", "backward", "tensor links", "dense gradients", "weights")):
+    if name.startswith(("forward", "backward", "tensor links", "labels", "dense gradients", "weights")):
         return "dense"
     return "check" if name in ("check", "answer") else "exchange"

@@ -228,6 +228,8 @@ def _dense(work: Work, rates: _Rates, step: _Step) -> list[str]:
             step.wait_for("weights for the dense model")
         if work.tensor:
             step.message(f"tensor links {micro}", "tensor links", rates.tensor / work.accumulation)
+        if work.labels:
+            step.message(f"labels {micro}", "check", rates.answer)
         name = name.replace("forward", "backward")
         if micro + 1 < work.accumulation:
             step.compute(name, "dense compute", (1 - FORWARD) * dense, kernels - kernels // 3)

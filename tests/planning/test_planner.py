@@ -1,5 +1,6 @@
 """A plan is a pure function; its parts agree with each other."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,28 @@ def test_a_slower_part_of_a_machine_makes_a_longer_step() -> None:
     ):  # fmt: skip
         assert plan("h100", 2, 4, **{figure: value}).seconds > 1.05 * base, figure
     assert not plan("a40", 1, 2).fits, "209 GB of tables on two cards of 48"
+
+
+def test_heads_of_several_labels_count() -> None:
+    """Operations, parameters and the question which losses are finite; each label after the first adds as much."""
+    found = {}
+    for labels in (1, 2, 3):
+        names = [f"label{i}" for i in range(labels)]
+        overrides = ["data.batch_size=65536"]
+        if labels > 1:
+            overrides += [f"data.label={json.dumps(names)}", 'model.tasks={"name": "ple", "expert": [64]}']
+        config = load_config(CONFIG, overrides)
+        schema = schema_of(load_config(CONFIG, overrides[:1]).data)
+        tasks = {"label": names[0], "labels": tuple(names), "tasks": tuple(names) if labels > 1 else ()}
+        spec = resolve(config, schema.model_copy(update=tasks))
+        found[labels] = plan_run(config, spec, load_hardware("h100"), 1, 8)
+        assert found[labels].work.flop == 8_192 * spec.cost.flop
+        assert sum(op.flop for op in found[labels].work.dense) == pytest.approx(found[labels].work.flop, rel=1e-3)
+        assert found[labels].memory["parameters"] == pytest.approx(2 * spec.cost.dense_parameters, abs=32)  # padded
+    one, two, three = (found[labels].timeline.busy for labels in (1, 2, 3))
+    assert one["dense compute"] < two["dense compute"] < three["dense compute"]
+    answer = next(piece.seconds for piece in found[1].pieces if piece.name == "answer")
+    assert two["check"] == pytest.approx(three["check"]) == pytest.approx(one["check"] + answer)
 
 
 def test_hosts_of_one_scale_up_domain_cross_no_network() -> None:
