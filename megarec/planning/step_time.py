@@ -109,16 +109,33 @@ class _Rates:
 def _in_turn(work: Work, hardware: Hardware, rates: _Rates) -> list[Piece]:
     clock = Clock(hardware)
     dense = clock.dense(work.dense, work.accumulation, clock.gemm(work.width))
-    seconds = {"ids": rates.sent(IDS), "lookup": rates.lookup, "exchange": rates.sent(EXCHANGED)}
+    computing = sum(part.seconds for part in dense.values())
+    pieces = [
+        Piece("ids", "ids", "compute", rates.sent(IDS)),
+        Piece("lookup", "lookup", "compute", rates.lookup),
+        Piece("embeddings", "exchange", "compute", rates.sent(EXCHANGED)),
+    ]
     if work.towers:
-        seconds["tower modules"] = clock.whole(work.towers, clock.gemm(4)).seconds
-    seconds["dense compute"] = sum(part.seconds for part in dense.values())
+        towers = clock.whole(work.towers, clock.gemm(4)).seconds
+        pieces.append(Piece("tower modules", "tower modules", "compute", towers))
+    pieces.append(Piece("forward", "dense compute", "compute", FORWARD * computing))
+    pieces.append(Piece("backward", "dense compute", "compute", (1 - FORWARD) * computing))
     if work.tensor:
-        seconds["tensor links"] = rates.tensor
-    rings = sum(rates.ring(sent) for sent in work.rings) + rates.inside
-    seconds["dense gradients"] = rings + rates.sent(["tower gradients"])
-    seconds["update"] = rates.update + clock.memory(work.moved["optimizer"], work.launches).seconds
-    return [Piece(part, part, "compute", own) for part, own in seconds.items()]
+        pieces.append(Piece("tensor links", "tensor links", "compute", rates.tensor))
+    if work.stage:
+        passes, weights = work.rings[:-1], sum(rates.ring(sent) for sent in work.rings[-1:])
+    else:
+        passes, weights = work.rings, 0.0
+    gradients = sum(rates.ring(sent) for sent in passes) + rates.inside
+    pieces.append(Piece("dense gradients", "dense gradients", "compute", gradients))
+    if tower_gradients := rates.sent(["tower gradients"]):
+        pieces.append(Piece("tower gradients", "dense gradients", "compute", tower_gradients))
+    optimizer = clock.memory(work.moved["optimizer"], work.launches).seconds
+    pieces.append(Piece("optimizer", "update", "compute", optimizer))
+    if weights:
+        pieces.append(Piece("weights", "dense gradients", "compute", weights))
+    pieces.append(Piece("update", "update", "compute", rates.update))
+    return pieces
 
 
 class _Step:
@@ -211,6 +228,8 @@ def _dense(work: Work, rates: _Rates, step: _Step) -> list[str]:
             step.wait_for("weights for the dense model")
         if work.tensor:
             step.message(f"tensor links {micro}", "tensor links", rates.tensor / work.accumulation)
+        if work.labels:
+            step.message(f"labels {micro}", "check", rates.answer)
         name = name.replace("forward", "backward")
         if micro + 1 < work.accumulation:
             step.compute(name, "dense compute", (1 - FORWARD) * dense, kernels - kernels // 3)

@@ -17,12 +17,14 @@ from megarec.errors import UserError
 from megarec.planning import roofline
 from megarec.planning.dense_traffic import dense_messages
 from megarec.planning.memo import Same, remembered
+from megarec.planning.memory import average_bytes
 from megarec.planning.skew import Reads
 from megarec.planning.traffic import Message, mean_ids, placed, sparse_messages
 from megarec.planning.zero import Zero, zero_of
 from megarec.run.spec import ModelSpec
 from megarec.sparse.placement import Shard
 
+AVERAGED = 3  # an average is read and written, and its weight read
 SPTT_COPY_BYTES = 16, 8
 """Read and written once more by SPTT than by flat, both ways, for a column of an example: in fp32, and in 16 bits."""
 
@@ -40,6 +42,7 @@ class Work:
         overlap: whether messages travel while the rank computes; None: as the machine decides (run/build.py).
         buckets: messages that carry the dense gradients.
         dense_messages: of the dense side, as far as the ledger counts them.
+        labels: whether they are several: ranks then tell each other which losses are finite, in each micro-batch.
         early: whether these leave while the backward pass still computes.
         moved: bytes in memory by what is done; ids spread evenly over the rows.
         reads: lookups of each table by all ranks.
@@ -58,6 +61,7 @@ class Work:
     stage: int
     overlap: bool | None
     buckets: int
+    labels: bool
     early: bool
     dense_messages: list[Message]
     moved: dict[str, int]
@@ -90,6 +94,7 @@ def work_of(
     if modules is not None and held is not None:
         here = held.of_host(topology.host, hosts) if towered else range(len(held))
         tower_ops = roofline.tower_ops(spec, batch * hosts if towered else batch, here)
+    averages = average_bytes(config, spec, topology, [shard for shard in shards if shard.rank == topology.rank])
     copied = SPTT_COPY_BYTES[0 if "fp32" in config.parallel.messages else 1] * spec.layout.width * batch
     return Work(
         topology=topology,
@@ -106,6 +111,7 @@ def work_of(
         stage=zero.stage,
         overlap=config.parallel.overlap,
         buckets=_buckets(sum(sizes), zero),
+        labels=spec.labels > 1,
         early=zero.stage == 0 or bool(zero.settings.overlap_comm),
         reads=_reads(config, spec),
         moved={
@@ -113,7 +119,7 @@ def work_of(
             "lookup": roofline.lookup_bytes(config, spec.layout, batch),
             "update": roofline.update_bytes(config, spec.layout, batch * world) // world,
             "skewed update": roofline.update_bytes(config, spec.layout, batch * world, skewed=True) // world,
-            "optimizer": roofline.optimizer_bytes(config, sum(sizes), zero),
+            "optimizer": roofline.optimizer_bytes(config, sum(sizes), zero) + AVERAGED * averages,
         },
         launches=roofline.STEP_BYTES[zero.stage, zero.width < 4].launches * len(sizes),
         flop=spec.cost.flop * batch,

@@ -100,6 +100,7 @@ def test_a_run_learns_and_leaves_what_design_promises(pool: RankPool, data: Path
     assert found["workload/memory_mib/process"][5] > 100  # torch alone takes more
     assert {
         "workload/mfu",
+        "workload/time_ms/step",
         "workload/time_ms/data",
         "workload/time_ms/exchange",
         "workload/time_ms/dense",
