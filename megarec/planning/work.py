@@ -93,7 +93,7 @@ def work_of(
     if modules is not None and held is not None:
         here = held.of_host(topology.host, hosts) if towered else range(len(held))
         tower_ops = roofline.tower_ops(spec, batch * hosts if towered else batch, here)
-    averages = average_bytes(config, spec, topology, [shard for shard in shards if shard.rank == topology.rank])
+    averages = average_bytes(config, spec, topology, shards)
     copied = SPTT_COPY_BYTES[0 if "fp32" in config.parallel.messages else 1] * spec.layout.width * batch
     return Work(
         topology=topology,
@@ -159,10 +159,10 @@ def _busiest(config: RunConfig, spec: ModelSpec, first: Topology, shards: Sequen
     """Of the ranks that may be it, by the columns that they and their hosts look up."""
     lookups = Counter(feature.table for feature in spec.layout.features)
     columns, of_host = [0] * first.world_size, [0] * first.hosts
-    for shard in shards:
-        columns[shard.rank] += shard.columns * lookups[shard.table]
-        of_host[shard.rank // first.ranks_per_host] += shard.columns * lookups[shard.table]
-
+    for shard in shards:  # there are millions
+        columns[shard.rank] += (shard.column_stop - shard.column_start) * lookups[shard.table]
+    for rank, own in enumerate(columns):
+        of_host[rank // first.ranks_per_host] += own
     total = sum(of_host)
 
     def sent(rank: int) -> int:
