@@ -3,7 +3,7 @@
 At ZeRO 0 gradients, bucket by bucket (dense/reduction.py): a reduce-scatter in the host, an all-reduce among peers, an
 all-gather in the host, or one all-reduce where a level has one rank. The messages of tensor-parallel layers at every
 stage (dense/tensor_parallel.py). Of several labels, which of them have a finite loss (dense/objective.py). From ZeRO 1
-on DeepSpeed sends gradients and weights by itself: roofline.py has their bytes, as passes of a ring.
+on DeepSpeed sends gradients and weights by itself: zero_traffic.py has their bytes, as passes of a ring.
 """
 
 from collections.abc import Iterator, Sequence

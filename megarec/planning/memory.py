@@ -28,13 +28,13 @@ from megarec.models.blocks import MLP
 from megarec.models.norms import batch_norms
 from megarec.planning.held_memory import runtime_bytes
 from megarec.planning.memo import Same, remembered
-from megarec.planning.traffic import placed, seen_by
+from megarec.planning.traffic import copied, placed, seen_by
 from megarec.planning.zero import MASTER, dense_parts, partition_elements, zero_of
 from megarec.run.build import overlaps
 from megarec.run.fits import activation_bytes
 from megarec.run.spec import ModelSpec
 from megarec.sparse.layout import EmbeddingLayout
-from megarec.sparse.placement import Shard, replicated
+from megarec.sparse.placement import Shard
 from megarec.sparse.run_placement import place_run
 from megarec.sparse.tables.optimizers import table_bytes, whole_update_bytes
 from megarec.sparse.towers.modules import TowerModules
@@ -116,10 +116,12 @@ def largest_rank(
 @remembered(lambda config, shards, ranks: (Same(shards), config.embedding.model_dump_json()))
 def _holds_most(config: RunConfig, shards: Sequence[Shard], ranks: int) -> int:
     """The first of the ranks whose tables take most."""
-    held: list[list[Shard]] = [[] for _ in range(ranks)]
-    for shard in shards:
-        held[shard.rank].append(shard)
-    sizes = [table_bytes(own, config.embedding) for own in held]
+    sizes, known = [0] * ranks, dict[tuple[str, int, int], int]()
+    for shard in shards:  # there are millions, few of which differ in size
+        key = shard.table, shard.row_stop - shard.row_start, shard.column_stop - shard.column_start
+        if key not in known:
+            known[key] = table_bytes([shard], config.embedding)
+        sizes[shard.rank] += known[key]
     return sizes.index(max(sizes))
 
 
@@ -161,11 +163,11 @@ def _statistics(spec: ModelSpec, topology: Topology) -> int:
     return sum(2 * norm.running_mean.numel() for _, norm in batch_norms(model))
 
 
-def average_bytes(config: RunConfig, spec: ModelSpec, topology: Topology, own: Sequence[Shard]) -> int:
+def average_bytes(config: RunConfig, spec: ModelSpec, topology: Topology, shards: Sequence[Shard]) -> int:
     """Averages of weights that a rank holds, float32: of its master weights, tables that are small enough, modules.
 
     Args:
-        own: the shards of the rank.
+        shards: those of other ranks may be among them.
     """
     ema = config.train.ema
     if ema is None:
@@ -173,6 +175,7 @@ def average_bytes(config: RunConfig, spec: ModelSpec, topology: Topology, own: S
     elements = partition_elements(parameter_sizes(spec, topology), zero_of(config, topology))
     elements += _statistics(spec, topology)
     rows = {table.name: table.rows for table in spec.layout.tables}
+    own = [shard for shard in shards if shard.rank == topology.rank]
     elements += sum(shard.rows * shard.columns for shard in own if rows[shard.table] <= ema.table_rows)
     towers, modules, _ = spec.towers
     if towers is not None and modules is not None:
@@ -261,7 +264,7 @@ def exchange_bytes(
         examples: of this rank in one step.
         by_micro_batch: gradients arrive in parts, which are put together: they are there twice.
     """
-    names = replicated(shards)
+    names = copied(shards)
     mine = [shard for shard in shards if shard.rank == topology.rank]
     reads = Counter(feature.table for feature in layout.features)
     for feature in layout.unpooled:

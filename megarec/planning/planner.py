@@ -135,10 +135,10 @@ def sent_by(work: Work) -> tuple[Sent, ...]:
     for message in (*work.messages, *work.dense_messages):
         add(message.op, message.bytes - message.cross_host_bytes, message.cross_host_bytes)
     topology = work.topology
-    ring, crossing = sum(work.rings) if work.stage else 0, 0
+    ring, crossing = work.sent.over_the_ring if work.stage else 0, 0
     if topology.hosts > 1:
         crossing = ring * topology.tensor_size // topology.ranks_per_host
-    add("dense gradients and weights", ring - crossing + sum(work.inside), crossing)
+    add("dense gradients and weights", ring - crossing + work.sent.inside_hosts, crossing)
     return tuple(Sent(what, link, size) for (what, link), size in found.items() if size)
 
 

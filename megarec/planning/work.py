@@ -21,6 +21,7 @@ from megarec.planning.memory import average_bytes
 from megarec.planning.skew import Reads
 from megarec.planning.traffic import Message, mean_ids, placed, sparse_messages
 from megarec.planning.zero import Zero, zero_of
+from megarec.planning.zero_traffic import DenseSent, dense_sent
 from megarec.run.spec import ModelSpec
 from megarec.sparse.placement import Shard
 
@@ -37,8 +38,7 @@ class Work:
         topology: the job and the rank that sends most to other hosts.
         dense, towers: operations of the dense model in a micro-batch, and of the rank's tower modules.
         messages: of the sparse side.
-        rings: bytes of each pass over the data group for gradients and weights of the dense model; `inside` those that
-            stay in a host; `tensor` those of the tensor-parallel layers.
+        sent: bytes for gradients and weights of the dense model; `tensor` those of the tensor-parallel layers.
         overlap: whether messages travel while the rank computes; None: as the machine decides (run/build.py).
         buckets: messages that carry the dense gradients.
         dense_messages: of the dense side, as far as the ledger counts them.
@@ -55,8 +55,7 @@ class Work:
     towers: list[roofline.Op]
     compression: float | None
     messages: list[Message]
-    rings: list[int]
-    inside: list[int]
+    sent: DenseSent
     tensor: list[float]
     stage: int
     overlap: bool | None
@@ -94,7 +93,7 @@ def work_of(
     if modules is not None and held is not None:
         here = held.of_host(topology.host, hosts) if towered else range(len(held))
         tower_ops = roofline.tower_ops(spec, batch * hosts if towered else batch, here)
-    averages = average_bytes(config, spec, topology, [shard for shard in shards if shard.rank == topology.rank])
+    averages = average_bytes(config, spec, topology, shards)
     copied = SPTT_COPY_BYTES[0 if "fp32" in config.parallel.messages else 1] * spec.layout.width * batch
     return Work(
         topology=topology,
@@ -104,8 +103,7 @@ def work_of(
         towers=tower_ops,
         compression=None if modules is None else modules.compression,
         messages=messages,
-        rings=roofline.zero_messages(sum(sizes), zero),
-        inside=roofline.hpz_messages(sum(sizes), zero),
+        sent=dense_sent(sizes, zero),
         tensor=roofline.tensor_messages(spec, zero, topology, batch),
         dense_messages=dense_messages(config, spec, topology),
         stage=zero.stage,
@@ -161,10 +159,10 @@ def _busiest(config: RunConfig, spec: ModelSpec, first: Topology, shards: Sequen
     """Of the ranks that may be it, by the columns that they and their hosts look up."""
     lookups = Counter(feature.table for feature in spec.layout.features)
     columns, of_host = [0] * first.world_size, [0] * first.hosts
-    for shard in shards:
-        columns[shard.rank] += shard.columns * lookups[shard.table]
-        of_host[shard.rank // first.ranks_per_host] += shard.columns * lookups[shard.table]
-
+    for shard in shards:  # there are millions
+        columns[shard.rank] += (shard.column_stop - shard.column_start) * lookups[shard.table]
+    for rank, own in enumerate(columns):
+        of_host[rank // first.ranks_per_host] += own
     total = sum(of_host)
 
     def sent(rank: int) -> int:
