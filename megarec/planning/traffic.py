@@ -44,6 +44,8 @@ class Message(NamedTuple):
         group, op, dtype, direction: as in the ledger.
         bytes: that the rank sends to others of the group, `cross_host_bytes` of them to other hosts.
         pairs: ranks of other hosts that it sends to.
+        longest, longest_across: as bytes and cross_host_bytes, of the rank that receives most where ranks differ in
+            what they receive.
     """
 
     group: str
@@ -53,6 +55,8 @@ class Message(NamedTuple):
     bytes: int
     cross_host_bytes: int
     pairs: int
+    longest: int = 0
+    longest_across: int = 0
 
 
 class _Group(NamedTuple):
@@ -277,7 +281,9 @@ def _all_to_all(
     width = dtype.itemsize
     sent = round(width * (sum(sizes) - sizes[group.rank]))
     across = round(width * sum(size for size, remote in zip(sizes, group.remote, strict=True) if remote))
-    return _message(f"all_to_all {what}", sent, across, dtype, group, direction)
+    most, far = max(sizes, default=0.0) * width, sum(group.remote)
+    message = _message(f"all_to_all {what}", sent, across, dtype, group, direction)
+    return message._replace(longest=round(most * (group.size - 1)), longest_across=round(most * far))
 
 
 def _to_all(op: str, elements: int, dtype: torch.dtype, group: _Group, direction: Direction = "forward") -> Message:
