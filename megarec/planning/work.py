@@ -174,7 +174,7 @@ def slowest_messages(config: RunConfig, spec: ModelSpec, first: Topology, shards
             known = found.get(key)
             if known is not None:
                 size, across = max(size, known.bytes), max(across, known.cross_host_bytes)
-            found[key] = message._replace(bytes=size, cross_host_bytes=across)
+            found[key] = message._replace(bytes=size, cross_host_bytes=across, mean=0, mean_across=0)
     return list(found.values())
 
 
