@@ -9,6 +9,7 @@ python tools/bench.py recompute       # what activation checkpointing saves and 
 python tools/bench.py towers           # flat and tower exchange over shaped links, and TorchRec's (as root)
 python tools/bench.py plan             # the planner's steps beside those that towers measured
 python tools/bench.py planner          # the planner's steps beside measured systems of MLPerf Training
+python tools/bench.py placements       # the planner's pick of 40 placements of tables beside their cost on two ranks
 python tools/bench.py checkpoint       # saving and loading over plain writes and reads; steps beside a save
 python tools/bench.py overlap          # waiting for ids, with and without overlap (as root)
 python tools/bench.py prepare          # files of Criteo's format, made up, at two sizes: rows/s and memory
@@ -42,6 +43,7 @@ NAMES = (
     "checkpoint",
     "groups",
     "plan",
+    "placements",
     "planner",
     "loader",
     "prepare",

@@ -27,7 +27,7 @@ ALLOWED: tuple["Allowed", ...] = ("messages", "modules", "batch")
 ASSUMPTIONS = [
     "on an accelerator ids, dense gradients and messages of micro-batches travel beside other work, as the code lets "
     "them; on a CPU parts follow one another",
-    "tables and towers are looked up and updated evenly by all ranks; lists have their mean length",
+    "tables and towers are looked up, sent and updated evenly by all ranks; lists have their mean length",
     "ids follow a power law over the rows on an accelerator; on a CPU, and in bytes sent, they are spread evenly",
     "batches are with the rank in time",
     "tower modules compute in fp32",

@@ -111,46 +111,50 @@ class Clock:
     def _copy(self) -> float:
         return 1e12 * self.device.memory_tb_s.value
 
-    def whole(self, ops: Sequence[Op], tflops: float) -> PartTime:
-        """All operations as one part."""
-        fast = self._ops(fused(ops), tflops)
-        return dataclasses.replace(self._ops(ops, tflops), fused_seconds=fast.seconds)
+    def whole(self, ops: Sequence[Op], width: int) -> PartTime:
+        """All operations as one part; products are of elements of `width` bytes."""
+        fast = self._ops(fused(ops), width)
+        return dataclasses.replace(self._ops(ops, width), fused_seconds=fast.seconds)
 
-    def on_device(self, ops: Sequence[Op], tflops: float) -> float:
+    def on_device(self, ops: Sequence[Op], width: int) -> float:
         """Seconds of operations that the host has started in time."""
-        return sum(self._work_of(ops, tflops)) + len(ops) * self.start
+        return sum(self._work_of(ops, width)) + len(ops) * self.start
 
-    def dense(self, ops: Sequence[Op], times: int, tflops: float) -> dict[str, PartTime]:
+    def dense(self, ops: Sequence[Op], times: int, width: int) -> dict[str, PartTime]:
         """By kind of operation, `times` times over."""
         parts, fast = {}, fused(ops)
         for name, kind in (("GEMMs", "gemm"), ("products by example", "batched"), ("other dense", "memory")):
-            slow = self._ops([op for op in ops if op.kind == kind] * times, tflops)
-            quick = self._ops([op for op in fast if op.kind == kind] * times, tflops)
+            slow = self._ops([op for op in ops if op.kind == kind] * times, width)
+            quick = self._ops([op for op in fast if op.kind == kind] * times, width)
             parts[name] = dataclasses.replace(slow, fused_seconds=quick.seconds)
         return parts
 
-    def _ops(self, ops: Sequence[Op], tflops: float) -> PartTime:
-        return self._part(
-            sum(op.flop for op in ops), sum(op.bytes for op in ops), len(ops), *self._work_of(ops, tflops)
-        )
+    def _ops(self, ops: Sequence[Op], width: int) -> PartTime:
+        return self._part(sum(op.flop for op in ops), sum(op.bytes for op in ops), len(ops), *self._work_of(ops, width))
 
-    def _work_of(self, ops: Sequence[Op], tflops: float) -> tuple[float, float]:
+    def _work_of(self, ops: Sequence[Op], width: int) -> tuple[float, float]:
         """Seconds of those that compute longer than they move bytes, and of the others."""
         compute = memory = 0.0
+        tflops = self.gemm(width)
         cache = 0.0 if self.device.cache_mb is None else 1e6 * self.device.cache_mb.value
         found = from_cache(ops, cache)
         products = GEMM_SHARE if self.device.sms is None else self._constants.gemm_share
         share = {"gemm": products, "batched": BATCHED_SHARE, "memory": 1.0}
         for op, hit in zip(ops, found, strict=True):
-            computing = self._filling(op) * op.flop / (1e12 * tflops * share[op.kind])
+            computing = self._filling(op, width) * op.flop / (1e12 * tflops * share[op.kind])
             moving = (op.bytes - hit) / self._copy
             compute += computing if computing > moving else 0.0
             memory += moving if computing <= moving else 0.0
         return compute, memory
 
-    def _filling(self, op: Op) -> float:
-        """How much longer a product takes than on a chip that it fills."""
-        if op.kind != "gemm" or op.shape is None or self.device.sms is None:
+    def _filling(self, op: Op, width: int) -> float:
+        """How much longer a product takes than a large one, or than on a chip that it fills."""
+        if op.kind != "gemm" or op.shape is None:
+            return 1.0
+        ramp = self.device.gemm_ramp if width < 4 else self.device.fp32_ramp
+        if ramp is not None:
+            return 1 / ramp.at(min(op.shape.m, op.shape.n, op.shape.k), 1)
+        if self.device.sms is None:
             return 1.0
         return filling(op.shape, self.device.sms.value)
 

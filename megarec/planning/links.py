@@ -1,10 +1,11 @@
 """Seconds of a collective on the links of a machine: each formula once, its constants in the machine's JSON.
 
-    all-to-all in a host       delay + bytes / link
+    all-to-all in a host       delay + bytes / (link x ramp(bytes a pair))
     all-to-all over H hosts    delay(H) + bytes to other hosts / (network x (1 - incast / H) x ramp(bytes a pair)),
-                               or its bytes inside the hosts at the link's rate, whichever takes longer; both
-                               where they share a fabric (PCIe)
-    ring over H hosts          H x delay + bytes / (share x the network of all ranks of a host that are in the ring)
+                               or its bytes inside the hosts at the link's rate, whichever takes longer; where they
+                               share a fabric (PCIe) both, and those to other hosts no faster than the link
+    ring over H hosts          H x delay + bytes / (share x the network of all ranks of a host that are in the ring),
+                               no faster than a ring in a host where they share a fabric
 
 Hosts whose ranks the links of a host join (hardware.scale_up_ranks: NVL72) count as one host here.
 
@@ -26,16 +27,27 @@ def message_seconds(message: Message, topology: Topology, hardware: Hardware) ->
     if message.op.startswith("all_reduce"):
         in_host = message.cross_host_bytes == 0
         return ring_seconds(message.bytes, 1 if in_host else topology.hosts, topology.ranks_per_host, hardware)
+    if message.mean:  # of tables that lie evenly; a rank that sends little receives more
+        message = message._replace(bytes=message.mean, cross_host_bytes=message.mean_across)
     hosts = linked_hosts(topology.hosts, topology.ranks_per_host, hardware)
     if hosts < topology.hosts:
         far = (topology.hosts - topology.hosts // hosts) / (topology.hosts - 1)
         across, pairs = far * message.cross_host_bytes, max(1, round(far * message.pairs))
         message = message._replace(cross_host_bytes=round(across) if hosts > 1 else 0, pairs=pairs)
-    inside = (message.bytes - message.cross_host_bytes) / _bytes(needed(hardware, "host_link_gb_s"))
+    inside = inside_seconds(message.bytes - message.cross_host_bytes, topology, hardware)
     if not message.cross_host_bytes:
         return _us(needed(hardware, "host_link_us")) + inside
     across = across_seconds(message, hosts, hardware)
-    return network_delay(hosts, hardware) + (inside + across if hardware.one_fabric else max(inside, across))
+    if hardware.one_fabric:  # what leaves the host takes the slots as well
+        link = _bytes(needed(hardware, "host_link_gb_s"))
+        return network_delay(hosts, hardware) + inside + max(across, message.cross_host_bytes / link)
+    return network_delay(hosts, hardware) + max(inside, across)
+
+
+def inside_seconds(sent: int, topology: Topology, hardware: Hardware) -> float:
+    """Of the bytes of an all-to-all that stay in a host, without its delay."""
+    ramp, others = hardware.host_ramp, max(1, topology.ranks_per_host - 1)
+    return sent / (_bytes(needed(hardware, "host_link_gb_s")) * (1.0 if ramp is None else ramp.at(sent / others, 1)))
 
 
 def linked_hosts(hosts: int, ranks_per_host: int, hardware: Hardware) -> int:
@@ -67,11 +79,14 @@ def ring_seconds(sent: float, hosts: int, ranks_of_a_host: int, hardware: Hardwa
         return 0.0
     linked = linked_hosts(hosts, ranks_of_a_host, hardware)
     hosts, ranks_of_a_host = linked, ranks_of_a_host * (hosts // linked)
+    own = hardware.host_ring_gb_s
     if hosts == 1:
-        own = hardware.host_ring_gb_s
         rate = needed(hardware, "host_link_gb_s") if own is None else own.value
-        return _us(needed(hardware, "host_link_us")) + sent / _bytes(rate)
+        delay = hardware.host_ring_us
+        return _us(needed(hardware, "host_link_us") if delay is None else delay.value) + sent / _bytes(rate)
     rate = _bytes(needed(hardware, "network_gb_s")) * needed(hardware, "ring_share") * ranks_of_a_host
+    if hardware.one_fabric and own is not None:
+        rate = min(rate, _bytes(own.value))  # from card to card it takes the same slots
     return _us(hosts * needed(hardware, "ring_us_per_host")) + sent / rate
 
 

@@ -4,10 +4,10 @@
     torchrun --nproc_per_node 2 tools/plan.py --measure runs/this-machine.json              two, and their links
 
 All ranks of a job measure at the same time, since they share a machine's cores and memory; a figure is the slowest
-rank's. Over several hosts (a launcher of many hosts, or namespaces) the network is measured as well.
+rank's. Over several hosts (a launcher of many hosts, or namespaces) the network is measured as well. Products are
+measured by shape (SIDES) and type, collectives by size (measure_links.py); a figure's source names what was measured.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +25,7 @@ from megarec.errors import UserError
 from megarec.files import check_json_output, write_json
 from megarec.planning.hardware import load_hardware
 from megarec.planning.held_memory import available_bytes
+from megarec.planning.measure_links import Timed, collective_seconds, link_figures, rounded, timer
 from megarec.planning.roofline import lookup_bytes, update_bytes
 from megarec.sparse.layout import EmbeddingLayout, Feature, Table
 from megarec.sparse.side import SparseSide
@@ -32,8 +33,9 @@ from megarec.training.profiling import data_sheet_tflops, measure_gemm_tflops
 
 COPIED = 128 * 2**20  # bytes: more than any cache here holds
 TABLES, ROWS, COLUMNS, EXAMPLES = 8, 200_000, 64, 4_096
-SMALL, LARGE = 64, 16 * 2**20  # bytes of a rank's message, for delay and rate
-REPETITIONS = 5
+ROWS_OF_A_PRODUCT, SIDES = 2_048, (16, 64, 256, 1024)  # [2048, side] x [side, side], the last one's rate a large one's
+TYPES = {"gemm": torch.bfloat16, "fp32": torch.float32}
+REPETITIONS = 7
 
 
 def measure(path: Path) -> None:
@@ -49,17 +51,25 @@ def measure(path: Path) -> None:
     device = start_process(config)
     topology = build_topology(None, tensor=1)
     _on_rank_0(lambda: check_json_output("--measure", path, "this-machine.json"), topology, device)
-    figures = {**_rank_figures(config, device, topology), **_link_figures(device, topology)}
+    timed = timer(device, topology, REPETITIONS)
+    figures = {
+        **_rank_figures(config, device, topology, timed),
+        **_products(device, timed),
+        **collective_seconds(timed, device, topology),
+    }
     table = gather_numbers(list(figures.values()), topology, device)
     slowest = {name: _slowest(name, [row[i] for row in table]) for i, name in enumerate(figures)}
 
+    made = _as_json(slowest, device, topology)
+
     def write() -> None:
         try:
-            write_json(path, _as_json(slowest, device, topology))
+            write_json(path, made)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
         load_hardware(str(path))  # what was written is what is read
-        print(f"{path}: {', '.join(f'{name} {value:.3g}' for name, value in slowest.items())}")
+        figures = {name: figure["value"] for name, figure in made.items() if isinstance(figure, dict)}
+        print(f"{path}: {', '.join(f'{name} {value}' for name, value in figures.items())}")
 
     _on_rank_0(write, topology, device)
     if dist.is_initialized() and not joined:
@@ -81,16 +91,16 @@ def _slowest(name: str, values: list[float]) -> float:
     return max(values) if "_us" in name else min(values)
 
 
-def _rank_figures(config: RunConfig, device: torch.device, topology: Topology) -> dict[str, float]:
+def _rank_figures(config: RunConfig, device: torch.device, topology: Topology, timed: Timed) -> dict[str, float]:
     source, target = (torch.ones(COPIED // 4, device=device) for _ in range(2))
-    copying = _seconds(lambda: target.copy_(source), device, topology)
+    copying = timed(lambda: target.copy_(source))
     number = torch.ones(1, device=device)
 
     def launches() -> None:
         for _ in range(1_000):
             number.add_(1)
 
-    looking, updating = _tables(config.embedding, device, topology)
+    looking, updating = _tables(config.embedding, device, timed)
     layout = _layout()
     return {
         "gemm_tflops": measure_gemm_tflops(torch.bfloat16, device),
@@ -99,8 +109,25 @@ def _rank_figures(config: RunConfig, device: torch.device, topology: Topology) -
         "memory_tb_s": 2 * COPIED / copying / 1e12,
         "lookup_gb_s": lookup_bytes(config, layout, EXAMPLES) / looking / 1e9,
         "update_gb_s": update_bytes(config, layout, EXAMPLES) / updating / 1e9,
-        "launch_us": 1e6 * _seconds(launches, device, topology) / 1_000,
+        "launch_us": 1e6 * timed(launches) / 1_000,
     }
+
+
+def _products(device: torch.device, timed: Timed) -> dict[str, float]:
+    """TFLOP/s by type and side."""
+    found = {}
+    for name, dtype in TYPES.items():
+        for side in SIDES:
+            left, right = (torch.ones(rows, side, device=device, dtype=dtype) for rows in (ROWS_OF_A_PRODUCT, side))
+            out = left @ right
+            times = max(1, SIDES[-1] ** 2 // side**2 // 16)  # so that even the smallest takes a while
+
+            def multiply(left: Any = left, right: Any = right, out: Any = out, times: int = times) -> None:
+                for _ in range(times):
+                    torch.matmul(left, right, out=out)
+
+            found[f"{name} {side}"] = 2e-12 * times * ROWS_OF_A_PRODUCT * side * side / timed(multiply)
+    return found
 
 
 def _layout() -> EmbeddingLayout:
@@ -110,7 +137,7 @@ def _layout() -> EmbeddingLayout:
     return EmbeddingLayout(COLUMNS, tables, features, full_embeddings=TABLES, small_columns=0)
 
 
-def _tables(config: EmbeddingConfig, device: torch.device, topology: Topology) -> tuple[float, float]:
+def _tables(config: EmbeddingConfig, device: torch.device, timed: Timed) -> tuple[float, float]:
     """Seconds of a lookup and of an update, without an exchange; the time of what lies between counts as lookup."""
     side = SparseSide(_layout(), config, ONE_RANK, seed=1, device=device, ledger=Ledger())
     random = torch.Generator().manual_seed(1)
@@ -129,61 +156,16 @@ def _tables(config: EmbeddingConfig, device: torch.device, topology: Topology) -
         lookup.backward(gradient)
         lookup.apply()
 
-    looking = _seconds(look_up, device, topology)
-    return looking, max(_seconds(whole, device, topology) - looking, 0.1 * looking)
-
-
-def _link_figures(device: torch.device, topology: Topology) -> dict[str, float]:
-    """Of the links that this job has; an all-to-all sends as much to each rank of a group."""
-    found = {}
-    if topology.tower is not None:
-        local = topology.ranks_per_host
-        delay, taken = (_all_to_all(size, topology.tower, device, topology) for size in (SMALL, LARGE))
-        found["host_link_us"] = 1e6 * delay
-        found["host_link_gb_s"] = LARGE * (local - 1) / local / max(taken - delay, 1e-9) / 1e9
-    if topology.peer is not None:
-        hosts, world = topology.hosts, topology.world_size
-        delay, taken = (_all_to_all(size, topology.peer, device, topology) for size in (SMALL, LARGE))
-        network = LARGE * (hosts - 1) / hosts / max(taken - delay, 1e-9) / 1e9
-        numbers = torch.ones(LARGE // 4, device=device)
-        short, long = (_all_reduce(part, device, topology) for part in (numbers[:16], numbers))
-        passing = LARGE * (world - 1) / world / max((long - short) / 2, 1e-9) / 1e9
-        found |= {"network_us": 1e6 * delay, "network_gb_s": network, "ring_us_per_host": 1e6 * short / 2 / hosts}
-        found["ring_share"] = passing / topology.ranks_per_host / network
-    return found
-
-
-def _all_to_all(size: int, group: dist.ProcessGroup, device: torch.device, topology: Topology) -> float:
-    sent = torch.ones(max(size // 4, group.size()) // group.size() * group.size(), device=device)
-    received = torch.empty_like(sent)
-    return _seconds(lambda: dist.all_to_all_single(received, sent, group=group), device, topology)
-
-
-def _all_reduce(numbers: torch.Tensor, device: torch.device, topology: Topology) -> float:
-    return _seconds(lambda: dist.all_reduce(numbers, group=topology.world), device, topology)
-
-
-def _seconds(work: Callable[[], object], device: torch.device, topology: Topology) -> float:
-    """The median of some calls that all ranks start together, after one that does not count."""
-    taken = []
-    for _ in range(1 + REPETITIONS):
-        if topology.world is not None:
-            dist.barrier(group=topology.world)
-        start = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
+    looking = timed(look_up)
+    return looking, max(timed(whole) - looking, 0.1 * looking)
 
 
 def _as_json(figures: dict[str, float], device: torch.device, topology: Topology) -> dict[str, Any]:
     when, job = time.strftime("%Y-%m-%d"), f"{topology.hosts} hosts x {topology.ranks_per_host} ranks"
     source = f"measured {when}, {job}, the slowest rank"
-    made: dict[str, Any] = {name: {"value": float(f"{value:.4g}"), "source": source} for name, value in figures.items()}
-    if "network_us" in made:  # an all-to-all over as many hosts reaches what was measured; nothing is taken off
-        made["network_us"]["value"] = {str(topology.hosts): made["network_us"]["value"]}
-        made["network_incast"] = {"value": 0.0, "source": f"in network_gb_s, {source}"}
+    own = {name: value for name, value in figures.items() if " " not in name}
+    made: dict[str, Any] = {name: {"value": rounded(value), "source": source} for name, value in own.items()}
+    made |= _ramps(figures, source) | link_figures(figures, topology, source)
     sheet = data_sheet_tflops(torch.bfloat16, device)
     if sheet is not None:
         made["peak_tflops"] = {"value": sheet, "source": "data sheet, dense, bf16"}
@@ -195,3 +177,15 @@ def _as_json(figures: dict[str, float], device: torch.device, topology: Topology
         "ranks_per_host": {"value": topology.ranks_per_host, "source": source},
         **made,
     }
+
+
+def _ramps(figures: dict[str, float], source: str) -> dict[str, Any]:
+    """Of products by type: the share of the largest one's rate that those of a smaller side reach."""
+    found = {}
+    for name in TYPES:
+        rates = {side: figures[f"{name} {side}"] for side in SIDES}
+        shares = {str(side): min(1.0, max(1e-3, rate / rates[SIDES[-1]])) for side, rate in rates.items()}
+        said = ", ".join(f"{1e3 * rate:.3g}" for rate in rates.values())
+        shape = f"products [{ROWS_OF_A_PRODUCT}, n] x [n, n] of n = {', '.join(map(str, SIDES))}: {said} GFLOP/s"
+        found[f"{name}_ramp"] = {"value": rounded(shares), "source": f"{source}; {shape}"}
+    return found

@@ -122,6 +122,20 @@ def plan_run(
     )
 
 
+def placement_seconds(
+    config: RunConfig, spec: ModelSpec, hardware: Hardware, hosts: int, ranks_per_host: int, shards: Sequence[Shard]
+) -> float:
+    """A step with the tables in given places, as long as the rank takes that has most of each part.
+
+    It compares placements of the same run; `plan_run` says how long a run takes whose tables lie evenly.
+
+    Raises:
+        UserError: as `plan_run`.
+    """
+    check_machine(config, hardware, hosts, ranks_per_host)
+    return timeline(pieces_of(work_of(config, spec, hosts, ranks_per_host, shards, slowest=True), hardware)).seconds
+
+
 def sent_by(work: Work) -> tuple[Sent, ...]:
     """Traffic by link, none that is empty: what the ledger counts, and from ZeRO 1 on passes of a ring, of which each
     rank sends an equal share to the next host."""

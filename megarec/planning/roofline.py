@@ -142,9 +142,9 @@ def predict_step(config: RunConfig, spec: ModelSpec, name: str, batch: int | Non
         raise UserError("--roofline: deepspeed.zero_optimization.offload_optimizer is not in its model; leave it out")
     clock = Clock(device)
     sizes = parameter_sizes(spec, topology)
-    parts = clock.dense(dense_ops(config, spec, micro), zero.accumulation, clock.gemm(zero.width))
+    parts = clock.dense(dense_ops(config, spec, micro), zero.accumulation, zero.width)
     if spec.towers.modules is not None:
-        parts["tower modules"] = clock.whole(tower_ops(spec, batch), clock.gemm(4))
+        parts["tower modules"] = clock.whole(tower_ops(spec, batch), 4)
     parts["exchange glue"] = clock.memory(glue_bytes(config, spec.layout, batch))
     parts["table lookup"] = clock.memory(lookup_bytes(config, spec.layout, batch))
     parts["table update"] = clock.memory(update_bytes(config, spec.layout, batch * ranks) // ranks)

@@ -76,12 +76,12 @@ class _Rates:
     @property
     def dense(self) -> float:
         """Of a micro-batch, on the device alone."""
-        return self._clock.on_device(self._work.dense, self._clock.gemm(self._work.width))
+        return self._clock.on_device(self._work.dense, self._work.width)
 
     @property
     def towers(self) -> float:
         work = self._work
-        return self._clock.on_device(work.towers, self._clock.gemm(4)) if work.towers else 0.0
+        return self._clock.on_device(work.towers, 4) if work.towers else 0.0
 
     @property
     def tensor(self) -> float:
@@ -118,7 +118,7 @@ class _Rates:
 
 def _in_turn(work: Work, hardware: Hardware, rates: _Rates) -> list[Piece]:
     clock = Clock(hardware)
-    dense = clock.dense(work.dense, work.accumulation, clock.gemm(work.width))
+    dense = clock.dense(work.dense, work.accumulation, work.width)
     computing = sum(part.seconds for part in dense.values())
     pieces = [
         Piece("ids", "ids", "compute", rates.sent(IDS)),
@@ -126,7 +126,7 @@ def _in_turn(work: Work, hardware: Hardware, rates: _Rates) -> list[Piece]:
         Piece("embeddings", "exchange", "compute", rates.sent(EXCHANGED)),
     ]
     if work.towers:
-        towers = clock.whole(work.towers, clock.gemm(4)).seconds
+        towers = clock.whole(work.towers, 4).seconds
         pieces.append(Piece("tower modules", "tower modules", "compute", towers))
     pieces.append(Piece("forward", "dense compute", "compute", FORWARD * computing))
     pieces.append(Piece("backward", "dense compute", "compute", (1 - FORWARD) * computing))

@@ -44,6 +44,9 @@ class Message(NamedTuple):
         group, op, dtype, direction: as in the ledger.
         bytes: that the rank sends to others of the group, `cross_host_bytes` of them to other hosts.
         pairs: ranks of other hosts that it sends to.
+        longest, longest_across: as bytes and cross_host_bytes, of the rank that receives most where ranks differ in
+            what they receive.
+        mean, mean_across: of the ranks of a job whose hosts have alike many, on average.
     """
 
     group: str
@@ -53,6 +56,10 @@ class Message(NamedTuple):
     bytes: int
     cross_host_bytes: int
     pairs: int
+    longest: int = 0
+    longest_across: int = 0
+    mean: int = 0
+    mean_across: int = 0
 
 
 class _Group(NamedTuple):
@@ -105,9 +112,10 @@ def sparse_messages(
     if modules is not None and held is not None:
         here = [held.of_host(host, topology.hosts) for host in range(topology.hosts)]
         outputs = [modules.output_columns(towers) for towers in here]
-    wire = _wire(config)
-    found.append(_all_to_all("towers", [examples * outputs[topology.host]] * peer.size, wire.forward, peer))
-    back = [examples * columns for columns in outputs]
+    wire, back = _wire(config), [examples * columns for columns in outputs]
+    found.append(
+        _all_to_all("towers", [examples * outputs[topology.host]] * peer.size, wire.forward, peer, total=sum(back))
+    )
     found.append(_all_to_all("towers", back, wire.backward, peer, "backward"))
     asked = [sum(f.columns * mean_ids(f, examples) for f in part.unpooled) for part in parts]
     found += _rows([asked[topology.host]] * peer.size, asked, peer, wire)
@@ -229,7 +237,11 @@ def _group_messages(
         own, split = loads.columns[group.rank], loads.split[group.rank]
         found += _ids(loads, group, _index_dtype([layout]))
         found += _rows([loads.rows[group.rank]] * group.size, loads.rows, group, wire)
-        found.append(_all_to_all("embeddings", [examples * own] * group.size, wire.forward, group))
+        found.append(
+            _all_to_all(
+                "embeddings", [examples * own] * group.size, wire.forward, group, total=examples * sum(loads.columns)
+            )
+        )
         back = [examples * width for width in loads.columns]
         found.append(_all_to_all("embeddings", back, wire.backward, group, "backward"))
         summed = "reduce_scatter" if wire.forward == torch.float32 else "all_to_all"
@@ -250,7 +262,7 @@ def _index_dtype(parts: Sequence[EmbeddingLayout]) -> torch.dtype:
 def _rows(sent: Sequence[float], back: Sequence[float], group: _Group, wire: WireDtypes) -> list[Message]:
     """exchange/unpooled.py: the rows of sequences, and their gradients; numbers for each rank."""
     return [
-        _all_to_all("sequences", sent, wire.forward, group),
+        _all_to_all("sequences", sent, wire.forward, group, total=sum(back)),
         _all_to_all("sequences", back, wire.backward, group, "backward"),
     ]
 
@@ -286,13 +298,24 @@ def _ids(loads: _Loads, group: _Group, dtype: torch.dtype) -> list[Message]:
 
 
 def _all_to_all(
-    what: str, sizes: Sequence[float], dtype: torch.dtype, group: _Group, direction: Direction = "forward"
+    what: str,
+    sizes: Sequence[float],
+    dtype: torch.dtype,
+    group: _Group,
+    direction: Direction = "forward",
+    total: float | None = None,
 ) -> Message:
-    """`sizes`: elements for each rank."""
+    """`sizes`: elements for each rank; `total`: what a rank has for all, itself too, on average; None: as this one."""
     width = dtype.itemsize
     sent = round(width * (sum(sizes) - sizes[group.rank]))
     across = round(width * sum(size for size, remote in zip(sizes, group.remote, strict=True) if remote))
-    return _message(f"all_to_all {what}", sent, across, dtype, group, direction)
+    most, far = max(sizes, default=0.0) * width, sum(group.remote)
+    message = _message(f"all_to_all {what}", sent, across, dtype, group, direction)
+    mean = width * (sum(sizes) if total is None else total) / group.size
+    return message._replace(
+        longest=round(most * (group.size - 1)), longest_across=round(most * far),
+        mean=round(mean * (group.size - 1)), mean_across=round(mean * far),
+    )  # fmt: skip
 
 
 def _to_all(op: str, elements: int, dtype: torch.dtype, group: _Group, direction: Direction = "forward") -> Message:

@@ -19,6 +19,7 @@ from megarec.planning.dense_traffic import dense_messages
 from megarec.planning.memo import Same, remembered
 from megarec.planning.memory import average_bytes
 from megarec.planning.skew import Reads
+from megarec.planning.table_loads import Load, loads
 from megarec.planning.traffic import Message, mean_ids, placed, sparse_messages
 from megarec.planning.zero import Zero, zero_of
 from megarec.planning.zero_traffic import DenseSent, dense_sent
@@ -26,6 +27,7 @@ from megarec.run.spec import ModelSpec
 from megarec.sparse.placement import Shard
 
 AVERAGED = 3  # an average is read and written, and its weight read
+LOOKED_AT = 8  # ranks with most columns, and with fewest, of a large job
 SPTT_COPY_BYTES = 16, 8
 """Read and written once more by SPTT than by flat, both ways, for a column of an example: in fp32, and in 16 bits."""
 
@@ -70,12 +72,19 @@ class Work:
 
 
 def work_of(
-    config: RunConfig, spec: ModelSpec, hosts: int, ranks_per_host: int, shards: Sequence[Shard] | None = None
+    config: RunConfig,
+    spec: ModelSpec,
+    hosts: int,
+    ranks_per_host: int,
+    shards: Sequence[Shard] | None = None,
+    slowest: bool = False,
 ) -> Work:
     """A step of the rank that sends most to other hosts.
 
     Args:
         shards: where all tables lie (`traffic.placed` is enough); None: as the config places them.
+        slowest: lookups, updates and each message of the sparse side are those of the rank that has most of them, for
+            which the others wait; else a rank's mean and the messages of one rank.
 
     Raises:
         UserError: ranks, batch and tables do not fit together.
@@ -95,6 +104,18 @@ def work_of(
         tower_ops = roofline.tower_ops(spec, batch * hosts if towered else batch, here)
     averages = average_bytes(config, spec, topology, shards)
     copied = SPTT_COPY_BYTES[0 if "fp32" in config.parallel.messages else 1] * spec.layout.width * batch
+    moved = {
+        "glue": roofline.glue_bytes(config, spec.layout, batch) + towered * copied,
+        "lookup": roofline.lookup_bytes(config, spec.layout, batch),
+        "update": roofline.update_bytes(config, spec.layout, batch * world) // world,
+        "skewed update": roofline.update_bytes(config, spec.layout, batch * world, skewed=True) // world,
+        "optimizer": roofline.optimizer_bytes(config, sum(sizes), zero) + AVERAGED * averages,
+    }
+    if slowest:
+        messages = slowest_messages(config, spec, first, shards)
+        most = Load(*(max(own) for own in zip(*loads(config, spec, shards, world), strict=True)))
+        moved |= {"lookup": round(most.lookup), "update": round(most.update), "skewed update": round(most.skewed)}
+        moved["glue"] = round(moved["glue"] / 2 + most.glue)
     return Work(
         topology=topology,
         width=zero.width,
@@ -112,13 +133,7 @@ def work_of(
         labels=spec.labels > 1,
         early=zero.stage == 0 or bool(zero.settings.overlap_comm),
         reads=_reads(config, spec),
-        moved={
-            "glue": roofline.glue_bytes(config, spec.layout, batch) + towered * copied,
-            "lookup": roofline.lookup_bytes(config, spec.layout, batch),
-            "update": roofline.update_bytes(config, spec.layout, batch * world) // world,
-            "skewed update": roofline.update_bytes(config, spec.layout, batch * world, skewed=True) // world,
-            "optimizer": roofline.optimizer_bytes(config, sum(sizes), zero) + AVERAGED * averages,
-        },
+        moved=moved,
         launches=roofline.STEP_BYTES[zero.stage, zero.width < 4].launches * len(sizes),
         flop=spec.cost.flop * batch,
     )
@@ -143,6 +158,28 @@ def busiest(
     """The messages and the place of the rank that sends most to other hosts."""
     messages, rank = _busiest(config, spec, first, shards)
     return messages, dataclasses.replace(first, rank=rank)
+
+
+def slowest_messages(config: RunConfig, spec: ModelSpec, first: Topology, shards: Sequence[Shard]) -> list[Message]:
+    """Each message of the sparse side as the rank sends or receives it that sends or receives most of it.
+
+    Of many ranks those are asked that hold most and fewest columns.
+    """
+    columns = [0] * first.world_size
+    for shard in shards:
+        columns[shard.rank] += shard.columns
+    ranks = sorted(range(first.world_size), key=lambda rank: (-columns[rank], rank))
+    asked = ranks if len(ranks) <= 2 * LOOKED_AT else [*ranks[:LOOKED_AT], *ranks[-LOOKED_AT:]]
+    found = dict[tuple[str, str, str], Message]()
+    for rank in asked:
+        for message in sparse_messages(config, spec, dataclasses.replace(first, rank=rank), shards):
+            key = message.group, message.op, message.direction
+            size, across = (max(message.bytes, message.longest), max(message.cross_host_bytes, message.longest_across))
+            known = found.get(key)
+            if known is not None:
+                size, across = max(size, known.bytes), max(across, known.cross_host_bytes)
+            found[key] = message._replace(bytes=size, cross_host_bytes=across, mean=0, mean_across=0)
+    return list(found.values())
 
 
 @remembered(

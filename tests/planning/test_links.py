@@ -51,3 +51,19 @@ def test_all_reduces_are_rings() -> None:
     across = inside._replace(group="world", cross_host_bytes=500, pairs=8)
     assert message_seconds(inside, topology, H100) == ring_seconds(1000, 1, 8, H100)
     assert message_seconds(across, topology, H100) == ring_seconds(1000, 2, 8, H100)
+
+
+def test_ranks_of_an_even_job_wait_for_the_mean() -> None:
+    """A rank that sends little receives more."""
+    little = Message("world", "all_to_all x", "float16", "forward", 1000, 800, 8, mean=10**6, mean_across=8 * 10**5)
+    even = Message("world", "all_to_all x", "float16", "forward", 10**6, 8 * 10**5, 8)
+    assert message_seconds(little, Topology(0, 16, 8, 1), H100) == message_seconds(even, Topology(0, 16, 8, 1), H100)
+
+
+@pytest.mark.parametrize("machine", ["l40s", "a40", "h100-pcie"])
+def test_no_byte_leaves_a_host_of_cards_faster_than_it_reaches_the_next_card(machine: str) -> None:
+    hardware, total = load_hardware(machine), 8e7
+    inside = message_seconds(all_to_all("world", total, 8, 0), Topology(0, 8, 8, 1), hardware)
+    across = message_seconds(all_to_all("world", total, 8, 4), Topology(0, 8, 4, 1), hardware)
+    assert across + 50e-6 >= inside  # an all-to-all over two hosts starts 13 us earlier
+    assert ring_seconds(1e8, 2, 4, hardware) > ring_seconds(1e8, 1, 8, hardware)

@@ -60,7 +60,8 @@ class ByHosts(Section):
 
 
 class Ramp(Section):
-    """Share of a link's rate that messages reach, by bytes for each pair of ranks; all of it from the largest on."""
+    """Share of a rate that is reached by size: of a link, by bytes for each pair of ranks; of products, by their
+    smallest side. From the largest size on as there."""
 
     value: Annotated[dict[str, Share], Field(min_length=1)]
     source: str
@@ -92,6 +93,10 @@ class Hardware(Section):
     peak_tflops: Figure | None = Field(None, description="16 bits, by the data sheet: what an MFU is a share of")
     gemm_tflops: Figure | None = Field(None, description="that a large product in 16 bits reaches")
     fp32_tflops: Figure | None = Field(None, description="in fp32 without TF32")
+    gemm_ramp: Ramp | None = Field(
+        None, description="share of gemm_tflops by the smallest side of a product; left out: by its tiles, or all of it"
+    )
+    fp32_ramp: Ramp | None = Field(None, description="the same of fp32_tflops")
     memory_tb_s: Figure = Field(description="that a copy reaches, read and written bytes together")
     lookup_gb_s: Figure | None = Field(None, description="bytes of looked-up rows; left out: as a copy")
     update_gb_s: Figure | None = Field(None, description="bytes of an update of tables; left out: as a copy")
@@ -104,6 +109,10 @@ class Hardware(Section):
     host_link_gb_s: Figure | None = Field(None, description="of a rank to the others of its host, each way")
     one_fabric: bool = Field(False, description="bytes to other hosts take the same way as those inside: PCIe")
     host_ring_gb_s: Figure | None = Field(None, description="the same in a ring; left out: as host_link_gb_s")
+    host_ring_us: DelayFigure | None = Field(
+        None, description="of a pass of a ring in a host, beside its bytes; left out: as host_link_us"
+    )
+    host_ramp: Ramp | None = Field(None, description="in a host; left out: messages of every size reach the rate")
     host_link_us: DelayFigure | None = Field(None, description="of a collective inside a host, beside its bytes")
     network_gb_s: Figure | None = Field(None, description="of a rank to other hosts, each way")
     network_us: ByHosts | None = Field(None, description="of an all-to-all over hosts, beside its bytes; left out: 0")
@@ -115,6 +124,7 @@ class Hardware(Section):
     ring_us_per_host: DelayFigure | None = Field(None, description="of a ring, beside its bytes")
 
 
+RAMPS = "network_ramp", "host_ramp", "gemm_ramp", "fp32_ramp"
 Known = Literal["host_link_gb_s", "host_link_us", "network_gb_s", "network_incast", "ring_share", "ring_us_per_host"]
 
 
@@ -141,8 +151,8 @@ def load_hardware(name: str, option: str = "--hardware") -> Hardware:
     raw = read_object(path, "the JSON of a machine")
     try:
         hardware = Hardware.model_validate(raw)
-        for table in (hardware.network_us, hardware.network_ramp):
-            _check_counts(table)
+        for key in ("network_us", *RAMPS):
+            _check_counts(key, getattr(hardware, key))
         if not hardware.ranks_per_host.value.is_integer():
             raise ValueError(f"ranks_per_host.value={hardware.ranks_per_host.value}; expected a whole number")
     except ValidationError as error:
@@ -152,10 +162,9 @@ def load_hardware(name: str, option: str = "--hardware") -> Hardware:
     return hardware
 
 
-def _check_counts(table: ByHosts | Ramp | None) -> None:
+def _check_counts(key: str, table: ByHosts | Ramp | None) -> None:
     for count in table.value if table is not None else ():
         if not count.isdecimal() or str(int(count)) != count or not 0 < int(count) < 1 << 40:
-            key = "network_us" if isinstance(table, ByHosts) else "network_ramp"
             raise ValueError(f"{key}.value has the key {count!r}; expected a whole number from 1 on")
 
 

@@ -1,0 +1,82 @@
+"""What ranks move for their tables, by hand; and the planner tells good placements of tables from bad ones."""
+
+import pytest
+
+from megarec.config.sections import RunConfig
+from megarec.data.schema import CategoricalFeature, Schema
+from megarec.planning.hardware import load_hardware
+from megarec.planning.planner import placement_seconds
+from megarec.planning.table_loads import Load, loads
+from megarec.planning.work import work_of
+from megarec.run.spec import ModelSpec, resolve
+from megarec.sparse.placement import Shard
+
+ROWS, COLUMNS, EXAMPLES = 1000, 16, 64
+
+
+def run(tables: int, examples: int = EXAMPLES) -> tuple[RunConfig, ModelSpec]:
+    """Two ranks; the first table is asked for 5 ids an example, the others for one."""
+    features = tuple(
+        CategoricalFeature(name=f"t{i}", rows=ROWS, multi_valued=not i, mean_length=1 if i else 5)
+        for i in range(tables)
+    )
+    rows = {"train": 0, "valid": 0, "test": 0}
+    schema = Schema(name="x", label_rule="x", categorical=features, numeric=("x",), rows=rows, source="synthetic")
+    config = RunConfig.model_validate({
+        "model": {"name": "dlrm", "dim": COLUMNS, "numeric_mlp": [8], "head": [8]},
+        "data": {"path": "-", "batch_size": examples},
+        "embedding": {"optimizer": "rowwise_adagrad"},
+    })  # fmt: skip
+    return config, resolve(config, schema)
+
+
+def whole(table: str, rank: int) -> Shard:
+    return Shard(table, rank, 0, ROWS, 0, COLUMNS)
+
+
+def halves(table: str, by: str) -> list[Shard]:
+    if by == "rows":
+        return [Shard(table, rank, rank * ROWS // 2, (rank + 1) * ROWS // 2, 0, COLUMNS) for rank in range(2)]
+    return [Shard(table, rank, 0, ROWS, rank * COLUMNS // 2, (rank + 1) * COLUMNS // 2) for rank in range(2)]
+
+
+def test_by_hand() -> None:
+    """A row of row-wise Adagrad: 4 bytes a column, a sum and a flag; of sorting 96 bytes an id."""
+    config, spec = run(2)
+    long, short = loads(config, spec, [whole("t0", 0), whole("t1", 1)], 2)
+    touched = [ROWS * (1 - (1 - 1 / ROWS) ** (ids * EXAMPLES)) for ids in (5, 1)]
+    for load, ids, rows in ((long, 5, touched[0]), (short, 1, touched[1])):
+        assert load.lookup == ids * EXAMPLES * (4 * COLUMNS + 4)
+        assert load.update == pytest.approx(ids * EXAMPLES * 96 + 2 * rows * (4 * COLUMNS + 4 + 1), rel=2e-3)
+        assert load.glue == 24 * COLUMNS * EXAMPLES
+        assert load.skewed < load.update, "popular rows are asked for again"
+    assert loads(config, spec, [whole("t0", 0), whole("t1", 0)], 2)[1] == Load(0, 0, 0, 0)
+
+
+def test_what_a_split_costs() -> None:
+    """All ids on both ranks by columns; half of them, and all pooled columns, on both by rows."""
+    config, spec = run(1)
+    (table, _), (column, other), (row, _) = (
+        loads(config, spec, shards, 2) for shards in ([whole("t0", 0)], halves("t0", "columns"), halves("t0", "rows"))
+    )
+    ids = 5 * EXAMPLES
+    assert column == other and column.lookup == ids * (2 * COLUMNS + 4) and row.lookup == table.lookup / 2
+    assert column.update > table.update / 2 == pytest.approx(row.update)
+    assert row.glue == table.glue == 2 * column.glue
+    (copy, same) = loads(config, spec, [whole("t0", 0), whole("t0", 1)], 2)
+    assert copy == same and copy.lookup == table.lookup / 2 and copy.update > table.update / 2
+
+
+def test_the_slowest_rank_counts() -> None:
+    config, spec = run(4)
+    even = [whole("t0", 0), *(whole(f"t{i}", 1) for i in (1, 2, 3))]
+    uneven = [whole("t1", 1), *(whole(f"t{i}", 0) for i in (0, 2, 3))]
+    larger = run(4, 2**20)  # small work hides behind an accelerator's starts
+    for machine, hosts, ranks in (("epyc-2-cores", 1, 2), ("h100", 1, 2), ("h100", 2, 1)):
+        hardware = load_hardware(machine)
+        seconds = [placement_seconds(*larger, hardware, hosts, ranks, shards) for shards in (even, uneven)]
+        assert seconds[0] < seconds[1], machine
+    sent = {(m.op, m.direction): m.bytes for m in work_of(config, spec, 1, 2, uneven, slowest=True).messages}
+    columns = 3 * COLUMNS * EXAMPLES // 2 * 4  # of three tables, for the other rank's half of the examples
+    assert sent["all_to_all embeddings", "forward"] == sent["all_to_all embeddings", "backward"] == columns
+    assert sent["all_to_all ids", "forward"] == 7 * EXAMPLES // 2 * 4, "that rank 1 sends to rank 0"

@@ -1,0 +1,271 @@
+"""The planner's pick among random placements of tables, beside what each of them costs on two real gloo ranks.
+
+    python tools/bench.py placements
+
+A draw is a set of tables and 40 random legal placements of them: each table whole on a rank, by columns, by rows, or,
+where it is small, on both ranks. All placements of a draw run in turns in the same two processes, by the engine's own
+sparse side: ids out, embeddings back, gradients, update. The planner knows the config, the placement and a machine's
+JSON, and neither the batches nor the times. Its pick is held to three truths:
+
+    time       of the slower rank
+    CPU time   of the rank that computes most, gloo's threads included: other jobs on the machine touch it less
+    counted    no time at all, but no formula of the planner's either: bytes that the ledger counted, message by message
+               on the rank that sends most, and bytes of rows that the ids of the batches really look up, pool and
+               update, on the rank that has most, both at the rates of the machine's JSON
+
+Of measured ones the noise is said as well: the placement that is best in every other repetition, by how much it misses
+the best in the others. Ids are uniform in even draws, and follow a power law over scattered rows in odd ones.
+"""
+
+import math
+import os
+import random
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megarec.config.sections import RunConfig
+from megarec.data.batch import Batch, Ids
+from megarec.data.schema import CategoricalFeature, Schema
+from megarec.distributed.collectives import Ledger
+from megarec.distributed.rank_pool import RankPool
+from megarec.distributed.topology import build_topology
+from megarec.planning.hardware import Hardware, load_hardware
+from megarec.planning.planner import placement_seconds
+from megarec.run.spec import ModelSpec, resolve
+from megarec.sparse.layout import Table
+from megarec.sparse.placement import REPLICATED_CELLS, Shard, replicated
+from megarec.sparse.side import SparseSide
+from megarec.sparse.tables.optimizers import table_bytes
+
+MACHINE = "epyc-2-cores"
+RANKS, PLACEMENTS, DRAWS, REPETITIONS = 2, 40, 12, 8
+BATCH = 2048  # examples of a rank
+SKEWED = 4.0  # the power of a uniform number: a tenth of the rows gets 56 % of the ids
+CLOSE = 1.05
+KINDS = {"table": 6, "column": 2, "row": 2, "replicated": 1}
+"""How often each is drawn, whole tables on either rank together."""
+CLOCKS = ("time", "CPU time")
+PARTS = slice(None), slice(0, None, 2), slice(1, None, 2)  # all repetitions, and every other one
+Placement = tuple[Shard, ...]
+
+
+class Draw(NamedTuple):
+    """A model, its tables, and placements of them."""
+
+    config: RunConfig
+    spec: ModelSpec
+    placements: list[Placement]
+
+
+class Cost(NamedTuple):
+    """What a rank saw of a placement.
+
+    Attributes:
+        taken: seconds and CPU seconds of each repetition.
+        sent: bytes of each message of a step, by the ledger.
+    """
+
+    taken: list[tuple[float, float]]
+    sent: dict[str, int]
+
+
+def run(draws: int = DRAWS) -> dict[str, Any]:
+    """Three rows for each draw: what the pick costs over the best, and what half of the placements do at most."""
+    hardware, rows = load_hardware(MACHINE), list[dict[str, Any]]()
+    with RankPool(RANKS, timeout=600) as pool:
+        for seed in range(draws):
+            own, load = draw(seed), os.getloadavg()[0]
+            by_rank = pool.run(cost, seed)
+            measured = [measured_row(name, clock, by_rank, predict(own, hardware)) for clock, name in enumerate(CLOCKS)]
+            counted = judge(predict(own, hardware), counted_costs(own, seed, by_rank, hardware))
+            known = {"seed": seed, "tables": len(own.spec.layout.tables), "load": load}
+            rows += [{**known, **row} for row in (*measured, {"truth": "counted", **counted})]
+    return {"name": "placements", "rows": rows, "ratios": ratios(rows), "aims": {"picked, time": 0.85}}
+
+
+def draw(seed: int, placements: int = PLACEMENTS) -> Draw:
+    """8 to 16 tables of 1,000 to 50,000 rows, the same width for all, half of them for lists of up to 20 ids."""
+    dice = random.Random(seed)
+    features = tuple(
+        CategoricalFeature(
+            name=f"feature_{index}",
+            rows=round(10 ** dice.uniform(3, 4.7)),
+            multi_valued=length > 1,
+            mean_length=length,
+        )
+        for index in range(dice.randint(8, 16))
+        for length in [dice.choice([1, dice.randint(2, 20)])]
+    )
+    rows = {"train": 0, "valid": 0, "test": 0}
+    schema = Schema(
+        name="draw", label_rule="random", categorical=features, numeric=("x",), rows=rows, source="synthetic"
+    )
+    model = {"name": "dlrm", "dim": dice.choice([16, 32, 64]), "numeric_mlp": [16], "head": [16]}
+    data = {"path": "-", "batch_size": RANKS * BATCH}
+    config = RunConfig.model_validate({"model": model, "data": data, "train": {"threads": 1}})
+    spec = resolve(config, schema)
+    found = dict.fromkeys(random_placement(spec.layout.tables, dice) for _ in range(placements))
+    while len(found) < placements:
+        found[random_placement(spec.layout.tables, dice)] = None
+    return Draw(config, spec, list(found))
+
+
+def random_placement(tables: tuple[Table, ...], dice: random.Random) -> Placement:
+    """On two ranks, each of which holds a part."""
+    while True:
+        shards = list[Shard]()
+        for table in tables:
+            small = table.rows * table.columns <= REPLICATED_CELLS
+            kinds = [kind for kind in KINDS if kind != "replicated" or small]
+            kind = dice.choices(kinds, [KINDS[kind] for kind in kinds])[0]
+            shards += _shards(table, kind, dice.randrange(RANKS))
+        if len({shard.rank for shard in shards}) == RANKS:
+            return tuple(shards)
+
+
+def _shards(table: Table, kind: str, rank: int) -> list[Shard]:
+    name, rows, columns = table.name, table.rows, table.columns
+    if kind == "table":
+        return [Shard(name, rank, 0, rows, 0, columns)]
+    if kind == "column":
+        half = columns // RANKS
+        return [Shard(name, r, 0, rows, r * half, (r + 1) * half) for r in range(RANKS)]
+    if kind == "row":
+        half = -(-rows // RANKS)
+        return [Shard(name, r, r * half, min(rows, (r + 1) * half), 0, columns) for r in range(RANKS)]
+    return [Shard(name, r, 0, rows, 0, columns) for r in range(RANKS)]
+
+
+def predict(own: Draw, hardware: Hardware) -> list[float]:
+    """Seconds of a step with each placement, as the planner has them."""
+    return [placement_seconds(own.config, own.spec, hardware, 1, RANKS, shards) for shards in own.placements]
+
+
+def batch_of(own: Draw, seed: int, rank: int) -> Batch:
+    """Random ids, of odd seeds by a power law; lists of 0 to twice their mean."""
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    ids = {}
+    for feature in own.spec.layout.features:
+        rows, count, lengths = own.spec.layout.table(feature.table).rows, BATCH, None
+        if feature.multi_valued:
+            lengths = torch.randint(round(2 * feature.mean_length) + 1, (BATCH,), generator=generator)
+            count = int(lengths.sum())
+        drawn = torch.rand(count, generator=generator, dtype=torch.float64)
+        found = ((drawn**SKEWED if seed % 2 else drawn) * rows).long().clamp_(max=rows - 1)
+        if seed % 2:  # the same places for both ranks
+            found = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[found]
+        ids[feature.name] = Ids(found, lengths)
+    return Batch(torch.zeros(BATCH, 1), ids, torch.zeros(BATCH), torch.arange(BATCH), BATCH)
+
+
+def cost(seed: int, placements: int = PLACEMENTS, repetitions: int = REPETITIONS) -> list[Cost]:
+    """On a rank: what each placement costs."""
+    own, topology = draw(seed, placements), build_topology(RANKS, tensor=1)
+    batch, gradient = batch_of(own, seed, topology.rank), torch.ones(BATCH, own.spec.layout.width) / BATCH
+    ledgers = [Ledger() for _ in own.placements]
+    sides = [
+        SparseSide(
+            own.spec.layout, own.config.embedding, topology, seed=1, device=torch.device("cpu"), ledger=ledger,
+            shards=shards,
+        )
+        for ledger, shards in zip(ledgers, own.placements, strict=True)
+    ]  # fmt: skip
+
+    def step(side: SparseSide) -> tuple[float, float]:
+        dist.barrier()
+        start, start_cpu = time.perf_counter(), time.process_time()
+        lookup = side.look_up(batch)
+        _ = lookup.values
+        lookup.backward(gradient)
+        lookup.apply()
+        return time.perf_counter() - start, time.process_time() - start_cpu
+
+    found = []
+    for side, ledger in zip(sides, ledgers, strict=True):
+        step(side)  # does not count
+        found.append(Cost([], {f"{row['op']} {row['direction']}": row["bytes"] for row in ledger.rows()}))
+    for repetition in range(repetitions):
+        for place in range(len(sides)):
+            index = (place + repetition) % len(sides)  # none profits from its predecessor
+            found[index].taken.append(step(sides[index]))
+    return found
+
+
+def measured_row(name: str, clock: int, by_rank: list[list[Cost]], predicted: list[float]) -> dict[str, Any]:
+    """What the pick costs by a clock, and the noise of that clock."""
+    measured, even, odd = (_costs(by_rank, clock, part) for part in PARTS)
+    again = min(range(len(even)), key=even.__getitem__)
+    noise = statistics.median(abs(math.log(one / other)) for one, other in zip(even, odd, strict=True))
+    return {"truth": name, **judge(predicted, measured), "again_over_best": odd[again] / min(odd), "noise": noise}
+
+
+def judge(predicted: list[float], costs: list[float]) -> dict[str, float]:
+    """What the placement with the least predicted cost really costs.
+
+    Args:
+        costs: by placement, in seconds.
+    """
+    best, pick = min(costs), min(range(len(predicted)), key=predicted.__getitem__)
+    return {
+        "best_ms": 1e3 * best,
+        "pick_over_best": costs[pick] / best,
+        "median_over_best": statistics.median(costs) / best,
+        "share_within_5_percent": sum(own <= CLOSE * best for own in costs) / len(costs),
+        "rank_correlation": statistics.correlation(_places(predicted), _places(costs)),
+    }
+
+
+def counted_costs(own: Draw, seed: int, by_rank: list[list[Cost]], hardware: Hardware) -> list[float]:
+    """Seconds by placement of what was counted: bytes sent, looked up and updated, at the rates of a machine."""
+    batches = [batch_of(own, seed, rank) for rank in range(RANKS)]
+    ids = {feature.table: [batch.ids[feature.name].values for batch in batches] for feature in own.spec.layout.features}
+    assert hardware.host_link_gb_s is not None
+    found = []
+    for shards, costs in zip(own.placements, zip(*by_rank, strict=True), strict=True):
+        names, moved = replicated(shards), [0.0] * RANKS
+        for shard in shards:
+            every = torch.cat(ids[shard.table])
+            asked = ids[shard.table][shard.rank] if shard.table in names else every
+            asked, every = (some[(some >= shard.row_start) & (some < shard.row_stop)] for some in (asked, every))
+            row = table_bytes([Shard(shard.table, 0, 0, 1, 0, shard.columns)], own.config.embedding)
+            pooled = BATCH if shard.table in names else RANKS * BATCH  # written, and their gradients read
+            moved[shard.rank] += len(asked) * (4 * shard.columns + 4) + 2 * len(every.unique()) * row
+            moved[shard.rank] += 2 * 4 * pooled * shard.columns
+        ops = {op for cost_of_rank in costs for op in cost_of_rank.sent}
+        sent = sum(max(cost_of_rank.sent.get(op, 0) for cost_of_rank in costs) for op in ops)
+        found.append(max(moved) / (1e12 * hardware.memory_tb_s.value) + sent / (1e9 * hardware.host_link_gb_s.value))
+    return found
+
+
+def _places(values: list[float]) -> list[float]:
+    """Of each value, how many are below it."""
+    return [float(sum(other < value for other in values)) for value in values]
+
+
+def _costs(by_rank: list[list[Cost]], clock: int, part: slice) -> list[float]:
+    """By placement: the median of the slower rank's times, or of the CPU time of the rank that computes most."""
+    found = []
+    for costs in zip(*by_rank, strict=True):
+        ranks = [[taken[clock] for taken in cost_of_rank.taken[part]] for cost_of_rank in costs]
+        slower = statistics.median(max(both) for both in zip(*ranks, strict=True))
+        found.append(slower if clock == 0 else max(statistics.median(own) for own in ranks))
+    return found
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """By truth: how often the pick, the best of half of the repetitions and a random placement are within 5 %."""
+    found = {}
+    for name in dict.fromkeys(row["truth"] for row in rows):
+        own = [row for row in rows if row["truth"] == name]
+        found[f"picked, {name}"] = sum(row["pick_over_best"] <= CLOSE for row in own) / len(own)
+        if "again_over_best" in own[0]:
+            found[f"measured again, {name}"] = sum(row["again_over_best"] <= CLOSE for row in own) / len(own)
+            found[f"noise, {name}"] = statistics.median(row["noise"] for row in own)
+        found[f"by chance, {name}"] = statistics.fmean(row["share_within_5_percent"] for row in own)
+        found[f"pick over best, median, {name}"] = statistics.median(row["pick_over_best"] for row in own)
+        found[f"pick over best, worst, {name}"] = max(row["pick_over_best"] for row in own)
+    return found
