@@ -81,7 +81,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result))
         return
-    for row in result["rows"]:
+    for row in (*result["rows"], *result.get("anchors", [])):
         print(
             "  ".join(
                 f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()

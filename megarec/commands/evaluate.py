@@ -22,6 +22,7 @@ from megarec.evaluation.page import page
 from megarec.evaluation.prediction_table import PredictionTable
 from megarec.evaluation.report import Report, Scored, as_json, as_lines, is_finite, make_report
 from megarec.files import check_output_file, whole_file
+from megarec.metrics.grouped import FIRST
 from megarec.metrics.slices import Slices, in_tenths, slices_of
 from megarec.signals import unwinding
 
@@ -51,7 +52,7 @@ def _parser() -> ArgumentParser:
     add("--split", choices=SPLITS, default="test", help="default: test")
     add("--cache", type=Path, metavar="DIR", help="for the cached rows (default: the run's data.cache)")
     add("--group", metavar="COLUMN", help="for GAUC, NDCG and HR (default: the one that the data name, if any)")
-    add("--k", type=_count, nargs="+", default=[10], help="of NDCG@k and HR@k (default: 10)")
+    add("--k", type=_count, nargs="+", default=[FIRST], help=f"of NDCG@k and HR@k (default: {FIRST})")
     add("--slice", nargs="+", default=[], metavar="COLUMN", help="metrics for each value of a column")
     add("--calibrate", action="store_true", help="also LogLoss with calibration fitted on the split valid")
     add("--bootstrap", type=_draws, default=200, metavar="N", help="draws for intervals; 0: none (default: 200)")

@@ -35,11 +35,15 @@ def main() -> None:
             seed=opened.model.config.train.seed,
         )
     if arguments.json:
-        print(json.dumps(as_json(found)))
+        print(json.dumps(as_json(found, opened.model.config.train.best_label)))
         return
-    print(f"{path} on {opened.data}, {arguments.split}: {found.examples:,} examples, {found.repeats} repeats")
-    print(f"AUC {number(found.auc)}  LogLoss {number(found.logloss)}")
-    print("\n".join(["", *as_lines(found)]))
+    scored = min(arguments.examples, len(opened.rows.store))
+    print(f"{path} on {opened.data}, {arguments.split}: {scored:,} examples, {arguments.repeats} repeats")
+    for name, own in found.items():
+        if len(found) > 1:
+            print(f"\nlabel {name}, {own.examples:,} examples:")
+        print(f"AUC {number(own.auc)}  LogLoss {number(own.logloss)}")
+        print("\n".join(["", *as_lines(own)]))
 
 
 def _parser() -> ArgumentParser:
@@ -60,8 +64,15 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def as_json(found: Importances) -> dict[str, object]:
-    """What --json prints."""
+def as_json(found: dict[str, Importances], main: str | None = None) -> dict[str, object]:
+    """What --json prints: of several labels the main one's numbers, the first one's if there is none, and all."""
+    of_main = _label_as_json(found[main or next(iter(found))])
+    return (
+        of_main if len(found) == 1 else of_main | {"labels": {name: _label_as_json(own) for name, own in found.items()}}
+    )
+
+
+def _label_as_json(found: Importances) -> dict[str, object]:
     features = [
         {"feature": own.feature, "auc_lost": own.auc.described(), "logloss_lost": own.logloss.described()}
         for own in found.features

@@ -228,7 +228,7 @@ def _per_link(made: "Plan") -> dict[str, int]:
     in a ring over the ranks."""
     across = sum(message.cross_host_bytes for message in made.work.messages)
     inside = sum(message.bytes for message in made.work.messages) - across
-    return {"host": inside, "network": across, "dense": int(sum(made.work.rings))}
+    return {"host": inside, "network": across, "dense": made.work.sent.over_the_ring}
 
 
 def _bytes(variant: "Variant") -> dict[str, int]:

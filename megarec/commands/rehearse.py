@@ -14,7 +14,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 PARTS = (
     "process", "runtime", "parameters", "gradients", "optimizer", "step", "activations", "tables", "towers",
-    "communication", "snapshot", "cached", "model_states", "total",
+    "averages", "communication", "snapshot", "cached", "model_states", "total",
 )  # fmt: skip
 
 

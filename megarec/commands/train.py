@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 STARTED = time.time()  # before the imports that take seconds
@@ -46,10 +47,13 @@ def main() -> None:
         with reported():
             end_without_launcher()
             from megarec.distributed.process import leave_job
-            from megarec.planning.planner import monitored_points
+            from megarec.planning.hardware import load_hardware
+            from megarec.planning.monitored import monitored_points
             from megarec.training.trainer import train  # seconds of imports that --print-config and a mistake can save
 
-            train(config, resume=arguments.resume, started=STARTED, predict=monitored_points)
+            given = config.train.hardware
+            machine = None if given is None else load_hardware(given, "train.hardware")
+            train(config, arguments.resume, STARTED, partial(monitored_points, machine=machine))
             leave_job()
             if "RANK" in os.environ:
                 end_well()

@@ -292,6 +292,13 @@ class TrainConfig(Section):
     peak_tflops: Above0 | None = Field(
         None, description="peak of one rank for the MFU; null: measured at the start with a GEMM"
     )
+    hardware: str | None = Field(
+        None,
+        min_length=1,
+        description="the machine that the run is on, as plan --hardware takes it: a name, or the path of what plan "
+        "--measure wrote; TensorBoard then has predicted step times beside measured ones; null: an accelerator that "
+        "is known by its name",
+    )
     deterministic: bool = Field(
         False, description="on a GPU, kernels whose sums have a fixed order: two runs alike are equal to the last bit"
     )

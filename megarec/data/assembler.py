@@ -11,6 +11,7 @@ from megarec.data.batch import Batch, Ids, carve
 from megarec.data.jagged import BlockReader
 from megarec.data.mapped import Damaged, MappedFile, Rows
 from megarec.data.records import RecordLayout
+from megarec.data.row_checks import check_equally_long
 from megarec.data.schema import Schema
 
 _TILE_BYTES = 3 << 19  # of records at a time, which stay in the cache while they are turned
@@ -31,17 +32,20 @@ class Assembler:
         self._names = [f.name for f in schema.categorical]
         self.arrange(self._names)
 
-    def arrange(self, names: Sequence[str]) -> None:
+    def arrange(self, names: Sequence[str], together: Sequence[Sequence[str]] = ()) -> None:
         """Let the ids of batches lie in this order of features, so that whoever sends them need not copy them.
 
         Args:
             names: of categorical features; those that it lacks come last, those that nobody has do not count.
+            together: lists that must be equally long in every row, as those of a sequence.
         """
         order = {name: place for place, name in enumerate(dict.fromkeys([*names, *self._names]))}
         self._singles = sorted(self.layout.singles, key=order.__getitem__)
         self._lists = sorted(self.layout.lists, key=order.__getitem__)
         place = {name: row for row, name in enumerate([*self._singles, *self._lists])}
         self._rows_of = np.array([place[name] for name in [*self.layout.singles, *self.layout.lists]], np.int64)
+        self._pairs = [(first, other) for first, *others in together for other in others]
+        self._together = [[place[name] for name in pair] for pair in self._pairs]
         named = [[self.layout.lists[number] for number in block.lists] for block in self.layout.blocks]
         self._weighted = sorted(named[1], key=order.__getitem__) if len(named) > 1 else []
         self._orders = [np.argsort([order[name] for name in names]) for names in named]
@@ -65,6 +69,7 @@ class Assembler:
 
         Raises:
             Damaged, IndexError: a row is not what was written.
+            UserError: lists that `arrange` called equally long are not.
         """
         layout, size, (salt, numbers_of) = self.layout, len(rows), checked
         batch, at = file.find(rows)
@@ -92,6 +97,8 @@ class Assembler:
                 part[tile] = found
             for reader in blocks:
                 reader.take(tile, records)
+        for (first, other), (one, its) in zip(self._pairs, self._together, strict=True):
+            check_equally_long(first, other, turned[one], turned[its], numbers_of)
         parts = [list(values.split(reader.join(values.numpy()))) for reader, values in zip(blocks, jagged, strict=True)]
         by_name = self._by_name(integers, parts)
         numeric, labels, *weights = floats

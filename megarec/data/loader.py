@@ -137,8 +137,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def arrange(self, names: Sequence[str]) -> None:
-        """Let the ids of batches lie in this order of features."""
+    def arrange(self, names: Sequence[str], together: Sequence[Sequence[str]] = ()) -> None:
+        """Let the ids of batches lie in this order of features; lists of `together` must be equally long."""
 
 
 @dataclass(frozen=True, kw_only=True)

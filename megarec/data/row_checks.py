@@ -1,6 +1,6 @@
 """What can be wrong in a prepared parquet shard: its columns, then its rows, column by column; and in a batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,34 @@ def _bad_weights(column: pa.Array, ids: pa.Array, feature: CategoricalFeature) -
     yield from _defect(name, rows, column, "finite numbers")
 
 
-def check_batch(batch: Batch, schema: Schema) -> None:
+def check_equally_long(first: str, other: str, lengths: NDArray[Any], its: NDArray[Any], rows: NDArray[Any]) -> None:
+    """Two lists have as many values in every example.
+
+    Args:
+        lengths, its: whole numbers [B], of both.
+        rows: [B], what an example is called, counted from 0.
+
+    Raises:
+        UserError: names the first example in which they have not.
+    """
+    differ = lengths != its
+    if not differ.any():
+        return
+    at = int(differ.argmax())
+    raise UserError(
+        f"row {rows[at]} (from 0) has {lengths[at]} values of {first} and {its[at]} of {other}: features of one "
+        "model.sequences entry share positions, so that their lists must be equally long; prepare them so, or give "
+        "each an entry of its own"
+    )
+
+
+def check_batch(batch: Batch, schema: Schema, together: Sequence[Sequence[str]] = ()) -> None:
     """Raise a UserError for a batch that people made and that does not fit the schema; rows of a cache are checked.
 
     A table looks up whatever it is told: past its end lies the next one.
+
+    Args:
+        together: lists that must be equally long in every example.
     """
     if batch.numeric.shape != (batch.size, len(schema.numeric)):
         raise UserError(
@@ -196,3 +220,8 @@ def check_batch(batch: Batch, schema: Schema) -> None:
         if least < 0 or most >= feature.rows:
             wrong = least if least < 0 else most
             raise UserError(f"batch.ids[{feature.name!r}] holds {wrong}: expected {_expected_id(feature)}")
+    for first, *others in together:
+        for other in others:
+            lengths, its = (batch.ids[name].lengths for name in (first, other))
+            assert lengths is not None and its is not None, "lists have lengths"
+            check_equally_long(first, other, lengths.cpu().numpy(), its.cpu().numpy(), np.arange(batch.size))

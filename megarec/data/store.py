@@ -66,9 +66,9 @@ class Store:
     def __len__(self) -> int:
         return self.dataset.num_rows
 
-    def arrange(self, names: Sequence[str]) -> None:
+    def arrange(self, names: Sequence[str], together: Sequence[Sequence[str]] = ()) -> None:
         """Let the ids of batches lie in this order of features (`Assembler.arrange`)."""
-        self._assembler.arrange(names)
+        self._assembler.arrange(names, together)
 
     def _open(self, damaged: int | None) -> None:
         for _ in range(2):
@@ -105,6 +105,9 @@ class Store:
             rows: int64 [B] in [0, len(self)); repeated rows are fine.
             keys, valid: the batch's.
             pinned: in page-locked memory; needs CUDA.
+
+        Raises:
+            UserError: lists that `arrange` called equally long are not.
         """
         assert rows.size == 0 or (rows.min() >= 0 and rows.max() < len(self)), "rows outside the split"
         try:

@@ -290,10 +290,10 @@ def layer_norm_factory(use_apex: bool) -> tuple[LayerNormFactory, str]:
     """apex's FusedLayerNorm or torch's LayerNorm, and a sentence for the log.
 
     Args:
-        use_apex: take apex's where it is there. It always has a bias, so a model without biases cannot use it.
+        use_apex: take apex's where it is there. It always has a bias: a LayerNorm without one stays torch's.
     """
     found, why = probe_apex() if use_apex else (False, "train.fused_kernels=torch or model.bias=false")
     if not found:
         return torch_layer_norm, f"torch LayerNorm: {why}"
     fused = importlib.import_module("apex.normalization").FusedLayerNorm
-    return lambda width, bias: fused(width), f"apex FusedLayerNorm: {why}"
+    return lambda width, bias: fused(width) if bias else torch_layer_norm(width, bias), f"apex FusedLayerNorm: {why}"

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megarec.config.sections import RunConfig
-from megarec.distributed.rendezvous import check_variables, free_port, keep_to_loopback, store_of_launcher
+from megarec.distributed.rendezvous import check_variables, keep_to_loopback, store_of_launcher, store_of_one
 from megarec.errors import UserError
 
 FLOP_FOR_THREADS = 2e9  # of a step, from which on more threads pay: 1.2 x on two cores at 1.3e9, 1.8 x at 1.0e10
@@ -156,9 +156,8 @@ def start_process(config: RunConfig) -> torch.device:
     prepare_cuda(config.train.deterministic, Path(config.train.output_dir))
     if not dist.is_initialized():
         check_variables(os.environ)
-    if "RANK" not in os.environ and not dist.is_initialized():
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    if alone := "RANK" not in os.environ and not dist.is_initialized():
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     torch.set_num_threads(config.train.threads or threads_of_rank(local_ranks))  # an accelerator's weights start here
     if rank_device().type == "cpu":
@@ -177,8 +176,14 @@ def start_process(config: RunConfig) -> torch.device:
         backend = dist.get_default_backend_for_device(device)
         # With it NCCL connects now and in one order, not at whichever collective comes first.
         device_id = None if device.type == "cpu" else device
+        store: dist.Store | None
+        if alone:
+            store, port = store_of_one(longest)
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        else:
+            store = store_of_launcher(os.environ, longest)
         keep_to_loopback(os.environ)
-        if (store := store_of_launcher(os.environ, longest)) is not None:
+        if store is not None:
             given: dict[str, Any] = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
             dist.init_process_group(backend, store=store, timeout=longest, device_id=device_id, **given)
         else:

@@ -69,7 +69,12 @@ def store_at(address: str, port: int, ranks: int, master: bool, timeout: timedel
     Raises:
         UserError: something else listens there.
     """
-    listening = _listen(address, port) if master else None
+    return _store(address, port, ranks, master, timeout, _listen(address, port) if master else None)
+
+
+def _store(
+    address: str, port: int, ranks: int, master: bool, timeout: timedelta, listening: socket.socket | None
+) -> dist.TCPStore:
     return dist.TCPStore(
         address,
         port,
@@ -80,6 +85,17 @@ def store_at(address: str, port: int, ranks: int, master: bool, timeout: timedel
         multi_tenant=True,
         master_listen_fd=None if listening is None else listening.detach(),
     )
+
+
+def store_of_one(timeout: timedelta) -> tuple[dist.Store, int]:
+    """The store of a job of one rank, at a port of the loopback that is free, and the port.
+
+    Raises:
+        UserError: no port is free.
+    """
+    server = _free_server()  # listens from here on: no other job can take the port in between
+    port: int = server.getsockname()[1]
+    return dist.PrefixStore("megarec", _store("127.0.0.1", port, 1, True, timeout, server)), port
 
 
 def store_of_launcher(environment: Mapping[str, str], timeout: timedelta) -> dist.Store | None:
@@ -119,7 +135,13 @@ def _listen(address: str, port: int) -> socket.socket | None:
 
 def free_port() -> int:
     """A port of this machine's loopback for a master to listen on soon."""
+    with _free_server() as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def _free_server() -> socket.socket:
     for port in random.SystemRandom().sample(PORTS, 100):
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
+        with suppress(OSError):
+            return socket.create_server(("127.0.0.1", port), backlog=BACKLOG)
     raise UserError("no free port: 100 of 20000 to 31999 on 127.0.0.1 are taken; end what listens there")

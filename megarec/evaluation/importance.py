@@ -59,9 +59,10 @@ class Importance:
 
 @dataclass(frozen=True)
 class Importances:
-    """Of all features of a model.
+    """Of all features of a model, for one of its labels.
 
     Attributes:
+        examples: that were scored and have the label.
         auc, logloss: with every value in its place.
         features: by falling growth of the LogLoss.
     """
@@ -75,8 +76,11 @@ class Importances:
 
 def importances(
     model: BatchModel, store: Store, device: torch.device, *, repeats: int, most: int, batch_size: int, seed: int
-) -> Importances:
+) -> dict[str, Importances]:
     """Score rows with one feature after the other permuted; a repeat permutes all features alike.
+
+    Returns:
+        By label that the model predicts, over the rows that have it.
 
     Args:
         store: of the model's features.
@@ -88,30 +92,40 @@ def importances(
     if len(rows) > most:
         rows = np.sort(generator.choice(len(rows), most, replace=False))
     names = [*(feature.name for feature in model.schema.categorical), *model.schema.numeric]
-    lost = np.empty((repeats, len(names), 2))
-    base = (math.nan, math.nan)
+    labels = model.schema.predicted
+    lost = {label: np.empty((repeats, len(names), 2)) for label in labels}
+    base = dict.fromkeys(labels, (math.nan, math.nan))
     for repeat in range(repeats):
         places = generator.permutation(len(rows))
-        logits = np.empty((len(names), len(rows)), np.float32)
-        true, labels = np.empty(len(rows), np.float32), np.empty(len(rows), np.float32)
+        logits = np.empty((len(names), len(labels), len(rows)), np.float32)
+        true, wanted = np.empty((2, len(labels), len(rows)), np.float32)
         for start in range(0, len(rows), batch_size):
             part = slice(start, start + batch_size)
             batch, others = (_read(store, own, seed, device) for own in (rows[part], rows[places[part]]))
-            labels[part] = _first(batch.labels)
+            wanted[:, part] = _by_label(batch.labels)
             if repeat == 0:
-                true[part] = _first(model.predict(batch))
+                true[:, part] = _by_label(model.predict(batch))
             for place, changed in enumerate(_each_permuted(batch, others, names)):
-                logits[place, part] = _first(model.predict(changed))
-        if repeat == 0:
-            base = _metrics(true, labels)
-        for place, own in enumerate(logits):
-            auc, logloss = _metrics(own, labels)
-            lost[repeat, place] = base[0] - auc, logloss - base[1]
+                logits[place, :, part] = _by_label(model.predict(changed))
+        for number, label in enumerate(labels):
+            if repeat == 0:
+                base[label] = _metrics(true[number], wanted[number])
+            for place, own in enumerate(logits[:, number]):
+                auc, logloss = _metrics(own, wanted[number])
+                lost[label][repeat, place] = base[label][0] - auc, logloss - base[label][1]
+    examples = np.isfinite(wanted).sum(axis=1)
+    return {
+        label: Importances(int(own), repeats, *base[label], _by_growth(names, lost[label]))
+        for label, own in zip(labels, examples, strict=True)
+    }
+
+
+def _by_growth(names: list[str], lost: NDArray[np.float64]) -> list[Importance]:
+    """Of what every repeat lost [repeats, features, AUC and LogLoss]; where it is undefined, last."""
     found = [
         Importance(name, *(_lost(lost[:, place, metric]) for metric in (0, 1))) for place, name in enumerate(names)
     ]
-    found.sort(key=lambda own: (math.isnan(own.logloss.mean), -own.logloss.mean))
-    return Importances(len(rows), repeats, *base, found)
+    return sorted(found, key=lambda own: (math.isnan(own.logloss.mean), -own.logloss.mean))
 
 
 def _read(store: Store, rows: NDArray[np.int64], seed: int, device: torch.device) -> Batch:
@@ -130,9 +144,10 @@ def _each_permuted(batch: Batch, others: Batch, names: list[str]) -> Iterator[Ba
             yield dataclasses.replace(batch, numeric=numeric, buffer=None)
 
 
-def _first(values: Tensor) -> Tensor:
-    """[B], or of several labels [B, T] the first one's."""
-    return (values if values.dim() == 1 else values[:, 0]).float().cpu()
+def _by_label(values: Tensor) -> Floats:
+    """[labels, B] of [B] or, of several labels, [B, labels]."""
+    found: Floats = values.float().cpu().reshape(len(values), -1).T.numpy()
+    return found
 
 
 def _metrics(logits: Floats, labels: Floats) -> tuple[float, float]:
@@ -140,6 +155,8 @@ def _metrics(logits: Floats, labels: Floats) -> tuple[float, float]:
     there = np.isfinite(labels)
     logits, labels = logits[there], labels[there]
     if not np.isfinite(logits).all():
+        return math.nan, math.nan
+    if not len(logits):
         return math.nan, math.nan
     auc = group_scores(logits, labels, np.zeros(len(logits), np.int32)).auc
     return float(auc[0]), float(losses_of(logits, labels).mean())

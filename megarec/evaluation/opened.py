@@ -153,6 +153,7 @@ def open_model(run: Path, data: Path | None, split: Split, cache: Path | None, o
     data = data or Path(model.config.data.path)
     schema = fitting_schema(model.schema, load_schema(data), data / SCHEMA_FILE)
     store = open_split(data, split, schema, model.config.data.bad_rows, cache or model.config.data.cache)
+    store.arrange([], [sequence.features for sequence in model.config.model.sequences])
     if store.skipped:
         print(f"data.bad_rows=skip: left out of {split}: {store.skipped}", file=sys.stderr)
     rows = EvalLoader(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from megarec.metrics.calibrated import ReliabilityBin, fit_histogram, fit_temper
 from megarec.metrics.grouped import Grouped, group_scores, known
 from megarec.metrics.slices import Slices
 from megarec.metrics.weighted import WeightedRows
-from megarec.run.metrics import Quality, described, gauc_of, in_words, over_groups_of, quality
+from megarec.run.metrics import Quality, described, in_words, over_groups_of, quality, with_groups
 
 NAMES = {
     "auc": "AUC",
@@ -142,7 +142,7 @@ def make_report(
     grouped = None
     if scored.groups is not None:
         grouped = over_groups_of(scored.logits, scored.labels, scored.groups, ks)
-        found = replace(found, gauc=gauc_of(grouped))
+        found = with_groups(found, grouped)
     finite = is_finite(scored)
     rows = scored.prepared(ks) if finite and draws else None
     compared = None
@@ -176,8 +176,6 @@ def as_json(report: Report) -> dict[str, Any]:
     if report.grouped is not None:
         found["gauc"]["column"] = report.column
         found["no_positive_groups"] = report.grouped.no_positive
-        found["ndcg"] = {str(k): known(value) for k, value in report.grouped.ndcg.items()}
-        found["hit_rate"] = {str(k): known(value) for k, value in report.grouped.hit_rate.items()}
     found["intervals"] = {name: _ends(own) for name, own in report.intervals.items()}
     found["calibrated_logloss"] = None
     if (own := report.calibrated) is not None:

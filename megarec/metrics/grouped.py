@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
+FIRST = 10
+"""k of NDCG@k and HR@k where nobody names one."""
 _SCORE_BITS = 32
 _PIECE = 1 << 20  # rows that are added up at a time, or one group where it has more
 

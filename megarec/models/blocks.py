@@ -194,9 +194,26 @@ class MLP(nn.Module):
         return last(x)
 
 
-def mlp_of(config: ModelConfig, inputs: int, hidden: Sequence[int], outputs: int) -> MLP:
-    """An MLP with the biases, the dropout and the activation of a dense model's config."""
-    return MLP(inputs, hidden, outputs, bias=config.bias, dropout=config.dropout, activation=config.activation)
+def mlp_of(
+    config: ModelConfig, inputs: int, hidden: Sequence[int], outputs: int, bias: Sequence[bool] | None = None
+) -> MLP:
+    """An MLP with the dropout and the activation of a dense model's config; `bias`: by layer, else model.bias."""
+    biases = config.bias if bias is None else bias
+    return MLP(inputs, hidden, outputs, bias=biases, dropout=config.dropout, activation=config.activation)
+
+
+def shift_vanishes(config: ModelConfig, hidden: Sequence[int], headless: bool = False) -> bool:
+    """Whether a constant that is added to what `head_of` takes, the same for every example, changes no logit.
+
+    It does not where BatchNorm follows the first layer. A bias that adds one would have a gradient of rounding errors
+    alone, of which Adam makes whole steps, and evaluation sees them: its running means lag behind. So there is none.
+
+    Args:
+        hidden: of the MLP.
+        headless: the MLPs are those of several labels (multi_task.py).
+    """
+    direct = not headless or config.tasks.name in ("shared", "esmm")
+    return config.norm == "batch" and bool(hidden) and direct
 
 
 def head_of(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megarec.config.base import ModelConfig
 from megarec.errors import UserError
-from megarec.models.blocks import MLP, KeyedDropout, mlp_of, number_dropouts
+from megarec.models.blocks import KeyedDropout, mlp_of, number_dropouts
 
 
 class EmbeddedColumns(Protocol):
@@ -59,6 +59,7 @@ class InputLayer(nn.Module):
         numeric: how many numeric features there are.
         config: widths and sizes of the two MLPs.
         embedding_dropout: probability per element of the looked-up embeddings.
+        last_bias: whether the last layers of the two MLPs have the bias that the config gives them.
 
     Attributes:
         width: columns of the looked-up embeddings.
@@ -70,7 +71,12 @@ class InputLayer(nn.Module):
     """
 
     def __init__(
-        self, layout: EmbeddedColumns, numeric: int, config: ModelConfig, embedding_dropout: float = 0.0
+        self,
+        layout: EmbeddedColumns,
+        numeric: int,
+        config: ModelConfig,
+        embedding_dropout: float = 0.0,
+        last_bias: bool = True,
     ) -> None:
         super().__init__()
         assert layout.dim == config.dim, f"layout.dim={layout.dim}, config.dim={config.dim}"
@@ -81,15 +87,13 @@ class InputLayer(nn.Module):
         self.numeric_embeddings = config.numeric_embeddings if numeric else 0
         self.dropout = KeyedDropout(embedding_dropout)
         self.small_mlp = self.numeric_mlp = None
+        of_small, of_numeric = input_biases(config, last_bias)
         if layout.small_columns:
             emitted = config.small_embeddings * config.dim
-            self.small_mlp = mlp_of(config, layout.small_columns, config.small_mlp, emitted)
+            self.small_mlp = mlp_of(config, layout.small_columns, config.small_mlp, emitted, of_small)
         if numeric:
             emitted = config.numeric_embeddings * config.dim
-            bias = config.bias if config.numeric_bias is None else config.numeric_bias
-            self.numeric_mlp = MLP(
-                numeric, config.numeric_mlp, emitted, bias=bias, dropout=config.dropout, activation=config.activation
-            )
+            self.numeric_mlp = mlp_of(config, numeric, config.numeric_mlp, emitted, of_numeric)
         number_dropouts(self)
 
     def forward(self, numeric: Tensor, embedded: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -105,6 +109,17 @@ class InputLayer(nn.Module):
             parts.append(self.numeric_mlp(numeric, keys))
         flat = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return flat.unflatten(1, (self.embeddings, self.dim))
+
+
+def input_biases(config: ModelConfig, last_bias: bool) -> tuple[list[bool], list[bool]]:
+    """By layer, whether the MLP over small embeddings and that over numeric features have a bias.
+
+    Args:
+        last_bias: false takes that of their last layers.
+    """
+    small = [config.bias] * (len(config.small_mlp) + 1)
+    numeric = config.numeric_bias or [config.bias] * (len(config.numeric_mlp) + 1)
+    return [*small[:-1], small[-1] and last_bias], [*numeric[:-1], numeric[-1] and last_bias]
 
 
 def input_embeddings(layout: EmbeddedColumns, numeric: int, config: ModelConfig) -> int:

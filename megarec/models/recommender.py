@@ -29,7 +29,7 @@ from megarec.models.baselines.finalmlp import FinalMlp
 from megarec.models.baselines.fm import DeepFm, Fm
 from megarec.models.baselines.masknet import MaskNet
 from megarec.models.baselines.xdeepfm import XDeepFm
-from megarec.models.blocks import number_dropouts
+from megarec.models.blocks import number_dropouts, shift_vanishes
 from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.models.dcn import Dcn
 from megarec.models.dlrm import Dlrm
@@ -83,6 +83,17 @@ def build_over_arch(
             return Afn(n, config, layer_norm, headless=headless)
 
 
+def shift_of_inputs_vanishes(config: OverArchConfig, headless: bool) -> bool:
+    """Whether a constant that is added to X_0, the same for every example, changes no logit (`shift_vanishes`)."""
+    match config:
+        case DnnConfig():
+            return shift_vanishes(config, config.head, headless)
+        case FinalMlpConfig():  # of its streams every layer has a normalisation
+            return config.norm == "batch" and not any(config.gates or ())
+        case _:
+            return False
+
+
 class Recommender(nn.Module):
     """What the DeepSpeed engine wraps: all dense parameters; the tables stay outside.
 
@@ -120,7 +131,9 @@ class Recommender(nn.Module):
             full = config.dim * layout.full_embeddings - made
             self.sequences = SequenceLayer(sequences, layout.width - made, full, config, layer_norm)
             self.width = self.sequences.width
-        self.inputs = InputLayer(layout, numeric, config, embedding_dropout)
+        self.inputs = InputLayer(
+            layout, numeric, config, embedding_dropout, last_bias=not shift_of_inputs_vanishes(config, labels > 1)
+        )
         n, dense = self.inputs.embeddings, self.inputs.numeric_embeddings
         self.over_arch = build_over_arch(n, dense, config, layer_norm, headless=labels > 1)
         self.tasks: TaskHeads | None = None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megarec.config.models import WukongConfig
 from megarec.errors import UserError
-from megarec.models.blocks import head_of, mlp_of, number_dropouts
+from megarec.models.blocks import head_of, mlp_of, number_dropouts, shift_vanishes
 from megarec.models.projection import Projection
 
 LayerNormFactory = Callable[[int, bool], nn.Module]
@@ -61,6 +61,11 @@ def layer_sizes(n: int, config: WukongConfig) -> list[LayerSizes]:
     _check_length("mlp", len(mlp), config.layers)
     inputs = [n] + [fm + lcb for fm, lcb in zip(num_fm, num_lcb, strict=True)]
     return [LayerSizes(*sizes) for sizes in zip(inputs[:-1], num_fm, num_lcb, rank, mlp, strict=True)]
+
+
+def last_biases(config: WukongConfig, headless: bool = False) -> list[bool]:
+    """By layer, whether a bias of its output could change a logit (`shift_vanishes`)."""
+    return [True] * (config.layers - 1) + [not shift_vanishes(config, config.head, headless)]
 
 
 def _per_layer(key: str, sizes: int | list[int], layers: int) -> list[int]:
@@ -118,6 +123,9 @@ class FactorizationMachineBlock(nn.Module):
 class InteractionLayer(nn.Module):
     """One Wukong layer, post-norm: LayerNorm(concat(FMB(X), LCB(X)) + residual(X)).
 
+    Args:
+        last_bias: whether the LayerNorm of its output has the bias that `config.bias` gives every map.
+
     Attributes:
         interact: makes (X, the maps of X by name, FMB(X)) of (this layer, X, keys): `interact`, or what stands in for
             it (fused_fm.py).
@@ -125,7 +133,9 @@ class InteractionLayer(nn.Module):
 
     interact: Callable[["InteractionLayer", Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor], Tensor]]
 
-    def __init__(self, sizes: LayerSizes, config: WukongConfig, layer_norm: LayerNormFactory) -> None:
+    def __init__(
+        self, sizes: LayerSizes, config: WukongConfig, layer_norm: LayerNormFactory, last_bias: bool = True
+    ) -> None:
         super().__init__()
         self.static = config.fm == "optimized" and config.projection == "static"
         self.projection = Projection(
@@ -135,7 +145,7 @@ class InteractionLayer(nn.Module):
             residual=sizes.outputs if sizes.outputs != sizes.inputs else None,
         )
         self.fmb = FactorizationMachineBlock(sizes, config, layer_norm)
-        self.norm = layer_norm(config.dim, config.bias)
+        self.norm = layer_norm(config.dim, config.bias and last_bias)
         self.interact = interact
 
     def forward(self, x_BND: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -173,7 +183,10 @@ class Wukong(nn.Module):
     ) -> None:
         super().__init__()
         sizes = layer_sizes(n, config)
-        self.layers = nn.ModuleList(InteractionLayer(layer, config, layer_norm) for layer in sizes)
+        biases = last_biases(config, headless)
+        self.layers = nn.ModuleList(
+            InteractionLayer(layer, config, layer_norm, bias) for layer, bias in zip(sizes, biases, strict=True)
+        )
         self.columns = sizes[-1].outputs * config.dim
         self.head = None if headless else head_of(config, self.columns, config.head)
         number_dropouts(self)

@@ -212,13 +212,18 @@ class PlainTables:
     def look_up_sequences(self, batch: Batch) -> tuple[Tensor, list[tuple[str, Tensor]]]:
         """What lies behind the pooled columns, example by example; and the rows of each table that were looked up."""
         by_name = {feature.name: feature for feature in self.layout.unpooled}
-        examples, looked_up = [], list[tuple[str, Tensor]]()
+        rows_of, looked_up = dict[str, tuple[Tensor, ...]](), list[tuple[str, Tensor]]()
+        for name in {name: None for sequence in self.layout.sequences for name in sequence.features}:
+            feature = by_name[name]
+            lists = [newest_of_list(batch.ids[name], example, feature) for example in range(batch.size)]
+            # Once for all examples: the gradient of every single look-up would be as large as its table.
+            looked_up.append((feature.table, self.weights[feature.table][torch.cat(lists)]))
+            rows_of[name] = looked_up[-1][1].split([len(ids) for ids in lists])
+        examples = []
         for example in range(batch.size):
             parts = [torch.empty(0)]
             for sequence in self.layout.sequences:
-                features = [by_name[name] for name in sequence.features]
-                rows = [self.weights[f.table][newest_of_list(batch.ids[f.name], example, f)] for f in features]
-                looked_up += [(f.table, own) for f, own in zip(features, rows, strict=True)]
+                rows = [rows_of[name][example] for name in sequence.features]
                 missing = sequence.positions - len(rows[0])
                 there = torch.cat(rows, dim=1).flatten()
                 parts += [there, torch.zeros(missing * len(rows) * sequence.columns)]

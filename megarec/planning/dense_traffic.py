@@ -2,8 +2,8 @@
 
 At ZeRO 0 gradients, bucket by bucket (dense/reduction.py): a reduce-scatter in the host, an all-reduce among peers, an
 all-gather in the host, or one all-reduce where a level has one rank. The messages of tensor-parallel layers at every
-stage (dense/tensor_parallel.py). From ZeRO 1 on DeepSpeed sends gradients and weights by itself: roofline.py has their
-bytes, as passes of a ring.
+stage (dense/tensor_parallel.py). Of several labels, which of them have a finite loss (dense/objective.py). From ZeRO 1
+on DeepSpeed sends gradients and weights by itself: zero_traffic.py has their bytes, as passes of a ring.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,17 @@ def dense_messages(config: RunConfig, spec: ModelSpec, topology: Topology) -> li
     dtype = str(settings_of(config.deepspeed).dtype).removeprefix("torch.")
     dtype = given.get(str(config.deepspeed.get("communication_data_type")), dtype)
     gradients = gradient_messages(parameter_sizes(spec, topology), zero, dtype)
-    return gradients + tensor_messages(config, spec, topology, examples) + _averaged(config, spec, topology, zero)
+    found = gradients + tensor_messages(config, spec, topology, examples) + _averaged(config, spec, topology, zero)
+    return found + zero.accumulation * _finite_labels(spec, topology)
+
+
+def _finite_labels(spec: ModelSpec, topology: Topology) -> list[Message]:
+    """Of a micro-batch: a number for each label, to all ranks."""
+    others = topology.world_size - 1
+    if spec.labels == 1 or not others:
+        return []
+    own, far = 4 * spec.labels, topology.world_size - topology.ranks_per_host
+    return [Message("world", "all_gather labels", "float32", "forward", others * own, far * own, far)]
 
 
 def gradient_messages(sizes: Sequence[int], zero: Zero, dtype: str) -> list[Message]:

@@ -2,6 +2,7 @@
 
 Parts: `parameters`, `gradients`, `optimizer` and `step` of the dense side and its `communication` (zero.py);
 `activations`, what a micro-batch saves for its backward pass; `tables`, the rank's shards with their optimizer state;
+`averages`, those of train.ema (run/averages.py), which validation holds once more while they are the weights;
 `towers`, the rank's tower modules with gradients, optimizer state and what a step saves for their backward pass.
 `communication` holds the exchange's buffers as well, and the gradients of whole-table
 updates that follow it on an accelerator. `runtime` is what an accelerator's libraries take of its memory
@@ -24,15 +25,16 @@ from megarec.dense.tensor_parallel import shard_mlps
 from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
 from megarec.models.blocks import MLP
+from megarec.models.norms import batch_norms
 from megarec.planning.held_memory import runtime_bytes
 from megarec.planning.memo import Same, remembered
-from megarec.planning.traffic import placed, seen_by
-from megarec.planning.zero import MASTER, dense_parts, zero_of
+from megarec.planning.traffic import copied, placed, seen_by
+from megarec.planning.zero import MASTER, dense_parts, partition_elements, zero_of
 from megarec.run.build import overlaps
 from megarec.run.fits import activation_bytes
 from megarec.run.spec import ModelSpec
 from megarec.sparse.layout import EmbeddingLayout
-from megarec.sparse.placement import Shard, replicated
+from megarec.sparse.placement import Shard
 from megarec.sparse.run_placement import place_run
 from megarec.sparse.tables.optimizers import table_bytes, whole_update_bytes
 from megarec.sparse.towers.modules import TowerModules
@@ -81,8 +83,12 @@ def predict(
     parts["activations"] += zero.width * micro_batch * scattered_columns(spec, topology)
     parts["tables"] = table_bytes(own, config.embedding)
     parts["towers"] = tower_bytes(config, spec.towers, micro_batch * zero.accumulation, topology)
+    parts["averages"] = average_bytes(config, spec, topology, own)
     parts["runtime"], parts["cached"] = runtime_bytes(topology, device, connected), 0
     parts["snapshot"] = MASTER * (1 + zero.moments) * sum(sizes) // zero.ranks + parts["tables"]
+    if config.train.ema is not None:
+        copied = average_bytes(config, spec, topology, own) - MASTER * partition_elements(sizes, zero)
+        parts["snapshot"] += MASTER * sum(sizes) // zero.ranks + copied
     return parts
 
 
@@ -110,10 +116,12 @@ def largest_rank(
 @remembered(lambda config, shards, ranks: (Same(shards), config.embedding.model_dump_json()))
 def _holds_most(config: RunConfig, shards: Sequence[Shard], ranks: int) -> int:
     """The first of the ranks whose tables take most."""
-    held: list[list[Shard]] = [[] for _ in range(ranks)]
-    for shard in shards:
-        held[shard.rank].append(shard)
-    sizes = [table_bytes(own, config.embedding) for own in held]
+    sizes, known = [0] * ranks, dict[tuple[str, int, int], int]()
+    for shard in shards:  # there are millions, few of which differ in size
+        key = shard.table, shard.row_stop - shard.row_start, shard.column_stop - shard.column_start
+        if key not in known:
+            known[key] = table_bytes([shard], config.embedding)
+        sizes[shard.rank] += known[key]
     return sizes.index(max(sizes))
 
 
@@ -127,11 +135,13 @@ def _saved(config: RunConfig, spec: ModelSpec, examples: int) -> int:
 def with_totals(parts: Parts) -> Parts:
     """The parts, `model_states` (parameters, gradients, optimizer) and `total`.
 
-    Activations and communication are gone when the optimizer steps: the larger of the two moments counts.
+    Activations and communication are gone when the optimizer steps, and both when averages take the place of weights,
+    which are kept meanwhile: the largest of the three moments counts.
     """
+    averages = parts.get("averages", 0)
     states = sum(parts[name] for name in MODEL_STATES)
-    moment = max(parts["activations"] + parts["communication"], parts["step"])
-    sparse = parts["tables"] + parts["towers"]
+    moment = max(parts["activations"] + parts["communication"], parts["step"], averages)
+    sparse = parts["tables"] + parts["towers"] + averages
     outside = parts.get("process", 0) + parts.get("runtime", 0)
     return {**parts, "model_states": states, "total": states + sparse + moment + outside}
 
@@ -143,6 +153,36 @@ def parameter_sizes(spec: ModelSpec, topology: Topology) -> list[int]:
     place_in_group = topology.rank % topology.tensor_size
     shard_mlps(model, Channel("tensor", None, place_in_group, topology.tensor_size, Ledger()))
     return [parameter.numel() for parameter in model.parameters()]
+
+
+@remembered(lambda spec, topology: (Same(spec), topology.tensor_size))
+def _statistics(spec: ModelSpec, topology: Topology) -> int:
+    """Elements of the running statistics of a rank."""
+    model = spec.meta_model()
+    shard_mlps(model, Channel("tensor", None, 0, topology.tensor_size, Ledger()))
+    return sum(2 * norm.running_mean.numel() for _, norm in batch_norms(model))
+
+
+def average_bytes(config: RunConfig, spec: ModelSpec, topology: Topology, shards: Sequence[Shard]) -> int:
+    """Averages of weights that a rank holds, float32: of its master weights, tables that are small enough, modules.
+
+    Args:
+        shards: those of other ranks may be among them.
+    """
+    ema = config.train.ema
+    if ema is None:
+        return 0
+    elements = partition_elements(parameter_sizes(spec, topology), zero_of(config, topology))
+    elements += _statistics(spec, topology)
+    rows = {table.name: table.rows for table in spec.layout.tables}
+    own = [shard for shard in shards if shard.rank == topology.rank]
+    elements += sum(shard.rows * shard.columns for shard in own if rows[shard.table] <= ema.table_rows)
+    towers, modules, _ = spec.towers
+    if towers is not None and modules is not None:
+        host, hosts = (topology.host, topology.hosts) if config.parallel.exchange == "tower" else (0, 1)
+        layers = spec.cost.layers["towers"]
+        elements += sum(layers[f"towers.{tower}"].parameters for tower in towers.of_host(host, hosts))
+    return MASTER * elements
 
 
 @remembered(lambda spec, topology: (Same(spec), topology.tensor_size))
@@ -224,7 +264,7 @@ def exchange_bytes(
         examples: of this rank in one step.
         by_micro_batch: gradients arrive in parts, which are put together: they are there twice.
     """
-    names = replicated(shards)
+    names = copied(shards)
     mine = [shard for shard in shards if shard.rank == topology.rank]
     reads = Counter(feature.table for feature in layout.features)
     for feature in layout.unpooled:

@@ -11,7 +11,7 @@ what is counted is the time between the ends of two steps once that no longer ch
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -89,13 +89,20 @@ def timeline(pieces: Sequence[Piece]) -> Timeline:
     return Timeline(end - begin, exposed, dict(busy), runs)
 
 
-def _play(pieces: Sequence[Piece]) -> tuple[list[_Done], list[int]]:
+def alone(pieces: Sequence[Piece], names: Container[str]) -> float:
+    """Seconds of some pieces of a step, were the others done in no time."""
+    own = [piece if piece.name in names else piece._replace(seconds=0.0) for piece in pieces]
+    done, _ = _play(own, steps=1)
+    return max(item.end for item in done)
+
+
+def _play(pieces: Sequence[Piece], steps: int = STEPS) -> tuple[list[_Done], list[int]]:
     """Some steps of them, and the place of the piece that ends last in each step."""
     done: list[_Done] = []
     free: dict[Stream, int] = {}  # the last piece of a stream
     before: dict[str, int] = {}
     last_of_step = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         here: dict[str, int] = {}
         for piece in pieces:
             waits = [here[name] for name in piece.after] + [before[name] for name in piece.after_last if before]

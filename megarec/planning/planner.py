@@ -7,7 +7,6 @@
 Memory is memory.py's, traffic traffic.py's and roofline.py's (the ledger's bytes), pieces step_time.py's.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -21,20 +20,16 @@ from megarec.dense.settings import settings_of
 from megarec.distributed.topology import Topology, check_divides, check_job
 from megarec.errors import UserError
 from megarec.planning.clock import Clock
-from megarec.planning.dense_traffic import run_messages
 from megarec.planning.hardware import Hardware
-from megarec.planning.memory import largest_rank, predict
+from megarec.planning.memory import largest_rank
 from megarec.planning.pieces import Piece, Timeline, timeline
 from megarec.planning.step_time import pieces_of
 from megarec.planning.traffic import placed
 from megarec.planning.work import Work, work_of
-from megarec.run.build import Run
 from megarec.run.spec import ModelSpec
 from megarec.sparse.placement import Shard
-from megarec.sparse.run_placement import place_run
 
 Link = Literal["host", "network"]
-MIB = 2**20
 
 
 class Sent(NamedTuple):
@@ -154,10 +149,10 @@ def sent_by(work: Work) -> tuple[Sent, ...]:
     for message in (*work.messages, *work.dense_messages):
         add(message.op, message.bytes - message.cross_host_bytes, message.cross_host_bytes)
     topology = work.topology
-    ring, crossing = sum(work.rings) if work.stage else 0, 0
+    ring, crossing = work.sent.over_the_ring if work.stage else 0, 0
     if topology.hosts > 1:
         crossing = ring * topology.tensor_size // topology.ranks_per_host
-    add("dense gradients and weights", ring - crossing + sum(work.inside), crossing)
+    add("dense gradients and weights", ring - crossing + work.sent.inside_hosts, crossing)
     return tuple(Sent(what, link, size) for (what, link), size in found.items() if size)
 
 
@@ -176,33 +171,3 @@ def check_machine(config: RunConfig, hardware: Hardware, hosts: int, ranks_per_h
             f"{config.parallel.ranks_per_host}; make them equal"
         )
     check_divides(hosts * ranks_per_host, ranks_per_host, config.parallel.tensor)
-
-
-def monitored_points(run: Run) -> dict[str, float]:
-    """What a run's monitor shows beside what it measures, by tag: memory by part and bytes sent of this rank.
-
-    Tags are those of the measured points with `_predicted` behind them. Lists count with their mean length, and
-    traffic is the ledger's, which does not see what DeepSpeed sends itself from ZeRO 1 on. None where the planner does
-    not know the run's optimizer.
-    """
-    config, spec, topology = run.config, run.spec, run.topology
-    shards = place_run(config, spec.layout, spec.towers, topology)
-    try:
-        micro = micro_batch_size(config, topology.world_size)
-        parts = predict(config, spec, topology, micro, shards, run.device)
-        messages = run_messages(config, spec, topology, shards)
-    except UserError:  # a run that trains is not ended by what is only shown
-        return {}
-    sent: dict[str, int] = defaultdict(int)
-    for message in messages:
-        sent[message.group] += message.bytes
-        sent["cross_host"] += message.cross_host_bytes
-    held = {
-        "tables": parts["tables"],
-        "dense": parts["parameters"] + parts["optimizer"],
-        "activations": parts["activations"],
-    }
-    return {
-        **{f"workload/memory_mib/{part}_predicted": size / MIB for part, size in held.items()},
-        **{f"workload/traffic_mib_per_step/{group}_predicted": size / MIB for group, size in sent.items()},
-    }

@@ -34,6 +34,7 @@ from megarec.planning.held_memory import available_bytes, forget_peak, peak_part
 from megarec.planning.memory import MODEL_STATES, with_totals
 from megarec.planning.recorder import CollectiveRecorder
 from megarec.planning.shrink import Fit, fit
+from megarec.run.averages import Averages
 from megarec.run.build import Model, build_model
 from megarec.sparse.towers.replicas import TowerReplicas
 from megarec.training.profiling import StepTimer
@@ -115,8 +116,10 @@ def rehearse(config: RunConfig, schema: Schema, hosts: int, ranks_per_host: int,
         process = resident_bytes() if device.type == "cpu" else 0
         forget_peak(device)
         model = build_model(fitted.config, fitted.spec, topology, device, fitted.shards)
+        averages = Averages(fitted.config.train.ema, model.dense, model.sparse, fitted.spec.layout)
         peak, flop, collectives = run_steps(fitted, model, topology, device)
-        peak |= {**peak_parts(device, process), "snapshot": _snapshot_bytes(fitted, model, topology)}
+        peak |= {**peak_parts(device, process), "averages": averages.memory_bytes()}
+        peak["snapshot"] = _snapshot_bytes(fitted, model, topology, averages)
     peak |= {"model_states": sum(peak[part] for part in MODEL_STATES)}
     examples = fitted.micro_batch * model.dense.accumulation
     return Rehearsal(
@@ -133,12 +136,15 @@ def rehearse(config: RunConfig, schema: Schema, hosts: int, ranks_per_host: int,
     )
 
 
-def _snapshot_bytes(fitted: Fit, model: Model, topology: Topology) -> int:
+def _snapshot_bytes(fitted: Fit, model: Model, topology: Topology, averages: Averages) -> int:
     """What a checkpoint would copy of this rank."""
     pieces = model.dense.written() + tables_written(model.sparse, fitted.spec.layout, topology)
     if model.sparse.modules is not None:
         pieces += towers_written(model.sparse.modules, topology, fitted.config.parallel.exchange)
-    return sum(piece.tensor.nbytes for piece in pieces)
+    averaged = [*averages.tables.values(), *averages.modules.values()]
+    if averages:
+        pieces += model.dense.laid_out(averages.of_master, to_write=True)
+    return sum(piece.tensor.nbytes for piece in pieces) + sum(tensor.nbytes for tensor in averaged)
 
 
 def check_ranks(config: RunConfig, hosts: int, ranks_per_host: int, rank: int) -> None:

@@ -30,6 +30,7 @@ from megarec.planning.memory import parameter_sizes
 from megarec.planning.op_counts import Op, OpCounter
 from megarec.planning.traffic import mean_ids, sparse_messages, touched_rows
 from megarec.planning.zero import Zero, zero_of
+from megarec.planning.zero_traffic import dense_sent
 from megarec.run.spec import ModelSpec
 from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.placement import Shard
@@ -152,8 +153,8 @@ def predict_step(config: RunConfig, spec: ModelSpec, name: str, batch: int | Non
     if ranks > 1:
         of_batch = config.model_copy(update={"data": config.data.model_copy(update={"batch_size": batch * ranks})})
         parts["exchange links"] = clock.messages(sparse_messages(of_batch, spec, topology), topology)
-        passes = zero_messages(sum(sizes), zero) + hpz_messages(sum(sizes), zero)
-        parts["dense links"] = clock.rings(passes + tensor_messages(spec, zero, topology, batch))
+        passes = [*dense_sent(sizes, zero).passes, *tensor_messages(spec, zero, topology, batch)]
+        parts["dense links"] = clock.rings(passes)
     peak, flop = 1e12 * clock.peak(zero.width), spec.cost.flop * batch
     made = Roofline(device.name, batch, ranks, parts, 0.0, 0.0)
     return dataclasses.replace(made, mfu=flop / made.seconds / peak, fused_mfu=flop / made.fused_seconds / peak)
@@ -245,26 +246,6 @@ def optimizer_bytes(config: RunConfig, parameters: int, zero: Zero) -> int:
     own = parameters // (zero.ranks if zero.stage else 1)
     copies = moved.copies if zero.stage or zero.ranks > 1 else 0
     return copies * parameters + (12 + 8 * zero.moments + moved.step + clip) * own
-
-
-def zero_messages(parameters: int, zero: Zero) -> list[int]:
-    """Bytes that a rank sends for ZeRO, by pass of a ring over its data group.
-
-    Stage 0: an all-reduce; 1, 2: gradients to their owners, weights back; 3: weights gathered twice. ZeRO++'s second
-    gathering is not among them: see `hpz_messages`.
-    """
-    if zero.ranks == 1:
-        return []
-    passes = 3 if zero.stage == 3 and not hpz_messages(parameters, zero) else 2
-    return passes * [zero.width * parameters * (zero.ranks - 1) // zero.ranks]
-
-
-def hpz_messages(parameters: int, zero: Zero) -> list[int]:
-    """What ZeRO++ gathers among the ranks that share a second copy of the weights, which are those of a host."""
-    sharers = zero.settings.zero_hpz_partition_size
-    if zero.stage < 3 or min(sharers, zero.ranks) == 1:
-        return []
-    return [zero.width * parameters * (sharers - 1) // sharers]
 
 
 @remembered(lambda spec, zero, topology, examples: (Same(spec), zero.width, topology.tensor_size, examples))

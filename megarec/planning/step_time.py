@@ -92,9 +92,19 @@ class _Rates:
         topology = self._work.topology
         return self._clock.rings([sent], topology.hosts, topology.ranks_per_host // topology.tensor_size).seconds
 
+    def reduction(self, buckets: int = 1) -> float:
+        """Of a bucket of the gradients, of so many."""
+        return sum(self.ring(sent / buckets) for sent in self._work.sent.gradients)
+
     @property
     def inside(self) -> float:
-        return self._clock.rings(self._work.inside).seconds
+        """Weights for a backward pass, inside a host."""
+        return self._clock.rings([self._work.sent.inside]).seconds
+
+    def forward_weights(self, micro: int) -> float:
+        """Weights for the forward pass of a micro-batch."""
+        over, inside = self._work.sent.for_forward(micro)
+        return self.ring(over) + self._clock.rings([inside]).seconds
 
     @property
     def answer(self) -> float:
@@ -109,16 +119,32 @@ class _Rates:
 def _in_turn(work: Work, hardware: Hardware, rates: _Rates) -> list[Piece]:
     clock = Clock(hardware)
     dense = clock.dense(work.dense, work.accumulation, work.width)
-    seconds = {"ids": rates.sent(IDS), "lookup": rates.lookup, "exchange": rates.sent(EXCHANGED)}
+    computing = sum(part.seconds for part in dense.values())
+    pieces = [
+        Piece("ids", "ids", "compute", rates.sent(IDS)),
+        Piece("lookup", "lookup", "compute", rates.lookup),
+        Piece("embeddings", "exchange", "compute", rates.sent(EXCHANGED)),
+    ]
     if work.towers:
-        seconds["tower modules"] = clock.whole(work.towers, 4).seconds
-    seconds["dense compute"] = sum(part.seconds for part in dense.values())
+        towers = clock.whole(work.towers, 4).seconds
+        pieces.append(Piece("tower modules", "tower modules", "compute", towers))
+    pieces.append(Piece("forward", "dense compute", "compute", FORWARD * computing))
+    pieces.append(Piece("backward", "dense compute", "compute", (1 - FORWARD) * computing))
     if work.tensor:
-        seconds["tensor links"] = rates.tensor
-    rings = sum(rates.ring(sent) for sent in work.rings) + rates.inside
-    seconds["dense gradients"] = rings + rates.sent(["tower gradients"])
-    seconds["update"] = rates.update + clock.memory(work.moved["optimizer"], work.launches).seconds
-    return [Piece(part, part, "compute", own) for part, own in seconds.items()]
+        pieces.append(Piece("tensor links", "tensor links", "compute", rates.tensor))
+    sent, weights = work.sent, rates.ring(work.sent.after)
+    gathered = sent.gathers * (rates.ring(sent.backward) + rates.inside)
+    gathered += sum(rates.forward_weights(micro) for micro in range(sent.gathers))
+    gradients = sent.reductions * rates.reduction() + gathered
+    pieces.append(Piece("dense gradients", "dense gradients", "compute", gradients))
+    if tower_gradients := rates.sent(["tower gradients"]):
+        pieces.append(Piece("tower gradients", "dense gradients", "compute", tower_gradients))
+    optimizer = clock.memory(work.moved["optimizer"], work.launches).seconds
+    pieces.append(Piece("optimizer", "update", "compute", optimizer))
+    if weights:
+        pieces.append(Piece("weights", "dense gradients", "compute", weights))
+    pieces.append(Piece("update", "update", "compute", rates.update))
+    return pieces
 
 
 class _Step:
@@ -191,8 +217,7 @@ def _on_streams(work: Work, hardware: Hardware, rates: _Rates) -> list[Piece]:
     step.host_waits()
     step.wait_for(*waits)
     step.compute("optimizer", "update", rates.optimizer, work.launches)
-    if work.stage and work.rings:
-        step.message("weights", "dense gradients", rates.ring(work.rings[-1]))
+    step.message("weights", "dense gradients", rates.ring(work.sent.after))
     step.compute("update", "update", rates.update, UPDATE_KERNELS)
     step.compute("end", "update", 0.0, 0)
     return step.pieces
@@ -200,38 +225,42 @@ def _on_streams(work: Work, hardware: Hardware, rates: _Rates) -> list[Piece]:
 
 def _dense(work: Work, rates: _Rates, step: _Step) -> list[str]:
     """The dense model, micro-batch by micro-batch; what the optimizer has to wait for beside it."""
-    kernels, dense = len(work.dense), rates.dense
-    gathers = work.rings[:-1] if work.stage == 3 else []
-    if gathers:
-        step.beside("weights for the dense model", "dense gradients", "gradients", rates.ring(gathers[0]))
+    kernels, dense, sent, waits = len(work.dense), rates.dense, work.sent, list[str]()
     for micro in range(work.accumulation):
-        name = f"forward {micro}" if work.accumulation > 1 else "forward"
-        step.compute(name, "dense compute", FORWARD * dense, kernels // 3)
-        if gathers and not micro:
-            step.wait_for("weights for the dense model")
+        of_micro = f" {micro}" if work.accumulation > 1 else ""
+        if sent.forward:
+            weights = rates.forward_weights(micro)
+            step.beside(f"weights for forward{of_micro}", "dense gradients", "gradients", weights)
+        step.compute(f"forward{of_micro}", "dense compute", FORWARD * dense, kernels // 3)
+        if sent.forward:
+            step.wait_for(f"weights for forward{of_micro}")
         if work.tensor:
             step.message(f"tensor links {micro}", "tensor links", rates.tensor / work.accumulation)
-        name = name.replace("forward", "backward")
-        if micro + 1 < work.accumulation:
-            step.compute(name, "dense compute", (1 - FORWARD) * dense, kernels - kernels // 3)
-    return _last_backward(work, rates, step, (1 - FORWARD) * dense, kernels - kernels // 3)
+        if work.labels:
+            step.message(f"labels {micro}", "check", rates.answer)
+        again = rates.ring(sent.backward) + rates.inside
+        if again:
+            step.beside(f"weights for backward{of_micro}", "dense gradients", "gradients", again)
+        last = micro + 1 == work.accumulation
+        waits += _backward(work, rates, step, of_micro, sends=last or sent.reductions > 1)
+        if again:
+            step.wait_for(f"weights for backward{of_micro}")
+    return waits
 
 
-def _last_backward(work: Work, rates: _Rates, step: _Step, seconds: float, kernels: int) -> list[str]:
-    """With the dense gradients, which leave bucket by bucket."""
-    passes = work.rings if work.stage == 0 else work.rings[:1]
-    buckets, waits = work.buckets, list[str]()
+def _backward(work: Work, rates: _Rates, step: _Step, micro: str, sends: bool) -> list[str]:
+    """Of a micro-batch; where it sends gradients these leave bucket by bucket."""
+    seconds, kernels = (1 - FORWARD) * rates.dense, len(work.dense) - len(work.dense) // 3
+    buckets, waits = work.buckets if sends else 1, list[str]()
     for bucket in range(buckets):
-        name = f"backward, part {bucket + 1}" if buckets > 1 else "backward"
+        name = f"backward{micro}, part {bucket + 1}" if buckets > 1 else f"backward{micro}"
         step.compute(name, "dense compute", seconds / buckets, kernels // buckets)
-        if not passes:
+        if not sends or not work.sent.gradients:
             continue
-        sending = sum(rates.ring(sent / buckets) for sent in passes)
+        sending = rates.reduction(buckets)
         if work.early and work.overlap is not False:
-            step.beside(f"dense gradients {bucket + 1}", "dense gradients", "gradients", sending)
-            waits.append(f"dense gradients {bucket + 1}")
+            step.beside(f"dense gradients{micro} {bucket + 1}", "dense gradients", "gradients", sending)
+            waits.append(f"dense gradients{micro} {bucket + 1}")
         elif bucket + 1 == buckets:
-            step.message("dense gradients", "dense gradients", buckets * sending)
-    if work.inside:
-        step.message("weights inside the host", "dense gradients", rates.inside)
+            step.message(f"dense gradients{micro}", "dense gradients", buckets * sending)
     return waits

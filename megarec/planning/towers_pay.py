@@ -176,7 +176,7 @@ def time_of(work: Work, hardware: Hardware, name: str) -> Variant:
         seconds=found.exposed,
         host_bytes=sum(message.bytes for message in work.messages) - across,
         network_bytes=across,
-        dense_bytes=int(sum(work.rings)),
+        dense_bytes=work.sent.over_the_ring,
         flop=work.flop,
     )
 

@@ -148,11 +148,17 @@ def seen_by(shards: Sequence[Shard], config: RunConfig, topology: Topology) -> S
     """`placed`, with the copies that the rank of a topology holds."""
     if config.parallel.exchange == "tower" or topology.rank < 2:
         return shards
-    names = replicated(shards)
+    names = copied(shards)
     if any(s.rank == topology.rank and s.table in names for s in shards):
         return shards  # all copies are listed
     copies = [dataclasses.replace(s, rank=topology.rank) for s in shards if s.table in names and s.rank == 0]
     return [*shards, *copies]
+
+
+@remembered(lambda shards: (Same(shards),), kept=8)
+def copied(shards: Sequence[Shard]) -> set[str]:
+    """The tables of which several ranks hold a copy, of millions of shards but once."""
+    return replicated(shards)
 
 
 def _by_host(parts: Sequence[EmbeddingLayout], examples: int) -> _Loads:
@@ -180,9 +186,11 @@ def _wire(config: RunConfig) -> WireDtypes:
     return WireDtypes(forward, backward)
 
 
+@remembered(lambda layout, shards, ranks, examples: (Same(layout), Same(shards), ranks, examples), kept=8)
 def _loads(layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int, examples: int) -> _Loads:
-    """sparse/lookups.py, slot by slot: a feature looked up in a shard. Of tables split by rows every rank gets the ids
-    of its rows, as lists."""
+    """sparse/lookups.py, slot by slot: a feature looked up in a shard of a table that has no copies. Of tables split by
+    rows every rank gets the ids of its rows, as lists."""
+    names = copied(shards)
     found = _Loads([0.0] * ranks, [0] * ranks, [0.0] * ranks, [0] * ranks, [0] * ranks, [0.0] * ranks)
     by_rows, rows = split_by_rows(shards), {table.name: table.rows for table in layout.tables}
     of_table: dict[str, list[Feature]] = {}
@@ -202,15 +210,18 @@ def _loads(layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int, example
         )
         for name, own in of_table.items()
     }
-    for shard in shards:
-        features, lists, ids, weights = looked_up[shard.table]
-        split = shard.table in by_rows
-        share = shard.rows / rows[shard.table] if split else 1.0
-        found.ids[shard.rank] += share * ids
-        found.lists[shard.rank] += examples * (features if split else lists)
-        found.weights[shard.rank] += share * weights
-        (found.split if split else found.columns)[shard.rank] += int(pooled[shard.table]) * shard.columns
-        found.rows[shard.rank] += share * sequences[shard.table] * shard.columns
+    for shard in shards:  # there are millions
+        table, rank, columns = shard.table, shard.rank, shard.column_stop - shard.column_start
+        if table in names:
+            continue
+        features, lists, ids, weights = looked_up[table]
+        split = table in by_rows
+        share = (shard.row_stop - shard.row_start) / rows[table] if split else 1.0
+        found.ids[rank] += share * ids
+        found.lists[rank] += examples * (features if split else lists)
+        found.weights[rank] += share * weights
+        (found.split if split else found.columns)[rank] += int(pooled[table]) * columns
+        found.rows[rank] += share * sequences[table] * columns
     return found
 
 
@@ -218,11 +229,11 @@ def _group_messages(
     config: RunConfig, layout: EmbeddingLayout, shards: Sequence[Shard], group: _Group, examples: int
 ) -> list[Message]:
     """exchange/group.py: ids, embeddings and gradients among the ranks that hold a layout's tables."""
-    names = replicated(shards)
-    spread = [shard for shard in shards if shard.table not in names]
+    names = copied(shards)
+    spread = [shard for shard in shards if shard.table not in names] if names else shards
     wire, found = _wire(config), list[Message]()
     if spread:
-        loads = _loads(layout, spread, group.size, examples)
+        loads = _loads(layout, shards, group.size, examples)
         own, split = loads.columns[group.rank], loads.split[group.rank]
         found += _ids(loads, group, _index_dtype([layout]))
         found += _rows([loads.rows[group.rank]] * group.size, loads.rows, group, wire)
@@ -239,8 +250,8 @@ def _group_messages(
         found.append(_squares(config, layout, spread, group, examples))
     if config.embedding.gradient_clipping is not None:
         found.append(_all_reduce("table norm", 1, group))
-    copied = {shard.table: shard for shard in shards if shard.table in names}
-    found.append(_all_reduce("gradients", sum(s.rows * (s.columns + 1) for s in copied.values()), group))
+    copies = {shard.table: shard for shard in shards if shard.table in names} if names else {}
+    found.append(_all_reduce("gradients", sum(s.rows * (s.columns + 1) for s in copies.values()), group))
     return found
 
 
@@ -265,8 +276,12 @@ def _squares(
         of_table = dict.fromkeys((table.name for table in layout.tables), 0.0)
         for feature in layout.looked_up:
             of_table[feature.table] += mean_ids(feature, examples)
+        widths = {table.name: table.columns for table in layout.tables}
         here = {(s.table, s.row_start): s for s in shards if s.rank == group.rank}
+        tables = {s.table for s in here.values() if s.columns < widths[s.table]}  # others share their columns
         for other in shards:
+            if other.table not in tables:
+                continue
             mine = here.get((other.table, other.row_start))
             if mine is not None and other.rank != mine.rank:
                 all_rows = config.embedding.rule_of(mine.table).all_rows

@@ -17,13 +17,16 @@ from megarec.errors import UserError
 from megarec.planning import roofline
 from megarec.planning.dense_traffic import dense_messages
 from megarec.planning.memo import Same, remembered
+from megarec.planning.memory import average_bytes
 from megarec.planning.skew import Reads
 from megarec.planning.table_loads import Load, loads
 from megarec.planning.traffic import Message, mean_ids, placed, sparse_messages
 from megarec.planning.zero import Zero, zero_of
+from megarec.planning.zero_traffic import DenseSent, dense_sent
 from megarec.run.spec import ModelSpec
 from megarec.sparse.placement import Shard
 
+AVERAGED = 3  # an average is read and written, and its weight read
 LOOKED_AT = 8  # ranks with most columns, and with fewest, of a large job
 SPTT_COPY_BYTES = 16, 8
 """Read and written once more by SPTT than by flat, both ways, for a column of an example: in fp32, and in 16 bits."""
@@ -37,11 +40,11 @@ class Work:
         topology: the job and the rank that sends most to other hosts.
         dense, towers: operations of the dense model in a micro-batch, and of the rank's tower modules.
         messages: of the sparse side.
-        rings: bytes of each pass over the data group for gradients and weights of the dense model; `inside` those that
-            stay in a host; `tensor` those of the tensor-parallel layers.
+        sent: bytes for gradients and weights of the dense model; `tensor` those of the tensor-parallel layers.
         overlap: whether messages travel while the rank computes; None: as the machine decides (run/build.py).
         buckets: messages that carry the dense gradients.
         dense_messages: of the dense side, as far as the ledger counts them.
+        labels: whether they are several: ranks then tell each other which losses are finite, in each micro-batch.
         early: whether these leave while the backward pass still computes.
         moved: bytes in memory by what is done; ids spread evenly over the rows.
         reads: lookups of each table by all ranks.
@@ -54,12 +57,12 @@ class Work:
     towers: list[roofline.Op]
     compression: float | None
     messages: list[Message]
-    rings: list[int]
-    inside: list[int]
+    sent: DenseSent
     tensor: list[float]
     stage: int
     overlap: bool | None
     buckets: int
+    labels: bool
     early: bool
     dense_messages: list[Message]
     moved: dict[str, int]
@@ -99,13 +102,14 @@ def work_of(
     if modules is not None and held is not None:
         here = held.of_host(topology.host, hosts) if towered else range(len(held))
         tower_ops = roofline.tower_ops(spec, batch * hosts if towered else batch, here)
+    averages = average_bytes(config, spec, topology, shards)
     copied = SPTT_COPY_BYTES[0 if "fp32" in config.parallel.messages else 1] * spec.layout.width * batch
     moved = {
         "glue": roofline.glue_bytes(config, spec.layout, batch) + towered * copied,
         "lookup": roofline.lookup_bytes(config, spec.layout, batch),
         "update": roofline.update_bytes(config, spec.layout, batch * world) // world,
         "skewed update": roofline.update_bytes(config, spec.layout, batch * world, skewed=True) // world,
-        "optimizer": roofline.optimizer_bytes(config, sum(sizes), zero),
+        "optimizer": roofline.optimizer_bytes(config, sum(sizes), zero) + AVERAGED * averages,
     }
     if slowest:
         messages = slowest_messages(config, spec, first, shards)
@@ -120,13 +124,13 @@ def work_of(
         towers=tower_ops,
         compression=None if modules is None else modules.compression,
         messages=messages,
-        rings=roofline.zero_messages(sum(sizes), zero),
-        inside=roofline.hpz_messages(sum(sizes), zero),
+        sent=dense_sent(sizes, zero),
         tensor=roofline.tensor_messages(spec, zero, topology, batch),
         dense_messages=dense_messages(config, spec, topology),
         stage=zero.stage,
         overlap=config.parallel.overlap,
         buckets=_buckets(sum(sizes), zero),
+        labels=spec.labels > 1,
         early=zero.stage == 0 or bool(zero.settings.overlap_comm),
         reads=_reads(config, spec),
         moved=moved,
@@ -192,10 +196,10 @@ def _busiest(config: RunConfig, spec: ModelSpec, first: Topology, shards: Sequen
     """Of the ranks that may be it, by the columns that they and their hosts look up."""
     lookups = Counter(feature.table for feature in spec.layout.features)
     columns, of_host = [0] * first.world_size, [0] * first.hosts
-    for shard in shards:
-        columns[shard.rank] += shard.columns * lookups[shard.table]
-        of_host[shard.rank // first.ranks_per_host] += shard.columns * lookups[shard.table]
-
+    for shard in shards:  # there are millions
+        columns[shard.rank] += (shard.column_stop - shard.column_start) * lookups[shard.table]
+    for rank, own in enumerate(columns):
+        of_host[rank // first.ranks_per_host] += own
     total = sum(of_host)
 
     def sent(rank: int) -> int:

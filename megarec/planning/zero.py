@@ -142,20 +142,24 @@ def partition_elements(sizes: Sequence[int], zero: Zero) -> int:
 def _parameters(sizes: Sequence[int], zero: Zero, partition: int) -> int:
     if zero.stage < 3:  # zero/stage_1_and_2.py: bit16_groups_flat, padded
         return zero.width * partition * zero.ranks
-    persistent = sum(_persistent(sizes, zero)) if zero.ranks > 1 else 0  # whole from the end of the first step on
+    whole = _persistent(sizes, zero) if zero.ranks > 1 else 0  # from the end of the first step on
     sharers = zero.settings.zero_hpz_partition_size  # zero/partition_parameters.py, _partition_param_sec
-    secondary = (sum(sizes) - persistent) // sharers if sharers > 1 else 0
-    return zero.width * (partition + secondary + persistent)
+    secondary = (sum(sizes) - whole) // sharers if sharers > 1 else 0
+    return zero.width * (partition + secondary + whole)
 
 
-def _persistent(sizes: Sequence[int], zero: Zero) -> list[int]:
-    """Sizes of the parameters that stay gathered: mark_persistent_parameters, zero/parameter_offload.py."""
-    kept: list[int] = []
+def persistent(sizes: Sequence[int], zero: Zero) -> list[bool]:
+    """Which parameters stay gathered: mark_persistent_parameters, zero/parameter_offload.py."""
+    kept, found = 0, []
     for size in sizes:
         small = size <= zero.settings.param_persistence_threshold
-        if small and sum(kept) + size <= zero.settings.model_persistence_threshold:
-            kept.append(size)
-    return kept
+        found.append(small and kept + size <= zero.settings.model_persistence_threshold)
+        kept += size if found[-1] else 0
+    return found
+
+
+def _persistent(sizes: Sequence[int], zero: Zero) -> int:
+    return sum(size for size, stays in zip(sizes, persistent(sizes, zero), strict=True) if stays)
 
 
 def _gradients(sizes: Sequence[int], zero: Zero, partition: int) -> int:
@@ -218,7 +222,7 @@ def _communication(sizes: Sequence[int], zero: Zero) -> int:
     # at the end of the forward pass is the last half of that distance.
     ahead = int(settings.max_live_parameters) if settings.prefetch_bucket_size else 0
     most = max(ahead, int(settings.max_reuse_distance) // 2) + largest
-    gathered = min(total - sum(_persistent(sizes, zero)), most)
+    gathered = min(total - _persistent(sizes, zero), most)
     return zero.width * (bucket + (gathered if zero.ranks > 1 else 0) + reduced)
 
 

@@ -66,6 +66,10 @@ class Averages:
     def __bool__(self) -> bool:
         return self._config is not None
 
+    def memory_bytes(self) -> int:
+        """Bytes of the averages."""
+        return sum(average.nbytes for _, average in self._pairs)
+
     def of_master(self, master: Tensor) -> Tensor:
         """The average of a tensor of `DenseSide.masters`."""
         return self._dense_averages[id(master)]

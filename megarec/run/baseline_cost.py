@@ -14,13 +14,16 @@ from megarec.config.models import (
     MaskNetConfig,
     XDeepFmConfig,
 )
-from megarec.models.baselines.afn import embeddings_of_each
+from megarec.models.baselines.afn import embeddings_of_each, last_bias
 from megarec.models.baselines.finalmlp import fusion_sizes, gate_contexts
 from megarec.run.cost_parts import Part, Parts, count_head, count_mlp
 
 
-def count_baseline(n: int, config: BaselineConfig) -> dict[str, Parts]:
+def count_baseline(n: int, config: BaselineConfig, headless: bool = False) -> dict[str, Parts]:
     """The layers over n embeddings per example; `head` comes last and holds all that makes the logit.
+
+    Args:
+        headless: what makes the logit is counted, but it is that of several labels: biases whose shift vanishes go.
 
     Raises:
         UserError: sizes that do not fit together.
@@ -48,7 +51,7 @@ def count_baseline(n: int, config: BaselineConfig) -> dict[str, Parts]:
         case FinalMlpConfig():
             return _count_finalmlp(n, config)
         case AfnConfig():
-            return _count_afn(n, config)
+            return _count_afn(n, config, headless)
 
 
 def emitted_columns(n: int, config: BaselineConfig) -> int:
@@ -121,10 +124,12 @@ def _count_stream(config: FinalMlpConfig, columns: int, widths: list[int]) -> Pa
     return stream.plus(_layer_norm(widths[-1], config.bias and config.norm != "batch"))  # BatchNorm's bias is the MLP's
 
 
-def _count_afn(n: int, config: AfnConfig) -> dict[str, Parts]:
+def _count_afn(n: int, config: AfnConfig, headless: bool) -> dict[str, Parts]:
     each, products = embeddings_of_each(n, config), config.neurons * config.dim
     powers = each * config.neurons
-    norms = _layer_norm(each * config.dim, config.bias).plus(_layer_norm(products, config.bias))
+    norms = _layer_norm(each * config.dim, config.bias).plus(
+        _layer_norm(products, config.bias and last_bias(config, headless))
+    )
     mlp = count_head(config, products, config.mlp)
     head = count_head(config, each * config.dim, config.head)
     return {

@@ -100,7 +100,7 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
         section = monitor_sections(config.deepspeed, Path(config.train.output_dir))
     model = build_model(config.model_copy(update={"deepspeed": section}), spec, topology, device)
     for store in stores.values():
-        store.arrange(model.sparse.id_order)
+        store.arrange(model.sparse.id_order, [sequence.features for sequence in config.model.sequences])
     if device.type == "cpu" and config.train.threads is None:
         torch.set_num_threads(threads_that_pay(torch.get_num_threads(), examples * spec.cost.flop))
 

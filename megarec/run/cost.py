@@ -14,9 +14,10 @@ from megarec.config.base import ModelConfig
 from megarec.config.models import DcnConfig, DlrmConfig, OverArchConfig, WukongConfig
 from megarec.config.towers import DcnTowerConfig, DlrmTowerConfig, WukongTowerConfig
 from megarec.models.dlrm import head_inputs
-from megarec.models.inputs import EmbeddedColumns, input_embeddings
+from megarec.models.inputs import EmbeddedColumns, input_biases, input_embeddings
+from megarec.models.recommender import shift_of_inputs_vanishes
 from megarec.models.sequences import DIN_MLP, SequenceInput
-from megarec.models.wukong import LayerSizes, layer_sizes
+from megarec.models.wukong import LayerSizes, last_biases, layer_sizes
 from megarec.run.baseline_cost import count_baseline, emitted_columns
 from megarec.run.cost_parts import Part, Parts, count_head, count_mlp, count_tasks, total
 from megarec.sparse.layout import Table
@@ -99,9 +100,9 @@ def count(
         layers["towers"] = count_towers(modules)
     if parts := {f"sequences.{index}": _count_sequence(own, config) for index, own in enumerate(sequences)}:
         layers["sequences"] = parts
-    layers["inputs"] = _count_inputs(config, columns, numeric)
+    layers["inputs"] = _count_inputs(config, columns, numeric, not shift_of_inputs_vanishes(config, labels > 1))
     n, dense = input_embeddings(columns, numeric, config), config.numeric_embeddings if numeric else 0
-    over_arch = _count_over_arch(n, dense, config)
+    over_arch = _count_over_arch(n, dense, config, headless=labels > 1)
     if labels > 1:
         over_arch |= {"head": _fusion(over_arch["head"]) | count_tasks(_emitted(n, dense, config), config, labels)}
     return Cost(layers | over_arch)
@@ -169,25 +170,26 @@ def _count_sequence(own: SequenceInput, config: ModelConfig) -> Part:
     return block.plus(count_mlp(own.width, [], config.dim, config.bias).times(own.embeddings))
 
 
-def _count_inputs(config: ModelConfig, layout: EmbeddedColumns, numeric: int) -> Parts:
+def _count_inputs(config: ModelConfig, layout: EmbeddedColumns, numeric: int, last_bias: bool) -> Parts:
     parts = {}
+    of_small, of_numeric = input_biases(config, last_bias)
     if layout.small_columns:
         emitted = config.small_embeddings * config.dim
-        parts["small_mlp"] = count_mlp(layout.small_columns, config.small_mlp, emitted, config.bias)
+        parts["small_mlp"] = count_mlp(layout.small_columns, config.small_mlp, emitted, of_small)
     if numeric:
         emitted = config.numeric_embeddings * config.dim
-        bias = config.bias if config.numeric_bias is None else config.numeric_bias
-        parts["numeric_mlp"] = count_mlp(numeric, config.numeric_mlp, emitted, bias, input_gradient=False)
+        parts["numeric_mlp"] = count_mlp(numeric, config.numeric_mlp, emitted, of_numeric, input_gradient=False)
     return parts
 
 
-def _count_over_arch(n: int, dense: int, config: OverArchConfig) -> dict[str, Parts]:
+def _count_over_arch(n: int, dense: int, config: OverArchConfig, headless: bool = False) -> dict[str, Parts]:
     """The layers over n embeddings per example, of which the last `dense` come from numeric features."""
     beside: Parts = {}
     match config:
         case WukongConfig():
             sizes = layer_sizes(n, config)
-            layers = [_count_wukong_layer(layer, config) for layer in sizes]
+            biases = last_biases(config, headless)
+            layers = [_count_wukong_layer(layer, config, bias) for layer, bias in zip(sizes, biases, strict=True)]
             columns = sizes[-1].outputs * config.dim
         case DlrmConfig():
             layers = [{"dot_products": Part(0, n * n * config.dim)}]
@@ -198,7 +200,7 @@ def _count_over_arch(n: int, dense: int, config: OverArchConfig) -> dict[str, Pa
                 beside = {"linear": count_mlp(columns, [], 1, bias=False)}
             layers = [_count_cross_layer(columns, config.rank, config.bias)] * config.layers
         case _:
-            return count_baseline(n, config)
+            return count_baseline(n, config, headless)
     numbered: dict[str, Parts] = {f"layers.{index}": parts for index, parts in enumerate(layers)}
     return numbered | {"head": beside | {"head": count_head(config, columns, config.head)}}
 
@@ -208,7 +210,7 @@ def count_wukong(n: int, config: WukongConfig) -> Parts:
     return _by_part(_count_over_arch(n, 0, config).values())
 
 
-def _count_wukong_layer(layer: LayerSizes, config: WukongConfig) -> Parts:
+def _count_wukong_layer(layer: LayerSizes, config: WukongConfig, last_bias: bool = True) -> Parts:
     n, d, k = layer.inputs, config.dim, layer.rank
     full, attentive = config.fm == "full", config.projection == "attentive"
     interactions = n * (n if full else k)
@@ -225,7 +227,8 @@ def _count_wukong_layer(layer: LayerSizes, config: WukongConfig) -> Parts:
     parts["lcb"] = Part(n * layer.num_lcb, n * layer.num_lcb * d)
     if layer.outputs != n:
         parts["residual"] = Part(n * layer.outputs, n * layer.outputs * d)
-    parts["layer_norm"] = Part((interactions + d) * (2 if config.bias else 1))
+    biases = (interactions if config.bias else 0) + (d if config.bias and last_bias else 0)
+    parts["layer_norm"] = Part(interactions + d + biases)
     return parts
 
 

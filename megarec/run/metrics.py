@@ -1,4 +1,4 @@
-"""Quality of predictions: AUC, LogLoss, normalized entropy, calibration, GAUC; exact over all ranks.
+"""Quality of predictions: AUC, LogLoss, normalized entropy, calibration, by group GAUC, NDCG and HR; over all ranks.
 
 Of several labels each has its own, over the examples that have the label; examples are not weighted.
 """
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from megarec.metrics.grouped import Grouped, group_scores, known, over_groups
+from megarec.metrics.grouped import FIRST, Grouped, group_scores, known, over_groups
+
+_NESTED = ("gauc", "ndcg", "hit_rate", "labels")  # of a Quality; its other attributes are numbers
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Quality:
         not_finite: how many logits are NaN or infinite. A single one leaves every metric undefined: it has no place in
             an order, and a mean without it would be of another model.
         gauc: by the column that the data name as group; None: they name none.
+        ndcg, hit_rate: by k, the mean over the same groups that have a positive; empty: the data name no group.
         labels: of several labels the quality of each, by name; the numbers above are those of train.best_label.
     """
 
@@ -59,6 +62,8 @@ class Quality:
     examples: int
     not_finite: int = 0
     gauc: Gauc | None = None
+    ndcg: dict[int, float] = field(default_factory=dict)
+    hit_rate: dict[int, float] = field(default_factory=dict)
     labels: dict[str, "Quality"] = field(default_factory=dict)
 
     @property
@@ -69,12 +74,15 @@ class Quality:
 
 def described(found: Quality) -> dict[str, Any]:
     """As JSON can say it: an undefined metric is null; `not_finite` is there where it is the reason."""
-    numbers = {key: value for key, value in vars(found).items() if key not in ("gauc", "labels")}
+    numbers = {key: value for key, value in vars(found).items() if key not in _NESTED}
     values: dict[str, Any] = {key: known(value) for key, value in numbers.items()}
     if not found.not_finite:
         del values["not_finite"]
     if found.gauc is not None:
         values["gauc"] = {key: known(value) for key, value in asdict(found.gauc).items()}
+    for name, by_k in (("ndcg", found.ndcg), ("hit_rate", found.hit_rate)):
+        if by_k:
+            values[name] = {str(k): known(value) for k, value in by_k.items()}
     if found.labels:
         values["labels"] = {name: described(own) for name, own in found.labels.items()}
     return values
@@ -86,6 +94,8 @@ def points(found: Quality) -> dict[str, float | None]:
     values = {name: getattr(found, name) for name in names}
     if found.gauc is not None:
         values |= {"gauc_by_impressions": found.gauc.by_impressions, "gauc_by_group": found.gauc.by_group}
+    values |= {f"ndcg_at_{k}": value for k, value in found.ndcg.items()}  # TensorBoard has no @ in a name
+    values |= {f"hit_rate_at_{k}": value for k, value in found.hit_rate.items()}
     shown = {name: known(value) for name, value in values.items()}
     for label, own in found.labels.items():
         shown |= {f"labels/{label}/{name}": value for name, value in points(own).items()}
@@ -182,7 +192,7 @@ class Predictions:
 
         Args:
             groups: of rank 0: what group each row of the split belongs to, whole numbers [examples], -1: none; for the
-                GAUC of batches that an EvalLoader made. None: without it.
+                GAUC, NDCG and HR of batches that an EvalLoader made. None: without them.
         """
         if not self.logits:
             return self.of_labels([quality(torch.empty(0), torch.empty(0))] * max(1, len(self.names)))
@@ -210,22 +220,26 @@ class Predictions:
         return replace(by_name[self.main or self.names[0]], labels=by_name)
 
 
-_NUMBERS = 7 + len(fields(Gauc)) + 1
+_OWN = 7  # numbers of a Quality that are there with groups or without
+_NUMBERS = _OWN + len(fields(Gauc)) + 2 + 1
 
 
 def _numbers(found: Quality) -> list[float]:
-    """Of fixed length, the last whether there is a GAUC."""
-    gauc = found.gauc
-    numbers = [float(value) for name, value in vars(found).items() if name not in ("gauc", "labels")]
-    return [*numbers, *((0.0,) * len(fields(Gauc)) if gauc is None else astuple(gauc)), float(gauc is not None)]
+    """Of fixed length, the last whether there are metrics by group."""
+    numbers = [float(value) for name, value in vars(found).items() if name not in _NESTED]
+    if found.gauc is None:
+        return [*numbers, *(0.0,) * (_NUMBERS - _OWN)]
+    return [*numbers, *astuple(found.gauc), found.ndcg[FIRST], found.hit_rate[FIRST], 1.0]
 
 
 def _from_numbers(numbers: list[float]) -> Quality:
-    auc, logloss, ne, calibration, mean, examples, not_finite, by_impressions, by_group, groups, one_label, has = (
-        numbers
-    )
-    gauc = Gauc(by_impressions, by_group, int(groups), int(one_label)) if has else None
-    return Quality(auc, logloss, ne, calibration, mean, int(examples), int(not_finite), gauc)
+    auc, logloss, ne, calibration, mean, examples, not_finite = numbers[:_OWN]
+    found = Quality(auc, logloss, ne, calibration, mean, int(examples), int(not_finite))
+    by_impressions, by_group, groups, one_label, ndcg, hit_rate, has = numbers[_OWN:]
+    if not has:
+        return found
+    gauc = Gauc(by_impressions, by_group, int(groups), int(one_label))
+    return replace(found, gauc=gauc, ndcg={FIRST: ndcg}, hit_rate={FIRST: hit_rate})
 
 
 def _quality_of(ranks: list[Tensor], share: int, groups: NDArray[Any] | None) -> Quality:
@@ -244,7 +258,7 @@ def _quality_of(ranks: list[Tensor], share: int, groups: NDArray[Any] | None) ->
     logits, labels = in_order[:, : len(groups)]  # padding comes last
     there = ~labels.isnan()
     own = groups[there.numpy()]
-    return replace(found, gauc=gauc_of(over_groups_of(logits[there].numpy(), labels[there].numpy(), own)))
+    return with_groups(found, over_groups_of(logits[there].numpy(), labels[there].numpy(), own, (FIRST,)))
 
 
 def over_groups_of(
@@ -262,5 +276,7 @@ def over_groups_of(
     )
 
 
-def gauc_of(found: Grouped) -> Gauc:
-    return Gauc(found.gauc_by_impressions, found.gauc_by_group, found.groups, found.one_label)
+def with_groups(found: Quality, grouped: Grouped) -> Quality:
+    """The same predictions, with their metrics by group."""
+    gauc = Gauc(grouped.gauc_by_impressions, grouped.gauc_by_group, grouped.groups, grouped.one_label)
+    return replace(found, gauc=gauc, ndcg=grouped.ndcg, hit_rate=grouped.hit_rate)

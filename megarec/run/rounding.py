@@ -10,9 +10,11 @@ from torch import nn
 from megarec.config.sections import RunConfig
 from megarec.dense.settings import settings_of
 from megarec.models.blocks import MLP
+from megarec.models.recommender import shift_of_inputs_vanishes
 from megarec.run.spec import ModelSpec
 
 SWITCHES_PER_INPUT = 1e-7  # fp32, measured: docs/results/parity.md
+SMALLEST_EPS = 1e-4  # far above gradients that are rounding errors, 1e-9 to 1e-8
 
 
 def relu_inputs(model: nn.Module) -> int:
@@ -30,7 +32,8 @@ def rounding_warning(config: RunConfig, spec: ModelSpec, steps: int) -> str | No
         steps: optimizer steps of the run.
     """
     types = _types(config)
-    reasons = [*types, "" if types else _relus(config, spec, steps), _single_rows(spec), _lone_l2(config, spec)]
+    relus = None if types else _relus(config, spec, steps)
+    reasons = [*types, relus, _single_rows(spec), _lone_l2(config, spec), _shifts(config, spec)]
     if not any(reasons):
         return None
     said = "; ".join(reason for reason in reasons if reason)
@@ -83,4 +86,22 @@ def _lone_l2(config: RunConfig, spec: ModelSpec) -> str | None:
     return (
         f"embedding.dropout and l2 leave elements a gradient near {gradient:.0e}, of which embedding.eps="
         f"{embedding.eps:g} makes a full step (embedding.eps=1e-3 does not)"
+    )
+
+
+def _shifts(config: RunConfig, spec: ModelSpec) -> str | None:
+    """Biases in front of X_0 that BatchNorm behind it takes away: their gradient is rounding errors alone.
+
+    Those of the dense model itself are not there (`shift_vanishes`); a tower module or a sequence's block is built for
+    every dense model alike. Adam at a small eps makes whole steps of such gradients.
+    """
+    in_front = [*(["tower modules"] if spec.towers.modules else []), *(["model.sequences"] if spec.sequences else [])]
+    vanishes = config.model.bias and shift_of_inputs_vanishes(spec.dense_sizes, spec.labels > 1)
+    adaptive = config.dense.optimizer != "sgd" and config.dense.eps < SMALLEST_EPS
+    if not (in_front and vanishes and adaptive):
+        return None
+    return (
+        f"model.norm='batch' takes away what the last biases of {' and '.join(in_front)} add, and dense.eps="
+        f"{config.dense.eps:g} makes steps of the rounding errors that are their gradients (model.bias=false, or "
+        f"dense.eps={SMALLEST_EPS:g}, does not)"
     )

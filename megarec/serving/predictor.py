@@ -69,15 +69,17 @@ class Predictor:
     def __init__(self, config: RunConfig, schema: Schema, sparse: SparseSide, model: Recommender) -> None:
         self.config, self.schema = config, schema
         self._sparse, self._model = sparse, model
+        self._together = [sequence.features for sequence in config.model.sequences]
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
         """Logits float32 [B], or of several labels [B, T]; their sigmoid is the predicted probability of the label.
 
         Raises:
-            UserError: the batch lacks a feature of the schema, or has an id outside its table.
+            UserError: the batch lacks a feature of the schema, has an id outside its table, or lists of one sequence
+                that are not equally long.
         """
-        check_batch(batch, self.schema)
+        check_batch(batch, self.schema, self._together)
         logits: Tensor = self._model(batch.numeric, self._sparse.look_up(batch).values, batch.keys)
         return logits
 

@@ -296,7 +296,7 @@ def sequence_tables(schema: Schema, sequences: Iterable[SequenceConfig]) -> dict
                 if own.rows != its.rows or identity.get(name, "") != identity.get(target, identity.get(name, "")):
                     raise UserError(
                         f'{where}.tables="target": {name!r} ({own.rows:,} rows) does not have the ids of {target!r} '
-                        f'({its.rows:,} rows): prepare it with "vocabulary" of {target!r}, or leave tables out'
+                        f'({its.rows:,} rows): prepare it with "table": {target!r}, or leave tables out'
                     )
                 owners[name] = its.table or target
     for index, sequence in enumerate(sequences):

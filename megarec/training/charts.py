@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from megarec.metrics.grouped import FIRST
 from megarec.run.build import Run
 
 _SECTIONS = ("model", "embedding", "dense", "tower_module", "schedule", "parallel")
@@ -21,7 +22,8 @@ _CATEGORIES = {
 }
 _LONG = ("embedding.features", "parallel.towers")  # a key a feature: not what two runs are compared by
 _QUALITY = ("logloss", "ne", "auc", "calibration", "prediction_mean")
-_BY_GROUP = ("gauc_by_impressions", "gauc_by_group")  # of validation and test, where the data name a group
+_BY_GROUP = ("gauc_by_impressions", "gauc_by_group", f"ndcg_at_{FIRST}", f"hit_rate_at_{FIRST}")
+"""Of validation and test, where the data name a group."""
 
 
 Layout = dict[str, dict[str, list[str | list[str]]]]
@@ -32,7 +34,7 @@ def layout(tags: Sequence[str], grouped: bool = False, labels: Sequence[str] = (
 
     Args:
         tags: that the run writes, but for those of validation and test, which come later.
-        grouped: the data name a group, so that validation and test have a GAUC.
+        grouped: the data name a group, so that validation and test have metrics by group.
         labels: where a run predicts several, whose points are there by label as well.
     """
     quality = []

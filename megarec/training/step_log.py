@@ -109,8 +109,9 @@ class StepLog:
         run, state = self.run, self.state
         seen = binned_quality(self.window, run.topology.world)
         seconds = time.perf_counter() - self._window_start
-        rate = None  # of this window's steps; `seen` has more right after a resume
+        rate = step_ms = None  # of this window's steps; `seen` has more right after a resume
         if self._timed_steps > 0:
+            step_ms = 1e3 * seconds / self._timed_steps
             rate = self._timed_steps * run.config.data.batch_size / seconds
             self._train_seconds += seconds
             self._trained_steps += self._timed_steps
@@ -133,6 +134,7 @@ class StepLog:
             "workload/examples_per_second": rate,
             "workload/tflops": tflops,
             "workload/mfu": None if tflops is None else tflops / self._peak,
+            "workload/time_ms/step": step_ms,
             **self._of_all_ranks(self.timer.milliseconds()),
             **self._predicted,
         }

@@ -1,5 +1,7 @@
-"""Runs whose model reads sequences: saved on one topology and resumed on another, streamed, scored; not exported."""
+"""Runs whose model reads sequences: saved on one topology and resumed on another, streamed, scored."""
 
+import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,7 +10,6 @@ import pytest
 
 from megarec.distributed.rank_pool import RankPool
 from megarec.errors import UserError
-from megarec.serving.export.bundle import export_bundle
 from megarec.serving.predictor import load_checkpoint
 from tests.checkpoint.runs import MODEL, TOWERS, build, leg, write_run
 
@@ -46,14 +47,25 @@ def logits_of(path: Path, overrides: list[str], directory: Path) -> list[list[fl
     return [predictor.predict(batch).tolist() for batch in run.test.batches()]
 
 
-def test_a_checkpoint_scores_and_an_export_to_onnx_says_that_it_cannot(
-    path: Path, rank_pool: Pools, tmp_path: Path
-) -> None:
+def test_a_checkpoint_scores(path: Path, rank_pool: Pools, tmp_path: Path) -> None:
     here, directory = [f"train.output_dir={tmp_path}"], tmp_path / "checkpoints" / "step-000000002"
     (seen,) = rank_pool(1).run(partial(leg, load=False, save=True, logits=True), path, here, 0, 2)
-    with pytest.raises(UserError, match=r"model\.sequences .* cannot do yet; take --format native"):
-        export_bundle(directory, tmp_path / "exported")
-    assert not (tmp_path / "exported").exists()
     (scored,) = rank_pool(1).run(logits_of, path, here, directory)
     for mine, its in zip(scored, seen.logits, strict=True):
         assert mine == pytest.approx(its, rel=1e-5, abs=1e-6)
+
+
+def first_batch(path: Path, overrides: list[str]) -> str:
+    """What reading it ends with."""
+    run = build(path, overrides)
+    with pytest.raises(UserError) as refused:
+        next(run.train.batches(epoch=0))
+    return str(refused.value)
+
+
+def test_lists_of_a_sequence_that_are_not_equally_long_end_a_run_where_they_are_read(
+    path: Path, rank_pool: Pools
+) -> None:
+    both = json.dumps([{"features": ["multi_0", "multi_1"], "target": ["single_0"], "block": "hstu"}])
+    (said,) = rank_pool(1).run(first_batch, path, [f"model.sequences={both}"])
+    assert re.match(r"row \d+ \(from 0\) has \d values of multi_0 and \d of multi_1: .*equally long", said), said

@@ -133,3 +133,10 @@ def test_a_batch_that_people_made(batch: Batch, told: str) -> None:
     del batch.ids["item"]
     with pytest.raises(UserError, match=r"batch\.(ids misses 'item'; it has user, tags, history|numeric is)"):
         check_batch(batch, SCHEMA)
+
+
+def test_lists_of_a_sequence_are_equally_long_in_a_batch_that_people_made() -> None:
+    check_batch(made_batch(), SCHEMA, [["tags"], ["history"]])
+    told = r"row 0 \(from 0\) has 1 values of tags and 0 of history: .* must be equally long"
+    with pytest.raises(UserError, match=told):
+        check_batch(made_batch(), SCHEMA, [["tags", "history"]])

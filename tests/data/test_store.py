@@ -71,6 +71,18 @@ def test_gather_returns_the_rows_asked_for(
         assert read_back(store, wanted) == [rows[i] for i in wanted]
 
 
+def test_lists_that_share_positions_are_equally_long_in_every_row_that_is_read(tmp_path: Path) -> None:
+    """tags has i % 4 values, history 5 i % 6: alike in rows 0, 3 and 15, not in 19."""
+    write_prepared(tmp_path)
+    store = open_split(tmp_path, "train", SCHEMA, "error")
+    read_back(store, [15, 1])
+    store.arrange(["user"], [["history", "tags"]])
+    assert [row["tags"] for row in read_back(store, [15, 0, 3])] == [[6, 7, 8], [], [3, 4, 5]]
+    said = "row 19 .from 0. has 5 values of history and 3 of tags: .* must be equally long"
+    with pytest.raises(UserError, match=said):
+        read_back(store, [0, 19, 1])
+
+
 def test_types_and_order(tmp_path: Path) -> None:
     write_prepared(tmp_path)
     store = open_split(tmp_path, "valid", load_schema(tmp_path), "error")

@@ -127,7 +127,6 @@ ALLOWED = {  # where the host may wait, or where no accelerator is involved
     ): "between chunks, of which there is one on an accelerator; steps are on the CPU",
     ("sparse/tables/stochastic.py", "torch.tensor"): "once, when the tables are built",
     ("sparse/side.py", "torch.tensor"): "once, when the sparse side is built",
-    ("sparse/exchange/sequences.py", "int"): "in the words of an error",
     ("sparse/tables/triton_backend.py", "torch.tensor"): "once, when the tables are built",
     ("sparse/tables/local.py", "torch.tensor"): "once, when the tables are built",
     ("sparse/tables/local.py", "tolist"): "table usage, when it is logged",

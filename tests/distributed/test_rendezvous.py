@@ -5,7 +5,7 @@ from datetime import timedelta
 import psutil
 import pytest
 
-from megarec.distributed.rendezvous import free_port, keep_to_loopback, store_at, store_of_launcher
+from megarec.distributed.rendezvous import PORTS, free_port, keep_to_loopback, store_at, store_of_launcher, store_of_one
 from megarec.errors import UserError
 
 SHORT = timedelta(seconds=20)
@@ -59,3 +59,12 @@ def test_the_users_interface_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
     keep_to_loopback({"MASTER_ADDR": "127.0.0.1"})
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_a_job_of_one_rank_listens_before_its_port_is_named() -> None:
+    store, port = store_of_one(SHORT)
+    store.set("key", "value")
+    assert port in PORTS and store.get("key") == b"value"
+    with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken"):
+        store_at("127.0.0.1", port, 2, True, SHORT)
+    assert store_at("127.0.0.1", port, 1, False, SHORT).get("megarec/key") == b"value"

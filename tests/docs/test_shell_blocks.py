@@ -60,7 +60,11 @@ def reader(shared: Path, warm_venv: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("block", RUN, ids=lambda block: block.name)
+@pytest.mark.parametrize(
+    "block",
+    [block if block.page == "README.md" else pytest.param(block, marks=pytest.mark.slow) for block in RUN],
+    ids=lambda block: block.name,
+)
 def test_a_block_runs(reader: Reader, block: Block) -> None:
     reader.up_to(block)
 

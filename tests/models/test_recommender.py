@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from pydantic import TypeAdapter
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from megarec.config.models import BASELINES, DcnConfig, DlrmConfig, OverArchConfig, WukongConfig
 from megarec.models.blocks import KeyedDropout
@@ -93,3 +95,25 @@ def test_equal_seeds_give_equal_models(config: OverArchConfig) -> None:
 
     first, second = state(), state()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("heads", [None, "shared", "mmoe"])
+@pytest.mark.parametrize("name", ["wukong", "dlrm", "dcn", *BASELINES])
+def test_before_batch_norm_no_gradient_is_rounding_errors_alone(name: str, heads: str | None) -> None:
+    """Adam at a small eps would make whole steps of it: such a parameter is not there."""
+    torch.manual_seed(1)
+    sizes = {"name": name, "dim": 4, "norm": "batch", "activation": "silu", "tasks": {"name": heads or "shared"}}
+    sizes |= {} if name in ("lr", "fm", "finalmlp") else {"head": [5, 5]}
+    sizes |= {"wukong": {"layers": 2, "num_fm": 3, "num_lcb": 2, "rank": 2, "mlp": [6]}}.get(name, {})
+    sizes |= {"finalmlp": {"mlp1": [4], "mlp2": [6, 4]}, "afn": {"neurons": 5, "mlp": [6]}}.get(name, {})
+    config: OverArchConfig = TypeAdapter(OverArchConfig).validate_python(sizes)
+    model = Recommender(layout(4, [1, 1, 1], [6]), 3, config, labels=2 if heads else 1).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    logits = model(torch.randn(32, 3), torch.randn(32, 18), torch.arange(32))
+    labels = torch.randint(2, logits.shape).to(logits.dtype)
+    binary_cross_entropy_with_logits(logits, labels).backward()
+    largest = {key: float(value.grad.abs().max()) for key, value in model.named_parameters() if value.grad is not None}
+    assert len(largest) == len(list(model.parameters()))
+    assert not {key: gradient for key, gradient in largest.items() if gradient < 1e-9}

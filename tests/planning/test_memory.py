@@ -142,6 +142,27 @@ def test_the_step_counts_where_it_needs_more_than_the_backward_pass() -> None:
     assert with_totals({**parts, "step": 20})["total"] == 17 + 20
 
 
+def test_averages_are_there_twice_while_they_are_the_weights() -> None:
+    parts = dict.fromkeys(("parameters", "gradients", "optimizer", "tables", "towers"), 1)
+    parts |= {"activations": 5, "communication": 6, "step": 10, "averages": 8}
+    assert with_totals(parts)["total"] == 5 + 8 + 11
+    assert with_totals({**parts, "averages": 20})["total"] == 5 + 20 + 20
+
+
+def test_averages_by_hand() -> None:
+    """Master weights of the rank's partition, and the tables that are small enough."""
+    topology, averages = Topology(1, 4, 4, 1), {}
+    for limit in (0, 300, 1_000):
+        config = config_of(
+            MODELS[2], train={"ema": {"table_rows": limit}}, deepspeed={"zero_optimization": {"stage": 1}}
+        )
+        spec = resolve(config, SCHEMA)
+        shards = [Shard("user", 1, 0, 500, 0, 16), Shard("item", 1, 0, 300, 0, 16), Shard("item", 2, 0, 300, 0, 16)]
+        averages[limit] = predict(config, spec, topology, 16, shards)["averages"]
+    partition = -(-sum(parameter_sizes(spec, topology)) // 8) * 2
+    assert averages == {0: 4 * partition, 300: 4 * (partition + 4_800), 1_000: 4 * (partition + 4_800 + 8_000)}
+
+
 def test_micro_batches_on_the_wire_hold_what_arrives_twice() -> None:
     sections: dict[str, Any] = {"embedding": {"backend": "torch"}, "deepspeed": {"gradient_accumulation_steps": 2}}
     topology = Topology(rank=0, world_size=2, ranks_per_host=1, tensor_size=1)

@@ -1,19 +1,15 @@
-"""A plan is a pure function; its parts agree with each other, and with what a run's monitor is told."""
+"""A plan is a pure function; its parts agree with each other."""
 
+import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
-import torch
 
 from megarec.config.load import load_config
 from megarec.data.schema import schema_of
-from megarec.distributed.topology import Topology
 from megarec.errors import UserError
 from megarec.planning.hardware import Figure, load_hardware
-from megarec.planning.planner import Plan, monitored_points, plan_run
-from megarec.run.build import Run
+from megarec.planning.planner import Plan, plan_run
 from megarec.run.spec import resolve
 
 CONFIG = Path(__file__).resolve().parents[2] / "ds_configs/mlperf-dlrm-dcnv2.json"
@@ -51,6 +47,28 @@ def test_a_slower_part_of_a_machine_makes_a_longer_step() -> None:
     assert not plan("a40", 1, 2).fits, "209 GB of tables on two cards of 48"
 
 
+def test_heads_of_several_labels_count() -> None:
+    """Operations, parameters and the question which losses are finite; each label after the first adds as much."""
+    found = {}
+    for labels in (1, 2, 3):
+        names = [f"label{i}" for i in range(labels)]
+        overrides = ["data.batch_size=65536"]
+        if labels > 1:
+            overrides += [f"data.label={json.dumps(names)}", 'model.tasks={"name": "ple", "expert": [64]}']
+        config = load_config(CONFIG, overrides)
+        schema = schema_of(load_config(CONFIG, overrides[:1]).data)
+        tasks = {"label": names[0], "labels": tuple(names), "tasks": tuple(names) if labels > 1 else ()}
+        spec = resolve(config, schema.model_copy(update=tasks))
+        found[labels] = plan_run(config, spec, load_hardware("h100"), 1, 8)
+        assert found[labels].work.flop == 8_192 * spec.cost.flop
+        assert sum(op.flop for op in found[labels].work.dense) == pytest.approx(found[labels].work.flop, rel=1e-3)
+        assert found[labels].memory["parameters"] == pytest.approx(2 * spec.cost.dense_parameters, abs=32)  # padded
+    one, two, three = (found[labels].timeline.busy for labels in (1, 2, 3))
+    assert one["dense compute"] < two["dense compute"] < three["dense compute"]
+    answer = next(piece.seconds for piece in found[1].pieces if piece.name == "answer")
+    assert two["check"] == pytest.approx(three["check"]) == pytest.approx(one["check"] + answer)
+
+
 def test_hosts_of_one_scale_up_domain_cross_no_network() -> None:
     joined, apart = plan("gb200", 2, 4), plan("gb200", 2, 4, scale_up_ranks=4)
     assert joined.seconds == pytest.approx(plan("gb200", 1, 8).seconds, rel=0.01)
@@ -69,13 +87,3 @@ def test_hosts_of_one_scale_up_domain_cross_no_network() -> None:
 def test_what_cannot_be(hosts: int, ranks: int, overrides: tuple[str, ...], said: str) -> None:
     with pytest.raises(UserError, match=said):
         plan("h100", hosts, ranks, *overrides)
-
-
-def test_the_monitor_is_told_the_same() -> None:
-    config = load_config(CONFIG, ["data.batch_size=512", "deepspeed.fp16.enabled=false", "embedding.placement=auto"])
-    spec, topology = resolve(config, schema_of(config.data)), Topology(1, 2, 2, 1)
-    run: Any = SimpleNamespace(config=config, spec=spec, topology=topology, device=torch.device("cpu"))
-    points = monitored_points(cast(Run, run))
-    assert points["workload/memory_mib/tables_predicted"] > 50_000
-    assert points["workload/traffic_mib_per_step/world_predicted"] > 0
-    assert points["workload/traffic_mib_per_step/cross_host_predicted"] == 0

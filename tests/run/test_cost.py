@@ -68,13 +68,14 @@ def test_counts_what_the_model_has_and_does(
     levels=st.integers(1, 3),
     expert=st.lists(st.integers(1, 4), min_size=1, max_size=2),
     labels=st.integers(2, 3),
+    norm=st.sampled_from(["none", "batch"]),
 )
 @settings(max_examples=60, deadline=None)
 def test_counts_several_labels(
-    config: OverArchConfig, heads: str, experts: int, own: int, levels: int, expert: list[int], labels: int
+    config: OverArchConfig, heads: str, experts: int, own: int, levels: int, expert: list[int], labels: int, norm: Norm
 ) -> None:
     sizes = {"name": heads, "experts": experts, "own_experts": own, "levels": levels, "expert": expert}
-    config = config.model_copy(update={"tasks": TasksConfig.model_validate(sizes)})
+    config = config.model_copy(update={"tasks": TasksConfig.model_validate(sizes), "norm": norm})
     places = layout(config.dim, [1, 1], [2])
     cost = count(config, places, 2, places.tables, labels=labels)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:

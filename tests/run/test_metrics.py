@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from megarec.distributed.rank_pool import RankPool
@@ -87,10 +89,10 @@ def test_every_rank_is_told_the_metrics_of_all(rank_pool: Callable[[int], RankPo
     assert expected.examples == 147
 
 
-def shared_out(logits: torch.Tensor, labels: torch.Tensor, groups: list[int]) -> Quality:
-    """Batches of the split as an EvalLoader has them: padded, each rank its part of each."""
+def shared_out(logits: torch.Tensor, labels: torch.Tensor, groups: list[int], names: tuple[str, ...] = ()) -> Quality:
+    """Batches of the split as an EvalLoader has them: padded, each rank its part; the last label is the main."""
     ranks, rank, share = dist.get_world_size(), dist.get_rank(), 7
-    predictions = Predictions()
+    predictions = Predictions(names, names[-1] if names else None)
     for start in range(0, len(logits), ranks * share):
         rows = torch.arange(start + rank * share, start + (rank + 1) * share)
         rows, valid = rows.clamp(max=len(logits) - 1), int((rows < len(logits)).sum())
@@ -116,6 +118,46 @@ def test_the_gauc_is_scikit_learns_on_any_number_of_ranks(rank_pool: Callable[[i
     assert f"GAUC {by_impressions:.4f} by impressions" in in_words(told[0])
     assert described(told[0])["gauc"]["groups"] == 30 and points(told[0])["gauc_by_group"] == gauc.by_group
     assert "gauc" not in described(quality(torch.tensor(logits), torch.tensor(labels)))
+
+
+def ranked(scores: NDArray[Any], labels: NDArray[Any], groups: NDArray[Any]) -> list[float]:
+    """GAUC by impressions and by group, NDCG@10, HR@10 by their words: pair by pair, row by row; without ties."""
+    aucs, weights, gains, hits = [], [], [], []
+    for group in set(groups[groups >= 0].tolist()):
+        own = sorted(zip(scores[groups == group], labels[groups == group], strict=True), reverse=True)
+        order = [int(label) for _, label in own]
+        if 0 < sum(order) < len(order):
+            aucs.append(plain_auc([float(score) for score, _ in own], order))
+            weights.append(len(order))
+        if sum(order):
+            best = sum(1 / math.log2(place + 2) for place in range(min(10, sum(order))))
+            gains.append(sum(label / math.log2(place + 2) for place, label in enumerate(order[:10])) / best)
+            hits.append(float(any(order[:10])))
+    weighted = sum(w * auc for w, auc in zip(weights, aucs, strict=True)) / sum(weights)
+    return [weighted, *(sum(values) / len(values) for values in (aucs, gains, hits))]
+
+
+def test_each_label_has_its_metrics_by_group_over_the_rows_that_have_it(rank_pool: Callable[[int], RankPool]) -> None:
+    draw = np.random.default_rng(1)
+    groups = draw.integers(-1, 12, 500)
+    logits = draw.normal(size=(500, 2)).astype(np.float32)
+    labels = (draw.random((500, 2)) < [0.3, 0.05]).astype(np.float32)
+    labels[draw.random(500) < 0.3, 1] = np.nan
+    labels[(groups == 3), 1] = np.nan  # a group whose rows all lack the second label
+    names = ("click", "buy")
+    told = rank_pool(3).run(shared_out, torch.tensor(logits), torch.tensor(labels), groups.tolist(), names)
+    assert told == [told[0]] * 3
+    for number, (name, own) in enumerate(told[0].labels.items()):
+        there = ~np.isnan(labels[:, number])
+        expected = ranked(logits[there, number], labels[there, number], groups[there])
+        assert own.gauc is not None and own.gauc.groups == (12 if name == "click" else 11)
+        found = [own.gauc.by_impressions, own.gauc.by_group, own.ndcg[10], own.hit_rate[10]]
+        assert found == pytest.approx(expected, abs=1e-12), name
+        drawn = points(told[0])
+        metrics = ("gauc_by_impressions", "gauc_by_group", "ndcg_at_10", "hit_rate_at_10")
+        assert [drawn[f"labels/{name}/{metric}"] for metric in metrics] == found
+        assert described(told[0])["labels"][name]["hit_rate"] == {"10": own.hit_rate[10]}
+    assert (told[0].gauc, told[0].ndcg) == (told[0].labels["buy"].gauc, told[0].labels["buy"].ndcg)
 
 
 def test_a_logit_that_is_not_finite_leaves_no_gauc_either() -> None:

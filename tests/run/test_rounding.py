@@ -144,3 +144,25 @@ def test_elements_with_l2_alone(changed: dict[str, Any], batch_size: int, warned
     assert (warning is not None) == warned
     if warning:
         assert "a gradient near" in warning and "(embedding.eps=1e-3 does not)" in warning
+
+
+@pytest.mark.parametrize(
+    ("model", "sections", "warned"),
+    [
+        ({"norm": "batch"}, {}, True),
+        ({"norm": "batch", "bias": False}, {}, False),
+        ({"norm": "layer"}, {}, False),
+        ({"norm": "batch", "head": []}, {}, False),  # no layer, no BatchNorm
+        ({"norm": "batch"}, {"dense": {"eps": 1e-4}}, False),
+        ({"norm": "batch"}, {"dense": {"optimizer": "sgd"}}, False),
+        ({"norm": "batch"}, {"tower_module": {"name": "identity"}}, False),
+        ({"norm": "batch", "name": "dlrm"}, {}, False),  # products of embeddings see every constant
+    ],
+)
+def test_constants_that_batch_norm_takes_away(model: dict[str, Any], sections: dict[str, Any], warned: bool) -> None:
+    sections = {"tower_module": {"name": "dcn", "compression": 2}, "parallel": {"towers": 2}, **sections}
+    config = config_of({"name": "dnn", "dim": 8, "activation": "silu", "head": [8], **model}, **sections)
+    warning = rounding_warning(config, resolve(config, SCHEMA), 10)
+    assert (warning is not None) == warned
+    if warning:
+        assert "the last biases of tower modules" in warning and "model.bias=false" in warning

@@ -122,6 +122,7 @@ def test_what_was_chosen_is_a_config_of_its_own(whole: tuple[Path, Path]) -> Non
             assert config_of(trial, "runs/x").count(b"\n") < 12
 
 
+@pytest.mark.slow  # as a killed sweep
 def test_a_killed_search_goes_on_and_gives_the_same_table(whole: tuple[Path, Path], tmp_path: Path) -> None:
     path, unbroken = whole
     broken, moment = tmp_path / "broken", random.Random(1)
@@ -141,6 +142,7 @@ def test_a_killed_search_goes_on_and_gives_the_same_table(whole: tuple[Path, Pat
     assert first == second
 
 
+@pytest.mark.slow  # as shares of a sweep
 def test_shares_of_an_array_give_the_same_table(
     whole: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,5 @@
 """Rows that travel one by one, those of sequences, against plain torch in one process; flat against tower; bytes."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -9,11 +8,9 @@ import torch
 from torch import Tensor
 
 from megarec.config.sections import EmbeddingConfig, TableConfig
-from megarec.data.batch import Ids
 from megarec.distributed.collectives import Ledger, WireDtypes
 from megarec.distributed.rank_pool import RankPool
 from megarec.distributed.topology import build_topology
-from megarec.errors import UserError
 from megarec.sparse.exchange.sequences import newest
 from megarec.sparse.side import SparseSide
 from megarec.sparse.towers.assignment import Towers
@@ -167,18 +164,6 @@ def test_a_skipped_step_changes_nothing() -> None:
     lookup.backward(torch.ones_like(lookup.values))
     lookup.skip()
     assert all(torch.equal(tensor, before[name]) for name, (_, tensor) in sparse.state().items())
-
-
-def test_lists_that_share_positions_are_equally_long() -> None:
-    sparse = sparse_side(SEQUENCE_LAYOUT, CASES["adagrad table"])
-    batch = global_batch(SEQUENCE_LAYOUT, EXAMPLES, 0)
-    ids, row = batch.ids["kinds"], int(batch.ids["kinds"].lengths.argmax())
-    lengths = ids.lengths.clone()
-    lengths[row] -= 1
-    kinds = Ids(ids.values[:-1], lengths)
-    said = f"example {row} of a batch has 4 values of views and 3 of kinds: .* must be equally long"
-    with pytest.raises(UserError, match=said):
-        sparse.look_up(dataclasses.replace(batch, ids=batch.ids | {"kinds": kinds}))
 
 
 def test_a_step_tells_which_sequence_is_at_fault() -> None:

@@ -100,13 +100,16 @@ def test_a_run_scores_as_it_said_itself(call: Call, run: Path, data: Path, split
     assert code == 0, err
     found, said = json.loads(out), json.loads((run / "metrics.json").read_text())[split]
     gauc, said_gauc = found.pop("gauc"), said.pop("gauc")
+    for name in ("ndcg", "hit_rate"):
+        assert list(said[name]) == ["10"] and found[name] == pytest.approx(said.pop(name), rel=0, abs=1e-6)
     assert set(said) == {"auc", "logloss", "ne", "calibration", "prediction_mean", "examples"}
     assert {name: found[name] for name in said} == pytest.approx(said, rel=0, abs=1e-6)
     assert gauc.pop("column") == "user" and gauc == pytest.approx(said_gauc, rel=0, abs=1e-6)
     assert f"GAUC {said_gauc['by_impressions']:.4f} by impressions" in (run / "log.txt").read_text()
     (events,) = run.glob("tensorboard/**/events*")
-    points = EventAccumulator(str(events)).Reload().Scalars(f"{split}/gauc_by_group")
-    assert said_gauc["by_group"] in [pytest.approx(point.value, abs=1e-6) for point in points]
+    drawn = EventAccumulator(str(events)).Reload()
+    for tag, value in (("gauc_by_group", said_gauc["by_group"]), ("ndcg_at_10", found["ndcg"]["10"])):
+        assert value in [pytest.approx(point.value, abs=1e-6) for point in drawn.Scalars(f"{split}/{tag}")]
     assert found["calibrated_logloss"] is None and found["slices"] == []
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megarec.commands import importance
 from megarec.commands.evaluate import _parser, evaluate
 from megarec.config.load import load_config
 from megarec.config.sections import FaultsConfig
@@ -89,7 +91,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("overrides", CASES, ids=lambda case: " ".join(case)[:60])
+@pytest.mark.parametrize(
+    "overrides", [pytest.param(CASES[0], marks=pytest.mark.slow), *CASES[1:]], ids=lambda case: " ".join(case)[:60]
+)
 def test_a_step_without_a_label_is_that_of_rows_without_it(
     path: Path, overrides: list[str], rank_pool: Callable[[int], RankPool]
 ) -> None:
@@ -139,7 +143,9 @@ def whole_run(path: Path, output: str, overrides: list[str]) -> dict[str, Any]:
     return trainer.train(config, resume=False, started=time.time())
 
 
-def test_a_run_names_the_metrics_of_each_label_everywhere(path: Path, tmp_path: Path) -> None:
+def test_a_run_names_the_metrics_of_each_label_everywhere(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = logged_lines()
     run = tmp_path / "run"
     metrics = whole_run(path, str(run), ["train.best_label=label_1", "deepspeed.csv_monitor.enabled=true"])
@@ -163,6 +169,12 @@ def test_a_run_names_the_metrics_of_each_label_everywhere(path: Path, tmp_path: 
         assert found["labels"][label]["compared"]["metrics"]["auc"]["difference"] == 0
         assert f"label {label}:" in as_lines(report) and f"Label {label}" in html.read_text()
     assert found["auc"] == found["labels"]["label_1"]["auc"]
+    monkeypatch.setattr(sys, "argv", ["importance", str(run), "--repeats", "1"])
+    importance.main()
+    printed = capsys.readouterr().out.splitlines()
+    rows = metrics["test"]["labels"]["label_1"]["examples"]
+    assert {"label label, 100 examples:", f"label label_1, {rows} examples:"} <= set(printed)
+    assert f"AUC {found['auc']:.4f}  LogLoss {found['logloss']:.4f}" in printed
     columns = pq.read_table(table)
     assert columns.column_names == [f"{label}:{what}" for label in LABELS for what in ("label", "logit", "prediction")]
     assert columns["label_1:label"].null_count == 100 - metrics["test"]["labels"]["label_1"]["examples"]

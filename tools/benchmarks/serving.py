@@ -36,7 +36,7 @@ from megarec.distributed.rendezvous import free_port
 from megarec.serving.export.bundle import export_bundle
 from megarec.serving.predictor import load_checkpoint
 from megarec.serving.scorer import Scorer
-from megarec.serving.scorer.scorer import pooled_embeddings
+from megarec.serving.scorer.scorer import embeddings
 from megarec.serving.scorer.tables import TableType
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +110,7 @@ def _python(*words: object) -> None:
 def _one_row(export: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     scorer = Scorer(export)
     encoded = scorer._encoder.encode(rows[:1])
-    inputs = {"embedded": pooled_embeddings(scorer.bundle.manifest, scorer._tables, encoded)}
+    inputs = {"embedded": embeddings(scorer.bundle.manifest, scorer._tables, encoded)}
     row = _milliseconds(lambda place: scorer.score([rows[place]]))
     dense = _milliseconds(lambda place: scorer._dense.run(None, inputs))
     size = sum(path.stat().st_size for path in (export / "tables").iterdir())

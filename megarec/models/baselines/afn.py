@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megarec.config.models import AfnConfig
 from megarec.errors import UserError
-from megarec.models.blocks import head_of, init_fan_in_, number_dropouts
+from megarec.models.blocks import head_of, init_fan_in_, number_dropouts, shift_vanishes
 from megarec.models.wukong import LayerNormFactory, torch_layer_norm
 
 
@@ -41,6 +41,11 @@ def embeddings_of_each(n: int, config: AfnConfig) -> int:
     return n // 2
 
 
+def last_bias(config: AfnConfig, headless: bool = False) -> bool:
+    """Whether a bias of the logarithmic transformation's output could change a logit (`shift_vanishes`)."""
+    return not shift_vanishes(config, config.head if headless else config.mlp, headless)
+
+
 class LogarithmicLayer(nn.Module):
     """The logarithmic transformation: J products of powers of the embeddings, element by element.
 
@@ -48,15 +53,16 @@ class LogarithmicLayer(nn.Module):
         n: embeddings that enter.
         config: the sizes.
         layer_norm: makes a LayerNorm over (width, with bias or not).
+        last_bias: whether the LayerNorm of its output has the bias that `config.bias` gives every map.
     """
 
-    def __init__(self, n: int, config: AfnConfig, layer_norm: LayerNormFactory) -> None:
+    def __init__(self, n: int, config: AfnConfig, layer_norm: LayerNormFactory, last_bias: bool) -> None:
         super().__init__()
         self.epsilon = config.epsilon
         self.log_norm = layer_norm(n * config.dim, config.bias)
         self.powers = nn.Linear(n, config.neurons, bias=False)  # w
         init_fan_in_(self.powers.weight, n)
-        self.exp_norm = layer_norm(config.neurons * config.dim, config.bias)
+        self.exp_norm = layer_norm(config.neurons * config.dim, config.bias and last_bias)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """[B, N, D] -> [B, D J]."""
@@ -89,7 +95,7 @@ class Afn(nn.Module):
         super().__init__()
         each = embeddings_of_each(n, config)
         self.separate = config.embeddings == "separate"
-        self.layers = nn.ModuleList([LogarithmicLayer(each, config, layer_norm)])
+        self.layers = nn.ModuleList([LogarithmicLayer(each, config, layer_norm, last_bias(config, headless))])
         self.columns = (each + config.neurons) * config.dim
         self.headless = headless
         if not headless:

@@ -70,25 +70,19 @@ def export_bundle(
         How many files and bytes, the compiled program or why there is none, and what is said of the checkpoint.
 
     Raises:
-        UserError: the checkpoint is damaged, the data set is not the one, the target exists, or the model reads
-            sequences.
+        UserError: the checkpoint is damaged, the data set is not the one, or the target exists.
     """
     config, schema, weights = open_checkpoint(checkpoint)
-    if config.model.sequences:
-        raise UserError(
-            f"{checkpoint}: model.sequences is read position by position, which an export to ONNX or torch cannot do "
-            "yet; take --format native (megarec.load_model reads it), or train without sequences"
-        )
     spec = checked_spec(config, schema, weights)
     prepared = data or Path(config.data.path)
     _check_data(schema, prepared, checkpoint)
     layout = _looked_up(spec)
     with new_directory(target) as directory:
-        manifest = _manifest(config, schema, layout, weights, prepared, tables, directory)
+        manifest = _manifest(config, schema, spec, layout, weights, prepared, tables, directory)
         model = scored_model(config, spec, weights, layout.width)
         export_onnx(model, directory / DENSE_FILE)
         exported = export_program(model, directory / PROGRAM_FILE) if program else None
-        manifest |= {"dense": DENSE_FILE, "golden": GOLDEN_FILE, "width": layout.width, "temperature": 1.0}
+        manifest |= {"dense": DENSE_FILE, "golden": GOLDEN_FILE, "width": model.width, "temperature": 1.0}
         shutil.copytree(Path(scorer.__file__).parent, directory / SCORER, ignore=shutil.ignore_patterns("__pycache__"))
         (directory / "score.py").write_text(SCORE)
         write_run(directory, config, schema)
@@ -153,6 +147,7 @@ def _check_data(schema: Schema, data: Path, checkpoint: Path) -> None:
 def _manifest(
     config: RunConfig,
     schema: Schema,
+    spec: ModelSpec,
     layout: EmbeddingLayout,
     weights: Weights,
     data: Path,
@@ -161,6 +156,8 @@ def _manifest(
 ) -> dict[str, Any]:
     kept = load_prepared(data).kept if (data / SPEC_FILE).is_file() else None
     ids, numbers = write_raw_values(schema, data, kept, directory)
+    # A target may be looked up row by row as well: then it is one of the pooled features, with its place there.
+    looked_up = {feature.name: feature for feature in (*layout.unpooled, *layout.features)}.values()
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -174,13 +171,23 @@ def _manifest(
             {
                 "name": feature.name,
                 "table": feature.table,
-                "start": feature.start,
+                "start": feature.start if feature in layout.features else None,
                 "columns": feature.columns,
                 "multi_valued": feature.multi_valued,
                 "pooling": feature.pooling,
+                "newest": "first" if feature.newest_first else "last",
                 "raw": ids[feature.name],
             }
-            for feature in layout.features
+            for feature in looked_up
+        ],
+        "sequences": [
+            {
+                "features": list(own.features),
+                "positions": own.positions,
+                "start": layout.width + own.start,
+                "mask": layout.width + own.mask if own.masked else None,
+            }
+            for own in spec.layout.sequences
         ],
         "numeric": [{"name": name, "raw": numbers[name]} for name in schema.numeric],
     }

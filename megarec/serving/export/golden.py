@@ -18,7 +18,7 @@ from megarec.errors import UserError
 from megarec.serving.export.graph import TOLERANCE, Golden, ScoredModel
 from megarec.serving.scorer.bundle import Bundle
 from megarec.serving.scorer.rows import RowEncoder
-from megarec.serving.scorer.scorer import pooled_embeddings
+from megarec.serving.scorer.scorer import embeddings
 from megarec.serving.scorer.tables import open_tables
 
 ROWS = 16
@@ -44,17 +44,20 @@ def golden_sample(bundle: Bundle, model: ScoredModel, data: Path) -> tuple[dict[
     random, manifest = np.random.default_rng(1), bundle.manifest
     numbers = _raw_numbers(manifest["numeric"], data)
     values = {about["name"]: _values(bundle, about) for about in manifest["features"]}
+    first_of = {name: sequence["features"][0] for sequence in manifest["sequences"] for name in sequence["features"]}
     rows = []
     for place in range(ROWS):
         row: dict[str, Any] = {}
+        lengths: dict[str, int] = {}  # of lists that share positions
         for about in manifest["features"]:
-            _add(row, about, values[about["name"]], random, missing=place == 1)
+            name = about["name"]
+            _add(row, about, values[name], random, lengths, first_of.get(name, name), missing=place == 1)
         for about, drawn in zip(manifest["numeric"], numbers, strict=True):
             _add_number(row, about["raw"], drawn[place], missing=place == 1)
         rows.append(row)
     encoded = RowEncoder(bundle).encode(rows)
     assert not encoded.errors, encoded.errors
-    inputs = {"embedded": pooled_embeddings(manifest, open_tables(bundle), encoded), "numeric": encoded.numeric}
+    inputs = {"embedded": embeddings(manifest, open_tables(bundle), encoded), "numeric": encoded.numeric}
     given = tuple(torch.from_numpy(inputs[name]) for name in model.inputs)
     with torch.no_grad():
         logits = model(*given)
@@ -101,13 +104,27 @@ def _add_number(row: dict[str, Any], raw: dict[str, Any], value: float, missing:
 
 
 def _add(
-    row: dict[str, Any], about: dict[str, Any], draw: Callable[[Generator], Any], random: Generator, missing: bool
+    row: dict[str, Any],
+    about: dict[str, Any],
+    draw: Callable[[Generator], Any],
+    random: Generator,
+    lengths: dict[str, int],
+    like: str,
+    missing: bool,
 ) -> None:
+    """Put a feature's values into a row.
+
+    Args:
+        lengths: of lists that the row has; of those that share positions under the first one's name.
+        like: that name.
+    """
     raw = about["raw"]
     if not about["multi_valued"]:
         row[raw["column"]] = None if missing else draw(random)
         return
-    count = 0 if missing else int(random.integers(MOST_IN_A_LIST + 1))
+    if like not in lengths:
+        lengths[like] = 0 if missing else int(random.integers(MOST_IN_A_LIST + 1))
+    count = lengths[like]
     row[raw["column"]] = [draw(random) for _ in range(count)]
     if "weights" in raw:
         row[raw["weights"]] = [round(float(random.random()), 3) for _ in range(count)]

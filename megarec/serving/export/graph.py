@@ -25,20 +25,21 @@ EXAMPLES = 3  # of the traced batch: 0 and 1 would be taken for fixed sizes
 
 
 class ScoredModel(nn.Module):
-    """Pooled embeddings and numbers -> logits, in float32.
+    """Embeddings, pooled ones and behind them those of sequences, and numbers -> logits, in float32.
 
     Inputs that the model does not have are left out of its call.
 
     Args:
         towers: the tower modules, all on this process; None: there are none.
         model: input layer and over-arch.
-        width: columns of the pooled embeddings, as they come out of the tables.
+        pooled: columns of the pooled embeddings, as they come out of the tables.
+        width: of all embeddings: with those of sequences, padded, and their masks.
         numeric: how many numeric features there are.
     """
 
-    def __init__(self, towers: TowerModules | None, model: Recommender, width: int, numeric: int) -> None:
+    def __init__(self, towers: TowerModules | None, model: Recommender, pooled: int, width: int, numeric: int) -> None:
         super().__init__()
-        self.towers, self.model, self.width, self.numeric = towers, model, width, numeric
+        self.towers, self.model, self.pooled, self.width, self.numeric = towers, model, pooled, width, numeric
 
     @property
     def inputs(self) -> dict[str, int]:
@@ -51,7 +52,8 @@ class ScoredModel(nn.Module):
         nothing = inputs[0][:, :0]
         embedded = given.get("embedded", nothing)
         if self.towers is not None:
-            embedded = self.towers(embedded)
+            made: Tensor = self.towers(embedded[:, : self.pooled])
+            embedded = made if self.pooled == self.width else torch.cat([made, embedded[:, self.pooled :]], dim=1)
         logits: Tensor = self.model(given.get("numeric", nothing), embedded)
         return logits
 
@@ -78,8 +80,12 @@ class Golden:
         return f"compiled, row {place} of the golden sample has the logit {logits}"
 
 
-def scored_model(config: RunConfig, spec: ModelSpec, weights: Weights, width: int) -> ScoredModel:
-    """Read the dense part of a checkpoint, every weight as float32."""
+def scored_model(config: RunConfig, spec: ModelSpec, weights: Weights, pooled: int) -> ScoredModel:
+    """Read the dense part of a checkpoint, every weight as float32.
+
+    Args:
+        pooled: columns of the pooled embeddings.
+    """
     model = dense_model(config, spec, weights, torch.device("cpu")).float()
     bank: TowerModules | None = None
     if spec.towers.towers is not None and spec.towers.modules is not None:
@@ -87,7 +93,7 @@ def scored_model(config: RunConfig, spec: ModelSpec, weights: Weights, width: in
         with torch.no_grad():
             for name, parameter in bank.named_parameters():
                 weights.fill(TOWERS + name, parameter)
-    return ScoredModel(bank, model, width, spec.numeric)
+    return ScoredModel(bank, model, pooled, pooled + spec.layout.sequence_columns, spec.numeric)
 
 
 def export_onnx(model: ScoredModel, path: Path) -> None:

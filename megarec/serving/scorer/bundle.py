@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 MANIFEST = "manifest.json"
 FORMAT = "megarec scoring bundle"
-VERSION = 2  # version 1 had no seal
+VERSION = 3  # version 1 had no seal, version 2 no sequences
 _BLOCK = 1 << 22
 _SMALL = 1 << 24  # bytes of a file whose checksum is compared whenever it is opened
 _AGAIN = "copy the export again, or export again"

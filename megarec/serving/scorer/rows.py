@@ -57,6 +57,7 @@ class RowEncoder:
             _Feature(about, load_look_up(bundle, about["raw"], manifest["tables"][about["table"]]["rows"]), missing)
             for about in manifest["features"]
         ]
+        self._together = [sequence["features"] for sequence in manifest.get("sequences", ())]
         self._numeric = [_Numeric(about, missing) for about in manifest["numeric"]]
         # The numbers of a vector, which is read once for all of them.
         self._columns = [list(same) for _, same in groupby(self._numeric, key=lambda own: own.column)]
@@ -75,7 +76,9 @@ class RowEncoder:
                 if not isinstance(row, Mapping):
                     raise RowError(f"{shown(row)}, expected an object with the columns as keys")
                 numbers = [own.number(value) for same in self._columns for own, value in same[0].split(row, same)]
-                read.append(([feature.read(row) for feature in self._features], numbers))
+                found = [feature.read(row) for feature in self._features]
+                self._check_lengths(found)
+                read.append((found, numbers))
                 kept.append(place)
             except RowError as error:
                 errors[place] = str(error)
@@ -86,13 +89,24 @@ class RowEncoder:
             numeric[:, place] = column.transformed(numeric[:, place])
         return Encoded(kept, ids, numeric.astype(np.float32), errors)
 
+    def _check_lengths(self, found: Sequence[Any]) -> None:
+        """Lists that share positions have as many values, what is left out of them not counted."""
+        if not self._together:
+            return
+        sizes = {f.name: len(values[0]) for f, values in zip(self._features, found, strict=True) if f.many}
+        for first, *others in self._together:
+            for other in others:
+                if sizes.get(first) != sizes.get(other):
+                    what = f"{sizes[other]} values, expected {sizes[first]}, one for each of {first}"
+                    raise RowError(f"{other}: {what}")
+
 
 class _Feature:
     def __init__(self, about: dict[str, Any], look_up: LookUp, missing: frozenset[str]) -> None:
         raw, self._missing = about["raw"], missing
         self._moment, self._written = raw.get("moment"), raw.get("format", "")
         self.name, self._look_up, self._column = about["name"], look_up, raw["column"]
-        self._many, self._separator, self._weights = about["multi_valued"], raw.get("separator"), raw.get("weights")
+        self.many, self._separator, self._weights = about["multi_valued"], raw.get("separator"), raw.get("weights")
         self._most, self._newest_first = raw.get("max_length"), raw.get("newest") == "first"
 
     def read(self, row: Row) -> Any:
@@ -101,7 +115,7 @@ class _Feature:
         try:
             if self._moment is not None:
                 value = moment(value, self._written, self._moment)
-            if not self._many:
+            if not self.many:
                 return self._look_up.read(value)
             parts = _without(elements(value, self._separator), self._missing)
             found = [self._look_up.read(element) for element in parts]
@@ -128,7 +142,7 @@ class _Feature:
         return found
 
     def gather(self, column: Sequence[Any]) -> FeatureIds:
-        if not self._many:
+        if not self.many:
             return FeatureIds(self._rows(column), None, None)
         lengths = np.fromiter((len(values) for values, _ in column), np.int64, len(column))
         values = self._rows([value for values, _ in column for value in values])

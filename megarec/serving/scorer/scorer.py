@@ -90,7 +90,7 @@ class Scorer:
 
     def inputs(self, encoded: Encoded) -> dict[str, Floats]:
         """What the dense model reads, by name: float32 [rows, columns] each."""
-        embedded = pooled_embeddings(self.bundle.manifest, self._tables, encoded)
+        embedded = embeddings(self.bundle.manifest, self._tables, encoded)
         inputs = {"embedded": embedded, "numeric": encoded.numeric}
         return {name: inputs[name] for name in self._inputs}
 
@@ -120,15 +120,45 @@ class Scorer:
             )
 
 
-def pooled_embeddings(manifest: dict[str, Any], tables: dict[str, Table], encoded: Encoded) -> Floats:
-    """What the dense model reads: float32 [rows, width], every feature in its columns."""
+def embeddings(manifest: dict[str, Any], tables: dict[str, Table], encoded: Encoded) -> Floats:
+    """What the dense model reads: float32 [rows, width], every pooled feature and every sequence in its columns."""
     made = np.empty((len(encoded.kept), manifest["width"]), np.float32)
-    for about in manifest["features"]:
-        ids = encoded.ids[about["name"]]
+    by_name = {about["name"]: about for about in manifest["features"]}
+    for name, about in by_name.items():
+        if about["start"] is None:  # read position by position alone
+            continue
+        ids = encoded.ids[name]
         rows = tables[about["table"]].rows(ids.values)
         columns = slice(about["start"], about["start"] + about["columns"])
         made[:, columns] = rows if ids.lengths is None else _pooled(rows, ids, about["pooling"])
+    for sequence in manifest.get("sequences", ()):  # earlier versions have none
+        own = [by_name[name] for name in sequence["features"]]
+        padded, there = _padded(own, sequence["positions"], tables, encoded)
+        made[:, sequence["start"] : sequence["start"] + padded.shape[1]] = padded
+        if sequence["mask"] is not None:
+            made[:, sequence["mask"] : sequence["mask"] + sequence["positions"]] = there
     return made
+
+
+def _padded(
+    features: Sequence[dict[str, Any]], positions: int, tables: dict[str, Table], encoded: Encoded
+) -> tuple[Floats, Floats]:
+    """The newest rows of lists that share positions: [rows, positions x features x columns], the newest first, zeros
+    where there is none; and where there is one, [rows, positions]."""
+    count = len(encoded.kept)
+    made = np.zeros((count, positions, len(features), features[0]["columns"]), np.float32)
+    there = np.zeros((count, positions), np.float32)
+    for number, about in enumerate(features):
+        ids = encoded.ids[about["name"]]
+        lengths = np.ones(count, np.int64) if ids.lengths is None else ids.lengths
+        row = np.repeat(np.arange(count), lengths)
+        place = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        newer = place if about["newest"] == "first" else lengths[row] - 1 - place
+        kept = newer < positions
+        at = row[kept], newer[kept]
+        made[at[0], at[1], number] = tables[about["table"]].rows(ids.values[kept])
+        there[at] = 1
+    return made.reshape(count, -1), there
 
 
 def _pooled(rows: Floats, ids: FeatureIds, pooling: str) -> Floats:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from megarec.data.batch import Batch, Ids
-from megarec.errors import UserError
 from megarec.sparse.exchange.group import Exchanged
 from megarec.sparse.exchange.parts import joined, rows_of
 from megarec.sparse.exchange.unpooled import Rows, RowsLookup
@@ -31,32 +30,13 @@ def newest(ids: Ids, feature: Feature) -> Ids:
 
 
 def newest_of(batch: Batch, layout: EmbeddingLayout) -> dict[str, Ids]:
-    """The ids of a batch, of sequences the newest alone.
-
-    Raises:
-        UserError: lists that share positions are not equally long.
-    """
+    """The ids of a batch, of sequences the newest alone; lists that share positions are equally long."""
     by_name = {feature.name: feature for feature in layout.unpooled}
     found = dict(batch.ids)
     for sequence in layout.sequences:
-        first, *others = sequence.features
-        for other in others:
-            _check_lengths(first, other, batch.ids)
         for name in sequence.features:
             found[name] = newest(batch.ids[name], by_name[name])
     return found
-
-
-def _check_lengths(first: str, other: str, ids: Mapping[str, Ids]) -> None:
-    lengths, its = ids[first].lengths, ids[other].lengths
-    if lengths is None or its is None or torch.equal(lengths, its):
-        return
-    row = int((lengths != its).nonzero()[0])
-    raise UserError(
-        f"example {row} of a batch has {int(lengths[row])} values of {first} and {int(its[row])} of {other}: features "
-        "of one model.sequences entry share positions, so that their lists must be equally long; prepare them so, or "
-        "give each an entry of its own"
-    )
 
 
 def _ages(ids: Ids, lengths: Tensor, feature: Feature) -> Tensor:

@@ -8,7 +8,7 @@ from megarec.errors import UserError
 from megarec.planning.hardware import load_hardware
 from megarec.planning.pieces import timeline
 from megarec.planning.step_time import pieces_of
-from tools.benchmarks import planner
+from tools.benchmarks import anchors, planner
 from tools.benchmarks.planner import Cell, Measured
 
 
@@ -69,3 +69,11 @@ def test_a_table_that_is_none(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=r"systems\.csv: (not a table like|holds no rows)"):
         planner.read_rows(path)
+
+
+def test_anchors_stand_beside_predictions() -> None:
+    """Those of two runs that are nearly the published ones, and every figure says what differs."""
+    found = {anchor.what: anchor for anchor in anchors.ANCHORS}
+    assert len(found) < len(anchors.ANCHORS) and all(len(anchor.differs) >= 8 for anchor in anchors.ANCHORS)
+    assert found["the same, 128 H100"].predict() == pytest.approx(51, rel=0.1)
+    assert found["DLRM-DCNv2, 8 A100, 16,384 a GPU"].predict() == pytest.approx(1.19, rel=0.25)
