@@ -48,7 +48,7 @@ class PartedExchange:
         self._sections, self._received = ([size // parts for size in sizes] for sizes in (sections, received))
         self._sent = [sum(self._sections)] * len(received)
         self._channel, self._purpose, self.messages, self.parts = channel, purpose, messages, parts
-        self._coming = self._start(0)
+        self._coming: Message | None = self._start(0)
         self._back: list[Message] = []
 
     def arrive(self, part: int) -> Tensor:
@@ -56,10 +56,11 @@ class PartedExchange:
 
         The next part is started: not earlier, or both would share the link and the first come later.
         """
+        assert self._coming is not None
         received = self._coming.wait()
-        if part + 1 < self.parts:
-            self._coming = self._start(part + 1)
-        else:
+        more = part + 1 < self.parts
+        self._coming = self._start(part + 1) if more else None  # what came is the caller's to keep or to forget
+        if not more:
             self._blocks = None
         return received
 
