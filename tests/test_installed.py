@@ -89,6 +89,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory, removed_meanwhile: Callab
     removed_meanwhile(directory)
 
 
+@pytest.mark.slow  # a download
 def test_the_requirements_of_gpu_machines_resolve(tmp_path: Path) -> None:
     """To torch's CUDA build and an FBGEMM of its own, wherever this machine's pip looks; only metadata are read."""
     own, report = Path(sys.executable).parent, tmp_path / "report.json"

@@ -77,6 +77,7 @@ def test_results_come_in_order_and_what_a_node_took_with_it_runs_again(cluster: 
             list(ray.run(refuses, [7]))
 
 
+@pytest.mark.slow  # another cluster that loses nodes; the first test here has one
 @pytest.mark.usefixtures("small")
 def test_a_node_dies_in_the_middle(
     cluster: TwoNodes, files: dict[str, list[Path]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -119,6 +120,7 @@ def test_a_bad_row_and_a_directory_that_is_not_shared_are_told_as_ever(
         prepare(files, tmp_path / "out", RayCluster(cluster.address))
 
 
+@pytest.mark.slow  # another cluster that loses nodes; the first test here has one
 def test_a_sweep_gives_the_same_table_when_a_node_dies(
     cluster: TwoNodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +144,7 @@ def test_a_sweep_gives_the_same_table_when_a_node_dies(
     assert not list((tmp_path / "ray").glob(".ray-*")) and not (tmp_path / "ray/ray.log").exists()
 
 
+@pytest.mark.slow  # another cluster that loses nodes; the first test here has one
 @pytest.mark.usefixtures("small")
 def test_the_whole_cluster_goes(
     cluster: TwoNodes, files: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

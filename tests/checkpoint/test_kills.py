@@ -11,7 +11,7 @@ from tests.processes import python
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("kills", [2, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_a_killed_run_ends_as_if_it_had_not_been(kills: int) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [ROOT / "tests/checkpoint/kills.py", "--kills", kills, "--seed", 5]

@@ -71,7 +71,7 @@ def afresh_once(path: Path, overrides: list[str]) -> tuple[dict[str, bool], list
     return found, said
 
 
-@pytest.mark.parametrize("exchange", [FLAT, TOWER], ids=["flat", "tower"])
+@pytest.mark.parametrize("exchange", [pytest.param(FLAT, marks=pytest.mark.slow), TOWER], ids=["flat", "tower"])
 @pytest.mark.parametrize("other", ["towers", "sizes", "none before"])
 def test_modules_start_afresh_only_where_the_checkpoint_has_none_that_fit(
     rank_pool: Pools, data: Path, tmp_path: Path, exchange: list[str], other: str

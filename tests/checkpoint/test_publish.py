@@ -75,7 +75,7 @@ def killed_at(change: int, checkpoints: Path, step: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize("step", [100, 200], ids=["again", "next"])
+@pytest.mark.parametrize("step", [100, pytest.param(200, marks=pytest.mark.slow)], ids=["again", "next"])
 def test_a_kill_at_any_moment_leaves_what_latest_names(tmp_path: Path, step: int) -> None:
     """Step 100 is there, and is saved a second time, or step 200 takes its place."""
     values, change, in_between = [], 0, 0

@@ -45,7 +45,11 @@ ALL_ROWS = {
 
 @pytest.mark.parametrize(
     ("dense", "table"),
-    [("adamw", {"optimizer": "rowwise_adagrad"}), ("sgd", {"optimizer": "sgd"}), ("adamw", ALL_ROWS)],
+    [
+        ("adamw", {"optimizer": "rowwise_adagrad"}),
+        pytest.param("sgd", {"optimizer": "sgd"}, marks=pytest.mark.slow),
+        pytest.param("adamw", ALL_ROWS, marks=pytest.mark.slow),
+    ],
     ids=["adamw-rowwise_adagrad", "sgd-sgd", "adamw-all rows"],
 )
 def test_losses_continue_on_every_topology(
@@ -89,7 +93,7 @@ def test_a_stream_goes_on_in_the_middle_of_an_epoch(rank_pool: Pools, data: Path
     assert cached != whole[:4]  # another order
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_low_precision_weights_are_the_masters_rounded(
     rank_pool: Pools, data: Path, tmp_path: Path, stage: int
 ) -> None:

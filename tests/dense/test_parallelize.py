@@ -58,7 +58,7 @@ def norms(path: Path, overrides: list[str]) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3", "1, overlapped", "2, overlapped"])
 def test_the_gradient_norm_is_that_of_one_process(
     stage: str, ranks: int, base: Path, reference: list[ReferenceStep], rank_pool: Callable[[int], RankPool]
@@ -74,7 +74,7 @@ def test_the_gradient_norm_is_that_of_one_process(
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_the_gradient_norm_in_bf16(
     stage: int, base: Path, reference: list[ReferenceStep], rank_pool: Callable[[int], RankPool]
 ) -> None:
@@ -96,7 +96,7 @@ def messages_of_replicated_gradients(path: Path, overrides: list[str]) -> tuple[
     return sum(row["calls"] for row in rows), sum(row["bytes"] for row in rows), elements
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_replicated_gradients_are_one_message_a_step(
     stage: int, base: Path, rank_pool: Callable[[int], RankPool]
 ) -> None:

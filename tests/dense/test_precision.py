@@ -61,7 +61,7 @@ def fp16_losses(path: Path, overrides: list[str], steps: int) -> list[float]:
         return case_losses(path, overrides, steps)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_fp16_trains_as_one_process_in_fp32(stage: int, tmp_path: Path, rank_pool: Callable[[int], RankPool]) -> None:
     """Plain SGD on both sides: Adam would hide a wrong factor."""
     path = write_base(tmp_path)
@@ -88,7 +88,9 @@ def fp16_norms(path: Path, overrides: list[str], steps: int) -> list[tuple[float
         return seen
 
 
-@pytest.mark.parametrize(("stage", "power"), [(0, 4), (0, 8), (0, 12), (2, 8)])
+@pytest.mark.parametrize(
+    ("stage", "power"), [*(pytest.param(0, power, marks=pytest.mark.slow) for power in (4, 8)), (0, 12), (2, 8)]
+)
 def test_the_gradient_norm_does_not_depend_on_the_scale_nor_on_its_growth(
     stage: int, power: int, tmp_path: Path, rank_pool: Callable[[int], RankPool]
 ) -> None:

@@ -47,6 +47,7 @@ def test_a_dense_model_is_added_from_outside(checkout: Path, warm_venv: Path) ->
     assert "model: gdcn" in output and "step 40/40" in output and "test  at step " in output
 
 
+@pytest.mark.slow  # two jobs over two hosts; tests/hosts launches one
 def test_two_hosts_on_a_laptop(checkout: Path) -> None:
     output = run(checkout, "bash", "docs/examples/two_hosts_on_a_laptop.sh")
     reason = next((line for line in output.splitlines() if line.startswith("skipped: ")), None)

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.hosts.test_multihost import assert_nobody_is_left
 from tests.scaling.studies import write_study
 from tests.scaling.test_sweep import FAKED, MODELS, RATES, run_here, starts, table
@@ -19,6 +21,7 @@ def start(lab: NetnsHosts, study: Path, output: Path) -> "subprocess.Popen[str]"
     return lab.start("host1", [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow  # a sweep of one machine is killed in tests/scaling/test_sweep.py
 def test_a_sweep_over_hosts_survives_a_kill_and_gives_the_table_of_one_machine(lab: NetnsHosts, tmp_path: Path) -> None:
     study = write_study(tmp_path, models=MODELS, learning_rates=RATES)
     run_here(study, tmp_path / "here", "--jobs", "2")

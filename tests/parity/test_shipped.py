@@ -156,7 +156,9 @@ def deviation(shipped: Shipped, ranks: int, stage: int, curves: Callable, rank_p
     return compare(case, path, rank_pool(ranks), reference).relative_deviation
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (2, 0), (2, 3), (4, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "stage"), [(1, 2), *(pytest.param(2, stage, marks=pytest.mark.slow) for stage in (0, 3)), (4, 2)]
+)
 def test_the_quickstart_is_the_same_on_any_topology(
     ranks: int, stage: int, curves: Callable, rank_pool: Callable[[int], RankPool]
 ) -> None:

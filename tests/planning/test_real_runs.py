@@ -141,7 +141,9 @@ def real_steps(names: list[str], hosts: int) -> dict[str, tuple[Parts, list[dict
     return found
 
 
-@pytest.mark.parametrize(("ranks", "hosts"), [(1, 1), (2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "hosts"), [(1, 1), *(pytest.param(ranks, 1, marks=pytest.mark.slow) for ranks in (2, 4)), (4, 2)]
+)
 def test_memory_and_traffic(ranks: int, hosts: int, rank_pool: Callable[[int], RankPool]) -> None:
     names = list(ON_HOSTS if hosts == 2 else CASES)
     cases = {**CASES, **ON_HOSTS}

@@ -97,7 +97,10 @@ def compare(config: RunConfig, ranks: int, pool: RankPool) -> None:
         assert 0.7 * expected["communication"] <= found["communication"] <= 1.05 * expected["communication"] + 2**17
 
 
-@pytest.mark.parametrize(("ranks", "bf16"), [(2, False), (2, True), (4, True)])
+@pytest.mark.parametrize(
+    ("ranks", "bf16"),
+    [pytest.param(2, False, marks=pytest.mark.slow), pytest.param(2, True, marks=pytest.mark.slow), (4, True)],
+)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_stage(stage: int, bf16: bool, ranks: int, rank_pool: Callable[[int], RankPool]) -> None:
     compare(run_config(ranks, zero={"stage": stage}, bf16=bf16), ranks, rank_pool(ranks))

@@ -122,6 +122,7 @@ def test_what_was_chosen_is_a_config_of_its_own(whole: tuple[Path, Path]) -> Non
             assert config_of(trial, "runs/x").count(b"\n") < 12
 
 
+@pytest.mark.slow  # as a killed sweep
 def test_a_killed_search_goes_on_and_gives_the_same_table(whole: tuple[Path, Path], tmp_path: Path) -> None:
     path, unbroken = whole
     broken, moment = tmp_path / "broken", random.Random(1)
@@ -141,6 +142,7 @@ def test_a_killed_search_goes_on_and_gives_the_same_table(whole: tuple[Path, Pat
     assert first == second
 
 
+@pytest.mark.slow  # as shares of a sweep
 def test_shares_of_an_array_give_the_same_table(
     whole: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +289,7 @@ def test_shipped_searches_and_that_of_the_docs_do(tmp_path: Path) -> None:
     assert list(read_search(tmp_path / "docs.json").settings) == ["wukong", "dnn"]
 
 
+@pytest.mark.slow  # a real sweep is in test_sweep.py
 def test_a_real_search_tests_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the trainer, the calibrated LogLoss, and the config that trains to the same metrics again."""
     monkeypatch.undo()

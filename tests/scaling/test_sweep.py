@@ -107,6 +107,7 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table(whole: tuple[Path, Path
     assert sum(starts(broken).values()) <= 6 + 2 * 2  # a kill costs a new start of what ran, and no more
 
 
+@pytest.mark.slow  # six processes; shares of an array are proven in test_sweep_array.py as well
 def test_tasks_side_by_side_give_the_same_table(
     whole: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

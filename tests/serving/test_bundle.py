@@ -165,6 +165,7 @@ def test_mistakes_leave_nothing(trained: Callable[[str], Path], data: Path, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
+@pytest.mark.slow  # AOTInductor compiles for a minute
 def test_a_program_of_torch_and_what_is_compiled_of_it(trained: Callable[[str], Path], tmp_path: Path) -> None:
     if not has_compiler(torch.device("cpu")):
         pytest.skip("there is no C++ compiler")

@@ -24,7 +24,8 @@ pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
 BATCHES = (1, 7, 4_096)
 LARGE = 65_536  # scored in parts
 MODELS = {str(run["model"]["name"]): name for name, run in reversed(RUNS.items())}  # the plainest run of each
-FAST = {*MODELS.values(), "wukong, attentive", "dlrm, dlrm towers", "wukong, several and small embeddings", OF_TABLE}
+# Kinds of interaction that differ most; the other runs are slow.
+FAST = {"wukong", "autoint", "xdeepfm", "afn", "dlrm, dlrm towers", "wukong, several and small embeddings", OF_TABLE}
 
 
 def test_there_are_twelve_models() -> None:

@@ -97,7 +97,7 @@ def trained(rank_pool: Callable[[int], RankPool]) -> Callable[[int, str], list[P
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3, 4])
 def test_any_ranks_train_as_one_plain_process(trained: Callable, ranks: int, case: str) -> None:
     layout, config = CASES[case]
     expected, found = reference(case), together(layout, trained(ranks, case))

@@ -130,7 +130,12 @@ def whole(layout: EmbeddingLayout, outcomes: list[Outcome]) -> dict[str, Tensor]
 
 @pytest.mark.parametrize(
     ("hosts", "local", "towers"),
-    [(1, 2, TWO), (2, 1, TWO), (2, 1, FOUR), (2, 2, TWO), (2, 2, FOUR), (4, 1, FOUR)],
+    [
+        (1, 2, TWO),
+        *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((2, 1, TWO), (2, 1, FOUR), (2, 2, TWO))),
+        (2, 2, FOUR),
+        pytest.param(4, 1, FOUR, marks=pytest.mark.slow),
+    ],
     ids=lambda value: str(len(value)) + " towers" if isinstance(value, Towers) else str(value),
 )
 def test_same_as_flat_to_the_last_bit(

@@ -34,6 +34,7 @@ def recorded() -> dict[str, dict[str, int]]:
     return found
 
 
+@pytest.mark.slow  # compiles every kernel
 def test_registers_of_tables_are_those_recorded_and_nothing_spills(measured: dict[str, dict[str, Any]]) -> None:
     expected = recorded()
     assert {f"tables {case}" for case in expected} == {case for case in measured if case.startswith("tables")}

@@ -69,6 +69,7 @@ def test_every_part_runs_tiny_on_a_cpu(tmp_path: Path) -> None:
     assert "predicted for an H200" in done.stdout and "790 TFLOP/s" in done.stdout
 
 
+@pytest.mark.slow  # two checks in a row
 def test_a_part_that_fails_is_told_of_and_ends_no_other(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     done = python("-c", BROKEN, out, cwd=ROOT, env=ENVIRONMENT)

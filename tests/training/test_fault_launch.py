@@ -144,6 +144,7 @@ def ends(ranks: list[psutil.Process], seconds: float = SECONDS) -> None:
     assert not left, "ranks train on without their launcher"
 
 
+@pytest.mark.slow  # a second way for a job to end
 def test_ranks_whose_launcher_is_gone_save_and_end(start: Callable[..., Job], data: Path, tmp_path: Path) -> None:
     """SIGTERM, as people and schedulers send it: to the process that they started."""
     path = write_run(tmp_path, data, train={"epochs": 100_000, "log_every": 5, "output_dir": str(tmp_path / "out")})

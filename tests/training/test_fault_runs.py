@@ -205,6 +205,7 @@ def test_after_n_in_a_row_the_run_stops(run: Runner, data: Path, tmp_path: Path)
     assert (tmp_path / "out/checkpoints/latest").read_text().strip() == "step-000000007", "put off from step 6"
 
 
+@pytest.mark.slow  # a second way to end with the fault policy
 def test_a_run_whose_last_steps_were_faulty_is_not_done(run: Runner, data: Path, tmp_path: Path) -> None:
     """Fewer than max_in_a_row, but no step will come that could end the row."""
     path = config(tmp_path, data, faults={"max_in_a_row": 10}, train={"evaluate_every": STEPS})
@@ -254,7 +255,7 @@ def test_rollbacks_come_to_an_end(run: Runner, data: Path, tmp_path: Path) -> No
     assert sum("ROLLED BACK" in text for text in ends[0].said) == 2
 
 
-@pytest.mark.parametrize(("then", "code"), [("skip", DONE), ("stop", STOPPED)])
+@pytest.mark.parametrize(("then", "code"), [pytest.param("skip", DONE, marks=pytest.mark.slow), ("stop", STOPPED)])
 def test_a_spike_is_skipped_or_stops(then: str, code: int, run: Runner, data: Path, tmp_path: Path) -> None:
     faults = {"spike": then, "spike_window": 5, "spike_deviations": 1.0}
     path = config(tmp_path, data, faults=faults, embedding={"learning_rate": 0.5}, dense={"learning_rate": 0.05})
@@ -276,7 +277,11 @@ def test_a_spike_rolls_back_and_its_batch_is_left_out(run: Runner, data: Path, t
 
 @pytest.mark.parametrize(
     "signals",
-    [[(1, "start")], [(0, "validation"), (1, "validation")], [(0, "save")]],
+    [
+        pytest.param([(1, "start")], marks=pytest.mark.slow),
+        pytest.param([(0, "validation"), (1, "validation")], marks=pytest.mark.slow),
+        [(0, "save")],
+    ],
     ids=["before the first step", "during validation, both", "during a save, rank 0"],
 )
 def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(
@@ -293,6 +298,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(
         assert mine[tag] == whole[tag]
 
 
+@pytest.mark.slow  # as a signal during validation
 def test_a_signal_where_a_validation_is_due_leaves_it_to_the_resumed_run(
     run: Runner, data: Path, tmp_path: Path, skipping: Path
 ) -> None:
@@ -316,8 +322,8 @@ def test_a_flipped_bit_in_a_replica_stops_the_run(where: str, run: Runner, data:
 @pytest.mark.parametrize(
     ("where", "stage", "more"),
     [
-        ("exp_avg", 0, {}),
-        ("master", 0, {"bf16": {"enabled": True}}),
+        pytest.param("exp_avg", 0, {}, marks=pytest.mark.slow),
+        pytest.param("master", 0, {"bf16": {"enabled": True}}, marks=pytest.mark.slow),
         ("dense", 3, {}),  # a small parameter, which ZeRO-3 keeps whole
     ],
 )

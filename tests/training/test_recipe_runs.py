@@ -86,7 +86,7 @@ def test_the_rate_drops_at_the_first_plateau_and_the_run_ends_at_the_second(whol
     assert metrics["step"] == 8 * (len(validations) - 2) < 30 * 8
 
 
-@pytest.mark.parametrize("before_end", [1, 2])
+@pytest.mark.parametrize("before_end", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_same_to_the_last_bit(
     whole: tuple[Path, Outcome], before_end: int, rank_pool: Pools, data: Path, tmp_path: Path
 ) -> None:

@@ -91,7 +91,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("overrides", CASES, ids=lambda case: " ".join(case)[:60])
+@pytest.mark.parametrize(
+    "overrides", [pytest.param(CASES[0], marks=pytest.mark.slow), *CASES[1:]], ids=lambda case: " ".join(case)[:60]
+)
 def test_a_step_without_a_label_is_that_of_rows_without_it(
     path: Path, overrides: list[str], rank_pool: Callable[[int], RankPool]
 ) -> None:

@@ -127,7 +127,11 @@ def test_a_run_learns_and_leaves_what_design_promises(pool: RankPool, data: Path
     assert not {name for name in leaked if "deepspeed" in name}
 
 
-@pytest.mark.parametrize("topology", [[], ["parallel.tensor=2", "deepspeed.zero_optimization.stage=3"]], ids=str)
+@pytest.mark.parametrize(
+    "topology",
+    [pytest.param([], marks=pytest.mark.slow), ["parallel.tensor=2", "deepspeed.zero_optimization.stage=3"]],
+    ids=str,
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     topology: list[str], pool: RankPool, data: Path, tmp_path: Path
 ) -> None:
@@ -148,7 +152,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 @pytest.mark.parametrize(
     "topology",
-    [["deepspeed.zero_optimization.stage=3"], ["parallel.tensor=2"], ["deepspeed.bf16.enabled=true"]],
+    [
+        ["deepspeed.zero_optimization.stage=3"],
+        pytest.param(["parallel.tensor=2"], marks=pytest.mark.slow),
+        pytest.param(["deepspeed.bf16.enabled=true"], marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_what_is_tested_is_the_best_by_validation(

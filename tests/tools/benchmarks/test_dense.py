@@ -84,6 +84,7 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch: pytest.MonkeyPatch
         dense_step.largest_batch(9, TINY, torch.float32, CPU, limit=900)
 
 
+@pytest.mark.slow  # times products of several sizes
 def test_the_peak_grows_with_the_batch() -> None:
     wide = WukongConfig(dim=64, layers=1, num_fm=2, num_lcb=2, rank=4, mlp=[8], head=[8])
     small, large = (dense_step._peak(400, wide, batch, torch.float32, CPU) for batch in (8, 1008))
