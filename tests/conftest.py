@@ -32,14 +32,12 @@ PRELOADED.append("tests.preloaded")  # of this process's pools and scripts
 # it would wait for at the end both cost time. The cases of the parity matrix share little, so they fill up the end.
 LONGEST = [
     "tests/docs/test_shell_blocks.py",
-    "tests/training/test_fault_runs.py",
-    "tests/planning/test_zero.py",
-    "tests/dense/test_tensor_parallel.py",
-    "tests/checkpoint/test_modules.py",
-    "tests/checkpoint/test_reshape_chain.py",
-    "tests/docs/test_examples.py",
-    "tests/hosts/test_multihost.py",
     "tests/test_installed.py",
+    "tests/hosts/test_multihost.py",
+    "tests/training/test_fault_runs.py",
+    "tests/scaling/test_sweep.py",
+    "tests/serving/test_every_model.py",
+    "tests/training/test_fault_launch.py",
 ]
 ONE_BY_ONE = "tests/parity/test_parity.py"
 

@@ -8,7 +8,8 @@ import importlib
 
 # DeepSpeed asks a compiler which of its extensions it could build, in every process that starts collectives.
 _ = importlib.import_module("deepspeed.ops").__compatible_ops__
-WHAT_COMMANDS_TAKE = ["megarec.commands.cli", "megarec.commands.parity", "megarec.commands.rehearse", "pandas"]
+COMMANDS = ["cli", "checkpoint", "evaluate", "parity", "partition_towers", "prepare_data", "rehearse", "scaling_law"]
+WHAT_COMMANDS_TAKE = [*(f"megarec.commands.{name}" for name in COMMANDS), "pandas", "torch.distributed.run"]
 WHAT_TESTS_TAKE = [  # a rank that runs a function of a test imports the test's file, and with it these
     "hypothesis.strategies",
     "matplotlib.backends.backend_agg",

@@ -114,6 +114,9 @@ def warm_environment(directory: Path) -> Iterator[Path]:
         (venv / "bin" / name).unlink()
         (venv / "bin" / name).write_text(program)
         (venv / "bin" / name).chmod(0o755)
+    if (activate := here / "activate").exists():
+        (venv / "bin/activate").unlink()
+        (venv / "bin/activate").write_text(activate.read_text().replace(sys.prefix, str(venv)))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()

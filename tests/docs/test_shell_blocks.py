@@ -27,8 +27,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 class Reader:
     """Someone who types the blocks of pages, in order, after the quickstart; each page in the same checkout.
 
-    The quickstart and the blocks that activate .venv, which show every way to launch, take its programs. The others
-    take those of `venv`, which have everything imported.
+    Only the quickstart takes the programs of a real .venv. It is `venv` after that, whose programs have everything
+    imported: tests/test_launch.py and tests/hosts launch with real ones.
     """
 
     def __init__(self, directory: Path, shared: Path, venv: Path) -> None:
@@ -56,6 +56,8 @@ class Reader:
 def reader(shared: Path, warm_venv: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
     directory = tmp_path_factory.mktemp("docs") / "checkout"
     after_the_quickstart(shared, directory)
+    (directory / ".venv").unlink()
+    (directory / ".venv").symlink_to(warm_venv)
     return Reader(directory, shared, warm_venv)
 
 

@@ -289,6 +289,7 @@ def test_shipped_searches_and_that_of_the_docs_do(tmp_path: Path) -> None:
     assert list(read_search(tmp_path / "docs.json").settings) == ["wukong", "dnn"]
 
 
+@pytest.mark.slow  # a real sweep is in test_sweep.py
 def test_a_real_search_tests_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the trainer, the calibrated LogLoss, and the config that trains to the same metrics again."""
     monkeypatch.undo()

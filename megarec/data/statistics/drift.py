@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import chi2
+from scipy.special import chdtri  # chi2.isf of scipy.stats, which takes a second to import
 
 BUCKETS = 1000  # of ids: the most frequent, each by itself or with some as frequent
 CANDIDATES = BUCKETS + 1  # of which one says below which frequency there is no bucket for all
@@ -117,4 +117,4 @@ def _between(counts: NDArray[np.int64], examples: tuple[int, int], probability: 
     if buckets < 2:
         return Drift(buckets=buckets)
     scale = (1 / examples[0] + 1 / examples[1]) / (8 * math.log(2))
-    return Drift(divergence, min(1.0, scale * float(chi2.isf(probability, buckets - 1))), buckets)
+    return Drift(divergence, min(1.0, scale * float(chdtri(buckets - 1, probability))), buckets)
