@@ -14,6 +14,7 @@ from megarec.checkpoint.offline import locate
 from megarec.data.preparation.prepare import MaxBad, prepare_table
 from megarec.distributed.rank_pool import RankPool
 from megarec.serving.export.bundle import export_bundle
+from megarec.serving.export.golden import _lengths
 from tests.checkpoint.runs import leg, write_run
 from tests.serving.trained_runs import raw_rows, trainer_logits
 
@@ -95,3 +96,15 @@ def test_raw_rows_have_the_logits_of_the_trainer(
     found = scorer.score([longest, longest | newest, longest | older, apart])
     assert found.logits[0] == found.logits[1] == found.logits[2], "older values than the newest four do not count"
     assert found.errors == {3: "stars: 4 values, expected 9, one for each of past"}
+
+
+def test_lists_of_the_golden_sample_are_equally_long_once_they_are_cut() -> None:
+    features = [
+        {"name": name, "multi_valued": most is not None, "raw": {} if most is None else {"max_length": most}}
+        for name, most in (("item", None), ("past", 2), ("stars", 9), ("alone", 9))
+    ]
+    manifest = {"features": features, "sequences": [{"features": ["past", "stars"]}, {"features": ["item"]}]}
+    random = np.random.default_rng(1)
+    drawn = [_lengths(manifest, random) for _ in range(100)]
+    assert {(own["past"], own["stars"]) for own in drawn} == {(0, 0), (1, 1), (2, 2)}
+    assert {own["alone"] for own in drawn} == {0, 1, 2, 3}

@@ -44,14 +44,13 @@ def golden_sample(bundle: Bundle, model: ScoredModel, data: Path) -> tuple[dict[
     random, manifest = np.random.default_rng(1), bundle.manifest
     numbers = _raw_numbers(manifest["numeric"], data)
     values = {about["name"]: _values(bundle, about) for about in manifest["features"]}
-    first_of = {name: sequence["features"][0] for sequence in manifest["sequences"] for name in sequence["features"]}
     rows = []
     for place in range(ROWS):
         row: dict[str, Any] = {}
-        lengths: dict[str, int] = {}  # of lists that share positions
+        lengths = _lengths(manifest, random)
         for about in manifest["features"]:
             name = about["name"]
-            _add(row, about, values[name], random, lengths, first_of.get(name, name), missing=place == 1)
+            _add(row, about, values[name], random, lengths.get(name, 1), missing=place == 1)
         for about, drawn in zip(manifest["numeric"], numbers, strict=True):
             _add_number(row, about["raw"], drawn[place], missing=place == 1)
         rows.append(row)
@@ -103,28 +102,35 @@ def _add_number(row: dict[str, Any], raw: dict[str, Any], value: float, missing:
         row.setdefault(raw["column"], [0.0] * raw["length"])[raw["place"]] = value
 
 
+def _lengths(manifest: dict[str, Any], random: Generator) -> dict[str, int]:
+    """How many values each list of a row has; lists that share positions have as many, also once they are cut."""
+    lists = {
+        about["name"]: about["raw"].get("max_length", MOST_IN_A_LIST)
+        for about in manifest["features"]
+        if about["multi_valued"]
+    }
+    found = {name: int(random.integers(MOST_IN_A_LIST + 1)) for name in lists}
+    for sequence in manifest["sequences"]:
+        names = [name for name in sequence["features"] if name in lists]  # targets have one value
+        found |= dict.fromkeys(names, min((found[names[0]], *(lists[name] for name in names))) if names else 0)
+    return found
+
+
 def _add(
     row: dict[str, Any],
     about: dict[str, Any],
     draw: Callable[[Generator], Any],
     random: Generator,
-    lengths: dict[str, int],
-    like: str,
+    count: int,
     missing: bool,
 ) -> None:
-    """Put a feature's values into a row.
-
-    Args:
-        lengths: of lists that the row has; of those that share positions under the first one's name.
-        like: that name.
-    """
+    """Put a feature's values into a row, of a list `count`."""
     raw = about["raw"]
     if not about["multi_valued"]:
         row[raw["column"]] = None if missing else draw(random)
         return
-    if like not in lengths:
-        lengths[like] = 0 if missing else int(random.integers(MOST_IN_A_LIST + 1))
-    count = lengths[like]
+    if missing:
+        count = 0
     row[raw["column"]] = [draw(random) for _ in range(count)]
     if "weights" in raw:
         row[raw["weights"]] = [round(float(random.random()), 3) for _ in range(count)]
