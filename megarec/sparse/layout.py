@@ -284,6 +284,11 @@ def sequence_tables(schema: Schema, sequences: Iterable[SequenceConfig]) -> dict
                     f"{where}.features: {name!r} is {what}; expected a list in order: prepare it as "
                     '"type": "sequence", without weights'
                 )
+            if own.newest != (first := by_name[sequence.features[0]]).newest:
+                raise UserError(
+                    f'{where}.features: {name!r} has its newest value {own.newest} and {first.name!r} {first.newest}, '
+                    "but they share positions; prepare both in one order, or give each an entry of its own"
+                )
             owners[name] = None
             if target is None:  # of the past alone
                 continue

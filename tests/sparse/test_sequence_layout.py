@@ -66,6 +66,9 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     ),
     "'views', as entry 0 does": ([BOTH, {**BOTH, "block": "hstu"}], {}),
     "'tags' is in no known order; expected a list in order": ([{**BOTH, "features": ["tags", "kinds"]}], {}),
+    "'likes' has its newest value first and 'views' last, but they share positions": (
+        [{**BOTH, "features": ["views", "likes"]}], {},
+    ),
     "'user' is single-valued": ([{**BOTH, "features": ["user", "kinds"]}], {}),
     "'weighted' is weighted": ([{**BOTH, "features": ["weighted", "kinds"]}], {}),
     "target: 'likes' is a list": ([{**BOTH, "target": ["likes", "kind"]}], {}),
