@@ -286,7 +286,7 @@ def sequence_tables(schema: Schema, sequences: Iterable[SequenceConfig]) -> dict
                 )
             if own.newest != (first := by_name[sequence.features[0]]).newest:
                 raise UserError(
-                    f'{where}.features: {name!r} has its newest value {own.newest} and {first.name!r} {first.newest}, '
+                    f"{where}.features: {name!r} has its newest value {own.newest} and {first.name!r} {first.newest}, "
                     "but they share positions; prepare both in one order, or give each an entry of its own"
                 )
             owners[name] = None

@@ -228,6 +228,22 @@ def test_values_of_python_that_no_file_has(encoders: tuple[Reference, RowEncoder
     assert found.errors[1] == "height=Decimal('sNaN'), expected a number"
 
 
+def test_arrays_are_lists_and_no_other_value(encoders: tuple[Reference, RowEncoder]) -> None:
+    """Rows of pandas have them."""
+    good = dict(zip(COLUMNS, ROWS[0], strict=True))
+    read = [name for name in COLUMNS if name not in ("y", "how")]
+    found = encoders[1].encode([good | {name: np.arange(2)} for name in read])
+    assert [read[place] for place in found.kept] == ["many", "first", "vector"]
+    assert "seen" in found.errors[read.index("seen")], "4 weights"
+    assert all(why.startswith(read[place]) or place == read.index("seen") for place, why in found.errors.items())
+    lists, arrays = (
+        scored(encoders[1], good | {"many": made([2, -5]), "first": made([])}) for made in (list, np.array)
+    )
+    assert lists == arrays and lists is not None
+    found = encoders[1].encode([good | {name: np.eye(2)} for name in read])
+    assert not found.kept and all("\n" not in why for why in found.errors.values())
+
+
 def test_a_bad_row_has_its_own_error(encoders: tuple[Reference, RowEncoder]) -> None:
     good = dict(zip(COLUMNS, ROWS[0], strict=True))
     without = {name: value for name, value in good.items() if name != "whole"}

@@ -30,7 +30,8 @@ def shown(value: object, most: int = 60) -> str:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deeply, or an integer of thousands of digits
         text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= most else f"{text[:most]}..."
+    text = text if len(text) <= most else f"{text[:most]}..."
+    return text.replace("\n", " ")  # as arrays have between their rows
 
 
 class Bundle:

@@ -93,11 +93,16 @@ def _integer(value: str | int) -> int | None:
 
 
 def _hexadecimal(value: Any) -> int | None:
-    if value is None or value == "":
+    if _is_empty(value):
         return None
     if not isinstance(value, str) or not _HEXADECIMAL.fullmatch(value):
         raise RowError(f"{shown(value)}, expected text of 1 to 15 hexadecimal digits")
     return int(value, 16)
+
+
+def _is_empty(value: Any) -> bool:
+    """None or no text; of arrays == would compare every element."""
+    return value is None or (isinstance(value, str) and not value)
 
 
 def number(value: Any) -> float:
@@ -108,7 +113,7 @@ def number(value: Any) -> float:
     """
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or value == "":
+    if _is_empty(value):
         return math.nan
     if isinstance(value, bool | int | float | Decimal):
         _check_size(value)
@@ -147,7 +152,7 @@ def elements(value: Any, separator: str | None) -> list[Any]:
     Raises:
         RowError: it is neither.
     """
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+    if _is_empty(value) or (isinstance(value, float) and math.isnan(value)):
         return []
     if isinstance(value, str) and separator is not None:
         return list(value.split(separator))
@@ -169,7 +174,7 @@ def moment(value: Any, written: str, which: str) -> int | None:
     """
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or value == "":
+    if _is_empty(value):
         return None
     found = value
     if isinstance(value, str | int) and not isinstance(value, bool):
