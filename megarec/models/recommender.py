@@ -94,6 +94,15 @@ def shift_of_inputs_vanishes(config: OverArchConfig, headless: bool) -> bool:
             return False
 
 
+def shift_of_some_inputs_vanishes(config: OverArchConfig, headless: bool) -> bool:
+    """Whether that holds of some embeddings of X_0 alone: of AFN's separate ones those that the MLP sees."""
+    return (
+        isinstance(config, AfnConfig)
+        and config.embeddings == "separate"
+        and shift_vanishes(config, config.head, headless)
+    )
+
+
 class Recommender(nn.Module):
     """What the DeepSpeed engine wraps: all dense parameters; the tables stay outside.
 

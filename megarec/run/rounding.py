@@ -4,14 +4,20 @@ A ReLU whose input is rounding noise is on in one summation order and off in ano
 example's gradient jumps, and the tables' normalised updates make a full step of the jump. SiLU has no jump.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
-from megarec.config.sections import RunConfig
+from megarec.config.sections import DenseConfig, RunConfig
+from megarec.config.towers import IdentityTowerConfig
 from megarec.dense.settings import settings_of
 from megarec.models.blocks import MLP
-from megarec.models.recommender import shift_of_inputs_vanishes
+from megarec.models.inputs import input_biases
+from megarec.models.recommender import shift_of_inputs_vanishes, shift_of_some_inputs_vanishes
 from megarec.run.spec import ModelSpec
+from megarec.sparse.towers.replicas import resolve_optimizer
 
 SWITCHES_PER_INPUT = 1e-7  # fp32, measured: docs/results/parity.md
 SMALLEST_EPS = 1e-4  # far above gradients that are rounding errors, 1e-9 to 1e-8
@@ -89,19 +95,54 @@ def _lone_l2(config: RunConfig, spec: ModelSpec) -> str | None:
     )
 
 
+class _Stepped(NamedTuple):
+    """Last biases, and the optimizer that steps them; `key` is where a run states its eps."""
+
+    of: str
+    key: str
+    optimizer: str
+    eps: float
+
+
 def _shifts(config: RunConfig, spec: ModelSpec) -> str | None:
     """Biases in front of X_0 that BatchNorm behind it takes away: their gradient is rounding errors alone.
 
-    Those of the dense model itself are not there (`shift_vanishes`); a tower module or a sequence's block is built for
-    every dense model alike. Adam at a small eps makes whole steps of such gradients.
+    Those of the dense model itself are not there (`shift_vanishes`), but for the input MLPs of an AFN that takes half
+    of what they emit to its neurons; a tower module or a sequence's block is built for every dense model alike. Adam at
+    a small eps makes whole steps of such gradients.
     """
-    in_front = [*(["tower modules"] if spec.towers.modules else []), *(["model.sequences"] if spec.sequences else [])]
-    vanishes = config.model.bias and shift_of_inputs_vanishes(spec.dense_sizes, spec.labels > 1)
-    adaptive = config.dense.optimizer != "sgd" and config.dense.eps < SMALLEST_EPS
-    if not (in_front and vanishes and adaptive):
+    sizes, headless = spec.dense_sizes, spec.labels > 1
+    some = shift_of_some_inputs_vanishes(sizes, headless)
+    if not (some or shift_of_inputs_vanishes(sizes, headless)):
         return None
+    found = [own for own in _last_biases(config, spec, some) if own.optimizer != "sgd" and own.eps < SMALLEST_EPS]
+    if not found:
+        return None
+    now = " and ".join(dict.fromkeys(f"{own.key}={own.eps:g}" for own in found))
+    remedy = " and ".join(dict.fromkeys(f"{own.key}={SMALLEST_EPS:g}" for own in found))
     return (
-        f"model.norm='batch' takes away what the last biases of {' and '.join(in_front)} add, and dense.eps="
-        f"{config.dense.eps:g} makes steps of the rounding errors that are their gradients (model.bias=false, or "
-        f"dense.eps={SMALLEST_EPS:g}, does not)"
+        f"model.norm='batch' takes away what the last biases of {' and '.join(own.of for own in found)} add, and {now} "
+        f"makes steps of the rounding errors that are their gradients (model.bias=false, or {remedy}, does not)"
     )
+
+
+def _last_biases(config: RunConfig, spec: ModelSpec, inputs: bool) -> Iterator[_Stepped]:
+    """Those in front of X_0; `inputs`: with those of the input MLPs."""
+    dense = ("dense.eps", config.dense.optimizer, config.dense.eps)
+    if (given := config.deepspeed.get("optimizer")) is not None:
+        eps = given.get("params", {}).get("eps")  # DeepSpeed says what is wrong with it
+        dense = (
+            "deepspeed.optimizer.params.eps",
+            given["type"].lower(),
+            eps if isinstance(eps, float) else DenseConfig().eps,
+        )
+    if config.model.bias and not isinstance(config.tower_module, IdentityTowerConfig):
+        own = resolve_optimizer(config.tower_module, config.dense)
+        as_dense = config.tower_module.eps is None and given is None
+        yield _Stepped("tower modules", "dense.eps" if as_dense else "tower_module.eps", own.optimizer, own.eps)
+    # DIN's weights of positions are no constant, and its sum has no bias; a map to another width has one.
+    if config.model.bias and any(s.config.block == "hstu" or s.width != spec.dense_sizes.dim for s in spec.sequences):
+        yield _Stepped("model.sequences", *dense)
+    of_small, of_numeric = input_biases(spec.dense_sizes, last_bias=inputs)
+    if (of_small[-1] and spec.columns.small_columns) or (of_numeric[-1] and spec.numeric):
+        yield _Stepped("the input MLPs", *dense)

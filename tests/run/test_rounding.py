@@ -146,6 +146,9 @@ def test_elements_with_l2_alone(changed: dict[str, Any], batch_size: int, warned
         assert "a gradient near" in warning and "(embedding.eps=1e-3 does not)" in warning
 
 
+TOWER = {"name": "dcn", "compression": 2}
+
+
 @pytest.mark.parametrize(
     ("model", "sections", "warned"),
     [
@@ -156,13 +159,59 @@ def test_elements_with_l2_alone(changed: dict[str, Any], batch_size: int, warned
         ({"norm": "batch"}, {"dense": {"eps": 1e-4}}, False),
         ({"norm": "batch"}, {"dense": {"optimizer": "sgd"}}, False),
         ({"norm": "batch"}, {"tower_module": {"name": "identity"}}, False),
+        ({"norm": "batch"}, {"dense": {"eps": 1e-4}, "tower_module": {**TOWER, "eps": 1e-8}}, True),
+        ({"norm": "batch"}, {"tower_module": {**TOWER, "optimizer": "sgd"}}, False),
         ({"norm": "batch", "name": "dlrm"}, {}, False),  # products of embeddings see every constant
     ],
 )
 def test_constants_that_batch_norm_takes_away(model: dict[str, Any], sections: dict[str, Any], warned: bool) -> None:
-    sections = {"tower_module": {"name": "dcn", "compression": 2}, "parallel": {"towers": 2}, **sections}
+    sections = {"tower_module": TOWER, "parallel": {"towers": 2}, **sections}
     config = config_of({"name": "dnn", "dim": 8, "activation": "silu", "head": [8], **model}, **sections)
     warning = rounding_warning(config, resolve(config, SCHEMA), 10)
     assert (warning is not None) == warned
     if warning:
         assert "the last biases of tower modules" in warning and "model.bias=false" in warning
+
+
+LISTS = SCHEMA.model_copy(
+    update={
+        "categorical": (*SCHEMA.categorical, CategoricalFeature(name="past", rows=10, multi_valued=True, newest="last"))
+    }
+)
+PAIRS = {"embedding": {"features": {f"f{i}": {"embeddings": 2} for i in range(4)}}}
+AFN = {"name": "afn", "embeddings": "separate", "numeric_embeddings": 2, "mlp": []}
+BY_DEEPSPEED = {"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}}
+
+
+@pytest.mark.parametrize(
+    ("model", "sections", "said"),
+    [
+        ({"block": "din"}, {}, None),
+        ({"block": "hstu"}, {}, "model.sequences add, and dense.eps=1e-08 makes"),
+        ({"block": "hstu"}, BY_DEEPSPEED, "or deepspeed.optimizer.params.eps=0.0001, does not"),
+        (AFN, PAIRS, "the input MLPs add"),
+        (AFN | {"head": []}, PAIRS, None),
+        (AFN | {"bias": False}, PAIRS, None),
+        (AFN | {"embeddings": "shared"}, {}, None),
+    ],
+)
+def test_whose_gradients_are_rounding_errors_is_warned_of(
+    model: dict[str, Any], sections: dict[str, Any], said: str | None
+) -> None:
+    """The warning is there where a last bias in front of X_0 has a gradient that is 0 but for rounding."""
+    if "block" in model:
+        entry = {"features": ["past"], "target": ["f0"], "max_length": 4, **model}
+        model = {"name": "dnn", "sequences": [entry]}
+    config = config_of({"dim": 8, "activation": "silu", "head": [8], "norm": "batch", **model}, **sections)
+    spec = resolve(config, LISTS if "sequences" in model else SCHEMA)
+    built = spec.meta_model()
+    materialize(built, torch.device("cpu"))
+    initialize(built, 1)
+    built.double()
+    given = torch.randn(32, spec.numeric).double(), torch.randn(32, built.width).double()
+    built(*given, torch.arange(32)).square().sum().backward()
+    biases = {name: own.grad for name, own in built.named_parameters() if name.endswith("bias")}
+    vanishing = [name for name, gradient in biases.items() if gradient is not None and (gradient.abs() < 1e-11).any()]
+    warning = rounding_warning(config, spec, 10)
+    assert bool(vanishing) == (said is not None), vanishing
+    assert said in warning if said and warning else warning is None
