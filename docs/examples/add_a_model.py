@@ -64,7 +64,7 @@ class GdcnRun(RunConfig):
 
 if __name__ == "__main__":
     recommender.build_over_arch = lambda n, dense, config, norm, headless: Gdcn(n, config)  # a case in that function
-    cost._count_over_arch = lambda n, dense, config: count_gdcn(n, config)  # a case in that function
+    cost._count_over_arch = lambda n, dense, config, headless: count_gdcn(n, config)  # a case in that function
     overrides = ["train.max_steps=40", "train.output_dir=runs/gdcn", *(a for a in sys.argv[1:] if a[:2] != "--")]
     base = load_config(ROOT / "ds_configs/movielens-100k.json", overrides).model_dump(mode="json")
     run = GdcnRun.model_validate(base | {"model": {"name": "gdcn", "dim": 16, "head": [64]}})
