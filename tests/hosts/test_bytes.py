@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-import pytest
-
 from tools.benchmarks.testbed import NetnsHosts
 from tools.benchmarks.towers import HOSTS, LOCAL, measure, ranks
 from tools.benchmarks.towers_rank import BATCH, COLUMNS, TABLES
 
 
-@pytest.mark.slow  # half a minute; the ledger and the predicted traffic are compared in tests/planning
 def test_interfaces_agree_with_the_ledger(lab: NetnsHosts, tmp_path: Path) -> None:
     pooled = 4 * BATCH * TABLES * COLUMNS
     with ranks(lab, tmp_path) as processes:

@@ -117,7 +117,6 @@ def test_a_run_from_a_hostfile_equals_the_run_on_one_host(
     assert found["test"] == pytest.approx(expected["test"], rel=1e-6)
 
 
-@pytest.mark.slow  # as test_launch.py on one host, and test_taken_down.py
 def test_a_killed_rank_ends_the_job_on_all_hosts_and_is_named_first(lab: NetnsHosts, directory: Path) -> None:
     with start(lab, lab.hostfile, "killed", "--set", "train.epochs=1000") as job:
         wait_for_step(job, 5)
