@@ -21,6 +21,17 @@ from megarec.errors import STOPPED
 STEPS, STEP_SECONDS = 8, 0.02
 
 
+def still_runs(process: str) -> bool:
+    """Neither gone, nor a zombie that nobody has reaped, nor about to take the signal of its sweep's end."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    dead = fields["State"].startswith(("Z", "X"))
+    return not dead and not any(int(fields[name], 16) for name in ("SigPnd", "ShdPnd"))
+
+
 def main() -> None:
     config_path = Path(sys.argv[sys.argv.index("--config") + 1])
     overrides = [word for flag, word in zip(sys.argv, sys.argv[1:], strict=False) if flag == "--set"]
@@ -32,7 +43,7 @@ def main() -> None:
     mine.touch()
     for other in output.glob(f"at-work-{host}-*"):  # of processes that were killed, unless one still runs
         if other != mine:
-            assert not Path(f"/proc/{other.name.rpartition('-')[2]}").exists(), "two runs in one directory"
+            assert not still_runs(other.name.rpartition("-")[2]), "two runs in one directory"
             other.unlink()
     with (output / "starts").open("a") as starts:
         starts.write("x")
