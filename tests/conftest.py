@@ -1,5 +1,7 @@
 """For every test: pools of gloo ranks, and which test process runs it when."""
 
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -40,6 +42,16 @@ LONGEST = [
     "tests/training/test_fault_launch.py",
 ]
 ONE_BY_ONE = "tests/parity/test_parity.py"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the process from which pools and scripts are forked, before any test.
+
+    It imports tests.preloaded from the current directory, and ranks inherit its environment: tests change both.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.getoption("numprocesses", None):
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        multiprocessing.forkserver.ensure_running()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
