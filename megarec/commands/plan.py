@@ -166,6 +166,11 @@ def plan(config: RunConfig, hardware: "Hardware", hosts: int, ranks_per_host: in
         if chosen is not None:
             show_choice(chosen)
         show(result, found)
+    if not made.fits:
+        raise UserError(
+            f"the run does not fit: it needs {choice_report.missing_of(made)}; --choose looks for settings that fit, "
+            "and says what would help where none do"
+        )
 
 
 def write_files(files: Files, config: RunConfig, schema: Schema, made: "Plan", chosen: "Chosen | None") -> None:

@@ -166,14 +166,7 @@ _ACCUMULATION = "deepspeed.gradient_accumulation_steps"
 def nothing_fits(chosen: Chosen, found: Sequence[Remedy]) -> str:
     """One line: what is missing, by how much, and which change costs least."""
     assert chosen.best.plan is not None
-    plan = chosen.best.plan
-    largest = sorted(((size, name) for name, size in plan.memory.items() if name not in _NO_PART), reverse=True)
-    parts = ", ".join(f"{name} {size / 1e9:,.1f}" for size, name in largest[:3] if size > 0)
-    line = (
-        f"nothing fits: of {chosen.looked_at:,} configs the smallest needs {plan.memory['total'] / 1e9:,.1f} GB on its "
-        f"largest rank ({parts}), {chosen.best.missing / 1e9:,.1f} more than the {plan.available / 1e9:,.1f} of "
-        f"{plan.hardware.name}; "
-    )
+    line = f"nothing fits: of {chosen.looked_at:,} configs the smallest needs {missing_of(chosen.best.plan)}; "
     enough = [remedy for remedy in found if not remedy.missing]
     if enough:
         others = f" (or {enough[1].what})" if len(enough) > 1 else ""
@@ -181,6 +174,17 @@ def nothing_fits(chosen: Chosen, found: Sequence[Remedy]) -> str:
     if found:
         line += f"even {found[0].what} leaves {found[0].missing / 1e9:,.1f} missing: "
     return f"{line}take smaller tables or a smaller model"
+
+
+def missing_of(plan: Plan) -> str:
+    """What a plan that does not fit needs on its largest rank, for which parts most, and how much is missing."""
+    largest = sorted(((size, name) for name, size in plan.memory.items() if name not in _NO_PART), reverse=True)
+    parts = ", ".join(f"{name} {size / 1e9:,.1f}" for size, name in largest[:3] if size > 0)
+    need = plan.memory["total"]
+    return (
+        f"{need / 1e9:,.1f} GB on its largest rank ({parts}), {(need - plan.available) / 1e9:,.1f} more than the "
+        f"{plan.available / 1e9:,.1f} of {plan.hardware.name}"
+    )
 
 
 _NO_PART = ("total", "model_states", "snapshot")

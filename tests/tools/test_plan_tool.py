@@ -49,6 +49,19 @@ def test_choose_writes_a_run_a_trace_and_a_page(tmp_path: Path) -> None:
     assert "Timeline of a rank" in page.read_text()
 
 
+def test_a_run_that_does_not_fit_is_planned_and_refused() -> None:
+    command = [*CONFIG, "--hardware", "a40", "--hosts", "1", "--ranks-per-host", "2", "--json"]
+    shown = python("tools/plan.py", *command, cwd=ROOT)
+    assert shown.returncode == 2
+    found = json.loads(shown.stdout)
+    memory = found["memory_bytes"]
+    missing = (memory["total"] - memory["available"]) / 1e9
+    assert found["fits"] is False and missing > 0
+    (line,) = shown.stderr.splitlines()
+    assert f"the run does not fit: it needs {memory['total'] / 1e9:,.1f} GB on its largest rank (tables " in line
+    assert f", {missing:,.1f} more than the 48.0 of A40; --choose looks for settings that fit" in line
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
