@@ -29,6 +29,7 @@ from multiprocessing import process as multiprocessing_process
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from megarec.distributed.rank_pool import PRELOADED
@@ -90,6 +91,14 @@ def python(
             raise subprocess.TimeoutExpired(texts, timeout, *(path.read_bytes() for path in streams if path.exists()))
         output, errors = (path.read_text(encoding="utf-8") for path in streams)
         return subprocess.CompletedProcess([sys.executable, *texts], process.exitcode, output, errors)
+
+
+def lives(process: psutil.Process) -> bool:
+    """Neither gone, whenever that happens, nor a zombie that nobody has reaped."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
