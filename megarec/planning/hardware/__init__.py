@@ -122,6 +122,10 @@ class Hardware(Section):
     network_ramp: Ramp | None = Field(None, description="left out: messages of every size reach the rate")
     ring_share: Figure | None = Field(None, description="of the network's rate that a ring over hosts reaches")
     ring_us_per_host: DelayFigure | None = Field(None, description="of a ring, beside its bytes")
+    ring_ll128_us: ByHosts | None = Field(
+        None, description="of a ring over hosts by NCCL's protocol of less delay; left out: it is not used"
+    )
+    tree_us: ByHosts | None = Field(None, description="of an all-reduce by a tree over hosts; left out: rings alone")
 
 
 RAMPS = "network_ramp", "host_ramp", "gemm_ramp", "fp32_ramp"
@@ -151,7 +155,7 @@ def load_hardware(name: str, option: str = "--hardware") -> Hardware:
     raw = read_object(path, "the JSON of a machine")
     try:
         hardware = Hardware.model_validate(raw)
-        for key in ("network_us", *RAMPS):
+        for key in ("network_us", "ring_ll128_us", "tree_us", *RAMPS):
             _check_counts(key, getattr(hardware, key))
         if not hardware.ranks_per_host.value.is_integer():
             raise ValueError(f"ranks_per_host.value={hardware.ranks_per_host.value}; expected a whole number")
