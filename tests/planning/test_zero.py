@@ -18,6 +18,7 @@ from megarec.distributed.topology import Topology, build_topology
 from megarec.errors import UserError
 from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.models.wukong import Wukong
+from megarec.planning.probes import arrivals
 from megarec.planning.recorder import CollectiveRecorder
 from megarec.planning.zero import dense_parts, zero_of
 
@@ -82,9 +83,11 @@ def predicted(config: RunConfig, ranks: int, rank: int) -> Parts:
     topology = Topology(rank, ranks, config.parallel.ranks_per_host or ranks, config.parallel.tensor)
     with torch.device("meta"):
         model = Wukong(EMBEDDINGS, WUKONG)
+        with arrivals(model) as order:
+            model(torch.empty(MICRO, EMBEDDINGS, DIM)).sum().backward()
     size = topology.tensor_size
     shard_mlps(model, Channel("tensor", None, rank % size, size, Ledger()))
-    return dense_parts([parameter.numel() for parameter in model.parameters()], zero_of(config, topology))
+    return dense_parts([parameter.numel() for parameter in model.parameters()], zero_of(config, topology), order)
 
 
 def compare(config: RunConfig, ranks: int, pool: RankPool) -> None:
@@ -94,7 +97,8 @@ def compare(config: RunConfig, ranks: int, pool: RankPool) -> None:
             assert found[part] == pytest.approx(expected[part], rel=1e-3, abs=1), (rank, part)
         states = sum(expected[part] for part in ("parameters", "gradients", "optimizer"))
         assert sum(found[part] for part in ("parameters", "gradients", "optimizer")) == pytest.approx(states, rel=1e-3)
-        assert 0.7 * expected["communication"] <= found["communication"] <= 1.05 * expected["communication"] + 2**17
+        least = 0.7 if config.deepspeed["zero_optimization"]["stage"] == 3 else 0.95
+        assert least * expected["communication"] <= found["communication"] <= 1.05 * expected["communication"] + 2**17
 
 
 @pytest.mark.parametrize(
