@@ -73,9 +73,9 @@ def exchange_bytes(
     layout, held_shards = layouts[host], shards if flat else on_host(shards, topology)
     ranks = topology.world_size if flat else topology.ranks_per_host
     examples, overlap = micro_batch * accumulation, overlaps(config, topology, device)
-    tables, ids = _tables(config, layout, held_shards, ranks, topology.rank % ranks, examples * hosts, hosts, device)
-    if not flat:
-        ids += _hop_a_bytes(layout, examples * hosts, _index_bytes(layouts))
+    looked = examples * hosts
+    tables, ids, more = _tables(config, layout, held_shards, ranks, topology.rank % ranks, looked, hosts, device)
+    hop_a = 0.0 if flat else _hop_a_bytes(layout, looked, _index_bytes(layouts))
     means = tables.means * tables.examples if flat or modules else _means(spec.layout) * examples
     forward, backward = (MESSAGE_TYPES[name].itemsize for name in config.parallel.messages)
     parts = accumulation if overlap and (modules is None or not flat) else 1
@@ -102,14 +102,14 @@ def exchange_bytes(
         l2=any(config.embedding.looked_up_l2(feature.table) for feature in spec.layout.features),
         modules=weights,
         replicas=ranks,
-        next_ids=ids if overlap else 0.0,
+        next_ids=more + hop_a if overlap else 0.0,
         dense=dense_pass(config, spec),
         towers=sees,
         sequences=_sequences(spec.layout, layout if not flat else None, held_shards, examples, hosts),
     )
     held, posted = Held(), device.type == "cpu" and connected
     inside = GroupWalk(held, tables, forward, backward, parts if flat else 1, fused=job.fused, posted=posted)
-    held.hold("ids", ids + FLOAT * means)
+    held.hold("ids", ids + hop_a + FLOAT * means)
     step = StepWalk(held, inside, job)
     if flat:
         step.flat()
@@ -123,13 +123,14 @@ def exchange_bytes(
 def _tables(
     config: RunConfig, layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int, rank: int, examples: int,
     blocks: int, device: torch.device,
-) -> tuple[GroupTables, float]:  # fmt: skip
-    """What a rank of a group holds, and the bytes of the ids that it has to look up there."""
+) -> tuple[GroupTables, float, float]:  # fmt: skip
+    """What a rank of a group holds, the bytes of the ids that it has to look up there, and those of the next batch:
+    without lists their offsets are the same."""
     names, embedding = copied(shards), config.embedding
     loads = rank_loads(layout, shards, ranks, examples)
     own = [shard for shard in shards if shard.rank == rank]
     spread, copies = ([s for s in own if (s.table in names) == copy] for copy in (False, True))
-    reads = Counter(feature.table for feature in layout.features)
+    reads, rows_read = (Counter(f.table for f in listed) for listed in (layout.features, layout.unpooled))
     backends = _backends(config, layout, shards, {shard.table for shard in spread}, device)
     pooled: dict[str, int] = {}
     for shard in spread:
@@ -152,16 +153,17 @@ def _tables(
         in_place=len(alone) == 1 and not means and (ranks == 1 or not every) and _in_order(layout, mine, backends),
         means=means,
         rows=ranks * loads.rows[rank],
+        row_slots=sum(rows_read[shard.table] for shard in spread),
         whole_update=whole_update_bytes(own, embedding) if device.type != "cpu" else 0,
     )
-    index, all_reads = _index_bytes([layout]), Counter(feature.table for feature in layout.looked_up)
-    bags = sum(all_reads[shard.table] for shard in spread) * tables.looked_up
-    ids = index * (ranks * loads.ids[rank] + bags * max(1, len(pooled)))
-    ids += FLOAT * ranks * loads.ids[rank] * (loads.weights[rank] > 0)
+    index = _index_bytes([layout])
+    bags = sum(reads[shard.table] + rows_read[shard.table] for shard in spread) * tables.looked_up
+    offsets = index * bags * max(1, len(pooled))
+    ids = index * ranks * loads.ids[rank] + FLOAT * ranks * loads.ids[rank] * (loads.weights[rank] > 0)
     for feature in layout.looked_up:
         if feature.table in names:
             ids += index * (mean_ids(feature, examples) + examples) + FLOAT * feature.weighted * examples
-    return tables, ids
+    return tables, ids + offsets, ids + offsets * any(loads.lists)
 
 
 def _backends(
@@ -210,13 +212,14 @@ def _sequences(
     parts = Counter(shard.table for shard in shards if shard.table in whole)
     cut, names = any(count > 1 for count in parts.values()), copied(shards)
     ids = {feature.name: mean_ids(feature, examples) for feature in layout.unpooled}
-    unpooled = [] if of_host is None else of_host.unpooled
+    unpooled = () if of_host is None else of_host.unpooled
     return Sequences(
         columns=layout.sequence_columns,
         widest=max(sequence.mask - sequence.start for sequence in layout.sequences),
         own=sum(ids[feature.name] * feature.columns for feature in layout.unpooled),
         host=sum(mean_ids(feature, examples * hosts) * feature.columns for feature in unpooled),
         places=sum(ids[sequence.features[0]] for sequence in layout.sequences),
-        pieces=len(ids) if not cut else 1 + len(ids),
+        pieces=len(ids) + cut,
+        host_pieces=len(unpooled) + cut,
         cut=cut and not names,
     )

@@ -22,7 +22,7 @@ class Sequences:
         own: numbers of the rows of this rank's examples; `host`: under the tower exchange, of those that the peers ask
             this host for, else 0.
         places: of rows.
-        pieces: of which a message consists: features, or parts of their rows.
+        pieces: of which this rank's message consists, features or parts of their rows; `host_pieces`: of one host's.
         cut: whether a row comes in several parts.
     """
 
@@ -32,6 +32,7 @@ class Sequences:
     host: float
     places: float
     pieces: int
+    host_pieces: int
     cut: bool
 
 
@@ -269,19 +270,25 @@ class StepWalk:
         held.hold("gradients of rows, cast", rows.own * job.dtype if job.dtype != FLOAT else 0)
         held.hold("gradients of rows", rows.own * FLOAT)
         held.drop("gradients as padded", "gradients of rows, cast", "gradients of rows of all")
-        backward = self.group.backward
+        tables, backward = self.group.tables, self.group.backward
         if job.hosts > 1:
-            held.hold("rows to peers", rows.own * job.backward)
-            held.hold("rows from peers", 2 * rows.host * job.backward)
-        sent = rows.own if job.hosts == 1 else rows.host
-        held.hold("rows sent back", sent * backward if rows.pieces > 1 or backward != FLOAT else 0)
-        if self.group.tables.ranks > 1:
-            held.hold("rows came back", self.group.tables.rows * backward)
+            held.hold("rows to peers", rows.own * job.backward * (rows.pieces > 1 or job.backward != FLOAT))
+            held.hold("rows from peers", rows.host * job.backward * (1 + (rows.host_pieces > 1)))
+            copied = rows.host_pieces > 1 or job.backward != backward
+            held.hold("rows sent back", rows.host * backward * copied)
+        else:
+            copied = rows.pieces > 1 or backward != FLOAT
+            held.hold("rows sent back", rows.own * backward * copied)
+        if tables.ranks > 1:
+            held.hold("rows came back", tables.rows * backward)
+        if not copied:
+            held.rename("gradients of rows" if job.hosts == 1 else "rows from peers", "rows sent back")
         held.drop("rows to peers", "rows from peers", "gradients of rows")
 
     def _rows_finish(self) -> None:
-        if self.job.sequences is None:
+        tables = self.group.tables
+        if self.job.sequences is None or tables.ranks == 1:
             return
-        if self.group.tables.ranks > 1:
-            self.held.drop("rows sent back")
-            self.held.hold("gradients of tables' rows", self.group.tables.rows * self.group.backward)
+        self.held.drop("rows sent back")
+        if tables.row_slots > 1 or tables.blocks > 1:
+            self.held.hold("gradients of tables' rows", tables.rows * self.group.backward)

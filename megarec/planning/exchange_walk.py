@@ -108,7 +108,7 @@ class GroupTables:
         copied: columns of replicated tables; `copied_numbers`: of their rows, with one more for each row.
         in_place: whether what arrives lies as the layout wants it.
         means: features whose sums become means.
-        rows: numbers of the rows of sequences that this rank has for the whole group.
+        rows: numbers of the rows of sequences that this rank has for the whole group, of `row_slots` slots.
         whole_update: bytes of an update of all rows, where it is counted.
     """
 
@@ -124,6 +124,7 @@ class GroupTables:
     in_place: bool
     means: int
     rows: float
+    row_slots: int
     whole_update: int
 
     @property
