@@ -43,6 +43,7 @@ class ExchangeMeter(TorchDispatchMode):
         self.peak = 0
         self._watched = self._paused = 0
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}  # weak references keep a storage's name from another
+        self._elsewhere: dict[str, dict[int, tuple[StorageWeakRef, int]]] = {}
 
     @property
     def watching(self) -> bool:
@@ -61,10 +62,10 @@ class ExchangeMeter(TorchDispatchMode):
         """Follow tensors that were made elsewhere."""
         self._follow(tensors, given=())
 
-    def leave_out(self, storages: Iterable[int]) -> None:
-        """Another part has these: names of storages that are still there."""
-        for name in storages:
-            self._held.pop(name, None)
+    def leave_out(self, part: str, storages: Iterable[int]) -> None:
+        """Another part has these, by name, in the place of those that it had: they are followed again."""
+        self._held |= self._elsewhere.pop(part, {})
+        self._elsewhere[part] = {name: self._held.pop(name) for name in storages if name in self._held}
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -85,10 +86,10 @@ class ExchangeMeter(TorchDispatchMode):
             self._paused -= 1
 
     def _follow(self, made: Any, given: Collection[int]) -> None:
-        new = False
+        new, known = False, {*self._held, *(name for part in self._elsewhere.values() for name in part)}
         for tensor in _tensors(made):
             name, storage = _name(tensor), tensor.untyped_storage()
-            if storage.nbytes() and name not in given and name not in self._held:
+            if storage.nbytes() and name not in given and name not in known:
                 self._held[name] = StorageWeakRef(storage), storage.nbytes()
                 new = True
         if new:

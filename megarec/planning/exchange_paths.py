@@ -149,7 +149,7 @@ class StepWalk:
             held.drop("sent to peers")
         if job.parts > 1:
             held.hold("from peers together", self.looked * job.pooled * backward)
-        group.by_peer_update()
+        group.by_peer_update(backward)
 
     def towers_with_modules(self) -> None:
         """The tower exchange with tower modules."""
@@ -273,7 +273,11 @@ class StepWalk:
         tables, backward = self.group.tables, self.group.backward
         if job.hosts > 1:
             held.hold("rows to peers", rows.own * job.backward * (rows.pieces > 1 or job.backward != FLOAT))
-            held.hold("rows from peers", rows.host * job.backward * (1 + (rows.host_pieces > 1)))
+            held.hold("rows from peers", rows.host * job.backward)
+            if rows.host_pieces > 1:
+                held.hold("in order", rows.host * job.backward)
+                held.drop("rows to peers", "rows from peers")
+                held.rename("in order", "rows from peers")
             copied = rows.host_pieces > 1 or job.backward != backward
             held.hold("rows sent back", rows.host * backward * copied)
         else:

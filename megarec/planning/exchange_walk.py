@@ -227,7 +227,7 @@ class GroupWalk:
         self._sum_over_owners()
         if self._kinds > 1:
             held.hold("together", tables.examples * tables.width * FLOAT)
-            held.drop("inside the host")
+            held.drop("inside the host", "sums")
             held.rename("together", "inside the host")
         return FLOAT if tables.split or tables.copied else self.forward
 
@@ -262,9 +262,11 @@ class GroupWalk:
         held.drop("gradients of all parts", "gradients in order")
         self._copies_update()
 
-    def by_peer_update(self) -> None:
-        """The same of `by_peer`: what came from the peers goes on to the owners in the host."""
+    def by_peer_update(self, width: int) -> None:
+        """The same of `by_peer`: what came from the peers, in `width` bytes a number, goes on to the owners."""
         held, tables = self.held, self.tables
+        apart = tables.blocks > 1 and self._kinds > 1  # a part of a wider matrix is copied
+        held.hold("gradients of sums", tables.examples * tables.split * width if apart else 0)
         if tables.all_columns and tables.ranks > 1:
             sent, back = tables.examples * tables.all_columns, tables.looked_up * tables.columns
             held.hold("came back", back * self.backward)
@@ -274,6 +276,8 @@ class GroupWalk:
         self._split_update()
         self._tables_update()
         held.drop("came back")
+        in_fp32 = FLOAT if width != FLOAT else 0
+        held.hold("gradients of copies", tables.examples * tables.copied * (width * apart + in_fp32))
         self._copies_update()
 
     def _split_update(self) -> None:
@@ -285,7 +289,11 @@ class GroupWalk:
         if self.parts > 1:
             held.hold("gradients of sums", tables.examples * tables.split * self.wire)
         held.hold("gradients of sums", own if self.wire != self.backward else 0)
-        held.hold("gradients of sums", gathered * (1 + (tables.blocks > 1)) if tables.ranks > 1 else 0)
+        if tables.ranks > 1:
+            held.hold("gathered", gathered)
+            held.hold("gradients of sums", gathered if tables.blocks > 1 else 0)  # in order
+            if tables.blocks > 1:
+                held.drop("gathered")
         if tables.all_columns:
             columns = tables.columns + tables.split
             held.hold("gradients side by side", tables.looked_up * columns * self.backward)
@@ -300,7 +308,7 @@ class GroupWalk:
                 held.hold("for the tables", tables.looked_up * columns * FLOAT)
             held.drop("for the tables")
         held.hold("whole update", tables.whole_update)
-        held.drop("whole update", "gradients of sums", "gradients side by side")
+        held.drop("whole update", "gathered", "gradients of sums", "gradients side by side")
 
     def _copies_update(self) -> None:
         """Replicated tables: the gradient of all their rows, and its sum over the ranks."""

@@ -233,7 +233,7 @@ def _measured(peak: Parts, dense: DenseSide, meter: ExchangeMeter) -> Iterator[N
         kept: dict[str, int] = {}
         with saved_activations(kept, dense.module) as saved:
             out = forward(*inputs)
-        meter.leave_out(saved)
+        meter.leave_out("activations", saved)
         peak["activations"] = max(peak.get("activations", 0), kept["bytes"])
         return out
 
@@ -260,7 +260,7 @@ def _towers_measured(peak: Parts, modules: TowerReplicas | None, meter: Exchange
         with meter.pause(), saved_activations(kept) as saved:
             made: Tensor = forward(x)
         meter.take(made)
-        meter.leave_out(saved)
+        meter.leave_out("towers", saved)
         return made
 
     def keep(parameter: nn.Parameter) -> None:
