@@ -217,7 +217,7 @@ def _nothing() -> None:
 
 
 def _raise(peak: Parts, dense: DenseSide, messages: list[Tensor]) -> None:
-    """At a collective or a step of the optimizer: what rises and falls within a step."""
+    """At a collective, a gradient that arrives, or a step of the optimizer: what rises and falls within a step."""
     now = dense.memory_bytes(messages)
     for part in ("communication", "step"):
         peak[part] = max(peak.get(part, 0), now[part])
@@ -242,10 +242,13 @@ def _measured(peak: Parts, dense: DenseSide, meter: ExchangeMeter) -> Iterator[N
         peak.update({part: now[part] for part in MODEL_STATES})
         step()
 
-    hook = optimizer_of(engine).register_step_pre_hook(lambda *_: _raise(peak, dense, []))
+    hooks: list[Any] = [optimizer_of(engine).register_step_pre_hook(lambda *_: _raise(peak, dense, []))]
+    for parameter in dense.module.parameters():  # at ZeRO 1 their gradients wait until all are there
+        hooks.append(parameter.register_post_accumulate_grad_hook(lambda _: _raise(peak, dense, [])))
     with patch.object(engine, "forward", measured_forward), patch.object(engine, "step", measured_step):
         yield
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
 
 
 @contextmanager

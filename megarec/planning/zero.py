@@ -224,14 +224,15 @@ def _communication(sizes: Sequence[int], zero: Zero, arrival: Sequence[int]) -> 
 def _at_a_flush(sizes: Sequence[int], zero: Zero, arrival: Sequence[int]) -> int:
     """Most elements beside the buckets when one is sent: zero/stage_1_and_2.py.
 
-    Gradients move into the bucket as they arrive, at stage 1 without overlap once all are there, in the model's order;
-    one that is larger than a bucket stays where it is. A bucket is sent when the next one does not fit. What it sends
+    Gradients move into the bucket as they arrive, at stage 1 without overlap once all of them wait, in the model's
+    order; one that is larger than a bucket stays where it is. A bucket is sent when the next one does not fit. What it sends
     is a copy, unless all of it is of one rank's partition (average_tensor, allreduce_bucket).
     """
     bucket, at_end = int(zero.settings.reduce_bucket_size), zero.stage == 1 and not zero.settings.overlap_comm
     moves, partition = bool(zero.settings.contiguous_gradients), partition_elements(sizes, zero)
     starts = [0, *itertools.accumulate(sizes)]
-    waiting, most, content = sum(sizes) if at_end else 0, 0, list[int]()
+    waiting = most = sum(sizes) if at_end else 0
+    content: list[int] = []
     for place in [*(range(len(sizes)) if at_end else arrival), None]:
         size = 0 if place is None else sizes[place]
         waiting += 0 if at_end else size

@@ -65,6 +65,8 @@ def measured(config: RunConfig) -> Parts:
 
     stepped = getattr(engine.optimizer, "optimizer", engine.optimizer)
     stepped.register_step_pre_hook(lambda *_: observe())
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: observe())
     dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
     x = torch.randn(MICRO, EMBEDDINGS, DIM, dtype=dtype)
     with CollectiveRecorder(topology, observe), fast_cpu_gemm(device, dtype):
