@@ -206,27 +206,19 @@ def _reduction(sizes: Sequence[int], zero: Zero) -> int:
 
 
 def _communication(sizes: Sequence[int], zero: Zero, arrival: Sequence[int]) -> int:
-    """Buckets, gradients that wait to be reduced, copies that are sent, and at ZeRO-3 gathered parameters (an
-    estimate)."""
-    settings, total, largest = zero.settings, sum(sizes), max(sizes)
-    bucket = int(settings.reduce_bucket_size) if settings.contiguous_gradients else 0
-    if zero.stage < 3:
-        return zero.width * (bucket * (2 if settings.overlap_comm else 1) + _at_a_flush(sizes, zero, arrival))
-    # zero/partitioned_param_coordinator.py: every submodule fetches a bucket ahead, as long as fewer than
-    # max_live_parameters are there; and what the next max_reuse_distance elements need again is not released, which
-    # at the end of the forward pass is the last half of that distance.
-    ahead = int(settings.max_live_parameters) if settings.prefetch_bucket_size else 0
-    most = max(ahead, int(settings.max_reuse_distance) // 2) + largest
-    gathered = min(total - _persistent(sizes, zero), most)
-    return zero.width * (bucket + (gathered if zero.ranks > 1 else 0) + _largest_content(sizes, bucket))
+    """Buckets, gradients that wait to be reduced, copies that are sent, and at ZeRO-3 gathered parameters."""
+    settings = zero.settings
+    buckets = (1 + (zero.stage < 3 and bool(settings.overlap_comm))) * bool(settings.contiguous_gradients)
+    beside = _beside_gathered(sizes, zero, arrival) if zero.stage == 3 else _at_a_flush(sizes, zero, arrival)
+    return zero.width * (buckets * int(settings.reduce_bucket_size) + beside)
 
 
 def _at_a_flush(sizes: Sequence[int], zero: Zero, arrival: Sequence[int]) -> int:
     """Most elements beside the buckets when one is sent: zero/stage_1_and_2.py.
 
     Gradients move into the bucket as they arrive, at stage 1 without overlap once all of them wait, in the model's
-    order; one that is larger than a bucket stays where it is. A bucket is sent when the next one does not fit. What it sends
-    is a copy, unless all of it is of one rank's partition (average_tensor, allreduce_bucket).
+    order; one that is larger than a bucket stays where it is. A bucket is sent when the next one does not fit. What it
+    sends is a copy, unless all of it is of one rank's partition (average_tensor, allreduce_bucket).
     """
     bucket, at_end = int(zero.settings.reduce_bucket_size), zero.stage == 1 and not zero.settings.overlap_comm
     moves, partition = bool(zero.settings.contiguous_gradients), partition_elements(sizes, zero)
@@ -253,11 +245,28 @@ def _at_a_flush(sizes: Sequence[int], zero: Zero, arrival: Sequence[int]) -> int
     return most
 
 
-def _largest_content(sizes: Sequence[int], bucket: int) -> int:
-    """Most elements of a bucket's content and the gradient that did not fit beside it, over a backward pass."""
-    most = content = 0
-    for size in reversed(sizes):
-        if content + size > bucket:
-            most, content = max(most, content + size), 0
+def _beside_gathered(sizes: Sequence[int], zero: Zero, arrival: Sequence[int]) -> int:
+    """Most elements beside the bucket at stage 3: parameters that are gathered, and when a bucket is sent its content,
+    copied (reduce_scatter_coalesced), and the gradient that did not fit.
+
+    zero/partitioned_param_coordinator.py: in the backward pass a parameter is released when its gradient is there.
+    Every submodule fetches ahead as long as fewer than max_live_parameters are there; and what the next
+    max_reuse_distance elements need again is not released, which at the end of the forward pass is the last half of
+    that distance.
+    """
+    settings, bucket, kept = zero.settings, int(zero.settings.reduce_bucket_size), persistent(sizes, zero)
+    ahead = int(settings.max_live_parameters) if settings.prefetch_bucket_size else 0
+    most = max(ahead, int(settings.max_reuse_distance) // 2) + max(sizes)
+    most, content = min(sum(sizes) - _persistent(sizes, zero), most) if zero.ranks > 1 else 0, 0
+    order: list[int | None] = [*arrival, None]
+    for turn, place in enumerate(order):
+        size = 0 if place is None else sizes[place]
+        if place is None or (content and content + size > bucket):
+            live = 0
+            for own in order[turn:]:
+                if own is not None and not kept[own] and (live < ahead or own == place):
+                    live += sizes[own]
+            alone = content if content > bucket or not settings.contiguous_gradients else 0  # in no bucket
+            most, content = max(most, live * (zero.ranks > 1) + content + alone + size), 0
         content += size
-    return max(most, content)
+    return most
