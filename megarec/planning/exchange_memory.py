@@ -169,14 +169,14 @@ def _tables(
 def _backends(
     config: RunConfig, layout: EmbeddingLayout, shards: Sequence[Shard], names: set[str], device: torch.device
 ) -> dict[str, str]:
-    """Of these tables, where nothing that they need is missing."""
-    by_table, unpooled = defaultdict[str, list[Shard]](list), {feature.table for feature in layout.unpooled}
-    for shard in shards:
+    """Of these tables, where nothing that they need is missing; of their shards, columns alone matter."""
+    cuts, unpooled = defaultdict[str, dict[int, Shard]](dict), {feature.table for feature in layout.unpooled}
+    for shard in shards:  # there are millions
         if shard.table in names:
-            by_table[shard.table].append(shard)
+            cuts[shard.table].setdefault(shard.column_start, shard)
     return {
-        name: requested_backend(own, config.embedding, device.type, unpooled=name in unpooled).backend
-        for name, own in by_table.items()
+        name: requested_backend([*own.values()], config.embedding, device.type, unpooled=name in unpooled).backend
+        for name, own in cuts.items()
     }
 
 
