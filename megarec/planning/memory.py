@@ -74,6 +74,9 @@ def predict(
     parts["exchange"] = exchange_bytes(
         config, spec, topology, shards, micro_batch, zero.accumulation, device, connected
     )
+    # Beside what waits to be reduced: more than there is where their peaks do not meet.
+    message = zero.width * micro_batch * (1 + topology.tensor_size) * message_columns(spec, topology)
+    parts["communication"] += message
     parts["activations"] = _saved(config, spec, micro_batch)
     parts["activations"] += zero.width * micro_batch * scattered_columns(spec, topology)
     parts["tables"] = table_bytes(own, config.embedding)
@@ -193,6 +196,22 @@ def scattered_columns(spec: ModelSpec, topology: Topology) -> int:
         if is_shared(module, topology.tensor_size) and isinstance(module, MLP):
             linears = [linear for linear in module.linears if isinstance(linear, nn.Linear)]
             found += linears[-1].in_features * (len(linears) % 2)
+    return found
+
+
+@remembered(lambda spec, topology: (Same(spec), topology.tensor_size))
+def message_columns(spec: ModelSpec, topology: Topology) -> int:
+    """Columns of the largest message of tensor-parallel MLPs: inputs of their odd layers are gathered, and the results
+    of the others added up, over the examples of all ranks (dense/tensor_parallel.py)."""
+    if topology.tensor_size == 1:
+        return 0
+    found = 0
+    for module in spec.meta_model().modules():
+        if is_shared(module, topology.tensor_size) and isinstance(module, MLP):
+            linears = [linear for linear in module.linears if isinstance(linear, nn.Linear)]
+            for index, linear in enumerate(linears):
+                gathered = index % 2 == 0 and index + 1 < len(linears)
+                found = max(found, linear.in_features if gathered else linear.out_features)
     return found
 
 

@@ -106,7 +106,7 @@ def dense_parts(sizes: Sequence[int], zero: Zero, arrival: Sequence[int] | None 
     """Predicted bytes of dense/memory.py's parts.
 
     `gradients` are those that the optimizer steps with, when the last backward pass of a step has ended;
-    `communication` is its largest over a step, without the messages of tensor parallelism.
+    `communication` is its largest over a step, without the messages of tensor-parallel layers.
 
     Args:
         sizes: elements of every parameter of this rank, in the model's order.
