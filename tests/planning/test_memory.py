@@ -172,8 +172,9 @@ def test_micro_batches_on_the_wire_hold_what_arrives_twice() -> None:
         config = config_of(MODELS[2], **sections, parallel={"overlap": overlap})
         shards = place_run(config, resolve(config, SCHEMA).layout, NO_TOWERS, topology)
         held[overlap] = predict(config, resolve(config, SCHEMA), topology, 16, shards)["exchange"]
-    lookups = sum(
-        shard.columns * (2 if shard.table == "item" else 1) for shard in shards if shard.rank == topology.rank
-    )
-    # Put together they are there twice, where the blocks and the whole gradient of one message have gone by then.
-    assert held[True] - held[False] > 4 * 2 * 32 * lookups - 2 * 4 * 32 * 48
+    own = [shard.table for shard in shards if shard.rank == topology.rank]
+    features, ids = (2, 1 + 2.5) if own == ["item"] else (1, 1)  # item and its lists, or user
+    next_ids = 4 * 2 * 32 * (ids + features)
+    # Put together they are there twice; one message of the whole gradient is gone by then, and so is what it is cut of.
+    together, message, joined = 4 * 2 * 32 * 16 * features, 4 * 32 * 48, 4 * 32 * 48
+    assert len(own) == 1 and held[True] - held[False] == next_ids + max(together, message) - message - joined
