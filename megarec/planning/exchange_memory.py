@@ -208,9 +208,8 @@ def _sequences(
 ) -> Sequences | None:
     if not layout.sequences:
         return None
-    whole = {feature.table: feature.columns for feature in layout.unpooled}
-    parts = Counter(shard.table for shard in shards if shard.table in whole)
-    cut, names = any(count > 1 for count in parts.values()), copied(shards)
+    spread = {feature.table for feature in layout.unpooled} - copied(shards)
+    cut = any(count > 1 for count in Counter(shard.table for shard in shards if shard.table in spread).values())
     ids = {feature.name: mean_ids(feature, examples) for feature in layout.unpooled}
     unpooled = () if of_host is None else of_host.unpooled
     return Sequences(
@@ -221,5 +220,5 @@ def _sequences(
         places=sum(ids[sequence.features[0]] for sequence in layout.sequences),
         pieces=len(ids) + cut,
         host_pieces=len(unpooled) + cut,
-        cut=cut and not names,
+        cut=cut,
     )
