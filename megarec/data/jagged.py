@@ -14,7 +14,7 @@ class BlockReader:
 
     Args:
         number: of the block in the layout.
-        order: of the block's lists, how they shall lie in the batch.
+        order: of the block's lists in the batch.
         batch: int64 [B], the record batches of the rows.
         at: int64 [B], where in `file.records` they stand.
 

@@ -40,7 +40,7 @@ def open_split(path: Path, split: Split, schema: Schema, bad_rows: BadRows, cach
 class Store:
     """Random access to the rows of a Hugging Face dataset over one memory-mapped Arrow file.
 
-    Every row that is read is compared with its checksum: a damaged cache is built anew, and the rows are read again.
+    Every row that is read is compared with its checksum: a damaged cache is rebuilt, and the rows are read again.
 
     Args:
         ensure: gives the cache; given the inode of a damaged one, another (`ensure_cache`).

@@ -210,7 +210,7 @@ def test_a_damaged_cache_is_built_anew(tmp_path: Path, how: str, capsys: pytest.
     assert labels.tolist() == [row["label"] for row in rows]
     assert ids["item"].values.tolist() == [row["item"] for row in rows]
     assert (cache / ROWS_FILE).read_bytes() == good
-    assert capsys.readouterr().err == f"{cache}: damaged, is built anew\n"
+    assert capsys.readouterr().err == f"{cache}: damaged, is rebuilt\n"
     assert sorted(path.name for path in cache.parent.iterdir()) == sorted([cache.name, "lock"])
     open_split(tmp_path, "train", SCHEMA, "error")
     assert capsys.readouterr().err == ""
@@ -230,7 +230,7 @@ def test_no_flipped_bit_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert numeric.tolist() == [[row["price"], row["age"]] for row in rows], place
         assert ids["item"].values.tolist() == [row["item"] for row in rows], place
         assert ids["history"].values.tolist() == [item for row in rows for item in row["history"]], place
-        said += capsys.readouterr().err == f"{cache}: damaged, is built anew\n"
+        said += capsys.readouterr().err == f"{cache}: damaged, is rebuilt\n"
     assert said > 20, "the rest of the file is padding, and what describes no column"
 
 
@@ -257,7 +257,7 @@ def test_damage_is_seen_when_the_row_is_read(tmp_path: Path, capsys: pytest.Capt
             assert numeric.tolist() == [[row["price"], row["age"]] for row in rows[:20:-1]]
             assert ids["user"].values.tolist() == [row["user"] for row in rows[:20:-1]]
             assert ids["history"].values.tolist() == [item for row in rows[:20:-1] for item in row["history"]]
-        assert capsys.readouterr().err == f"{cache}: damaged, is built anew\n"
+        assert capsys.readouterr().err == f"{cache}: damaged, is rebuilt\n"
 
 
 def test_damage_that_comes_back_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +278,7 @@ def test_the_cache_of_another_split(tmp_path: Path, names: tuple[str, ...], caps
         shutil.copy(valid / name, train / name)
     labels = open_split(tmp_path, "train", SCHEMA, "error").gather(np.arange(len(rows)))[2]
     assert labels.tolist() == [row["label"] for row in rows]
-    assert capsys.readouterr().err == f"{train}: damaged, is built anew\n"
+    assert capsys.readouterr().err == f"{train}: damaged, is rebuilt\n"
 
 
 def test_data_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

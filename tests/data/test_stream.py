@@ -235,9 +235,9 @@ def test_a_shard_that_changes_while_training(data: Path, tmp_path: Path, how: st
         shard.write_bytes(shard.read_bytes()[:-100])
     else:
         shard.unlink()
-    told = r"has other rows than were checked|cannot be read as parquet"
+    message = r"has other rows than were checked|cannot be read as parquet"
     seen = []
-    with pytest.raises(UserError, match=rf"train/002\.parquet ({told})"):
+    with pytest.raises(UserError, match=rf"train/002\.parquet ({message})"):
         for batch in stream.batches(0):
             seen += [example["label"] for example in examples(batch)]
     assert len(seen) < ROWS
@@ -259,4 +259,4 @@ def test_the_shards_are_checked_once(data: Path, tmp_path: Path, capsys: pytest.
         content[len(content) // 2] ^= 1
         index.write_bytes(content)
         assert [examples(batch) for batch in loader(tmp_path).batches(0)] == whole
-    assert capsys.readouterr().err == f"{index.parent}: damaged, is built anew\n"
+    assert capsys.readouterr().err == f"{index.parent}: damaged, is rebuilt\n"

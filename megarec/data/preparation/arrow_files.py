@@ -121,7 +121,7 @@ def _is_file(path: Path) -> bool:
         file.seek(max(0, path.stat().st_size - len(_END_OF_STREAM)))
         end = file.read()
     if begin.startswith(b"FEA1"):
-        raise UserError(f"{path}: is Feather of version 1, expected Arrow's file or stream; write it anew with pyarrow")
+        raise UserError(f"{path}: is Feather of version 1, expected Arrow's file or stream; rewrite it with pyarrow")
     if begin == _MAGIC and not end.endswith(_MAGIC):
         raise UserError(f"{path}: cannot be read: it ends before its last bytes: was it written to its end?")
     if begin == _MAGIC:

@@ -81,7 +81,7 @@ class Encoder:
     done: Path
 
     def __call__(self, shard: Shard) -> dict[str, int]:
-        """Write a shard; one that lies there already is not written again.
+        """Write a shard; an existing one is not written again.
 
         Returns:
             By feature, ids that are not row 0.

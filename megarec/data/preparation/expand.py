@@ -24,7 +24,7 @@ def expand(part: Part, spec: TableSpec, bad: list[BadRow]) -> Iterator[Part]:
     """The rows of a part with the features of a spec in place of its columns, in parts of bounded size.
 
     Args:
-        bad: takes rows whose columns cannot be parted.
+        bad: takes rows whose columns cannot be split.
 
     Raises:
         UserError: a column is of a type that does not fit.

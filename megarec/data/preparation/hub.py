@@ -1,7 +1,7 @@
 """What Hugging Face `datasets` opens, a local directory or a name on the hub, streamed: shard by shard, in batches.
 
-A shard (mostly a file) is a unit of work. What is on the hub or in the directory is told apart by the versions of its
-files, so that a preparation that was stopped goes on only if they are the same.
+A shard (mostly a file) is a unit of work. Data on the hub or in the directory are identified by the versions of their
+files, so that a stopped preparation goes on only if they are the same.
 """
 
 import contextlib
@@ -116,7 +116,7 @@ def splits_of(name: str, config: str | None) -> list[str]:
 
 
 def same_splits(name: str, config: str | None) -> dict[str, list[str]]:
-    """The splits of a data set that are called train, valid (or validation, dev) and test, by what they are here.
+    """The splits of a data set called train, valid (or validation, dev) and test, by their names here.
 
     Raises:
         UserError: one of them is not there.
@@ -148,7 +148,7 @@ def split_of(name: str, config: str | None, split: str, option: str) -> HubSplit
 
 @contextlib.contextmanager
 def opened(named: str) -> Iterator[None]:
-    """Inside, whatever `datasets` cannot do is a `UserError` that names the data set, and nothing else is printed."""
+    """Inside, any error of `datasets` is a `UserError` that names the data set, and nothing else is printed."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -159,8 +159,8 @@ def opened(named: str) -> Iterator[None]:
         raise
     except Exception as error:  # builders raise of every kind
         cause = error.__cause__ or error
-        told = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise UserError(f"{named}: datasets cannot read it: {told}") from error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise UserError(f"{named}: datasets cannot read it: {reason}") from error
 
 
 def _is_saved(name: str) -> bool:

