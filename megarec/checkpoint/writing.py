@@ -56,8 +56,8 @@ def file_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> 
 def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> FileEntry:
     """Write, flush to the disk, read back and compare.
 
-    The disk takes in what was written while more is written, and the rest while it is read back: one after the other
-    these take twice as long as a plain write.
+    The disk flushes what was written while more is written, and the rest while it is read back: one after the other
+    these would take twice as long as a plain write.
 
     Raises:
         OSError: the disk is full, or what is read back is not what was written.
@@ -112,7 +112,7 @@ def verify_file(path: Path, entry: FileEntry) -> None:
 
 
 def lower_priority() -> None:
-    """Let this thread have what the training leaves of the processors (nice 15, about 3 % of a core that is wanted).
+    """Give this thread only spare CPU time (nice 15, about 3 % of a contended core).
 
     Linux has priorities by thread; elsewhere the thread competes as any other.
     """

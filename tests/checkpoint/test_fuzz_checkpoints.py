@@ -248,7 +248,7 @@ def twice(about: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (layers_without_sizes, "describes no model that can be built"),
         (deep, "1,000,000 linear layers"),
@@ -257,14 +257,14 @@ def twice(about: dict[str, Any]) -> None:
     ],
 )
 def test_a_forged_export_ends_in_time(
-    change: Callable[[dict[str, Any]], None], told: str, whole: dict[str, Path], tmp_path: Path
+    change: Callable[[dict[str, Any]], None], message: str, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(whole["export"], tmp_path / "export"))
     about = json.loads((path / MODEL_CONFIG).read_text())
     change(about)
     reseal(path / MODEL_CONFIG, about)
     began = time.monotonic()
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         megarec.load_model(path)
     assert time.monotonic() - began < SECONDS_OF_ONE
 

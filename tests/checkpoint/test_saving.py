@@ -137,10 +137,10 @@ def test_a_run_that_starts_afresh_sets_the_earlier_one_aside_and_says_where(
     shutil.rmtree(output / "checkpoints")
     (output / "checkpoints/step-000000002.tmp-1234").mkdir(parents=True)
     said.append(rank_pool(2).run(run_training, copied, [], False, 2)[0].said)
-    told = [[line for line in lines if "an earlier run is in" in line] for lines in said]
+    announced = [[line for line in lines if "an earlier run is in" in line] for lines in said]
     previous = [output / f"previous{end}" for end in ("", "-2", "-3")]
-    assert [len(lines) for lines in told] == [1, 1, 1]
-    assert all(f"{path} now" in lines[0] for path, lines in zip(previous, told, strict=True))
+    assert [len(lines) for lines in announced] == [1, 1, 1]
+    assert all(f"{path} now" in lines[0] for path, lines in zip(previous, announced, strict=True))
     assert "step-000000016" in publish.published(previous[0] / "checkpoints")
     assert (previous[0] / "metrics.json").read_text() == "of the first run" and not (output / "metrics.json").exists()
     assert publish.published(previous[1] / "checkpoints") == ["step-000000002"]
@@ -388,4 +388,4 @@ def test_a_state_of_no_generator_is_refused_before_anything_changes(
     path = write_run(tmp_path, data)
     message, stays = rank_pool(1).run(load_of_other_bytes, path, "random/cpu", b"ab")[0]
     directory = tmp_path / "out/checkpoints/step-000000002"
-    assert message == f"{directory}: random/cpu is the state of no generator" and stays
+    assert message == f"{directory}: random/cpu is not the state of a generator" and stays

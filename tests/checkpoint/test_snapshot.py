@@ -89,7 +89,7 @@ def test_on_a_cpu_nothing_is_held(said: list[str]) -> None:
     snapshot = Snapshot()
     weight = torch.ones(3)
     snapshot.take([piece("weight", weight)])
-    weight.zero_()  # the copy is there already
+    weight.zero_()  # the copy exists already
     snapshot.hold()
     assert snapshot.not_finite() is None and said == []
     assert bytes(snapshot.data()) == torch.ones(3).numpy().tobytes()
