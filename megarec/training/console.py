@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose failing disk ends it, with a warning, and not the run."""
+    """A log file that ends with a warning when its disk fails; the run goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exception()

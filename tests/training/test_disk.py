@@ -117,10 +117,10 @@ def test_a_file_of_the_run_that_cannot_be_written_ends_all_ranks_with_the_same_l
 ) -> None:
     wishes: dict[str, Any] = {"max_steps": 2, "output_dir": str(tmp_path / "out")}
     path = write_run(tmp_path, data, train=wishes)
-    told = {
+    endings = {
         "config.json": "nothing was trained; fix that and start again",
         "metrics.json": "the log has the metrics, and --resume goes on from the checkpoint of step 2",
     }
-    for name, end in told.items():
+    for name, end in endings.items():
         expected = f"{tmp_path}/out/{name}: cannot be written (Read-only file system); {end}"
         assert rank_pool(2).run(error_at, path, name) == [expected] * 2

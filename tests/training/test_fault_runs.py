@@ -239,8 +239,8 @@ def test_a_poisoned_state_is_not_published_and_a_rollback_heals_it(run: Runner, 
     assert [end.code for end in ends] == [DONE, DONE]
     log = "\n".join(ends[0].said)
     assert "CHECKPOINT OF STEP 6 WAS NOT SAVED (rank " in log
-    (told,) = (text for text in ends[0].said if "WAS NOT SAVED" in text)
-    assert "rank 1: table/single_1/weight@0,0 has numbers that are not finite" in told
+    (line,) = (text for text in ends[0].said if "WAS NOT SAVED" in text)
+    assert "rank 1: table/single_1/weight@0,0 has numbers that are not finite" in line
     assert "embeddings of feature single_1 are not finite in" in log
     assert "ROLLED BACK FROM STEP 8 TO step-000000004" in log
     summary = json.loads((tmp_path / "out/metrics.json").read_text())

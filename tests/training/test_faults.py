@@ -42,9 +42,9 @@ TOWER = {
 def check(pool: RankPool, path: Path, kinds: list[str], overrides: list[str]) -> None:
     for rank, (seen, differing) in enumerate(pool.run(plant_all, path, overrides, kinds)):
         for kind in kinds:
-            cause, told = KINDS[kind]
+            cause, text = KINDS[kind]
             assert seen[kind].cause == cause, (rank, kind, seen[kind].said)
-            assert told in seen[kind].said
+            assert text in seen[kind].said
             assert kind == "row" or ("rank 1: " in seen[kind].said and "rank 0: " not in seen[kind].said)
             assert seen[kind].changed == [], (rank, kind)
         assert differing == [], "the good step after the bad ones must be that of a run without them"
@@ -82,9 +82,9 @@ def test_a_bad_step_changes_nothing_under_tensor_parallelism(
     path = write_run(tmp_path, data, parallel={"tensor": 2}, deepspeed={"zero_optimization": {"stage": stage}})
     for seen, differing in rank_pool(4).run(plant_all, path, [], FLAT):
         for kind in FLAT:
-            cause, told = KINDS[kind]
+            cause, text = KINDS[kind]
             assert (seen[kind].cause, seen[kind].changed) == (cause, []), (kind, seen[kind])
-            assert told in seen[kind].said
+            assert text in seen[kind].said
         assert differing == []
 
 

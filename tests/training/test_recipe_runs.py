@@ -80,7 +80,7 @@ def test_the_rate_drops_at_the_first_plateau_and_the_run_ends_at_the_second(whol
     validations = [line for line in said if line.startswith("valid at step")][:-1]  # the last one is the best again
     assert not validations[-1].endswith("(best)") and not validations[-2].endswith("(best)")
     assert validations[-3].endswith("(best)")
-    drops = [line for line in said if line == "validation stands still: learning rates x 0.1"]
+    drops = [line for line in said if line == "validation does not improve: learning rates x 0.1"]
     assert len(drops) == sum(not line.endswith("(best)") for line in validations)
     assert "stopping early: 2 validations without improvement" in said
     assert metrics["step"] == 8 * (len(validations) - 2) < 30 * 8

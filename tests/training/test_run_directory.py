@@ -74,7 +74,7 @@ def test_an_owner_that_has_not_said_its_name(tmp_path: Path, text: str) -> None:
         file.write(text.encode(errors="surrogateescape"))
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run, which has not said its name, trains"), owned(tmp_path):
+        with pytest.raises(UserError, match="another run, which has not given its name, trains"), owned(tmp_path):
             pass
     (tmp_path / OWNER_FILE).write_bytes(text.encode(errors="surrogateescape"))
     with owned(tmp_path):  # text without a lock says nothing

@@ -199,7 +199,7 @@ def test_a_window_of_several_labels_survives_a_checkpoint(path: Path, tmp_path: 
         (['data.label=["label", "label_2"]'], "did you mean"),
         (['data.label=["label", "label"]', "train.label_weights={}"], "names 'label' 2 times"),
         (["train.best_label=buy"], "train.best_label names 'buy', which data.label does not"),
-        (["model.tasks.levels=2"], "model.tasks.levels says nothing of model.tasks.name='mmoe'"),
+        (["model.tasks.levels=2"], "model.tasks.levels does not apply to model.tasks.name='mmoe'"),
     ],
 )
 def test_mistakes_are_one_line(path: Path, overrides: list[str], message: str, tmp_path: Path) -> None:

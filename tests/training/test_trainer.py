@@ -223,7 +223,7 @@ def test_a_resume_with_nothing_left_to_train_says_so(pool: RankPool, data: Path,
         index["position"]["since_best"] = 3
         (checkpoint / "index.json").write_bytes(sealed(index))
     _, said = pool.run(resume_on_a_rank, path, ["train.max_steps=8"])[0]
-    assert any("NO STEP WILL BE MADE" in line and "3 validations were no improvement" in line for line in said)
+    assert any("NO STEP WILL BE MADE" in line and "3 validations brought no improvement" in line for line in said)
     assert not [line for line in said if line.startswith("step ")]
 
 

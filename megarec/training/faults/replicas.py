@@ -45,7 +45,7 @@ def _differences(run: Run) -> Iterator[str]:
 
 
 def differing_ranks(values: Sequence[int], ranks: Sequence[int]) -> str:
-    """Who holds something else than the majority; without one, all of them."""
+    """The ranks that differ from the majority; without a majority, all of them."""
     common, count = Counter(values).most_common(1)[0]
     if 2 * count <= len(values):
         return f"ranks {', '.join(map(str, ranks))} (no majority tells which) hold different copies of"

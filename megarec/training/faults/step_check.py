@@ -32,7 +32,7 @@ OWN = 5  # numbers of a rank's health, before those of labels
 
 
 class HealthGather:
-    """Collects a rank's sums and gathers everybody's.
+    """Collects a rank's sums and gathers those of all ranks.
 
     Args:
         dense: the dense model; its parameters' gradients are summed as the backward passes make them.
@@ -98,7 +98,7 @@ class StepCheck:
     Attributes:
         loss: mean over the global batch of the last step.
         signum: a signal that some rank was sent; 0: none.
-        said: what the log has of the last faulty step.
+        said: the log's text about the last faulty step.
         left_out: labels that the last step was made without.
     """
 
