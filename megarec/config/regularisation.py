@@ -11,7 +11,7 @@ Rows = Literal["looked_up", "all"]
 
 
 class L2Config(Section):
-    """L2 of tables where a plain number, L2 on what is looked up, does not say it."""
+    """L2 of tables, where a plain number (L2 on what is looked up) is not enough."""
 
     weight: Rate = Field(
         description="rows all: weight x w is added to the gradient of a row w, or decays it, as weight_decay of "
@@ -34,7 +34,7 @@ L2 = Annotated[Annotated[Rate, Tag("[number]")] | Annotated[L2Config, Tag("[obje
 
 @dataclass(frozen=True)
 class TableRule:
-    """What the update of a table does beside the optimizer's step of the rows that a batch looked up.
+    """What a table's update does besides the optimizer's step on the rows that a batch looked up.
 
     Attributes:
         all_rows: the optimizer steps every row at every step, as torch.optim's dense ones.
@@ -57,7 +57,7 @@ class TableRule:
 
     @property
     def reason(self) -> str | None:
-        """What of it the torch backend alone can do; None: nothing."""
+        """The part of it that only the torch backend can do; None: nothing."""
         if self.all_rows:
             return "every row is updated at every step" + (", with L2" if self.coupled or self.decay else "")
         if self.decay:
