@@ -61,7 +61,7 @@ def test_targets_travel_by_themselves_behind_tower_modules() -> None:
 
 
 REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
-    "names 'view', which is no categorical feature of the run; did you mean 'views'": (
+    "names 'view', which is not a categorical feature of the run; did you mean 'views'": (
         [{**BOTH, "features": ["view", "kinds"]}], {},
     ),
     "'views', as entry 0 does": ([BOTH, {**BOTH, "block": "hstu"}], {}),

@@ -1,6 +1,6 @@
 """Tables in Triton kernels (kernels/tables.py): any width, any output type, deterministic, on CUDA and ROCm.
 
-Neither lookup nor update makes the host wait: how many rows a step touches is known on the device alone.
+Neither lookup nor update makes the host wait: the number of touched rows is known only on the device.
 """
 
 import itertools
@@ -185,7 +185,7 @@ class TritonTables:
         )  # fmt: skip
 
     def _inputs(self, ids: LocalIds) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, offsets and weights, as kernels take them: what is not there is not read."""
+        """Values, offsets and weights, as kernels take them: absent ones are not read."""
         return ids.values, ids.offsets, ids.values if ids.weights is None else ids.weights
 
     def _sorted(self, ids: LocalIds) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,7 +216,7 @@ def _blocks(total: int, size: int) -> int:
 
 
 def _power_of_two(number: int) -> int:
-    """The least that is not smaller."""
+    """The smallest power of two that is not below it."""
     return 1 << (number - 1).bit_length()
 
 
