@@ -1,4 +1,4 @@
-"""The tensor and data groups in the form in which DeepSpeed asks for them."""
+"""The tensor and data groups in the form that DeepSpeed needs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +54,7 @@ def model_parallel_unit(topology: Topology) -> ModelParallelUnit | None:
 
 
 def set_deepspeed_groups(topology: Topology, mpu: ModelParallelUnit | None, section: dict[str, Any]) -> None:
-    """Set the groups that DeepSpeed keeps in globals, where those of an earlier engine would stay; collective.
+    """Set the groups that DeepSpeed keeps in globals, which may be those of an earlier engine; collective.
 
     The secondary partition of ZeRO-3 (hpZ) lies among ranks of one host with the same place in their tensor group;
     DeepSpeed would take consecutive ranks, which under tensor parallelism hold different shards: silently wrong.

@@ -15,7 +15,7 @@ Where the elements lie (DeepSpeed 0.19.8):
     stage 3                         the rank's partition of every parameter
 
 With `offload_optimizer` DeepSpeed moves each gradient into host memory, and takes its norm, while the backward pass
-runs. Its average must be there before: one message for each parameter, in hooks.
+runs. The average is needed before that: one message for each parameter, in hooks.
 """
 
 from collections.abc import Callable, Iterable, Iterator
