@@ -70,7 +70,7 @@ def multihost() -> None:
     add_run_arguments(parser)
     add_restart_arguments(parser)
     parser.add_argument("--restart-on-remaining", action="store_true", help="restart without the hosts that the "
-                        "preflight finds something wrong with")  # fmt: skip
+                        "preflight refuses")  # fmt: skip
     parser.add_argument("--launcher", choices=("deepspeed", "torchrun"), default="deepspeed")
     arguments = parser.parse_args()
     job, environment = job_of(arguments)

@@ -74,7 +74,7 @@ def _named(cause: str, hosts: list[Host], addresses: dict[str, str]) -> str:
 def _of_hosts(record: Record, hosts: list[Host]) -> list[str]:
     """Hosts whose launcher or connection ended before any of their ranks reported."""
     return [
-        f"{host.ranks} on {host.name}: no word; {_meaning(record.host_codes[host.name])}"
+        f"{host.ranks} on {host.name}: no report; {_meaning(record.host_codes[host.name])}"
         for host in _without_word(record, hosts)
     ]
 
@@ -86,14 +86,14 @@ def _without_word(record: Record, hosts: list[Host]) -> list[Host]:
 def _silent(record: Record, hosts: list[Host]) -> list[str]:
     """Hosts that were still there for the launcher, but whose ranks reported nothing."""
     silent = [host for host in hosts if host.name not in record.host_codes and not _has_word(record, host)]
-    said = [f"{host.ranks} on {host.name}: no word; its link may be down, or its ranks hang" for host in silent]
+    said = [f"{host.ranks} on {host.name}: no report; its link may be down, or its ranks hang" for host in silent]
     if not record.waited:  # else ranks that did not say in time that they waited might be blamed
         return said
     for host in hosts:
         missing = [str(rank) for rank in _ranks(host) if rank not in record.outcomes]
         if _has_word(record, host) and missing:
             who = f"rank{'s' * (len(missing) > 1)} {' and '.join(missing)} on {host.name}"
-            said.append(f"{who}: no word, while the others waited; may hang outside of NCCL")
+            said.append(f"{who}: no report, while the others waited; may hang outside of NCCL")
     return said
 
 

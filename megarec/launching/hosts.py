@@ -120,7 +120,7 @@ def _lines_of(path: Path, wanted: str) -> list[str]:
     """
     try:
         if not path.is_file() and not (path.is_fifo() and path.parent == Path("/dev/fd")):
-            what = "it is no file" if path.exists() else "No such file"
+            what = "it is not a file" if path.exists() else "No such file"
             raise UserError(f"{str(path)!r}: cannot be read ({what}); {wanted}")
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)

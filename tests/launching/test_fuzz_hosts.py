@@ -82,7 +82,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             read_hostfile(path)
         assert_one_line(refused.value)
     os.mkfifo(tmp_path / ".deepspeed_env")
-    with pytest.raises(UserError, match="it is no file"):
+    with pytest.raises(UserError, match="it is not a file"):
         read_environment([tmp_path])
 
 

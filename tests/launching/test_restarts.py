@@ -103,9 +103,9 @@ def test_a_signal_to_the_launcher_ends_the_restarting(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], code: int
 ) -> None:
     assert Job(tmp_path, (7, code)).run(restarts=3) == 75
-    told = capfd.readouterr().err
-    assert told.startswith("PRE-EMPTED: SIGTERM") and "step-000000007 is the latest checkpoint" in told
-    assert ("before the ranks could say that they saved" in told) == (code != 75)
+    printed = capfd.readouterr().err
+    assert printed.startswith("PRE-EMPTED: SIGTERM") and "step-000000007 is the latest checkpoint" in printed
+    assert ("before the ranks could say that they saved" in printed) == (code != 75)
 
 
 def test_a_job_that_reached_its_end_in_spite_of_the_signal_is_done(tmp_path: Path) -> None:
