@@ -63,20 +63,20 @@ def share_of(text: str, environment: Mapping[str, str]) -> Share:
         if not 1 <= share.number <= share.count:
             raise UserError(f"--array {text}: expected K/N, the K-th of N tasks, as 3/16")
         return share
-    told = {}
+    task = {}
     for name, variable in _SLURM.items():
         value = environment.get(variable)
         if value is None or not value.isdecimal():
             seen = "is not set" if value is None else f"is {value!r}"
             raise UserError(f"--array: {variable} {seen}: submit with sbatch --array=0-15, or say which task, as 3/16")
-        told[name] = int(value)
-    steps = (told["max"] - told["min"]) // max(told["step"], 1) + 1
-    if steps != told["count"] or told["count"] == 1:
+        task[name] = int(value)
+    steps = (task["max"] - task["min"]) // max(task["step"], 1) + 1
+    if steps != task["count"] or task["count"] == 1:
         raise UserError(
-            f"--array: a job array of {told['count']} tasks, numbered {told['min']} to {told['max']}, is only a part "
+            f"--array: a job array of {task['count']} tasks, numbered {task['min']} to {task['max']}, is only a part "
             "of one; say which task of how many this is, as --array 3/16"
         )
-    return Share((told["id"] - told["min"]) // told["step"] + 1, told["count"])
+    return Share((task["id"] - task["min"]) // task["step"] + 1, task["count"])
 
 
 @contextmanager

@@ -223,7 +223,7 @@ def planned(trials: list[Trial], rows: Rows, slots: list[Slot], budget: Budget) 
         try:
             return Plan.of_json(before["plan"])
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: {error} is not what a sweep writes; remove the file to plan anew") from error
+            raise UserError(f"{path}: {error} is not what a sweep writes; remove the file to plan again") from error
     plan = plan_sweep(trials, find_pace(trials, rows, budget.gflop_per_second, slots[0]), at_once, budget)
     write_whole(path, json.dumps({"asked": asked, "plan": plan.as_json()}, indent=2).encode())
     return plan

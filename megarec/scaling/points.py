@@ -187,7 +187,7 @@ def _read_csv(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
 def _known_once(columns: list[str], path: Path) -> list[str]:
     for name in columns:
         if columns.count(name) > 1:
-            raise UserError(f"{path}: the column {name!r} stands {columns.count(name)} times; keep one of them")
+            raise UserError(f"{path}: the column {name!r} appears {columns.count(name)} times; keep one of them")
     return columns
 
 

@@ -37,7 +37,7 @@ th, td {{ border: 1px solid #ccc; padding: .2rem .6rem; text-align: left }}
 VERDICTS = {
     "improves": "still improves",
     "saturated": "saturated: more is not seen to help",
-    "open": "cannot be told, its runs scatter too much",
+    "open": "unclear, its runs scatter too much",
 }
 
 

@@ -167,7 +167,7 @@ def _read_row(path: Path) -> Row:
         if not isinstance(value := row.get(key, ""), int | float | None):
             raise UserError(
                 f"{path}: {key} is {value!r}, expected a number or null, as a sweep writes it; remove the file, and "
-                "the trial's metrics are read anew"
+                "the trial's metrics are read again"
             )
     return row
 

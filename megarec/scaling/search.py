@@ -60,7 +60,7 @@ class SearchFile(Section):
     """The JSON of a search. Keys of `shared` and of families are those of `--set`."""
 
     base: str = Field(description="the run's JSON that all trials share, relative to this file")
-    budget: SearchBudget = Field(description="of every family alike")
+    budget: SearchBudget = Field(description="the same for every family")
     sampler: Literal["random", "optuna"] = Field("random", description="optuna: its TPE, the extra megarec[search]")
     seed: Seed = Field(1, description="of the draws")
     seeds: list[Seed] = Field(
@@ -162,7 +162,7 @@ class Search:
             found.append((trial, drawn))
         if not names:
             raise UserError(
-                f"{self.path}: families.{family}: budget {self.file.budget} holds not even its first trial, of "
+                f"{self.path}: families.{family}: budget {self.file.budget} does not cover even its first trial, of "
                 f"{trial.gflop:,.3g} GFLOP in {trial.steps:,} steps; raise it"
             )
         return found, True
@@ -232,7 +232,7 @@ def _check(settings: dict[str, Setting], path: Path, base: Path, where: dict[str
         if key in _OWN:
             raise UserError(f"{path}: {where[key]}.{key}: the search decides this itself; leave it out")
         if not all(key.split(".")):
-            raise UserError(f"{path}: {where[key]}.{key}: expected section.key, as of --set")
+            raise UserError(f"{path}: {where[key]}.{key}: expected section.key, as for --set")
     middle = {key: setting.value(setting.number(0.5)) for key, setting in settings.items()}
 
     def load(sets: dict[str, Any], key: str) -> None:

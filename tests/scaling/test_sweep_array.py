@@ -117,10 +117,10 @@ def test_the_batch_script_asks_for_its_share(tmp_path: Path) -> None:
     fake.write_text('#!/bin/sh\necho "$@"\n')
     fake.chmod(0o755)
     environment = {"PATH": "/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path)}
-    for words, told in (
+    for words, options in (
         (["--study", "s"], "--study s --array"),
         (["--study", "s", "--array", "4/16"], "--study s --array 4/16"),
     ):
         command = ["bash", str(ROOT / "launch/sweep.sh"), *words]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert (ran.returncode, ran.stdout) == (0, f"tools/scaling_law.py sweep {told}\n"), ran.stderr
+        assert (ran.returncode, ran.stdout) == (0, f"tools/scaling_law.py sweep {options}\n"), ran.stderr
