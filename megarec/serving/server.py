@@ -210,7 +210,7 @@ async def _body(request: Request, most: int) -> bytes:
     """The whole body, never more than `most` bytes of it."""
     declared = request.headers.get("content-length", "0")
     if not declared.isdecimal() or int(declared) > most:
-        raise Refused(413, f"the body has {declared[:20]} bytes, at most {most} are taken")
+        raise Refused(413, f"the body has {declared[:20]} bytes, at most {most} are accepted")
     parts, size = [], 0
     try:
         async with asyncio.timeout(SECONDS_TO_SEND):
@@ -222,7 +222,7 @@ async def _body(request: Request, most: int) -> bytes:
     except TimeoutError:
         raise Refused(408, f"the body did not come within {SECONDS_TO_SEND:g} s") from None
     except ClientDisconnect:
-        raise Refused(400, "the body did not come to its end") from None
+        raise Refused(400, "the body ended early") from None
     return b"".join(parts)
 
 
@@ -233,7 +233,7 @@ def _rows(body: bytes, most: int) -> list[Any]:
     except RecursionError:
         raise Refused(400, f"the body is nested too deeply; {expected}") from None
     except ValueError as error:  # of JSON, UTF-8 and integers of thousands of digits alike
-        raise Refused(400, f"the body is no JSON ({str(error)[:200]}); {expected}") from None
+        raise Refused(400, f"the body is not JSON ({str(error)[:200]}); {expected}") from None
     if not isinstance(found, dict) or not isinstance(rows := found.get("rows"), list) or len(found) != 1:
         raise Refused(400, expected)
     if not 0 < len(rows) <= most:
@@ -242,7 +242,7 @@ def _rows(body: bytes, most: int) -> list[Any]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON; null stands for a missing number")
+    raise ValueError(f"{name} is not JSON; null stands for a missing number")
 
 
 def serve(scorer: Scorer, host: str, port: int, limits: Limits) -> None:

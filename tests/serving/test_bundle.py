@@ -80,9 +80,9 @@ def test_every_damaged_file_is_named(trained: Callable[[str], Path], data: Path,
                 path.unlink()
             else:
                 path.write_bytes(damaged)
-            with pytest.raises(UserError) as told:
+            with pytest.raises(UserError) as refused:
                 checkpoint.verify_export(out)
-            assert str(path) in str(told.value) and "\n" not in str(told.value)
+            assert str(path) in str(refused.value) and "\n" not in str(refused.value)
             if path.relative_to(out).parts[0] in read:
                 with pytest.raises(UserError, match=re.escape(str(path))):
                     BundlePredictor(out)
@@ -120,11 +120,11 @@ def test_another_logit_than_where_it_was_exported(trained: Callable[[str], Path]
     golden["logits"][3] *= 1.001
     (tmp_path / "out/golden.json").write_text(json.dumps(golden))
 
-    def told(manifest: dict[str, Any]) -> None:
+    def edit(manifest: dict[str, Any]) -> None:
         path = tmp_path / "out/golden.json"
         manifest["files"]["golden.json"] = {"bytes": path.stat().st_size, "sha256": checksum(path)}
 
-    with_manifest(tmp_path / "out", told)
+    with_manifest(tmp_path / "out", edit)
     with pytest.raises(ScoringError, match=r"row 3 of the golden sample has the logit"):
         Scorer(tmp_path / "out")
 
@@ -143,10 +143,10 @@ def test_an_export_of_version_1_scores(trained: Callable[[str], Path], data: Pat
     assert Scorer(tmp_path / "out").score(raw_rows(data)).logits.tolist() == expected
     good = (tmp_path / "out/manifest.json").read_bytes()
     for change, said in (
-        (lambda manifest: manifest.pop("tables"), "is no manifest of an export"),
-        (lambda manifest: manifest.update(dense="../x"), "'../x' is no file of the export"),
-        (lambda manifest: manifest.update(dense="/etc/x", files={"/etc/x": {}}), "is no file of the export"),
-        (lambda manifest: manifest.update(features=[5]), "is no manifest of an export"),
+        (lambda manifest: manifest.pop("tables"), "is not the manifest of an export"),
+        (lambda manifest: manifest.update(dense="../x"), "'../x' is not a file of the export"),
+        (lambda manifest: manifest.update(dense="/etc/x", files={"/etc/x": {}}), "is not a file of the export"),
+        (lambda manifest: manifest.update(features=[5]), "is not the manifest of an export"),
     ):
         (tmp_path / "out/manifest.json").write_bytes(good)
         with_manifest(tmp_path / "out", change, version=1)

@@ -88,7 +88,7 @@ def test_a_bad_row_is_an_error_or_is_left_out_as_the_run_does(
     good = (exported / "manifest.json").read_bytes(), (exported / "run.json").read_bytes()
     try:
         (exported / "run.json").write_text(text)
-        with_manifest(exported, lambda manifest: told(manifest, exported / "run.json"))
+        with_manifest(exported, lambda manifest: edit(manifest, exported / "run.json"))
         code, out, err = call("--run", exported, "--data", file, "--json")
     finally:
         (exported / "manifest.json").write_bytes(good[0])
@@ -97,7 +97,7 @@ def test_a_bad_row_is_an_error_or_is_left_out_as_the_run_does(
     assert "label is not 0 or 1': 1" in err and "hex='zz'" in err
 
 
-def told(manifest: dict[str, Any], path: Path) -> None:
+def edit(manifest: dict[str, Any], path: Path) -> None:
     """The manifest of an export in which a file was changed."""
     from megarec.serving.scorer.bundle import checksum
 

@@ -57,7 +57,7 @@ class Bundle:
                 f"{path}: {error.strerror}; expected what 'megarec checkpoint export RUN DIR --format onnx' writes"
             ) from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ScoringError(f"{path}: is no manifest of an export ({error}); {_AGAIN}") from error
+            raise ScoringError(f"{path}: is not the manifest of an export ({error}); {_AGAIN}") from error
         if found not in [(FORMAT, version) for version in range(1, VERSION + 1)]:
             what = f"format and version are {shown(found)}, expected {(FORMAT, VERSION)}"
             raise ScoringError(f"{path}: {what}; export again, or take the scorer of that export")
@@ -75,7 +75,7 @@ class Bundle:
         """
         path, about = self.directory / name, self.manifest["files"].get(name)
         if about is None or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ScoringError(f"{self.directory / MANIFEST}: {shown(name)} is no file of the export; {_AGAIN}")
+            raise ScoringError(f"{self.directory / MANIFEST}: {shown(name)} is not a file of the export; {_AGAIN}")
         try:
             size = path.stat().st_size
             if size != about["bytes"]:

@@ -57,7 +57,7 @@ class Scorer:
             self._temperature = np.array(self.bundle.manifest["temperature"], np.float64)
             path = self.bundle.path(self.bundle.manifest["dense"], whole=True)
         except (KeyError, TypeError, AttributeError) as error:  # a manifest of version 1 has no seal
-            what = f"{self.bundle.directory / MANIFEST}: is no manifest of an export ({error!r})"
+            what = f"{self.bundle.directory / MANIFEST}: is not the manifest of an export ({error!r})"
             raise ScoringError(f"{what}; export again") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads

@@ -159,7 +159,7 @@ def elements(value: Any, separator: str | None) -> list[Any]:
     if isinstance(value, list | tuple | np.ndarray):
         return list(value)
     raise RowError(
-        f"{shown(value)}, expected a list" + ("" if separator is None else f", or text parted by {separator!r}")
+        f"{shown(value)}, expected a list" + ("" if separator is None else f", or text separated by {separator!r}")
     )
 
 
