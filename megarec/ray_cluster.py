@@ -1,7 +1,7 @@
-"""Tasks on a Ray cluster: results in their order, and what a node took with it when it died runs again elsewhere.
+"""Tasks on a Ray cluster: results in order; tasks of a node that died run again elsewhere.
 
 Ray itself is only in a child process (ray_driver.py), for which this module needs none: what Ray prints goes to a log,
-and where its whole cluster goes, which ends the process that is connected, there is one line to say so.
+and when the whole cluster is lost, which ends the connected process, one line says so.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class TasksLost(UserError):
 
 @dataclass(frozen=True)
 class Start:
-    """What the driver is told at first.
+    """The driver's settings, sent first.
 
     Attributes:
         address: as of RayCluster.
@@ -66,7 +66,7 @@ class Order:
 
 
 class RayCluster:
-    """The sibling of a pool of processes whose workers are those of a Ray cluster.
+    """Like a pool of processes, with the workers of a Ray cluster.
 
     `with cluster.sharing(directory):` connects; after it `run` and `submit` carry out tasks.
 
@@ -75,7 +75,7 @@ class RayCluster:
             machine, for the time of the block.
 
     Raises:
-        UserError: Ray is not installed, or the address is no such one.
+        UserError: Ray is not installed, or the address is not valid.
 
     Attributes:
         nodes: resources of each node when it was connected, by their names (CPU, GPU).
@@ -98,7 +98,7 @@ class RayCluster:
 
         Args:
             directory: which all nodes must see; the log goes there.
-            say: told when a task runs again; None: standard error is.
+            say: called with a line when a task runs again; None: standard error gets it.
         """
         self._shared = directory.absolute()
         self._say = say or self._say
@@ -164,14 +164,14 @@ class RayCluster:
     def submit(
         self, function: Callable[[Task], Any], task: Task, name: str = "a task", cores: float = 1.0, gpus: float = 0.0
     ) -> int:
-        """Have a task carried out where there are so many cores and GPUs; the number by which to ask for its end."""
+        """Run a task on a node with that many free cores and GPUs; returns the number to ask for its result."""
         self._numbers += 1
         content = pickle.dumps((function, task))
         self._send(Order(self._numbers, name, content, cores, gpus))
         return self._numbers
 
     def result(self, number: int, *, wait: bool = True) -> tuple[Any] | None:
-        """What a task gave, as the only value of a tuple; None: it has not ended.
+        """The result of a task, in a tuple of one; None: it has not ended.
 
         Raises:
             TasksLost: as `run`. Else whatever the task raised.

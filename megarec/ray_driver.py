@@ -81,7 +81,7 @@ def _connect(ray: Any, address: str | None) -> None:
 
 
 def _short(error: BaseException) -> str:
-    """The first lines of what Ray says, which may be pages."""
+    """The first lines of Ray's output, which may be pages."""
     return one_line(" ".join(str(error).split()) or type(error).__name__, 300)
 
 
@@ -92,7 +92,7 @@ class _Sent:
 
 
 class _Driver:
-    """Sends tasks to the cluster, and tells the parent how they ended."""
+    """Sends tasks to the cluster, and reports to the parent how they ended."""
 
     def __init__(self, ray: Any, connection: Connection, orders: "queue.Queue[Order | None]", start: Start) -> None:
         self._ray, self._connection, self._orders, self._start = ray, connection, orders, start
@@ -101,7 +101,7 @@ class _Driver:
         self._able = self._looked = time.monotonic()
 
     def work(self) -> None:
-        """Until the parent wants no more."""
+        """Serve until the parent closes the pipe."""
         if (why := self._look_at_nodes()) is not None:
             self._connection.send(("refused", why))
             return
@@ -129,7 +129,7 @@ class _Driver:
         self._sent[task.remote(self._start, order.content)] = sent
 
     def _end(self, reference: Any, sent: _Sent) -> bool:
-        """Tell how a task ended, or send it again; whether work goes on."""
+        """Report how a task ended, or send it again; returns whether work goes on."""
         try:
             good, value = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:  # not from the task: what carries it out failed
@@ -170,7 +170,7 @@ class _Driver:
         return False
 
     def _look_at_nodes(self) -> str | None:
-        """Why a node does not do; None: all do."""
+        """Why a node cannot be used; None: all can."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         look = self._ray.remote(what_is_wrong)

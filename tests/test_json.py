@@ -43,8 +43,8 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # the file's name,
 MEASURED = ("metrics", "row of a trial")  # what runs write may hold NaN
 
 BAD = {
-    "twice": (b'{"a": {"b": 1, "b": 2}}', "the key 'a.b' is there twice, as 1 and as 2; keep one"),
-    "twice in a list": (b'[{"b": {}, "c": 0, "b": []}]', "the key '0.b' is there twice, as {} and as []; keep one"),
+    "twice": (b'{"a": {"b": 1, "b": 2}}', "the key 'a.b' appears twice, as 1 and as 2; keep one"),
+    "twice in a list": (b'[{"b": {}, "c": 0, "b": []}]', "the key '0.b' appears twice, as {} and as []; keep one"),
     "deep list": (b"[" * 100_000 + b"]" * 100_000, "nested too deep"),
     "deep object": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deep"),
     "open list": (b"[" * 100_000, "nested too deep"),
@@ -156,7 +156,7 @@ def test_a_row_of_a_sweep_whose_quality_is_no_number_is_never_the_best() -> None
 
 def test_a_key_that_comes_again_is_found_in_time() -> None:
     pairs = ", ".join(f'"{number}": {{}}' for number in range(200_000))
-    with pytest.raises(UserError, match=r"the key '199999' is there twice, as {} and as 1"):
+    with pytest.raises(UserError, match=r"the key '199999' appears twice, as {} and as 1"):
         parse_json(f'{{{pairs}, "199999": 1}}', "here")
 
 
@@ -210,11 +210,11 @@ def test_a_byte_order_mark_is_no_mistake(encoding: str, tmp_path: Path) -> None:
 def test_a_section_in_another_file_is_read_by_the_same_reader(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({**RUN, "train": "train.json", "parallel": {"towers": "t.json"}}))
     (tmp_path / "train.json").write_text('{"epochs": 1, "epochs": 2}')
-    with pytest.raises(UserError, match=r"train\.json: the key 'epochs' is there twice, as 1 and as 2"):
+    with pytest.raises(UserError, match=r"train\.json: the key 'epochs' appears twice, as 1 and as 2"):
         load_config(tmp_path / "run.json")
     (tmp_path / "train.json").write_text("{}")
     (tmp_path / "t.json").write_text('{"towers": [["a"]], "towers": [["b"]]}')
-    with pytest.raises(UserError, match=r"t\.json: the key 'towers' is there twice"):
+    with pytest.raises(UserError, match=r"t\.json: the key 'towers' appears twice"):
         load_config(tmp_path / "run.json")
 
 
@@ -226,7 +226,7 @@ def test_a_section_in_another_file_is_read_by_the_same_reader(tmp_path: Path) ->
         ("dense.eps=1e999", "1e999: beyond the range of numbers"),
         ("train.epochs=" + "9" * 5_000, "a number of 5,000 digits"),
         ("model.mlp=" + "[" * 100_000, "nested too deep"),
-        ('train={"epochs": 1, "epochs": 2}', "the key 'epochs' is there twice"),
+        ('train={"epochs": 1, "epochs": 2}', "the key 'epochs' appears twice"),
     ],
 )
 def test_an_override_is_read_by_the_same_reader(override: str, expected: str, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_writing_replaces_files_alone_and_a_link_stays(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "to_fifo").symlink_to("fifo")
     for name in ("fifo", "to_fifo"):
-        with pytest.raises(OSError, match="is no regular file"):
+        with pytest.raises(OSError, match="is not a regular file"):
             write_whole(tmp_path / name, b"x")
     (tmp_path / "link").symlink_to("file")
     for content in (b"new", b"replaced"):

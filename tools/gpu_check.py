@@ -40,7 +40,7 @@ def main() -> None:
     names = [part.name for part in PARTS]
     for name in arguments.part:
         if name not in names:
-            raise UserError(f"--part {name!r}: no part is called so; {did_you_mean(name, names)}")
+            raise UserError(f"--part {name!r}: there is no such part; {did_you_mean(name, names)}")
     check_out(arguments.out)
     if arguments.device == "cpu":
         # Two ranks share the cores: threads that spin while they wait would take them all.
@@ -72,7 +72,7 @@ def check_out(out: Path) -> None:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no directory {out.parent}")
     if out.exists() and not out.is_file():
-        raise UserError(f"--out {out}: is no regular file; expected the name of a file to write, as gpu.json")
+        raise UserError(f"--out {out}: is not a regular file; expected the name of a file to write, as gpu.json")
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out}: {out.parent} cannot be written into; take another directory")
 

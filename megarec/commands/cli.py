@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def dispatch(program: str, words: list[str], commands: dict[str, Command]) -> None:
-    """Run the command that the first word names, with the other words as its sys.argv.
+    """Run the command that the first argument names, with the others as its sys.argv.
 
     Raises:
         UserError: there is no such command.

@@ -159,7 +159,7 @@ def by_label(
     groups: NDArray[np.int32] | None = None,
     column: str | None = None,
 ) -> dict[str, Scored]:
-    """What was made of the rows that have a label, for each label; arguments as of `Opened.score` and of `Scored`."""
+    """The scores of the rows that have a label, for each label; arguments as of `Opened.score` and of `Scored`."""
     found = {}
     for name, x, y in zip(names, logits.reshape(len(logits), -1).T, labels.reshape(len(labels), -1).T, strict=True):
         there = np.isfinite(y)
@@ -181,7 +181,7 @@ def _slices(name: str, values: pa.ChunkedArray, scored: Scored) -> Slices:
 
 @contextlib.contextmanager
 def _file(path: Path | None, option: str) -> Iterator[BinaryIO | None]:
-    """A file that is at `path`, whole, once the block has ended without an error; else nothing has changed there.
+    """A file that appears at `path`, whole, if the block ends without an error; else nothing changes there.
 
     Raises:
         UserError: the file cannot be written.

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Part
         measure=arguments.measure,
     )
     check_requested(requested)
-    # Ours comes first: a parallel.towers of the config may be the file that is about to be written.
+    # Drop the config's parallel.towers: it may be the file that is about to be written.
     config = load_config(arguments.config, [f"parallel.towers={requested.towers}", *arguments.set])
     check_json_output("--output", arguments.output, "towers.json")
     found = partition(config, requested, say)

@@ -181,7 +181,7 @@ def find_model(run: Path, option: str = "--run") -> Path:
     if (run / MODEL_FILE).is_file() or (run / MANIFEST).is_file():
         return run
     if not run.is_dir() and run.name not in (LATEST, BEST):
-        raise UserError(f"{option} {run}: is no directory; train first, or correct the path")
+        raise UserError(f"{option} {run}: is not a directory; train first, or correct the path")
     try:
         return locate(run)
     except UserError as error:

@@ -56,7 +56,7 @@ def read_experiment(path: Path, name: str | None) -> Experiment:
     """One experiment; what it does not say itself is its Base's.
 
     Raises:
-        UserError: the file is no such YAML, or has no such experiment.
+        UserError: the file is not such a YAML, or has no such experiment.
     """
     found = read_yaml(path)
     base = found.pop(BASE, {})
@@ -72,7 +72,7 @@ def translate(experiment: Experiment, fields: Sequence[str] | None, numbers: int
     Args:
         fields: the features in their order; None: nobody named a data set.
         numbers: how many of them are numeric.
-        data: where the prepared data will lie.
+        data: directory of the prepared data.
         output_dir: where the run will write.
 
     Raises:

@@ -139,7 +139,7 @@ def _short(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that is there twice: the second would win silently."""
+    """The safe loader, which also refuses a key that appears twice: the second would win silently."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -148,9 +148,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str | int):
-            raise yaml.constructor.ConstructorError(None, None, f"{_short(key)} is no key", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{_short(key)} is not a key", key_node.start_mark)
         if key in found:
-            raise yaml.constructor.ConstructorError(None, None, f"{_short(key)} is there twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{_short(key)} appears twice", key_node.start_mark)
         found[key] = loader.construct_object(value_node, deep=True)
     return found
 

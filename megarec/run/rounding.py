@@ -90,8 +90,8 @@ def _lone_l2(config: RunConfig, spec: ModelSpec) -> str | None:
     if gradient <= 2 * embedding.eps:
         return None
     return (
-        f"embedding.dropout and l2 leave elements a gradient near {gradient:.0e}, of which embedding.eps="
-        f"{embedding.eps:g} makes a full step (embedding.eps=1e-3 does not)"
+        f"embedding.dropout and l2 leave elements a gradient near {gradient:.0e}, which embedding.eps="
+        f"{embedding.eps:g} turns into a full step (embedding.eps=1e-3 does not)"
     )
 
 
@@ -121,8 +121,8 @@ def _shifts(config: RunConfig, spec: ModelSpec) -> str | None:
     now = " and ".join(dict.fromkeys(f"{own.key}={own.eps:g}" for own in found))
     remedy = " and ".join(dict.fromkeys(f"{own.key}={SMALLEST_EPS:g}" for own in found))
     return (
-        f"model.norm='batch' takes away what the last biases of {' and '.join(own.of for own in found)} add, and {now} "
-        f"makes steps of the rounding errors that are their gradients (model.bias=false, or {remedy}, does not)"
+        f"model.norm='batch' cancels the last biases of {' and '.join(own.of for own in found)}, and {now} "
+        f"makes steps of their gradients, which are rounding errors (model.bias=false, or {remedy}, does not)"
     )
 
 

@@ -61,14 +61,14 @@ class TrainState:
         for name, value in values.items():  # what pydantic would turn into a number
             kind = {"validation_due": bool, "best_by": str}.get(name)
             if isinstance(value, bool | str) and (kind is None or not isinstance(value, kind)):
-                raise DamagedCheckpoint(f"{file}: position.{name}: {value!r} is not of its type; no run stands there")
+                raise DamagedCheckpoint(f"{file}: position.{name}: {value!r} is not of its type; no run can be there")
         known = {name: math.inf if name == "best" and value is None else value for name, value in values.items()}
         try:
             return _POSITION.validate_python(known)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, ("position", *first["loc"])))
-            raise DamagedCheckpoint(f"{file}: {where}: {first['msg']}; no run stands there") from error
+            raise DamagedCheckpoint(f"{file}: {where}: {first['msg']}; no run can be there") from error
 
     def forget_best(self) -> None:
         """The validations so far were of another model."""

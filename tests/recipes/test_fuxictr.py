@@ -317,7 +317,7 @@ def test_keys_that_depend_on_the_features_ask_for_them(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mine: {model: DNN, model: DCNv2}", "line 1: no YAML that can be read ('model' is there twice)"),
+        ("mine: {model: DNN, model: DCNv2}", "line 1: no YAML that can be read ('model' appears twice)"),
         ("mine: !!python/object/apply:os.system [ls]", "no YAML that can be read"),
         ("- 1", "expected a mapping from names to mappings"),
         ("a: {}\nb: {}", "2 of them are there; name one with --experiment: a, b"),

@@ -187,9 +187,9 @@ BY_DEEPSPEED = {"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1e
     ("model", "sections", "said"),
     [
         ({"block": "din"}, {}, None),
-        ({"block": "hstu"}, {}, "model.sequences add, and dense.eps=1e-08 makes"),
+        ({"block": "hstu"}, {}, "model.sequences, and dense.eps=1e-08 makes"),
         ({"block": "hstu"}, BY_DEEPSPEED, "or deepspeed.optimizer.params.eps=0.0001, does not"),
-        (AFN, PAIRS, "the input MLPs add"),
+        (AFN, PAIRS, "the input MLPs"),
         (AFN | {"head": []}, PAIRS, None),
         (AFN | {"bias": False}, PAIRS, None),
         (AFN | {"embeddings": "shared"}, {}, None),

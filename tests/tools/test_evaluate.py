@@ -192,9 +192,9 @@ def test_everything_that_a_ranking_team_asks_for(call: Call, run: Path, data: Pa
         (["--group", "usr"], "there is no column 'usr'; did you mean 'user'?"),
         (["--slice", "multi_0"], "column 'multi_0' is list<"),
         (["--k", "0"], "'0': expected a whole number from 1 to 10,000"),
-        (["--compare", "nowhere"], "--compare nowhere: is no directory"),
+        (["--compare", "nowhere"], "--compare nowhere: is not a directory"),
         (["--compare", "nowhere", "--bootstrap", "0"], "a comparison needs draws"),
-        (["--html", "no/page.html"], "--html no/page.html: no is no directory"),
+        (["--html", "no/page.html"], "--html no/page.html: no is not a directory"),
     ],
 )
 def test_wrong_options_are_one_line(call: Call, run: Path, data: Path, options: list[str], said: str) -> None:
@@ -236,7 +236,7 @@ def test_importance_is_one_table_or_json(
     monkeypatch.setattr(sys, "argv", ["importance", "nowhere"])
     with pytest.raises(SystemExit) as ended:
         importance.main()
-    assert ended.value.code == 2 and "error: RUN nowhere: is no directory" in capsys.readouterr().err
+    assert ended.value.code == 2 and "error: RUN nowhere: is not a directory" in capsys.readouterr().err
 
 
 def with_a_bad_row(data: Path, target: Path) -> Path:
@@ -312,7 +312,7 @@ def test_fewer_rows_and_more_features_fit(call: Call, run: Path, data: Path, tmp
 
 
 def test_where_no_model_is(call: Call, data: Path, tmp_path: Path) -> None:
-    for path, what in ((tmp_path, "holds no checkpoint"), (tmp_path / "typo", "is no directory")):
+    for path, what in ((tmp_path, "holds no checkpoint"), (tmp_path / "typo", "is not a directory")):
         code, out, err = call("--run", path, "--data", data)
         assert (code, out) == (2, "") and err.startswith(f"error: --run {path}: {what}; ")
         assert err.count("\n") == 1
@@ -331,13 +331,13 @@ def test_a_damaged_checkpoint_is_refused(call: Call, run: Path, data: Path, tmp_
 def test_predictions_that_cannot_be_written_are_one_line(
     call: Call, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path, what in ((tmp_path, "is a directory"), (tmp_path / "no/p.parquet", f"{tmp_path / 'no'} is no directory")):
+    for path, what in ((tmp_path, "is a directory"), (tmp_path / "no/p.parquet", "no is not a directory")):
         code, out, err = call("--run", run, "--data", data, "--predictions", path)
         assert (code, out) == (2, "") and err.startswith(f"error: --predictions {path}: {what}")
 
     os.mkfifo(tmp_path / "fifo")  # as /dev/null is for root: the rename would put a file in its place
     code, out, err = call("--run", run, "--data", data, "--predictions", tmp_path / "fifo")
-    assert (code, out) == (2, "") and "fifo: is no regular file" in err and (tmp_path / "fifo").is_fifo()
+    assert (code, out) == (2, "") and "fifo: is not a regular file" in err and (tmp_path / "fifo").is_fifo()
     (tmp_path / "fifo").unlink()
 
     def full(*_: object) -> None:

@@ -73,7 +73,7 @@ def test_a_run_that_does_not_fit_is_planned_and_refused() -> None:
         ([*CONFIG, "--hardware", "h100", "--hosts", "0"], "--hosts 0: expected at least 1"),
         ([*JOB, "--out", "o.json"], "--out belongs to --choose"),
         ([*JOB, "--choose", "--allow", "mesages"], "--allow mesages: did you mean 'messages'"),
-        ([*JOB, "--trace", "missing/t.json"], "--trace missing/t.json: missing is no directory"),
+        ([*JOB, "--trace", "missing/t.json"], "--trace missing/t.json: missing is not a directory"),
         ([*JOB, "--choose", "--set", "model.dim=100000"], "nothing fits: of "),
         ([*CONFIG, "--hosts", "2"], "give --hardware (or --measure FILE alone)"),
         (["--measure", "m.json", "--hosts", "2", "--json"], "--measure FILE stands alone: leave --hosts, --json out"),

@@ -95,7 +95,7 @@ class Started:
         if failure is None and cut:
             failure = {"failed": f"cut off after {seconds:.0f} s"}
         if failure is None and not all((self.directory / f"{rank}/done").exists() for rank in range(self.part.ranks)):
-            failure = {"failed": f"a process died without a word{self._codes()}"}
+            failure = {"failed": f"a process died without a result{self._codes()}"}
         return {"rows": found, "seconds": time.monotonic() - started, **(failure or {})}
 
     def _said(self, rank: int) -> dict[str, Any] | None:
