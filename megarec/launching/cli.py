@@ -86,10 +86,10 @@ def multihost() -> None:
 
 
 def checked(job: Job, again: bool, on_remaining: bool) -> tuple[Job, Report]:
-    """What the preflight finds, and the job, after a restart perhaps on the hosts that remain.
+    """The preflight's findings, and the job, after a restart perhaps on the hosts that remain.
 
     Raises:
-        UserError: something is wrong with a host that is needed.
+        UserError: a required host fails the preflight.
     """
     report = check_hosts(job)
     if report.failures and again:
@@ -135,7 +135,7 @@ def run_on_hosts(
 
 
 def _shown(code: int, lines: list[str]) -> End:
-    """Say how the job ended, its cause first."""
+    """Print how the job ended, its cause first."""
     for line in lines:
         say(line)
     return End(code, lines[0].partition(": ")[2] if lines else "")
@@ -164,7 +164,7 @@ def job_of(arguments: argparse.Namespace) -> tuple[Job, dict[str, str]]:
     """The job on many hosts, and the variables of .deepspeed_env for its ranks.
 
     Raises:
-        UserError: what needs no other host to be seen as wrong.
+        UserError: a mistake that shows without the other hosts.
     """
     environment = environment_of_ranks()
     job = plan_job(

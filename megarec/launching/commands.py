@@ -1,6 +1,6 @@
 """The local commands that start a job's ranks on its hosts: DeepSpeed's launcher over pdsh, or torchruns over ssh.
 
-What users may write travels in the assignment, one base64 word. What is left is quoted for the remote shell, or refused
+User input travels in the assignment, one base64 word. The rest is quoted for the remote shell, or refused
 where a launcher offers no way to quote it.
 """
 
@@ -28,7 +28,7 @@ _EXPORTED = ("MLFLOW", "MV2", "UCX", "NCCL", "LD_LIBRARY", "PATH")  # what DeepS
 
 
 def assignment_of(job: str, arguments: argparse.Namespace, interfaces: list[str], resume: bool) -> Assignment:
-    """What every rank of a start is to do, out of the command line; every user of its host can read it.
+    """What every rank of a start runs, from the command line; every user of its host can read it.
 
     Args:
         interfaces: by host.

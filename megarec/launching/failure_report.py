@@ -1,4 +1,4 @@
-"""What ended a job, from what its ranks and hosts reported: the true cause first."""
+"""What ended a job, from the reports of its ranks and hosts: the root cause first."""
 
 import re
 
@@ -14,7 +14,7 @@ def failure_report(record: Record, hosts: list[Host], addresses: dict[str, str])
     """The job's exit code and what to say on standard error: the cause first, then what followed from it.
 
     Args:
-        addresses: by host, to tell hosts for the addresses that libraries name.
+        addresses: by host, to find the hosts of addresses that libraries name.
     """
     world_size = sum(host.slots for host in hosts)
     if not record.failed() and len(record.outcomes) == world_size:
@@ -23,7 +23,7 @@ def failure_report(record: Record, hosts: list[Host], addresses: dict[str, str])
     own = [outcome for outcome in failures if not outcome.lost]
     lost = [host for host in _without_word(record, hosts) if record.host_codes[host.name] == SSH_LOST]
     if lost and own and all(outcome.code == PREEMPTED for outcome in own):
-        # Ranks whose connection goes are asked to end, and the others with them: a consequence, not a signal's.
+        # Ranks that lose their connection are asked to end, and the others too: a consequence, not a signal.
         return SSH_LOST, _lines("error", _of_hosts(record, lost) + _grouped(own, hosts, addresses))
     for code, word in ((USER_MISTAKE, "error"), (PREEMPTED, "pre-empted")):
         if own and all(outcome.code == code for outcome in own):
@@ -45,7 +45,7 @@ def _lines(word: str, said: list[str]) -> list[str]:
 
 
 def _grouped(outcomes: list[Outcome], hosts: list[Host], addresses: dict[str, str]) -> list[str]:
-    """A line a cause, in the order in which they came in."""
+    """A line a cause, in order of arrival."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault(_named(outcome.cause, hosts, addresses), []).append(outcome)

@@ -1,6 +1,6 @@
 """Checks of every host before a job starts, over ssh and in parallel: each failure is one line with its remedy.
 
-What the hosts must have in common, and what each must have, are plain comparisons of what the probes found.
+Requirements within and across hosts are plain comparisons of the probes' findings.
 """
 
 import os
@@ -48,7 +48,7 @@ class Failure:
 
 
 def compare_hosts(host: str, found: Facts, here: Facts) -> list[Failure]:
-    """What differs on a host from the machine that launches, where it must not."""
+    """Forbidden differences between a host and the launching machine."""
     if not found["directory"]:
         return [Failure(host, "directory", "the working directory is not there", "it to be as here", SAME_FILES)]
     failures = []
@@ -85,7 +85,7 @@ def check_output(host: str, state: dict[str, Any], output: str) -> list[Failure]
 
 
 def check_gpus(host: Host, found: Facts, first: Facts) -> list[Failure]:
-    """Whether a host's GPUs are enough for its ranks, free, sound, and those of the first host; none need be there.
+    """Whether a host's GPUs suffice for its ranks, are free and sound, and match the first host's; it may have none.
 
     Args:
         first: the facts of the first host of the job.
@@ -154,7 +154,7 @@ def check_interface(
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be started where.
+    """The job: what to start, and where.
 
     Attributes:
         directory: the working directory, the same on every host.
@@ -173,7 +173,7 @@ class Job:
 
 @dataclass
 class Report:
-    """What the preflight found.
+    """The preflight's findings.
 
     Attributes:
         master: address of the first host, for all.
@@ -368,7 +368,7 @@ def required_packages() -> list[str]:
 
 
 def table(job: Job, report: Report) -> list[str]:
-    """What to show when all is well."""
+    """The summary of a passed preflight."""
     rows = [("host", "address", "interface", "ranks", "free disk")]
     for host in job.hosts:
         free = report.facts[host.name]["output"]["free"] / 2**30

@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class Unanswered(Exception):
-    """A host that cannot be asked, and what ssh or its shell said about it."""
+    """A host that cannot be probed, with the message of ssh or its shell."""
 
 
 class Session:
@@ -66,7 +66,7 @@ class Session:
             self._process.stdin.write(text)
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # ssh has ended: the answer, which will be missing, tells
+            pass  # ssh has ended: the missing answer shows it
 
     def _read(self) -> None:
         assert self._process.stdout is not None

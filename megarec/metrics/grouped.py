@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 FIRST = 10
-"""k of NDCG@k and HR@k where nobody names one."""
+"""The default k of NDCG@k and HR@k."""
 _SCORE_BITS = 32
 _PIECE = 1 << 20  # rows that are added up at a time, or one group where it has more
 
 
 @dataclass(frozen=True)
 class GroupScores:
-    """What is known of every group that has a row, in the order of their numbers.
+    """Figures of every group that has a row, in the order of their numbers.
 
     Attributes:
         groups: int64 [G], their numbers.

@@ -1,6 +1,6 @@
 """FuxiCTR's training keys -> a run's JSON: one model of a model_config.yaml, with its Base.
 
-What FuxiCTR does and no key of its YAMLs says is stated as well: tables start normal with deviation 1e-4, gradients
+FuxiCTR's behaviour that has no key in its YAMLs is stated as well: tables start normal with deviation 1e-4, gradients
 are clipped to a norm of 10, rates drop to a tenth at every validation without improvement, and Adam steps every row
 of every table, with L2 in the gradient of all rows.
 """
@@ -46,14 +46,14 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run's JSON, and what became of every key."""
+    """A run's JSON, and the outcome of every key."""
 
     run: dict[str, Any]
     lines: tuple[Line, ...]
 
 
 def read_experiment(path: Path, name: str | None) -> Experiment:
-    """One experiment; what it does not say itself is its Base's.
+    """One experiment; missing keys come from its Base.
 
     Raises:
         UserError: the file is not such a YAML, or has no such experiment.

@@ -15,14 +15,14 @@ POOLING = {"layers.MaskedAveragePooling()": "mean", "layers.MaskedSumPooling()":
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set in this project's words.
+    """A data set translated to this project.
 
     Attributes:
         spec: for `prepare_data.py table --schema`.
         fields: the features in their order.
         numbers: how many of them are numeric.
         files: by option of prepare_data.py table, the files.
-        lines: what became of every key.
+        lines: the outcome of every key.
     """
 
     spec: dict[str, Any]
@@ -32,7 +32,7 @@ class DataSet:
     lines: tuple[Line, ...]
 
     def prepare_command(self, spec: Path, output: str) -> str:
-        """The line that prepares it."""
+        """The command that prepares it."""
         files = " ".join(f"--{option} {shlex.quote(name)}" for option, name in self.files.items())
         whole = f"python tools/prepare_data.py table --schema {shlex.quote(str(spec))}"
         return f"{whole} {files} --output {shlex.quote(output)}"
@@ -86,7 +86,7 @@ def read_data_set(path: Path, name: str | None, group: str | None = None) -> Dat
 
 
 def _once(lines: Sequence[Line]) -> list[Line]:
-    """Lines without repetitions: ten features of one kind say the same."""
+    """Lines without repetitions: ten features of one kind give the same."""
     return list({(line.key, str(line.value), line.target, line.remark): line for line in lines}.values())
 
 

@@ -1,4 +1,4 @@
-"""FuxiCTR's models -> the model section of a run, one function each; what another model would be is refused.
+"""FuxiCTR's models -> the model section of a run, one function each; keys that would make another model are refused.
 
 A function takes the keys of its model, the width of embeddings and the names of the features in their order (None:
 nobody named a data set), and returns what `model` has beside `dim`.

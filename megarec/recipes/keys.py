@@ -1,7 +1,7 @@
-"""A YAML of another project, key by key: each key is taken once, and one that nobody takes is an error.
+"""A YAML of another project, key by key: each key is used once, and an unused one is an error.
 
-What a key means here is kept as a line for people, beside the value. A YAML is data that anyone may have written: it
-is read by yaml's safe loader, up to a size, and no key may be there twice.
+A key's meaning here is kept as a line for people, beside the value. A YAML is untrusted data: it
+is read by yaml's safe loader, up to a size, and no key may appear twice.
 """
 
 import difflib
@@ -20,7 +20,7 @@ Kind = Literal["same", "differs", "unused"]
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one key.
+    """The outcome of one key.
 
     Attributes:
         target: the key here, or "" where there is none.
@@ -39,9 +39,9 @@ class Keys:
     """The keys of one mapping.
 
     Attributes:
-        values: those that nobody has taken yet.
+        values: those not used yet.
         where: the file and the place in it, for messages.
-        lines: what became of those that somebody has.
+        lines: the outcome of those that were used.
     """
 
     values: dict[str, Any]
@@ -53,17 +53,17 @@ class Keys:
         raise UserError(one_line(f"{self.where}: {key}={_short(value)}: {expected}"))
 
     def take(self, key: str, default: Any = _MISSING) -> Any:
-        """The value of a key, which nobody else will take.
+        """The value of a key, which is then used up.
 
         Raises:
-            UserError: it is not there, and has no default.
+            UserError: it is missing, and has no default.
         """
         if key not in self.values and default is _MISSING:
             raise UserError(f"{self.where}: {key} is missing")
         return self.values.pop(key, default)
 
     def number(self, key: str, default: Any = _MISSING) -> float:
-        """A number of at least 0; YAML 1.1 reads `1e-3`, without a point, as a text, which is taken as it is meant."""
+        """A number of at least 0; YAML 1.1 reads `1e-3`, without a point, as a text, which is read as a number here."""
         value = self.take(key, default)
         try:
             number = float(value) if not isinstance(value, bool) else -1.0
@@ -102,7 +102,7 @@ class Keys:
         """Take a key that has one meaning here.
 
         Raises:
-            UserError: it has another value, with which the translation would be of another model or training.
+            UserError: it has another value, which would mean another model or training.
         """
         given = key in self.values
         value = self.take(key, wanted if default is _MISSING else default)
@@ -118,14 +118,14 @@ class Keys:
                 self.lines.append(Line(key, self.values.pop(key), "", "unused", "changes no numbers"))
 
     def said(self, key: str, value: Any, target: str, kind: Kind = "same", remark: str = "") -> None:
-        """Note what became of a key."""
+        """Note the outcome of a key."""
         self.lines.append(Line(key, value, target, kind, remark))
 
     def finish(self, known: str) -> None:
-        """Raise a UserError for a key that nobody has taken.
+        """Raise a UserError for a key that was not used.
 
         Args:
-            known: what does not know it.
+            known: what does not have this key.
         """
         for key, value in self.values.items():
             near = difflib.get_close_matches(str(key), [line.key for line in self.lines], n=1)

@@ -109,7 +109,7 @@ def count(
 
 
 def _fusion(head: Parts) -> Parts:
-    """What of a model's last part is there for several labels as well."""
+    """The part of a model's last part that several labels keep."""
     return {name: part for name, part in head.items() if name == "fusion"}
 
 
@@ -183,7 +183,7 @@ def _count_inputs(config: ModelConfig, layout: EmbeddedColumns, numeric: int, la
 
 
 def _count_over_arch(n: int, dense: int, config: OverArchConfig, headless: bool = False) -> dict[str, Parts]:
-    """The layers over n embeddings per example, of which the last `dense` come from numeric features."""
+    """The layers over n embeddings per example; the last `dense` come from numeric features."""
     beside: Parts = {}
     match config:
         case WukongConfig():

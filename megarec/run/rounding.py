@@ -1,4 +1,4 @@
-"""Whether rounding can part the losses of two topologies, from the sizes of a run (docs/parity.md).
+"""Whether rounding can make the losses of two topologies diverge, from the sizes of a run (docs/parity.md).
 
 A ReLU whose input is rounding noise is on in one summation order and off in another. The loss does not see it, but one
 example's gradient jumps, and the tables' normalised updates make a full step of the jump. SiLU has no jump.
@@ -31,7 +31,7 @@ def relu_inputs(model: nn.Module) -> int:
 
 
 def rounding_warning(config: RunConfig, spec: ModelSpec, steps: int) -> str | None:
-    """One line where rounding will part topologies within the run's steps; None: it need not be feared.
+    """One line if rounding will make topologies diverge within the run's steps; None: it will not.
 
     Args:
         spec: the run's model.
@@ -47,7 +47,7 @@ def rounding_warning(config: RunConfig, spec: ModelSpec, steps: int) -> str | No
 
 
 def _types(config: RunConfig) -> list[str]:
-    """The types with fewer bits than fp32: beside their rounding a switched ReLU is nothing."""
+    """The types with fewer bits than fp32: their rounding outweighs a switched ReLU."""
     dense, tables, messages = settings_of(config.deepspeed).dtype, config.embedding.weights, config.parallel.messages
     reasons = [] if dense == torch.float32 else [f"{str(dense).removeprefix('torch.')} in the dense model"]
     reasons += [] if tables == "fp32" else [f"embedding.weights={tables!r}"]
@@ -105,11 +105,11 @@ class _Stepped(NamedTuple):
 
 
 def _shifts(config: RunConfig, spec: ModelSpec) -> str | None:
-    """Biases in front of X_0 that BatchNorm behind it takes away: their gradient is rounding errors alone.
+    """Biases in front of X_0 that BatchNorm behind it cancels: their gradient is only rounding errors.
 
-    Those of the dense model itself are not there (`shift_vanishes`), but for the input MLPs of an AFN that takes half
-    of what they emit to its neurons; a tower module or a sequence's block is built for every dense model alike. Adam at
-    a small eps makes whole steps of such gradients.
+    The dense model itself has none (`shift_vanishes`), except the input MLPs of an AFN that takes half
+    of their output to its neurons; a tower module or a sequence's block is the same for every dense model. Adam at
+    a small eps turns such gradients into whole steps.
     """
     sizes, headless = spec.dense_sizes, spec.labels > 1
     some = shift_of_some_inputs_vanishes(sizes, headless)

@@ -38,8 +38,8 @@ class Share:
     def names(self, trials: list[Trial]) -> set[str]:
         """Of the trials of this task.
 
-        Each one that chooses a learning rate counts by itself; the others of a model and seed, of which only that with
-        the chosen rate will run, together. These go round the tasks, by what they cost, so that all get as much.
+        Each one that chooses a learning rate counts by itself; the others of a model and seed, where only the one with
+        the chosen rate will run, together. They go round the tasks by cost, so that all get as much.
         """
         groups: dict[tuple[str, int, int | None], list[Trial]] = {}
         for trial in trials:
@@ -55,7 +55,7 @@ def share_of(text: str, environment: Mapping[str, str]) -> Share:
         text: "3/16"; empty: as Slurm numbers the tasks of a job array.
 
     Raises:
-        UserError: it names none.
+        UserError: it is not a share.
     """
     if text:
         found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
@@ -81,10 +81,10 @@ def share_of(text: str, environment: Mapping[str, str]) -> Share:
 
 @contextmanager
 def only_task_in(output: Path, share: Share) -> Iterator[None]:
-    """Keep sweeps out that are no other task of the same array.
+    """Keep sweeps out that are not another task of the same array.
 
     Raises:
-        UserError: one is at work there, or this task is already.
+        UserError: such a sweep or this task is at work there already.
     """
     note = output / NOTE
     with lock_of(output / "lock") as lock, lock_of(output / f"lock-{share.number}-of-{share.count}") as own:
@@ -123,7 +123,7 @@ def tasks_of(output: Path) -> int | None:
 
 
 def waiting_for_rates(trials: list[Trial], rows: Rows, names: set[str]) -> list[str]:
-    """Models of which other seeds are among these trials, but whose learning rates have not all been tried."""
+    """Models with other seeds among these trials whose learning rates have not all been tried."""
     untried = {
         trial.model
         for trial in trials
@@ -153,6 +153,6 @@ def missing(trials: list[Trial], rows: Rows, count: int) -> dict[Share, int]:
 
 
 def command(program: str, study: Path, output: Path, share: Share) -> str:
-    """What a shell is to be told for this task, from this directory, as this program was called."""
+    """The shell command for this task, from this directory, with this program's name."""
     words = ["python", os.path.relpath(program)] if program.endswith(".py") else program.split()
     return shlex.join([*words, "sweep", "--study", str(study), "--output", str(output), "--array", str(share)])

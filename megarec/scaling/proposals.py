@@ -1,7 +1,7 @@
 """Draws of a search by Optuna's TPE, in rounds.
 
 A round follows from the search's seed and from how the trials of earlier rounds ended, in the order of their numbers.
-Nothing of Optuna's is kept on disk: what it knew is told to it again.
+Nothing of Optuna's is kept on disk: its trials are replayed to it.
 """
 
 import importlib.util
@@ -28,10 +28,10 @@ def need_optuna(where: str) -> None:
 
 
 def propose(settings: dict[str, Setting], history: list[tuple[Drawn, float | None]], seed: int) -> Iterator[Drawn]:
-    """Draws of the next round, without end: some may have been there before.
+    """Draws of the next round, endlessly: some may repeat earlier ones.
 
     Args:
-        history: every earlier draw with its loss on validation; None: it came to none, which is worse than any.
+        history: every earlier draw with its loss on validation; None: it has none, which is worse than any.
     """
     if len(history) < ROUND:
         yield from (draw(settings, seed, number) for number in itertools.count())

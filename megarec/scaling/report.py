@@ -1,4 +1,4 @@
-"""A scaling study in words, and as one HTML page that needs no other file.
+"""A scaling study as text, and as one HTML page that needs no other file.
 
 `write_report` writes the figure twice and the page; `log_image` shows it in TensorBoard.
 """

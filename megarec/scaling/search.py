@@ -99,13 +99,13 @@ class Search:
     settings: dict[str, dict[str, Setting]]
 
     def trials(self, rows: Rows | None = None) -> tuple[list[Trial], bool]:
-        """All trials that are known by now, a family's tests behind its draws, and whether these are all.
+        """All trials known so far, a family's tests behind its draws, and whether these are all.
 
         Args:
-            rows: which take in the rows of these trials; None: what is known without any.
+            rows: which read the rows of these trials; None: what is known without any.
 
         Raises:
-            UserError: a draw is no config that does; names the family and the draw.
+            UserError: a draw is not a valid config; names the family and the draw.
         """
         known: list[Trial] = []
         whole = True
@@ -142,7 +142,7 @@ class Search:
     def _within_budget(
         self, family: str, before: list[Trial], draws: Iterator[Drawn], most: int
     ) -> tuple[list[tuple[Trial, Drawn]], bool]:
-        """The next draws that are new, at most so many, and whether the budget or the space ends with them."""
+        """The next new draws, at most that many, and whether the budget or the space ends with them."""
         found: list[tuple[Trial, Drawn]] = []
         names = {trial.name for trial in before}
         repeats = 0
@@ -198,10 +198,10 @@ def is_search(path: Path) -> bool:
 
 
 def read_search(path: Path) -> Search:
-    """A search, all of whose values do one at a time.
+    """A search, with each of its values checked one at a time.
 
     Raises:
-        UserError: names the file, the family, the key and the value that does not.
+        UserError: names the file, the family, the key and the invalid value.
     """
     try:
         file = SearchFile.model_validate(read_object(path, "the JSON of a search"))

@@ -1,4 +1,4 @@
-"""`megarec serve`: raw rows over HTTP, scored in batches of what waits.
+"""`megarec serve`: raw rows over HTTP, scored in batches of waiting requests.
 
     POST /score    {"rows": [{...}, ...]} -> {"predictions": [0.12, null, ...], "errors": {"1": "..."}}
                    of several labels: {"predictions": [{"click": 0.12, "buy": 0.03}, null, ...], ...}
@@ -6,7 +6,7 @@
     GET  /metrics  counters and times for Prometheus
 
 A request is read by the event loop; one thread scores, and takes at a time all rows that wait, so that under load
-batches grow and a single row waits for nobody. A mistake in a request is its own 4xx, a mistake in a row its own
+batches grow and a single row does not wait. A mistake in a request is its own 4xx, a mistake in a row its own
 error beside the scores of the others.
 """
 
@@ -42,7 +42,7 @@ _TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """Limits of a request.
 
     Attributes:
         body_bytes: of one request.
@@ -75,7 +75,7 @@ class _Waiting:
 
 
 class Batcher:
-    """Scores what waits, a batch at a time, in a thread of its own."""
+    """Scores waiting requests, a batch at a time, in a thread of its own."""
 
     def __init__(self, scorer: Scorer, batch_rows: int, sizes: Histogram) -> None:
         self._scorer, self._most, self._sizes = scorer, batch_rows, sizes
@@ -122,7 +122,7 @@ class Batcher:
             self._running = None
 
     def _next_batch(self) -> list[_Waiting]:
-        """What waits longest: at least one request, and no more than fit."""
+        """The requests that wait longest: at least one, and no more than fit."""
         batch: list[_Waiting] = []
         rows = size = 0
         while self._queue:

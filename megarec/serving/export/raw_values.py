@@ -27,10 +27,10 @@ def write_raw_values(
     Args:
         schema: the features of the model.
         data: the prepared data set that it was trained on.
-        kept: how that was made; None: it does not say, and its vocabularies say what the values are.
+        kept: its rules; None: it keeps none, and its vocabularies have the values.
 
     Returns:
-        For categorical and for numeric features, by name, what the manifest says of their raw values.
+        For categorical and for numeric features, by name, the manifest's entries of their raw values.
 
     Raises:
         UserError: a vocabulary is missing or damaged.
@@ -115,7 +115,7 @@ class _Vocabularies:
         self._written: dict[str, dict[str, Any]] = {}
 
     def write(self, name: str) -> dict[str, Any]:
-        """What the manifest says of a vocabulary."""
+        """The manifest's entry of a vocabulary."""
         if name not in self._written:
             values = read_values(self.data, name)
             stem = f"{VOCABULARY}/{file_name(name)}"

@@ -1,4 +1,4 @@
-"""The files of an export: the manifest that lists them, maps of those that are large, and what goes wrong."""
+"""The files of an export: the manifest that lists them, maps of large ones, and errors."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ class Bundle:
         manifest: what manifest.json holds.
 
     Raises:
-        ScoringError: that is missing, damaged, or of another version.
+        ScoringError: it is missing, damaged, or of another version.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -65,13 +65,13 @@ class Bundle:
             raise ScoringError(f"{path}: is not what was exported; {_AGAIN}")
 
     def path(self, name: str, whole: bool = False) -> Path:
-        """A file that the manifest lists, of the size that it says; a small one is what was exported.
+        """A file that the manifest lists, of its size there; the content of a small one is verified.
 
         Args:
-            whole: a large one as well.
+            whole: verify a large one as well.
 
         Raises:
-            ScoringError: it is missing, or another one.
+            ScoringError: it is missing, or differs.
         """
         path, about = self.directory / name, self.manifest["files"].get(name)
         if about is None or Path(name).is_absolute() or ".." in Path(name).parts:

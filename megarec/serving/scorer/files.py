@@ -18,9 +18,9 @@ def rows_of(path: Path, about: dict[str, Any]) -> Iterator[list[Row | RowError]]
     """The rows of a file, ROWS_AT_ONCE at a time, and why one cannot be read.
 
     Args:
-        about: how the files look that the model was trained on: `encoding` and `delimiter`; `header`, whether text has
-            a line of names, or "auto"; `columns`, the names where it has none, and `labels`, those that files of rows
-            to score may not have.
+        about: the format of the files that the model was trained on: `encoding` and `delimiter`; `header`, whether text
+            has a line of names, or "auto"; `columns`, the names where it has none, and `labels`, those that files of
+            rows to score may not have.
 
     Raises:
         ScoringError: the file cannot be read.
