@@ -107,7 +107,7 @@ def test_what_is_no_regular_file_is_one_line_and_no_wait(reader: str, tmp_path: 
     refused("is a directory")
 
 
-def test_what_is_derived_or_told_beside_is_no_reason_to_stop(tmp_path: Path) -> None:
+def test_derived_or_informative_values_are_no_reason_to_stop(tmp_path: Path) -> None:
     index = Index.model_construct(step=3, position={})
     (tmp_path / "c/step-000000003").mkdir(parents=True)
     for content, _ in BAD.values():
@@ -177,7 +177,7 @@ ELSEWHERE = {  # where another reader stands, and why
     "megarec/data/preparation/splits.py": "the work's own note; what is not whole is made again",
     "megarec/scaling/search_report.py": "the words that the search itself gave a trial as --set",
     "tools/benchmarks/groups.py": "what the tools print",
-    "tools/benchmarks/recipe_plain.py": "plain torch beside the package, of which it knows nothing",
+    "tools/benchmarks/recipe_plain.py": "plain torch beside the package, which it does not import",
     "tools/benchmarks/testbed.py": "what `ip -json` says",
     "tools/benchmarks/towers.py": "what its own ranks say",
     "tools/benchmarks/towers_rank.py": "what the benchmark says, and a trace that it wrote",

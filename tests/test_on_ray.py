@@ -59,9 +59,9 @@ def content(output: Path) -> dict[str, bytes]:
 
 
 def test_results_come_in_order_and_what_a_node_took_with_it_runs_again(cluster: TwoNodes, tmp_path: Path) -> None:
-    said: list[str] = []
+    lost: list[str] = []
     cluster.complete()
-    with RayCluster(cluster.address).sharing(tmp_path, said.append) as ray:
+    with RayCluster(cluster.address).sharing(tmp_path, lost.append) as ray:
         assert ray.places() == 2 and ray.places(cores=2) == ray.places(gpus=1) == 0
         results = ray.run(held, [(tmp_path, number) for number in range(5)])
         found: list[Any] = []
@@ -72,7 +72,7 @@ def test_results_come_in_order_and_what_a_node_took_with_it_runs_again(cluster: 
         (tmp_path / "go").touch()
         reader.join()
         assert found == [((tmp_path, number), -number) for number in range(5)]
-        assert len(list(tmp_path.glob("start-*"))) == 6 and said == ["a task: its worker or node died; it runs again"]
+        assert len(list(tmp_path.glob("start-*"))) == 6 and lost == ["a task: its worker or node died; it runs again"]
         with pytest.raises(KeyError, match="7"):
             list(ray.run(refuses, [7]))
 
@@ -98,7 +98,7 @@ def test_a_node_dies_in_the_middle(
     assert captured.out == "" and set(lines) <= {"a task: its worker or node died; it runs again"}
 
 
-def test_a_bad_row_and_a_directory_that_is_not_shared_are_told_as_ever(
+def test_a_bad_row_and_a_directory_that_is_not_shared_are_reported_as_without_ray(
     cluster: TwoNodes, files: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bad").write_bytes(files["train"][0].read_bytes() + b"x\n")

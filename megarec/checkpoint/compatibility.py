@@ -170,7 +170,7 @@ def fill_tower_modules(run: Run, reader: Reader) -> None:
     if modules is None:
         return
     if resets_towers(run, reader.index):
-        modules.start_afresh()
+        modules.reset()
         return
     own = {TOWERS + name for name, _ in modules.bank.named_parameters()}
     state: dict[str, Tensor] = {}

@@ -128,8 +128,8 @@ def inspect(directory: Path, in_json: bool) -> None:
         print(json.dumps(found))
         return
     topology = ", ".join(f"{key} {value}" for key, value in found["topology"].items())
-    said = f"{found['bytes']:,} bytes in {found['files']} files, {found['optimizer']}"
-    print(one_line(f"{directory}: step {found['step']}, {said}"))
+    summary = f"{found['bytes']:,} bytes in {found['files']} files, {found['optimizer']}"
+    print(one_line(f"{directory}: step {found['step']}, {summary}"))
     print(one_line(f"written on {topology}"))
     table = Table("tensor", "shape", "type")
     for name, tensor in found["tensors"].items():

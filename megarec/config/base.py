@@ -31,7 +31,7 @@ class Section(BaseModel):
 
 
 def by_name(default: str) -> Discriminator:
-    """Sections of one key are told apart by their `name`; one without a name is `default`."""
+    """Sections of one key are distinguished by their `name`; one without a name is `default`."""
 
     def name(section: Any) -> Any:
         return section.get("name", default) if isinstance(section, dict) else getattr(section, "name", None)

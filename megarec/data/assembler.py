@@ -59,7 +59,7 @@ class Assembler:
         valid: int,
         pinned: bool,
     ) -> Batch:
-        """These rows of a file; ids lie as `arrange` said.
+        """These rows of a file; ids in the order set by `arrange`.
 
         Args:
             rows: int64 [B] in [0, file.rows); repeated rows are fine.

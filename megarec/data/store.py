@@ -99,7 +99,7 @@ class Store:
         return batch.numeric, batch.ids, batch.labels
 
     def read(self, rows: Rows, keys: NDArray[np.int64], valid: int, pinned: bool) -> Batch:
-        """These rows as a batch in one buffer; its ids lie as `arrange` said.
+        """These rows as a batch in one buffer; its ids in the order set by `arrange`.
 
         Args:
             rows: int64 [B] in [0, len(self)); repeated rows are fine.

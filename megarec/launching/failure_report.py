@@ -28,20 +28,20 @@ def failure_report(record: Record, hosts: list[Host], addresses: dict[str, str])
     for code, word in ((USER_MISTAKE, "error"), (PREEMPTED, "pre-empted")):
         if own and all(outcome.code == code for outcome in own):
             return code, [f"{word}: {line}" for line in _grouped(own, hosts, addresses)]
-    said = _grouped(own, hosts, addresses) + _of_hosts(record, hosts)
-    said += _grouped([outcome for outcome in failures if outcome.lost], hosts, addresses)
+    lines = _grouped(own, hosts, addresses) + _of_hosts(record, hosts)
+    lines += _grouped([outcome for outcome in failures if outcome.lost], hosts, addresses)
     if not own:
-        said += _silent(record, hosts)
-    said = said or [f"the launcher ended with exit code {record.launcher_code} and no rank said why"]
+        lines += _silent(record, hosts)
+    lines = lines or [f"the launcher ended with exit code {record.launcher_code} and no rank lines why"]
     if any(outcome.code == STOPPED for outcome in own):
-        return STOPPED, _lines("error", said)
+        return STOPPED, _lines("error", lines)
     codes = [outcome.code for outcome in (*own, *failures)] + [*record.host_codes.values(), record.launcher_code]
     code = next((code for code in codes if 0 < code < 256), 1)
-    return code, _lines("error", said)
+    return code, _lines("error", lines)
 
 
-def _lines(word: str, said: list[str]) -> list[str]:
-    return [f"{word}: {said[0]}", *(f"  then: {line}" for line in said[1:])]
+def _lines(word: str, lines: list[str]) -> list[str]:
+    return [f"{word}: {lines[0]}", *(f"  then: {line}" for line in lines[1:])]
 
 
 def _grouped(outcomes: list[Outcome], hosts: list[Host], addresses: dict[str, str]) -> list[str]:
@@ -86,15 +86,15 @@ def _without_word(record: Record, hosts: list[Host]) -> list[Host]:
 def _silent(record: Record, hosts: list[Host]) -> list[str]:
     """Hosts that were still there for the launcher, but whose ranks reported nothing."""
     silent = [host for host in hosts if host.name not in record.host_codes and not _has_word(record, host)]
-    said = [f"{host.ranks} on {host.name}: no report; its link may be down, or its ranks hang" for host in silent]
+    lines = [f"{host.ranks} on {host.name}: no report; its link may be down, or its ranks hang" for host in silent]
     if not record.waited:  # else ranks that did not say in time that they waited might be blamed
-        return said
+        return lines
     for host in hosts:
         missing = [str(rank) for rank in _ranks(host) if rank not in record.outcomes]
         if _has_word(record, host) and missing:
             who = f"rank{'s' * (len(missing) > 1)} {' and '.join(missing)} on {host.name}"
-            said.append(f"{who}: no report, while the others waited; may hang outside of NCCL")
-    return said
+            lines.append(f"{who}: no report, while the others waited; may hang outside of NCCL")
+    return lines
 
 
 def _has_word(record: Record, host: Host) -> bool:

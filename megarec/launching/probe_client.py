@@ -76,8 +76,8 @@ class Session:
 
     def _last_words(self) -> str:
         assert self._process.stderr is not None
-        said = self._process.stderr.read().strip().splitlines()
-        return said[-1] if said else f"ssh ended with exit code {self._process.wait()}"
+        lines = self._process.stderr.read().strip().splitlines()
+        return lines[-1] if lines else f"ssh ended with exit code {self._process.wait()}"
 
 
 class Sessions:

@@ -23,7 +23,7 @@ from megarec.launching.hosts import OPTIONS, on_ssh_host
 from megarec.launching.process_tree import ended_with_this_process, kill_tree
 from megarec.signals import Interruption
 
-GRACE_SECONDS = 3.0  # from the first failure until the others have said theirs, or are ended
+GRACE_SECONDS = 3.0  # from the first failure until the others have reported, or are ended
 SIGNAL_AGAIN_SECONDS = 5.0  # ranks that were only starting when the signal came
 _CHATTER = re.compile(r"(\S+: )?\[[^]]*\] \[(INFO|WARNING|ERROR)\] \[(launch|runner|real_accelerator)\.py:.*")
 _PDSH_EXIT = re.compile(r"pdsh@\S+: (?P<host>\S+): ssh exited with exit code (?P<code>\d+)")

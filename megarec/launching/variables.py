@@ -54,10 +54,12 @@ def variables_on(hosts: Sequence[str] | None, job: str, variables: dict[str, str
         for host, process in _started(hosts, _WRITE, job):
             _, errors = process.communicate(json.dumps(variables).encode(), timeout=_SECONDS)
             if process.returncode:
-                said = (errors.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+                message = (errors.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[
+                    -1
+                ]
                 raise UserError(
                     f"{host or 'this machine'}: the variables of .deepspeed_env cannot be written to "
-                    f"~/{file_of(job).name} there ({said}); the ranks need a home directory that can be written"
+                    f"~/{file_of(job).name} there ({message}); the ranks need a home directory that can be written"
                 )
         yield
     finally:

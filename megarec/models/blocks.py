@@ -80,7 +80,7 @@ class KeyedDropout(nn.Module):
     rounded to a multiple of 2^-16.
 
     Attributes:
-        salt: tells this module's mask from others'; `number_dropouts` gives each module of a model its own.
+        salt: distinguishes this module's mask from others'; `number_dropouts` gives each module of a model its own.
         first_column: global column of the input's first one; tensor parallelism sets it on a shard.
     """
 
@@ -163,7 +163,7 @@ class MLP(nn.Module):
         self.activation = activation_function(activation)
         widths = [inputs, *hidden, outputs]
         biases = [bias] * (len(widths) - 1) if isinstance(bias, bool) else bias
-        # BatchNorm takes a bias before it away: its gradient would be rounding errors, of which Adam makes whole steps.
+        # BatchNorm cancels a bias before it: Adam would turn its gradient, rounding errors, into whole steps.
         kept = [has and (norm != "batch" or layer == len(hidden)) for layer, has in enumerate(biases)]
         self.linears = nn.ModuleList(
             nn.Linear(fan_in, fan_out, bias=has_bias)
@@ -175,7 +175,7 @@ class MLP(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew."""
+        """Draw all weights again."""
         for index, linear in enumerate(self.linears):
             assert isinstance(linear, nn.Linear)
             gain = math.sqrt(2) if self.relu and index < len(self.dropouts) else 1.0

@@ -53,7 +53,7 @@ class Projection(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew."""
+        """Draw all weights again."""
         for weight in self.parameters(recurse=False):
             init_fan_in_(weight, weight.shape[1])
 

@@ -109,7 +109,7 @@ class Keys:
         if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
             self.fail(key, value, otherwise)
         if given:
-            self.said(key, value, "", remark="what is done here")
+            self.note(key, value, "", remark="what is done here")
 
     def unused(self, *keys: str) -> None:
         """Take keys that change no numbers."""
@@ -117,7 +117,7 @@ class Keys:
             if key in self.values:
                 self.lines.append(Line(key, self.values.pop(key), "", "unused", "changes no numbers"))
 
-    def said(self, key: str, value: Any, target: str, kind: Kind = "same", remark: str = "") -> None:
+    def note(self, key: str, value: Any, target: str, kind: Kind = "same", remark: str = "") -> None:
         """Note the outcome of a key."""
         self.lines.append(Line(key, value, target, kind, remark))
 

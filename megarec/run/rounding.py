@@ -42,8 +42,8 @@ def rounding_warning(config: RunConfig, spec: ModelSpec, steps: int) -> str | No
     reasons = [*types, relus, _single_rows(spec), _lone_l2(config, spec), _shifts(config, spec)]
     if not any(reasons):
         return None
-    said = "; ".join(reason for reason in reasons if reason)
-    return f"losses on another topology may differ by more than 1e-5: {said} (docs/parity.md)"
+    text = "; ".join(reason for reason in reasons if reason)
+    return f"losses on another topology may differ by more than 1e-5: {text} (docs/parity.md)"
 
 
 def _types(config: RunConfig) -> list[str]:

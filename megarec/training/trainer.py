@@ -272,7 +272,7 @@ class Trainer:
                 STOPPED,
                 f"stopped by the fault policy at step {state.step}: the last {self.policy.in_a_row} steps of the run "
                 "were faulty, and no good one follows; test the best checkpoint with tools/evaluate.py, or train on "
-                f"with a larger train.epochs or train.max_steps; the last one: {self.step_check.said}",
+                f"with a larger train.epochs or train.max_steps; the last one: {self.step_check.description}",
             )
 
     def _step(self, pending: BatchFuture, start_next: Callable[[], None]) -> Action:
@@ -435,7 +435,7 @@ class Trainer:
         return (
             f"stopped by the fault policy at step {state.step + 1}: {self.policy.in_a_row} faulty steps in a row "
             f"(train.faults.max_in_a_row={faults.max_in_a_row}) after {state.rollbacks} rollbacks; the last one: "
-            f"{self.step_check.said}"
+            f"{self.step_check.description}"
         )
 
     def _end(self, code: int, reason: str) -> NoReturn:

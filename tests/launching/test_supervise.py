@@ -29,7 +29,7 @@ def record(*outcomes: Outcome, launcher: int = 0, **hosts: int) -> Record:
     return Record({outcome.rank: outcome for outcome in outcomes}, hosts, launcher)
 
 
-def test_success_is_every_rank_saying_so() -> None:
+def test_success_is_reported_by_every_rank() -> None:
     assert failure_report(record(*DONE), HOSTS, ADDRESSES) == (0, [])
 
 
@@ -93,7 +93,7 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_2() -> None:
     assert failure_report(found, HOSTS, ADDRESSES) == (2, ["error: every rank: data.path=x: not there"])
 
 
-def test_a_pre_emption_that_all_saved_for_is_told_from_a_failure() -> None:
+def test_a_pre_emption_that_all_saved_for_is_no_failure() -> None:
     saved = [Outcome(o.rank, o.host, 75, "asked to end, and saved") for o in DONE]
     assert failure_report(record(*saved, launcher=75), HOSTS, ADDRESSES) == (
         75,
@@ -128,7 +128,7 @@ def test_a_host_that_ended_without_a_word_goes_before_what_followed(code: int, m
     assert lines[1].startswith("  then: rank 0 on host1: lost the connection to host2")
 
 
-def test_addresses_are_told_apart_from_longer_ones() -> None:
+def test_addresses_are_distinguished_from_longer_ones() -> None:
     cause = "lost the connection to 10.77.0.12 (closed by peer)"
     _, lines = failure_report(record(Outcome(0, "host1", 1, cause, lost=True), *DONE[1:]), HOSTS, ADDRESSES)
     assert lines == [f"error: rank 0 on host1: {cause}"]

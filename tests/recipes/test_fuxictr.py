@@ -214,15 +214,15 @@ def test_the_spec_has_the_columns(files: Files, monkeypatch: pytest.MonkeyPatch)
     }
 
 
-def test_what_is_said_of_every_key(
+def test_every_key_has_its_note(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files.translate(monkeypatch, "--json")
     printed = json.loads(capsys.readouterr().out)
-    said = {line["key"]: line for line in printed["keys"]}
-    assert set(files.model) - {"dataset_id", "monitor_mode"} | set(BASE) <= set(said)
-    assert said["embedding_regularizer"]["target"] == "embedding.l2"
-    assert said["num_workers"]["kind"] == "unused" and said["batch_size"]["kind"] == "differs"
+    lines = {line["key"]: line for line in printed["keys"]}
+    assert set(files.model) - {"dataset_id", "monitor_mode"} | set(BASE) <= set(lines)
+    assert lines["embedding_regularizer"]["target"] == "embedding.l2"
+    assert lines["num_workers"]["kind"] == "unused" and lines["batch_size"]["kind"] == "differs"
     assert printed["commands"][0].startswith("python tools/prepare_data.py table --schema ")
     assert "--train train.csv --valid valid.csv --test test.csv" in printed["commands"][0]
 

@@ -81,7 +81,7 @@ def a_share(logits: torch.Tensor, labels: torch.Tensor) -> Quality:
     return predictions.gather(dist.group.WORLD)
 
 
-def test_every_rank_is_told_the_metrics_of_all(rank_pool: Callable[[int], RankPool]) -> None:
+def test_every_rank_gets_the_metrics_of_all(rank_pool: Callable[[int], RankPool]) -> None:
     logits, labels = torch.randn(150), torch.randint(2, (150,)).float()
     counted = torch.arange(150) % 50 != 49
     expected = quality(logits[counted], labels[counted])

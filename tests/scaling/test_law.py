@@ -130,7 +130,7 @@ def test_a_loss_that_does_not_fall_is_no_law() -> None:
         assert "does not lie below 0" in law.reason
 
 
-def test_scatter_between_sizes_widens_what_seeds_alone_would_tell() -> None:
+def test_scatter_between_sizes_widens_the_interval_of_seeds_alone() -> None:
     """Seeds agree, sizes do not lie on the curve: an interval from the seeds alone would be far too narrow."""
     wobble = np.exp(1e-3 * np.array([1, -1, 1, -1, 1, -1, 1]))
     cost, loss = np.array(runs_of(0.5 * SIZES**-0.01 * wobble, noise=1e-5, seeds=3)).T

@@ -1,4 +1,4 @@
-"""A sweep killed at any moment ends with the table of an unbroken one; what fails is told; hosts of a hostfile."""
+"""A sweep killed at any moment ends with the table of an unbroken one; failures are reported; hosts of a hostfile."""
 
 import fcntl
 import json

@@ -109,7 +109,7 @@ def test_options_of_a_whole_sweep_and_another_study_are_refused(
 
 
 def test_the_batch_script_asks_for_its_share(tmp_path: Path) -> None:
-    """Without Slurm: its variables, and a python that tells its words."""
+    """Without Slurm: its variables, and a python that prints its arguments."""
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools/scaling_law.py").touch()
     fake = tmp_path / ".venv/bin/python"

@@ -81,10 +81,10 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", REFUSED)
-def test_what_cannot_be_a_sequence_is_named(said: str) -> None:
-    sequences, embedding = REFUSED[said]
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_a_sequence_is_named(message: str) -> None:
+    sequences, embedding = REFUSED[message]
+    with pytest.raises(UserError, match=message):
         made(*sequences, **embedding)
 
 

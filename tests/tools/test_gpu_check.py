@@ -70,7 +70,7 @@ def test_every_part_runs_tiny_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # two checks in a row
-def test_a_part_that_fails_is_told_of_and_ends_no_other(tmp_path: Path) -> None:
+def test_a_part_that_fails_is_reported_and_ends_no_other(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     done = python("-c", BROKEN, out, cwd=ROOT, env=ENVIRONMENT)
     assert done.returncode == 1, done.stderr

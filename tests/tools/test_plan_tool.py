@@ -63,7 +63,7 @@ def test_a_run_that_does_not_fit_is_planned_and_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([*CONFIG, "--hardware", "h10", "--hosts", "2"], "--hardware h10: no such machine is known here; did you mean"),
         (
@@ -80,7 +80,7 @@ def test_a_run_that_does_not_fit_is_planned_and_refused() -> None:
         ([*CONFIG, "--hardware", "h100", "--hosts", "3"], "131072"),
     ],
 )
-def test_a_mistake_is_one_line(words: list[str], said: str) -> None:
+def test_a_mistake_is_one_line(words: list[str], message: str) -> None:
     refused = python("tools/plan.py", *words, cwd=ROOT)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert said in refused.stderr and refused.stderr.count("\n") == 1
+    assert message in refused.stderr and refused.stderr.count("\n") == 1

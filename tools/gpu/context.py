@@ -140,7 +140,7 @@ class Context:
         """A row of the table, written at once: a part that is cut off keeps what it has.
 
         Args:
-            limit: the most that `value` may be; `check_limits` tells of those beyond.
+            limit: the most that `value` may be; `check_limits` reports those beyond.
         """
         if isinstance(value, float) and not math.isfinite(value):
             value = str(value)  # JSON has no number for it
@@ -203,7 +203,7 @@ def copy_seconds(device: torch.device, size: int) -> float:
 
 
 def forget(device: torch.device) -> None:
-    """Give back what is not used any more, and start to measure the peak anew."""
+    """Give back what is not used any more, and restart the measurement of the peak."""
     gc.collect()
     if device.type != "cpu":
         torch.cuda.empty_cache()

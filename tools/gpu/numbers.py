@@ -115,8 +115,8 @@ def _meet(context: Context, case: Case) -> None:
     try:
         store.wait([f"{case.name}/{rank}" for rank in range(case.ranks)], timedelta(seconds=10))
     except RuntimeError:
-        said = f"{case.name}: the other rank is not done with it"
-        raise RuntimeError(said) from None
+        message = f"{case.name}: the other rank is not done with it"
+        raise RuntimeError(message) from None
 
 
 def run_ranks(context: Context) -> None:

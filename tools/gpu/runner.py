@@ -1,4 +1,4 @@
-"""Runs the parts, each in processes of its own that are cut off when their time is over, and tells what they found.
+"""Runs the parts, each in processes of its own that are cut off when their time is over, and reports what they found.
 
 A part's processes start, import and prepare while the part before them runs, and wait for a file called `go`. On a CPU
 they are forks, which cost nothing; a fork cannot use CUDA.
@@ -192,7 +192,7 @@ def run_parts(
     """All parts, one after the other; what failed is in the answer, as `failed`, and ends nothing else.
 
     Args:
-        most: seconds for all of them; what then has not begun is left out, and said to be.
+        most: seconds for all of them; parts that have not begun by then are left out and reported.
         keep: takes what was found so far, after every part.
     """
     end = time.monotonic() + most

@@ -140,16 +140,16 @@ def _sample(path: Path) -> tuple[Keys, pa.RecordBatch]:
         keys: Keys = {}
         if (encoding := _encoding(path, kind.compression)) is not None:
             keys["encoding"] = encoding
-        said = TextFile(path, "\t", ["x"], kind.compression, keys.get("encoding", (UTF_8,))[0])
+        file = TextFile(path, "\t", ["x"], kind.compression, keys.get("encoding", (UTF_8,))[0])
         if kind.format == "json":
-            for _, block in islice(said.blocks(lambda names: None), 1):
-                return keys, json_lines.sample(said, block, SAMPLE_ROWS)
+            for _, block in islice(file.blocks(lambda names: None), 1):
+                return keys, json_lines.sample(file, block, SAMPLE_ROWS)
             raise UserError(f"{path}: no rows to infer from")
         usual = DELIMITERS.get(kind.suffix)
-        delimiter = _delimiter(said, usual, sure=kind.suffix != ".txt")
+        delimiter = _delimiter(file, usual, sure=kind.suffix != ".txt")
         if delimiter != usual:
-            keys["delimiter"] = delimiter, "stands equally often in all of the first lines"
-        text = replace(said, delimiter=delimiter, names=None)
+            keys["delimiter"] = delimiter, "appears equally often in all of the first lines"
+        text = replace(file, delimiter=delimiter, names=None)
         for names, block in islice(text.blocks(lambda names: None), 1):
             if len(set(names)) == len(names) and not any(_is_number(name) or not name for name in names):
                 return keys, text.rows(block, names, names).table.slice(0, SAMPLE_ROWS)

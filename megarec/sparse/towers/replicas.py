@@ -138,7 +138,7 @@ class TowerReplicas:
             kept = {key.partition("/")[2]: t for key, t in state.items() if key.startswith(f"{name}/")}
             self._optimizer.state[parameter] = {what: tensor.clone() for what, tensor in kept.items()}
 
-    def start_afresh(self) -> None:
+    def reset(self) -> None:
         """Set everything to what it was before the first step."""
         initialize(self.bank, self._seed)
         self._optimizer.state.clear()

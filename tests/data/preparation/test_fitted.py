@@ -151,7 +151,7 @@ def test_every_column_against_a_reference(tmp_path: Path) -> None:
     assert batch[1]["age"].values.tolist() == [reference(train, parts[3])["age"][3]]
 
 
-def test_numbers_that_are_all_alike_or_absent(tmp_path: Path) -> None:
+def test_numbers_that_are_all_equal_or_absent(tmp_path: Path) -> None:
     columns = {
         "x": {"type": "numeric", "standardise": True, "missing": 0},
         "z": {"type": "numeric", "standardise": True, "missing": 3},

@@ -108,7 +108,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "log.json.gz", "log.arrow", "log.csv.zst", "log.txt"])
-def test_every_format_and_what_is_said_of_it(tmp_path: Path, name: str) -> None:
+def test_every_format_and_its_reasons(tmp_path: Path, name: str) -> None:
     """Null words, a vector and the encoding are seen, and the spec prepares the file that it was made from."""
     table = {
         "item_id": list(range(20)) * 10,
