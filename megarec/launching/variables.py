@@ -54,12 +54,11 @@ def variables_on(hosts: Sequence[str] | None, job: str, variables: dict[str, str
         for host, process in _started(hosts, _WRITE, job):
             _, errors = process.communicate(json.dumps(variables).encode(), timeout=_SECONDS)
             if process.returncode:
-                message = (errors.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[
-                    -1
-                ]
+                lines = errors.decode(errors="replace").strip().splitlines()
+                reason = lines[-1] if lines else f"exit code {process.returncode}"
                 raise UserError(
                     f"{host or 'this machine'}: the variables of .deepspeed_env cannot be written to "
-                    f"~/{file_of(job).name} there ({message}); the ranks need a home directory that can be written"
+                    f"~/{file_of(job).name} there ({reason}); the ranks need a home directory that can be written"
                 )
         yield
     finally:

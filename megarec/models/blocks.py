@@ -141,9 +141,9 @@ class MLP(nn.Module):
         inputs, hidden, outputs: widths; without hidden ones it is one linear layer.
         bias: whether the layers have a bias; one for all, or one for each. Before BatchNorm its own is the bias.
         dropout: probability after every hidden layer.
-        relu: whether anything lies between the layers; without it is a factorised (low-rank) linear map.
-        activation: what does.
-        norm: what comes before it.
+        relu: whether an activation lies between the layers; without one it is a factorised (low-rank) linear map.
+        activation: which one.
+        norm: the normalisation before it.
     """
 
     def __init__(
@@ -203,10 +203,10 @@ def mlp_of(
 
 
 def shift_vanishes(config: ModelConfig, hidden: Sequence[int], headless: bool = False) -> bool:
-    """Whether a constant that is added to what `head_of` takes, the same for every example, changes no logit.
+    """Whether a constant added to the input of `head_of`, the same for every example, leaves every logit unchanged.
 
-    It does not where BatchNorm follows the first layer. A bias that adds one would have a gradient of rounding errors
-    alone, of which Adam makes whole steps, and evaluation sees them: its running means lag behind. So there is none.
+    It does if BatchNorm follows the first layer. The gradient of a bias that adds one would be only rounding
+    errors, which Adam turns into whole steps that evaluation sees: its running means lag. So there is none.
 
     Args:
         hidden: of the MLP.
