@@ -115,7 +115,7 @@ MAX_JSON_BYTES = 256 << 20
 MAX_DIGITS = 400
 """Of one number in a JSON: float64 ends at 309."""
 MAX_DEPTH = 100
-"""Of objects and lists in one another: what is deeper would be too much for those who walk through a value."""
+"""Nesting of objects and lists: deeper values would break code that recurses."""
 
 
 class NotJson(UserError):

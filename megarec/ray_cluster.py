@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENT = "ray==2.60.0"
 LOG = "ray.log"
-SAME = ("pyarrow", "numpy")  # their versions decide bytes, so that all nodes must have the same
+SAME = ("pyarrow", "numpy")  # their versions decide bytes, so all nodes must have the same
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from megarec.ray_driver import main; main()"
 _START_SECONDS = 240.0  # to connect, or to start a cluster on this machine, and to look at every node
 _END_SECONDS = 10.0

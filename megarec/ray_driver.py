@@ -76,7 +76,7 @@ def _connect(ray: Any, address: str | None) -> None:
     if port.isdecimal():
         socket.create_connection(
             (host, int(port)), _KNOCK_SECONDS
-        ).close()  # where nobody is, Ray would try for minutes
+        ).close()  # without a cluster there, Ray would try for minutes
     ray.init(address, **named)
 
 

@@ -112,7 +112,7 @@ def test_derived_or_informative_values_are_no_reason_to_stop(tmp_path: Path) -> 
     (tmp_path / "c/step-000000003").mkdir(parents=True)
     for content, _ in BAD.values():
         (tmp_path / "built.json").write_bytes(content)
-        assert _whole(tmp_path, "", None) is None  # a cache, which is built anew
+        assert _whole(tmp_path, "", None) is None  # a cache, which is rebuilt
         (tmp_path / "metrics.json").write_bytes(content)
         about = said_of(tmp_path / "c/step-000000003", index)
         assert str(about.get("metrics", tmp_path)).startswith(str(tmp_path))  # NaN is none of its faults

@@ -1,11 +1,11 @@
-"""What one GPU can show of megarec in seven minutes: rates, the same numbers, MFU, memory, each beside a prediction.
+"""A check of megarec on one GPU in seven minutes: rates, the same numbers, MFU, memory, each beside a prediction.
 
 python tools/gpu_check.py --out gpu.json                     # on a machine with a GPU; the ladder, tables, a run
 python tools/gpu_check.py --out gpu.json --device cpu        # the same parts, small, in two minutes
 python tools/gpu_check.py --out gpu.json --part ladder --part tables
 
 Predictions are those of tools/gpu/predictions.py for an H200, made before a part runs. A part that fails, or takes
-longer than its time, stands in the table with its cause, and ends no other; the exit code is then 1.
+longer than its time, is in the table with its cause, and ends no other; the exit code is then 1.
 """
 
 import importlib
@@ -55,7 +55,7 @@ def main() -> None:
         problem = None
         try:
             write_whole(arguments.out, json.dumps({"machine": machine, **found}, indent=1).encode())
-        except OSError as error:  # a disk that has filled up meanwhile: the table has been paid for
+        except OSError as error:  # a disk that has filled up meanwhile: still print the table
             problem = UserError(f"--out {arguments.out}: cannot be written ({error.strerror}); what was found is above")
 
     with tempfile.TemporaryDirectory(prefix="megarec-gpu-") as directory:
@@ -78,7 +78,7 @@ def check_out(out: Path) -> None:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Versions, and the device; imports what the parts need, which are forks of this process on a CPU.
+    """Versions, and the device; imports the parts' modules, as parts are forks of this process on a CPU.
 
     Raises:
         UserError: there is no such device.

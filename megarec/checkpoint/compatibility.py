@@ -86,7 +86,7 @@ def check_tensors(
 def _why(index: Index, config: Mapping[str, Any]) -> str:
     for section in ("model", "tower_module", "embedding", "dense", "data"):
         known, own = index.config.get(section), config.get(section)
-        if isinstance(known, dict) and isinstance(own, dict):  # a key that an earlier version did not have is no reason
+        if isinstance(known, dict) and isinstance(own, dict):  # a key that an earlier version lacked is not a reason
             own = {key: value for key, value in own.items() if key in known}
         for key, there, here in differences(known, own, section):
             if key not in ("embedding.placement", "embedding.backend", "data.path"):

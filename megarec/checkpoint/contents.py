@@ -168,7 +168,7 @@ def fill(run: Run, reader: Reader, window: Predictions | None) -> None:
         run.dense.allocate_states(_dense_states(reader))
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{reader.directory}: {error}") from error
-    run.sparse.settle()  # else what waits would be applied to the checkpoint's weights
+    run.sparse.settle()  # else pending decay would be applied to the checkpoint's weights
     for piece in run.dense.held() + sparse.tables_held(run.sparse, run.spec.layout):
         reader.fill(piece)
     compatibility.fill_tower_modules(run, reader)

@@ -80,7 +80,7 @@ def said_of(checkpoint: Path, index: Index) -> dict[str, Any]:
         if isinstance(score, int | float):
             about[f"valid_{metric}"] = abs(score)
     path = checkpoint.parent.parent / METRICS
-    if os.path.lexists(path):  # a run that has not ended has none
+    if os.path.lexists(path):  # an unfinished run has none
         try:
             metrics = read_object(path, "the metrics of a run", nan=True)
         except UserError as error:

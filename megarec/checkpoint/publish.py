@@ -28,7 +28,7 @@ from megarec.checkpoint.writing import key_of, write_file
 from megarec.errors import one_line
 from megarec.files import read_object, sync_directory, write_json, write_whole
 
-POLL_SECONDS = 0.01, 0.2  # between looks for the other ranks' marks: at first, at most
+POLL_SECONDS = 0.01, 0.2  # between checks for the other ranks' marks: at first, at most
 GRACE_SECONDS = 10.0  # after a failure, for ranks that have not begun: they may have had no room for a mark
 OLD, GONE = ".tmp-old", ".tmp-gone"  # a whole checkpoint that another one replaces; one that is being removed
 SPARE = "spare"  # an empty file for a rank that finds no room for one of its own

@@ -89,7 +89,7 @@ def _changes(index: Index, config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     here, there = config.model_dump(mode="json"), index.config
     try:
         there = RunConfig.model_validate(there).model_dump(mode="json")
-    except ValidationError:  # another version's, with keys or numbers that this one refuses: what both know
+    except ValidationError:  # of another version, with keys or values that this one refuses: the common ones
         there = {section: _known(there.get(section), values) for section, values in here.items()}
     for config_of in (there, here):
         config_of["embedding"] = _of_updates(config_of["embedding"])

@@ -111,7 +111,7 @@ class Checkpoints:
             try:
                 publish.write_part(plan, rank, self._snapshot)
             except SaveFailed as error:
-                failure = error  # of another rank the mark tells rank 0, which says so, or `wait`
+                failure = error  # another rank's failure is in its mark, which rank 0 logs, or `wait` does
                 self._part.failure = str(error).removeprefix(f"rank {rank}: ")
             finally:
                 self._part.ended.set()

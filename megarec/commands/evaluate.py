@@ -111,7 +111,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Report]:
     opened = opened_by(arguments.run, "--run")
     column = arguments.group or opened.group
     groups = None if column is None else opened.column(column)
-    sliced = {name: opened.column(name) for name in arguments.slice}  # a wrong name ends it before long work
+    sliced = {name: opened.column(name) for name in arguments.slice}  # fail on a wrong name before long work
     rival = None if arguments.compare is None else opened_by(arguments.compare, "--compare")
     with _file(predictions, "predictions") as file:
         table = None if file is None else PredictionTable(file, groups, opened.labels)

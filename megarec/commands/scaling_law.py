@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def run_study(arguments: argparse.Namespace) -> None:
-    # torch, which counting needs and the other commands do without
+    # they import torch, which only counting needs
     from megarec.commands.search import check_options, run_rounds, tell_search
     from megarec.launching.hosts import read_hostfile
     from megarec.scaling.array import tasks_of
@@ -236,7 +236,7 @@ def print_fit(result: Study, in_json: bool) -> None:
 def write_plot(result: Study, output: Path, tensorboard: Path | None) -> None:
     from megarec.scaling.report import (
         log_image,
-        write_report,  # matplotlib, which fit does without
+        write_report,  # matplotlib, which fit does not need
     )
 
     for path in write_report(result, output):

@@ -18,7 +18,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, le=1e6)]
-Above0 = Annotated[float, Field(ge=1e-30, le=1e6)]  # float32 knows no smaller ones that it can divide by
+Above0 = Annotated[float, Field(ge=1e-30, le=1e6)]  # the smallest that float32 can divide by
 Betas = tuple[Probability, Probability]
 Activation = Literal["relu", "silu", "gelu", "leaky_relu", "tanh", "sigmoid"]
 Norm = Literal["none", "layer", "batch"]

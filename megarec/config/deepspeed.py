@@ -18,7 +18,7 @@ MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
 PRECISIONS = ("bf16", "bfloat16", "fp16")
 OBJECTS = frozenset({"zero_optimization", *PRECISIONS, *MONITORS, "optimizer", "aio", "data_types"})
 BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu")
-"""Where "auto" means what its users mean: derive it."""
+"""Here "auto" means what users expect: the value is derived."""
 SWITCHES = frozenset(
     {"prescale_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_python_gc"}
 )

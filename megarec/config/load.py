@@ -105,7 +105,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     for name, value in raw.items():
         raw[name] = _include(value, path, name)
     if not any(override.startswith("parallel.towers=") for override in (overrides or [])[:1]):
-        _read_towers(raw, path.parent)  # else they are not those of the file, which may yet have to be written
+        _read_towers(raw, path.parent)  # else they replace those of the file, which may not exist yet
     for override in overrides or []:
         _apply_override(raw, override, path)
         _read_towers(raw, Path() if override.startswith("parallel.towers=") else path.parent)

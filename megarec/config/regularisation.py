@@ -78,7 +78,7 @@ def problem_of(where: str, l2: float | L2Config, update_rows: Rows | None, learn
     if not isinstance(l2, L2Config):
         return None
     if l2.rows == "looked_up" and not l2.coupled:
-        return f"{where}.l2.coupled=false needs {where}.l2.rows='all': rows that nobody looks up decay as well"
+        return f"{where}.l2.coupled=false needs {where}.l2.rows='all': rows that are not looked up decay as well"
     if l2.rows == "all" and l2.coupled and l2.weight and update_rows == "looked_up":
         return (
             f"{where}.l2 is in the gradient of all rows (rows='all', coupled=true), and update_rows='looked_up' would "

@@ -286,7 +286,7 @@ def selected(schema: Schema, data: DataConfig) -> Schema:
 
 
 MADE_UP = "made up"
-"""How the identity of synthetic features begins."""
+"""The prefix of the identity of synthetic features."""
 
 
 def made_up(features: tuple[CategoricalFeature, ...], numeric: tuple[str, ...], seed: int, how: str) -> dict[str, str]:

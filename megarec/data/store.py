@@ -83,7 +83,7 @@ class Store:
                     self.labels, self._salt = built.labels, built.salt
                     return
             except (Damaged, pa.ArrowException, OSError, ValueError, TypeError, KeyError):
-                pass  # whatever a reader makes of damaged bytes: they are not what was written
+                pass  # any error that damaged bytes cause: they are not what was written
         raise self._damaged_again()
 
     def _damaged_again(self) -> UserError:

@@ -140,7 +140,7 @@ class StreamLoader(EpochLoader):
         if self.rows < self.batch_size:
             raise UserError(
                 f"data.stream_rows={self.rows} is less than data.batch_size={self.batch_size}: the rows of a batch are "
-                f"drawn from so many; set it to many batches, as data.stream_rows={100 * self.batch_size}"
+                f"drawn from that many; set it to many batches, as data.stream_rows={100 * self.batch_size}"
             )
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:

@@ -47,7 +47,7 @@ def model_parallel_unit(topology: Topology) -> ModelParallelUnit | None:
     if topology.tensor is None:
         return None
     data = topology.data
-    if data is None:  # one rank: DeepSpeed wants a group all the same
+    if data is None:  # one rank: DeepSpeed still needs a group
         alone = [dist.new_group([rank]) for rank in range(topology.world_size)]
         data = alone[topology.rank]
     return ModelParallelUnit(topology, topology.tensor, data)

@@ -176,7 +176,7 @@ def _recomputed(forward: Callable[..., Any], policy: Recompute, kept: _Kept) -> 
         options |= {"use_reentrant": False, "context_fn": contexts}
 
     def again(x: Tensor, *others: Any) -> Any:
-        with fast_cpu_gemm(x.device, x.dtype):  # the backward pass stands outside the model's own
+        with fast_cpu_gemm(x.device, x.dtype):  # the backward pass runs outside the model's forward
             return forward(x, *others)
 
     @functools.wraps(forward)

@@ -289,7 +289,7 @@ def sync_from_masters(engine: Any) -> None:
     """Set the weights that the model computes with from the master weights; collective."""
     wrapper = engine.optimizer
     if engine.zero_optimization_stage() == 3:
-        wrapper.checkpoint_event_prologue()  # small parameters that are whole would stay what they were
+        wrapper.checkpoint_event_prologue()  # small whole parameters would keep their old values
         for group in range(len(wrapper.fp32_partitioned_groups_flat)):
             wrapper._reassign_or_swap_out_partitioned_parameters(group)
         wrapper.checkpoint_event_epilogue()

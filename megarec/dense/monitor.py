@@ -35,7 +35,7 @@ class Monitor:
     """
 
     def __init__(self, master: Any) -> None:
-        master.enabled = False  # what the engine asks before it writes points of its own
+        master.enabled = False  # the engine's check before it writes points of its own
         opened = {
             "TensorBoard": master.tb_monitor,
             "CSV": master.csv_monitor,

@@ -41,7 +41,7 @@ class Losses(NamedTuple):
 def label_losses(logits_BT: Tensor, labels_BT: Tensor, weights_B: Tensor | None) -> Tensor:
     """The mean over the examples, by label: [T]. A label that is NaN is missing: it counts as 0."""
     known = labels_BT.isfinite()
-    # What is missing must not be multiplied by 0: that would keep a NaN.
+    # A missing label must not be multiplied by 0: that would keep a NaN.
     each_BT = binary_cross_entropy_with_logits(
         logits_BT.where(known, 0.0), labels_BT.where(known, 0.0), reduction="none"
     )

@@ -34,7 +34,7 @@ BUCKETS = 4
 """Only the last bucket is left when the backward pass ends, so more buckets hide more; but each waits for its
 messages one after the other, three over hosts, and where ranks share cores such a wait is milliseconds."""
 LEAST_BYTES = 256 * 1024
-"""A smaller message takes its latency, not its bytes."""
+"""A smaller message is bound by latency, not bytes."""
 MOST_BYTES = 32 * 1024**2
 """A larger message travels no faster per byte, and would begin later."""
 ALIGNED = 16

@@ -86,7 +86,7 @@ def _of_flat_partitions(parameters: Iterable[nn.Parameter], wrapper: Any) -> Ite
 
 def _average_in_backward(model: nn.Module, channel: Channel) -> None:
     def average(gradient: Tensor) -> Tensor:
-        mean = gradient.clone()  # a hook must leave what it is given
+        mean = gradient.clone()  # a hook must not change its input
         all_reduce_mean_([mean], channel, _PURPOSE, "backward")
         return mean
 

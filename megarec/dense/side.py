@@ -181,7 +181,7 @@ class DenseSide:
         """What fp16 scales the loss by; None in other precisions."""
         return loss_scale(self.engine)
 
-    # What a checkpoint keeps.
+    # The state that a checkpoint keeps.
 
     @property
     def zero_stage(self) -> int:

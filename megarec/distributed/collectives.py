@@ -20,10 +20,10 @@ from megarec.distributed.pieces import Wait, start_exchange
 from megarec.distributed.topology import Topology, group_ranks
 from megarec.errors import DamagedCheckpoint, UserError
 
-# Since torch 2.13; before, under names that it deprecates. A GPU machine may have an older torch.
+# Since torch 2.13; older versions, which a GPU machine may have, use names that are deprecated now.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-TEXT_BYTES = 64 * 1024  # of an error or a remark: more is not for people
+TEXT_BYTES = 64 * 1024  # of an error or a remark: longer ones are not readable
 Direction = Literal["forward", "backward"]
 
 

@@ -225,7 +225,7 @@ def fitting_schema(trained: Schema, found: Schema, path: Path) -> Schema:
     if difference := identity_difference(trained.identity, found.identity):
         raise UserError(f"{path}: the model was trained on other data: {difference}")
     keys = ("name", "labels", "labelled", "optional", "weight", "group", "time", "rows")
-    of_data = {key: getattr(found, key) for key in keys} | {"weighted": False}  # metrics count all examples alike
+    of_data = {key: getattr(found, key) for key in keys} | {"weighted": False}  # metrics weight all examples equally
     for name in trained.tasks:
         if found.labelled and name not in (found.labels or (found.label,)):
             what = f"the model predicts {list(trained.tasks)}, and the label {name!r} is missing"

@@ -33,6 +33,6 @@ def triton_problem(device: str) -> str | None:
     if device == "cuda":
         try:
             triton.runtime.driver.active.get_current_target()
-        except Exception as error:  # whatever it needs: a C compiler, headers, a driver
+        except Exception as error:  # any requirement: a C compiler, headers, a driver
             return f"Triton does not start ({' '.join(str(error).split())})"
     return None

@@ -27,7 +27,7 @@ from megarec.launching.variables import variables_on
 from megarec.signals import Interruption
 
 LOOPBACK = "lo"
-SECOND_LOOK_SECONDS = 5.0  # at hosts that just ended a job: their ranks may have to go first
+SECOND_LOOK_SECONDS = 5.0  # at hosts that just ended a job: their ranks may have to end first
 MASTER_PORT = 29500
 GRACE_SECONDS = 60.0
 

@@ -22,7 +22,7 @@ TRAIN_SCRIPT = PACKAGE / "train.py"
 RANK_SCRIPT = PACKAGE / "launching/rank.py"
 VISIBLE = ("CUDA_VISIBLE_DEVICES",)
 _SAFE = re.compile(r"[\w@+=:,./-]*")
-# Quiet and single-threaded where the user says nothing: what launch/quickstart.sh does for one host.
+# Quiet and single-threaded by default, as launch/quickstart.sh does for one host.
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUNBUFFERED": "1"}
 _EXPORTED = ("MLFLOW", "MV2", "UCX", "NCCL", "LD_LIBRARY", "PATH")  # what DeepSpeed's launcher exports by itself
 
@@ -55,7 +55,7 @@ def local_command(ranks: int, word: str, port: int) -> Command:
         "error",
     ]
     argv += ["--num_gpus", str(ranks), "--master_port", str(port), "--no_local_rank", str(RANK_SCRIPT), word]
-    hidden = ("PYTHON", *VISIBLE)  # DeepSpeed numbers all devices; the assignment says to ranks which are theirs
+    hidden = ("PYTHON", *VISIBLE)  # DeepSpeed numbers all devices; the assignment has those of the ranks
     environment = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
     environment.setdefault("DS_ACCELERATOR", accelerator())
     return Command(argv, environment)

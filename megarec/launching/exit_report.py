@@ -46,7 +46,7 @@ _OTHER_LOSS = re.compile(
     r"[Ff]ailed to recv, got 0 bytes|NCCL.*(?:remote|peer)"
 )
 
-# The next call reports a kernel that failed, and is often far from it.
+# A failed kernel is reported by a later call, often far from it.
 _OF_KERNEL = re.compile(r"device-side assert|illegal memory access|unspecified launch failure|misaligned address")
 AGAIN = (
     "; the kernel that failed may be an earlier one: run again with CUDA_LAUNCH_BLOCKING=1 and "

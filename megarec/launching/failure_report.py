@@ -87,7 +87,7 @@ def _silent(record: Record, hosts: list[Host]) -> list[str]:
     """Hosts that were still there for the launcher, but whose ranks reported nothing."""
     silent = [host for host in hosts if host.name not in record.host_codes and not _has_word(record, host)]
     lines = [f"{host.ranks} on {host.name}: no report; its link may be down, or its ranks hang" for host in silent]
-    if not record.waited:  # else ranks that did not say in time that they waited might be blamed
+    if not record.waited:  # else ranks that did not report their wait in time might be blamed
         return lines
     for host in hosts:
         missing = [str(rank) for rank in _ranks(host) if rank not in record.outcomes]

@@ -30,7 +30,7 @@ SAME_FILES = "share one file system, or copy it there (rsync -a)"
 ROOT = Path(__file__).resolve().parents[2]  # a checkout, or what the package is installed in
 CLOCK_READINGS = 3
 LARGEST_SHARE_OF_GPU_IN_USE = 0.1
-LEAST_SHARED_MEMORY = 1 << 30  # NCCL takes some tens of MiB a rank of it, and says only "unhandled system error"
+LEAST_SHARED_MEMORY = 1 << 30  # NCCL takes tens of MiB a rank of it, and reports only "unhandled system error"
 
 
 @dataclass(frozen=True)

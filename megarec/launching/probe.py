@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 CONNECT_SECONDS = 3.0
-GPU_SECONDS = 30.0  # a driver that is not kept loaded takes its time
+GPU_SECONDS = 30.0  # a driver that is not kept loaded is slow
 GPU_FACTS = ("name", "driver_version", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total")
 LISTENING: list[socket.socket] = []
 

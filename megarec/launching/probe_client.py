@@ -53,7 +53,7 @@ class Session:
             raise Unanswered(self._last_words())
         try:
             return dict(json.loads(answer))
-        except (ValueError, TypeError, RecursionError) as error:  # its shell says something at every login
+        except (ValueError, TypeError, RecursionError) as error:  # its shell prints something at every login
             raise Unanswered(f"its shell says {one_line(answer.strip(), 60)!r} before any command") from error
 
     def close(self) -> None:

@@ -102,7 +102,7 @@ def watch(assignment: Assignment) -> int:
     threading.Thread(target=_when_unread, args=(end,), daemon=True).start()
     code = rank.wait()
     if unwatched.is_set() or (asked.is_set() and code < 0):
-        os._exit(128 + signal.SIGTERM)  # not its own end: it has nothing to report, and perhaps nobody listens
+        os._exit(128 + signal.SIGTERM)  # not its own end: it has nothing to report, and perhaps no listener
     if code < 0:
         name = signal.Signals(-code).name
         hint = (
@@ -133,7 +133,7 @@ def _environment(assignment: Assignment) -> dict[str, str]:
 def _when_unread(end: Callable[[], None]) -> None:
     """Call `end` when the other end of standard output is closed; a file or a terminal never is."""
     poll = select.poll()
-    poll.register(1, 0)  # errors and hang-ups are reported unasked
+    poll.register(1, 0)  # errors and hang-ups are always reported
     poll.poll()
     end()
 

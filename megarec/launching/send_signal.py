@@ -21,7 +21,7 @@ def _content(path: Path) -> list[bytes]:
     try:
         return path.read_bytes().split(b"\0")
     except OSError:
-        return []  # it has ended, or is somebody else's
+        return []  # it has ended, or belongs to another user
 
 
 def _parent(pid: int) -> int | None:

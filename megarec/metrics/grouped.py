@@ -215,7 +215,7 @@ def _first(k: int, before: Int, rows: Int, hits: Int, first_level: Int, positive
     np.divide(dcg, gained[np.minimum(positives, k)], out=ndcg, where=positives > 0)
 
     sure = np.add.reduceat(np.where(before + rows <= k, hits, 0), first_level) > 0
-    cut = (before < k) & (before + rows > k)  # the level, at most one of a group, of which a part is looked at
+    cut = (before < k) & (before + rows > k)  # the level that is only partly looked at, at most one a group
     missed = np.ones(len(rows))
     seen, tied, wrong = (k - before)[cut], rows[cut], (rows - hits)[cut]
     chance = np.ones(len(tied))

@@ -20,7 +20,7 @@ TILE = 256, 1024  # rows, columns of the whole tensor that are drawn together: a
 
 def draw_normal_(weight: Tensor, std: float) -> None:
     """Draw a weight [rows, columns], and remember its standard deviation for `initialize`."""
-    if not weight.is_meta:  # where there is nothing to draw, torch takes a while to find out
+    if not weight.is_meta:  # torch is slow where there is nothing to draw
         nn.init.normal_(weight, std=std)
     weight.initial_std = std  # type: ignore[attr-defined]
 

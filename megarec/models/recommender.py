@@ -88,7 +88,7 @@ def shift_of_inputs_vanishes(config: OverArchConfig, headless: bool) -> bool:
     match config:
         case DnnConfig():
             return shift_vanishes(config, config.head, headless)
-        case FinalMlpConfig():  # of its streams every layer has a normalisation
+        case FinalMlpConfig():  # every layer of its streams has a normalisation
             return config.norm == "batch" and not any(config.gates or ())
         case _:
             return False

@@ -70,7 +70,7 @@ def translate(experiment: Experiment, fields: Sequence[str] | None, numbers: int
     """A run that trains as the experiment does.
 
     Args:
-        fields: the features in their order; None: nobody named a data set.
+        fields: the features in their order; None: no data set was given.
         numbers: how many of them are numeric.
         data: directory of the prepared data.
         output_dir: where the run will write.
@@ -185,7 +185,7 @@ def _schedule(keys: Keys, run: dict[str, Any], output_dir: str) -> None:
         keys.values["eval_steps"] = steps
         train["evaluate_every"] = keys.integer("eval_steps")
     keys.note("eval_steps", steps, "train.evaluate_every", remark="" if steps else "every epoch")
-    keys.must_be("every_x_epochs", 1, "a validation is due every epoch or every so many steps; expected 1", 1)
+    keys.must_be("every_x_epochs", 1, "a validation is due every epoch or every N steps; expected 1", 1)
     keys.must_be("save_best_only", True, "the best is kept and tested here; expected true", True)
     run["train"] = train
     drops = keys.flag("reduce_lr_on_plateau", True)

@@ -1,7 +1,7 @@
 """FuxiCTR's models -> the model section of a run, one function each; keys that would make another model are refused.
 
 A function takes the keys of its model, the width of embeddings and the names of the features in their order (None:
-nobody named a data set), and returns what `model` has beside `dim`.
+no data set was given), and returns what `model` has beside `dim`.
 """
 
 from collections.abc import Callable, Sequence

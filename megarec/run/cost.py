@@ -161,7 +161,7 @@ def _count_sequence(own: SequenceInput, config: ModelConfig) -> Part:
             .plus(Part(0, positions * columns))
         )
     else:
-        every = positions + 1  # of which the target: k and v of each, u and q of the target alone
+        every = positions + 1  # with the target: k and v of each position, u and q of the target only
         parameters = 5 * columns**2 + (7 if config.bias else 1) * columns
         parameters += every if settings.position_bias is not False else 0
         block = Part(parameters, 2 * every * columns**2 + 3 * columns**2 + 2 * every * columns)

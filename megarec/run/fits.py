@@ -149,7 +149,7 @@ def least_step_bytes(config: RunConfig, spec: ModelSpec, topology: Topology) -> 
     """Least bytes of the looked-up embeddings, their gradients, and what a micro-batch saves, on one rank."""
     looked_up = 2 * 4 * spec.arriving * (config.data.batch_size // topology.world_size)
     if config.dense.compile:
-        return looked_up  # it saves less, no one can say by how much
+        return looked_up  # it saves less, by an unknown amount
     return looked_up + activation_bytes(config, spec, micro_batch_size(config, topology.world_size))
 
 

@@ -130,7 +130,7 @@ def _last_biases(config: RunConfig, spec: ModelSpec, inputs: bool) -> Iterator[_
     """Those in front of X_0; `inputs`: with those of the input MLPs."""
     dense = ("dense.eps", config.dense.optimizer, config.dense.eps)
     if (given := config.deepspeed.get("optimizer")) is not None:
-        eps = given.get("params", {}).get("eps")  # DeepSpeed says what is wrong with it
+        eps = given.get("params", {}).get("eps")  # DeepSpeed reports what is wrong with it
         dense = (
             "deepspeed.optimizer.params.eps",
             given["type"].lower(),

@@ -13,7 +13,7 @@ from megarec.errors import UserError
 from megarec.scaling.space import Setting, draw
 
 REQUIREMENT = "optuna==5.0.0"
-ROUND = 8  # draws that know of the same trials, and may run at once; the first round is random
+ROUND = 8  # draws from the same trials, which may run at once; the first round is random
 
 Drawn = dict[str, float]
 

@@ -244,7 +244,7 @@ def _check(settings: dict[str, Setting], path: Path, base: Path, where: dict[str
     try:
         load_config(base, in_words(middle))
     except UserError:
-        for count, key in enumerate(middle, start=1):  # the first that does not do beside those before it
+        for count, key in enumerate(middle, start=1):  # the first that is invalid together with those before it
             load(dict(list(middle.items())[:count]), key)
         raise
     for key, setting in settings.items():

@@ -255,7 +255,7 @@ def environment_of(slot: Slot) -> dict[str, str]:
         device = accelerator()
     if device is not None:  # else as `attended` finds on the host, which may have what this machine lacks
         environment["DS_ACCELERATOR"] = device
-    if slot.cluster is not None:  # which says itself what a task may see
+    if slot.cluster is not None:  # which decides itself what a task may see
         return environment
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if slot.host is None and device == "cuda" and visible is not None:
@@ -404,7 +404,7 @@ def _row_of(
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{folder / 'metrics.json'}: {error} is not what a run writes; remove that directory, and the trial runs "
-            "anew"
+            "again"
         ) from error
 
 

@@ -110,7 +110,7 @@ class Batcher:
                 batch = self._next_batch()
                 try:
                     answers = await loop.run_in_executor(self._thread, self._answers, batch)
-                except Exception as error:  # the server's fault: these requests get it, later ones are served
+                except Exception as error:  # the server's fault: these requests get the error, later ones are served
                     for waiting in batch:
                         if not waiting.answer.done():
                             waiting.answer.set_exception(error)
@@ -232,7 +232,7 @@ def _rows(body: bytes, most: int) -> list[Any]:
         found = json.loads(body, parse_constant=_no_constant)
     except RecursionError:
         raise Refused(400, f"the body is nested too deeply; {expected}") from None
-    except ValueError as error:  # of JSON, UTF-8 and integers of thousands of digits alike
+    except ValueError as error:  # of JSON, UTF-8 and integers of thousands of digits
         raise Refused(400, f"the body is not JSON ({str(error)[:200]}); {expected}") from None
     if not isinstance(found, dict) or not isinstance(rows := found.get("rows"), list) or len(found) != 1:
         raise Refused(400, expected)

@@ -28,7 +28,7 @@ Requested = Placement
 COLUMN_UNIT = 4  # FBGEMM wants widths in multiples of four
 WIDE = 16  # columns of a slice: a cache line of float32
 LARGE = 1.5  # of a rank's fair share of the cost
-FEW = 8  # ranks, as of a host, of which each can send whole embeddings of a table that is split by rows
+FEW = 8  # ranks, as of one host: few enough that each can send whole embeddings of a row-wise table
 REPLICATED_CELLS = 2**18  # at most 1 MiB in float32
 EVEN = 1.25  # 26 equal tables on 8 ranks stay whole: 4 over 3.25
 

@@ -32,14 +32,14 @@ class _LogFile(logging.FileHandler):
         error = sys.exception()
         self.setLevel(_NEVER)
         if self.stream is not None:
-            with suppress(OSError):  # what it still holds cannot be written either
+            with suppress(OSError):  # its buffer cannot be written either
                 self.stream.close()
             self.stream = None
         _log.warning("%s ENDS HERE, THE RUN GOES ON: %s", self.baseFilename, getattr(error, "strerror", None) or error)
 
 
 class _Shown(logging.StreamHandler[TextIO]):
-    """Lines on standard output; where nobody reads them any more (`| head`), log.txt alone goes on."""
+    """Lines on standard output; when their reader is gone (`| head`), only log.txt goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exception()

@@ -35,7 +35,7 @@ def measure_gemm_tflops(dtype: torch.dtype, device: torch.device, seconds: float
     if device.type != "cpu":
         return _gemm_tflops_of_accelerator(dtype, device)
     best = 0.0
-    random = torch.Generator(device).manual_seed(0)  # its own: how much it draws depends on the clock
+    random = torch.Generator(device).manual_seed(0)  # its own: how many numbers it draws depends on the clock
     end = time.perf_counter() + seconds
     size = 128
     while time.perf_counter() < end:

@@ -125,7 +125,7 @@ def _train_and_test(
             stopped = {"stopped": str(ended), "train": step_log.summary(), "skipped_rows": run.skipped_rows}
             try:
                 _write_metrics(run, stopped, checkpoints)
-            except UserError as error:  # why the run ended weighs more
+            except UserError as error:  # the reason of the run's end is more important
                 _log.warning("%s", error)
         raise
     trainer.prefetcher.close()

@@ -199,7 +199,7 @@ def test_what_cannot_be_removed_is_a_warning(
 
 
 def test_a_directory_that_is_gone_ends_the_wait_at_once(tmp_path: Path) -> None:
-    """Rank 0 stood still in silence for the timeout of the collectives."""
+    """Rank 0 waited silently for the timeout of the collectives."""
     plan = Plan(tmp_path / "checkpoints", 3, "t", 2, {}, ("latest",), keep=2, timeout=600.0)
     plan.temporary.mkdir(parents=True)
     plan.checkpoints.rename(tmp_path / "elsewhere")

@@ -81,9 +81,7 @@ def test_a_full_disk_on_one_rank_ends_the_save_and_not_the_run(rank_pool: Pools,
     assert pointed(checkpoints, "latest") == pointed(checkpoints, "best") == "step-000000003"
 
 
-def test_a_disk_that_is_truly_full(
-    rank_pool: Pools, data: Path, tmp_path: Path, small_disk: Callable[[str], Path]
-) -> None:
+def test_a_disk_that_is_full(rank_pool: Pools, data: Path, tmp_path: Path, small_disk: Callable[[str], Path]) -> None:
     disk = small_disk("size=32k")
     path = write_run(tmp_path, data, train={"output_dir": str(disk / "out")})
     found = rank_pool(2).run(partial(leg, load=False, save=True), path, [], 0, 1)[0]
@@ -226,7 +224,7 @@ def test_the_newest_and_the_best_are_kept(finished: Path) -> None:
 def test_the_log_goes_on_in_the_middle_of_its_window(
     rank_pool: Pools, data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """Stopped after 10 steps, two into a window of four: the line at 12 is of four steps all the same."""
+    """Stopped after 10 steps, two into a window of four: the line at 12 still covers four steps."""
     path = training(tmp_path, data)
     assert rank_pool(2).run(run_training, path, [], False, 10)[0].error == "interrupted"
     (tmp_path / "out/tensorboard").rename(tmp_path / "out/first")

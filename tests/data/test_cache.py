@@ -291,6 +291,6 @@ def test_data_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_split(one, "train", SCHEMA, "error")
     for path in (one, two):
         shard = path / "train" / "000.parquet"
-        os.utime(shard, ns=(0, 0))  # nothing but the place tells the two apart
+        os.utime(shard, ns=(0, 0))  # only the path distinguishes the two
         assert len(open_split(path, "train", SCHEMA, "error", elsewhere)) == 40
     assert len([path for path in elsewhere.iterdir() if path.is_dir()]) == 2

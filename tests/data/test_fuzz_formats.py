@@ -1,6 +1,6 @@
 """Malformed files of every format and odd specs, seeded: counted rows, or one line with exit 2 and nothing left.
 
-`python -m tests.data.test_fuzz_formats 1000` runs so many cases, each with its number in case of a fault.
+`python -m tests.data.test_fuzz_formats 1000` runs that many cases, each with its number in case of a fault.
 """
 
 import contextlib

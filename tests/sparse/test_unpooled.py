@@ -134,7 +134,7 @@ def test_rows_in_sixteen_bits(rank_pool: Callable[[int], RankPool]) -> None:
 
 
 def in_parts(parts: int) -> tuple[Tensor, Tensor]:
-    """Embeddings of a step, and the table of `views` after it; exchanged in so many parts."""
+    """Embeddings of a step, and the table of `views` after it; exchanged in that many parts."""
     topology = build_topology(1, tensor=1)
     sparse = SparseSide(
         SEQUENCE_LAYOUT, CASES["rowwise_adagrad mixed"], topology, seed=SEED, device=torch.device("cpu"),

@@ -1,4 +1,4 @@
-"""What every part of tools/gpu_check.py gets: where to compute, how large, where to write, and a clock."""
+"""The context of every part of tools/gpu_check.py: device, sizes, output directory, and a clock."""
 
 import gc
 import itertools
@@ -196,7 +196,7 @@ def in_turns(works: Sequence[Callable[[], object]], device: torch.device, repeat
 
 
 def copy_seconds(device: torch.device, size: int) -> float:
-    """Of a copy of so many bytes; twice as many are read and written."""
+    """Of a copy of that many bytes; twice as many are read and written."""
     source = torch.randint(0, 2**31 - 1, (size // 4,), dtype=torch.int32, device=device)  # zeros would be quicker
     target = torch.empty_like(source)
     return seconds_of(lambda: target.copy_(source), device, repeats=10)

@@ -61,7 +61,7 @@ def batches(
         with pq.ParquetFile(path) as file:
             check(file.schema_arrow.names)
             for batch in file.iter_batches(BATCH_ROWS, groups, columns=used, use_threads=False):
-                batch.validate(full=True)  # text that is no UTF-8, which nothing else would name
+                batch.validate(full=True)  # text that is not UTF-8, which nothing else would report
                 yield batch
         return
     with pa.memory_map(str(path)) as source:
@@ -70,7 +70,7 @@ def batches(
             check(reader.schema.names)
             for batch in map(reader.get_batch, groups) if groups is not None else reader:
                 chosen = batch.select(used)
-                chosen.validate(full=True)  # what lies in the file is used as it is: a wrong offset would crash
+                chosen.validate(full=True)  # the file's offsets are used unchecked: a wrong one would crash
                 for start in range(0, len(chosen), BATCH_ROWS):
                     yield chosen.slice(start, BATCH_ROWS)
 

@@ -157,7 +157,7 @@ def opened(named: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # builders raise of every kind
+    except Exception as error:  # builders raise all kinds of errors
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UserError(f"{named}: datasets cannot read it: {reason}") from error

@@ -27,7 +27,7 @@ UNIT_BYTES = 1 << 26
 UNIT_ROWS = 1 << 18
 _FEW_LINES = 1000
 _WITHOUT_NAMES = "from 0"
-_FEW_ROWS = 256  # rows among which a bad one is looked for by itself
+_FEW_ROWS = 256  # rows among which a bad one is searched one by one
 Made = TypeVar("Made")
 
 

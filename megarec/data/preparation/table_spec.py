@@ -295,8 +295,8 @@ class TableSpec(_Strict):
                 "expected at least one column of type 'categorical', 'multi_valued', 'sequence', 'numeric', "
                 "'bucketised', 'vector' or 'calendar'"
             )
-        for name, column in self.columns.items():
-            for feature in column.features(name) if isinstance(column, Vector | Calendar) else ():
+        for name, several in self.columns.items():
+            for feature in several.features(name) if isinstance(several, Vector | Calendar) else ():
                 if feature in self.columns:
                     raise ValueError(f"columns.{feature} is a feature of columns.{name} too; rename one of them")
         lists = [name for name, column in self.columns.items() if isinstance(column, Lists)]

@@ -24,7 +24,7 @@ _LISTS = (
 _DIGIT = np.full(256, 256, np.uint16)  # of a character; 256: it is none
 _DIGIT[np.frombuffer(b"0123456789ABCDEFabcdef", np.uint8)] = [*range(16), *range(10, 16)]
 _PAIR = (16 * _DIGIT + _DIGIT[:, None]).ravel()  # of two characters, the first in the low byte; 256 and more: none
-_EXACT = {16: 2**11, 32: 2**24, 64: 2**53}  # below, a float of so many bits holds every whole number
+_EXACT = {16: 2**11, 32: 2**24, 64: 2**53}  # below, a float with that many bits holds every whole number
 
 
 def id_values(part: Part, name: str, column: Categorical) -> pa.Array:
@@ -318,7 +318,7 @@ def as_float64(part: Part, name: str, values: pa.Array, expected: str, owner: Ow
     """Numbers as float64 [n], a missing one as NaN; true is 1."""
     values = plain(part, values)
     if pa.types.is_integer(values.type):
-        found = values.cast(pa.float64(), safe=False)  # rounded: only safe casts refuse what no float holds exactly
+        found = values.cast(pa.float64(), safe=False)  # rounded: only safe casts refuse inexact numbers
     else:
         try:
             found = values.cast(pa.float64())

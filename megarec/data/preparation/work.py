@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 _PATIENCE = 60.0  # seconds for the processes of a killed preparation to end
 _AHEAD = 16  # tasks under way a worker: behind a long one, such as the largest vocabulary, the others go on
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-_AT_ONCE = 0.5  # seconds of a phase in which it takes up what an earlier process finished: that says nothing of speed
+_AT_ONCE = 0.5  # seconds of a phase in which it picks up finished work: not used to measure speed
 _RECENT = 60.0  # seconds by which speed is judged
 
 

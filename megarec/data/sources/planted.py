@@ -137,9 +137,7 @@ def prepare_planted(shape: Shape, output: Path) -> Schema:
     if shape.rows % 2:
         raise UserError(f"--rows {shape.rows}: expected an even number, half of a feature's values have the sign +1")
     if shape.order > shape.features:
-        raise UserError(
-            f"--order {shape.order}: an interaction of so many features needs as many, but --single is {shape.features}"
-        )
+        raise UserError(f"--order {shape.order}: that order needs as many features, but --single is {shape.features}")
     return write_dataset(output, lambda partial: _write(partial, shape))
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import chdtri  # chi2.isf of scipy.stats, which takes a second to import
 
 BUCKETS = 1000  # of ids: the most frequent, each by itself or with some as frequent
-CANDIDATES = BUCKETS + 1  # of which one says below which frequency there is no bucket for all
+CANDIDATES = BUCKETS + 1  # one more shows below which frequency not all ids have a bucket
 NUMBER_BUCKETS = 100
 _ODD = 0x9E3779B97F4A7C15  # scatters neighbours over 64 bits
 EXPECTED = 10.0  # examples of the smaller sample in a bucket

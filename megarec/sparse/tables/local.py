@@ -50,7 +50,7 @@ def choose_backends(
     """
     choices = {}
     unpooled = {feature.table for feature in layout.unpooled}
-    slow: dict[str, list[str]] = {}  # tables by what keeps both fast backends from holding them
+    slow: dict[str, list[str]] = {}  # tables by the reason why neither fast backend can hold them
     for table in layout.tables:
         own = [shard for shard in shards if shard.table == table.name]
         choice = requested_backend(own, config, device.type, unpooled=table.name in unpooled)

@@ -21,7 +21,7 @@ from megarec.sparse.towers.assignment import Towers, assign_towers
 
 Model = TypeVar("Model", bound=ModelConfig)
 
-NEAR = 0.02  # a compression this near to the requested one is taken for it
+NEAR = 0.02  # a compression this near to the requested one is accepted
 
 
 @dataclass(frozen=True)
