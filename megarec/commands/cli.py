@@ -85,4 +85,4 @@ def dispatch(program: str, words: list[str], commands: dict[str, Command]) -> No
 def usage(program: str, commands: dict[str, Command]) -> str:
     width = max(map(len, commands))
     lines = [f"  {name:{width}}  {command.does}" for name, command in commands.items()]
-    return "\n".join([f"usage: {program} COMMAND ...", "", *lines, "", f"{program} COMMAND --help says more."])
+    return "\n".join([f"usage: {program} COMMAND ...", "", *lines, "", f"{program} COMMAND --help shows more."])

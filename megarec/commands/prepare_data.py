@@ -85,16 +85,16 @@ def parser() -> argparse.ArgumentParser:
         "--infer",
         type=user_path,
         metavar="FILE",
-        help="write --schema from a sample of this file, to be edited, and end",
+        help="write --schema from a sample of this file, for you to edit, and stop",
     )
     add_files(table)
 
-    hf = sources.add_parser("hf", help="whatever Hugging Face datasets opens: a local directory or a name on the hub")
+    hf = sources.add_parser("hf", help="what Hugging Face datasets opens: a local directory or a name on the hub")
     hf.add_argument("dataset", metavar="NAME", help="a directory, or owner/name on the hub; it is streamed")
     hf.add_argument("--config", metavar="NAME", help="one of several in the data set")
     hf.add_argument("--schema", type=user_path, metavar="FILE", help="JSON: what the columns are")
     hf.add_argument("--like", type=user_path, metavar="DIR", help="in place of --schema, as for table")
-    hf.add_argument("--infer", metavar="SPLIT", help="write --schema from a sample of this split, and end")
+    hf.add_argument("--infer", metavar="SPLIT", help="write --schema from a sample of this split, and stop")
     add_files(hf, str, "SPLIT", "a split of the data set or several (default: that of this name)")
 
     for name, (_, what) in PUBLISHED.items():
@@ -177,7 +177,7 @@ def add_files(
     command.add_argument(
         "--address",
         metavar="HOST:PORT",
-        help="of the cluster, or auto (default: RAY_ADDRESS, or else a cluster of its own on this machine)",
+        help="address of the cluster, or auto (default: RAY_ADDRESS, or else a cluster of its own on this machine)",
     )
     command.add_argument(
         "--max-bad",

@@ -46,7 +46,7 @@ def main() -> None:
     sweep.add_argument(
         "--address",
         metavar="HOST:PORT",
-        help="of the cluster, or auto (default: RAY_ADDRESS, or else a cluster of its own on this machine)",
+        help="address of the cluster, or auto (default: RAY_ADDRESS, or else a cluster of its own on this machine)",
     )
     sweep.add_argument(
         "--array",
@@ -56,7 +56,7 @@ def main() -> None:
         help="run the K-th of N shares; without a value, as Slurm numbers the tasks of a job array",
     )
     sweep.add_argument("--budget-gflop", type=float, metavar="X", help="training GFLOP of all runs together")
-    sweep.add_argument("--hours", type=float, metavar="H", help="of the whole sweep, at the expected pace")
+    sweep.add_argument("--hours", type=float, metavar="H", help="limit for the whole sweep, by the expected pace")
     sweep.add_argument("--gflop-per-second", type=float, metavar="R", help="a run's pace, in place of a measured one")
     sweep.add_argument("--plan", action="store_true", help="show what would run, and stop")
     table = commands.add_parser("table", help="mean and deviation over the seeds of every model, in Markdown")

@@ -247,7 +247,9 @@ def _check_labels(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -> 
     if len(labels) < 2:
         keys = ("model.tasks", heads != TasksConfig()), ("train.label_weights", train.label_weights)
         for key in [key for key, given in (*keys, ("train.best_label", train.best_label)) if given]:
-            fail(f"{key} is for several labels, and data.label={json.dumps(label)} names none or one; name them there")
+            fail(
+                f"{key} is for several labels, and data.label={json.dumps(label)} names none or one; name several there"
+            )
         return
     for key, names in (("train.label_weights", train.label_weights), ("train.best_label", [train.best_label])):
         for name in names:

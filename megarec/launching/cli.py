@@ -156,7 +156,7 @@ def add_restart_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint, if there is one")
     parser.add_argument("--restarts", type=_natural, default=0, metavar="K", help="start again after a crash or a "
                         "pre-emption, from the latest checkpoint, up to K times")  # fmt: skip
-    parser.add_argument("--grace", type=_seconds, default=GRACE_SECONDS, metavar="SECONDS", help="what the ranks have "
+    parser.add_argument("--grace", type=_seconds, default=GRACE_SECONDS, metavar="SECONDS", help="for the ranks "
                         "to save after SIGTERM or SIGUSR1, before they are killed (%(default)g)")  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def check_gpus(host: Host, found: Facts, first: Facts) -> list[Failure]:
         own, others = ({gpu[what] for gpu in side["found"]} for side in (here, there))
         if own and others and own != others:
             seen, expected = (", ".join(sorted(kinds)) for kinds in (own, others))
-            fail(f"{what} {seen}", f"{expected}, as the first host", "let all hosts have the same")
+            fail(f"{what} {seen}", f"{expected}, as the first host", "use the same on all hosts")
     for number, gpu in enumerate(here["found"]):
         used, total, errors = (gpu[what] for what in ("memory.used", "memory.total", GPU_FACTS[-1]))
         if used.isdigit() and total.isdigit() and int(used) > LARGEST_SHARE_OF_GPU_IN_USE * int(total):

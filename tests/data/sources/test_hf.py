@@ -142,4 +142,4 @@ def test_what_cannot_be_read(directory: Path, tmp_path: Path, monkeypatch: pytes
     for cached in (hub._builder, hub._stream, hub._files):
         cached.cache_clear()
     code, _, error = run(monkeypatch, capsys, "hf", directory, *schema)
-    assert code == 2 and "has no split 'test', only: train, validation; say which are --train" in error
+    assert code == 2 and "has no split 'test', only: train, validation; choose them by --train" in error
