@@ -213,7 +213,7 @@ BAD = [
     (b'{"a": "u", "l": null, "x": 1, "y": 1}{}', "not JSON", "Extra data"),
     (b"{" * 5000, "not JSON", ""),
     (b'{"a": ' + b"[" * 200_000, "not JSON", "too deep"),
-    (b'{"a": "\xff", "l": null, "x": 1, "y": 1}', "not UTF-8", 'expected UTF-8; say the "encoding"'),
+    (b'{"a": "\xff", "l": null, "x": 1, "y": 1}', "not UTF-8", 'expected UTF-8; state the "encoding"'),
     (b'{"a": "\\ud800", "l": null, "x": 1, "y": 1}', "not UTF-8", "half of a pair"),
 ]
 

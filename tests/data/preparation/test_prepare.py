@@ -255,7 +255,7 @@ def test_a_missing_column(tmp_path: Path) -> None:
         (
             "train.csv",
             TRAIN.encode("latin-1"),
-            r"train\.csv: row 1 \(from 0.*\): site=b'\\xe4pfel', expected UTF-8; say the \"encoding\"",
+            r"train\.csv: row 1 \(from 0.*\): site=b'\\xe4pfel', expected UTF-8; state the \"encoding\"",
         ),
     ],
 )

@@ -230,11 +230,13 @@ def test_other_ways_to_write_text(prepared: Prepare) -> None:
 
 def test_encodings(prepared: Prepare) -> None:
     latin = "x,n,y\nä,ö,1\n".encode("latin-1")
-    with pytest.raises(UserError, match=r"row 0 .*: x=b'\\xe4', expected UTF-8; say the \"encoding\" in the spec"):
+    with pytest.raises(UserError, match=r"row 0 .*: x=b'\\xe4', expected UTF-8; state the \"encoding\" in the spec"):
         prepared(STRING, latin, latin, n={"type": "ignored"})
     ignored = latin.replace(b"\xe4", b"a")
     assert prepared(STRING, ignored, ignored, n={"type": "ignored"}) == [1]
-    with pytest.raises(UserError, match=r"line 1: is UTF-16, expected utf-8; say \"encoding\": \"utf-16\" in the spec"):
+    with pytest.raises(
+        UserError, match=r"line 1: is UTF-16, expected utf-8; state \"encoding\": \"utf-16\" in the spec"
+    ):
         prepared(STRING, csv("a").encode("utf-16"), csv("a"))
     with pytest.raises(UserError, match=r"line 1: the names .* are not UTF-8"):
         prepared(STRING, "ä,y\na,1\n".encode("latin-1"), csv("a"))
