@@ -101,7 +101,7 @@ def test_options_of_a_whole_sweep_and_another_study_are_refused(
     path = write_study(tmp_path)
     with pytest.raises(SystemExit) as end:
         run_here(path, tmp_path / "out", "--array", "1/2", "--hours", "1", pace=False)
-    assert end.value.code == 2 and "--hours is of a sweep as a whole" in capsys.readouterr().err
+    assert end.value.code == 2 and "--hours is for a whole sweep" in capsys.readouterr().err
     (tmp_path / "out/runs/other-seed1-0123").mkdir(parents=True)
     with pytest.raises(SystemExit) as end:
         run_here(path, tmp_path / "out", "--array", "1/2", pace=False)

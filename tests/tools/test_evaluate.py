@@ -333,7 +333,7 @@ def test_a_damaged_checkpoint_is_refused(call: Call, run: Path, data: Path, tmp_
 def test_predictions_that_cannot_be_written_are_one_line(
     call: Call, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path, what in ((tmp_path, "is a directory"), (tmp_path / "no/p.parquet", "no is not a directory")):
+    for path, what in ((tmp_path, "is a directory"), (tmp_path / "no/p.parquet", f"{tmp_path}/no is not")):
         code, out, err = call("--run", run, "--data", data, "--predictions", path)
         assert (code, out) == (2, "") and err.startswith(f"error: --predictions {path}: {what}")
 

@@ -195,7 +195,7 @@ def test_a_window_of_several_labels_survives_a_checkpoint(path: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (['data.label="label"'], "model.tasks is of several labels"),
+        (['data.label="label"'], "model.tasks is for several labels"),
         (['data.label=["label", "label_2"]'], "did you mean"),
         (['data.label=["label", "label"]', "train.label_weights={}"], "names 'label' 2 times"),
         (["train.best_label=buy"], "train.best_label names 'buy', which data.label does not"),
