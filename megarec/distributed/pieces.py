@@ -94,5 +94,6 @@ def _post(sent: list[list[Tensor]], received: list[list[Tensor]], group: dist.Pr
         for posted in work:
             if posted is not None:
                 posted.wait(patience)
+        work.clear()  # it keeps what was sent
 
     return wait

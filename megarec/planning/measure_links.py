@@ -9,7 +9,7 @@ A pass of a ring is an all-gather, or half of an all-reduce, whichever takes lon
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,15 @@ import torch.distributed as dist
 from megarec.distributed.topology import Topology
 
 SIZES = 64, 2**14, 2**18, 2**21, 2**24  # bytes that a rank holds of a collective
-Timed = Callable[[Callable[[], object]], float]
+BYTES_IN_A_ROW, MOST_IN_A_ROW = 2**22, 64
+
+
+class Timed(Protocol):
+    """Seconds of a call that all ranks make together, so many times in a row."""
+
+    def __call__(self, work: Callable[[], object], times: int = 1) -> float: ...
+
+
 LEAST = 1e-3  # of a rate, that any message reaches
 
 
@@ -25,7 +33,7 @@ def collective_seconds(timed: Timed, device: torch.device, topology: Topology) -
     """Microseconds of each collective, by "<link> <op>_us <bytes>"; of the links that this job has; collective.
 
     Args:
-        timed: seconds of a call that all ranks make together.
+        timed: see `timer`.
     """
     found = {}
     for link, group in (("host", topology.tower), ("network", topology.peer)):
@@ -34,9 +42,13 @@ def collective_seconds(timed: Timed, device: torch.device, topology: Topology) -
         ring = group if link == "host" else topology.world  # gradients travel over all ranks
         for size in SIZES:
             for op, over in (("all_to_all", group), ("all_gather", ring), ("all_reduce", ring)):
-                call = _call(op, size, over, device)
-                found[f"{link} {op}_us {size}"] = 1e6 * timed(call)
+                found[f"{link} {op}_us {size}"] = 1e6 * timed(_call(op, size, over, device), _times_in_a_row(size))
     return found
+
+
+def _times_in_a_row(size: int) -> int:
+    """So that the moment at which each rank begins does not count; the same on all ranks."""
+    return max(1, min(MOST_IN_A_ROW, BYTES_IN_A_ROW // size))
 
 
 def _call(op: str, size: int, group: Any, device: torch.device) -> Callable[[], object]:
@@ -121,19 +133,29 @@ def rounded(value: float | dict[str, float]) -> float | dict[str, float]:
 
 
 def timer(device: torch.device, topology: Topology, repetitions: int) -> Timed:
-    """Seconds of calls that all ranks start together: the median, after one that does not count."""
+    """Seconds of a call by `repetitions` of so many in a row, which all ranks start together: the median, after one
+    that does not count."""
 
-    def seconds(work: Callable[[], object]) -> float:
+    def seconds(work: Callable[[], object], times: int = 1) -> float:
         taken = []
         for _ in range(1 + repetitions):
             if topology.world is not None:
                 dist.barrier(group=topology.world)
             start = time.perf_counter()
-            work()
+            for _ in range(times):
+                work()
             if device.type != "cpu":
                 torch.accelerator.synchronize()
-            taken.append(time.perf_counter() - start)
+            taken.append((time.perf_counter() - start) / times)
         taken = sorted(taken[1:])
         return (taken[(len(taken) - 1) // 2] + taken[len(taken) // 2]) / 2
 
     return seconds
+
+
+def sustained(timed: Timed, work: Callable[[], object], seconds: float) -> float:
+    """Seconds of a call of this rank alone, over as many in a row as take so long; collective.
+
+    Where more ranks than cores compute, a short call sees a core of its own, and only a long one its share.
+    """
+    return timed(work, max(1, round(seconds / max(timed(work), 1e-6))))

@@ -200,6 +200,8 @@ class StackedTable:
     def apply(self, gradient: RowGradient, hyperparameters: Hyperparameters) -> None:
         """Update the rows of one chunk; `begin_step` comes before the first of a step."""
         rows = gradient.rows
+        if self._optimizer.rowwise and gradient.mean_square is None:
+            gradient.mean_square = gradient.values.square().mean(dim=1, keepdim=True)
         state = {name: _taken(tensor, rows) for name, tensor in self._state.items()}
         change = self._update(state, gradient, hyperparameters, int(self._steps[0]))
         if not isinstance(rows, slice):

@@ -137,8 +137,6 @@ class TorchTables:
         for stack, chunks in zip(self._stacks, gradients, strict=True):
             stack.begin_step(self._hyperparameters)
             for gradient in chunks:
-                if self._optimizer.rowwise and gradient.mean_square is None:
-                    gradient.mean_square = gradient.values.square().mean(dim=1, keepdim=True)
                 stack.apply(gradient, self._hyperparameters)
 
     def _clip_norm(self, values: Sequence[Tensor]) -> None:
@@ -223,8 +221,6 @@ class ReplicatedTorchTables(TorchTables):
             self._mark(touched + first)
             first += stack.rows
             gradient = stack.of_sums(touched, sums[:, :-1])
-            if self._optimizer.rowwise:
-                gradient.mean_square = gradient.values.square().mean(dim=1, keepdim=True)
             stack.begin_step(self._hyperparameters)
             stack.apply(gradient, self._hyperparameters)
 
