@@ -275,7 +275,7 @@ def _real(text: str) -> float:
 
 
 def _no_number(text: str) -> float:
-    raise ValueError(f"{text}: no number of JSON; every number here is finite")
+    raise ValueError(f"{text}: not a JSON number; every number here is finite")
 
 
 def _first_twice(pairs: list[tuple[str, Any]]) -> tuple[str, Any, Any]:
@@ -285,7 +285,7 @@ def _first_twice(pairs: list[tuple[str, Any]]) -> tuple[str, Any, Any]:
         if key in seen:
             return key, seen[key], value
         seen[key] = value
-    raise AssertionError("no key comes again")
+    raise AssertionError("no repeated key")
 
 
 def _parts(value: Any) -> Iterable[tuple[Any, Any]]:

@@ -86,8 +86,8 @@ class RayCluster:
             raise UserError(f"--engine ray needs Ray, which is not installed: pip install {REQUIREMENT}")
         if address is not None and "://" in address:
             raise UserError(
-                f"--address {address}: expected HOST:PORT or auto, on a machine of the cluster; Ray Client, which is "
-                "for others, does not do"
+                f"--address {address}: expected HOST:PORT or auto, on a machine of the cluster; Ray Client (ray://) "
+                "does not work here"
             )
         self._address = address
         self.nodes: list[dict[str, float]] = []
@@ -221,14 +221,14 @@ class RayCluster:
             case "refused":
                 raise UserError(f"{self._name}: {content[0]}")
             case "lost":
-                raise TasksLost(f"{self._name}: {content[0]}; what is finished stays, the same command goes on")
+                raise TasksLost(f"{self._name}: {content[0]}; finished work stays, the same command goes on")
 
     def _gone(self) -> TasksLost:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_SECONDS)
         return TasksLost(
-            f"{self._name}: the cluster cannot be reached any more; what is finished stays, the same command goes on "
-            f"once it is there again; {self._log} has more"
+            f"{self._name}: the cluster cannot be reached any more; finished work stays, the same command goes on "
+            f"once it is back; {self._log} has more"
         )
 
     def _end(self, *, orderly: bool) -> None:

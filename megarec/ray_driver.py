@@ -138,7 +138,7 @@ class _Driver:
         except self._ray.exceptions.RayError as error:
             traceback.print_exc()
             if sent.starts == STARTS:
-                why = f"{sent.order.name} was lost {STARTS} times, the last time so (too little memory?)"
+                why = f"{sent.order.name} was lost {STARTS} times (too little memory?); the last time"
                 self._connection.send(("lost", f"{why}: {_short(error)}"))
                 return False
             self._connection.send(("again", f"{sent.order.name}: its worker or node died; it runs again"))

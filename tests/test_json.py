@@ -52,8 +52,8 @@ BAD = {
     "long real": (b'{"a": 0.' + b"9" * 5_000 + b"}", "a number of 5,002 digits (0.999999999999999999...)"),
     "large": (b'{"a": -1e999}', "-1e999: beyond the range of numbers"),
     "deep, not too deep for Python": (b'{"a":' * 300 + b'"\\u0041"' + b"}" * 300, "nested too deep"),
-    "NaN": (b'{"a": NaN}', "NaN: no number of JSON"),
-    "infinity": (b'{"a": [-Infinity]}', "-Infinity: no number of JSON"),
+    "NaN": (b'{"a": NaN}', "NaN: not a JSON number"),
+    "infinity": (b'{"a": [-Infinity]}', "-Infinity: not a JSON number"),
     "no JSON": (b'{"a": 1,}', ":1:9: not JSON: "),
     "empty": (b"", ":1:1: not JSON: Expecting value"),
     "Latin-1": ('{"a": "é"}'.encode("latin-1"), "not UTF-8 text at byte 7"),
@@ -221,8 +221,8 @@ def test_a_section_in_another_file_is_read_by_the_same_reader(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("parallel.timeout_seconds=Infinity", "Infinity: no number of JSON"),
-        ("dense.eps=NaN", "NaN: no number of JSON"),
+        ("parallel.timeout_seconds=Infinity", "Infinity: not a JSON number"),
+        ("dense.eps=NaN", "NaN: not a JSON number"),
         ("dense.eps=1e999", "1e999: beyond the range of numbers"),
         ("train.epochs=" + "9" * 5_000, "a number of 5,000 digits"),
         ("model.mlp=" + "[" * 100_000, "nested too deep"),

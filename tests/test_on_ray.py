@@ -204,7 +204,7 @@ class FakeRay:
 @pytest.mark.parametrize(
     ("cores", "expected"),
     [
-        (1, [*["again"] * 3, "a task was lost 4 times, the last time so (too little memory?): The worker died."]),
+        (1, [*["again"] * 3, "a task was lost 4 times (too little memory?); the last time: The worker died."]),
         (0, ["no node of the cluster has 2 core(s) and 1 GPU(s), which a task needs"]),
     ],
 )

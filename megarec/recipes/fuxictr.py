@@ -191,7 +191,9 @@ def _schedule(keys: Keys, run: dict[str, Any], output_dir: str) -> None:
     drops = keys.flag("reduce_lr_on_plateau", True)
     if drops:
         run["schedule"] = {"plateau_patience": 1, "plateau_factor": PLATEAU_FACTOR}
-    remark = "x 0.1 at every validation without improvement; FuxiCTR's least rate of 1e-6 is not here" if drops else ""
+    remark = (
+        "x 0.1 at every validation without improvement; FuxiCTR's least rate of 1e-6 has no equal here" if drops else ""
+    )
     keys.note("(reduce_lr_on_plateau)", drops, "schedule.plateau_patience, schedule.plateau_factor", remark=remark)
 
 

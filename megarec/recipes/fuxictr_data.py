@@ -67,7 +67,7 @@ def read_data_set(path: Path, name: str | None, group: str | None = None) -> Dat
         names = feature.get("name")
         for one in names if isinstance(names, list) else [names]:
             if not isinstance(one, str) or not one or one in columns:
-                keys.fail("feature_cols", one, "expected names that are there once")
+                keys.fail("feature_cols", one, "expected names without repetitions")
             own = Keys({**feature, "name": one}, f"{keys.where}: {one}")
             columns[one] = column = _column(own, least, group)
             keys.lines += own.lines

@@ -95,7 +95,9 @@ def _dcn(keys: Keys, dim: int, fields: Sequence[str] | None) -> Section:
     structure = keys.text("model_structure", "parallel")
     if structure not in ("parallel", "stacked", "crossnet_only"):
         keys.fail("model_structure", structure, "expected parallel, stacked or crossnet_only")
-    keys.must_be("use_low_rank_mixture", False, "the mixture of low-rank experts is not here; expected false", False)
+    keys.must_be(
+        "use_low_rank_mixture", False, "the mixture of low-rank experts is not supported; expected false", False
+    )
     keys.unused("low_rank", "num_experts")
     own, other = "parallel_dnn_hidden_units", "stacked_dnn_hidden_units"
     if structure == "stacked":
@@ -182,7 +184,7 @@ def _places(keys: Keys, stream: int, names: Any, fields: Sequence[str] | None) -
         keys.fail(key, names, "places of features depend on all of them: name them with --dataset")
     for name in names:
         if name not in (fields or ()):
-            keys.fail(key, names, f"{name!r} is no feature of the data set")
+            keys.fail(key, names, f"{name!r} is not a feature of the data set")
     keys.note(key, names, "model.gates", remark="" if names else "a learned vector")
     return [list(fields or ()).index(name) for name in names]
 

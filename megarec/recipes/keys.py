@@ -95,7 +95,7 @@ class Keys:
         """Widths of layers."""
         value = self.take(key, default)
         if not isinstance(value, list) or any(type(width) is not int or width < 1 for width in value):
-            self.fail(key, value, "expected a list of widths of at least 1, of one model; a tuner's lists of lists no")
+            self.fail(key, value, "expected a list of widths of at least 1, of one model, not a tuner's lists")
         return list(value)
 
     def must_be(self, key: str, wanted: Any, otherwise: str, default: Any = _MISSING) -> None:
@@ -174,7 +174,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or error
-        raise UserError(one_line(f"{path}{place}: no YAML that can be read ({problem})")) from error
+        raise UserError(one_line(f"{path}{place}: not readable as YAML ({problem})")) from error
     if not isinstance(value, dict) or not all(isinstance(part, dict) for part in value.values()):
         raise UserError(f"{path}: expected a mapping from names to mappings, as FuxiCTR's YAMLs are")
     return {str(name): part for name, part in value.items()}
@@ -189,6 +189,6 @@ def chosen(path: Path, found: dict[str, Any], name: str | None, option: str) -> 
     if name is None and len(found) == 1:
         return next(iter(found.items()))
     if name is None or name not in found:
-        seen = f"{name!r} is not there" if name is not None else f"{len(found)} of them are there"
+        seen = f"{name!r} is missing" if name is not None else f"there are {len(found)}"
         raise UserError(one_line(f"{path}: {seen}; name one with {option}: {', '.join(sorted(found)[:20]) or 'none'}"))
     return name, found[name]

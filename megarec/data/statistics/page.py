@@ -289,7 +289,7 @@ def _details(feature: Feature, link: str, open_: bool) -> str:
 def _ids(feature: Categorical) -> Iterator[str]:
     if feature.curve:
         tops = ", ".join(f"{percent(share)} by the top {top}" for top, share in feature.top.items() if share < 1)
-        yield f"<div><h3>How often ids are there</h3>{charts.frequencies('frequency of ids by rank', feature.curve)}"
+        yield f"<div><h3>Frequency of ids</h3>{charts.frequencies('frequency of ids by rank', feature.curve)}"
         yield f"<small>of {shown(feature.base)}: {tops or 'at most 1 id'}</small></div>"
     lists = {split: own.lengths for split, own in feature.splits.items() if own.lengths is not None}
     if lists:
