@@ -174,7 +174,7 @@ class RayCluster:
         """The result of a task, in a tuple of one; None: it has not ended.
 
         Raises:
-            TasksLost: as `run`. Else whatever the task raised.
+            TasksLost: as `run`. Else the task's own error.
         """
         while number not in self._ended and (wait or self._connection.poll(0)):
             self._receive()

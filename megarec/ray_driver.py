@@ -1,7 +1,7 @@
 """The process that is connected to a Ray cluster, for ray_cluster.py; the one module that imports Ray.
 
 It takes orders from its parent over a pipe and ends with it. A task that was lost with its worker or node is sent
-again, a few times; whatever a task raised is what its parent gets.
+again, a few times; a task's error is passed to its parent.
 """
 
 import contextlib

@@ -49,7 +49,7 @@ class Plan:
         step: of the run; names the checkpoint.
         token: makes this save's temporary directory unique among saves and jobs.
         ranks: how many write.
-        about: index.json but for tensors and files.
+        about: index.json without tensors and files.
         pointers: which ones move to it.
         keep: how many of the newest checkpoints stay; those that pointers name stay as well.
         timeout: seconds that rank 0 waits for the others.

@@ -1,4 +1,4 @@
-"""Saves, loads and resumes a run; collective but for the writing itself, which a thread does."""
+"""Saves, loads and resumes a run; collective except the writing itself, which a thread does."""
 
 import logging
 import secrets

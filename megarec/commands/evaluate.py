@@ -33,7 +33,7 @@ _MANY = 50  # distinct numbers of a column; slices of more are tenths
 @unwinding()
 def main() -> None:
     arguments = _parser().parse_args()
-    # With --json, whatever a library prints goes to standard error as well.
+    # With --json, output of libraries goes to standard error as well.
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
         model_path, report = evaluate(arguments)
     if arguments.json:

@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     say_to = sys.stderr if arguments.json else sys.stdout
-    # With --json, whatever a library prints goes to standard error as well.
+    # With --json, output of libraries goes to standard error as well.
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
         found, files = run(arguments, lambda line: print(line, file=say_to, flush=True))
     if arguments.json:

@@ -130,7 +130,7 @@ def _include(value: Any, path: Path, section: str) -> Any:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is something of this name, of whatever kind."""
+    """Whether there is something of this name, of any kind."""
     try:
         return path.exists()
     except (OSError, ValueError):  # a name that is too long, or holds a NUL

@@ -130,7 +130,7 @@ class EmbeddingConfig(Section):
         return self.initial_std if own is None or own.initial_std is None else own.initial_std
 
     def only_read(self) -> "EmbeddingConfig":
-        """For tables that nothing updates: without state, and in whatever backend looks up fastest."""
+        """For tables that nothing updates: without state, in the backend that looks up fastest."""
         untrained = {"l2": None, "update_rows": None}
         tables = {name: own.model_copy(update=untrained) for name, own in self.tables.items()}
         plain = {"optimizer": "sgd", "l2": 0.0, "update_rows": None, "rounding": "nearest", "tables": tables}
@@ -300,7 +300,7 @@ class TrainConfig(Section):
         "is known by its name",
     )
     deterministic: bool = Field(
-        False, description="on a GPU, kernels whose sums have a fixed order: two runs alike are equal to the last bit"
+        False, description="on a GPU, kernels whose sums have a fixed order: two equal runs agree bit for bit"
     )
     fused_kernels: Literal["auto", "torch"] = Field(
         "auto", description="auto: NVIDIA apex where it works, Triton's FM with LayerNorm on a GPU in 16 bits"

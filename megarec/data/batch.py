@@ -109,7 +109,7 @@ _LARGE = 4 << 20
 class _Spare:
     """Memory of large batches no longer in use: filling fresh pages takes longer than reading a batch."""
 
-    _KEPT = 2  # that nobody has
+    _KEPT = 2  # not in use
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

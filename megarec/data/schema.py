@@ -73,7 +73,7 @@ class Schema(BaseModel):
     version: Literal[1] = 1
     name: str
     label: str = "label"
-    labels: tuple[str, ...] = Field((), description="all label columns, of which `label` is in use; empty: that one")
+    labels: tuple[str, ...] = Field((), description="all label columns; `label` is in use; empty: only that one")
     tasks: tuple[str, ...] = Field(
         (), description="the labels that a run predicts, where they are several, `label` first; of data empty"
     )

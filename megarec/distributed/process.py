@@ -213,7 +213,7 @@ def device_number(environment: Mapping[str, str], devices: int) -> int:
 def seed_generators(seed: int, rank: int) -> None:
     """Set torch's own generators, on every device, by seed and rank; a checkpoint holds their states.
 
-    Nothing of megarec draws from them; what a user's own module draws (nn.Dropout) is the same in the next run alike.
+    Nothing of megarec draws from them; what a user's own module draws (nn.Dropout) is the same in an equal run.
     """
     digest = hashlib.blake2b(f"{seed}/torch/{rank}".encode(), digest_size=7).digest()  # 56 bits, as first weights
     torch.manual_seed(int.from_bytes(digest, "big"))

@@ -89,7 +89,7 @@ def only_task_in(output: Path, share: Share) -> Iterator[None]:
     note = output / NOTE
     with lock_of(output / "lock") as lock, lock_of(output / f"lock-{share.number}-of-{share.count}") as own:
         deadline = time.monotonic() + _PATIENCE
-        if _held(lock, fcntl.LOCK_EX):  # nobody else is there
+        if _held(lock, fcntl.LOCK_EX):  # no other task is there
             write_json(note, {"count": share.count})
         while not _held(lock, fcntl.LOCK_SH):
             if time.monotonic() > deadline:

@@ -165,7 +165,7 @@ def checked_spec(config: RunConfig, schema: Schema, weights: Weights) -> ModelSp
         expected |= {f"{TABLES}{table.name}/weight": (table.rows, table.columns) for table in spec.layout.tables}
         expected |= _tower_shapes(spec.towers)
     except (AssertionError, RuntimeError, LookupError, TypeError, ArithmeticError) as error:
-        # `load_config` refuses it with its own message; but nobody wrote this config by hand.
+        # `load_config` refuses it with its own message; but this config was not written by hand.
         raise DamagedCheckpoint(
             f"{weights.path}: {weights.about} describes no model that can be built ({error}): damaged, or edited"
         ) from error

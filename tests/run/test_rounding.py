@@ -198,7 +198,7 @@ BY_DEEPSPEED = {"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1e
 def test_whose_gradients_are_rounding_errors_is_warned_of(
     model: dict[str, Any], sections: dict[str, Any], message: str | None
 ) -> None:
-    """The warning is there where a last bias in front of X_0 has a gradient that is 0 but for rounding."""
+    """The warning is there where a last bias in front of X_0 has a gradient that is 0 except for rounding."""
     if "block" in model:
         entry = {"features": ["past"], "target": ["f0"], "max_length": 4, **model}
         model = {"name": "dnn", "sequences": [entry]}

@@ -138,7 +138,7 @@ def _encoded(places: pa.Array, row_of: NDArray[np.int64], spec: TableSpec, name:
 
 
 def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in tables of ROWS_PER_GROUP, but for the last."""
+    """The same rows in tables of ROWS_PER_GROUP, except the last."""
     waiting: list[pa.Table] = []
     count = 0
     for table in tables:

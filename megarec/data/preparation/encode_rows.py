@@ -47,7 +47,7 @@ class RowEncoder:
         }
 
     def encode(self, rows: Sequence[Row]) -> pa.Table:
-        """The columns of shards, but for labels, weight, group and time.
+        """The columns of shards, without labels, weight, group and time.
 
         Args:
             rows: by column of the files, values as text, numbers, lists or None; those that are not features may be

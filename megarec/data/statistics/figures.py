@@ -13,7 +13,7 @@ from megarec.data.statistics.drift import CANDIDATES, FALSE_ALARMS, Drift, drift
 
 TOPS = (1, 10, 100)
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-BINS = 40  # of a histogram; its first and last bins hold whatever lies further out
+BINS = 40  # of a histogram; its first and last bins hold what lies further out
 _ENDS = (0.005, 0.995)  # quantiles between which bins lie
 _POINTS = 40  # of a frequency curve
 _TALLIED = 1 << 16  # smaller counts are tallied, larger ones kept

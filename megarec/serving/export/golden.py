@@ -32,7 +32,7 @@ def golden_sample(bundle: Bundle, model: ScoredModel, data: Path) -> tuple[dict[
     Numbers are from the data: far outside, float32 is too coarse for two machines to agree.
 
     Args:
-        bundle: whole but for this sample.
+        bundle: complete except this sample.
         data: the prepared data set.
 
     Returns:

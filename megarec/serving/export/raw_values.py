@@ -60,8 +60,8 @@ def _as_known(feature: CategoricalFeature, schema: Schema, writer: "_Vocabularie
     if feature.weighted:
         about["weights"] = feature.weights_column
     owner, identity = feature.table or feature.name, schema.identity
-    alike = [name for name, text in identity.items() if text == identity.get(owner)]
-    known = [name for name in (owner, *alike) if vocabulary_file(writer.data, name).is_file()]
+    same = [name for name, text in identity.items() if text == identity.get(owner)]
+    known = [name for name in (owner, *same) if vocabulary_file(writer.data, name).is_file()]
     return about | (writer.write(known[0]) if known else {"kind": "row"})
 
 

@@ -54,7 +54,7 @@ class TorchTables:
         self._hyperparameters = Hyperparameters(config.learning_rate, config.eps)
         dtype = torch.float16 if config.weights == "fp16" else torch.float32
         kinds = itertools.groupby(shards, key=lambda local: (local.shard.columns, config.rule_of(local.shard.table)))
-        self._stacks = [StackedTable(list(alike), self._optimizer, rule, dtype, device) for (_, rule), alike in kinds]
+        self._stacks = [StackedTable(list(same), self._optimizer, rule, dtype, device) for (_, rule), same in kinds]
         self._unpooled = [
             (stack, first)  # of each slot, its stack and its shard's first row there
             for slot in unpooled

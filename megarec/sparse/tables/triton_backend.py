@@ -89,16 +89,16 @@ class TritonTables:
         first_keys: dict[LocalShard, int] = {}
         key = 0
         for width in dict.fromkeys(columns):
-            alike = [local for local in shards if local.shard.columns == width]
-            ends = list(itertools.accumulate(local.shard.rows for local in alike))
-            for local, end in zip(alike, ends, strict=True):
+            same = [local for local in shards if local.shard.columns == width]
+            ends = list(itertools.accumulate(local.shard.rows for local in same))
+            for local, end in zip(same, ends, strict=True):
                 first_rows[local] = end - local.shard.rows
                 first_keys[local] = key + first_rows[local]
             slots = [slot for slot, of in enumerate(columns) if of == width]
             weight = torch.empty(ends[-1], width, dtype=dtype, device=device)
             state = ROW_OPTIMIZERS[config.optimizer].new_state(weight)
             align = _shared_power_of_two([self._width, *(starts[slot] for slot in slots)])
-            placed = [(local, first_rows[local]) for local in alike]
+            placed = [(local, first_rows[local]) for local in same]
             self._stacks.append(
                 _Stack(weight, state, placed, slots, torch.tensor(slots, dtype=torch.int32, device=device), key, align)
             )

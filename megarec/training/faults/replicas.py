@@ -25,7 +25,7 @@ Replicated = tuple[Channel, Sequence[int], dict[str, Tensor]]
 
 
 def differing_replicas(run: Run) -> str | None:
-    """Which ranks hold other copies of which tensors than the rest, the same on all ranks; None: none. Collective."""
+    """The ranks whose copies differ from the rest, by tensor, the same on all ranks; None: none. Collective."""
     texts = gather_texts("; ".join(_differences(run)), run.topology, run.device)
     found = dict.fromkeys(line for text in texts.values() for line in text.split("; "))
     return "; ".join(found) or None

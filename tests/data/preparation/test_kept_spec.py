@@ -121,7 +121,7 @@ def test_a_row_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], messag
 def test_data_that_keep_no_spec(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of an earlier version: they train as ever."""
+    """Of an earlier version: they still train."""
     out = prepare(tmp_path)
     (out / "spec.json").unlink()
     content = json.loads((out / "schema.json").read_text())
