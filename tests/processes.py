@@ -147,7 +147,7 @@ def _forked(target: Any, *args: Any) -> Any:
 
 
 def _serve(listener: socket.socket, executable: str) -> None:
-    """Until the test process ends: a child for every order, which runs it in a child of its own and tells its end."""
+    """Until the test process ends: a child for every order, which runs it in a child of its own and reports its end."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -16,7 +16,7 @@ def dense_bytes(engine: Any, messages: Iterable[Tensor] = ()) -> Parts:
     """Bytes that this rank holds now, by part, each storage counted once.
 
     Args:
-        messages: tensors of a collective that is about to run; what of them no other part holds is communication.
+        messages: tensors of a collective that is about to run; their storage that no other part holds is communication.
 
     Parts:
         parameters: what the model computes with, as ZeRO shards it.

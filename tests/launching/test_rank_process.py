@@ -101,7 +101,7 @@ def test_nohup_keeps_the_watcher_from_hanging_up(tmp_path: Path) -> None:
     assert_ends(rank)
 
 
-def test_a_rank_that_is_told_to_end_has_nothing_to_tell(tmp_path: Path) -> None:
+def test_a_rank_that_is_asked_to_end_has_nothing_to_report(tmp_path: Path) -> None:
     with start(SLEEP, tmp_path) as watcher:
         rank = rank_of(watcher)
         watcher.send_signal(signal.SIGTERM)
