@@ -102,14 +102,14 @@ class Clock:
         seconds = sum(message_seconds(message, topology, self.device) for message in messages)
         return PartTime(0, sum(m.bytes for m in messages), len(messages), seconds, "link", seconds)
 
-    def rings(self, passes: Sequence[float], hosts: int = 1, ranks_of_a_host: int = 1) -> PartTime:
-        """Passes of a ring by the bytes that a rank sends."""
-        seconds = sum(ring_seconds(sent, hosts, ranks_of_a_host, self.device) for sent in passes)
+    def rings(self, passes: Sequence[float], hosts: int = 1, ranks_of_a_host: int = 1, rings: int = 1) -> PartTime:
+        """Passes of a ring by the bytes that a rank sends; so many rings share the ranks of a host."""
+        seconds = sum(ring_seconds(sent, hosts, ranks_of_a_host, self.device, rings) for sent in passes)
         return PartTime(0, int(sum(passes)), len(passes), seconds, "link", seconds)
 
-    def all_reduce(self, passes: Sequence[float], hosts: int, ranks_of_a_host: int) -> PartTime:
-        """By the bytes that a rank sends in each of a ring's two passes."""
-        seconds = all_reduce_seconds(passes, hosts, ranks_of_a_host, self.device)
+    def all_reduce(self, passes: Sequence[float], hosts: int, ranks_of_a_host: int, rings: int = 1) -> PartTime:
+        """By the bytes that a rank sends in each of a ring's two passes; `rings` as of `Clock.rings`."""
+        seconds = all_reduce_seconds(passes, hosts, ranks_of_a_host, self.device, rings)
         return PartTime(0, int(sum(passes)), len(passes), seconds, "link", seconds)
 
     @property

@@ -79,15 +79,16 @@ def network_delay(hosts: int, hardware: Hardware) -> float:
     return _us(hardware.network_us.at(hosts)) if hardware.network_us is not None else 0.0
 
 
-def ring_seconds(sent: float, hosts: int, ranks_of_a_host: int, hardware: Hardware) -> float:
+def ring_seconds(sent: float, hosts: int, ranks_of_a_host: int, hardware: Hardware, rings: int = 1) -> float:
     """Of a pass of a ring in which each rank sends so many bytes.
 
     Args:
         ranks_of_a_host: that are in the ring: the bytes leave a host over the network of all of them.
+        rings: so many, side by side, share the ranks of a host.
     """
     if not sent:
         return 0.0
-    linked = linked_hosts(hosts, ranks_of_a_host, hardware)
+    linked = linked_hosts(hosts, rings * ranks_of_a_host, hardware)
     if linked == 1:
         own, delay = hardware.host_ring_gb_s, hardware.host_ring_us
         rate = needed(hardware, "host_link_gb_s") if own is None else own.value
@@ -99,10 +100,12 @@ def ring_seconds(sent: float, hosts: int, ranks_of_a_host: int, hardware: Hardwa
     return min(simple, _us(hardware.ring_ll128_us.at(linked)) + sent / (LL128_SHARE * rate))
 
 
-def all_reduce_seconds(passes: Sequence[float], hosts: int, ranks_of_a_host: int, hardware: Hardware) -> float:
+def all_reduce_seconds(
+    passes: Sequence[float], hosts: int, ranks_of_a_host: int, hardware: Hardware, rings: int = 1
+) -> float:
     """Of an all-reduce whose two passes of a ring send so many bytes each; arguments as of `ring_seconds`."""
-    ring = sum(ring_seconds(sent, hosts, ranks_of_a_host, hardware) for sent in passes)
-    linked = linked_hosts(hosts, ranks_of_a_host, hardware)
+    ring = sum(ring_seconds(sent, hosts, ranks_of_a_host, hardware, rings) for sent in passes)
+    linked = linked_hosts(hosts, rings * ranks_of_a_host, hardware)
     if linked == 1 or hardware.tree_us is None or not ring:
         return ring
     rate = TREE_SHARE * _over_hosts(ranks_of_a_host * (hosts // linked), hardware)
@@ -115,6 +118,8 @@ def _over_hosts(ranks_of_a_host: int, hardware: Hardware) -> float:
     rate = _bytes(needed(hardware, "network_gb_s")) * needed(hardware, "ring_share") * ranks_of_a_host
     if hardware.one_fabric and own is not None:
         rate = min(rate, _bytes(own.value))  # from card to card it takes the same slots
+    if hardware.scale_up_ranks is not None:  # the networks of dozens of ranks are faster than the link of one
+        rate = min(rate, _bytes(needed(hardware, "host_link_gb_s") if own is None else own.value))
     return rate
 
 

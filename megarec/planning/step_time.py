@@ -89,13 +89,14 @@ class _Rates:
 
     def ring(self, sent: float) -> float:
         """One pass over the ranks that share the dense model."""
-        topology = self._work.topology
-        return self._clock.rings([sent], topology.hosts, topology.ranks_per_host // topology.tensor_size).seconds
+        topology, ways = self._work.topology, self._work.topology.tensor_size
+        return self._clock.rings([sent], topology.hosts, topology.ranks_per_host // ways, ways).seconds
 
     def reduction(self, buckets: int = 1) -> float:
         """Of a bucket of the gradients, of so many: an all-reduce, or a reduce-scatter."""
         topology, passes = self._work.topology, [sent / buckets for sent in self._work.sent.gradients]
-        ranks = topology.hosts, topology.ranks_per_host // topology.tensor_size
+        ways = topology.tensor_size
+        ranks = topology.hosts, topology.ranks_per_host // ways, ways
         return (
             self._clock.all_reduce(passes, *ranks) if len(passes) == 2 else self._clock.rings(passes, *ranks)
         ).seconds

@@ -93,3 +93,17 @@ def test_no_byte_leaves_a_host_of_cards_faster_than_it_reaches_the_next_card(mac
     across = message_seconds(all_to_all("world", total, 8, 4), Topology(0, 8, 4, 1), hardware)
     assert across + 50e-6 >= inside  # an all-to-all over two hosts starts 13 us earlier
     assert ring_seconds(1e8, 2, 4, hardware) > ring_seconds(1e8, 1, 8, hardware)
+
+
+def test_a_ring_of_tensor_parallel_ranks_leaves_the_links_that_join_72() -> None:
+    """20 hosts of 4: NVLink joins 18 of them, however many rings share their ranks; 10 hosts' networks are in it."""
+    gb200 = load_hardware("gb200")
+    assert ring_seconds(1e8, 20, 1, gb200, rings=4) == pytest.approx(2 * 37.3e-6 + 1e8 / (10 * 50e9 * 0.975))
+    assert all_reduce_seconds((1e8, 1e8), 20, 1, gb200, rings=4) == 2 * ring_seconds(1e8, 20, 1, gb200, rings=4)
+    assert ring_seconds(1e8, 18, 1, gb200, rings=4) == pytest.approx(50e-6 + 1e8 / 722e9), "all of them are joined"
+
+
+def test_72_networks_are_no_faster_than_the_link_to_the_next_rank() -> None:
+    gb200 = load_hardware("gb200")
+    assert ring_seconds(1e9, 2, 72, gb200) == pytest.approx(2 * 37.3e-6 + 1e9 / 722e9)
+    assert ring_seconds(1e9, 2, 72, gb200) > ring_seconds(1e9, 1, 72, gb200)
