@@ -180,12 +180,19 @@ def write_files(files: Files, config: RunConfig, schema: Schema, made: "Plan", c
     from megarec.planning.trace import write_trace
 
     if files.out is not None:
-        write_whole(files.out, (config.model_dump_json(indent=2, exclude_unset=True) + "\n").encode())
+        _write(files.out, config.model_dump_json(indent=2, exclude_unset=True) + "\n")
     if files.trace is not None:
         write_trace(made, files.trace)
     if files.html is not None:
         curves = sweeps(config, schema, made.hardware, made.hosts, made.ranks_per_host)
-        write_whole(files.html, page(made, curves, chosen).encode())
+        _write(files.html, page(made, curves, chosen))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def as_json(made: "Plan", found: "TowersPay") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+from megarec.errors import UserError
 from megarec.files import write_json
 from megarec.planning.pieces import Run, Stream, Timeline
 from megarec.planning.planner import Plan
@@ -60,7 +61,10 @@ def write_trace(plan: Plan, path: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    write_json(path, trace_events(plan))
+    try:
+        write_json(path, trace_events(plan))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _event(run: Run, step: int, offset: float, thread: int) -> dict[str, Any]:

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from megarec.commands.plan import Files, write_files
 from megarec.config.load import load_config
+from megarec.data.schema import schema_of
+from megarec.errors import UserError
+from megarec.planning.hardware import load_hardware
+from megarec.planning.planner import plan_run
+from megarec.run.spec import resolve
 from tests.processes import python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +53,18 @@ def test_choose_writes_a_run_a_trace_and_a_page(tmp_path: Path) -> None:
     assert again["step_ms"] == found["step_ms"] and again["memory_bytes"] == found["memory_bytes"]
     assert json.loads(trace.read_text())["otherData"]["step_ms"] == pytest.approx(found["step_ms"]["total"])
     assert "Timeline of a rank" in page.read_text()
+
+
+@pytest.mark.parametrize("option", ["out", "trace"])
+def test_a_file_that_cannot_be_written_is_one_line(option: str, tmp_path: Path) -> None:
+    """Its directory went after the command line was checked."""
+    gone = tmp_path / "gone" / "x.json"
+    files = Files(None, None, None)._replace(**{option: gone})
+    config = load_config(ROOT / "ds_configs/dlrm-criteo-terabyte.json", ["embedding.placement=auto"])
+    schema = schema_of(config.data)
+    made = plan_run(config, resolve(config, schema), load_hardware("h100"), 1, 1)
+    with pytest.raises(UserError, match=r"gone/x\.json: cannot be written \(No such file"):
+        write_files(files, config, schema, made, None)
 
 
 def test_a_run_that_does_not_fit_is_planned_and_refused() -> None:
