@@ -9,7 +9,7 @@ measured by shape (SIDES) and type, collectives by size (measure_links.py); a fi
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from megarec.files import check_json_output, write_json
 from megarec.planning.hardware import load_hardware
 from megarec.planning.held_memory import available_bytes
 from megarec.planning.measure_links import Timed, collective_seconds, link_figures, rounded, timer
+from megarec.planning.measure_tables import SHAPES, Sample, costs_of, samples
 from megarec.planning.roofline import lookup_bytes, update_bytes
 from megarec.sparse.layout import EmbeddingLayout, Feature, Table
 from megarec.sparse.side import SparseSide
@@ -35,7 +36,7 @@ COPIED = 128 * 2**20  # bytes: more than any cache here holds
 TABLES, ROWS, COLUMNS, EXAMPLES = 8, 200_000, 64, 4_096
 ROWS_OF_A_PRODUCT, SIDES = 2_048, (16, 64, 256, 1024)  # [2048, side] x [side, side], the last one's rate a large one's
 TYPES = {"gemm": torch.bfloat16, "fp32": torch.float32}
-REPETITIONS = 7
+REPETITIONS, OF_A_COLLECTIVE = 7, 31  # a rank that another job holds up is felt by all
 
 
 def measure(path: Path) -> None:
@@ -52,15 +53,17 @@ def measure(path: Path) -> None:
     topology = build_topology(None, tensor=1)
     _on_rank_0(lambda: check_json_output("--measure", path, "this-machine.json"), topology, device)
     timed = timer(device, topology, REPETITIONS)
+    tables = samples(config.embedding) if device.type == "cpu" else []
     figures = {
         **_rank_figures(config, device, topology, timed),
         **_products(device, timed),
-        **collective_seconds(timed, device, topology),
+        **collective_seconds(timer(device, topology, OF_A_COLLECTIVE), device, topology),
+        **{f"tables_us {index}": 1e6 * sample.seconds for index, sample in enumerate(tables)},
     }
     table = gather_numbers(list(figures.values()), topology, device)
     slowest = {name: _slowest(name, [row[i] for row in table]) for i, name in enumerate(figures)}
-
-    made = _as_json(slowest, device, topology)
+    tables = [s._replace(seconds=1e-6 * slowest[f"tables_us {index}"]) for index, s in enumerate(tables)]
+    made = _as_json(slowest, device, topology) | _table_costs(tables, topology)
 
     def write() -> None:
         try:
@@ -161,8 +164,7 @@ def _tables(config: EmbeddingConfig, device: torch.device, timed: Timed) -> tupl
 
 
 def _as_json(figures: dict[str, float], device: torch.device, topology: Topology) -> dict[str, Any]:
-    when, job = time.strftime("%Y-%m-%d"), f"{topology.hosts} hosts x {topology.ranks_per_host} ranks"
-    source = f"measured {when}, {job}, the slowest rank"
+    job, source = f"{topology.hosts} hosts x {topology.ranks_per_host} ranks", _source(topology)
     own = {name: value for name, value in figures.items() if " " not in name}
     made: dict[str, Any] = {name: {"value": rounded(value), "source": source} for name, value in own.items()}
     made |= _ramps(figures, source) | link_figures(figures, topology, source)
@@ -177,6 +179,21 @@ def _as_json(figures: dict[str, float], device: torch.device, topology: Topology
         "ranks_per_host": {"value": topology.ranks_per_host, "source": source},
         **made,
     }
+
+
+def _table_costs(tables: Sequence[Sample], topology: Topology) -> dict[str, Any]:
+    """What work on tables costs on a CPU."""
+    if not tables:
+        return {}
+    shapes = f"tables of one kind in {len(SHAPES)} shapes"
+    source = f"{_source(topology)}; fitted on CPU seconds of {shapes} (planning/measure_tables.py)"
+    value = {kind: {name: rounded(own) for name, own in costs.items()} for kind, costs in costs_of(tables).items()}
+    return {"table_ns": {"value": value, "source": source}}
+
+
+def _source(topology: Topology) -> str:
+    job = f"{topology.hosts} hosts x {topology.ranks_per_host} ranks"
+    return f"measured {time.strftime('%Y-%m-%d')}, {job}, the slowest rank"
 
 
 def _ramps(figures: dict[str, float], source: str) -> dict[str, Any]:

@@ -28,7 +28,10 @@ def test_a_pick_is_held_to_the_best() -> None:
     row = placements.judge([1.0, 2.0, 3.0], [2.0, 1.0, 4.0])
     assert row["pick_over_best"] == 2 and row["median_over_best"] == 2
     assert row["share_within_5_percent"] == pytest.approx(1 / 3) and row["rank_correlation"] == pytest.approx(0.5)
-    by_rank = [[Cost([(0.3, 0.1)] * 4, {}), Cost([(0.1, 0.4)] * 4, {})], [Cost([(0.2, 0.3)] * 4, {})] * 2]
+    parts = [
+        [Cost([[(a, b), (0.0, 0.0)]] * 4, {}) for a, b in own] for own in ([(0.3, 0.1), (0.1, 0.4)], [(0.2, 0.3)] * 2)
+    ]
+    by_rank = parts
     time, cpu = (placements.measured_row(name, clock, by_rank, [1.0, 2.0]) for clock, name in enumerate(("t", "c")))
     assert time["best_ms"] == pytest.approx(200) and time["pick_over_best"] == pytest.approx(1.5)
     assert cpu["best_ms"] == pytest.approx(300) and time["noise"] == 0 and time["again_over_best"] == 1
