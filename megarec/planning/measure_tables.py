@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +73,9 @@ def _fitted(found: Sequence[Sample]) -> dict[str, float]:
     table, seconds = np.array([sample.counts for sample in found]), np.array([sample.seconds for sample in found])
     scale = np.maximum(table.max(axis=0), 1e-30)
     weights, _ = nnls(table / scale / seconds[:, None], np.ones(len(seconds)))
-    return {name: float(1e9 * own) for name, own in zip(Counts._fields, weights / scale, strict=True) if own > 0}
+    felt = weights > 1e-9 * seconds.max()
+    found_ns = 1e9 * weights / scale
+    return {name: float(own) for name, own, counts in zip(Counts._fields, found_ns, felt, strict=True) if counts}
 
 
 def _layout(rows: int, columns: int, length: int) -> tuple[EmbeddingLayout, tuple[Shard, ...]]:
@@ -136,7 +139,7 @@ def _looked_up(side: SparseSide, arrived: Any) -> Any:
 def _copied(rows: int, columns: int) -> Sample:
     """Two matrices put side by side, into memory of their own, as in the exchange."""
     halves = [[torch.ones(rows, columns) for _ in range(2)] for _ in range(KEPT)]
-    seconds = _rotated([lambda own=own: torch.cat(own, dim=1) for own in halves])
+    seconds = _rotated([partial(torch.cat, own, dim=1) for own in halves])
     return Sample("copy", Counts(start=1, bag=2 * rows, cell=2 * rows * columns), seconds)
 
 
@@ -149,9 +152,9 @@ def _placed(examples: int, slots: int, columns: int) -> list[Sample]:
     regroup, numbers = Regroup(pieces, torch.device("cpu")), examples * 2 * slots * columns
     blocks = [torch.ones(numbers) for _ in range(KEPT)]
     counts = Counts(start=1, bag=examples * 2 * slots, cell=numbers)
-    put = _rotated([lambda own=own: regroup.assemble(own, None, examples, torch.float32) for own in blocks])
+    put = _rotated([partial(regroup.assemble, own, None, examples, torch.float32) for own in blocks])
     gradients = [own.view(examples, -1) for own in blocks]
-    taken = _rotated([lambda own=own: regroup.scatter(own, None, examples, torch.float32, 2) for own in gradients])
+    taken = _rotated([partial(regroup.scatter, own, None, examples, torch.float32, 2) for own in gradients])
     return [Sample("assemble", counts, put), Sample("scatter", counts._replace(start=2 * slots), taken)]
 
 

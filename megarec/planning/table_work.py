@@ -82,11 +82,20 @@ class _Held(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """What is the same for all ranks: examples of all and of one, features split by rows, columns of all."""
+    """What is the same for all ranks.
+
+    Attributes:
+        examples: of all ranks; `own` of one.
+        split: tables that are split by rows.
+        whole: whether others travel as well.
+        columns, pieces: of the matrix that all slots are put into.
+        lists, ids: that a rank sends.
+    """
 
     ranks: int
     examples: int
     split: list[_Asked]
+    whole: bool
     columns: int
     pieces: int
     lists: float
@@ -149,6 +158,7 @@ def table_work(
         ranks=ranks,
         examples=examples,
         split=[asked[name] for name in sorted(by_rows)],
+        whole=any(not part.by_rows for part in spread),
         columns=spec.layout.width,
         pieces=len(spread) + max(len(own) for own in copies),
         lists=examples / ranks * sum(_lists(part) for part in spread),
@@ -242,7 +252,7 @@ def _shuffled(found: _Collector, job: _Job, held: Sequence[_Held], copied: Seque
     placed = {"bag": job.own * job.pieces, "cell": job.own * job.columns}
     found.add("lookup", "assemble", start=1, **placed)
     found.add("back", "scatter", start=job.pieces, **placed)
-    if job.split and len(held) > sum(part.by_rows for part in held):  # sums behind what came from all ranks
+    if job.split and job.whole:  # sums behind what came from all ranks
         found.add("lookup", "copy", start=1, cell=job.own * (job.columns - same))
     if same:
         found.add("lookup", "copy", start=1, cell=job.own * job.columns)

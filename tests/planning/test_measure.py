@@ -1,7 +1,6 @@
 """A measured machine is a JSON that the planner reads; how fast it is, is not tested."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ def figures(directory: Path) -> dict[str, Any]:
     """On a rank of two hosts of two: the figures of the links, and of the whole job a file."""
     measure.COPIED, measure.ROWS, measure.EXAMPLES, measure.REPETITIONS = 4096, 100, 16, 1
     measure.OF_A_COLLECTIVE, measure_tables.EXAMPLES, measure_tables.REPETITIONS = 1, 64, 1
-    measure_tables.SHAPES = tuple(itertools.product((10, 100), (8,), (1, 4)))
+    measure_tables.SHAPES, measure_tables.COPIES = ((10, 8, 1), (100, 8, 4)), ((8, 8),)
+    measure_tables.PLACED = ((8, 2, 8),)
     measure.ROWS_OF_A_PRODUCT, measure.SIDES, measure_links.SIZES = 8, (4, 16), (64, 1024, 8192)  # type: ignore[assignment]
     with patch.object(measure, "measure_gemm_tflops", return_value=1.0):
         measure.measure(directory / "m.json")
