@@ -27,8 +27,10 @@ def message_seconds(message: Message, topology: Topology, hardware: Hardware) ->
     if message.op.startswith("all_reduce"):
         in_host = message.cross_host_bytes == 0
         return ring_seconds(message.bytes, 1 if in_host else topology.hosts, topology.ranks_per_host, hardware)
-    if message.op.startswith("reduce_scatter") and hardware.device == "cpu" and not message.cross_host_bytes:
-        return ring_seconds(2 * message.bytes, 1, topology.ranks_per_host, hardware)  # gloo's is an all-reduce
+    ring = message.op.startswith(("reduce_scatter", "all_gather"))
+    if ring and hardware.device == "cpu" and not message.cross_host_bytes:
+        passes = 2 if message.op.startswith("reduce_scatter") else 1  # gloo's is an all-reduce
+        return ring_seconds(passes * message.bytes, 1, topology.ranks_per_host, hardware)
     if message.mean:  # of tables that lie evenly; a rank that sends little receives more
         message = message._replace(bytes=message.mean, cross_host_bytes=message.mean_across)
     hosts = linked_hosts(topology.hosts, topology.ranks_per_host, hardware)

@@ -36,7 +36,9 @@ COPIED = 128 * 2**20  # bytes: more than any cache here holds
 TABLES, ROWS, COLUMNS, EXAMPLES = 8, 200_000, 64, 4_096
 ROWS_OF_A_PRODUCT, SIDES = 2_048, (16, 64, 256, 1024)  # [2048, side] x [side, side], the last one's rate a large one's
 TYPES = {"gemm": torch.bfloat16, "fp32": torch.float32}
-REPETITIONS, OF_A_COLLECTIVE = 7, 31  # a rank that another job holds up is felt by all
+REPETITIONS = 7
+COLLECTIVES, QUICK = 31, 0.25
+"""How often a collective is made, and the share that counts: one that other jobs hold up is held up for long."""
 
 
 def measure(path: Path) -> None:
@@ -57,7 +59,7 @@ def measure(path: Path) -> None:
     figures = {
         **_rank_figures(config, device, topology, timed),
         **_products(device, timed),
-        **collective_seconds(timer(device, topology, OF_A_COLLECTIVE), device, topology),
+        **collective_seconds(timer(device, topology, COLLECTIVES, QUICK), device, topology),
         **{f"tables_us {index}": 1e6 * sample.seconds for index, sample in enumerate(tables)},
     }
     table = gather_numbers(list(figures.values()), topology, device)

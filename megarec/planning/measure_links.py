@@ -1,8 +1,8 @@
 """Collectives of a job by their size, and the figures of a machine that follow from them (see measure.py).
 
     delay     what the smallest message takes
-    rate      bytes of the largest over what it takes beyond the delay
-    ramp      what messages between them reach of that rate
+    rate      bytes over what they take beyond the delay, of the better of the two largest
+    ramp      what messages of each size reach of that rate
 
 A pass of a ring is an all-gather, or half of an all-reduce, whichever takes longer.
 """
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -102,12 +103,10 @@ def _passes(taken: dict[str, float], link: str) -> tuple[dict[int, float], str]:
 
 def _fit(times: dict[int, float], ranks: int) -> dict[str, Any]:
     """link_us, link_gb_s and ramp of seconds by size; the ramp by bytes for each pair."""
-    delay, largest = times[SIZES[0]], SIZES[-1] * (ranks - 1) / ranks
-    rate = largest / max(times[SIZES[-1]] - delay, 1e-9)
-    ramp = {}
-    for size in SIZES[1:]:
-        reached = size * (ranks - 1) / ranks / max(times[size] - delay, 1e-9) / rate
-        ramp[str(max(1, size // ranks))] = min(1.0, max(LEAST, reached))
+    delay, sent = times[SIZES[0]], {size: size * (ranks - 1) / ranks for size in SIZES[1:]}
+    reached = {size: own / max(times[size] - delay, 1e-9) for size, own in sent.items()}
+    rate = max(reached[size] for size in SIZES[-2:])  # sockets are slower where a message leaves the caches
+    ramp = {str(max(1, size // ranks)): min(1.0, max(LEAST, own / rate)) for size, own in reached.items()}
     return {"link_us": 1e6 * delay, "link_gb_s": rate / 1e9, "ramp": ramp}
 
 
@@ -122,8 +121,9 @@ def rounded(value: float | dict[str, float]) -> float | dict[str, float]:
     return float(f"{value:.4g}")
 
 
-def timer(device: torch.device, topology: Topology, repetitions: int) -> Timed:
-    """Seconds of calls that all ranks start together: the median, after one that does not count."""
+def timer(device: torch.device, topology: Topology, repetitions: int, share: float = 0.5) -> Timed:
+    """Seconds of calls that all ranks start together, after one that does not count: what so large a share of them
+    takes at most, by default the median."""
 
     def seconds(work: Callable[[], object]) -> float:
         taken = []
@@ -135,7 +135,6 @@ def timer(device: torch.device, topology: Topology, repetitions: int) -> Timed:
             if device.type != "cpu":
                 torch.accelerator.synchronize()
             taken.append(time.perf_counter() - start)
-        taken = sorted(taken[1:])
-        return (taken[(len(taken) - 1) // 2] + taken[len(taken) // 2]) / 2
+        return float(np.quantile(taken[1:], share))
 
     return seconds

@@ -122,9 +122,9 @@ def _in_turn(work: Work, hardware: Hardware, rates: _Rates) -> list[Piece]:
     dense = clock.dense(work.dense, work.accumulation, work.width)
     computing = sum(part.seconds for part in dense.values())
     tables = None if work.tables is None else part_seconds(work.tables, hardware)
-    joined = 0.0 if tables is None else tables["ids"]
     pieces = [
-        Piece("ids", "ids", "compute", rates.sent(IDS) + joined),
+        Piece("ids", "ids", "compute", rates.sent(IDS)),
+        *([] if tables is None else [Piece("ids joined", "ids", "compute", tables["ids"])]),
         Piece("lookup", "lookup", "compute", rates.lookup if tables is None else tables["lookup"]),
         Piece("embeddings", "exchange", "compute", rates.sent(EXCHANGED, "forward")),
     ]

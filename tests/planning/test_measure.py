@@ -26,7 +26,7 @@ HOST_KEYS = {"host_link_us", "host_link_gb_s", "host_ramp", "host_ring_us", "hos
 def figures(directory: Path) -> dict[str, Any]:
     """On a rank of two hosts of two: the figures of the links, and of the whole job a file."""
     measure.COPIED, measure.ROWS, measure.EXAMPLES, measure.REPETITIONS = 4096, 100, 16, 1
-    measure.OF_A_COLLECTIVE, measure_tables.EXAMPLES, measure_tables.REPETITIONS = 1, 64, 1
+    measure.COLLECTIVES, measure_tables.EXAMPLES, measure_tables.REPETITIONS = 1, 64, 1
     measure_tables.SHAPES, measure_tables.COPIES = ((10, 8, 1), (100, 8, 4)), ((8, 8),)
     measure_tables.PLACED = ((8, 2, 8),)
     measure.ROWS_OF_A_PRODUCT, measure.SIDES, measure_links.SIZES = 8, (4, 16), (64, 1024, 8192)  # type: ignore[assignment]
