@@ -39,6 +39,7 @@ from megarec.distributed.collectives import Ledger
 from megarec.distributed.rank_pool import RankPool
 from megarec.distributed.topology import build_topology
 from megarec.planning.hardware import Hardware, load_hardware
+from megarec.planning.pieces import Piece
 from megarec.planning.planner import placement_pieces
 from megarec.run.spec import ModelSpec, resolve
 from megarec.sparse.layout import Table
@@ -173,7 +174,7 @@ def predict(own: Draw, hardware: Hardware, messages: float = 1.0) -> list[float]
     found = []
     for shards in own.placements:
         pieces = placement_pieces(own.config, own.spec, hardware, 1, RANKS, shards)
-        found.append(sum(piece.seconds * (messages if piece.name in MESSAGES else 1.0) for piece in pieces))
+        found.append(sum(_cpu(piece, messages) for piece in pieces))
     return found
 
 
@@ -187,17 +188,22 @@ def of_one_kind(own: Draw) -> dict[str, Placement]:
 
 
 def kind_rows(own: Draw, by_rank: list[list[Cost]], hardware: Hardware) -> list[dict[str, Any]]:
-    """Milliseconds of the parts of a step with all tables alike, measured on the slower rank, and predicted."""
+    """CPU milliseconds of the parts of a step with all tables alike, of the rank that has most, and as predicted."""
     rows = []
     for (kind, shards), costs in zip(of_one_kind(own).items(), zip(*by_rank, strict=True), strict=True):
         pieces = placement_pieces(own.config, own.spec, hardware, 1, RANKS, shards)
         row: dict[str, Any] = {"truth": "parts", "kind": kind}
         for place, (part, names) in enumerate(PARTS.items()):
-            taken = [[repetition[place][0] for repetition in cost_of_rank.taken] for cost_of_rank in costs]
-            row[f"{part}_ms"] = 1e3 * statistics.median(max(both) for both in zip(*taken, strict=True))
-            row[f"{part}_predicted_ms"] = 1e3 * sum(piece.seconds for piece in pieces if piece.name in names)
+            least = [min(step[place][1] for step in cost_of_rank.taken) for cost_of_rank in costs]
+            row[f"{part}_ms"] = 1e3 * max(least)
+            row[f"{part}_predicted_ms"] = 1e3 * sum(_cpu(piece) for piece in pieces if piece.name in names)
         rows.append(row)
     return rows
+
+
+def _cpu(piece: Piece, messages: float = MESSAGE_CPU) -> float:
+    """Its seconds, of messages what counts of them."""
+    return piece.seconds * (messages if piece.name in MESSAGES else 1.0)
 
 
 def batch_of(own: Draw, seed: int, rank: int) -> Batch:

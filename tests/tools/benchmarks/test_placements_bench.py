@@ -39,6 +39,22 @@ def test_a_pick_is_held_to_the_best() -> None:
     assert found["picked, t"] == 0.5 and found["pick over best, worst, t"] == pytest.approx(1.5)
 
 
+def test_tables_of_one_kind() -> None:
+    """Measured CPU of the rank that has most of a part; of predictions messages count half."""
+    hardware, own = load_hardware(placements.MACHINE), placements.draw(placements.SHOWN, 1)
+    kinds = placements.of_one_kind(own)
+    assert list(kinds) == ["table", "column", "row", "replicated"]
+    assert all({shard.rank for shard in shards} == {0, 1} for shards in kinds.values())
+    taken = [[(9.0, 1e-3 * rank), (9.0, 2e-3), (9.0, 3e-3), (9.0, 4e-3)] for rank in (1, 2)]
+    rows = placements.kind_rows(own, [[Cost([one, one], {})] * 4 for one in taken], hardware)
+    assert [row["kind"] for row in rows] == list(kinds)
+    assert rows[0]["ids_ms"] == pytest.approx(2) and rows[0]["update_ms"] == pytest.approx(4)
+    assert rows[2]["ids_predicted_ms"] > 2 * rows[0]["ids_predicted_ms"], "ids sorted by owner"
+    assert rows[1]["update_predicted_ms"] > 2 * rows[0]["update_predicted_ms"], "both ranks sort all ids, in torch"
+    seconds, cpu = (placements.predict(own, hardware, share) for share in (1.0, placements.MESSAGE_CPU))
+    assert cpu[0] < seconds[0] < 2 * cpu[0]
+
+
 def test_bytes_of_the_slowest_rank() -> None:
     """Of one message: the slower rank's; of rows: those that a batch really asks for."""
     hardware, own = load_hardware(placements.MACHINE), placements.draw(1, 2)
