@@ -5,13 +5,13 @@ metrics = megarec.train(config)                  # on every rank of a job, or on
 model = megarec.load_model("exported")           # written by `megarec checkpoint export`
 logits = model.predict(batch)
 
-Names are imported when they are first asked for: torch takes seconds.
+Names are imported at first use: torch takes seconds.
 """
 
 import sys
 
 # `python -m megarec...`: Python looks for every module in the working directory first, and would run a json.py that
-# somebody has put there. Only what it has imported before this line is out of reach (docs/multihost.md).
+# somebody has put there. What it imported before this line is not covered (docs/multihost.md).
 if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
     _module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
     if _module.partition(".")[0] == "megarec" and sys.path[0] != __path__[0].rpartition("/")[0]:
@@ -59,7 +59,7 @@ def train(config: "RunConfig", resume: bool = False) -> dict[str, Any]:
 
     Raises:
         UserError: what the user can fix.
-        RunEnded: stopped by the fault policy, or asked to end by a signal, with everything saved that will be.
+        RunEnded: stopped by the fault policy, or asked to end by a signal, with everything saved.
     """
     import time
 

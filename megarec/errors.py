@@ -1,6 +1,6 @@
 """Errors for people: what a user can fix is a `UserError`, shown as one line, exit code 2.
 
-By its exit code a training process says why it ended; launchers and restart scripts go by these numbers.
+A training process's exit code says why it ended; launchers and restart scripts rely on these numbers.
 """
 
 import argparse
@@ -31,7 +31,7 @@ class UserError(ValueError):
     """A mistake in a config, data, hostfile, checkpoint or command that its user can fix.
 
     The message is one line: the file, key, row or rank, the value seen, what was expected, the remedy. Names in it may
-    be anybody's, so what would break the line or steer a terminal is shown as its escape.
+    be anything, so characters that would break the line or control a terminal are shown escaped.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -45,7 +45,7 @@ def one_line(text: str, most: int = 4_000) -> str:
 
 
 class RunEnded(Exception):
-    """A run ends before its end, on all ranks alike and for a reason that was agreed on.
+    """A run ends early, on all ranks and for a reason that they agreed on.
 
     Attributes:
         code: the exit code, STOPPED or PREEMPTED.
@@ -59,7 +59,7 @@ class RunEnded(Exception):
 def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a command's `main`: a `UserError` becomes one line on standard error and exit code 2, Ctrl-C one and 130.
 
-    So does a standard output that cannot be written; one that nobody reads any more ends the command without a word.
+    So does a standard output that cannot be written; one that nobody reads any more ends the command silently.
     """
 
     @functools.wraps(main)
@@ -69,7 +69,7 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserError as error:
-            code = _tell(error)
+            code = _print(error)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             code = INTERRUPTED
@@ -81,21 +81,21 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
         if (failed := _output_error()) is not None:
             end_stream(sys.stdout)
             why = f"standard output cannot be written ({failed.strerror})"
-            code = code or (OUTPUT_CLOSED if isinstance(failed, BrokenPipeError) else _tell(why))
+            code = code or (OUTPUT_CLOSED if isinstance(failed, BrokenPipeError) else _print(why))
         if code is not None:
             sys.exit(code)
 
     return wrapped
 
 
-def _tell(error: object) -> int:
+def _print(error: object) -> int:
     with suppress(OSError):  # nobody reads that either
         print(f"error: {error}", file=sys.stderr, flush=True)
     return USER_MISTAKE
 
 
 def _open_standard_streams() -> None:
-    """Where the shell closed one (`>&-`), let it lead nowhere: else the next file opened would take its number."""
+    """Where the shell closed one (`>&-`), open /dev/null: else the next file opened would take its number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -106,9 +106,9 @@ def _open_standard_streams() -> None:
 
 
 def _output_error() -> OSError | None:
-    """Why standard output cannot take what was printed; what it could not take it still holds, and fails again.
+    """Why standard output cannot be written; what it could not write stays in its buffer, and fails again.
 
-    Without a buffer (`python -u`) it holds nothing, and only a reader who is gone can still be seen.
+    Without a buffer (`python -u`) only a reader that is gone can still be seen.
     """
     try:
         sys.stdout.flush()
@@ -122,7 +122,7 @@ def _output_error() -> OSError | None:
 
 
 def end_stream(stream: IO[str]) -> None:
-    """Let all that is still written to a stream lead nowhere, what it holds included: its reader is gone."""
+    """Discard what is still written to a stream, its buffer included: its reader is gone."""
     with suppress(OSError, ValueError):  # a stream without a file
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -130,7 +130,7 @@ def end_stream(stream: IO[str]) -> None:
 
 
 class _Once(argparse._StoreAction):
-    """argparse's own way with an option: but the last of several would win in silence."""
+    """argparse's own handling of an option, where the last of several would win silently."""
 
     given = False
 
@@ -158,4 +158,4 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that cannot be believed, whatever the run: an earlier one may be better."""
+    """A checkpoint that is damaged, whatever the run: an earlier one may be good."""

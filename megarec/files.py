@@ -24,7 +24,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     the rename would put a file in its place.
     """
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     path = path.resolve() if path.is_symlink() else path
     partial = path.with_name(f".{path.name}.partial-{uuid4().hex[:12]}")  # another machine may write it as well
     try:
@@ -42,7 +42,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 def renamed_to(path: Path, beside: Path | None = None) -> Iterator[Path]:
     """A path to write to that becomes `path` by a rename when the block ends without an error; not synced.
 
-    Its name is nobody else's, on no machine, so that two may make the same file at the same time.
+    Its name is unique on all machines, so two processes may write the same file at the same time.
 
     Args:
         beside: the file to write beside, in place of `path`: on the same file system.
@@ -56,7 +56,7 @@ def renamed_to(path: Path, beside: Path | None = None) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """`whole_file`, of bytes that are in memory."""
+    """`whole_file`, for bytes that are in memory."""
     with whole_file(path) as file:
         file.write(content)
 
@@ -78,7 +78,7 @@ def check_json_output(option: str, output: Path, example: str) -> None:
     if output.suffix != ".json":
         raise UserError(f"{option} {output}: expected the name of a JSON file, such as {example}")
     if output.exists() and not output.is_file():
-        what = "is a directory" if output.is_dir() else "is no regular file"
+        what = "is a directory" if output.is_dir() else "is not a regular file"
         raise UserError(f"{option} {output}: {what}; name a file, such as {output / example}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -92,14 +92,14 @@ def check_output_file(path: Path, option: str, kind: str) -> None:
     """Before long work.
 
     Raises:
-        UserError: it is a directory, a device or the like, or lies in no directory.
+        UserError: it is a directory, a device or the like, or its directory does not exist.
     """
     if path.is_dir():
         raise UserError(f"--{option} {path}: is a directory; expected the name of a file ({kind}), new or to replace")
     if path.exists() and not path.is_file():
-        raise UserError(f"--{option} {path}: is no regular file; expected the name of a file ({kind})")
+        raise UserError(f"--{option} {path}: is not a regular file; expected the name of a file ({kind})")
     if not path.parent.is_dir():
-        raise UserError(f"--{option} {path}: {path.parent} is no directory; make it, or choose another path")
+        raise UserError(f"--{option} {path}: {path.parent} is not a directory; make it, or choose another path")
 
 
 def sync_directory(directory: Path) -> None:
@@ -115,11 +115,11 @@ MAX_JSON_BYTES = 256 << 20
 MAX_DIGITS = 400
 """Of one number in a JSON: float64 ends at 309."""
 MAX_DEPTH = 100
-"""Of objects and lists in one another: what is deeper would be too much for those who walk through a value."""
+"""Nesting of objects and lists: deeper values would break code that recurses."""
 
 
 class NotJson(UserError):
-    """A text that is no JSON at all, in contrast to one that is, of a kind that is refused."""
+    """A text that is not JSON at all, in contrast to JSON that is refused."""
 
 
 def read_json(path: Path, expected: str, max_bytes: int = MAX_JSON_BYTES, *, nan: bool = False) -> Any:
@@ -129,12 +129,12 @@ def read_json(path: Path, expected: str, max_bytes: int = MAX_JSON_BYTES, *, nan
 
     Args:
         expected: what the file should be, for the message: "the JSON of a run".
-        nan: whether NaN and infinity may stand there: in what runs measured, as Python writes it.
+        nan: whether NaN and infinity are allowed: in measurements of runs, as Python writes them.
 
     Raises:
-        UserError: one line that names the file: it cannot be read, is no regular file or too large, is no JSON, has a
-            key twice in one object, NaN or infinity, a number beyond float64 or with too many digits, a string that
-            is no text, or is nested too deep.
+        UserError: one line that names the file: it cannot be read, is not a regular file or too large, is not JSON, has
+            a key twice in one object, NaN or infinity, a number beyond float64 or with too many digits, a string that
+            is not text, or is nested too deep.
     """
     return parse_json(regular_file(path, expected, max_bytes), str(path), nan=nan)
 
@@ -152,7 +152,7 @@ def an_object(value: Any, where: str, expected: str) -> dict[str, Any]:
     """The value itself.
 
     Raises:
-        UserError: it is no object.
+        UserError: it is not an object.
     """
     if not isinstance(value, dict):
         raise UserError(f"{where}: holds {_short(value)}, expected a JSON object: {expected}")
@@ -167,7 +167,7 @@ def parse_json(text: str | bytes, where: str, *, nan: bool = False) -> Any:
         nan: as of `read_json`.
 
     Raises:
-        NotJson: the text is no JSON.
+        NotJson: the text is not JSON.
         UserError: as `read_json`, of the text.
     """
     if isinstance(text, bytes):
@@ -199,7 +199,7 @@ def parse_json(text: str | bytes, where: str, *, nan: bool = False) -> Any:
     for container, key, first, second in repeated:
         name = ".".join([*_path_to(container, value), key])
         raise UserError(
-            f"{where}: the key {name!r} is there twice, as {_short(first)} and as {_short(second)}; keep one"
+            f"{where}: the key {name!r} appears twice, as {_short(first)} and as {_short(second)}; keep one"
         )
     if "\\u" in text or "\0" in text:
         for string in _strings(value):
@@ -212,13 +212,13 @@ _TOO_DEEP = "nested too deep to be read; nothing here needs more than ten levels
 
 
 def regular_file(path: Path, expected: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """The bytes of a regular file, or of one that a link leads to; nothing else is waited for.
+    """The bytes of a regular file, or of one that a link leads to; it waits for nothing else.
 
     Args:
         expected: as of `read_json`.
 
     Raises:
-        UserError: one line that names the file: it cannot be read, is no regular file, or has more bytes.
+        UserError: one line that names the file: it cannot be read, is not a regular file, or has more bytes.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO without a writer must not block
@@ -275,7 +275,7 @@ def _real(text: str) -> float:
 
 
 def _no_number(text: str) -> float:
-    raise ValueError(f"{text}: no number of JSON; every number here is finite")
+    raise ValueError(f"{text}: not a JSON number; every number here is finite")
 
 
 def _first_twice(pairs: list[tuple[str, Any]]) -> tuple[str, Any, Any]:
@@ -285,11 +285,11 @@ def _first_twice(pairs: list[tuple[str, Any]]) -> tuple[str, Any, Any]:
         if key in seen:
             return key, seen[key], value
         seen[key] = value
-    raise AssertionError("no key comes again")
+    raise AssertionError("no repeated key")
 
 
 def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
-    """(key or place, value) of what an object or a list holds; nothing of anything else."""
+    """(key or index, value) of the entries of an object or a list; nothing for other values."""
     return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
 
 
@@ -332,7 +332,7 @@ def _short(value: Any) -> str:
 
 
 def file_name(name: str, suffix: str = "") -> str:
-    """The name of a file for a thing of any name: one part of a path, never a way out of its directory.
+    """A file name for an arbitrary name: one part of a path, which cannot leave its directory.
 
     Letters, digits and "_- +=,()[]~@" stand for themselves, as does a dot that is not first; everything else is
     written %XX, byte by byte, so that two names never share a file. A name too long for a file ends in its hash.

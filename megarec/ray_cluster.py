@@ -1,7 +1,7 @@
-"""Tasks on a Ray cluster: results in their order, and what a node took with it when it died runs again elsewhere.
+"""Tasks on a Ray cluster: results in order; tasks of a node that died run again elsewhere.
 
 Ray itself is only in a child process (ray_driver.py), for which this module needs none: what Ray prints goes to a log,
-and where its whole cluster goes, which ends the process that is connected, there is one line to say so.
+and when the whole cluster is lost, which ends the connected process, one line says so.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENT = "ray==2.60.0"
 LOG = "ray.log"
-SAME = ("pyarrow", "numpy")  # their versions decide bytes, so that all nodes must have the same
+SAME = ("pyarrow", "numpy")  # their versions decide bytes, so all nodes must have the same
 _BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from megarec.ray_driver import main; main()"
 _START_SECONDS = 240.0  # to connect, or to start a cluster on this machine, and to look at every node
 _END_SECONDS = 10.0
@@ -39,7 +39,7 @@ class TasksLost(UserError):
 
 @dataclass(frozen=True)
 class Start:
-    """What the driver is told at first.
+    """The driver's settings, sent first.
 
     Attributes:
         address: as of RayCluster.
@@ -66,7 +66,7 @@ class Order:
 
 
 class RayCluster:
-    """The sibling of a pool of processes whose workers are those of a Ray cluster.
+    """Like a pool of processes, with the workers of a Ray cluster.
 
     `with cluster.sharing(directory):` connects; after it `run` and `submit` carry out tasks.
 
@@ -75,7 +75,7 @@ class RayCluster:
             machine, for the time of the block.
 
     Raises:
-        UserError: Ray is not installed, or the address is no such one.
+        UserError: Ray is not installed, or the address is not valid.
 
     Attributes:
         nodes: resources of each node when it was connected, by their names (CPU, GPU).
@@ -86,8 +86,8 @@ class RayCluster:
             raise UserError(f"--engine ray needs Ray, which is not installed: pip install {REQUIREMENT}")
         if address is not None and "://" in address:
             raise UserError(
-                f"--address {address}: expected HOST:PORT or auto, on a machine of the cluster; Ray Client, which is "
-                "for others, does not do"
+                f"--address {address}: expected HOST:PORT or auto, on a machine of the cluster; Ray Client (ray://) "
+                "does not work here"
             )
         self._address = address
         self.nodes: list[dict[str, float]] = []
@@ -98,7 +98,7 @@ class RayCluster:
 
         Args:
             directory: which all nodes must see; the log goes there.
-            say: told when a task runs again; None: standard error is.
+            say: called with a line when a task runs again; None: standard error gets it.
         """
         self._shared = directory.absolute()
         self._say = say or self._say
@@ -164,17 +164,17 @@ class RayCluster:
     def submit(
         self, function: Callable[[Task], Any], task: Task, name: str = "a task", cores: float = 1.0, gpus: float = 0.0
     ) -> int:
-        """Have a task carried out where there are so many cores and GPUs; the number by which to ask for its end."""
+        """Run a task on a node with that many free cores and GPUs; returns the number to ask for its result."""
         self._numbers += 1
         content = pickle.dumps((function, task))
         self._send(Order(self._numbers, name, content, cores, gpus))
         return self._numbers
 
     def result(self, number: int, *, wait: bool = True) -> tuple[Any] | None:
-        """What a task gave, as the only value of a tuple; None: it has not ended.
+        """The result of a task, in a tuple of one; None: it has not ended.
 
         Raises:
-            TasksLost: as `run`. Else whatever the task raised.
+            TasksLost: as `run`. Else the task's own error.
         """
         while number not in self._ended and (wait or self._connection.poll(0)):
             self._receive()
@@ -221,14 +221,14 @@ class RayCluster:
             case "refused":
                 raise UserError(f"{self._name}: {content[0]}")
             case "lost":
-                raise TasksLost(f"{self._name}: {content[0]}; what is finished stays, the same command goes on")
+                raise TasksLost(f"{self._name}: {content[0]}; finished work stays, the same command goes on")
 
     def _gone(self) -> TasksLost:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_SECONDS)
         return TasksLost(
-            f"{self._name}: the cluster cannot be reached any more; what is finished stays, the same command goes on "
-            f"once it is there again; {self._log} has more"
+            f"{self._name}: the cluster cannot be reached any more; finished work stays, the same command goes on "
+            f"once it is back; {self._log} has more"
         )
 
     def _end(self, *, orderly: bool) -> None:

@@ -1,7 +1,7 @@
 """The process that is connected to a Ray cluster, for ray_cluster.py; the one module that imports Ray.
 
 It takes orders from its parent over a pipe and ends with it. A task that was lost with its worker or node is sent
-again, a few times; whatever a task raised is what its parent gets.
+again, a few times; a task's error is passed to its parent.
 """
 
 import contextlib
@@ -76,12 +76,12 @@ def _connect(ray: Any, address: str | None) -> None:
     if port.isdecimal():
         socket.create_connection(
             (host, int(port)), _KNOCK_SECONDS
-        ).close()  # where nobody is, Ray would try for minutes
+        ).close()  # without a cluster there, Ray would try for minutes
     ray.init(address, **named)
 
 
 def _short(error: BaseException) -> str:
-    """The first lines of what Ray says, which may be pages."""
+    """The first lines of Ray's output, which may be pages."""
     return one_line(" ".join(str(error).split()) or type(error).__name__, 300)
 
 
@@ -92,7 +92,7 @@ class _Sent:
 
 
 class _Driver:
-    """Sends tasks to the cluster, and tells the parent how they ended."""
+    """Sends tasks to the cluster, and reports to the parent how they ended."""
 
     def __init__(self, ray: Any, connection: Connection, orders: "queue.Queue[Order | None]", start: Start) -> None:
         self._ray, self._connection, self._orders, self._start = ray, connection, orders, start
@@ -101,7 +101,7 @@ class _Driver:
         self._able = self._looked = time.monotonic()
 
     def work(self) -> None:
-        """Until the parent wants no more."""
+        """Serve until the parent closes the pipe."""
         if (why := self._look_at_nodes()) is not None:
             self._connection.send(("refused", why))
             return
@@ -129,7 +129,7 @@ class _Driver:
         self._sent[task.remote(self._start, order.content)] = sent
 
     def _end(self, reference: Any, sent: _Sent) -> bool:
-        """Tell how a task ended, or send it again; whether work goes on."""
+        """Report how a task ended, or send it again; returns whether work goes on."""
         try:
             good, value = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:  # not from the task: what carries it out failed
@@ -138,7 +138,7 @@ class _Driver:
         except self._ray.exceptions.RayError as error:
             traceback.print_exc()
             if sent.starts == STARTS:
-                why = f"{sent.order.name} was lost {STARTS} times, the last time so (too little memory?)"
+                why = f"{sent.order.name} was lost {STARTS} times (too little memory?); the last time"
                 self._connection.send(("lost", f"{why}: {_short(error)}"))
                 return False
             self._connection.send(("again", f"{sent.order.name}: its worker or node died; it runs again"))
@@ -170,7 +170,7 @@ class _Driver:
         return False
 
     def _look_at_nodes(self) -> str | None:
-        """Why a node does not do; None: all do."""
+        """Why a node cannot be used; None: all can."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         look = self._ray.remote(what_is_wrong)

@@ -1,4 +1,4 @@
-"""Signals that ask a process to end: a run notes them for its next step, a tool cleans up and goes."""
+"""Signals that ask a process to end: a run notes them for its next step, a tool cleans up and ends."""
 
 import signal
 import sys
@@ -12,9 +12,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """Inside, a signal that ends the process does so by an exception: what it had half-written is removed on the way.
+    """Inside, a signal that ends the process raises an exception, so half-written files are removed.
 
-    Only the first one does, so that a second one cannot break the cleaning off. As a decorator, of a tool's `main`.
+    Only the first one does, so a second one cannot interrupt the clean-up. As a decorator, of a tool's `main`.
     """
     asks = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     noticed = [number for number in asks if signal.getsignal(number) is not signal.SIG_IGN]
@@ -53,7 +53,7 @@ class Interruption:
         return self
 
     def take_keyboard(self) -> None:
-        """From now on note Ctrl-C as well; a second one is a KeyboardInterrupt."""
+        """From now on note Ctrl-C too; a second one is a KeyboardInterrupt."""
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # nohup and background jobs of scripts
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
 

@@ -29,6 +29,7 @@ from multiprocessing import process as multiprocessing_process
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from megarec.distributed.rank_pool import PRELOADED
@@ -92,6 +93,14 @@ def python(
         return subprocess.CompletedProcess([sys.executable, *texts], process.exitcode, output, errors)
 
 
+def lives(process: psutil.Process) -> bool:
+    """Neither gone, whenever that happens, nor a zombie that nobody has reaped."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @contextmanager
 def warm_environment(directory: Path) -> Iterator[Path]:
     """A virtual environment as the one of the tests, but whose python, deepspeed and torchrun are forks.
@@ -138,7 +147,7 @@ def _forked(target: Any, *args: Any) -> Any:
 
 
 def _serve(listener: socket.socket, executable: str) -> None:
-    """Until the test process ends: a child for every order, which runs it in a child of its own and tells its end."""
+    """Until the test process ends: a child for every order, which runs it in a child of its own and reports its end."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     parent = multiprocessing.parent_process()
     assert parent is not None

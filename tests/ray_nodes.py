@@ -61,12 +61,12 @@ class TwoNodes:
             start_new_session=True,
         )
         assert node.stdout is not None
-        told = []
+        lines = []
         for line in node.stdout:
-            told.append(line)
+            lines.append(line)
             if "Ray runtime started" in line:
                 return node
-        raise AssertionError("".join(told))
+        raise AssertionError("".join(lines))
 
 
 def _kill(node: "subprocess.Popen[str]") -> None:

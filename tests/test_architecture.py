@@ -172,9 +172,9 @@ def test_the_accelerator_is_decided_before_deepspeed_is_imported() -> None:
     command = [sys.executable, "-W", "ignore", "-c", code, *modules]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    told = [line.split()[1:] for line in ran.stdout.splitlines() if line.startswith("first: ")]
-    assert [module for module, _, _ in told] == modules
-    assert all(available == "True" or decided == "cpu" for _, available, decided in told), told
+    rows = [line.split()[1:] for line in ran.stdout.splitlines() if line.startswith("first: ")]
+    assert [module for module, _, _ in rows] == modules
+    assert all(available == "True" or decided == "cpu" for _, available, decided in rows), rows
 
 
 def test_no_file_is_too_long() -> None:

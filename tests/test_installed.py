@@ -50,12 +50,12 @@ def run(programs: Path, work: Path, *words: object, downloads: bool = False) -> 
     environment |= {"PATH": os.pathsep.join([str(programs), *others]), "DS_ACCELERATOR": "cpu"}
     command = [str(programs / str(words[0])), *map(str, words[1:])]
     ran = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
-    said = ran.stdout + ran.stderr
+    output = ran.stdout + ran.stderr
     if ran.returncode != 0 and downloads and "CI" not in os.environ:
-        causes = [line.strip() for line in said.splitlines() if NO_NETWORK.search(line)]
+        causes = [line.strip() for line in output.splitlines() if NO_NETWORK.search(line)]
         if causes:
             pytest.skip(f"the package index cannot be reached: {causes[-1]}")
-    assert ran.returncode == 0, f"exit code {ran.returncode} of {command}\n{said}"
+    assert ran.returncode == 0, f"exit code {ran.returncode} of {command}\n{output}"
     return ran.stdout
 
 

@@ -43,8 +43,8 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # the file's name,
 MEASURED = ("metrics", "row of a trial")  # what runs write may hold NaN
 
 BAD = {
-    "twice": (b'{"a": {"b": 1, "b": 2}}', "the key 'a.b' is there twice, as 1 and as 2; keep one"),
-    "twice in a list": (b'[{"b": {}, "c": 0, "b": []}]', "the key '0.b' is there twice, as {} and as []; keep one"),
+    "twice": (b'{"a": {"b": 1, "b": 2}}', "the key 'a.b' appears twice, as 1 and as 2; keep one"),
+    "twice in a list": (b'[{"b": {}, "c": 0, "b": []}]', "the key '0.b' appears twice, as {} and as []; keep one"),
     "deep list": (b"[" * 100_000 + b"]" * 100_000, "nested too deep"),
     "deep object": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deep"),
     "open list": (b"[" * 100_000, "nested too deep"),
@@ -52,8 +52,8 @@ BAD = {
     "long real": (b'{"a": 0.' + b"9" * 5_000 + b"}", "a number of 5,002 digits (0.999999999999999999...)"),
     "large": (b'{"a": -1e999}', "-1e999: beyond the range of numbers"),
     "deep, not too deep for Python": (b'{"a":' * 300 + b'"\\u0041"' + b"}" * 300, "nested too deep"),
-    "NaN": (b'{"a": NaN}', "NaN: no number of JSON"),
-    "infinity": (b'{"a": [-Infinity]}', "-Infinity: no number of JSON"),
+    "NaN": (b'{"a": NaN}', "NaN: not a JSON number"),
+    "infinity": (b'{"a": [-Infinity]}', "-Infinity: not a JSON number"),
     "no JSON": (b'{"a": 1,}', ":1:9: not JSON: "),
     "empty": (b"", ":1:1: not JSON: Expecting value"),
     "Latin-1": ('{"a": "é"}'.encode("latin-1"), "not UTF-8 text at byte 7"),
@@ -107,12 +107,12 @@ def test_what_is_no_regular_file_is_one_line_and_no_wait(reader: str, tmp_path: 
     refused("is a directory")
 
 
-def test_what_is_derived_or_told_beside_is_no_reason_to_stop(tmp_path: Path) -> None:
+def test_derived_or_informative_values_are_no_reason_to_stop(tmp_path: Path) -> None:
     index = Index.model_construct(step=3, position={})
     (tmp_path / "c/step-000000003").mkdir(parents=True)
     for content, _ in BAD.values():
         (tmp_path / "built.json").write_bytes(content)
-        assert _whole(tmp_path, "", None) is None  # a cache, which is built anew
+        assert _whole(tmp_path, "", None) is None  # a cache, which is rebuilt
         (tmp_path / "metrics.json").write_bytes(content)
         about = said_of(tmp_path / "c/step-000000003", index)
         assert str(about.get("metrics", tmp_path)).startswith(str(tmp_path))  # NaN is none of its faults
@@ -156,7 +156,7 @@ def test_a_row_of_a_sweep_whose_quality_is_no_number_is_never_the_best() -> None
 
 def test_a_key_that_comes_again_is_found_in_time() -> None:
     pairs = ", ".join(f'"{number}": {{}}' for number in range(200_000))
-    with pytest.raises(UserError, match=r"the key '199999' is there twice, as {} and as 1"):
+    with pytest.raises(UserError, match=r"the key '199999' appears twice, as {} and as 1"):
         parse_json(f'{{{pairs}, "199999": 1}}', "here")
 
 
@@ -177,7 +177,7 @@ ELSEWHERE = {  # where another reader stands, and why
     "megarec/data/preparation/splits.py": "the work's own note; what is not whole is made again",
     "megarec/scaling/search_report.py": "the words that the search itself gave a trial as --set",
     "tools/benchmarks/groups.py": "what the tools print",
-    "tools/benchmarks/recipe_plain.py": "plain torch beside the package, of which it knows nothing",
+    "tools/benchmarks/recipe_plain.py": "plain torch beside the package, which it does not import",
     "tools/benchmarks/testbed.py": "what `ip -json` says",
     "tools/benchmarks/towers.py": "what its own ranks say",
     "tools/benchmarks/towers_rank.py": "what the benchmark says, and a trace that it wrote",
@@ -210,23 +210,23 @@ def test_a_byte_order_mark_is_no_mistake(encoding: str, tmp_path: Path) -> None:
 def test_a_section_in_another_file_is_read_by_the_same_reader(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({**RUN, "train": "train.json", "parallel": {"towers": "t.json"}}))
     (tmp_path / "train.json").write_text('{"epochs": 1, "epochs": 2}')
-    with pytest.raises(UserError, match=r"train\.json: the key 'epochs' is there twice, as 1 and as 2"):
+    with pytest.raises(UserError, match=r"train\.json: the key 'epochs' appears twice, as 1 and as 2"):
         load_config(tmp_path / "run.json")
     (tmp_path / "train.json").write_text("{}")
     (tmp_path / "t.json").write_text('{"towers": [["a"]], "towers": [["b"]]}')
-    with pytest.raises(UserError, match=r"t\.json: the key 'towers' is there twice"):
+    with pytest.raises(UserError, match=r"t\.json: the key 'towers' appears twice"):
         load_config(tmp_path / "run.json")
 
 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("parallel.timeout_seconds=Infinity", "Infinity: no number of JSON"),
-        ("dense.eps=NaN", "NaN: no number of JSON"),
+        ("parallel.timeout_seconds=Infinity", "Infinity: not a JSON number"),
+        ("dense.eps=NaN", "NaN: not a JSON number"),
         ("dense.eps=1e999", "1e999: beyond the range of numbers"),
         ("train.epochs=" + "9" * 5_000, "a number of 5,000 digits"),
         ("model.mlp=" + "[" * 100_000, "nested too deep"),
-        ('train={"epochs": 1, "epochs": 2}', "the key 'epochs' is there twice"),
+        ('train={"epochs": 1, "epochs": 2}', "the key 'epochs' appears twice"),
     ],
 )
 def test_an_override_is_read_by_the_same_reader(override: str, expected: str, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_writing_replaces_files_alone_and_a_link_stays(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "to_fifo").symlink_to("fifo")
     for name in ("fifo", "to_fifo"):
-        with pytest.raises(OSError, match="is no regular file"):
+        with pytest.raises(OSError, match="is not a regular file"):
             write_whole(tmp_path / name, b"x")
     (tmp_path / "link").symlink_to("file")
     for content in (b"new", b"replaced"):

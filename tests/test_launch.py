@@ -50,7 +50,7 @@ def test_print_config_shows_the_resolved_run(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["towers", "two"], "error: JOBS two: expected a whole number from 1 on\n"),
         (
@@ -63,10 +63,10 @@ def test_print_config_shows_the_resolved_run(config: Path) -> None:
         ),
     ],
 )
-def test_a_study_is_refused_before_its_data_are_made(words: list[str], said: str) -> None:
+def test_a_study_is_refused_before_its_data_are_made(words: list[str], message: str) -> None:
     script = [ROOT / f"launch/{words[0]}.sh", *words[1:]]
     done = subprocess.run(["bash", *script], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 
 def test_print_config_derives_the_sizes_of_a_scale(config: Path, tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def content(output: Path) -> dict[str, bytes]:
 
 
 def test_results_come_in_order_and_what_a_node_took_with_it_runs_again(cluster: TwoNodes, tmp_path: Path) -> None:
-    said: list[str] = []
+    lost: list[str] = []
     cluster.complete()
-    with RayCluster(cluster.address).sharing(tmp_path, said.append) as ray:
+    with RayCluster(cluster.address).sharing(tmp_path, lost.append) as ray:
         assert ray.places() == 2 and ray.places(cores=2) == ray.places(gpus=1) == 0
         results = ray.run(held, [(tmp_path, number) for number in range(5)])
         found: list[Any] = []
@@ -72,7 +72,7 @@ def test_results_come_in_order_and_what_a_node_took_with_it_runs_again(cluster: 
         (tmp_path / "go").touch()
         reader.join()
         assert found == [((tmp_path, number), -number) for number in range(5)]
-        assert len(list(tmp_path.glob("start-*"))) == 6 and said == ["a task: its worker or node died; it runs again"]
+        assert len(list(tmp_path.glob("start-*"))) == 6 and lost == ["a task: its worker or node died; it runs again"]
         with pytest.raises(KeyError, match="7"):
             list(ray.run(refuses, [7]))
 
@@ -94,21 +94,21 @@ def test_a_node_dies_in_the_middle(
     assert on_ray == prepare(files, tmp_path / "processes", 2) and len(on_ray) > 30
     assert sorted(path.name for path in tmp_path.iterdir()) == ["processes", "ray"]
     captured = capfd.readouterr()
-    told = [line for line in captured.err.splitlines() if " left" not in line]
-    assert captured.out == "" and set(told) <= {"a task: its worker or node died; it runs again"}
+    lines = [line for line in captured.err.splitlines() if " left" not in line]
+    assert captured.out == "" and set(lines) <= {"a task: its worker or node died; it runs again"}
 
 
-def test_a_bad_row_and_a_directory_that_is_not_shared_are_told_as_ever(
+def test_a_bad_row_and_a_directory_that_is_not_shared_are_reported_as_without_ray(
     cluster: TwoNodes, files: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bad").write_bytes(files["train"][0].read_bytes() + b"x\n")
     bad = {**files, "train": [tmp_path / "bad"]}
-    told = []
+    messages = []
     for workers in (1, RayCluster(cluster.address)):
         with pytest.raises(UserError) as error:
             prepare(bad, tmp_path / "out", workers)
-        told.append(str(error.value))
-    assert told[0] == told[1] and "row 3000" in told[0]
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and "row 3000" in messages[0]
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
     monkeypatch.setattr(
         RayCluster, "_token", property(lambda self: Path("/not/there"), lambda self, value: None), raising=False
@@ -202,13 +202,15 @@ class FakeRay:
 
 
 @pytest.mark.parametrize(
-    ("cores", "told"),
+    ("cores", "expected"),
     [
-        (1, [*["again"] * 3, "a task was lost 4 times, the last time so (too little memory?): The worker died."]),
+        (1, [*["again"] * 3, "a task was lost 4 times (too little memory?); the last time: The worker died."]),
         (0, ["no node of the cluster has 2 core(s) and 1 GPU(s), which a task needs"]),
     ],
 )
-def test_what_cannot_be_carried_out_ends_the_work(cores: int, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_carried_out_ends_the_work(
+    cores: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ray_driver, "_PATIENCE", 0.0 if not cores else 60.0)
     monkeypatch.setattr(ray_driver._Driver, "_look_at_nodes", lambda self: None)
     nodes = [{"Alive": True, "Resources": {"CPU": cores}}] if cores else []
@@ -220,7 +222,7 @@ def test_what_cannot_be_carried_out_ends_the_work(cores: int, told: list[str], m
     heard = []
     while ours.poll():
         heard.append(ours.recv())
-    assert [text if kind == "lost" else kind for kind, text in heard] == told
+    assert [text if kind == "lost" else kind for kind, text in heard] == expected
 
 
 @pytest.mark.parametrize(
@@ -247,9 +249,9 @@ def test_without_the_extra_it_says_what_to_install(
     files: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("megarec.ray_cluster.importlib.util.find_spec", lambda name: None)
-    told = refused(["--engine", "ray"], files, tmp_path, monkeypatch, capsys)
-    assert told.startswith("error: --engine ray needs Ray, which is not installed: pip install ray==")
-    assert told.count("\n") == 1 and not list(tmp_path.iterdir())
+    message = refused(["--engine", "ray"], files, tmp_path, monkeypatch, capsys)
+    assert message.startswith("error: --engine ray needs Ray, which is not installed: pip install ray==")
+    assert message.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def refused(

@@ -24,7 +24,7 @@ WITH_BUFFER = {name: value for name, value in os.environ.items() if name != "PYT
 @pytest.mark.parametrize(
     "environment", [WITH_BUFFER, {**WITH_BUFFER, "PYTHONUNBUFFERED": "1"}], ids=["held", "at once"]
 )
-def test_output_that_nobody_reads_ends_a_command_without_a_word(words: list[str], environment: dict[str, str]) -> None:
+def test_output_that_nobody_reads_ends_a_command_silently(words: list[str], environment: dict[str, str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "megarec", *words]

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.processes import python
+from tests.processes import lives, python
 
 PROGRAM = """
 import os, sys, threading, time
@@ -96,7 +96,7 @@ def test_signals_reach_a_fork_and_it_ends_with_who_asked_for_it(warm_venv: Path)
             asking.send_signal(number)
             assert asking.wait(60) == code_of_its_own
         psutil.wait_procs([fork], timeout=60)
-        assert not fork.is_running()
+        assert not lives(fork)
 
 
 def test_no_test_gives_up_the_private_backend_of_its_process() -> None:

@@ -49,7 +49,7 @@ def files_of_a_batch(path: Path) -> set[str]:
 
 
 def listed() -> list[set[str]]:
-    """Row by row of the page's table: the file, or the files of which one is taken."""
+    """Row by row of the page's table: the file, or the files to choose one from."""
     rows = re.findall(r"^\| \d+ \| ([^|]*) \|", PAGE.read_text(), re.MULTILINE)
     found = []
     for row in rows:

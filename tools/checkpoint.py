@@ -1,4 +1,4 @@
-"""Look at a checkpoint, prove it, rewrite it for another number of ranks, hand its model on.
+"""Inspect a checkpoint, verify it, rewrite it for another number of ranks, export its model.
 
 python tools/checkpoint.py inspect runs/movielens-100k                  # a run, its checkpoints, or one of them
 python tools/checkpoint.py verify runs/movielens-100k/checkpoints/step-000000100

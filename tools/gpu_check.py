@@ -1,11 +1,11 @@
-"""What one GPU can show of megarec in seven minutes: rates, the same numbers, MFU, memory, each beside a prediction.
+"""A check of megarec on one GPU in seven minutes: rates, the same numbers, MFU, memory, each beside a prediction.
 
 python tools/gpu_check.py --out gpu.json                     # on a machine with a GPU; the ladder, tables, a run
 python tools/gpu_check.py --out gpu.json --device cpu        # the same parts, small, in two minutes
 python tools/gpu_check.py --out gpu.json --part ladder --part tables
 
 Predictions are those of tools/gpu/predictions.py for an H200, made before a part runs. A part that fails, or takes
-longer than its time, stands in the table with its cause, and ends no other; the exit code is then 1.
+longer than its time, is in the table with its cause, and ends no other; the exit code is then 1.
 """
 
 import importlib
@@ -40,7 +40,7 @@ def main() -> None:
     names = [part.name for part in PARTS]
     for name in arguments.part:
         if name not in names:
-            raise UserError(f"--part {name!r}: no part is called so; {did_you_mean(name, names)}")
+            raise UserError(f"--part {name!r}: there is no such part; {did_you_mean(name, names)}")
     check_out(arguments.out)
     if arguments.device == "cpu":
         # Two ranks share the cores: threads that spin while they wait would take them all.
@@ -55,7 +55,7 @@ def main() -> None:
         problem = None
         try:
             write_whole(arguments.out, json.dumps({"machine": machine, **found}, indent=1).encode())
-        except OSError as error:  # a disk that has filled up meanwhile: the table has been paid for
+        except OSError as error:  # a disk that has filled up meanwhile: still print the table
             problem = UserError(f"--out {arguments.out}: cannot be written ({error.strerror}); what was found is above")
 
     with tempfile.TemporaryDirectory(prefix="megarec-gpu-") as directory:
@@ -72,13 +72,13 @@ def check_out(out: Path) -> None:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no directory {out.parent}")
     if out.exists() and not out.is_file():
-        raise UserError(f"--out {out}: is no regular file; expected the name of a file to write, as gpu.json")
+        raise UserError(f"--out {out}: is not a regular file; expected the name of a file to write, as gpu.json")
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out}: {out.parent} cannot be written into; take another directory")
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Versions, and the device; imports what the parts need, which are forks of this process on a CPU.
+    """Versions, and the device; imports the parts' modules, as parts are forks of this process on a CPU.
 
     Raises:
         UserError: there is no such device.

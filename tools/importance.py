@@ -1,4 +1,4 @@
-"""Permutation importance: what a model's metrics lose when a feature's values are dealt to other rows.
+"""Permutation importance: what a model's metrics lose when a feature's values are permuted.
 
 python tools/importance.py runs/movielens-100k
 """

@@ -1,4 +1,4 @@
-"""Plan before you pay: a step of a run on a machine that need not be here, and whether towers pay there.
+"""Plan before you pay: a step of a run on any described machine, and whether towers pay there.
 
 python tools/plan.py --config ds_configs/ladder/wukong-5.6gflop.json --hardware h100 --hosts 8 --ranks-per-host 8
 python tools/plan.py --measure runs/this-machine.json

@@ -22,7 +22,7 @@ from megarec.sparse.towers.replicas import states_of
 
 
 def described(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a schema decides its shapes; counts of rows, mean lengths, orders and texts for people do not."""
+    """The part of a schema that decides shapes: not counts of rows, mean lengths, orders and texts for people."""
     kept = {key: schema.get(key) for key in ("categorical", "numeric", "label")}
     kept["tasks"] = schema.get("tasks") or []  # an earlier version had one label
     features = kept["categorical"]
@@ -71,7 +71,7 @@ def check_tensors(
     Args:
         expected: shapes by name.
         prefixes: of the names that must be expected.
-        config: of this run, for the key of the config that may be why.
+        config: of this run, for the key of the config that may be the reason.
     """
     for name, shape in expected.items():
         there = index.tensors.get(name)
@@ -86,7 +86,7 @@ def check_tensors(
 def _why(index: Index, config: Mapping[str, Any]) -> str:
     for section in ("model", "tower_module", "embedding", "dense", "data"):
         known, own = index.config.get(section), config.get(section)
-        if isinstance(known, dict) and isinstance(own, dict):  # a key that an earlier version did not have is no reason
+        if isinstance(known, dict) and isinstance(own, dict):  # a key that an earlier version lacked is not a reason
             own = {key: value for key, value in own.items() if key in known}
         for key, there, here in differences(known, own, section):
             if key not in ("embedding.placement", "embedding.backend", "data.path"):
@@ -120,9 +120,9 @@ def towers_of(run: Run) -> list[list[str]] | None:
 
 
 def resets_towers(run: Run, index: Index) -> bool:
-    """Whether a load sets the modules to their first values: train.reset_towers allows it, and there is no other way.
+    """Whether a load sets the modules to their first values: train.reset_towers allows it, and they do not fit.
 
-    Where they fit they are loaded all the same: the run's own later checkpoints are loaded under the same config.
+    Modules that fit are still loaded: the run's own later checkpoints are loaded under the same config.
     """
     return run.config.train.reset_towers and not _towers_fit(run, index)
 
@@ -135,7 +135,7 @@ def _towers_fit(run: Run, index: Index) -> bool:
 
 
 def check_tower_modules(run: Run, directory: Path, index: Index) -> None:
-    """Raise a UserError that says what of the modules, or of their optimizer's states, does not fit this run."""
+    """Raise a UserError that names what does not fit this run, in the modules or their optimizer's states."""
     if resets_towers(run, index):
         return
     there, here = bool(_tower_names(index)), run.sparse.modules is not None
@@ -170,7 +170,7 @@ def fill_tower_modules(run: Run, reader: Reader) -> None:
     if modules is None:
         return
     if resets_towers(run, reader.index):
-        modules.start_afresh()
+        modules.reset()
         return
     own = {TOWERS + name for name, _ in modules.bank.named_parameters()}
     state: dict[str, Tensor] = {}

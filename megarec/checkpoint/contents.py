@@ -1,4 +1,4 @@
-"""What a checkpoint of a run consists of, and the way back."""
+"""The content of a run's checkpoint, and how it is loaded."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -43,7 +43,7 @@ def written(run: Run, window: Predictions | None) -> list[TensorSlice]:
 
 
 def _averages(run: Run, weights: list[TensorSlice], *, to_write: bool) -> list[TensorSlice]:
-    """Slices of averaged weights, called as what they are averages of, behind AVERAGES.
+    """Slices of averaged weights, named as the weights, with the prefix AVERAGES.
 
     Args:
         weights: slices of tables and tower modules, among others.
@@ -66,7 +66,7 @@ def _averages_held(run: Run) -> list[TensorSlice]:
 
 
 def about(run: Run, position: TrainState) -> dict[str, Any]:
-    """index.json but for step, tensors, files and what `sealed` adds."""
+    """index.json without step, tensors, files and what `sealed` adds."""
     config, topology = run.config, run.topology
     return {
         "format": "megarec checkpoint",
@@ -89,7 +89,7 @@ def about(run: Run, position: TrainState) -> dict[str, Any]:
 
 
 def check(run: Run, directory: Path, index: Index, position: TrainState) -> None:
-    """Raise a UserError that says what of a checkpoint does not fit this run."""
+    """Raise a UserError that names what does not fit this run."""
     _check_best(run, directory, position)
     config = run.config.model_dump(mode="json")
     compatibility.check_schema(directory, index, run.schema.model_dump(mode="json"))
@@ -124,7 +124,7 @@ def _check_names(run: Run, directory: Path, index: Index) -> None:
     for name in index.tensors:
         of_table = name.startswith(TABLES)
         if not (of_table or name == WINDOW or name.startswith((DENSE, TOWERS, RANDOM, AVERAGES))):
-            raise DamagedCheckpoint(f"{directory}: {name} is there, which no run has")
+            raise DamagedCheckpoint(f"{directory}: {name} is there, but no run has it")
         if of_table and name.rpartition("/")[0] not in tables:
             raise UserError(f"{directory}: {name} is there, but this run has no such table; resume with its config")
     if RANDOM + "cpu" not in index.tensors:
@@ -151,7 +151,7 @@ def _expected_states(index: Index, parameters: Mapping[str, Ints], position: Tra
 
 
 def _check_best(run: Run, directory: Path, position: TrainState) -> None:
-    """The best of one metric cannot be compared with another's: no validation would beat it."""
+    """A best model by another metric cannot be compared: no validation would beat it."""
     wish = run.config.train.best_by
     if position.best_by not in (None, wish):
         raise UserError(
@@ -168,7 +168,7 @@ def fill(run: Run, reader: Reader, window: Predictions | None) -> None:
         run.dense.allocate_states(_dense_states(reader))
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{reader.directory}: {error}") from error
-    run.sparse.settle()  # else what waits would be applied to the checkpoint's weights
+    run.sparse.settle()  # else pending decay would be applied to the checkpoint's weights
     for piece in run.dense.held() + sparse.tables_held(run.sparse, run.spec.layout):
         reader.fill(piece)
     compatibility.fill_tower_modules(run, reader)
@@ -188,7 +188,7 @@ def finish(run: Run, index: Index, step: int, skipped: int) -> None:
 
 
 def remarks(run: Run, index: Index) -> Iterator[str]:
-    """What the log should say of a load."""
+    """Log lines for a load."""
     if run.sparse.modules is None or not run.config.train.reset_towers:
         return
     if compatibility.resets_towers(run, index):
@@ -230,7 +230,7 @@ def _random_states_there(run: Run, reader: Reader) -> dict[str, Tensor]:
     """This rank's in the checkpoint, if as many ranks wrote it.
 
     Raises:
-        DamagedCheckpoint: one is the state of no generator.
+        DamagedCheckpoint: one is not the state of a generator.
     """
     found = {}
     for name, state in _random_states(run.device).items():
@@ -242,7 +242,7 @@ def _random_states_there(run: Run, reader: Reader) -> dict[str, Tensor]:
         try:
             torch.Generator("cpu" if name == "cpu" else run.device).set_state(state)
         except RuntimeError as error:
-            raise DamagedCheckpoint(f"{reader.directory}: {piece.name} is the state of no generator") from error
+            raise DamagedCheckpoint(f"{reader.directory}: {piece.name} is not the state of a generator") from error
         found[name] = state
     return found
 

@@ -1,11 +1,11 @@
-"""What a checkpoint looks like on disk, and the checks that come before anything is allocated or believed.
+"""What a checkpoint looks like on disk, and the checks before anything is allocated or trusted.
 
     <checkpoints>/step-000000100/index.json               what is inside, and which slice lies where
     <checkpoints>/step-000000100/rank-00000.safetensors   slices, as any safetensors reader knows them
     <checkpoints>/latest, best                            the name of a whole checkpoint
 
 A checkpoint from a stranger can be wrong but not dangerous: JSON and plain numbers are all that is ever read, names
-lead nowhere outside its directory, and no size is taken at its word.
+stay inside its directory, and every size is checked.
 """
 
 import json
@@ -87,8 +87,8 @@ class Index(_Strict):
     Attributes:
         seal: XXH3 (128 bits, hexadecimal) of the text behind it, which is all the rest; null in version 2, which had
             none.
-        position: where the run stands (position.py).
-        topology: ranks, ranks_per_host, tensor, zero, exchange, placement it was written on; to be read by people.
+        position: the run's position (position.py).
+        topology: ranks, ranks_per_host, tensor, zero, exchange, placement it was written on; for people.
         config: the resolved config of the run.
         data_schema: schema.json of its data, the features in use alone.
         towers: features by tower; null: no towers.
@@ -182,7 +182,7 @@ def _read_sealed(path: Path, kind: type[Kind], expected: str, since: int) -> Kin
 
 @contextmanager
 def _as_damage() -> Iterator[None]:
-    """What cannot be read of a checkpoint is damage of it: another one may be better."""
+    """An unreadable part of a checkpoint counts as damage: another one may be good."""
     try:
         yield
     except UserError as error:
@@ -193,13 +193,13 @@ def read_index(directory: Path) -> Index:
     """The index of a checkpoint; no tensor is read.
 
     Raises:
-        DamagedCheckpoint: it cannot be read, is no index, or describes what cannot be.
+        DamagedCheckpoint: it cannot be read, is not an index, or is inconsistent.
     """
     path = directory / INDEX
     try:
         _check_plain(path)
     except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"{path} is missing: no checkpoint, or not a whole one") from error
+        raise DamagedCheckpoint(f"{path} is missing: not a checkpoint, or an incomplete one") from error
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error.strerror})") from error
     index = _read_sealed(path, Index, "the index of a checkpoint", SEALED_INDEX)
@@ -210,7 +210,7 @@ def read_index(directory: Path) -> Index:
 
 
 def read_export(directory: Path) -> Export:
-    """What the config.json of an exported model says; no weight is read.
+    """The config.json of an exported model; no weight is read.
 
     Raises:
         DamagedCheckpoint: it cannot be read, or is not what an export wrote.
@@ -221,7 +221,7 @@ def read_export(directory: Path) -> Export:
 
 
 def _check_keys(path: Path, index: Index) -> None:
-    """Every slice has numbers of its own: none stands for two."""
+    """Every slice has its own numbers: none is used twice."""
     seen = set()
     for name, entry in index.tensors.items():
         for part in entry.slices:
@@ -273,7 +273,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
     """The tensors of a safetensors file, by name.
 
     Raises:
-        DamagedCheckpoint: it is none (a pickle, for one), or its header does not fit its size.
+        DamagedCheckpoint: it is not one (for example a pickle), or its header does not fit its size.
     """
     size = path.stat().st_size
     try:
@@ -297,7 +297,7 @@ def _checked(name: str, entry: dict[str, Any], data: int, size: int) -> FileTens
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"{name}: {len(shape)} dimensions")
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, begin, end)):
-        raise ValueError(f"{name}: sizes that are no natural numbers below 2^62")
+        raise ValueError(f"{name}: sizes that are not natural numbers below 2^62")
     if end - begin != prod(shape) * dtype.itemsize or data + end > size:
         raise ValueError(f"{name}: {shape} {entry['dtype']} at {begin} to {end} in a file of {size:,} bytes")
     return FileTensor(dtype, tuple(shape), data + begin)

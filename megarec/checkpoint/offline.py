@@ -70,7 +70,7 @@ def locate(path: Path) -> Path:
 
 
 def said_of(checkpoint: Path, index: Index) -> dict[str, Any]:
-    """Step of a checkpoint, which of its run's it is, and the metrics that are known of it."""
+    """Step of a checkpoint, its place in its run, and its known metrics."""
     about: dict[str, Any] = {"step": index.step}
     roles = [pointer for pointer in (BEST, LATEST) if pointed(checkpoint.parent, pointer) == checkpoint.name]
     if roles:
@@ -80,7 +80,7 @@ def said_of(checkpoint: Path, index: Index) -> dict[str, Any]:
         if isinstance(score, int | float):
             about[f"valid_{metric}"] = abs(score)
     path = checkpoint.parent.parent / METRICS
-    if os.path.lexists(path):  # a run that has not ended has none
+    if os.path.lexists(path):  # an unfinished run has none
         try:
             metrics = read_object(path, "the metrics of a run", nan=True)
         except UserError as error:
@@ -92,7 +92,7 @@ def said_of(checkpoint: Path, index: Index) -> dict[str, Any]:
 
 
 def inspect(directory: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself; only its index is read."""
+    """Summary of a checkpoint; only its index is read."""
     index = read_index(directory)
     return {
         "step": index.step,
@@ -107,7 +107,7 @@ def inspect(directory: Path) -> dict[str, Any]:
 
 
 def reshape(source: Path, target: Path, ranks: int) -> Index:
-    """Write a checkpoint anew as `ranks` files, every tensor cut by its first dimension into nearly equal parts.
+    """Rewrite a checkpoint as `ranks` files, every tensor cut by its first dimension into nearly equal parts.
 
     Any number of ranks loads any checkpoint; rewriting it first lets each rank read little more than its own file.
 
@@ -138,7 +138,7 @@ def export(source: Path, target: Path) -> dict[str, Any]:
     """Write the weights alone as one safetensors file, and config.json beside it; `megarec.load_model` reads both.
 
     Returns:
-        Bytes of the file, and what is said of the checkpoint.
+        Bytes of the file, and the summary of the checkpoint.
 
     Raises:
         UserError: the source is damaged, or the target exists.
@@ -166,7 +166,7 @@ def is_weight(name: str) -> bool:
 
 
 def source_of(weight: str, index: Index) -> str:
-    """Where a weight that is evaluated comes from: its average, if there is one."""
+    """The source of an evaluated weight: its average, if there is one."""
     return AVERAGES + weight if AVERAGES + weight in index.tensors else weight
 
 

@@ -28,7 +28,7 @@ from megarec.checkpoint.writing import key_of, write_file
 from megarec.errors import one_line
 from megarec.files import read_object, sync_directory, write_json, write_whole
 
-POLL_SECONDS = 0.01, 0.2  # between looks for the other ranks' marks: at first, at most
+POLL_SECONDS = 0.01, 0.2  # between checks for the other ranks' marks: at first, at most
 GRACE_SECONDS = 10.0  # after a failure, for ranks that have not begun: they may have had no room for a mark
 OLD, GONE = ".tmp-old", ".tmp-gone"  # a whole checkpoint that another one replaces; one that is being removed
 SPARE = "spare"  # an empty file for a rank that finds no room for one of its own
@@ -47,9 +47,9 @@ class Plan:
     Attributes:
         checkpoints: the directory of all checkpoints.
         step: of the run; names the checkpoint.
-        token: tells this save's temporary directory from those of other saves and jobs.
+        token: makes this save's temporary directory unique among saves and jobs.
         ranks: how many write.
-        about: index.json but for tensors and files.
+        about: index.json without tensors and files.
         pointers: which ones move to it.
         keep: how many of the newest checkpoints stay; those that pointers name stay as well.
         timeout: seconds that rank 0 waits for the others.
@@ -77,7 +77,7 @@ def write_part(plan: Plan, rank: int, snapshot: Snapshot) -> None:
     """Write one rank's file and its mark.
 
     Raises:
-        SaveFailed: the disk is full, or whatever else went wrong, or a number is not finite: to go back to such a state
+        SaveFailed: the disk is full, any other error, or a number is not finite: to go back to such a state
             would be of no use, and it must not take the place of a good one. What was written is gone, and the mark
             tells rank 0.
     """
@@ -97,41 +97,41 @@ def write_part(plan: Plan, rank: int, snapshot: Snapshot) -> None:
             tensors.setdefault(piece.name, new)["slices"].append(part)
         write_json(mark, {"file": path.name, **entry.model_dump(), "tensors": tensors})
     except SaveFailed as error:
-        _tell(plan, rank, error)
+        _report(plan, rank, error)
         raise
     except Exception as error:
-        _tell(plan, rank, error)
+        _report(plan, rank, error)
         raise SaveFailed(f"rank {rank}: {_cause(error)}") from error
 
 
 def _cause(error: Exception) -> str:
-    """One line; what is no failure of the disk has its type and its place in the code, as nobody shows a traceback."""
+    """One line; errors other than the disk's have their type and place in the code, as there is no traceback."""
     if isinstance(error, OSError | SaveFailed):
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
     return one_line(f"{type(error).__name__}: {error} in {Path(place.filename).name}:{place.lineno}", most=500)
 
 
-def _tell(plan: Plan, rank: int, error: Exception) -> None:
+def _report(plan: Plan, rank: int, error: Exception) -> None:
     """Remove what a rank wrote, and leave a mark that tells rank 0: an empty file, which needs no block of a full disk.
 
     Without room even for a name no mark is left; rank 0 then gives up after its timeout, or GRACE_SECONDS after the
     failure of another rank.
     """
-    told = plan.temporary / f"told-{rank:05d}"
+    mark = plan.temporary / f"mark-{rank:05d}"
     number = (error.errno or 0) if isinstance(error, OSError) else 0
     with suppress(OSError):
         (plan.temporary / f"rank-{rank:05d}.safetensors").unlink(missing_ok=True)
     with suppress(OSError):
         try:
-            told.write_text("" if number else _cause(error), encoding="utf-8")
+            mark.write_text("" if number else _cause(error), encoding="utf-8")
         except OSError:
-            told = plan.temporary / SPARE
-        told.replace(plan.temporary / f"rank-{rank:05d}.failed-{number}")
+            mark = plan.temporary / SPARE
+        mark.replace(plan.temporary / f"rank-{rank:05d}.failed-{number}")
 
 
 class OtherParts:
-    """What the ranks told each other without files: rank 0 must not wait for marks that cannot come.
+    """Outcomes that ranks reported by a collective: rank 0 must not wait for marks that cannot come.
 
     Attributes:
         ended: every rank has ended its part, so that marks are there, or never will be.
@@ -151,7 +151,7 @@ def publish(plan: Plan, failure: SaveFailed | None = None, others: OtherParts | 
         others: filled in as soon as all ranks know that their parts have ended.
 
     Raises:
-        SaveFailed: a rank failed, for whatever reason, or did not answer; nothing is left behind.
+        SaveFailed: a rank failed, for any reason, or did not answer; nothing is left behind.
     """
     try:
         if failure is not None and not plan.temporary.is_dir():
@@ -184,8 +184,8 @@ def _all_marks(plan: Plan, failure: SaveFailed | None, others: OtherParts) -> li
     failures = {0: str(failure)} if failure is not None else {}
     while True:
         if others.ended.is_set():
-            failures |= {rank: f"rank {rank}: {told}" for rank, told in others.failures.items() if rank not in failures}
-        failures |= _told_failures(plan)
+            failures |= {rank: f"rank {rank}: {text}" for rank, text in others.failures.items() if rank not in failures}
+        failures |= _reported_failures(plan)
         late = sorted(set(range(plan.ranks)) - set(marks) - set(failures))
         for rank in late:
             path = plan.temporary / f"rank-{rank:05d}.json"
@@ -193,29 +193,31 @@ def _all_marks(plan: Plan, failure: SaveFailed | None, others: OtherParts) -> li
                 marks[rank] = read_object(path, "the mark of a rank")
         if len(marks) == plan.ranks:
             return [marks[rank] for rank in range(plan.ranks)]
-        told = [failures[rank] for rank in sorted(failures)]
+        reasons = [failures[rank] for rank in sorted(failures)]
         if not plan.temporary.is_dir():
-            raise SaveFailed("; ".join([*told, f"{plan.temporary} is gone: removed or renamed while it was written"]))
+            raise SaveFailed(
+                "; ".join([*reasons, f"{plan.temporary} is gone: removed or renamed while it was written"])
+            )
         if len(marks.keys() | failures.keys()) == plan.ranks:
-            raise SaveFailed("; ".join(told))
+            raise SaveFailed("; ".join(reasons))
         now = time.monotonic()
         writing = any((plan.temporary / f"rank-{rank:05d}.safetensors").exists() for rank in late)
         if not others.ended.is_set() and (writing or not failures):
             heard = now
         if now > min(began + plan.timeout, heard + GRACE_SECONDS):
-            told.append(f"no sign of rank {', '.join(map(str, late[:8]))} within {now - began:.0f} s")
-            raise SaveFailed("; ".join(told))
+            reasons.append(f"no sign of rank {', '.join(map(str, late[:8]))} within {now - began:.0f} s")
+            raise SaveFailed("; ".join(reasons))
         time.sleep(pause)
         pause = min(2 * pause, POLL_SECONDS[1])
 
 
-def _told_failures(plan: Plan) -> dict[int, str]:
-    """By rank, what the marks of ranks that failed say."""
+def _reported_failures(plan: Plan) -> dict[int, str]:
+    """By rank, the causes in the marks of failed ranks."""
     failures = {}
     for path in plan.temporary.glob("rank-*.failed-*"):
         rank, number = map(int, re.findall(r"\d+", path.name))
-        told = os.strerror(number) if number else path.read_text(encoding="utf-8") or "see its error"
-        failures[rank] = f"rank {rank}: {told}"
+        cause = os.strerror(number) if number else path.read_text(encoding="utf-8") or "see its error"
+        failures[rank] = f"rank {rank}: {cause}"
     return failures
 
 
@@ -251,7 +253,7 @@ def move_in(temporary: Path, target: Path) -> None:
 
 
 def retire(directory: Path) -> None:
-    """Remove a checkpoint: first its name, so that no half of it is ever taken for one."""
+    """Remove a checkpoint: first its name, so that a half-removed one is never taken for a checkpoint."""
     gone = directory.with_name(directory.name + GONE)
     shutil.rmtree(gone, ignore_errors=True)
     directory.rename(gone)
@@ -275,21 +277,21 @@ def published(checkpoints: Path) -> list[str]:
 
 
 def clean(checkpoints: Path) -> None:
-    """Remove what saves that never ended have left, and give a checkpoint its name back that one of them had moved.
+    """Remove leftovers of unfinished saves, and give a checkpoint that one of them moved its name back.
 
-    What could not be removed is a warning: it must not keep a run from starting.
+    What cannot be removed is a warning: it must not keep a run from starting.
     """
     for path in sorted(checkpoints.glob("*.tmp-*")):
         target = path.with_name(path.name.removesuffix(OLD))
         try:
             if NAME.fullmatch(target.name) and not target.exists():
                 path.rename(target)
-                _log.info("%s has its name again, which a save that never ended had taken", target)
+                _log.info("%s has its name back, after a save that never ended", target)
             else:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-                _log.info("removed %s, which a save that never ended had left", path)
+                _log.info("removed %s, left by a save that never ended", path)
         except OSError as error:
-            _log.warning("%s, which a save that never ended had left, could not be removed (%s)", path, error)
+            _log.warning("%s, left by a save that never ended, could not be removed (%s)", path, error)
 
 
 def _forget_old(plan: Plan) -> None:

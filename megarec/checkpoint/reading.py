@@ -134,7 +134,7 @@ def _map(path: Path) -> mmap.mmap:
     """A whole file, to be read only: a map that may be written counts as memory, and one larger than it is refused.
 
     Raises:
-        UserError: the system does not map it, which says nothing against the checkpoint.
+        UserError: the system does not map it; the checkpoint may be fine.
     """
     try:
         with path.open("rb") as file:
@@ -144,7 +144,7 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def verify(directory: Path, index: Index, part: int = 0, parts: int = 1) -> None:
-    """Prove one of `parts` shares of a checkpoint: checksums, headers, and that slices cover their tensors once.
+    """Verify one of `parts` shares of a checkpoint: checksums, headers, and that slices cover their tensors once.
 
     Raises:
         DamagedCheckpoint: something is not as the index says.

@@ -1,8 +1,8 @@
-"""Settings of a run that another one has as it continues its checkpoint: what is refused, and what is said.
+"""Settings that changed when a run continues a checkpoint: which are refused, and which are logged.
 
 A setting that decides a shape is refused with the tensor (compatibility.py). What is left: the model as a function
-must be the same, since the weights were trained for it; where and how a run computes changes no numbers, and is not
-spoken of; everything else may change, with a line.
+must be the same, since the weights were trained for it; where and how a run computes changes no numbers and is not
+logged; everything else may change, with a line.
 """
 
 from collections.abc import Iterator
@@ -89,7 +89,7 @@ def _changes(index: Index, config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     here, there = config.model_dump(mode="json"), index.config
     try:
         there = RunConfig.model_validate(there).model_dump(mode="json")
-    except ValidationError:  # another version's, with keys or numbers that this one refuses: what both know
+    except ValidationError:  # of another version, with keys or values that this one refuses: the common ones
         there = {section: _known(there.get(section), values) for section, values in here.items()}
     for config_of in (there, here):
         config_of["embedding"] = _of_updates(config_of["embedding"])
@@ -104,7 +104,7 @@ def _known(there: Any, here: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_updates(embedding: dict[str, Any]) -> dict[str, Any]:
-    """Without what tables say of where they lie and how they started."""
+    """Without the tables' placement and initial values."""
     tables = embedding["tables"] if isinstance(embedding["tables"], dict) else {}
     started = ("placement", "initial_std")
     own = {name: {key: v for key, v in table.items() if key not in started and v} for name, table in tables.items()}
@@ -112,5 +112,5 @@ def _of_updates(embedding: dict[str, Any]) -> dict[str, Any]:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """A size for all layers, or a list that says it for each."""
+    """A size for all layers, or a list with one for each."""
     return any(isinstance(many, list) and many and all(part == one for part in many) for many, one in ((a, b), (b, a)))

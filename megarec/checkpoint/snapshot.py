@@ -28,7 +28,7 @@ class HostBuffer:
         self._locked = False
 
     def grow(self, size: int, locked: bool) -> None:
-        """Have room for so many bytes; what was in it is lost if there was less."""
+        """Have room for that many bytes; the content is lost if it grows."""
         if self.bytes.numel() >= size:
             return
         if self._locked:
@@ -47,9 +47,9 @@ class HostBuffer:
 
 
 def forget_cuda_error() -> None:
-    """Take the error of a call that torch leaves to its caller out of CUDA's runtime, which keeps the last one.
+    """Clear the last error in CUDA's runtime after a failed call whose error torch leaves there.
 
-    The next kernel would report it as its own, and end the run: so one is started that may.
+    The next kernel would report it as its own and end the run, so a dummy one is started.
     """
     with suppress(RuntimeError):
         torch.ones((), device="cuda")
@@ -69,7 +69,7 @@ class Snapshot:
     def take(self, pieces: Sequence[TensorSlice]) -> None:
         """Copy, on an accelerator: queue the copy; what was copied before is overwritten.
 
-        Where there is no memory for it, whoever asks for the numbers is told: the ranks must get there alike.
+        Without memory for it, `not_finite` raises the error: all ranks must reach that point.
         """
         if self._copied is not None:
             self._copied.synchronize()  # of a save that came to nothing before it read the copy
@@ -106,7 +106,7 @@ class Snapshot:
         return targets
 
     def hold(self) -> None:
-        """Whatever the current stream does from here on comes after the copy; the host waits for nothing."""
+        """The current stream's later work comes after the copy; the host waits for nothing."""
         if self._changes_wait and self._copied is not None:
             torch.accelerator.current_stream().wait_event(self._copied)
         self._changes_wait = False

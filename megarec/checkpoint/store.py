@@ -1,4 +1,4 @@
-"""Saves, loads and resumes a run; collective but for the writing itself, which a thread does."""
+"""Saves, loads and resumes a run; collective except the writing itself, which a thread does."""
 
 import logging
 import secrets
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class _OwnPart:
-    """This rank's part of a save: whether it has ended, and why it failed; "" where it did not."""
+    """This rank's part of a save: whether it has ended, and why it failed ("" if it did not)."""
 
     def __init__(self) -> None:
         self.ended = threading.Event()
@@ -39,7 +39,7 @@ class Checkpoints:
         directory: of all checkpoints of the run.
 
     Attributes:
-        changed: a line for every setting that this run has otherwise than the checkpoint that was loaded last.
+        changed: a line for every setting that differs from the checkpoint loaded last.
     """
 
     def __init__(self, directory: Path, run: Run) -> None:
@@ -54,7 +54,7 @@ class Checkpoints:
         if run.topology.rank == 0:
             publish.clean(directory)
         self._together(self._make_directory)
-        # Other jobs and earlier ones never have this token: what their last threads write meets no directory of ours.
+        # The token is unique: late threads of other or earlier jobs never write into this job's directories.
         self._token = from_rank_0(secrets.randbits(62), run.topology, run.device)
 
     def _make_directory(self) -> None:
@@ -67,10 +67,10 @@ class Checkpoints:
             ) from None
 
     def save(self, position: TrainState, window: Predictions | None = None, *, best: bool = False) -> None:
-        """Save the run as it stands; `latest` moves to it once it is whole on the disk. Collective.
+        """Save the run's state; `latest` moves to it once it is whole on the disk. Collective.
 
         Waits for the save before this one and, on a CPU, for a copy of the rank's slices (see `hold_changes`). The rest
-        happens in a thread, unless train.background_checkpoints is off. What goes wrong from then on, a full disk or
+        happens in a thread, unless train.background_checkpoints is off. An error from then on, a full disk or
         anything else, ends the save, with a line, and not the run.
 
         Args:
@@ -111,7 +111,7 @@ class Checkpoints:
             try:
                 publish.write_part(plan, rank, self._snapshot)
             except SaveFailed as error:
-                failure = error  # of another rank the mark tells rank 0, which says so, or `wait`
+                failure = error  # another rank's failure is in its mark, which rank 0 logs, or `wait` does
                 self._part.failure = str(error).removeprefix(f"rank {rank}: ")
             finally:
                 self._part.ended.set()
@@ -147,7 +147,7 @@ class Checkpoints:
             window: takes the predictions that the log had not shown yet.
 
         Returns:
-            Where the run stands, and the checkpoint's name; None when there is none.
+            The run's position, and the checkpoint's name; None when there is none.
 
         Raises:
             UserError: the checkpoint is damaged, or does not fit this run; the message names file and reason.
@@ -159,8 +159,8 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 older = self._agreed_step(None, below=step)
                 if not self._run.config.train.fall_back:
-                    told = f"; train.fall_back=true resumes from {name_of(older)}" if older is not None else ""
-                    raise DamagedCheckpoint(f"{error}{told}") from error
+                    hint = f"; train.fall_back=true resumes from {name_of(older)}" if older is not None else ""
+                    raise DamagedCheckpoint(f"{error}{hint}") from error
                 if older is None:
                     raise
                 if self._run.topology.rank == 0:
@@ -229,7 +229,8 @@ class Checkpoints:
         return result
 
     def _agreed_step(self, pointer: str | None, below: int | None = None) -> int | None:
-        """As rank 0 sees the directory: the step that a pointer names, else the newest, below a step if one is given.
+        """By rank 0's view of the directory: the step that a pointer names, else the newest, below a step if one is
+        given.
 
         `best` that is not there is no checkpoint at all.
         """
@@ -250,7 +251,7 @@ def _position(directory: Path, index: Index, step: int) -> TrainState:
     position = TrainState.from_json(index.position, directory / INDEX)
     if not index.step == position.step == step:
         raise DamagedCheckpoint(
-            f"{directory / INDEX}: step {index.step}, position.step {position.step}; expected {step}, as its directory "
-            "is called"
+            f"{directory / INDEX}: step {index.step}, position.step {position.step}; expected {step}, as in its "
+            "directory's name"
         )
     return position

@@ -19,12 +19,12 @@ from megarec.errors import DamagedCheckpoint
 from megarec.slices import TensorSlice
 
 CHUNK = 1 << 20  # bytes written, or read, and summed at a time: they stay in the processor's cache in between
-FLUSH = 1 << 26  # bytes after which the disk is asked to take in what there is
+FLUSH = 1 << 26  # bytes after which written data are flushed to the disk
 
 
 def all_finite(values: Tensor) -> bool:
     """Whether a tensor [N] holds only finite numbers, by one thread: torch's would take the step's cores beside it."""
-    if values.dtype is torch.bfloat16:  # numpy does not know it; all bits of the exponent set is inf or NaN
+    if values.dtype is torch.bfloat16:  # numpy has no bfloat16; all bits of the exponent set is inf or NaN
         chunks = (chunk.numpy() & 0x7F80 for chunk in values.view(torch.int16).split(CHUNK))
         return not any((exponents == 0x7F80).any() for exponents in chunks)
     with np.errstate(over="ignore", invalid="ignore"):  # a sum is quicker, and may overflow
@@ -56,8 +56,8 @@ def file_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> 
 def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> FileEntry:
     """Write, flush to the disk, read back and compare.
 
-    The disk takes in what was written while more is written, and the rest while it is read back: one after the other
-    these take twice as long as a plain write.
+    The disk flushes what was written while more is written, and the rest while it is read back: one after the other
+    these would take twice as long as a plain write.
 
     Raises:
         OSError: the disk is full, or what is read back is not what was written.
@@ -112,7 +112,7 @@ def verify_file(path: Path, entry: FileEntry) -> None:
 
 
 def lower_priority() -> None:
-    """Let this thread have what the training leaves of the processors (nice 15, about 3 % of a core that is wanted).
+    """Give this thread only spare CPU time (nice 15, about 3 % of a contended core).
 
     Linux has priorities by thread; elsewhere the thread competes as any other.
     """

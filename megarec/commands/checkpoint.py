@@ -1,4 +1,4 @@
-"""Look at a checkpoint, prove it, rewrite it for another number of ranks, hand its model on."""
+"""Inspect a checkpoint, verify it, rewrite it for another number of ranks, export its model."""
 
 import argparse
 import json
@@ -86,7 +86,7 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
 
 
 def export(directory: Path, arguments: argparse.Namespace) -> dict[str, object]:
-    """Hand on the model of a checkpoint; what is printed of it."""
+    """Export the model of a checkpoint; returns what is printed about it."""
     if arguments.format == "native":
         for option in ("data", "tables", "calibrate"):
             if getattr(arguments, option) is not None:
@@ -111,7 +111,7 @@ def verify_export(directory: Path) -> dict[str, object]:
     """Compare the checksums of an export that scores raw rows.
 
     Raises:
-        UserError: a file is missing, or another one.
+        UserError: a file is missing or differs.
     """
     try:
         bundle = Bundle(directory)
@@ -128,8 +128,8 @@ def inspect(directory: Path, in_json: bool) -> None:
         print(json.dumps(found))
         return
     topology = ", ".join(f"{key} {value}" for key, value in found["topology"].items())
-    said = f"{found['bytes']:,} bytes in {found['files']} files, {found['optimizer']}"
-    print(one_line(f"{directory}: step {found['step']}, {said}"))
+    summary = f"{found['bytes']:,} bytes in {found['files']} files, {found['optimizer']}"
+    print(one_line(f"{directory}: step {found['step']}, {summary}"))
     print(one_line(f"written on {topology}"))
     table = Table("tensor", "shape", "type")
     for name, tensor in found["tensors"].items():

@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def dispatch(program: str, words: list[str], commands: dict[str, Command]) -> None:
-    """Run the command that the first word names, with the other words as its sys.argv.
+    """Run the command that the first argument names, with the others as its sys.argv.
 
     Raises:
         UserError: there is no such command.
@@ -85,4 +85,4 @@ def dispatch(program: str, words: list[str], commands: dict[str, Command]) -> No
 def usage(program: str, commands: dict[str, Command]) -> str:
     width = max(map(len, commands))
     lines = [f"  {name:{width}}  {command.does}" for name, command in commands.items()]
-    return "\n".join([f"usage: {program} COMMAND ...", "", *lines, "", f"{program} COMMAND --help says more."])
+    return "\n".join([f"usage: {program} COMMAND ...", "", *lines, "", f"{program} COMMAND --help shows more."])

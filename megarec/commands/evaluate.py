@@ -33,7 +33,7 @@ _MANY = 50  # distinct numbers of a column; slices of more are tenths
 @unwinding()
 def main() -> None:
     arguments = _parser().parse_args()
-    # With --json, whatever a library prints goes to standard error as well.
+    # With --json, output of libraries goes to standard error as well.
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
         model_path, report = evaluate(arguments)
     if arguments.json:
@@ -50,9 +50,9 @@ def _parser() -> ArgumentParser:
     add("--run", type=Path, required=True, help="a run's directory (its best checkpoint), a checkpoint, or an export")
     add("--data", type=Path, required=True, help="a prepared data set; for an export also a file of labelled raw rows")
     add("--split", choices=SPLITS, default="test", help="default: test")
-    add("--cache", type=Path, metavar="DIR", help="for the cached rows (default: the run's data.cache)")
-    add("--group", metavar="COLUMN", help="for GAUC, NDCG and HR (default: the one that the data name, if any)")
-    add("--k", type=_count, nargs="+", default=[FIRST], help=f"of NDCG@k and HR@k (default: {FIRST})")
+    add("--cache", type=Path, metavar="DIR", help="directory of the cached rows (default: the run's data.cache)")
+    add("--group", metavar="COLUMN", help="groups for GAUC, NDCG and HR (default: the one that the data name, if any)")
+    add("--k", type=_count, nargs="+", default=[FIRST], help=f"k of NDCG@k and HR@k (default: {FIRST})")
     add("--slice", nargs="+", default=[], metavar="COLUMN", help="metrics for each value of a column")
     add("--calibrate", action="store_true", help="also LogLoss with calibration fitted on the split valid")
     add("--bootstrap", type=_draws, default=200, metavar="N", help="draws for intervals; 0: none (default: 200)")
@@ -111,7 +111,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Report]:
     opened = opened_by(arguments.run, "--run")
     column = arguments.group or opened.group
     groups = None if column is None else opened.column(column)
-    sliced = {name: opened.column(name) for name in arguments.slice}  # a wrong name ends it before long work
+    sliced = {name: opened.column(name) for name in arguments.slice}  # fail on a wrong name before long work
     rival = None if arguments.compare is None else opened_by(arguments.compare, "--compare")
     with _file(predictions, "predictions") as file:
         table = None if file is None else PredictionTable(file, groups, opened.labels)
@@ -159,7 +159,7 @@ def by_label(
     groups: NDArray[np.int32] | None = None,
     column: str | None = None,
 ) -> dict[str, Scored]:
-    """What was made of the rows that have a label, for each label; arguments as of `Opened.score` and of `Scored`."""
+    """The scores of the rows that have a label, for each label; arguments as of `Opened.score` and of `Scored`."""
     found = {}
     for name, x, y in zip(names, logits.reshape(len(logits), -1).T, labels.reshape(len(labels), -1).T, strict=True):
         there = np.isfinite(y)
@@ -181,7 +181,7 @@ def _slices(name: str, values: pa.ChunkedArray, scored: Scored) -> Slices:
 
 @contextlib.contextmanager
 def _file(path: Path | None, option: str) -> Iterator[BinaryIO | None]:
-    """A file that is at `path`, whole, once the block has ended without an error; else nothing has changed there.
+    """A file that appears at `path`, whole, if the block ends without an error; else nothing changes there.
 
     Raises:
         UserError: the file cannot be written.

@@ -1,6 +1,6 @@
 """Parameters and training FLOPs per example of a run's model, by part and by layer; nothing is built.
 
-With --roofline also the time of a step that they take on a device, predicted by part.
+With --roofline also the predicted time of a step on a device, by part.
 """
 
 import json
@@ -74,7 +74,7 @@ def resolved(path: Path, overrides: list[str] | None = None) -> ModelSpec:
 
 
 def show_roofline(path: Path, overrides: list[str], device: str, batch: int | None, in_json: bool) -> None:
-    """A predicted step, by part; the import takes seconds, which counting alone need not wait for."""
+    """A predicted step, by part; the import takes seconds, which counting alone does not need."""
     from megarec.planning import roofline
     from megarec.planning.hardware import load_hardware
 

@@ -30,7 +30,7 @@ HEADINGS = {
 def main() -> None:
     arguments = _parser().parse_args()
     if (arguments.dataset is None) != (arguments.spec is None):
-        raise UserError("--dataset and --spec go together: a data set's YAML, and where the spec made of it shall lie")
+        raise UserError("--dataset and --spec go together: a data set's YAML, and where to write its spec")
     for path in (arguments.output, arguments.spec):
         if path is not None and path.exists():
             raise UserError(f"{path} exists already: name a file that does not")
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _write(arguments: argparse.Namespace, recipe: Recipe, data_set: DataSet | None) -> None:
-    """Both files, each checked by what will read it; neither stays if one is refused."""
+    """Both files, each checked by its reader; neither stays if one is refused."""
     written: list[Path] = []
     with contextlib.ExitStack() as undo:
         for path, value, check in (
@@ -108,9 +108,9 @@ def _parser() -> ArgumentParser:
     add("--experiment", metavar="NAME", help="which of its experiments (default: the only one)")
     add("--dataset", type=Path, metavar="YAML", help="FuxiCTR's dataset_config.yaml, with feature_cols")
     add("--dataset-id", metavar="NAME", help="which of its data sets (default: the experiment's dataset_id)")
-    add("--output", type=Path, required=True, metavar="FILE", help="where the run's JSON shall lie")
-    add("--spec", type=Path, metavar="FILE", help="where the spec for prepare_data.py table shall lie")
-    add("--data", type=Path, default=Path("data/recipe"), metavar="DIR", help="where the prepared data will lie")
+    add("--output", type=Path, required=True, metavar="FILE", help="where to write the run's JSON")
+    add("--spec", type=Path, metavar="FILE", help="where to write the spec for prepare_data.py table")
+    add("--data", type=Path, default=Path("data/recipe"), metavar="DIR", help="directory of the prepared data")
     add("--json", action="store_true", help="one JSON object on standard output")
     return parser
 

@@ -53,7 +53,7 @@ def _parser() -> ArgumentParser:
     add("--data", type=Path, metavar="DIR", help="a prepared data set (default: the run's data.path)")
     add("--split", choices=SPLITS, default="test", help="default: test")
     add("--repeats", type=_positive, default=5, help="permutations; their spread gives the intervals (default: 5)")
-    add("--examples", type=_positive, default=100_000, help="score at most so many, drawn by chance (default: 100,000)")
+    add("--examples", type=_positive, default=100_000, help="at most this many, drawn at random (default: 100,000)")
     add("--json", action="store_true", help="one JSON object on standard output")
     return parser
 

@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description="Assign the categorical features of a run to towers.")
     parser.add_argument("--config", type=Path, required=True, metavar="C.json", help="the JSON of a run")
     parser.add_argument("--towers", type=int, required=True, metavar="T", help="a multiple of the hosts")
-    parser.add_argument("--output", type=Path, required=True, metavar="towers.json", help="for parallel.towers")
+    parser.add_argument("--output", type=Path, required=True, metavar="towers.json", help="file for parallel.towers")
     parser.add_argument(
         "--strategy", default="coherent", help="coherent (default), diverse, strided, greedy, random, planted"
     )
@@ -42,12 +42,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--host-memory-gib", type=float, metavar="GIB", help="a tower's tables must fit into it (no limit)"
     )
-    parser.add_argument("--probe-steps", type=int, metavar="N", help="of training, one epoch at most (300)")
     parser.add_argument(
-        "--measure", metavar="M", help="of the probe: difference (default) of a small DCNv2; cosine, as in DMT's paper"
+        "--probe-steps", type=int, metavar="N", help="training steps of the probe, one epoch at most (300)"
     )
     parser.add_argument(
-        "--interactions", type=Path, metavar="FILE.npy", help="what an earlier probe found, in its place"
+        "--measure",
+        metavar="M",
+        help="what the probe measures: difference (default) of a small DCNv2; cosine, as in DMT's paper",
+    )
+    parser.add_argument(
+        "--interactions", type=Path, metavar="FILE.npy", help="what an earlier probe found, in place of a new probe"
     )
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override the config")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -59,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     say_to = sys.stderr if arguments.json else sys.stdout
-    # With --json, whatever a library prints goes to standard error as well.
+    # With --json, output of libraries goes to standard error as well.
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
         found, files = run(arguments, lambda line: print(line, file=say_to, flush=True))
     if arguments.json:
@@ -80,7 +84,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Part
         measure=arguments.measure,
     )
     check_requested(requested)
-    # Ours comes first: a parallel.towers of the config may be the file that is about to be written.
+    # Drop the config's parallel.towers: it may be the file that is about to be written.
     config = load_config(arguments.config, [f"parallel.towers={requested.towers}", *arguments.set])
     check_json_output("--output", arguments.output, "towers.json")
     found = partition(config, requested, say)

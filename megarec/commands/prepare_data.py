@@ -11,7 +11,7 @@ from typing import Any
 
 from megarec.commands.prepare_input import check_files, division_of, hub_splits, listed
 from megarec.data.preparation import hub
-from megarec.data.preparation.infer import SAMPLE_ROWS, check_new, infer, infer_from, told
+from megarec.data.preparation.infer import SAMPLE_ROWS, check_new, in_words, infer, infer_from
 from megarec.data.preparation.prepare import QUARANTINE_FILE, Files, MaxBad, prepare_as, prepare_spec, prepare_table
 from megarec.data.schema import SPLITS, Schema, read_schema
 from megarec.data.sources import grouped, planted
@@ -55,7 +55,7 @@ HIGH = 0.25  # share of unknown values from which a warning names the feature
 def user_path(text: str) -> Path:
     """A path of the command line; ~ is the home directory there as in a shell."""
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path")
     if not text.isascii() and text != text.encode(errors="replace").decode():
         raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8, which parquet needs; choose another name")
     try:
@@ -78,29 +78,29 @@ def parser() -> argparse.ArgumentParser:
         "--like",
         type=user_path,
         metavar="DIR",
-        help="in place of --schema: a prepared data set whose spec and vocabularies to use; some of the splits will "
-        "do, and the files need no label",
+        help="in place of --schema: a prepared data set whose spec and vocabularies to use; one split is enough, "
+        "and the files need no label",
     )
     table.add_argument(
         "--infer",
         type=user_path,
         metavar="FILE",
-        help="write --schema from a sample of this file, to be edited, and end",
+        help="write --schema from a sample of this file, for you to edit, and stop",
     )
     add_files(table)
 
-    hf = sources.add_parser("hf", help="whatever Hugging Face datasets opens: a local directory or a name on the hub")
+    hf = sources.add_parser("hf", help="what Hugging Face datasets opens: a local directory or a name on the hub")
     hf.add_argument("dataset", metavar="NAME", help="a directory, or owner/name on the hub; it is streamed")
-    hf.add_argument("--config", metavar="NAME", help="of several in one data set")
+    hf.add_argument("--config", metavar="NAME", help="one of several in the data set")
     hf.add_argument("--schema", type=user_path, metavar="FILE", help="JSON: what the columns are")
-    hf.add_argument("--like", type=user_path, metavar="DIR", help="in place of --schema, as of table")
-    hf.add_argument("--infer", metavar="SPLIT", help="write --schema from a sample of this split, and end")
+    hf.add_argument("--like", type=user_path, metavar="DIR", help="in place of --schema, as for table")
+    hf.add_argument("--infer", metavar="SPLIT", help="write --schema from a sample of this split, and stop")
     add_files(hf, str, "SPLIT", "a split of the data set or several (default: that of this name)")
 
     for name, (_, what) in PUBLISHED.items():
         logs = sources.add_parser(name, help=what)
         logs.add_argument("--min-count", type=int, default=1, metavar="N", help="rarer values share row 0 (default: 1)")
-        logs.add_argument("--hash", type=int, metavar="ROWS", help="hash every category to so many rows")
+        logs.add_argument("--hash", type=int, metavar="ROWS", help="hash every category to this many rows")
         add_files(logs)
 
     synthetic = sources.add_parser("synthetic", help="made-up examples with a planted signal, for tests and benchmarks")
@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--examples", type=int, default=default.examples, help="default: %(default)s")
     synthetic.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
     synthetic.add_argument(
-        "--schema", type=user_path, metavar="FILE", help="a schema.json whose features the data shall have"
+        "--schema", type=user_path, metavar="FILE", help="a schema.json whose features the data should have"
     )
     synthetic.add_argument(
         "--order", type=int, metavar="K", help="plant interactions of orders 1 to K whose Bayes LogLoss is known"
@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
             type=user_path,
             required=name not in ("table", "hf"),
             metavar="DIR",
-            help="where the data set shall lie",
+            help="where to write the data set",
         )
 
     statistics = sources.add_parser("statistics", help="no source: statistics.html and .json of prepared data")
@@ -142,9 +142,9 @@ def add_files(
     command: argparse.ArgumentParser,
     kind: Callable[[str], Any] = user_path,
     metavar: str = "FILE",
-    what: str = "one file or several, directories of them or patterns ('day_*')",
+    what: str = "files, directories of files or patterns ('day_*')",
 ) -> None:
-    """The options of people's own files."""
+    """The options for users' own files."""
     for split in SPLITS:
         command.add_argument(
             f"--{split}",
@@ -155,21 +155,21 @@ def add_files(
             help=what,
         )
     command.add_argument(
-        "--data", type=kind, nargs="+", action="extend", metavar=metavar, help="in place of these: to be split"
+        "--data", type=kind, nargs="+", action="extend", metavar=metavar, help="in place of these: files to split"
     )
     command.add_argument(
         "--split",
         choices=("random", "time", "column"),
-        help="of --data: how; the spec names the column (default: random)",
+        help="how to split --data; the spec names the column (default: random)",
     )
     command.add_argument(
         "--fractions",
         type=float,
         nargs=3,
         metavar="F",
-        help="of --data: shares of train, valid and test (default: 0.8 0.1 0.1)",
+        help="for --data: shares of train, valid and test (default: 0.8 0.1 0.1)",
     )
-    command.add_argument("--seed", type=int, help="of the random split (default: 1)")
+    command.add_argument("--seed", type=int, help="seed of the random split (default: 1)")
     command.add_argument(
         "--workers", type=int, metavar="N", help="processes (default: one a core); the bytes are the same for any"
     )
@@ -177,7 +177,7 @@ def add_files(
     command.add_argument(
         "--address",
         metavar="HOST:PORT",
-        help="of the cluster, or auto (default: RAY_ADDRESS, or else a cluster of its own on this machine)",
+        help="address of the cluster, or auto (default: RAY_ADDRESS, or else a cluster of its own on this machine)",
     )
     command.add_argument(
         "--max-bad",
@@ -210,7 +210,7 @@ def add_grouped(command: argparse.ArgumentParser) -> None:
 
 def _movielens_options(movielens: argparse.ArgumentParser) -> None:
     movielens.add_argument("--split", choices=("random", "time"), default="random", help="8:1:1 (default: random)")
-    movielens.add_argument("--seed", type=int, default=1, help="of the random split (default: 1)")
+    movielens.add_argument("--seed", type=int, default=1, help="seed of the random split (default: 1)")
     movielens.add_argument("--history", type=int, default=50, metavar="N", help="previous items a row (default: 50)")
     movielens.add_argument(
         "--history-ratings",
@@ -241,9 +241,9 @@ def prepare(args: argparse.Namespace) -> Schema:
 
 
 def from_files(args: argparse.Namespace) -> Schema:
-    """People's own files, by the spec that they wrote or by that of published logs."""
+    """Users' own files, by their spec or by that of published logs."""
     if args.output is None:
-        raise UserError("--output is missing: where the data set shall lie")
+        raise UserError("--output is missing: where to write the data set")
     own = args.source in ("table", "hf")
     like = args.like if own else None
     if own and (args.schema is None) == (like is None):
@@ -279,7 +279,7 @@ def from_files(args: argparse.Namespace) -> Schema:
 
 
 def engine(args: argparse.Namespace) -> int | RayCluster:
-    """Who carries out the tasks: so many processes here, or a cluster.
+    """What runs the tasks: processes here, or a cluster.
 
     Raises:
         UserError: options that do not go together, or Ray is not installed.
@@ -335,7 +335,7 @@ def main() -> None:
     args = parser().parse_args()
     if args.source in ("table", "hf") and args.infer is not None:
         if args.schema is None:
-            raise UserError("--schema is missing: where --infer shall write the spec")
+            raise UserError("--schema is missing: where --infer writes the spec")
         first_spec(args)
         return
     if args.source == "statistics":
@@ -344,8 +344,8 @@ def main() -> None:
     schema = prepare(args)
     rows = ", ".join(f"{count:,} {split}" for split, count in schema.rows.items())
     features = f"{len(schema.categorical)} categorical and {len(schema.numeric)} numeric features"
-    told = f"label: {schema.label_rule or schema.label}" if schema.labelled else "no label: to be scored"
-    print(f"{args.output}: {schema.name}: {rows} examples; {features}; {told}")
+    labels = f"label: {schema.label_rule or schema.label}" if schema.labelled else "no label: to be scored"
+    print(f"{args.output}: {schema.name}: {rows} examples; {features}; {labels}")
     report_bad(schema, args.output)
     report_unknown(schema)
 
@@ -359,7 +359,7 @@ def first_spec(args: argparse.Namespace) -> None:
         split = hub.split_of(args.dataset, args.config, args.infer, "--infer")
         name = Path(args.dataset).name
         named, guesses = str(split), infer_from(str(split), name, {}, split.sample(SAMPLE_ROWS), args.schema)
-    print(told(guesses, named, args.schema))
+    print(in_words(guesses, named, args.schema))
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -368,7 +368,7 @@ def describe(args: argparse.Namespace) -> None:
     found = write_statistics(args.data, output, processes(args))
     for sentence, names in findings(found.labels, found.features):
         print(f"{sentence}{': ' if names else ''}{', '.join(map(repr, names[:10]))}{', ...' * (len(names) > 10)}")
-    print(f"{output / PAGE_FILE}: to be opened in a browser; {output / JSON_FILE} has the same figures")
+    print(f"{output / PAGE_FILE}: open it in a browser; {output / JSON_FILE} has the same figures")
 
 
 def report_bad(schema: Schema, output: Path) -> None:
@@ -387,7 +387,7 @@ def report_unknown(schema: Schema) -> None:
         return
     shown = {name: name if name.isprintable() else repr(name) for name in names}
     width = max(map(len, [*shown.values(), "feature"]))
-    print("values that the vocabulary does not know (row 0), of those that are not missing:")
+    print("unknown values (row 0), of those that are not missing:")
     print("".join([f"  {'feature':{width}}", *(f"{split:>10}" for split in schema.unknown)]))
     for name in names:
         print("".join([f"  {shown[name]:{width}}", *(f"{shares[name]:10.2%}" for shares in schema.unknown.values())]))

@@ -1,4 +1,4 @@
-"""What the command line of prepare_data.py says of its input: files, splits of a data set, how rows are split."""
+"""The input of prepare_data.py's command line: files, splits of a data set, how rows are split."""
 
 import argparse
 import re
@@ -14,7 +14,7 @@ def hub_splits(args: argparse.Namespace, split: str, names: list[str]) -> list[h
     """Splits of a data set that `datasets` opens.
 
     Raises:
-        UserError: there is none of that name, or one is named twice.
+        UserError: no split has that name, or one is named twice.
     """
     option = "--data" if split == "all" else f"--{split}"
     for name in names:
@@ -27,7 +27,7 @@ def division_of(args: argparse.Namespace, given: list[str]) -> Division | None:
     """How the rows of --data are split; None: without --data.
 
     Raises:
-        UserError: options that do not go together, or fractions that make no whole.
+        UserError: options that do not go together, or fractions that do not add up to 1.
     """
     if args.data is None:
         for option in ("split", "fractions", "seed"):
@@ -75,7 +75,7 @@ def listed(paths: list[Path]) -> list[Path]:
 
 
 def check_files(files: dict[str, list[Path]]) -> None:
-    """Refuse a file that stands twice in a split."""
+    """Refuse a file that is twice in a split."""
     for split, paths in files.items():
         seen = set()
         for path in paths:

@@ -14,7 +14,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 PARTS = (
     "process", "runtime", "parameters", "gradients", "optimizer", "step", "activations", "tables", "towers",
-    "averages", "communication", "snapshot", "cached", "model_states", "total",
+    "averages", "communication", "exchange", "snapshot", "cached", "model_states", "total",
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def show(result: Any) -> None:
         memory.add_column(column, justify="left" if column == "part" else "right")
     for part in PARTS:
         row = [values[part] / 2**20 for values in (result.peak, result.predicted, result.predicted_real)]
-        memory.add_row(part, *(f"{value:,.1f}" for value in row), end_section=part in ("communication", "cached"))
+        memory.add_row(part, *(f"{value:,.1f}" for value in row), end_section=part in ("exchange", "cached"))
     console.print(memory)
 
     collectives = Table(title="collectives of one step on this rank")

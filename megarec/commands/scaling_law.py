@@ -46,25 +46,25 @@ def main() -> None:
     sweep.add_argument(
         "--address",
         metavar="HOST:PORT",
-        help="of the cluster, or auto (default: RAY_ADDRESS, or else a cluster of its own on this machine)",
+        help="address of the cluster, or auto (default: RAY_ADDRESS, or else a cluster of its own on this machine)",
     )
     sweep.add_argument(
         "--array",
         nargs="?",
         const="",
         metavar="K/N",
-        help="run the K-th of N shares, beside the others; without a value as Slurm numbers the tasks of a job array",
+        help="run the K-th of N shares; without a value, as Slurm numbers the tasks of a job array",
     )
     sweep.add_argument("--budget-gflop", type=float, metavar="X", help="training GFLOP of all runs together")
-    sweep.add_argument("--hours", type=float, metavar="H", help="from start to end, by the pace")
+    sweep.add_argument("--hours", type=float, metavar="H", help="limit for the whole sweep, by the expected pace")
     sweep.add_argument("--gflop-per-second", type=float, metavar="R", help="a run's pace, in place of a measured one")
     sweep.add_argument("--plan", action="store_true", help="show what would run, and stop")
     table = commands.add_parser("table", help="mean and deviation over the seeds of every model, in Markdown")
     table.add_argument("--points", type=Path, required=True, metavar="FILE", help="the parquet of a sweep")
-    table.add_argument("--split", choices=("test", "valid"), default="test", help="whose quality; valid to choose by")
+    table.add_argument("--split", choices=("test", "valid"), default="test", help="which scores; valid to choose by")
     towers = commands.add_parser("towers", help="what models with towers lose to the flat one of their family")
     towers.add_argument("--points", type=Path, required=True, metavar="FILE", help="the parquet of a sweep")
-    towers.add_argument("--split", choices=("test", "valid"), default="test", help="whose quality; valid to choose by")
+    towers.add_argument("--split", choices=("test", "valid"), default="test", help="which scores; valid to choose by")
     towers.add_argument("--plot", type=Path, metavar="FILE", help="a figure as well, .png or .svg")
     fit = commands.add_parser("fit", help="the law of a family, and the families beside it")
     fit.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -74,8 +74,8 @@ def main() -> None:
     for command in (fit, plot):
         command.add_argument("--points", type=Path, default=LADDER, metavar="FILE", help="CSV or parquet, a row a run")
         command.add_argument("--against", choices=COLUMN, default="gflop", help="what a size costs")
-        command.add_argument("--quality", choices=QUALITIES, help="which column; by default the first there is")
-        command.add_argument("--family", help="whom the others are compared with; by default that of most sizes")
+        command.add_argument("--quality", choices=QUALITIES, help="which column; by default the first one found")
+        command.add_argument("--family", help="the family to compare with; default: the one of most sizes")
     arguments = parser.parse_args()
     if arguments.command == "sweep":
         run_study(arguments)
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def run_study(arguments: argparse.Namespace) -> None:
-    # torch, which counting needs and the other commands do without
+    # they import torch, which only counting needs
     from megarec.commands.search import check_options, run_rounds, tell_search
     from megarec.launching.hosts import read_hostfile
     from megarec.scaling.array import tasks_of
@@ -123,7 +123,7 @@ def run_study(arguments: argparse.Namespace) -> None:
     with only_sweep_in(output):
         previous = take_over(output, arguments.study, trials, keep="--plan" if arguments.plan else None)
         if previous is not None:
-            print(f"{output}: the sweep of another study that was there is in {previous} now", flush=True)
+            print(f"{output}: the sweep of another study there is in {previous} now", flush=True)
         rows = Rows(output, trials)
         if (tasks := tasks_of(output)) is not None and not arguments.plan:
             if search is not None:
@@ -147,7 +147,7 @@ def run_study(arguments: argparse.Namespace) -> None:
 def run_planned(
     arguments: argparse.Namespace, trials: "list[Trial]", rows: "Rows", slots: "list[Slot]"
 ) -> list[str] | None:
-    """Run what the budget holds; the names of those that failed, None: only the plan was asked for."""
+    """Run what fits the budget; returns the names of failed runs, None if only the plan was asked for."""
     from megarec.scaling.budget import Budget, planned
     from megarec.scaling.sweep import run_sweep
 
@@ -168,7 +168,7 @@ def run_share(arguments: argparse.Namespace, trials: "list[Trial]", output: Path
 
     for name in ("budget_gflop", "hours", "gflop_per_second", "hostfile", "engine", "plan"):
         if getattr(arguments, name):
-            raise UserError(f"--{name.replace('_', '-')} is of a sweep as a whole, --array of a part; keep one of them")
+            raise UserError(f"--{name.replace('_', '-')} is for a whole sweep, --array for a part; keep one of them")
     share = share_of(arguments.array, os.environ)
     with only_task_in(output, share):
         take_over(output, arguments.study, trials, keep="--array")
@@ -236,7 +236,7 @@ def print_fit(result: Study, in_json: bool) -> None:
 def write_plot(result: Study, output: Path, tensorboard: Path | None) -> None:
     from megarec.scaling.report import (
         log_image,
-        write_report,  # matplotlib, which fit does without
+        write_report,  # matplotlib, which fit does not need
     )
 
     for path in write_report(result, output):

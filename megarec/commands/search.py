@@ -1,4 +1,4 @@
-"""What `scaling_law.py sweep` does of a search alone: rounds of draws, the calibrated LogLoss of tests, the report."""
+"""What `scaling_law.py sweep` does only for a search: rounds of draws, the calibrated LogLoss of tests, the report."""
 
 import argparse
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from megarec.scaling.sweep import Slot, folder_of, run_sweep
 
 
 def check_options(search: Search, arguments: argparse.Namespace) -> None:
-    """Raise a UserError for options that need to know all draws beforehand, with a sampler that does not."""
+    """Raise a UserError for options that need all draws beforehand, if the sampler does not have them."""
     if search.file.sampler == "random":
         return
     for name in ("array", "budget_gflop", "hours", "plan"):

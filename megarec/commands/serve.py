@@ -15,10 +15,16 @@ def main() -> None:
     parser.add_argument("export", type=Path, help="the export's directory")
     parser.add_argument("--host", default=LOCALHOST, help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=_within(0, 65_535), default=8000, help="default: 8000; 0: a free one")
-    parser.add_argument("--threads", type=_within(1, 1024), default=1, help="of the dense model (default: 1)")
-    parser.add_argument("--max-rows", type=_within(1, 1 << 20), default=1024, help="of a request (default: 1024)")
+    parser.add_argument("--threads", type=_within(1, 1024), default=1, help="threads of the dense model (default: 1)")
     parser.add_argument(
-        "--max-body", type=_within(1, 1 << 31), default=1 << 20, metavar="BYTES", help="of a request (default: 1 MiB)"
+        "--max-rows", type=_within(1, 1 << 20), default=1024, help="most rows of a request (default: 1024)"
+    )
+    parser.add_argument(
+        "--max-body",
+        type=_within(1, 1 << 31),
+        default=1 << 20,
+        metavar="BYTES",
+        help="most bytes of a request (default: 1 MiB)",
     )
     arguments = parser.parse_args()
     try:

@@ -49,7 +49,7 @@ def main() -> None:
             from megarec.distributed.process import leave_job
             from megarec.planning.hardware import load_hardware
             from megarec.planning.monitored import monitored_points
-            from megarec.training.trainer import train  # seconds of imports that --print-config and a mistake can save
+            from megarec.training.trainer import train  # imported late: seconds that --print-config and a mistake save
 
             given = config.train.hardware
             machine = None if given is None else load_hardware(given, "train.hardware")

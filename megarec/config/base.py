@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, model_validator
 
-# Every number has a range: what lies outside of it is a slip of the pen or hostile, never a run. Bounds on sizes
+# Every number has a range: a value outside is a typo or hostile, never a run. Bounds on sizes
 # keep counting a model cheap; whether it fits the machine is another question (run/fits.py).
 Count = Annotated[int, Field(ge=0, le=10**12)]  # of steps, examples, validations
 Positive = Annotated[int, Field(gt=0, le=10**12)]
@@ -18,7 +18,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, le=1e6)]
-Above0 = Annotated[float, Field(ge=1e-30, le=1e6)]  # float32 knows no smaller ones that it can divide by
+Above0 = Annotated[float, Field(ge=1e-30, le=1e6)]  # the smallest that float32 can divide by
 Betas = tuple[Probability, Probability]
 Activation = Literal["relu", "silu", "gelu", "leaky_relu", "tanh", "sigmoid"]
 Norm = Literal["none", "layer", "batch"]
@@ -31,7 +31,7 @@ class Section(BaseModel):
 
 
 def by_name(default: str) -> Discriminator:
-    """Sections of one key are told apart by their `name`; one without a name is `default`."""
+    """Sections of one key are distinguished by their `name`; one without a name is `default`."""
 
     def name(section: Any) -> Any:
         return section.get("name", default) if isinstance(section, dict) else getattr(section, "name", None)
@@ -40,7 +40,7 @@ def by_name(default: str) -> Discriminator:
 
 
 class TasksConfig(Section):
-    """How several labels (data.label) are predicted over what the model emits; of one label nothing is read here."""
+    """How several labels (data.label) are predicted from what the model emits; with one label it is not used."""
 
     name: Literal["shared", "mmoe", "ple", "esmm"] = Field(
         "shared",
@@ -86,7 +86,7 @@ class SequenceConfig(Section):
         others = {"din": ("heads", "position_bias"), "hstu": ("mlp",)}[self.block]
         for name in others:
             if getattr(self, name) is not None:
-                raise ValueError(f"{name} is no key of block {self.block!r}; leave it out")
+                raise ValueError(f"{name} is not a key of block {self.block!r}; leave it out")
         return self
 
 

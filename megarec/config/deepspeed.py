@@ -1,5 +1,5 @@
-"""The deepspeed section, before DeepSpeed sees it: keys that it or this project would ignore, and words in place of
-values. Version 0.19.8 accepts both silently, or with another meaning in one place than in the other. Below the top
+"""The deepspeed section, before DeepSpeed sees it: keys that it or this project would ignore, and strings in place of
+values. Version 0.19.8 accepts both silently, or with different meanings in different places. Below the top
 level DeepSpeed's own pydantic models refuse unknown keys (dense/settings.py).
 """
 
@@ -18,7 +18,7 @@ MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
 PRECISIONS = ("bf16", "bfloat16", "fp16")
 OBJECTS = frozenset({"zero_optimization", *PRECISIONS, *MONITORS, "optimizer", "aio", "data_types"})
 BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu")
-"""Where "auto" means what its users mean: derive it."""
+"""Here "auto" means what users expect: the value is derived."""
 SWITCHES = frozenset(
     {"prescale_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_python_gc"}
 )
@@ -51,8 +51,8 @@ REPLACED_KEYS = {
     "memory_breakdown": "TensorBoard has memory by part under workload/, tools/rehearse.py predicts it",
     "pipeline": "there are no pipeline stages here; use parallel.tensor and zero_optimization",
     "progressive_layer_drop": "it acts on DeepSpeed's own transformer layers",
-    "seq_parallel_communication_data_type": "examples are no sequences here; see parallel.messages",
-    "sequence_parallel_size": "examples are no sequences here; use parallel.tensor",
+    "seq_parallel_communication_data_type": "examples are not sequences here; see parallel.messages",
+    "sequence_parallel_size": "examples are not sequences here; use parallel.tensor",
     "steps_per_print": "use train.log_every",
     "tensor_parallel": "use parallel.tensor",
     "timers": "TensorBoard has the time of every part of a step under workload/time_ms",
@@ -61,7 +61,7 @@ REPLACED_KEYS = {
     "wall_clock_breakdown": "TensorBoard has the time of every part of a step under workload/time_ms",
     "weight_quantization": "it acts on inference engines of language models",
 }
-"""DeepSpeed knows these, and in this project they do nothing, or act on one side of the model alone."""
+"""DeepSpeed has these keys, and in this project they do nothing, or act on one side of the model alone."""
 
 WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "null"})
 AUTO = frozenset({*BATCH_SIZES, "data_types.keep_in_fp32_modules"})
@@ -136,17 +136,17 @@ def _check_others(section: dict[str, Any], fail: Any) -> None:
 def _check_words(key: str, value: Any, fail: Any) -> None:
     for name, leaf in _leaves(key, value):
         if leaf == "auto" and name not in AUTO:
-            fail(name, '="auto": a word of Hugging Face\'s trainer, which fills it in; state a value, or leave the key '
+            fail(name, '="auto": only Hugging Face\'s trainer fills it in; state a value, or leave the key '
                  "out for DeepSpeed's default")  # fmt: skip
         text = key in MONITORS and not name.endswith(".enabled")
         if isinstance(leaf, str) and not text and (leaf.lower() in WORDS or leaf == "None"):
-            fail(name, f"={leaf!r}: a word in quotes; write {leaf.lower()} without them, or leave the key out")
+            fail(name, f"={leaf!r}: a string; write {leaf.lower()} without quotes, or leave the key out")
         if type(leaf) in (int, float) and not _is_number(leaf, -1e30, 1e30):
             fail(name, f"={leaf!r}: expected a number of at most 1e30")
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything below a key that is no object or list."""
+    """(dotted key, value) of every value below a key that is neither object nor list."""
     if isinstance(value, dict | list):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(f"{name}.{key}", part)
@@ -198,12 +198,12 @@ def micro_batch_size(config: RunConfig, world_size: int) -> int:
 
 
 def without_monitors(section: dict[str, Any]) -> dict[str, Any]:
-    """The deepspeed section of a run that leaves nothing behind."""
+    """The deepspeed section of a run that writes nothing."""
     return {key: value for key, value in section.items() if key not in MONITORS}
 
 
 def monitor_sections(section: dict[str, Any], output_dir: Path) -> dict[str, Any]:
-    """The deepspeed section of a run that is to be watched: TensorBoard is on unless switched off, files lie in the
+    """The deepspeed section of a run with monitors: TensorBoard is on unless switched off, files lie in the
     run's own directory where the user named none, and comet gets every point (it counts steps here, not examples).
 
     Raises:

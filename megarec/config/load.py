@@ -57,7 +57,7 @@ def _without_tag(loc: list[Any]) -> list[Any]:
 
 
 def _nearest(loc: list[Any], root: type[Section]) -> str:
-    """What the unknown key at a location may have meant."""
+    """Suggestions for an unknown key at a location."""
     section = _section_at(root, loc[:-1])
     known = sorted(field.alias or name for name, field in section.model_fields.items()) if section else []
     near = difflib.get_close_matches(str(loc[-1]), known, n=1)
@@ -83,7 +83,7 @@ def _section_at(root: type[Section], loc: list[Any]) -> type[Section] | None:
 
 
 def _members(kind: Any) -> list[Any]:
-    """The types of a union and of its unions, without what Annotated says of them; of another type, itself."""
+    """The types of a union and of its unions, without Annotated; for another type, itself."""
     bare = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
     if isinstance(bare, types.UnionType) or typing.get_origin(bare) is typing.Union:
         return [member for part in typing.get_args(bare) for member in _members(part)]
@@ -105,7 +105,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     for name, value in raw.items():
         raw[name] = _include(value, path, name)
     if not any(override.startswith("parallel.towers=") for override in (overrides or [])[:1]):
-        _read_towers(raw, path.parent)  # else they are not those of the file, which may yet have to be written
+        _read_towers(raw, path.parent)  # else they replace those of the file, which may not exist yet
     for override in overrides or []:
         _apply_override(raw, override, path)
         _read_towers(raw, Path() if override.startswith("parallel.towers=") else path.parent)
@@ -130,7 +130,7 @@ def _include(value: Any, path: Path, section: str) -> Any:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is something of this name, of whatever kind."""
+    """Whether there is something of this name, of any kind."""
     try:
         return path.exists()
     except (OSError, ValueError):  # a name that is too long, or holds a NUL
@@ -179,7 +179,7 @@ WORDS = {"True": True, "False": False, "None": None}  # Python's, which mean JSO
 
 
 def _value_of(text: str, override: str) -> Any:
-    """The value of an override: JSON, a word of Python, or else a plain string."""
+    """The value of an override: JSON, True, False or None, or else a plain string."""
     if text in WORDS:
         return WORDS[text]
     try:
@@ -247,7 +247,9 @@ def _check_labels(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -> 
     if len(labels) < 2:
         keys = ("model.tasks", heads != TasksConfig()), ("train.label_weights", train.label_weights)
         for key in [key for key, given in (*keys, ("train.best_label", train.best_label)) if given]:
-            fail(f"{key} is of several labels, and data.label={json.dumps(label)} names none or one; name them there")
+            fail(
+                f"{key} is for several labels, and data.label={json.dumps(label)} names none or one; name several there"
+            )
         return
     for key, names in (("train.label_weights", train.label_weights), ("train.best_label", [train.best_label])):
         for name in names:
@@ -256,9 +258,7 @@ def _check_labels(config: RunConfig, fail: Callable[[str], typing.NoReturn]) -> 
     known = _OF_HEADS.get(heads.name, tuple(type(heads).model_fields))
     for key, default in TasksConfig():
         if key not in ("name", *known) and getattr(heads, key) != default:
-            fail(
-                f"model.tasks.{key} says nothing of model.tasks.name={heads.name!r}; leave it out, or take other heads"
-            )
+            fail(f"model.tasks.{key} does not apply to model.tasks.name={heads.name!r}; drop it, or take other heads")
 
 
 def _check_tables(embedding: EmbeddingConfig, fail: Callable[[str], typing.NoReturn]) -> None:
@@ -279,7 +279,7 @@ def _check_tables(embedding: EmbeddingConfig, fail: Callable[[str], typing.NoRet
             if isinstance(l2, L2Config) and l2.rows == "all" and l2.weight:
                 fail(
                     f"{where}.l2 on all rows and embedding.weights='fp16' need embedding.rounding='stochastic': a "
-                    "step's decay is far less than half of what fp16 numbers are apart, and would always be rounded off"
+                    "step's decay is far less than half the spacing of fp16 numbers, and would always be rounded off"
                 )
 
 

@@ -76,7 +76,7 @@ class FinalMlpConfig(ModelConfig):
         [256, 256], description="widths of the first stream's layers, each with a ReLU; its last one is fused"
     )
     mlp2: Annotated[list[Size], Field(min_length=1, max_length=1_000)] = Field(
-        [256], description="the same of the second stream"
+        [256], description="the same for the second stream"
     )
     fusion_heads: Size = Field(1, description="k: sub-spaces of the bilinear fusion; divides both last widths")
     gates: tuple[list[int], list[int]] | None = Field(

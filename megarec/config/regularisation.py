@@ -11,7 +11,7 @@ Rows = Literal["looked_up", "all"]
 
 
 class L2Config(Section):
-    """L2 of tables where a plain number, L2 on what is looked up, does not say it."""
+    """L2 of tables, where a plain number (L2 on what is looked up) is not enough."""
 
     weight: Rate = Field(
         description="rows all: weight x w is added to the gradient of a row w, or decays it, as weight_decay of "
@@ -34,7 +34,7 @@ L2 = Annotated[Annotated[Rate, Tag("[number]")] | Annotated[L2Config, Tag("[obje
 
 @dataclass(frozen=True)
 class TableRule:
-    """What the update of a table does beside the optimizer's step of the rows that a batch looked up.
+    """What a table's update does besides the optimizer's step on the rows that a batch looked up.
 
     Attributes:
         all_rows: the optimizer steps every row at every step, as torch.optim's dense ones.
@@ -57,7 +57,7 @@ class TableRule:
 
     @property
     def reason(self) -> str | None:
-        """What of it the torch backend alone can do; None: nothing."""
+        """The part of it that only the torch backend can do; None: nothing."""
         if self.all_rows:
             return "every row is updated at every step" + (", with L2" if self.coupled or self.decay else "")
         if self.decay:
@@ -78,7 +78,7 @@ def problem_of(where: str, l2: float | L2Config, update_rows: Rows | None, learn
     if not isinstance(l2, L2Config):
         return None
     if l2.rows == "looked_up" and not l2.coupled:
-        return f"{where}.l2.coupled=false needs {where}.l2.rows='all': rows that nobody looks up decay as well"
+        return f"{where}.l2.coupled=false needs {where}.l2.rows='all': rows that are not looked up decay as well"
     if l2.rows == "all" and l2.coupled and l2.weight and update_rows == "looked_up":
         return (
             f"{where}.l2 is in the gradient of all rows (rows='all', coupled=true), and update_rows='looked_up' would "

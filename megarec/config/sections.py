@@ -26,7 +26,7 @@ class DataConfig(Section):
     stream_rows: Annotated[int, Field(gt=0, lt=2**40)] | None = Field(
         None,
         description="null: training rows are cached, and an epoch is a permutation of all of them; a number: they are "
-        "read from the shards each epoch and shuffled within so many, for data larger than a disk for their cache",
+        "read from the shards each epoch and shuffled within this many, for data larger than a disk for their cache",
     )
     batch_size: Annotated[int, Field(gt=0, lt=2**31)] = Field(
         1024, description="examples of one optimizer step over all ranks and micro-batches"
@@ -55,7 +55,7 @@ Placement = Literal["auto", "table", "column", "row", "replicated"]
 
 
 class TableConfig(Section):
-    """How one table is held, started and regularised, where it differs: each key as embedding's own of that name."""
+    """How one table is held, initialised and regularised, where it differs: keys as in embedding."""
 
     placement: Placement | None = Field(None, description="as embedding.placement, for this table")
     l2: L2 | None = Field(None, description="as embedding.l2, for this table")
@@ -107,7 +107,7 @@ class EmbeddingConfig(Section):
 
     @property
     def table_placements(self) -> dict[str, Placement]:
-        """What `tables` says of placement."""
+        """The placements in `tables`."""
         return {name: table.placement for name, table in self.tables.items() if table.placement is not None}
 
     def rule_of(self, table: str) -> TableRule:
@@ -125,12 +125,12 @@ class EmbeddingConfig(Section):
         return l2.weight if l2.rows == "looked_up" else 0.0
 
     def initial_std_of(self, table: str) -> float | None:
-        """Of a table's first weights; None: uniform."""
+        """Standard deviation of a table's first weights; None: uniform."""
         own = self.tables.get(table)
         return self.initial_std if own is None or own.initial_std is None else own.initial_std
 
     def only_read(self) -> "EmbeddingConfig":
-        """For tables that nothing updates: without state, and in whatever backend looks up fastest."""
+        """For tables that nothing updates: without state, in the backend that looks up fastest."""
         untrained = {"l2": None, "update_rows": None}
         tables = {name: own.model_copy(update=untrained) for name, own in self.tables.items()}
         plain = {"optimizer": "sgd", "l2": 0.0, "update_rows": None, "rounding": "nearest", "tables": tables}
@@ -206,7 +206,7 @@ class FaultsConfig(Section):
     """What happens when a step has a loss or gradient that is not finite, or a loss that jumps (docs/faults.md)."""
 
     max_in_a_row: Positive = Field(
-        10, description="so many faulty steps in a row are skipped; at the last of them, `then`"
+        10, description="this many faulty steps in a row are skipped; at the last of them, `then`"
     )
     then: Literal["stop", "rollback"] = Field(
         "stop", description="end the run, or go back to the latest checkpoint and leave the faulty batches out"
@@ -216,7 +216,7 @@ class FaultsConfig(Section):
         "off", description="a step whose mean loss is far above those before it: take it, skip it, go back, or stop"
     )
     spike_deviations: Above0 = Field(
-        20.0, description="far: above the median by so many median absolute deviations (of at least 1 % of the median)"
+        20.0, description="far: this many median absolute deviations (of at least 1 % of the median) above the median"
     )
     spike_window: Annotated[int, Field(ge=2, le=10**6)] = Field(
         100,
@@ -229,7 +229,7 @@ class EmaConfig(Section):
 
     decay: Probability = Field(0.999, description="of an applied step; smaller in the first ones")
     table_rows: Count = Field(
-        1_000_000, description="tables of at most so many rows are averaged; of larger ones the last weights are taken"
+        1_000_000, description="tables of at most this many rows are averaged; larger ones keep the last weights"
     )
 
 
@@ -300,10 +300,10 @@ class TrainConfig(Section):
         "is known by its name",
     )
     deterministic: bool = Field(
-        False, description="on a GPU, kernels whose sums have a fixed order: two runs alike are equal to the last bit"
+        False, description="on a GPU, kernels whose sums have a fixed order: two equal runs agree bit for bit"
     )
     fused_kernels: Literal["auto", "torch"] = Field(
-        "auto", description="auto: NVIDIA apex where it is truly there, Triton's FM with LayerNorm on a GPU in 16 bits"
+        "auto", description="auto: NVIDIA apex where it works, Triton's FM with LayerNorm on a GPU in 16 bits"
     )
 
 

@@ -33,10 +33,10 @@ class Assembler:
         self.arrange(self._names)
 
     def arrange(self, names: Sequence[str], together: Sequence[Sequence[str]] = ()) -> None:
-        """Let the ids of batches lie in this order of features, so that whoever sends them need not copy them.
+        """Let the ids of batches lie in this order of features, so that the sender need not copy them.
 
         Args:
-            names: of categorical features; those that it lacks come last, those that nobody has do not count.
+            names: of categorical features; features not named come last, unknown names are ignored.
             together: lists that must be equally long in every row, as those of a sequence.
         """
         order = {name: place for place, name in enumerate(dict.fromkeys([*names, *self._names]))}
@@ -59,7 +59,7 @@ class Assembler:
         valid: int,
         pinned: bool,
     ) -> Batch:
-        """These rows of a file; ids lie as `arrange` said.
+        """These rows of a file; ids in the order set by `arrange`.
 
         Args:
             rows: int64 [B] in [0, file.rows); repeated rows are fine.

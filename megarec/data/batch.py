@@ -107,16 +107,16 @@ _LARGE = 4 << 20
 
 
 class _Spare:
-    """Memory of large batches that nobody has any more: to fill fresh pages takes longer than to read a batch."""
+    """Memory of large batches no longer in use: filling fresh pages takes longer than reading a batch."""
 
-    _KEPT = 2  # that nobody has
+    _KEPT = 2  # not in use
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._all: list[NDArray[np.uint8]] = []
 
     def memory(self, size: int) -> NDArray[np.uint8]:
-        """At least so many bytes, which are the caller's for as long as anything refers to them."""
+        """At least that many bytes; the caller's as long as anything refers to them."""
         with self._lock:
             free = [number for number in range(len(self._all)) if _references(self._all, number) == _UNUSED]
             free.sort(key=lambda number: self._all[number].nbytes, reverse=True)
@@ -158,7 +158,7 @@ def carve(parts: Sequence[tuple[Sequence[int], torch.dtype]], pinned: bool) -> t
 
 
 def end_to_end(parts: Sequence[Tensor]) -> Tensor:
-    """Contiguous vectors one after another; where they lie so in memory, nothing is copied."""
+    """Contiguous vectors one after another; no copy where memory already has them so."""
     first, end = parts[0], parts[0].storage_offset()
     memory = first.untyped_storage()._cdata  # which storage it is; one without memory of its own has no address
     for part in parts:

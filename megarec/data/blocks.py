@@ -1,7 +1,7 @@
 """The blocks of a split, by which a stream reads it (stream.py): the row groups of its shards, found and checked once.
 
 The first start reads every row as the cache does (cache.py), with the same checks, and keeps 24 bytes for each piece of
-a block: where it lies, how many good rows it has, and a hash of what they are. Whoever reads a piece later compares.
+a block: where it lies, how many good rows it has, and a hash of the rows. Later reads of a piece compare it.
 """
 
 import os
@@ -153,5 +153,5 @@ class Blocks:
     def _changed(self, shard: Path) -> UserError:
         return UserError(
             f"{shard} has other rows than were checked when this run started: it was written again, or this machine's "
-            "disk or memory is damaged; start the run again, which checks it anew"
+            "disk or memory is damaged; start the run again, which checks it"
         )

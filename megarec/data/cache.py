@@ -3,8 +3,8 @@
 `DIR/.arrow/<split>-<fingerprint>/rows.arrow` is an Arrow IPC stream with a record per row and, where there are lists,
 all of a row's ids in one list and all of its weights in another (records.py); `built.json` beside it says what that
 file is and counts the rows left out, by reason. The fingerprint covers shards, columns and policy, so a cache is never
-stale. It is derived: whoever finds that it is not what was built, when he opens it or at a row that he reads
-(store.py), builds it anew.
+stale. It is derived: a process that finds it damaged, when opening it or reading a row
+(store.py), rebuilds it.
 
 Where the shards are read as a stream, the same pass over them leaves blocks.arrow in its place, which has a line for
 some thousands of rows (blocks.py).
@@ -153,8 +153,8 @@ def ensure_cache(
     """The directory with a split's cache, built if need be, and what its built.json says.
 
     Any number of processes may call this at once: one builds, the others wait and reuse. The cache appears by a
-    rename when it is whole, and the lock falls with its process, so a killed builder leaves nothing behind but a
-    partial directory that the next one clears away.
+    rename when it is whole, and the lock ends with its process, so a killed builder leaves only a
+    partial directory, which the next one removes.
 
     Args:
         elsewhere: a directory for the cache; None: in the data set's own.
@@ -177,7 +177,7 @@ def ensure_cache(
             built = _whole(cache, fingerprint, damaged, kind)  # another process may have been first
             if built is None:
                 if cache.exists():
-                    print(f"{cache}: damaged, is built anew", file=sys.stderr, flush=True)
+                    print(f"{cache}: damaged, is rebuilt", file=sys.stderr, flush=True)
                     _set_aside(cache)
                 partial = cache.with_suffix(".partial")
                 shutil.rmtree(partial, ignore_errors=True)
@@ -209,7 +209,7 @@ def _whole(cache: Path, fingerprint: str, damaged: int | None, kind: Kind = ROWS
 
 
 def _set_aside(cache: Path) -> None:
-    """Out of the way by a rename: whoever has it mapped keeps it."""
+    """Moved away by a rename: processes that have it mapped keep it."""
     old = cache.with_suffix(".damaged")
     if old.is_dir():
         shutil.rmtree(old)
@@ -222,7 +222,7 @@ def _set_aside(cache: Path) -> None:
 
 @contextmanager
 def _exclusive(lock: Path) -> Iterator[None]:
-    """Hold a lock among processes; the kernel lets go of it when its holder dies."""
+    """Hold a lock among processes; the kernel releases it when its holder dies."""
     with lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -329,7 +329,7 @@ def good_rows(
         skipped: counts the bad rows by reason.
 
     Raises:
-        UserError: there is one, and bad_rows is "error".
+        UserError: a row is bad, and bad_rows is "error".
     """
     good = np.ones(len(batch), bool)
     for defect in find_defects(batch, schema):

@@ -14,7 +14,7 @@ class BlockReader:
 
     Args:
         number: of the block in the layout.
-        order: of the block's lists, how they shall lie in the batch.
+        order: of the block's lists in the batch.
         batch: int64 [B], the record batches of the rows.
         at: int64 [B], where in `file.records` they stand.
 
@@ -38,7 +38,7 @@ class BlockReader:
         words = file.view(np.dtype(np.int64))
         starts, stops = words[at + column], words[at + column + 1]
         if (starts < 0).any() or (starts > stops).any() or (stops > elements).any():
-            raise Damaged(f"lists of {self._block.column}")  # before so many values are allocated
+            raise Damaged(f"lists of {self._block.column}")  # before that many values are allocated
         self.size = int((stops - starts).sum())
 
     def take(self, tile: slice, records: UInt64) -> None:

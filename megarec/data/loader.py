@@ -1,8 +1,8 @@
 """Batches of one rank: the same global batches on any topology, each cut into equal slices in rank order.
 
-The order and the keys of examples are pure functions of (seed, epoch, row), alike on every machine and topology. They
-depend on no generator's state, so a run resumes at any position at once, and a permutation of billions of rows takes
-no memory. A background thread prepares a bounded number of batches ahead.
+The order and the keys of examples are pure functions of (seed, epoch, row), the same on every machine and topology.
+They do not depend on a generator's state, so a run resumes at any position at once, and a permutation of billions of
+rows takes no memory. A background thread prepares a bounded number of batches ahead.
 """
 
 import math
@@ -73,7 +73,7 @@ class _End:
 
 
 class _Producer(Generic[T]):
-    """Makes items in a thread until they end or `stop` is called; no more than `ahead` are there or in the making."""
+    """Makes items in a thread until they end or `stop` is called; at most `ahead` are made or in progress."""
 
     def __init__(self, items: Iterator[T], ahead: int) -> None:
         self._queue: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
@@ -97,13 +97,13 @@ class _Producer(Generic[T]):
         self._queue.put(_End(error))
 
     def take(self) -> T | _End:
-        """The next item, which the caller has from now on: another one may be made."""
+        """The next item, now the caller's: another one may be made."""
         item = self._queue.get()
         self._room.release()
         return item
 
     def stop(self) -> None:
-        """End the thread, after the item in the making."""
+        """End the thread, after the item in progress."""
         self._stopped = True
         self._room.release()
         self._thread.join()

@@ -15,7 +15,7 @@ _WORD = 8
 
 
 class Damaged(Exception):
-    """What a cache holds is not what was built."""
+    """A cache's content is not what was built."""
 
 
 class MappedFile:
@@ -29,7 +29,7 @@ class MappedFile:
         layout: a checksum of all that a reader goes by: columns, types, rows and places of buffers.
 
     Raises:
-        Damaged: it is no file that cache.py writes.
+        Damaged: it is not a file that cache.py writes.
     """
 
     def __init__(self, table: pa.Table, layout: RecordLayout) -> None:

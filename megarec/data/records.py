@@ -1,4 +1,4 @@
-"""A row of a cache as one record: all that an example needs lies side by side, so that reading it is one copy.
+"""A row of a cache as one record: an example's data are contiguous, so that reading it is one copy.
 
     [ids of single-valued features | lengths of lists | numeric | labels | weight | padding | spans of the blocks |
      checksum]
@@ -8,7 +8,7 @@ where every table is small enough, else int64. What a row's lists hold lies in b
 a row one after another: one block of ids, one of weights. A span says where: first and last element (counted from the
 record batch's first) and the XXH3 of what is there.
 
-The checksum covers the record and where it stands, and whoever reads a row compares it and the hashes: no row that
+The checksum covers the record and its place, and every read of a row compares it and the hashes: no row that
 changed on its way through disk and memory is trained on, and nothing is read that is not needed. It is linear in the
 words modulo 2^64, with odd factors, so that a change of a single word always shows, and then mixed. It is made against
 accidents, not against forgery.
@@ -61,7 +61,7 @@ class Block:
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Where in a record everything stands, for the features of a schema."""
+    """The layout of a record, for the features of a schema."""
 
     schema: Schema
 
@@ -121,11 +121,11 @@ class RecordLayout:
         return records[:, self.span_column(block) : self.span_column(block) + 3]
 
     def checksums(self, salt: int, rows: Int64, records: UInt64) -> UInt64:
-        """[B]: what must stand in the last word of these records.
+        """[B]: the checksums, the last words of these records.
 
         Args:
             salt: of the cache, in [0, 2^64): a row of another one has other checksums.
-            rows: int64 [B], where in the cache they stand.
+            rows: int64 [B], their places in the cache.
         """
         total: UInt64 = np.einsum("ij,j->i", records[:, :-1], self._factors)
         return mix64(total + rows.view(np.uint64) * _GOLDEN + np.uint64(salt))

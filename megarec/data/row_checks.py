@@ -25,7 +25,7 @@ class Defect:
     Attributes:
         rows: bool [n], which rows; at least one.
         value: the value seen in the first of them.
-        expected: what should stand there.
+        expected: what was expected.
     """
 
     column: str
@@ -190,9 +190,9 @@ def check_equally_long(first: str, other: str, lengths: NDArray[Any], its: NDArr
 
 
 def check_batch(batch: Batch, schema: Schema, together: Sequence[Sequence[str]] = ()) -> None:
-    """Raise a UserError for a batch that people made and that does not fit the schema; rows of a cache are checked.
+    """Raise a UserError for a user's batch that does not fit the schema; rows of a cache are checked already.
 
-    A table looks up whatever it is told: past its end lies the next one.
+    A lookup does not check ids: past a table's end is the next table.
 
     Args:
         together: lists that must be equally long in every example.

@@ -73,7 +73,7 @@ class Schema(BaseModel):
     version: Literal[1] = 1
     name: str
     label: str = "label"
-    labels: tuple[str, ...] = Field((), description="all label columns, of which `label` is in use; empty: that one")
+    labels: tuple[str, ...] = Field((), description="all label columns; `label` is in use; empty: only that one")
     tasks: tuple[str, ...] = Field(
         (), description="the labels that a run predicts, where they are several, `label` first; of data empty"
     )
@@ -99,7 +99,7 @@ class Schema(BaseModel):
         {}, description="by split and feature, the share of the values there that the vocabulary does not know"
     )
     missing: dict[str, dict[str, float]] = Field(
-        {}, description="by split and feature that is no list, the share of the rows there without a value"
+        {}, description="by split and feature that is not a list, the share of the rows there without a value"
     )
     sharing: dict[str, float] = Field(
         {}, description="by hashed table, the share of its distinct values whose row is another value's as well"
@@ -149,7 +149,7 @@ class Schema(BaseModel):
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """What stands in a record as float32: numeric features, labels in use, the weight in use."""
+        """The float32 columns of a record: numeric features, labels in use, the weight in use."""
         return (*self.numeric, *self.predicted, *self.row_weights)
 
 
@@ -184,7 +184,7 @@ def schema_of(data: DataConfig) -> Schema:
     """The features of a run for tools that read no data: `data.schema`, else schema.json in `data.path`.
 
     Raises:
-        UserError: neither file is there, it describes no data set, or `data.features` does not fit it.
+        UserError: neither file is there, it does not describe a data set, or `data.features` does not fit it.
     """
     path = Path(data.schema_path or Path(data.path) / SCHEMA_FILE)
     if not path.is_file():
@@ -207,7 +207,7 @@ def select_features(schema: Schema, names: list[str] | None) -> Schema:
     """The schema of these features only, categorical and numeric, in the schema's order; None: all.
 
     Where the owner of a shared table is left out, the first feature left that shared it owns the table (which
-    then bears that feature's name); others that shared it follow.
+    then has that feature's name); others that shared it follow.
 
     Raises:
         UserError: an unknown name, one named twice, or none.
@@ -286,13 +286,13 @@ def selected(schema: Schema, data: DataConfig) -> Schema:
 
 
 MADE_UP = "made up"
-"""How the identity of synthetic features begins."""
+"""The prefix of the identity of synthetic features."""
 
 
 def made_up(features: tuple[CategoricalFeature, ...], numeric: tuple[str, ...], seed: int, how: str) -> dict[str, str]:
     """`Schema.identity` of synthetic data: what a value says of the label follows from seed and features together.
 
-    Not from the number of examples: more of them are of the same kind.
+    Not from the number of examples: more examples have the same identity.
 
     Args:
         how: what the label is drawn from.
@@ -304,7 +304,7 @@ def made_up(features: tuple[CategoricalFeature, ...], numeric: tuple[str, ...], 
 
 
 def identity_difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
-    """The first feature whose values became numbers in two ways, in words; what is unknown of either side fits.
+    """The first feature whose values were encoded differently, as text; unknown identities match.
 
     Args:
         there: `Schema.identity` of what was trained or prepared before.

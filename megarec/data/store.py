@@ -40,7 +40,7 @@ def open_split(path: Path, split: Split, schema: Schema, bad_rows: BadRows, cach
 class Store:
     """Random access to the rows of a Hugging Face dataset over one memory-mapped Arrow file.
 
-    Every row that is read is compared with its checksum: a damaged cache is built anew, and the rows are read again.
+    Every row that is read is compared with its checksum: a damaged cache is rebuilt, and the rows are read again.
 
     Args:
         ensure: gives the cache; given the inode of a damaged one, another (`ensure_cache`).
@@ -83,7 +83,7 @@ class Store:
                     self.labels, self._salt = built.labels, built.salt
                     return
             except (Damaged, pa.ArrowException, OSError, ValueError, TypeError, KeyError):
-                pass  # whatever a reader makes of damaged bytes: they are not what was written
+                pass  # any error that damaged bytes cause: they are not what was written
         raise self._damaged_again()
 
     def _damaged_again(self) -> UserError:
@@ -99,7 +99,7 @@ class Store:
         return batch.numeric, batch.ids, batch.labels
 
     def read(self, rows: Rows, keys: NDArray[np.int64], valid: int, pinned: bool) -> Batch:
-        """These rows as a batch in one buffer; its ids lie as `arrange` said.
+        """These rows as a batch in one buffer; its ids in the order set by `arrange`.
 
         Args:
             rows: int64 [B] in [0, len(self)); repeated rows are fine.

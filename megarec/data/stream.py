@@ -1,10 +1,10 @@
 """Training batches straight from the shards, for data that are larger than a disk for their cache.
 
 An epoch puts the blocks of the split (blocks.py) in an order that follows from (seed, epoch), and cuts the rows of
-that order into windows of whole batches, of at most `data.stream_rows` rows: rows of one window alone meet in a batch.
+that order into windows of whole batches, of at most `data.stream_rows` rows: only rows of one window share a batch.
 A window of K batches gives each place of a batch K rows that lie side by side, one a batch, in an order that is the
 place's own. So a rank, which has a slice of the places, reads a slice of the window, whatever the number of ranks,
-and all ranks together read every row once. Nothing is kept but two windows: the one that is trained on, and the next.
+and all ranks together read every row once. Only two windows are kept: the one that is trained on, and the next.
 """
 
 import itertools
@@ -81,7 +81,7 @@ class Stream:
         return self._rows
 
     def window(self, order: Int64, start: int, count: int) -> Window:
-        """So many rows of the blocks in this order, from row `start` of them on; after the last comes the first.
+        """That many rows of the blocks in this order, from row `start` of them on; after the last comes the first.
 
         Raises:
             UserError: a shard cannot be read, or is not what was checked.
@@ -140,7 +140,7 @@ class StreamLoader(EpochLoader):
         if self.rows < self.batch_size:
             raise UserError(
                 f"data.stream_rows={self.rows} is less than data.batch_size={self.batch_size}: the rows of a batch are "
-                f"drawn from so many; set it to many batches, as data.stream_rows={100 * self.batch_size}"
+                f"drawn from that many; set it to many batches, as data.stream_rows={100 * self.batch_size}"
             )
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -172,6 +172,6 @@ class StreamLoader(EpochLoader):
             yield self.store.window(order, turned + begin, share), orders[:, max(0, start - first) :]
 
     def _cuts(self) -> list[int]:
-        """The first batch of each window, and the last one's end: as even as can be."""
+        """The first batch of each window, and the last one's end: as even as possible."""
         windows = -(-self.steps_per_epoch // (self.rows // self.batch_size))
         return [self.steps_per_epoch * window // windows for window in range(windows + 1)]

@@ -23,7 +23,7 @@ def write_dataset(output: Path, write: Callable[[Path], Schema]) -> Schema:
     A data set of ours that is already there is replaced once the new one is whole; on an error it stays as it is.
 
     Args:
-        output: where the data set shall lie; its parents are made.
+        output: where to write the data set; its parents are made.
         write: writes shards and schema.json into the directory it gets and returns the schema.
 
     Raises:
@@ -50,7 +50,7 @@ def writable(output: Path) -> Iterator[None]:
     """Inside, an error of the file system is one of `--output`.
 
     Raises:
-        UserError: says so.
+        UserError: the file system refused.
     """
     try:
         yield
@@ -63,7 +63,7 @@ def check_output(output: Path) -> None:
     """Refuse an output that holds anything but a data set of ours: call it before long work.
 
     Raises:
-        UserError: as said.
+        UserError: it holds something else.
     """
     if output.is_symlink() and not output.exists():
         raise UserError(f"--output {output}: is a link to {output.readlink()}, which is not there; make that directory")

@@ -1,6 +1,6 @@
 """The dense side: the model under the DeepSpeed engine. The only folder that imports deepspeed.
 
-DeepSpeed picks its accelerator when it is first imported, and warns on a machine that has none: say so before.
+DeepSpeed picks its accelerator at its first import, and warns on a machine that has none: set it before.
 """
 
 import os

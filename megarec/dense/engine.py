@@ -49,7 +49,7 @@ def loss_scale(engine: Any) -> float | None:
 def backward(engine: Any, loss: torch.Tensor) -> None:
     """The backward pass of a micro-batch: every gradient is that of `loss_scale(engine)` x the loss, at every stage.
 
-    The optimizer divides by that scale at every stage; but at ZeRO 0 DeepSpeed 0.19.8 multiplies the loss by nothing.
+    The optimizer divides by that scale at every stage; but at ZeRO 0 DeepSpeed 0.19.8 does not scale the loss.
     """
     scale = loss_scale(engine)
     engine.backward(loss if scale is None or isinstance(engine.optimizer, ZeROOptimizer) else loss * scale)
@@ -58,7 +58,7 @@ def backward(engine: Any, loss: torch.Tensor) -> None:
 def skip_step(engine: Any, *, overflow: bool) -> None:
     """In place of `engine.step()` after the last backward pass: as DeepSpeed 0.19.8 itself does after an overflow.
 
-    Counters move on as after a step; weights, optimizer states and their step counts stay.
+    Counters advance as after a step; weights, optimizer states and their step counts stay.
 
     Args:
         overflow: of fp16: its loss scale shrinks.
@@ -192,7 +192,7 @@ def _grow_scale_after_step(optimizer: Any) -> None:
 
 def mark_gradients_of_shards(engine: Any) -> None:
     """At stage 0 in bf16 DeepSpeed 0.19.8 looks for the mark of a shard on the gradients instead of the parameters;
-    without it the norm leaves out every shard but the first. After every hook that puts others in their place."""
+    without it the norm omits every shard but the first. Called after every hook that replaces gradients."""
     if not isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         return
 
@@ -208,7 +208,7 @@ def mark_gradients_of_shards(engine: Any) -> None:
 def agreement_by(from_rank_0: Callable[[list[int]], list[int]]) -> Iterator[None]:
     """ZeRO-3 checks that rank 0 has the same integers; inside `with` this function takes the place of the check.
 
-    For a process that stands for one rank of a larger job (planning.fake_job).
+    For a process that plays one rank of a larger job (planning.fake_job).
     """
     with (
         patch.object(zero_utils, "assert_lst_len_same_as_other_ranks", lambda ints: from_rank_0([len(ints)])),
@@ -218,7 +218,7 @@ def agreement_by(from_rank_0: Callable[[list[int]], list[int]]) -> Iterator[None
 
 
 def prepare_deepspeed() -> None:
-    """Let DeepSpeed take over the process groups that are there; before anything else of it."""
+    """Let DeepSpeed use the existing process groups; before any other call of it."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its C++ build takes a minute, and every rank of every run would leave 66 MiB in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -245,7 +245,7 @@ def base_learning_rate(engine: Any, config: RunConfig) -> float:
 def gradient_norm(engine: Any) -> float | None:
     """Norm of the averaged dense gradient before clipping; call between the last backward and step.
 
-    DeepSpeed keeps it from ZeRO 1 on and in low precision, and knows it after the step; at stage 0 in fp32 it keeps
+    DeepSpeed keeps it from ZeRO 1 on and in low precision, and has it after the step; at stage 0 in fp32 it keeps
     none, but the averaged gradients are there in full before the step.
     """
     if engine.zero_optimization_stage() == 0 and compute_dtype(engine) is torch.float32:
@@ -290,7 +290,7 @@ def layer_norm_factory(use_apex: bool) -> tuple[LayerNormFactory, str]:
     """apex's FusedLayerNorm or torch's LayerNorm, and a sentence for the log.
 
     Args:
-        use_apex: take apex's where it is there. It always has a bias: a LayerNorm without one stays torch's.
+        use_apex: take apex's where it works. It always has a bias: a LayerNorm without one stays torch's.
     """
     found, why = probe_apex() if use_apex else (False, "train.fused_kernels=torch or model.bias=false")
     if not found:

@@ -1,4 +1,4 @@
-"""The tensor and data groups in the form in which DeepSpeed asks for them."""
+"""The tensor and data groups in the form that DeepSpeed needs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -47,14 +47,14 @@ def model_parallel_unit(topology: Topology) -> ModelParallelUnit | None:
     if topology.tensor is None:
         return None
     data = topology.data
-    if data is None:  # one rank: DeepSpeed wants a group all the same
+    if data is None:  # one rank: DeepSpeed still needs a group
         alone = [dist.new_group([rank]) for rank in range(topology.world_size)]
         data = alone[topology.rank]
     return ModelParallelUnit(topology, topology.tensor, data)
 
 
 def set_deepspeed_groups(topology: Topology, mpu: ModelParallelUnit | None, section: dict[str, Any]) -> None:
-    """Set the groups that DeepSpeed keeps in globals, where those of an earlier engine would stay; collective.
+    """Set the groups that DeepSpeed keeps in globals, which may be those of an earlier engine; collective.
 
     The secondary partition of ZeRO-3 (hpZ) lies among ranks of one host with the same place in their tensor group;
     DeepSpeed would take consecutive ranks, which under tensor parallelism hold different shards: silently wrong.

@@ -10,8 +10,8 @@ The numbers do not change: dropout masks are functions of the examples' keys, no
 
 torch.compile fuses LayerNorm, ReLU, dropout, copies and conversions. The products themselves stay with their
 libraries. Tensor-parallel MLPs wait for messages, and on a CPU the projection goes through the batch in blocks: both
-stay as they are, and what lies between them is compiled. On an accelerator the projection is in the graph, so that its
-copies fuse with what stands around them and a layer without tensor parallelism is one graph.
+stay as they are, and the rest is compiled. On an accelerator the projection is in the graph, so that its
+copies fuse with their neighbours and a layer without tensor parallelism is one graph.
 """
 
 import functools
@@ -87,7 +87,7 @@ def compile_layers(model: nn.Module, dense: DenseConfig, section: dict[str, Any]
         device: where the model will run.
 
     Raises:
-        UserError: the model, the ZeRO stage, or this machine cannot be compiled for.
+        UserError: the model, the ZeRO stage or this machine does not support it.
     """
     if not dense.compile:
         return
@@ -169,14 +169,14 @@ class _Kept:
 
 
 def _recomputed(forward: Callable[..., Any], policy: Recompute, kept: _Kept) -> Callable[..., Any]:
-    # Re-entrant: the layer runs again with its own backward pass, so that ZeRO-3's hooks find it as they know it.
+    # Re-entrant: the layer runs again with its own backward pass, so that ZeRO-3's hooks work as usual.
     options: dict[str, Any] = {"use_reentrant": True, "preserve_rng_state": False}
     if policy == "selective":
         contexts = functools.partial(create_selective_checkpoint_contexts, kept.choose)
         options |= {"use_reentrant": False, "context_fn": contexts}
 
     def again(x: Tensor, *others: Any) -> Any:
-        with fast_cpu_gemm(x.device, x.dtype):  # the backward pass stands outside the model's own
+        with fast_cpu_gemm(x.device, x.dtype):  # the backward pass runs outside the model's forward
             return forward(x, *others)
 
     @functools.wraps(forward)

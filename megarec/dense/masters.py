@@ -1,4 +1,4 @@
-"""The dense side as slices of whole tensors: master weights and optimizer states, whatever the engine does with them.
+"""The dense side as slices of whole tensors: master weights and optimizer states, however the engine stores them.
 
 DeepSpeed 0.19.8 keeps them in six ways. What differs is where the master copy of a parameter's elements lies:
 
@@ -41,7 +41,7 @@ def loss_scale(engine: Any) -> dict[str, int | float] | None:
 
 
 def set_loss_scale(engine: Any, numbers: Mapping[str, int | float]) -> None:
-    """Take over what `loss_scale` returned; other names of a file that anyone may have written are passed over."""
+    """Restore what `loss_scale` returned; other names in an untrusted file are ignored."""
     for name in loss_scale(engine) or ():
         if name in numbers:
             setattr(_scaler(engine), name, numbers[name])
@@ -118,7 +118,7 @@ def _written_statistics(model: nn.Module, topology: Topology) -> list[TensorSlic
 
 
 def _written_range(fragment: Fragment, topology: Topology) -> tuple[int, int]:
-    """What of a fragment this rank writes."""
+    """The part of a fragment that this rank writes."""
     data_rank, tensor_rank = divmod(topology.rank, topology.tensor_size)
     first, last = fragment.first, fragment.last
     if fragment.data_replicas:
@@ -138,7 +138,7 @@ def tensors(engine: Any, topology: Topology) -> list[Tensor]:
 def laid_out(
     engine: Any, topology: Topology, of_tensor: Callable[[Tensor], Tensor], *, to_write: bool
 ) -> list[TensorSlice]:
-    """Slices of what is laid out as the master weights and running statistics are, such as their averages.
+    """Slices of tensors with the layout of the master weights and running statistics, such as their averages.
 
     Args:
         of_tensor: such a tensor for each of `tensors`.
@@ -163,7 +163,7 @@ def statistics(model: nn.Module, topology: Topology) -> list[TensorSlice]:
 
 
 def unsharded_states(engine: Any, topology: Topology) -> Iterator[tuple[str, str, Tensor]]:
-    """(parameter, state, elements [N]) of fp32 masters and optimizer states of ZeRO 0, of which every data rank holds a
+    """(parameter, state, elements [N]) of fp32 masters and optimizer states of ZeRO 0; every data rank holds a
     copy; nothing at other stages."""
     if engine.zero_optimization_stage() != 0:
         return
@@ -177,7 +177,7 @@ def unsharded_states(engine: Any, topology: Topology) -> Iterator[tuple[str, str
 
 
 def check_supported(engine: Any) -> None:
-    """Raise a UserError for what no checkpoint can hold: before the training, not at its first save."""
+    """Raise a UserError for states that a checkpoint cannot hold: before training, not at the first save."""
     if getattr(engine.optimizer, "swap_optimizer", False):
         raise UserError("checkpoints do not reach into NVMe: set offload_optimizer.device to cpu, or leave it out")
     for name, parameter in engine.module.named_parameters():
@@ -289,7 +289,7 @@ def sync_from_masters(engine: Any) -> None:
     """Set the weights that the model computes with from the master weights; collective."""
     wrapper = engine.optimizer
     if engine.zero_optimization_stage() == 3:
-        wrapper.checkpoint_event_prologue()  # small parameters that are whole would stay what they were
+        wrapper.checkpoint_event_prologue()  # small whole parameters would keep their old values
         for group in range(len(wrapper.fp32_partitioned_groups_flat)):
             wrapper._reassign_or_swap_out_partitioned_parameters(group)
         wrapper.checkpoint_event_epilogue()

@@ -16,7 +16,7 @@ def dense_bytes(engine: Any, messages: Iterable[Tensor] = ()) -> Parts:
     """Bytes that this rank holds now, by part, each storage counted once.
 
     Args:
-        messages: tensors of a collective that is about to run; what of them no other part holds is communication.
+        messages: tensors of a collective that is about to run; their storage that no other part holds is communication.
 
     Parts:
         parameters: what the model computes with, as ZeRO shards it.
@@ -76,7 +76,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def saved_activations(result: dict[str, int], model: nn.Module | None = None) -> Iterator[None]:
+def saved_activations(result: dict[str, int], model: nn.Module | None = None) -> Iterator[dict[int, int]]:
     """Put into result["bytes"] what the forward passes inside save for their backward pass, each storage once.
 
     Parameters and views of them are not activations, nor is what a backward pass computes again. Works on the meta
@@ -84,6 +84,9 @@ def saved_activations(result: dict[str, int], model: nn.Module | None = None) ->
 
     Args:
         model: whose layers may be recomputed selectively; what these keep of their last forward pass counts as well.
+
+    Yields:
+        The bytes of what is saved, by storage, as it is saved; a name (`_cdata`) holds while its storage is there.
     """
     seen: dict[int, int] = {}
 
@@ -95,5 +98,5 @@ def saved_activations(result: dict[str, int], model: nn.Module | None = None) ->
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield
+        yield seen
     result["bytes"] = sum(seen.values()) + (0 if model is None else bytes_kept_by_selective(model))

@@ -1,4 +1,4 @@
-"""What DeepSpeed's monitor writes to: TensorBoard, CSV files, Weights & Biases, comet, as the deepspeed section says.
+"""The writers of DeepSpeed's monitor: TensorBoard, CSV files, Weights & Biases, comet, as the deepspeed section says.
 
 The trainer alone writes, at optimizer steps: the engine's own points, whose axis counts examples, are off.
 """
@@ -27,15 +27,15 @@ class Monitor:
     A writer that fails ends, with a warning, and the run goes on: TensorBoard's thread dies at the first write that a
     full disk refuses, and every later call raises, also when there is room again.
 
-    TensorBoard's file is opened at the first point, not when the engine is built: until the run has settled where it
-    starts, nothing of it lies in the directory.
+    TensorBoard's file is opened at the first point, not when the engine is built: until the run knows where it
+    starts, the directory has no file of it.
 
     Args:
         master: DeepSpeed's MonitorMaster.
     """
 
     def __init__(self, master: Any) -> None:
-        master.enabled = False  # what the engine asks before it writes points of its own
+        master.enabled = False  # the engine's check before it writes points of its own
         opened = {
             "TensorBoard": master.tb_monitor,
             "CSV": master.csv_monitor,
@@ -51,9 +51,9 @@ class Monitor:
             self._close_charts(unwritten=True)
 
     def start(self, step: int) -> None:
-        """Take points back that an earlier run, or this one before a rollback, made after a step; 0: all points.
+        """Remove points that an earlier run, or this one before a rollback, made after a step; 0: all points.
 
-        The steps after it are made again, and a curve has one point a step. TensorBoard is told in its file
+        The steps after it are repeated, and a curve has one point a step. TensorBoard learns it from its file
         (`purge_step`); rows of CSV files are removed.
         """
         self._first_step = step + 1 if step else 0
@@ -132,7 +132,7 @@ class Monitor:
 
 
 def _leave_failures_to_the_next_call() -> None:
-    """TensorBoard's thread keeps the error that ends it for whoever writes next; its traceback is no line of a log."""
+    """TensorBoard's thread raises its error in the next write; its traceback must not be in the log."""
     before = threading.excepthook
     if getattr(before, "leaves_out_tensorboard", False):
         return

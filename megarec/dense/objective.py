@@ -1,12 +1,12 @@
-"""What a backward pass is of: the mean loss of a rank's examples, over several labels too.
+"""The loss of a backward pass: the mean over a rank's examples, for several labels too.
 
     total = sum over labels k of v_k / B sum over examples i of w_i [label known] BCE(logit_ik, label_ik)
 
 v_k are train.label_weights, w_i the data's weight column where data.weighted. The divisor is the number of examples,
-known or not: what an example counts for depends on no other one, so that every rank's mean over its own examples, and
+known or not: an example's weight depends on no other one, so that every rank's mean over its own examples, and
 every micro-batch's, averages to that of the global batch without a message.
 
-Of several labels one whose loss is not finite on some rank is left out on all of them: each rank tells the others
+Of several labels, one whose loss is not finite on some rank is left out on all of them: each rank sends the others
 which of its losses are finite, one message of T numbers a micro-batch, for which no host waits. What is left out adds
 nothing to the total and, through the model's switch (models/multi_task.py), nothing to any gradient. If no label is
 left, the loss is NaN, and the step check (training/faults) sees a faulty step.
@@ -30,7 +30,7 @@ class Losses(NamedTuple):
     """Of a micro-batch.
 
     Attributes:
-        total: what the backward pass is of.
+        total: the loss of the backward pass.
         finite: float32 [T], 1 where the label's loss is finite on this rank, else 0; None: of one label.
     """
 
@@ -41,7 +41,7 @@ class Losses(NamedTuple):
 def label_losses(logits_BT: Tensor, labels_BT: Tensor, weights_B: Tensor | None) -> Tensor:
     """The mean over the examples, by label: [T]. A label that is NaN is missing: it counts as 0."""
     known = labels_BT.isfinite()
-    # What is missing must not be multiplied by 0: that would keep a NaN.
+    # A missing label must not be multiplied by 0: that would keep a NaN.
     each_BT = binary_cross_entropy_with_logits(
         logits_BT.where(known, 0.0), labels_BT.where(known, 0.0), reduction="none"
     )
@@ -87,7 +87,7 @@ class Objective:
 
 
 def objective(model: nn.Module, config: RunConfig, world: Channel) -> Objective:
-    """The loss that a run's config asks for; after everything that puts other parameters in the model's place."""
+    """The loss of a run's config; called after everything that replaces parameters of the model."""
     heads = getattr(model, "tasks", None)
     labels = config.data.label if isinstance(config.data.label, list) else []
     weights = [config.train.label_weights.get(label, 1.0) for label in labels]

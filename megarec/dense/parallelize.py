@@ -1,4 +1,4 @@
-"""From a dense model and a topology to what trains: one ordered recipe.
+"""From a dense model and a topology to a trainable engine: one ordered recipe.
 
 The model comes from the meta device. At ZeRO-3 it gets memory and first weights one parameter at a time, partitioned
 before the next is made, and in the type in which the model computes: no rank ever holds more than its partitions and

@@ -2,7 +2,7 @@
 
 At ZeRO 0 DeepSpeed 0.19.8 does it when the backward pass has ended, in one message. Here a gradient goes into its
 bucket as it arrives, and a full bucket is on its way while the layers before it still compute. Buckets are filled from
-the last layer to the first, as gradients arrive, and sent in that order on every rank, whatever is full first: a
+the last layer to the first, as gradients arrive, and sent in that order on every rank, whichever is full first: a
 bucket's content depends on the model alone, so that a run gives the same numbers with and without overlap, and after a
 resume. Scaling and message type are DeepSpeed's (prescale_gradients, gradient_predivide_factor,
 communication_data_type). The gradient of a parameter is a view of its bucket from then on: copied once, never back.
@@ -10,7 +10,7 @@ communication_data_type). The gradient of a parameter is a view of its bucket fr
 On a CPU a thread of the step sends, over groups of its own, so that its messages never meet others out of order. On an
 accelerator they are queued in a stream of their own, by the thread that queues everything else; the host never waits.
 
-What is left to DeepSpeed: ZeRO 1 to 3, and bf16 with fp32 accumulation, which partitions its optimizer.
+DeepSpeed keeps doing it for ZeRO 1 to 3, and bf16 with fp32 accumulation, which partitions its optimizer.
 """
 
 import queue
@@ -31,10 +31,10 @@ from megarec.distributed.topology import Topology
 
 PURPOSE = "dense gradients"
 BUCKETS = 4
-"""What is left when the backward pass ends is the last bucket, so that more of them hide more; but each waits for its
+"""Only the last bucket is left when the backward pass ends, so more buckets hide more; but each waits for its
 messages one after the other, three over hosts, and where ranks share cores such a wait is milliseconds."""
 LEAST_BYTES = 256 * 1024
-"""A smaller message takes its latency, not its bytes."""
+"""A smaller message is bound by latency, not bytes."""
 MOST_BYTES = 32 * 1024**2
 """A larger message travels no faster per byte, and would begin later."""
 ALIGNED = 16
@@ -42,7 +42,7 @@ ALIGNED = 16
 
 
 class Scaling(NamedTuple):
-    """How a sum becomes a mean, in DeepSpeed's words.
+    """How a sum becomes a mean, with DeepSpeed's options.
 
     Attributes:
         before, after: what gradients are multiplied by before and after they are summed.
@@ -63,14 +63,14 @@ def gradient_reduction(engine: Any, topology: Topology, ledger: Ledger, overlap:
     if isinstance(engine.optimizer, ZeROOptimizer):
         alone = Channel("data", None, 0, 1, ledger)
         return GradientReduction([], Levels(alone, alone), Scaling(1.0, 1.0, torch.float32), overlap)
-    # Not by its own switch: in low precision that makes it ask all ranks for overflows as well.
+    # Not by its own switch: in low precision that adds a check of all ranks for overflows.
     engine.allreduce_gradients = lambda *arguments, **named: None
     scaling = scaling_of(engine, topology.data_size)
     return GradientReduction(list(engine.module.parameters()), data_levels(topology, ledger), scaling, overlap)
 
 
 def scaling_of(engine: Any, ranks: int) -> Scaling:
-    """As the deepspeed section says, for a data group of so many ranks."""
+    """From the deepspeed section, for a data group of that many ranks."""
     dtype = engine.communication_data_type
     if not engine.postscale_gradients():
         return Scaling(1.0 / ranks, 1.0, dtype)
@@ -79,7 +79,7 @@ def scaling_of(engine: Any, ranks: int) -> Scaling:
 
 
 def bucket_bytes(total: int) -> int:
-    """From which size a bucket is closed, for gradients of so many bytes together."""
+    """The size from which a bucket is closed, given the bytes of all gradients."""
     return min(MOST_BYTES, max(LEAST_BYTES, total // BUCKETS))
 
 
@@ -138,7 +138,7 @@ class _Bucket:
         self.missing.remove(parameter)
 
     def give_back(self) -> None:
-        """After the message: gradients of another type than its own become what it brought."""
+        """After the message: write its result into gradients of another type."""
         for parameter, view in self._views.items():
             if parameter.grad is not view:
                 parameter.grad.copy_(view)  # type: ignore[union-attr]
@@ -187,7 +187,7 @@ class GradientReduction:
         """All gradients are means from here on, in the order of the current stream; collective."""
         self._armed = False
         for parameter in self._trained:
-            if parameter.grad is None:  # a branch that this step did not take; an optimizer may want one all the same
+            if parameter.grad is None:  # a branch that this step did not take; an optimizer may still need one
                 parameter.grad = torch.zeros_like(parameter)
         for bucket in self._buckets:
             for parameter in [parameter for parameter in bucket.parameters if parameter in bucket.missing]:
@@ -261,7 +261,7 @@ class _Thread:
         self._orders.put((work, future))
 
     def wait(self) -> None:
-        """Until all is done; raises what the work raised."""
+        """Until all is done; raises the work's error."""
         self._orders.put(None)
         for future in self._started:
             future.result()

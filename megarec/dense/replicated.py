@@ -15,7 +15,7 @@ Where the elements lie (DeepSpeed 0.19.8):
     stage 3                         the rank's partition of every parameter
 
 With `offload_optimizer` DeepSpeed moves each gradient into host memory, and takes its norm, while the backward pass
-runs. Its average must be there before: one message for each parameter, in hooks.
+runs. The average is needed before that: one message for each parameter, in hooks.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -86,7 +86,7 @@ def _of_flat_partitions(parameters: Iterable[nn.Parameter], wrapper: Any) -> Ite
 
 def _average_in_backward(model: nn.Module, channel: Channel) -> None:
     def average(gradient: Tensor) -> Tensor:
-        mean = gradient.clone()  # a hook must leave what it is given
+        mean = gradient.clone()  # a hook must not change its input
         all_reduce_mean_([mean], channel, _PURPOSE, "backward")
         return mean
 

@@ -1,4 +1,4 @@
-"""What the deepspeed section says of precision and ZeRO, in DeepSpeed's own words: asked here and nowhere else.
+"""Precision and ZeRO of the deepspeed section, as DeepSpeed parses it: read here and nowhere else.
 
 An engine that is built answers by itself, from the same parsed section.
 """
@@ -47,7 +47,7 @@ def settings_of(section: dict[str, Any]) -> Settings:
 
 @contextmanager
 def refusals_of_deepspeed() -> Iterator[None]:
-    """What DeepSpeed does not accept in its section becomes a UserError with its reason."""
+    """Errors of DeepSpeed about its section become a UserError with its reason."""
     try:
         yield
     except (deepspeed.DeepSpeedConfigError, ValueError, TypeError, AssertionError, NotImplementedError) as error:

@@ -3,7 +3,7 @@
     made = dense.forward_backward(batch, values)     logits, losses, the gradient of the embeddings; nothing changes
     dense.apply() | dense.skip(cause)                the optimizer step, or what DeepSpeed does in its place
 
-Nothing outside of this folder knows DeepSpeed. Everything else that a run asks of its engine is asked here.
+Nothing outside of this folder knows DeepSpeed: a run uses its engine only through this class.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +32,7 @@ class DenseResult:
 
     Attributes:
         logits: [B], or of several labels [B, T].
-        loss: what the backward pass was of (dense/objective.py).
+        loss: of the backward pass (dense/objective.py).
         gradient: [B, columns], of the embeddings: that of the mean over this rank's examples of all micro-batches; may
             be part of a wider matrix.
         finite: float32 [T], 1 where a label's loss is finite on this rank, else 0; None: of one label.
@@ -46,7 +46,7 @@ class DenseResult:
 
 @dataclass(frozen=True)
 class DenseUpdate:
-    """What became of a step.
+    """The outcome of a step.
 
     Attributes:
         cause: why nothing was changed, the same on all ranks: the caller's, or "overflow" (fp16) or "gradient" when
@@ -181,7 +181,7 @@ class DenseSide:
         """What fp16 scales the loss by; None in other precisions."""
         return loss_scale(self.engine)
 
-    # What a checkpoint keeps.
+    # The state that a checkpoint keeps.
 
     @property
     def zero_stage(self) -> int:
@@ -192,7 +192,7 @@ class DenseSide:
         return type(masters.optimizer_of(self.engine)).__name__
 
     def shapes(self) -> Iterator[tuple[str, Ints]]:
-        """(parameter, shape of the whole tensor, whatever ZeRO and tensor parallelism leave of it here)."""
+        """(parameter, shape of the whole tensor, whichever part of it this rank holds)."""
         for name, parameter in self.module.named_parameters():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             yield name, getattr(parameter, "shard", ParameterShard(shape, ())).shape
@@ -203,7 +203,7 @@ class DenseSide:
             yield piece.name, piece.shape
 
     def check_supported(self) -> None:
-        """Raise a UserError for what no checkpoint can hold: before the training, not at its first save."""
+        """Raise a UserError for states that a checkpoint cannot hold: before training, not at the first save."""
         masters.check_supported(self.engine)
 
     def held(self) -> list[TensorSlice]:
@@ -236,13 +236,13 @@ class DenseSide:
         return masters.loss_scale(self.engine)
 
     def resume(self, step: int, skipped: int, examples: int, loss_scale: Mapping[str, int | float] | None) -> None:
-        """Take over master weights that were filled in, and where the run stands; collective."""
+        """Restore filled-in master weights, and the run's position; collective."""
         masters.sync_from_masters(self.engine)
         self.engine.global_steps, self.engine.skipped_steps, self.engine.global_samples = step, skipped, examples
         masters.set_loss_scale(self.engine, loss_scale or {})
 
     def replicated(self) -> Iterator[tuple[str, bool, Tensor]]:
-        """(name, whether tensor parallelism shards it, what of it this rank holds whole): weights (at ZeRO-3 the
+        """(name, whether tensor parallelism shards it, the part that this rank holds whole): weights (at ZeRO-3 the
         small ones), and at ZeRO 0 the fp32 masters and optimizer states."""
         parameters = dict(self.module.named_parameters())
         for name, parameter in parameters.items():

@@ -2,7 +2,7 @@
 
     gather the batch -> column-parallel layer -> activation, dropout -> row-parallel layer -> reduce-scatter the batch
 
-All else stays example-local, so no rank computes what another did, and no activation is held twice: a column-parallel
+All else stays example-local, so no rank repeats another's work, and no activation is held twice: a column-parallel
 layer keeps its own examples and gathers again in the backward pass (Korthikanti et al. 2022, arXiv 2205.05198,
 section 4.2.2, with the batch where they have the sequence).
 
@@ -192,7 +192,7 @@ def _check_widths(widths: list[int], name: str, size: int) -> None:
 
 
 def _sharded(whole: Tensor, dimension: int, channel: Channel) -> nn.Parameter:
-    """This rank's slice of a parameter, marked as DeepSpeed wants it for the norm, and with its place in the whole."""
+    """This rank's slice of a parameter, marked as DeepSpeed needs it for the norm, and with its place in the whole."""
     part = whole.detach().tensor_split(channel.size, dim=dimension)[channel.rank].clone()
     parameter = nn.Parameter(part)
     parameter.__dict__.update(whole.__dict__)
@@ -220,7 +220,7 @@ def _shard_norm(norm: ColumnNorm, first_column: int, channel: Channel) -> None:
 
 
 def synchronise_norms(model: nn.Module, world: Channel, data: Channel) -> None:
-    """Let every batch normalisation take its statistics over the global batch; after `shard_mlps`.
+    """Make every batch normalisation take its statistics over the global batch; after `shard_mlps`.
 
     Behind a column-parallel layer a rank has the examples of its tensor group, elsewhere its own alone.
     """

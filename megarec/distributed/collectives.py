@@ -3,8 +3,8 @@
 A `Channel` is a process group under the name it has in the ledger; it is passed explicitly to every collective. With
 one rank (`group` None) a collective is the identity and nothing is recorded.
 
-Ranks agree on an error, or on a number, without pickling anything: to unpickle what another process sent would run
-what it likes. A text travels as bytes, at most TEXT_BYTES of them.
+Ranks agree on an error, or on a number, without pickling anything: unpickling data of another process could run
+any code. A text travels as bytes, at most TEXT_BYTES of them.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from megarec.distributed.pieces import Wait, start_exchange
 from megarec.distributed.topology import Topology, group_ranks
 from megarec.errors import DamagedCheckpoint, UserError
 
-# Since torch 2.13; before, under names that it deprecates. A GPU machine may have an older torch.
+# Since torch 2.13; older versions, which a GPU machine may have, use names that are deprecated now.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-TEXT_BYTES = 64 * 1024  # of an error or a remark: more is not for people
+TEXT_BYTES = 64 * 1024  # of an error or a remark: longer ones are not readable
 Direction = Literal["forward", "backward"]
 
 
 class TrafficKey(NamedTuple):
-    """What is counted apart: group name, operation (with its purpose), element type, direction."""
+    """The key of a count: group name, operation (with its purpose), element type, direction."""
 
     group: str
     op: str
@@ -81,7 +81,7 @@ class Ledger:
         return found
 
     def leave_out(self, before: dict[str, int]) -> None:
-        """What was sent since `totals` returned `before` is no part of what `take` returns next."""
+        """Exclude what was sent since `totals` returned `before` from the next `take`."""
         for group, total in self.totals().items():
             self._taken[group] = self._taken.get(group, 0) + total - before.get(group, 0)
 
@@ -131,7 +131,7 @@ def build_channel(
 
 
 class WireDtypes(NamedTuple):
-    """In which types embeddings and their gradients travel."""
+    """The types in which embeddings and their gradients travel."""
 
     forward: torch.dtype = torch.float32
     backward: torch.dtype = torch.float32
@@ -144,7 +144,7 @@ MESSAGE_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 class Message(NamedTuple):
     """What is on its way to this rank.
 
-    Whoever lets go of it has to wait all the same: its memory is still written to.
+    It must be waited for even if it is not needed: its memory is still written to.
     """
 
     received: Tensor
@@ -209,7 +209,7 @@ def start_all_to_all_into(
     direction: Direction = "forward",
     blocks: int = 1,
 ) -> Wait:
-    """`start_all_to_all` of so many blocks of these sizes, in one message; of more than one rank.
+    """`start_all_to_all` of several blocks of these sizes, in one message; of more than one rank.
 
     Args:
         received: filled: [blocks x sum(output_sizes)], by rank and within a rank by block, or [blocks,

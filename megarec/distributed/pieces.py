@@ -1,6 +1,6 @@
 """The all-to-all itself: what a rank sends to another may lie in several pieces, and so may what it receives.
 
-gloo's own all-to-all posts its sends before its receives. A rank that comes second then finds that it may send at
+gloo's own all-to-all posts its sends before its receives. A rank that comes second then may send at
 once, and its permission for the other to send waits behind all of its data: two ranks send one after another over a
 link that takes both at a time. So on gloo the messages are posted one by one, the receives first, piece by piece and
 without a copy. Another backend (NCCL) gets one all-to-all, and one copy on a side that is not in the order of ranks.
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Wait = Callable[[], object]
-"""Waits for what is on its way, to and from this rank: the host on a CPU, the current stream on an accelerator."""
+"""Waits for pending messages of this rank: the host on a CPU, the current stream on an accelerator."""
 
 
 def start_exchange(
@@ -75,8 +75,8 @@ def _copy(source: list[list[Tensor]], target: list[list[Tensor]]) -> None:
 def _post(sent: list[list[Tensor]], received: list[list[Tensor]], group: dist.ProcessGroup) -> Wait:
     """Pieces of a pair of ranks arrive in the order in which they are posted.
 
-    A message left to itself waits as long as the group's ranks had to find each other, not as long as the group says
-    now; so the wait names the group's patience.
+    By default a message's timeout is that of the group's rendezvous, not the group's current
+    one; so the wait states the group's timeout.
     """
     patience = group._get_backend(torch.device("cpu")).options._timeout
     rank, size = dist.get_rank(group), len(sent)
@@ -94,5 +94,6 @@ def _post(sent: list[list[Tensor]], received: list[list[Tensor]], group: dist.Pr
         for posted in work:
             if posted is not None:
                 posted.wait(patience)
+        work.clear()  # it keeps what was sent
 
     return wait

@@ -1,6 +1,6 @@
 """A process becomes a rank: device, CPU threads, memory, random numbers, the job's process group.
 
-Freed memory stays with the process: glibc maps every large block anew and gives it back when it is freed. A training
+Freed memory stays with the process: by default glibc maps every large block again and returns it when freed. A training
 step on a CPU frees and allocates the same gigabytes over and over, and each time the kernel clears the pages again,
 one fault per 4 KiB: on a virtual machine that cost a fifth of a dense step. With these two settings of mallopt(3) the
 next step finds the pages of the last one.
@@ -92,7 +92,7 @@ def rank_device() -> torch.device:
 def check_accelerator() -> None:
     """Refuse to train on the CPU of a machine whose accelerator torch cannot use.
 
-    One such host in a job would meet the others with another backend, and wait; alone, it would be slow in silence.
+    One such host in a job would use another backend than the others, and wait; alone, it would be slow silently.
 
     Raises:
         UserError: a driver is there, torch finds no device, and DS_ACCELERATOR does not ask for the CPU.
@@ -131,7 +131,7 @@ def prepare_cuda(deterministic: bool, output: Path) -> None:
 
 
 def describe_device(device: torch.device) -> str:
-    """For the log: what computes, and the versions that matter there."""
+    """For the log: the device, and the relevant versions."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return f"cpu, {threads} thread{'s' * (threads > 1)} a rank, {dist.get_backend()}"
@@ -149,7 +149,7 @@ def start_process(config: RunConfig) -> torch.device:
     """Join the job that the launcher started (or be a job of one rank); returns this rank's device.
 
     Raises:
-        UserError: the launcher's variables are no job's, or the accelerator cannot be used.
+        UserError: the launcher's variables do not describe a job, or the accelerator cannot be used.
     """
     quiet_libraries()
     check_accelerator()
@@ -213,7 +213,7 @@ def device_number(environment: Mapping[str, str], devices: int) -> int:
 def seed_generators(seed: int, rank: int) -> None:
     """Set torch's own generators, on every device, by seed and rank; a checkpoint holds their states.
 
-    Nothing of megarec draws from them; what a user's own module draws (nn.Dropout) is the same in the next run alike.
+    Nothing of megarec draws from them; what a user's own module draws (nn.Dropout) is the same in an equal run.
     """
     digest = hashlib.blake2b(f"{seed}/torch/{rank}".encode(), digest_size=7).digest()  # 56 bits, as first weights
     torch.manual_seed(int.from_bytes(digest, "big"))

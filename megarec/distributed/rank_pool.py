@@ -139,7 +139,7 @@ class RankPool:
             raise self._death(rank, what) from None
         if succeeded:
             return payload
-        # A rank may tell of a connection that closed before the one that died is known to be dead: name the cause.
+        # A rank may report a connection that closed before the one that died is known to be dead: name the cause.
         by_sentinel = {process.sentinel: rank for rank, process in enumerate(self._processes)}
         if dead := multiprocessing.connection.wait(list(by_sentinel), SECONDS_TO_DIE):
             raise self._death(by_sentinel[dead[0]], what)  # type: ignore[index]

@@ -134,7 +134,7 @@ def check_groups(topology: Topology, device: torch.device) -> None:
     So NCCL connects here, not in the middle of the first step, and a link that does not work is named by its group.
 
     Raises:
-        RuntimeError: a group did not answer, or not rightly.
+        RuntimeError: a group did not answer, or answered a wrong sum.
     """
     for kind in ("world", "tower", "peer", "tensor", "data"):
         group: Group | None = getattr(topology, kind)
@@ -152,7 +152,7 @@ def check_groups(topology: Topology, device: torch.device) -> None:
 
 
 def separate_groups(topology: Topology) -> Topology:
-    """The same topology with new world, tower and peer groups, whose messages never wait for those of the others;
+    """The same topology with new world, tower and peer groups, whose messages never wait for those of the old ones;
     collective."""
     size = topology.world_size
     if size == 1:
@@ -163,7 +163,7 @@ def separate_groups(topology: Topology) -> Topology:
 
 
 def data_of_hosts(topology: Topology) -> list[list[int]]:
-    """The ranks of one host with the same place in their tensor group: what of every data group lies on a host."""
+    """The ranks of one host with the same place in their tensor group: the part of each data group on a host."""
     local, tensor = topology.ranks_per_host, topology.tensor_size
     firsts = range(0, topology.world_size, local)
     return [list(range(first + place, first + local, tensor)) for first in firsts for place in range(tensor)]
@@ -188,7 +188,7 @@ def _ranks_of_a_machine(world_size: int) -> int:
 
 
 def _gathered_names(world_size: int) -> list[str]:
-    """The names of all ranks' machines, by rank: bytes of one length, never a pickle, which could run anything."""
+    """The names of all ranks' machines, by rank: bytes of one length, never a pickle, which could run any code."""
     device = torch.device("cpu") if dist.get_backend() == "gloo" else rank_device()
     name = socket.gethostname().encode(errors="replace")[:NAME_BYTES].ljust(NAME_BYTES, b"\0")
     mine = torch.frombuffer(bytearray(name), dtype=torch.uint8)
@@ -201,7 +201,7 @@ def _my_group(rank: int, world_size: int, members: Iterable[list[int]]) -> Group
     """Create every group of one kind (all ranks must call in the same order); return the one that holds `rank`.
 
     Args:
-        world_size: a group of so many ranks is the world's, which is there; 0: none is.
+        world_size: a group of that many ranks is the existing world group; 0: none is.
     """
     mine = None
     for ranks in members:

@@ -1,6 +1,6 @@
-"""Permutation importance (Breiman 2001): what a model loses when the values of one feature change places among rows.
+"""Permutation importance (Breiman 2001): what a model loses when the values of one feature are permuted among rows.
 
-The model is not trained again, so a feature whose twin stays in place may seem worth little.
+The model is not trained again, so a feature whose duplicate stays in place may seem worth little.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ class Importances:
 def importances(
     model: BatchModel, store: Store, device: torch.device, *, repeats: int, most: int, batch_size: int, seed: int
 ) -> dict[str, Importances]:
-    """Score rows with one feature after the other permuted; a repeat permutes all features alike.
+    """Score rows with one feature after the other permuted; a repeat uses the same permutation for all features.
 
     Returns:
         By label that the model predicts, over the rows that have it.
@@ -85,7 +85,7 @@ def importances(
     Args:
         store: of the model's features.
         repeats: at least 1.
-        most: rows that are scored; of more, so many are drawn.
+        most: rows that are scored; of more, that many are drawn.
     """
     generator = np.random.default_rng([seed, 17])
     rows = np.arange(len(store), dtype=np.int64)

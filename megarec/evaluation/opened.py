@@ -1,4 +1,4 @@
-"""What is evaluated: a trained model, and the prepared split or the raw rows that it is asked about."""
+"""What is evaluated: a trained model, on a prepared split or on raw rows."""
 
 import sys
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ MOST_EXAMPLES = 4096  # of a batch: a run's own batch is sized for all of its ra
 
 @dataclass(frozen=True)
 class Opened:
-    """A model and the rows that it is asked about.
+    """A model and the rows to score.
 
     Attributes:
         path: of the model.
@@ -75,7 +75,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class OpenedFile:
-    """An export and what it says of the raw rows of a file.
+    """An export and its scores of the raw rows of a file.
 
     Attributes:
         path: of the export.
@@ -117,7 +117,7 @@ def open_file(run: Path, file: Path, columns: list[str], option: str) -> OpenedF
         option: that the export was given by, for messages.
 
     Raises:
-        UserError: it is no export, or a row cannot be scored.
+        UserError: it is not an export, or a row cannot be scored.
     """
     path = find_model(run, option)
     if not (path / MANIFEST).is_file():
@@ -170,7 +170,7 @@ def open_model(run: Path, data: Path | None, split: Split, cache: Path | None, o
 
 
 def find_model(run: Path, option: str = "--run") -> Path:
-    """The export or checkpoint that a path means: an export, or as every tool understands it (`offline.locate`).
+    """The export or checkpoint that a path means: an export, or what `offline.locate` finds.
 
     Args:
         option: that the path was given by, for messages.
@@ -181,7 +181,7 @@ def find_model(run: Path, option: str = "--run") -> Path:
     if (run / MODEL_FILE).is_file() or (run / MANIFEST).is_file():
         return run
     if not run.is_dir() and run.name not in (LATEST, BEST):
-        raise UserError(f"{option} {run}: is no directory; train first, or correct the path")
+        raise UserError(f"{option} {run}: is not a directory; train first, or correct the path")
     try:
         return locate(run)
     except UserError as error:
@@ -225,7 +225,7 @@ def fitting_schema(trained: Schema, found: Schema, path: Path) -> Schema:
     if difference := identity_difference(trained.identity, found.identity):
         raise UserError(f"{path}: the model was trained on other data: {difference}")
     keys = ("name", "labels", "labelled", "optional", "weight", "group", "time", "rows")
-    of_data = {key: getattr(found, key) for key in keys} | {"weighted": False}  # metrics count all examples alike
+    of_data = {key: getattr(found, key) for key in keys} | {"weighted": False}  # metrics weight all examples equally
     for name in trained.tasks:
         if found.labelled and name not in (found.labels or (found.label,)):
             what = f"the model predicts {list(trained.tasks)}, and the label {name!r} is missing"

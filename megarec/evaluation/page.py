@@ -64,7 +64,7 @@ def _metrics(report: Report) -> Iterator[str]:
         rows = [[*row, between(report, name)] for row, (name, _) in zip(rows, names, strict=True)]
     yield f'<div class="card scroll"><h3>Metrics</h3>{grid(head, _cells(rows))}'
     if report.intervals:
-        yield f'<p class="soft">Intervals: bootstrap, {report.draws:,} draws; of groups by group, else by example.</p>'
+        yield f'<p class="soft">Intervals: bootstrap, {report.draws:,} draws; by group for groups, else by example.</p>'
     if (grouped := report.grouped) is not None:
         yield (
             f'<p class="soft">{grouped.groups:,} groups by {shown(str(report.column))}: {grouped.one_label:,} of one '
@@ -105,10 +105,10 @@ def _curve(curve: Sequence[ReliabilityBin]) -> str:
     points = " ".join(f"{x(own.predicted)},{y(own.observed)}" for own in curve)
     parts.append(f'<polyline class="s0 line" points="{points}"/>')
     for own in curve:
-        told = f"predicted {percent(own.predicted)}, observed {percent(own.observed)}, {own.examples:,} examples"
+        title = f"predicted {percent(own.predicted)}, observed {percent(own.observed)}, {own.examples:,} examples"
         parts.append(f'<path class="s0 line" d="M{x(own.predicted)} {y(own.low)}V{y(own.high)}"/>')
         parts.append(
-            f'<circle class="s0" cx="{x(own.predicted)}" cy="{y(own.observed)}" r="3"><title>{told}</title></circle>'
+            f'<circle class="s0" cx="{x(own.predicted)}" cy="{y(own.observed)}" r="3"><title>{title}</title></circle>'
         )
     return svg("reliability curve", "".join(parts), _HEIGHT)
 

@@ -40,7 +40,7 @@ class PredictionTable:
 
     def _write_group(self) -> None:
         logits, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
-        # In float64 a sigmoid tells apart what it would tie in float32.
+        # In float64 a sigmoid separates values that it would tie in float32.
         columns: list[Any] = []
         for x, y in zip(logits.view(len(logits), -1).T, labels.view(len(labels), -1).T, strict=True):
             there = y.isfinite()

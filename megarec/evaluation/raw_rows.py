@@ -17,7 +17,7 @@ from megarec.serving.bundle_predictor import BundlePredictor
 
 @dataclass(frozen=True)
 class RawRows:
-    """What an export says of the rows of a file.
+    """An export's scores of the rows of a file.
 
     Attributes:
         logits, labels: float32 [rows], or of several labels [rows, labels]; NaN: a label that is missing.
@@ -93,7 +93,7 @@ def _check_columns(file: Path, found: list[str], labels: Sequence[str], rule: st
 
 
 def _label(row: Any, name: str, optional: Sequence[str]) -> float:
-    """0 or 1; NaN: a row may lack it, and does; infinite: it is none."""
+    """0 or 1; NaN: an optional label is missing; infinite: it is not a label."""
     from megarec.serving.scorer import RowError
     from megarec.serving.scorer.values import number
 
@@ -109,7 +109,7 @@ def _label(row: Any, name: str, optional: Sequence[str]) -> float:
 
 
 def _typed(file: Path, name: str, values: list[Any]) -> pa.ChunkedArray:
-    """As text where any value is; numbers that a text file has are numbers."""
+    """As text if any value is text; numbers in a text file are numbers."""
     try:
         column = pa.array([None if value == "" else value for value in values])
     except pa.ArrowException:

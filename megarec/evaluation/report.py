@@ -1,4 +1,4 @@
-"""All that `megarec evaluate` knows of a model on a split, from its logits: as JSON and as lines for people."""
+"""The report of `megarec evaluate` on a model and a split, from its logits: as JSON and as text."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _LINES = 20  # of a column's slices
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model made of every row of a split, in the split's order.
+    """A model's scores of every row of a split, in the split's order.
 
     Attributes:
         logits: float32 [N].
@@ -116,7 +116,7 @@ def name_of(metric: str) -> str:
 
 
 def is_finite(scored: Scored) -> bool:
-    """Whether metrics can be had of it."""
+    """Whether it has metrics."""
     return bool(len(scored.logits)) and bool(np.isfinite(scored.logits).all())
 
 
@@ -136,7 +136,7 @@ def make_report(
         ks: of NDCG@k and HR@k.
         draws: of the bootstrap; 0: no intervals and no comparison.
         validation: name and rows of the split that calibration is fitted on; None: no calibration.
-        other: name of another model, and what it made of the same rows.
+        other: name of another model, and its scores of the same rows.
     """
     found = quality(torch.from_numpy(scored.logits), torch.from_numpy(scored.labels))
     grouped = None
@@ -170,7 +170,7 @@ def _calibrated(scored: Scored, split: str, validation: Scored) -> Calibrated:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """What --json prints; what is undefined or was not asked for is null or empty."""
+    """What --json prints; undefined or unrequested values are null or empty."""
     found = described(report.quality)
     found.setdefault("gauc", None)
     if report.grouped is not None:

@@ -66,7 +66,7 @@ def fm_norm_kernel(
     rstd = 1.0 / tl.sqrt(squares / (N * K) + eps)
     tl.store(means + example, mean)
     tl.store(rstds + example, rstd)
-    tl.debug_barrier()  # other threads of the program wrote what is read now
+    tl.debug_barrier()  # other threads of the program wrote what is read here
     for first in range(0, N * K, FLAT):
         place = first + tl.arange(0, FLAT)
         value = tl.load(fm + place, place < N * K, other=0.0).to(tl.float32)

@@ -7,13 +7,13 @@ from typing import Any
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
-    """Start a kernel on a grid of so many programs, if there is any."""
+    """Start a kernel on a grid of that many programs, if there is any."""
     if programs:
         start(kernel, programs, arguments, {"num_warps": warps, **constants})
 
 
 def start(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """What `launch` comes to; tests/device/simulated.py takes its place."""
+    """Called by `launch`; tests/device/simulated.py replaces it."""
     kernel[(programs,)](*arguments, **options)
 
 
@@ -33,6 +33,6 @@ def triton_problem(device: str) -> str | None:
     if device == "cuda":
         try:
             triton.runtime.driver.active.get_current_target()
-        except Exception as error:  # whatever it needs: a C compiler, headers, a driver
+        except Exception as error:  # any requirement: a C compiler, headers, a driver
             return f"Triton does not start ({' '.join(str(error).split())})"
     return None

@@ -107,7 +107,7 @@ def find_runs(runs: tl.tensor, run_starts: tl.tensor, total: tl.tensor, BLOCK: t
 
     Args:
         runs: int32 [total], the number of the run of every occurrence, ascending from 0.
-        run_starts: int32 [total + 1], of which the first (runs + 1) are set.
+        run_starts: int32 [total + 1]; the first (runs + 1) are set.
     """
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = position < total

@@ -27,7 +27,7 @@ from megarec.launching.variables import variables_on
 from megarec.signals import Interruption
 
 LOOPBACK = "lo"
-SECOND_LOOK_SECONDS = 5.0  # at hosts that just ended a job: their ranks may have to go first
+SECOND_LOOK_SECONDS = 5.0  # at hosts that just ended a job: their ranks may have to end first
 MASTER_PORT = 29500
 GRACE_SECONDS = 60.0
 
@@ -70,7 +70,7 @@ def multihost() -> None:
     add_run_arguments(parser)
     add_restart_arguments(parser)
     parser.add_argument("--restart-on-remaining", action="store_true", help="restart without the hosts that the "
-                        "preflight finds something wrong with")  # fmt: skip
+                        "preflight refuses")  # fmt: skip
     parser.add_argument("--launcher", choices=("deepspeed", "torchrun"), default="deepspeed")
     arguments = parser.parse_args()
     job, environment = job_of(arguments)
@@ -86,10 +86,10 @@ def multihost() -> None:
 
 
 def checked(job: Job, again: bool, on_remaining: bool) -> tuple[Job, Report]:
-    """What the preflight finds, and the job, after a restart perhaps on the hosts that remain.
+    """The preflight's findings, and the job, after a restart perhaps on the hosts that remain.
 
     Raises:
-        UserError: something is wrong with a host that is needed.
+        UserError: a required host fails the preflight.
     """
     report = check_hosts(job)
     if report.failures and again:
@@ -135,7 +135,7 @@ def run_on_hosts(
 
 
 def _shown(code: int, lines: list[str]) -> End:
-    """Say how the job ended, its cause first."""
+    """Print how the job ended, its cause first."""
     for line in lines:
         say(line)
     return End(code, lines[0].partition(": ")[2] if lines else "")
@@ -156,7 +156,7 @@ def add_restart_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint, if there is one")
     parser.add_argument("--restarts", type=_natural, default=0, metavar="K", help="start again after a crash or a "
                         "pre-emption, from the latest checkpoint, up to K times")  # fmt: skip
-    parser.add_argument("--grace", type=_seconds, default=GRACE_SECONDS, metavar="SECONDS", help="what the ranks have "
+    parser.add_argument("--grace", type=_seconds, default=GRACE_SECONDS, metavar="SECONDS", help="for the ranks "
                         "to save after SIGTERM or SIGUSR1, before they are killed (%(default)g)")  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def job_of(arguments: argparse.Namespace) -> tuple[Job, dict[str, str]]:
     """The job on many hosts, and the variables of .deepspeed_env for its ranks.
 
     Raises:
-        UserError: what needs no other host to be seen as wrong.
+        UserError: a mistake that shows without the other hosts.
     """
     environment = environment_of_ranks()
     job = plan_job(

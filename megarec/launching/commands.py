@@ -1,6 +1,6 @@
 """The local commands that start a job's ranks on its hosts: DeepSpeed's launcher over pdsh, or torchruns over ssh.
 
-What users may write travels in the assignment, one base64 word. What is left is quoted for the remote shell, or refused
+User input travels in the assignment, one base64 word. The rest is quoted for the remote shell, or refused
 where a launcher offers no way to quote it.
 """
 
@@ -22,13 +22,13 @@ TRAIN_SCRIPT = PACKAGE / "train.py"
 RANK_SCRIPT = PACKAGE / "launching/rank.py"
 VISIBLE = ("CUDA_VISIBLE_DEVICES",)
 _SAFE = re.compile(r"[\w@+=:,./-]*")
-# Quiet and single-threaded where the user says nothing: what launch/quickstart.sh does for one host.
+# Quiet and single-threaded by default, as launch/quickstart.sh does for one host.
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUNBUFFERED": "1"}
 _EXPORTED = ("MLFLOW", "MV2", "UCX", "NCCL", "LD_LIBRARY", "PATH")  # what DeepSpeed's launcher exports by itself
 
 
 def assignment_of(job: str, arguments: argparse.Namespace, interfaces: list[str], resume: bool) -> Assignment:
-    """What every rank of a start is to do, out of the command line; every user of its host can read it.
+    """What every rank of a start runs, from the command line; every user of its host can read it.
 
     Args:
         interfaces: by host.
@@ -55,7 +55,7 @@ def local_command(ranks: int, word: str, port: int) -> Command:
         "error",
     ]
     argv += ["--num_gpus", str(ranks), "--master_port", str(port), "--no_local_rank", str(RANK_SCRIPT), word]
-    hidden = ("PYTHON", *VISIBLE)  # DeepSpeed numbers all devices; the assignment says to ranks which are theirs
+    hidden = ("PYTHON", *VISIBLE)  # DeepSpeed numbers all devices; the assignment has those of the ranks
     environment = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
     environment.setdefault("DS_ACCELERATOR", accelerator())
     return Command(argv, environment)

@@ -1,6 +1,6 @@
 """How ranks report their end to the launcher: a marked line on standard error that `supervise` takes out of the log.
 
-The line says why the rank failed; where others failed first, no traceback buries their cause.
+The line says why the rank failed; if others failed first, no traceback hides their cause.
 """
 
 import atexit
@@ -28,7 +28,7 @@ FAILURE_EXIT = 1
 _LATER = "import sys, time; time.sleep(3); sys.stderr.write(sys.argv[1]); sys.exit(int(sys.argv[2]))"
 _PACKAGE = Path(__file__).parents[1]
 _ADDRESS = r"\[?(?P<address>[0-9a-fA-F.:]+?)\]?:\d+"
-# How gloo, NCCL and the store of torch.distributed say that a peer is gone; what the connection's end looked like.
+# Messages of gloo, NCCL and torch.distributed's store about a lost peer, with the reason of the connection's end.
 _GONE = re.compile(
     rf"(?:(?:Read|Write|writev?|readv?|SO_ERROR) ?(?:error)?|Connection closed by peer) \[?{_ADDRESS}"
     r"(?::? (?P<how>Connection \w+ by peer|Broken pipe|Connection timed out|No route to host))?",
@@ -46,7 +46,7 @@ _OTHER_LOSS = re.compile(
     r"[Ff]ailed to recv, got 0 bytes|NCCL.*(?:remote|peer)"
 )
 
-# The next call reports a kernel that failed, and is often far from it.
+# A failed kernel is reported by a later call, often far from it.
 _OF_KERNEL = re.compile(r"device-side assert|illegal memory access|unspecified launch failure|misaligned address")
 AGAIN = (
     "; the kernel that failed may be an earlier one: run again with CUDA_LAUNCH_BLOCKING=1 and "
@@ -61,7 +61,7 @@ class Outcome:
     Attributes:
         code: exit code, 0 for success.
         cause: one line; empty for success.
-        lost: the rank only saw that others were gone or silent: a consequence, not the cause.
+        lost: the rank only noticed that others were gone or silent: a consequence, not the cause.
     """
 
     rank: int
@@ -72,7 +72,7 @@ class Outcome:
 
 
 def rank_number() -> int:
-    """As the launcher says; 0 where it says nothing that is a number, which is an error of its own."""
+    """By the launcher's variable; 0 where that is not a number, which is another error."""
     text = os.environ.get("RANK", "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
 
@@ -100,7 +100,7 @@ def parse(line: str, job: str) -> Outcome | None:
 
 
 def watchdog_timeout(line: str) -> tuple[int, str] | None:
-    """The rank whose NCCL operation a line of its output says did not end, and what it waited for; None: another line.
+    """The rank whose NCCL operation did not end, by a line of its output, and what it waited for; None: another line.
 
     Such a rank is aborted by torch, though it only waited for others.
     """
@@ -116,7 +116,7 @@ def watchdog_timeout(line: str) -> tuple[int, str] | None:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Around what a rank does: a failure becomes one line with rank, host and cause, and ends the process at once.
+    """Around a rank's work: a failure becomes one line with rank, host and cause, and ends the process at once.
 
     At once, because to shut an interpreter down with broken process groups and running threads can take long or hang.
     A user's mistake passes through, unless a supervisor collects the causes of all ranks.
@@ -147,7 +147,7 @@ def reported() -> Iterator[None]:
 
 
 def outcome_of(error: Exception) -> Outcome:
-    """This rank's outcome after an exception; a lost or silent peer is told apart from a fault of its own."""
+    """This rank's outcome after an exception; a lost or silent peer is distinguished from its own fault."""
     text = " ".join(str(error).split())
     gone, silent = _GONE.search(text), _SILENT.search(text)
     place = _place(error)
@@ -177,9 +177,9 @@ def _place(error: Exception) -> str:
 
 
 def end_with_mistake(error: UserError) -> NoReturn:
-    """One line and exit code 2, at once: an interpreter that shuts down beside threads of torch may abort.
+    """One line and exit code 2, at once: an interpreter that shuts down while torch's threads run may abort.
 
-    Most mistakes are seen by every rank, and rank 0 says them. The others give the launcher time to end them first, as
+    Every rank sees most mistakes, and rank 0 prints them. The others give the launcher time to end them first, as
     a program without threads: those of gloo would abort when rank 0 goes, and the launcher might take that exit code.
     """
     line = f"error: {error}\n"
@@ -191,9 +191,9 @@ def end_with_mistake(error: UserError) -> NoReturn:
 
 
 def end_well() -> NoReturn:
-    """Exit code 0 after what is registered for the exit has run (a tracker's last upload, shared memory).
+    """Exit code 0 after registered exit handlers have run (a tracker's last upload, shared memory).
 
-    The interpreter does not shut down: beside threads of gloo that could abort a rank whose run went well, and the
+    The interpreter does not shut down: with threads of gloo that could abort a rank whose run succeeded, and the
     launcher would report its -6.
     """
     atexit._run_exitfuncs()

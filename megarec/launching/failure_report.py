@@ -1,4 +1,4 @@
-"""What ended a job, from what its ranks and hosts reported: the true cause first."""
+"""What ended a job, from the reports of its ranks and hosts: the root cause first."""
 
 import re
 
@@ -14,7 +14,7 @@ def failure_report(record: Record, hosts: list[Host], addresses: dict[str, str])
     """The job's exit code and what to say on standard error: the cause first, then what followed from it.
 
     Args:
-        addresses: by host, to tell hosts for the addresses that libraries name.
+        addresses: by host, to find the hosts of addresses that libraries name.
     """
     world_size = sum(host.slots for host in hosts)
     if not record.failed() and len(record.outcomes) == world_size:
@@ -23,29 +23,29 @@ def failure_report(record: Record, hosts: list[Host], addresses: dict[str, str])
     own = [outcome for outcome in failures if not outcome.lost]
     lost = [host for host in _without_word(record, hosts) if record.host_codes[host.name] == SSH_LOST]
     if lost and own and all(outcome.code == PREEMPTED for outcome in own):
-        # Ranks whose connection goes are asked to end, and the others with them: a consequence, not a signal's.
+        # Ranks that lose their connection are asked to end, and the others too: a consequence, not a signal.
         return SSH_LOST, _lines("error", _of_hosts(record, lost) + _grouped(own, hosts, addresses))
     for code, word in ((USER_MISTAKE, "error"), (PREEMPTED, "pre-empted")):
         if own and all(outcome.code == code for outcome in own):
             return code, [f"{word}: {line}" for line in _grouped(own, hosts, addresses)]
-    said = _grouped(own, hosts, addresses) + _of_hosts(record, hosts)
-    said += _grouped([outcome for outcome in failures if outcome.lost], hosts, addresses)
+    lines = _grouped(own, hosts, addresses) + _of_hosts(record, hosts)
+    lines += _grouped([outcome for outcome in failures if outcome.lost], hosts, addresses)
     if not own:
-        said += _silent(record, hosts)
-    said = said or [f"the launcher ended with exit code {record.launcher_code} and no rank said why"]
+        lines += _silent(record, hosts)
+    lines = lines or [f"the launcher ended with exit code {record.launcher_code} and no rank lines why"]
     if any(outcome.code == STOPPED for outcome in own):
-        return STOPPED, _lines("error", said)
+        return STOPPED, _lines("error", lines)
     codes = [outcome.code for outcome in (*own, *failures)] + [*record.host_codes.values(), record.launcher_code]
     code = next((code for code in codes if 0 < code < 256), 1)
-    return code, _lines("error", said)
+    return code, _lines("error", lines)
 
 
-def _lines(word: str, said: list[str]) -> list[str]:
-    return [f"{word}: {said[0]}", *(f"  then: {line}" for line in said[1:])]
+def _lines(word: str, lines: list[str]) -> list[str]:
+    return [f"{word}: {lines[0]}", *(f"  then: {line}" for line in lines[1:])]
 
 
 def _grouped(outcomes: list[Outcome], hosts: list[Host], addresses: dict[str, str]) -> list[str]:
-    """A line a cause, in the order in which they came in."""
+    """A line a cause, in order of arrival."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault(_named(outcome.cause, hosts, addresses), []).append(outcome)
@@ -74,7 +74,7 @@ def _named(cause: str, hosts: list[Host], addresses: dict[str, str]) -> str:
 def _of_hosts(record: Record, hosts: list[Host]) -> list[str]:
     """Hosts whose launcher or connection ended before any of their ranks reported."""
     return [
-        f"{host.ranks} on {host.name}: no word; {_meaning(record.host_codes[host.name])}"
+        f"{host.ranks} on {host.name}: no report; {_meaning(record.host_codes[host.name])}"
         for host in _without_word(record, hosts)
     ]
 
@@ -86,15 +86,15 @@ def _without_word(record: Record, hosts: list[Host]) -> list[Host]:
 def _silent(record: Record, hosts: list[Host]) -> list[str]:
     """Hosts that were still there for the launcher, but whose ranks reported nothing."""
     silent = [host for host in hosts if host.name not in record.host_codes and not _has_word(record, host)]
-    said = [f"{host.ranks} on {host.name}: no word; its link may be down, or its ranks hang" for host in silent]
-    if not record.waited:  # else ranks that did not say in time that they waited might be blamed
-        return said
+    lines = [f"{host.ranks} on {host.name}: no report; its link may be down, or its ranks hang" for host in silent]
+    if not record.waited:  # else ranks that did not report their wait in time might be blamed
+        return lines
     for host in hosts:
         missing = [str(rank) for rank in _ranks(host) if rank not in record.outcomes]
         if _has_word(record, host) and missing:
             who = f"rank{'s' * (len(missing) > 1)} {' and '.join(missing)} on {host.name}"
-            said.append(f"{who}: no word, while the others waited; may hang outside of NCCL")
-    return said
+            lines.append(f"{who}: no report, while the others waited; may hang outside of NCCL")
+    return lines
 
 
 def _has_word(record: Record, host: Host) -> bool:

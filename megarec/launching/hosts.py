@@ -1,4 +1,4 @@
-"""The hosts of a job: what names them, how they are reached, what their ranks get.
+"""The hosts of a job: their names, how they are reached, the variables of their ranks.
 
 hostfile         of the deepspeed launcher: a line a host, `NAME slots=N`; # starts a comment
 .deepspeed_env   variables for every rank of a job, a line each, KEY=VALUE and nothing else (variables.py)
@@ -35,7 +35,7 @@ def on_ssh_host(host: str, command: Sequence[str], options: Sequence[str] = OPTI
 def keep_alive(seconds: float) -> tuple[str, ...]:
     """Options that end an ssh whose connection has been dead for longer than that, instead of never.
 
-    The last answer may be 15 s older than the fault: with one probe more, ranks that wait so long say why first.
+    The last answer may be 15 s older than the fault: one more probe lets ranks that wait that long report first.
     """
     return ("-o", "ServerAliveInterval=15", "-o", f"ServerAliveCountMax={max(2, round(seconds / 15)) + 1}")
 
@@ -76,7 +76,7 @@ class Host:
 
     @property
     def ranks(self) -> str:
-        """As people say it: "rank 4", "ranks 4-7"."""
+        """For messages: "rank 4", "ranks 4-7"."""
         last = self.first_rank + self.slots - 1
         return f"rank {last}" if self.slots == 1 else f"ranks {self.first_rank}-{last}"
 
@@ -85,7 +85,7 @@ def read_hostfile(path: Path) -> list[Host]:
     """The hosts in order of their ranks.
 
     Raises:
-        UserError: a line that is none, a host listed twice, no slots or unequal ones; with file and line number.
+        UserError: a malformed line, a host listed twice, no slots or unequal ones; with file and line number.
     """
     lines = _lines_of(path, "--hostfile wants lines of 'NAME slots=N'")
     hosts: list[Host] = []
@@ -116,11 +116,11 @@ def _lines_of(path: Path, wanted: str) -> list[str]:
     """The lines of a small text file; a pipe that the shell made (`<(...)`) is one too.
 
     Raises:
-        UserError: there is none, or something that is no such file, which could be endless.
+        UserError: it does not exist, or is not such a file and could be endless.
     """
     try:
         if not path.is_file() and not (path.is_fifo() and path.parent == Path("/dev/fd")):
-            what = "it is no file" if path.exists() else "No such file"
+            what = "it is not a file" if path.exists() else "No such file"
             raise UserError(f"{str(path)!r}: cannot be read ({what}); {wanted}")
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)

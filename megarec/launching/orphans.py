@@ -1,7 +1,7 @@
-"""A rank whose launcher is gone saves and ends, instead of training on where nobody watches it.
+"""A rank whose launcher is gone saves and ends, instead of training on unwatched.
 
 DeepSpeed's `deepspeed` starts a second process, which starts the ranks. SIGTERM or a kill ends the first alone, and the
-others never notice. A rank under one of our own launchers has a process beside it that knows (rank_process.py).
+others never notice. A rank under our own launchers has a watcher process that notices (rank_process.py).
 """
 
 import os
@@ -53,7 +53,7 @@ def _watch(launchers: list[psutil.Process]) -> None:
 
 
 def _alive(process: psutil.Process) -> bool:
-    """A zombie is not: nobody may ever collect its exit code."""
+    """A zombie is not alive: its exit code may never be collected."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

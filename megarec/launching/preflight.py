@@ -1,6 +1,6 @@
 """Checks of every host before a job starts, over ssh and in parallel: each failure is one line with its remedy.
 
-What the hosts must have in common, and what each must have, are plain comparisons of what the probes found.
+Requirements within and across hosts are plain comparisons of the probes' findings.
 """
 
 import os
@@ -30,7 +30,7 @@ SAME_FILES = "share one file system, or copy it there (rsync -a)"
 ROOT = Path(__file__).resolve().parents[2]  # a checkout, or what the package is installed in
 CLOCK_READINGS = 3
 LARGEST_SHARE_OF_GPU_IN_USE = 0.1
-LEAST_SHARED_MEMORY = 1 << 30  # NCCL takes some tens of MiB a rank of it, and says only "unhandled system error"
+LEAST_SHARED_MEMORY = 1 << 30  # NCCL takes tens of MiB a rank of it, and reports only "unhandled system error"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Failure:
 
 
 def compare_hosts(host: str, found: Facts, here: Facts) -> list[Failure]:
-    """What differs on a host from the machine that launches, where it must not."""
+    """Forbidden differences between a host and the launching machine."""
     if not found["directory"]:
         return [Failure(host, "directory", "the working directory is not there", "it to be as here", SAME_FILES)]
     failures = []
@@ -85,7 +85,7 @@ def check_output(host: str, state: dict[str, Any], output: str) -> list[Failure]
 
 
 def check_gpus(host: Host, found: Facts, first: Facts) -> list[Failure]:
-    """Whether a host's GPUs are enough for its ranks, free, sound, and those of the first host; none need be there.
+    """Whether a host's GPUs suffice for its ranks, are free and sound, and match the first host's; it may have none.
 
     Args:
         first: the facts of the first host of the job.
@@ -107,7 +107,7 @@ def check_gpus(host: Host, found: Facts, first: Facts) -> list[Failure]:
         own, others = ({gpu[what] for gpu in side["found"]} for side in (here, there))
         if own and others and own != others:
             seen, expected = (", ".join(sorted(kinds)) for kinds in (own, others))
-            fail(f"{what} {seen}", f"{expected}, as the first host", "let all hosts have the same")
+            fail(f"{what} {seen}", f"{expected}, as the first host", "use the same on all hosts")
     for number, gpu in enumerate(here["found"]):
         used, total, errors = (gpu[what] for what in ("memory.used", "memory.total", GPU_FACTS[-1]))
         if used.isdigit() and total.isdigit() and int(used) > LARGEST_SHARE_OF_GPU_IN_USE * int(total):
@@ -154,7 +154,7 @@ def check_interface(
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be started where.
+    """The job: what to start, and where.
 
     Attributes:
         directory: the working directory, the same on every host.
@@ -173,7 +173,7 @@ class Job:
 
 @dataclass
 class Report:
-    """What the preflight found.
+    """The preflight's findings.
 
     Attributes:
         master: address of the first host, for all.
@@ -368,7 +368,7 @@ def required_packages() -> list[str]:
 
 
 def table(job: Job, report: Report) -> list[str]:
-    """What to show when all is well."""
+    """The summary of a passed preflight."""
     rows = [("host", "address", "interface", "ranks", "free disk")]
     for host in job.hosts:
         free = report.facts[host.name]["output"]["free"] / 2**30

@@ -1,4 +1,4 @@
-"""What the preflight runs on every host, sent over ssh as source: standard library only, nothing needs to be there.
+"""The preflight's program on every host, sent over ssh as source: standard library only, nothing is installed.
 
 Reads requests, a JSON object a line, from standard input; answers each with a JSON object a line.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 CONNECT_SECONDS = 3.0
-GPU_SECONDS = 30.0  # a driver that is not kept loaded takes its time
+GPU_SECONDS = 30.0  # a driver that is not kept loaded is slow
 GPU_FACTS = ("name", "driver_version", "memory.total", "memory.used", "ecc.errors.uncorrected.volatile.total")
 LISTENING: list[socket.socket] = []
 
@@ -25,7 +25,7 @@ LISTENING: list[socket.socket] = []
 def facts(
     directory: str, root: str, files: list[str], packages: list[str], output: str, peers: list[str]
 ) -> dict[str, Any]:
-    """What must be the same everywhere, and what a run needs of a host; files and output as seen from `directory`."""
+    """Facts that must be equal everywhere, and a run's needs of a host; files and output relative to `directory`."""
     there = Path(directory).is_dir()
     if there:
         os.chdir(directory)

@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class Unanswered(Exception):
-    """A host that cannot be asked, and what ssh or its shell said about it."""
+    """A host that cannot be probed, with the message of ssh or its shell."""
 
 
 class Session:
@@ -53,7 +53,7 @@ class Session:
             raise Unanswered(self._last_words())
         try:
             return dict(json.loads(answer))
-        except (ValueError, TypeError, RecursionError) as error:  # its shell says something at every login
+        except (ValueError, TypeError, RecursionError) as error:  # its shell prints something at every login
             raise Unanswered(f"its shell says {one_line(answer.strip(), 60)!r} before any command") from error
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class Session:
             self._process.stdin.write(text)
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # ssh has ended: the answer, which will be missing, tells
+            pass  # ssh has ended: the missing answer shows it
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -76,8 +76,8 @@ class Session:
 
     def _last_words(self) -> str:
         assert self._process.stderr is not None
-        said = self._process.stderr.read().strip().splitlines()
-        return said[-1] if said else f"ssh ended with exit code {self._process.wait()}"
+        lines = self._process.stderr.read().strip().splitlines()
+        return lines[-1] if lines else f"ssh ended with exit code {self._process.wait()}"
 
 
 class Sessions:

@@ -1,14 +1,14 @@
-"""Beside every rank of a many-host job, a small process that knows how the rank ended and ends it when it must.
+"""A small process beside every rank of a many-host job: it notices how the rank ended, and ends it when needed.
 
-It says when a signal killed the rank, which launchers of whole hosts do not, and gives the rank's true exit code. It
+It reports when a signal killed the rank, which launchers of whole hosts do not, with the rank's own exit code. It
 ends the rank when the launcher dies, or no longer reads its output, because the ssh connection is gone: so nothing runs
-on in vain on a host that nobody watches. SIGTERM and SIGUSR1 go on to the rank, which has a grace to save.
+on unwatched on a host. SIGTERM and SIGUSR1 are passed on to the rank, which gets time to save.
 
 Plain standard library: a rank of every job carries this process.
 
-What a job tells each of its ranks is an `Assignment`, one word that no shell and no launcher can change: launchers
+Each rank gets its `Assignment` as one word that no shell and no launcher can change: launchers
 build remote command lines by joining words (DeepSpeed's pdsh runner leaves `$`, quotes and semicolons as they are), so
-what users may write, paths and overrides, travels in URL-safe base64.
+user input (paths and overrides) travels in URL-safe base64.
 """
 
 import base64
@@ -48,7 +48,7 @@ class Assignment:
     command: what the Python interpreter of the rank runs: a script and its arguments.
     environment: variables of every rank, for all to see; those of .deepspeed_env travel apart (variables.py).
     interfaces: by node, the network interface that reaches the others.
-    grace: seconds that a rank which is asked to end has for its save.
+    grace: seconds that a rank has to save when it is asked to end.
     """
 
     job: str
@@ -102,7 +102,7 @@ def watch(assignment: Assignment) -> int:
     threading.Thread(target=_when_unread, args=(end,), daemon=True).start()
     code = rank.wait()
     if unwatched.is_set() or (asked.is_set() and code < 0):
-        os._exit(128 + signal.SIGTERM)  # not its own end: it has nothing to report, and perhaps nobody listens
+        os._exit(128 + signal.SIGTERM)  # not its own end: it has nothing to report, and perhaps no listener
     if code < 0:
         name = signal.Signals(-code).name
         hint = (
@@ -123,7 +123,8 @@ def _environment(assignment: Assignment) -> dict[str, str]:
     node = int(next(os.environ[name] for name in _NODE_VARIABLES if name in os.environ))
     interface = assignment.interfaces[node]
     found = {"GLOO_SOCKET_IFNAME": interface}
-    # The way to the master may be a slow management network: NCCL finds InfiniBand by itself, and the user knows best.
+    # The way to the master may be a slow management network: NCCL finds InfiniBand by itself, and the user's setting
+    # wins.
     if not (_INFINIBAND.is_dir() and any(_INFINIBAND.iterdir())):
         found["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME", interface)
     return {**os.environ, **found, **assignment.environment, **read_variables(assignment.job)}
@@ -132,7 +133,7 @@ def _environment(assignment: Assignment) -> dict[str, str]:
 def _when_unread(end: Callable[[], None]) -> None:
     """Call `end` when the other end of standard output is closed; a file or a terminal never is."""
     poll = select.poll()
-    poll.register(1, 0)  # errors and hang-ups are reported unasked
+    poll.register(1, 0)  # errors and hang-ups are always reported
     poll.poll()
     end()
 

@@ -1,4 +1,4 @@
-"""Start a job again from its latest checkpoint, up to K times, and say so."""
+"""Start a job again from its latest checkpoint, up to K times, with a line each time."""
 
 import sys
 from collections.abc import Callable
@@ -29,13 +29,13 @@ def run_with_restarts(
 ) -> int:
     """Start a job, and again with --resume when it ends by a crash or a pre-emption; returns its last exit code.
 
-    A signal to this process ends the job and the restarting: exit code 75 unless the job had come to an end of its own.
+    A signal to this process ends the job and the restarts: exit code 75 unless the job had ended by itself.
 
     Args:
         start: of the number of the start (from 0) and whether to resume; a UserError when it cannot be started.
         restarts: how many at most, in all.
         resume: whether the first start resumes.
-        checkpoints: of the run; `latest` in it tells whether a start got any further.
+        checkpoints: of the run; its `latest` shows whether a start made progress.
     """
     began = latest = _latest(checkpoints)
     end = start(0, resume)
@@ -75,7 +75,7 @@ def _last_word(end: End, restarts: int, latest: tuple[str, int] | None, interrup
 
 
 def _latest(checkpoints: Path) -> tuple[str, int] | None:
-    """Name of the latest checkpoint, and what tells it from one of the same name that another start wrote."""
+    """Name of the latest checkpoint, and a mark that distinguishes it from one of the same name by another start."""
     name = pointed(checkpoints, LATEST)
     return None if name is None else (name, (checkpoints / LATEST).stat().st_mtime_ns)
 

@@ -1,7 +1,7 @@
 """Send a signal to the ranks of a job on this host: python send_signal.py JOB SIGNUM.
 
-Over ssh it goes as source: standard library only. A rank is told from the processes that it started itself, which have
-its variables as well, by its parent, the watcher, which has them not.
+Over ssh it goes as source: standard library only. A rank is distinguished from its own child processes, which have
+its variables as well, by its parent, the watcher, which does not have them.
 """
 
 import os
@@ -21,7 +21,7 @@ def _content(path: Path) -> list[bytes]:
     try:
         return path.read_bytes().split(b"\0")
     except OSError:
-        return []  # it has ended, or is somebody else's
+        return []  # it has ended, or belongs to another user
 
 
 def _parent(pid: int) -> int | None:

@@ -23,7 +23,7 @@ from megarec.launching.hosts import OPTIONS, on_ssh_host
 from megarec.launching.process_tree import ended_with_this_process, kill_tree
 from megarec.signals import Interruption
 
-GRACE_SECONDS = 3.0  # from the first failure until the others have said theirs, or are ended
+GRACE_SECONDS = 3.0  # from the first failure until the others have reported, or are ended
 SIGNAL_AGAIN_SECONDS = 5.0  # ranks that were only starting when the signal came
 _CHATTER = re.compile(r"(\S+: )?\[[^]]*\] \[(INFO|WARNING|ERROR)\] \[(launch|runner|real_accelerator)\.py:.*")
 _PDSH_EXIT = re.compile(r"pdsh@\S+: (?P<host>\S+): ssh exited with exit code (?P<code>\d+)")
@@ -45,12 +45,12 @@ class Command:
 
 @dataclass
 class Record:
-    """What is known of a job's end.
+    """What is known about a job's end.
 
     Attributes:
         outcomes: by rank, the first that it reported.
         host_codes: by host, the exit code of what ran there, where it is not 0.
-        waited: by rank, what NCCL's watchdog said that it waited for in vain; the watchdog then aborts the process.
+        waited: by rank, the operation that NCCL's watchdog reported as stuck; the watchdog then aborts the process.
     """
 
     outcomes: dict[int, Outcome] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Record:
         return bool(self.host_codes) or self.launcher_code != 0 or any(o.code for o in self.outcomes.values())
 
     def take(self, line: str, job: str) -> bool:
-        """Whether a line of output is a word to the supervisor; if so, it is noted."""
+        """Whether a line of output is a report to the supervisor; if so, it is noted."""
         outcome = parse(line, job)
         if outcome is not None:
             if outcome.rank in self.waited and outcome.code > 128:
@@ -99,7 +99,7 @@ class Watch:
 def supervise(job: str, commands: list[Command], watch: Watch) -> Record:
     """Run the commands to the end of the job; when one host or rank fails, all are ended, at the latest after a grace.
 
-    An end from here kills the launcher's processes of this machine; the ranks' watchers see their connection go.
+    Ending kills the launcher's processes on this machine; the ranks' watchers see their connection close.
     """
     record = Record()
     lines: Lines = queue.Queue()
@@ -153,7 +153,7 @@ def _listen(
 
 
 def _pass_on(line: str, stream: IO[str]) -> None:
-    """Write a line of the job; one that nobody reads (`| head`) ends no job, and neither does a full disk."""
+    """Write a line of the job; a closed output (`| head`) or a full disk does not end the job."""
     try:
         stream.write(line)
         stream.flush()
@@ -162,7 +162,7 @@ def _pass_on(line: str, stream: IO[str]) -> None:
 
 
 class _Forwarding:
-    """Sends a signal to this process on to the ranks, and again while they are there."""
+    """Passes a signal to this process on to the ranks, and repeats it while they run."""
 
     def __init__(self, job: str, watch: Watch) -> None:
         self._job, self._watch = job, watch
@@ -178,7 +178,7 @@ class _Forwarding:
             sender.wait()
 
     def signalled(self) -> bool:
-        """Whether there was a signal; sends it on when it is time to."""
+        """Whether there was a signal; passes it on when it is due."""
         number = self._watch.interruption.signum
         if number is not None and time.monotonic() > self._next:
             self._next = time.monotonic() + SIGNAL_AGAIN_SECONDS
@@ -189,7 +189,7 @@ class _Forwarding:
 
 @contextmanager
 def _hangup_as_exit() -> Iterator[None]:
-    """SIGHUP ends this process as an exception does, with what `finally` says; ignored (nohup), it stays so."""
+    """SIGHUP raises an exception in this process, so that `finally` runs; if ignored (nohup), it stays ignored."""
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         yield
         return
@@ -236,7 +236,7 @@ def _note_ends(commands: list[Command], processes: list["subprocess.Popen[str]"]
 
 
 def signal_ranks(job: str, signum: int, hosts: Sequence[str] | None) -> list["subprocess.Popen[bytes]"]:
-    """Start what sends a signal to a job's ranks: on this machine, or on hosts over ssh."""
+    """Start the senders of a signal to a job's ranks: on this machine, or on hosts over ssh."""
     if hosts is None:
         return [subprocess.Popen([sys.executable, send_signal.__file__, job, str(signum)])]
     source = Path(send_signal.__file__).read_text(encoding="utf-8")

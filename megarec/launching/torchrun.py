@@ -1,4 +1,4 @@
-"""torchrun with a rank's exit code instead of 1, without the traceback in which it would bury what the ranks said, and
+"""torchrun with a rank's exit code instead of 1, without the traceback that would hide the ranks' messages, and
 with a store that listens at the master's address alone.
 
 python torchrun.py [torchrun's arguments]

@@ -1,7 +1,7 @@
 """How the variables of .deepspeed_env reach the ranks: a file of mode 600 in the home directory of each host.
 
-They hold keys and tokens, and a command line, of which DeepSpeed's launcher makes three a rank, is there for every user
-of a host to read. The text goes over ssh's standard input. The file is named after the start of the job and removed at
+They hold keys and tokens, and every user of a host can read command lines (DeepSpeed's launcher makes three a
+rank). The text goes over ssh's standard input. The file is named after the start of the job and removed at
 its end; ranks read it as they start.
 """
 
@@ -17,7 +17,7 @@ from megarec.files import read_object
 from megarec.launching.hosts import CONNECT_SECONDS, on_ssh_host
 
 _SECONDS = 30.0 + CONNECT_SECONDS
-# Several hosts may share one home directory: whoever comes second finds the file there.
+# Several hosts may share one home directory: the second one finds the file there.
 _WRITE = """
 import os, pathlib, sys
 path = pathlib.Path.home() / sys.argv[1]
@@ -45,7 +45,7 @@ def variables_on(hosts: Sequence[str] | None, job: str, variables: dict[str, str
     """Inside, the variables are on the hosts (None: on this machine); without any, nothing is written.
 
     Raises:
-        UserError: a host does not take them; names it.
+        UserError: a host refuses them; names it.
     """
     if not variables:
         yield
@@ -54,10 +54,11 @@ def variables_on(hosts: Sequence[str] | None, job: str, variables: dict[str, str
         for host, process in _started(hosts, _WRITE, job):
             _, errors = process.communicate(json.dumps(variables).encode(), timeout=_SECONDS)
             if process.returncode:
-                said = (errors.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+                lines = errors.decode(errors="replace").strip().splitlines()
+                reason = lines[-1] if lines else f"exit code {process.returncode}"
                 raise UserError(
                     f"{host or 'this machine'}: the variables of .deepspeed_env cannot be written to "
-                    f"~/{file_of(job).name} there ({said}); the ranks need a home directory that can be written"
+                    f"~/{file_of(job).name} there ({reason}); the ranks need a home directory that can be written"
                 )
         yield
     finally:

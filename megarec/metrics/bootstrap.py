@@ -1,9 +1,9 @@
-"""How far a metric can be trusted, and whether one run is better than another: the bootstrap, seeded.
+"""Intervals of a metric, and whether one run is better than another: the seeded bootstrap.
 
 Metrics of examples are drawn by example, metrics of groups by group, with replacement. Two runs are compared on the
 same draws of the same rows. Where the rows have groups, all metrics of a comparison are drawn by group: rows of one
-user go together, and a test that takes them for independent finds differences that are not there. So one method serves
-AUC, LogLoss and GAUC alike; DeLong's would serve the AUC alone, and of independent rows alone.
+user go together, and a test that treats them as independent finds false differences. So one method serves
+AUC, LogLoss and GAUC; DeLong's would only serve the AUC, and only of independent rows.
 """
 
 import math
@@ -49,7 +49,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """What one model made of N rows.
+    """One model's scores of N rows.
 
     Attributes:
         rows: their logits and labels.
@@ -62,7 +62,7 @@ class ScoredRows:
     groups: NDArray[Any] | None = None
 
     def of_groups(self, times: NDArray[Any] | None = None) -> dict[str, float]:
-        """Metrics of groups, by name, each group counted so often."""
+        """Metrics of groups, by name, each group counted that often."""
         assert self.scores is not None
         found = over_groups(self.scores, times)
         named = {"gauc_by_impressions": found.gauc_by_impressions, "gauc_by_group": found.gauc_by_group}

@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 from megarec.metrics.weighted import Float, losses_of, probabilities_of
 
 _HOTTEST, _COLDEST = -7.0, 7.0  # log(1 / temperature)
-_BINS, _ROWS_OF_A_BIN = 100, 200  # of a histogram: at most so many, with at least so many rows
+_BINS, _ROWS_OF_A_BIN = 100, 200  # of a histogram: at most that many bins, of at least that many rows
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def fit_temperature(logits: NDArray[Any], labels: NDArray[Any]) -> Temperature:
     def slope(log_factor: float) -> float:
         return float((x * (probabilities_of(x * math.exp(log_factor)) - labels)).mean())
 
-    if slope(_HOTTEST) >= 0:  # the logits are of no use, or wrong
+    if slope(_HOTTEST) >= 0:  # the logits are useless, or wrong
         return Temperature(math.exp(-_HOTTEST))
     if slope(_COLDEST) <= 0:  # no error among them
         return Temperature(math.exp(-_COLDEST))

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 FIRST = 10
-"""k of NDCG@k and HR@k where nobody names one."""
+"""The default k of NDCG@k and HR@k."""
 _SCORE_BITS = 32
 _PIECE = 1 << 20  # rows that are added up at a time, or one group where it has more
 
 
 @dataclass(frozen=True)
 class GroupScores:
-    """What is known of every group that has a row, in the order of their numbers.
+    """Figures of every group that has a row, in the order of their numbers.
 
     Attributes:
         groups: int64 [G], their numbers.
@@ -215,7 +215,7 @@ def _first(k: int, before: Int, rows: Int, hits: Int, first_level: Int, positive
     np.divide(dcg, gained[np.minimum(positives, k)], out=ndcg, where=positives > 0)
 
     sure = np.add.reduceat(np.where(before + rows <= k, hits, 0), first_level) > 0
-    cut = (before < k) & (before + rows > k)  # the level, at most one of a group, of which a part is looked at
+    cut = (before < k) & (before + rows > k)  # the level that is only partly looked at, at most one a group
     missed = np.ones(len(rows))
     seen, tied, wrong = (k - before)[cut], rows[cut], (rows - hits)[cut]
     chance = np.ones(len(tied))

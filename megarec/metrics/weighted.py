@@ -1,4 +1,4 @@
-"""AUC, LogLoss, NE and calibration of rows that count several times: what a bootstrap asks for again and again.
+"""AUC, LogLoss, NE and calibration of rows that count several times: what a bootstrap computes repeatedly.
 
 Sorted once by score, every draw is a few passes over the rows, and the AUC is exact, ties included.
 """

@@ -80,7 +80,7 @@ class KeyedDropout(nn.Module):
     rounded to a multiple of 2^-16.
 
     Attributes:
-        salt: tells this module's mask from others'; `number_dropouts` gives each module of a model its own.
+        salt: distinguishes this module's mask from others'; `number_dropouts` gives each module of a model its own.
         first_column: global column of the input's first one; tensor parallelism sets it on a shard.
     """
 
@@ -141,9 +141,9 @@ class MLP(nn.Module):
         inputs, hidden, outputs: widths; without hidden ones it is one linear layer.
         bias: whether the layers have a bias; one for all, or one for each. Before BatchNorm its own is the bias.
         dropout: probability after every hidden layer.
-        relu: whether anything lies between the layers; without it is a factorised (low-rank) linear map.
-        activation: what does.
-        norm: what comes before it.
+        relu: whether an activation lies between the layers; without one it is a factorised (low-rank) linear map.
+        activation: which one.
+        norm: the normalisation before it.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class MLP(nn.Module):
         self.activation = activation_function(activation)
         widths = [inputs, *hidden, outputs]
         biases = [bias] * (len(widths) - 1) if isinstance(bias, bool) else bias
-        # BatchNorm takes a bias before it away: its gradient would be rounding errors, of which Adam makes whole steps.
+        # BatchNorm cancels a bias before it: Adam would turn its gradient, rounding errors, into whole steps.
         kept = [has and (norm != "batch" or layer == len(hidden)) for layer, has in enumerate(biases)]
         self.linears = nn.ModuleList(
             nn.Linear(fan_in, fan_out, bias=has_bias)
@@ -175,7 +175,7 @@ class MLP(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew."""
+        """Draw all weights again."""
         for index, linear in enumerate(self.linears):
             assert isinstance(linear, nn.Linear)
             gain = math.sqrt(2) if self.relu and index < len(self.dropouts) else 1.0
@@ -203,10 +203,10 @@ def mlp_of(
 
 
 def shift_vanishes(config: ModelConfig, hidden: Sequence[int], headless: bool = False) -> bool:
-    """Whether a constant that is added to what `head_of` takes, the same for every example, changes no logit.
+    """Whether a constant added to the input of `head_of`, the same for every example, leaves every logit unchanged.
 
-    It does not where BatchNorm follows the first layer. A bias that adds one would have a gradient of rounding errors
-    alone, of which Adam makes whole steps, and evaluation sees them: its running means lag behind. So there is none.
+    It does if BatchNorm follows the first layer. The gradient of a bias that adds one would be only rounding
+    errors, which Adam turns into whole steps that evaluation sees: its running means lag. So there is none.
 
     Args:
         hidden: of the MLP.

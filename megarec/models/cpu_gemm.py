@@ -62,7 +62,7 @@ def _is_slow(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _cpu_multiplies_bf16() -> bool:
-    """What torch itself asks before it hands a bf16 product on a CPU to oneDNN."""
+    """torch's own condition for passing a bf16 product on a CPU to oneDNN."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

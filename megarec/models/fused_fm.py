@@ -5,8 +5,8 @@
     dW = sum over the examples of dP X^T    X and dP are read as they lie; a GEMM wants the examples side by side, which
                                             is a copy of both
 
-The plain way (projection.py, torch's LayerNorm) is what they are tested against, and what everything else runs. Sums
-are float32, in a fixed order. FM is rounded to the type of X before it is normalised, as it is the plain way.
+They are tested against the plain path (projection.py, torch's LayerNorm), which runs everywhere else. Sums
+are float32, in a fixed order. FM is rounded to the type of X before it is normalised, as in the plain path.
 
 Shape suffixes: B examples, N embeddings, D their width, K rank, O = K + R rows of W, G groups of examples.
 """
@@ -73,7 +73,7 @@ def _(dp_BOD: Tensor, x_BND: Tensor) -> Tensor:
 
 
 class _Products(torch.autograd.Function):
-    """W X, and X itself: what comes back for X is the matrix that the product behind dX is added to."""
+    """W X, and X itself: the gradient for X is the matrix that the product behind dX is added to."""
 
     @staticmethod
     def forward(ctx: Any, x_BND: Tensor, interact: bool, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """First weights of a dense model: a function of (seed, parameter name, place in the whole tensor), nothing else.
 
 So any shard of a model, on any topology, starts from the numbers that one unsharded process starts from, and a model
-that fits no machine can be built on the meta device and filled shard by shard.
+too large for a machine can be built on the meta device and filled shard by shard.
 """
 
 import hashlib
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from megarec.models.norms import start_statistics
 from megarec.slices import shard_of
 
-TILE = 256, 1024  # rows, columns of the whole tensor that are drawn together: another value draws other weights
+TILE = 256, 1024  # rows, columns of the whole tensor that are drawn together: another value gives other weights
 
 
 def draw_normal_(weight: Tensor, std: float) -> None:
     """Draw a weight [rows, columns], and remember its standard deviation for `initialize`."""
-    if not weight.is_meta:  # where there is nothing to draw, torch takes a while to find out
+    if not weight.is_meta:  # torch is slow where there is nothing to draw
         nn.init.normal_(weight, std=std)
     weight.initial_std = std  # type: ignore[attr-defined]
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:
-    """Give every parameter that lies on the meta device memory on `device`; keeps what is remembered about it.
+    """Give every parameter on the meta device memory on `device`; keeps its attributes.
 
     Running statistics start at mean 0 and variance 1.
     """
@@ -38,7 +38,7 @@ def materialize(module: nn.Module, device: torch.device) -> None:
 
 
 def with_memory(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised parameter on `device` in place of one on the meta device; keeps what is remembered about it."""
+    """An uninitialised parameter on `device` in place of one on the meta device; keeps its attributes."""
     real = nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype), parameter.requires_grad)
     real.__dict__.update(parameter.__dict__)
     return real
@@ -84,7 +84,7 @@ def _tiles(start: tuple[int, ...], sizes: torch.Size) -> Iterator[tuple[int, int
 
 
 def _overlap(index: int, side: int, start: int, size: int) -> tuple[slice, slice]:
-    """In one dimension: what tile `index` fills of the part [start, start + size), and with what of its own."""
+    """In one dimension: the range of the part [start, start + size) that tile `index` fills, and the tile's."""
     first, last = max(index * side, start), min((index + 1) * side, start + size)
     return slice(first - start, last - start), slice(first - index * side, last - index * side)
 

@@ -17,7 +17,7 @@ from megarec.models.blocks import KeyedDropout, mlp_of, number_dropouts
 
 
 class EmbeddedColumns(Protocol):
-    """How the matrix [B, width] that arrives lies: embeddings of width dim first, then smaller ones."""
+    """The layout of the incoming matrix [B, width]: embeddings of width dim first, then smaller ones."""
 
     @property
     def dim(self) -> int: ...

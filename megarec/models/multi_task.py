@@ -1,4 +1,4 @@
-"""Several labels over one dense model: what it emits, x, goes through experts and gates to an MLP a label, its tower.
+"""Several labels over one dense model: its output x goes through experts and gates to an MLP a label, its tower.
 
     shared   logit_k = h_k(x)                                    Ma et al. 2018 (MMoE, KDD), section 3.1, shared-bottom
     mmoe     logit_k = h_k(f_k(x))                               section 4.2
@@ -11,15 +11,15 @@
     esmm     p_k     = product over i <= k of sigmoid(h_i(x))    Ma et al. 2018 (arXiv 1804.07931), eq. 1
 
 h_k are the towers (hidden widths model.head), f_i and E the experts, each an MLP with an activation behind every layer.
-x is all that the model's last maps take, products before they are summed: of FM flatten(X_0) and the products of pairs
-by column of d, of FinalMLP both streams and their fusion by column.
+x is the whole input of the model's last maps, products before they are summed: for FM flatten(X_0) and the products of
+pairs by column of d, for FinalMLP both streams and their fusion by column.
 
 ESMM's labels are of the whole space, each implies the one before it: click, then click and conversion. So its second
 output is pCTCVR, and the plain loss of both outputs is eq. 3; pCVR is the quotient of both. As a logit the product is
 -log(e^-u + e^-c + e^-(u + c)), u that of the product before and c the tower's: without cancellation.
 
 A label whose loss is not finite is left out of a backward pass (`TaskSwitch`): its part of the gradient is cut off at
-its logit and wherever it would enter what other labels share. In PLE all but the last level is shared: a label's own
+its logit and wherever it would enter shared parts. In PLE all but the last level is shared: a label's own
 experts reach the others there through the shared gate.
 
 Shape suffixes: B examples, R columns of x, K experts that a gate mixes, W columns of an expert, T labels.
@@ -36,7 +36,7 @@ from megarec.models.blocks import activation_function, head_of, init_fan_in_, ml
 
 
 class TaskSwitch:
-    """Which labels a backward pass is of.
+    """The labels of a backward pass.
 
     Attributes:
         kept: bool [T], read as the gradient arrives; None: all.
@@ -46,7 +46,7 @@ class TaskSwitch:
         self.kept: Tensor | None = None
 
     def cut(self, x: Tensor, task: int) -> Tensor:
-        """x itself, whose gradient from here is 0 where the label is left out, whatever arrives."""
+        """x itself; its gradient from here is 0 if the label is left out."""
         cut: Tensor = _Cut.apply(x, self, task)
         return cut
 
@@ -97,7 +97,7 @@ class Level(nn.Module):
     """One extraction network of PLE.
 
     Args:
-        inputs: R, of x_1 .. x_T and of x_s alike.
+        inputs: R, of x_1 .. x_T and of x_s.
         last: nothing reads x_s behind it.
     """
 
@@ -138,7 +138,7 @@ class TaskHeads(nn.Module):
         labels: T.
 
     Attributes:
-        switch: which labels the next backward pass is of.
+        switch: the labels of the next backward pass.
     """
 
     def __init__(self, columns: int, config: ModelConfig, labels: int) -> None:
@@ -157,7 +157,7 @@ class TaskHeads(nn.Module):
         self.towers = nn.ModuleList(head_of(config, inputs, config.head) for _ in range(labels))
 
     def own_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
-        """(label, parameter) of all that one label's logit alone depends on."""
+        """(label, parameter) of all parameters that only one label's logit depends on."""
         lists = [self.towers, *([self.gates] if self.kind == "mmoe" else [])]
         if self.kind == "ple":
             last = self.levels[-1]

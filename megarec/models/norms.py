@@ -7,8 +7,8 @@
 
 Mean and variance are taken in float32 whatever the model computes in. A batch normalisation over the examples of one
 rank would be another function on every topology: here it is over those of all ranks, and sums over ranks are float64,
-so that the difference of two large numbers loses nothing. In evaluation and exports its running statistics stand in
-their place; they move when a step is applied (`apply_statistics`), so that a skipped step leaves no trace.
+so that the difference of two large numbers loses nothing. Evaluation and exports use its running statistics
+instead; they move when a step is applied (`apply_statistics`), so that a skipped step leaves no trace.
 
 Models know no process group: the dense side hands a module what adds numbers up over ranks (`spread_over`).
 
@@ -25,13 +25,13 @@ from torch.nn.functional import layer_norm
 from megarec.config.base import Norm
 
 MOMENTUM = 0.1
-"""What a step adds to running statistics, as torch and FuxiCTR have it."""
+"""The weight of a step in running statistics, as in torch and FuxiCTR."""
 EPS = 1e-5
 SumOverRanks = Callable[[Tensor, Literal["forward", "backward"]], None]
 
 
 class ColumnNorm(nn.Module):
-    """What both normalisations share: a gain and a bias for each column.
+    """Common to both normalisations: a gain and a bias for each column.
 
     Args:
         columns: C.
@@ -44,7 +44,7 @@ class ColumnNorm(nn.Module):
 
     bias: nn.Parameter | None
     dimension: int
-    """Over which mean and variance are taken: 0 the examples, 1 the columns."""
+    """The dimension that mean and variance are taken over: 0 the examples, 1 the columns."""
 
     def __init__(self, columns: int, bias: bool = True) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ class ColumnNorm(nn.Module):
         self._parts = self._share = 1
 
     def spread_over(self, sum_over_ranks: SumOverRanks, parts: int, share: int) -> None:
-        """What mean and variance are taken over lies on several ranks, as many numbers on each.
+        """Take mean and variance over several ranks, with as many numbers on each.
 
         Args:
             sum_over_ranks: replaces a tensor by its sum over them; collective.
             parts: how many there are.
-            share: of how many ranks this one sees the examples; its gradients of weight and bias are divided by it.
+            share: number of ranks whose examples this one sees; its gradients of weight and bias are divided by it.
         """
         self._sum, self._parts, self._share = sum_over_ranks, parts, share
 
@@ -76,7 +76,7 @@ class BatchNorm(ColumnNorm):
     """Over the examples of the global batch.
 
     Buffers, float32 whatever the parameters are:
-        running_mean, running_var [C]: what evaluation takes; the variance is the unbiased one, as torch's.
+        running_mean, running_var [C]: for evaluation; the variance is the unbiased one, as torch's.
     """
 
     running_mean: Tensor
@@ -200,7 +200,7 @@ def apply_statistics(model: nn.Module) -> None:
 
 
 def start_statistics(model: nn.Module, device: torch.device) -> None:
-    """Give running statistics that lie on the meta device memory on `device`: mean 0, variance 1."""
+    """Give running statistics on the meta device memory on `device`: mean 0, variance 1."""
     for _, norm in batch_norms(model):
         if norm.running_mean.is_meta:
             norm.running_mean = torch.zeros(norm.running_mean.shape, device=device)

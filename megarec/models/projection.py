@@ -3,9 +3,9 @@
     P  = W X              W [O, N]: the rows of Y^T, W_L and W_R, one below the other
     FM = X (X^T Y)        = X P_Y^T, P_Y the K rows of P that belong to Y
 
-X arrives as [B, N, D] and all results are wanted example by example, so every product is one per example with the
+X arrives as [B, N, D] and all results are needed example by example, so every product is one per example with the
 weight shared: nothing is transposed in memory, and X is read by a few products that follow one another. Autograd
-would materialise the shared weight's gradient for every example, and the gradient of X once a product; hence a
+would materialise the shared weight's gradient for every example, and the gradient of X once a product; so there is a
 backward pass of its own.
 
 A CPU goes through the batch in blocks that stay in its cache. An accelerator takes it whole: outputs are then not
@@ -37,7 +37,7 @@ class Projection(nn.Module):
         residual: the linear compression of the residual, where the number of embeddings changes.
 
     Attributes:
-        products: `project`, or what stands in for it (fused_fm.py).
+        products: `project`, or its replacement (fused_fm.py).
     """
 
     lcb: nn.Parameter
@@ -53,7 +53,7 @@ class Projection(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew."""
+        """Draw all weights again."""
         for weight in self.parameters(recurse=False):
             init_fan_in_(weight, weight.shape[1])
 
@@ -61,7 +61,7 @@ class Projection(nn.Module):
         """[B, N, D] -> by parameter name [B, outputs, D].
 
         Args:
-            interact: in place of the map `fm`, what else `products` makes of X and its weight: FM(X) [B, N, K].
+            interact: in place of the map `fm`, let `products` compute FM(X) [B, N, K] of X and its weight.
         """
         weights = dict(self.named_parameters(recurse=False))
         first = [weights.pop("fm")] if interact else []

@@ -1,6 +1,6 @@
 """The whole dense model: input layer and over-arch, from looked-up embeddings to the logit.
 
-`build_over_arch` makes what a config asks for: modules `forward(x_BND, keys) -> logits [B]` that know no process group.
+`build_over_arch` builds a config's model: modules `forward(x_BND, keys) -> logits [B]` that know no process group.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def build_over_arch(
         dense: how many of them, the last ones, come from numeric features.
         config: the model and its sizes.
         layer_norm: makes a LayerNorm over (width, with bias or not), where the model has any.
-        headless: without the maps that make the logit: what they take leaves, [B, columns] (multi_task.py).
+        headless: without the maps that make the logit: their input is the output, [B, columns] (multi_task.py).
 
     Raises:
         UserError: sizes that do not fit together.
@@ -88,14 +88,14 @@ def shift_of_inputs_vanishes(config: OverArchConfig, headless: bool) -> bool:
     match config:
         case DnnConfig():
             return shift_vanishes(config, config.head, headless)
-        case FinalMlpConfig():  # of its streams every layer has a normalisation
+        case FinalMlpConfig():  # every layer of its streams has a normalisation
             return config.norm == "batch" and not any(config.gates or ())
         case _:
             return False
 
 
 def shift_of_some_inputs_vanishes(config: OverArchConfig, headless: bool) -> bool:
-    """Whether that holds of some embeddings of X_0 alone: of AFN's separate ones those that the MLP sees."""
+    """Whether that holds for some embeddings of X_0 only: those of AFN's separate ones that the MLP sees."""
     return (
         isinstance(config, AfnConfig)
         and config.embeddings == "separate"
@@ -104,7 +104,7 @@ def shift_of_some_inputs_vanishes(config: OverArchConfig, headless: bool) -> boo
 
 
 class Recommender(nn.Module):
-    """What the DeepSpeed engine wraps: all dense parameters; the tables stay outside.
+    """The module that the DeepSpeed engine wraps: all dense parameters; the tables stay outside.
 
     Args:
         layout: how the looked-up embeddings lie in [B, layout.width].
@@ -167,7 +167,7 @@ class Recommender(nn.Module):
             return self.logits(self.embed(numeric.to(dtype), embedded.to(dtype), keys), keys)
 
     def embed(self, numeric: Tensor, embedded: Tensor, keys: Tensor | None = None) -> Tensor:
-        """X_0 [B, N, D]: what `forward` makes first."""
+        """X_0 [B, N, D], the first step of `forward`."""
         if self.sequences is not None:
             embedded = self.sequences(embedded)
         x_BND: Tensor = self.inputs(numeric, embedded, keys)

@@ -4,10 +4,10 @@
     HSTU  u, q = silu(f1 t);  k, v = silu(f1 h), of every position and of the target
           y = t + f2(norm(sum of silu(q k + b) / n v) * u)             (Zhai et al. 2024, arXiv 2402.17152, eq. 1 to 3)
 
-h is what lies at a position, the embeddings of all its features one after another; t the target's, of as many features
-or fewer: h' is as much of h, and HSTU's t ends in zeros, as what is known of the past alone is not known of the target.
-y has the width of h and enters the dense model as so many embeddings. DIN's weights are not normalised, as published.
-Of HSTU's layer only the row of the target is computed, because nothing else is read; n is the number of positions,
+h has the embeddings of all features at a position, one after another; t the target's, of as many features
+or fewer: h' is the same part of h, and HSTU's t ends in zeros for features that only the past has.
+y has the width of h and enters the dense model as that many embeddings. DIN's weights are not normalised, as published.
+HSTU's layer computes only the row of the target, because nothing else is read; n is the number of positions,
 empty ones and the target included; b is a learned number a position.
 
 Neither is a softmax, so that torch's scaled_dot_product_attention computes neither.
@@ -32,7 +32,7 @@ DIN_MLP = [80, 40]  # as published
 
 @dataclass(frozen=True)
 class SequenceInput:
-    """Where a sequence lies in the matrix that arrives, [B, columns].
+    """The place of a sequence in the incoming matrix, [B, columns].
 
     Attributes:
         config: the block and its sizes.
@@ -50,7 +50,7 @@ class SequenceInput:
 
     @property
     def embeddings(self) -> int:
-        """How many it adds to X_0."""
+        """How many embeddings it adds to X_0."""
         return len(self.config.features)
 
     @property
@@ -86,7 +86,7 @@ class DinBlock(nn.Module):
 
 
 class HstuBlock(nn.Module):
-    """One HSTU layer, of which the row of the target.
+    """The target's row of one HSTU layer.
 
     Args:
         columns: H.
@@ -136,7 +136,7 @@ class HstuBlock(nn.Module):
 
 
 class SequenceLayer(nn.Module):
-    """From what arrives to what the input layer reads: embeddings of sequences behind those of full width.
+    """From the incoming matrix to the input layer's input: embeddings of sequences behind those of full width.
 
     Args:
         inputs: every sequence.

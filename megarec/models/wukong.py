@@ -127,8 +127,8 @@ class InteractionLayer(nn.Module):
         last_bias: whether the LayerNorm of its output has the bias that `config.bias` gives every map.
 
     Attributes:
-        interact: makes (X, the maps of X by name, FMB(X)) of (this layer, X, keys): `interact`, or what stands in for
-            it (fused_fm.py).
+        interact: makes (X, the maps of X by name, FMB(X)) of (this layer, X, keys): `interact`, or the replacement of
+            fused_fm.py.
     """
 
     interact: Callable[["InteractionLayer", Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor], Tensor]]

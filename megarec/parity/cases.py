@@ -88,7 +88,7 @@ TWO_LABELS = ('data.label=["label", "label_1"]', "data.weighted=true", 'train.la
 MMOE = 'model.tasks={"name": "mmoe", "experts": 3, "expert": [12, 8]}'
 PLE = 'model.tasks={"name": "ple", "experts": 2, "own_experts": 2, "levels": 2, "expert": [12, 8]}'
 ESMM = 'model.tasks={"name": "esmm"}'
-# With ReLU a sign flips within 20 steps under one of these topologies, and the loss parts at once (docs/parity.md).
+# With ReLU a sign flips within 20 steps under one of these topologies, and the losses diverge (docs/parity.md).
 SMOOTH = "model.activation=silu"
 HEADS = ((), (MMOE, SMOOTH), (PLE, SMOOTH), (ESMM, SMOOTH))
 
@@ -97,7 +97,7 @@ FULL_WIDTH = 'embedding.features={"single_1": {"embeddings": 2}}'
 # The default first rows are small against LayerNorm's eps in a Wukong tower of one embedding: there rounding noise
 # grows ten times every few steps, in one process as well, until a ReLU flips (1e-7 at step 5, 1e-4 at step 15).
 LARGE_ROWS = "embedding.initial_std=0.3"
-# The gradient of ln |x| is 1 / |x|: at the default epsilon of 1e-5 AFN's losses part by 1e-2 within 10 steps when its
+# The gradient of ln |x| is 1 / |x|: at the default epsilon of 1e-5 AFN's losses differ by 1e-2 within 10 steps when its
 # first weights change by 1e-7, in one process. With this epsilon (0.1) and these rows they stay within 2e-7.
 TAME_LOGARITHMS = (LARGE_ROWS, "embedding.learning_rate=0.01")
 UNEVEN_TWO = 'parallel.towers=[["single_0", "single_1", "multi_0", "multi_1"], ["single_2", "single_3"]]'
@@ -118,7 +118,7 @@ FAMILIES = (((), "wukong"), ((DLRM,), "dlrm"), ((DCN_LOW_RANK,), "dcn"))
 
 
 def _hosts(ranks_per_host: int) -> tuple[str, ...]:
-    """The tower exchange on hosts of so many ranks."""
+    """The tower exchange on hosts of that many ranks."""
     return ("parallel.exchange=tower", f"parallel.ranks_per_host={ranks_per_host}")
 
 
@@ -142,7 +142,7 @@ def _small_sequences() -> list[Case]:
 
 def _small_towers() -> list[Case]:
     """Every family with its module and uneven towers: one host, hosts of one and of two ranks, two towers a host; under
-    the flat exchange too; plain SGD, which hides no constant factor, and AdamW."""
+    the flat exchange too; plain SGD, which does not hide a constant factor, and AdamW."""
     chosen = [Case(4, (UNEVEN_TWO,), (_zero(1), *_hosts(2))), Case(2, (UNEVEN_FOUR,), (_zero(2), COLUMN, *_hosts(1)))]
     for (model, module), stage in zip(FAMILIES, (3, 2, 1), strict=True):
         for dense in ((), (*DENSE_SGD, "embedding.optimizer=sgd")):

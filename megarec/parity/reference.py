@@ -91,13 +91,13 @@ def reference_steps(config: RunConfig, steps: int) -> list[ReferenceStep]:
 
 
 def evaluates(config: RunConfig) -> bool:
-    """Whether evaluation takes other numbers than the last step did: then the loss of the next batch, evaluated, stands
-    behind the losses of the steps."""
+    """Whether evaluation takes other weights than the last step: then the loss of the next batch, evaluated, comes
+    after the losses of the steps."""
     return config.model.norm == "batch" or config.train.ema is not None
 
 
 def plain_loss(logits: Tensor, batch: Batch, config: RunConfig, smoothing: float = 0.0) -> Tensor:
-    """What is minimised, by the definition: of one label the mean cross-entropy; of several a sum over labels and the
+    """The objective, by its definition: of one label the mean cross-entropy; of several a sum over labels and the
     examples that have one, over the number of all examples (dense/objective.py)."""
     if batch.weights is None and not batch.some_missing and logits.dim() == 1:
         smooth = batch.labels * (1 - smoothing) + smoothing / 2 if smoothing else batch.labels
@@ -210,7 +210,7 @@ class PlainTables:
         return torch.cat(pooled, dim=1) if pooled else torch.empty(batch.size, 0)
 
     def look_up_sequences(self, batch: Batch) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-        """What lies behind the pooled columns, example by example; and the rows of each table that were looked up."""
+        """The columns behind the pooled ones, example by example; and the rows of each table that were looked up."""
         by_name = {feature.name: feature for feature in self.layout.unpooled}
         rows_of, looked_up = dict[str, tuple[Tensor, ...]](), list[tuple[str, Tensor]]()
         for name in {name: None for sequence in self.layout.sequences for name in sequence.features}:

@@ -23,7 +23,7 @@ STEPS = 20
 
 # Small, but with everything in it: several and small embeddings, numeric and multi-valued features, dropout, L2 and
 # clipping that acts. Both eps are far above rounding noise: with 1e-8, AdamW turns a gradient of 1e-9 that is pure
-# rounding into a full step, and two correct summation orders part; so do tables at a small eps when a ReLU flips.
+# rounding into a full step, and two correct summation orders diverge; so do tables at a small eps when a ReLU flips.
 BASE = {
     "model": {"name": "wukong", "layers": 2, "num_fm": 4, "num_lcb": 4, "rank": 6, "mlp": [16], "dim": 16, "head": [16],
               "dropout": 0.1},

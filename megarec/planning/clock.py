@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from megarec.distributed.topology import Topology
 from megarec.errors import UserError
 from megarec.planning.hardware import Figure, Hardware
-from megarec.planning.links import message_seconds, ring_seconds
+from megarec.planning.links import all_reduce_seconds, message_seconds, ring_seconds
 from megarec.planning.op_counts import Op, Shape, fused
 from megarec.planning.traffic import Message
 
@@ -41,7 +41,7 @@ class Constants(NamedTuple):
     kernel_us: float
 
 
-FITTED = Constants(gemm_share=0.7, kernel_us=1.0)
+FITTED = Constants(gemm_share=0.65, kernel_us=0.5)
 Bound = Literal["compute", "memory", "link", "launches"]
 
 
@@ -105,6 +105,11 @@ class Clock:
     def rings(self, passes: Sequence[float], hosts: int = 1, ranks_of_a_host: int = 1) -> PartTime:
         """Passes of a ring by the bytes that a rank sends."""
         seconds = sum(ring_seconds(sent, hosts, ranks_of_a_host, self.device) for sent in passes)
+        return PartTime(0, int(sum(passes)), len(passes), seconds, "link", seconds)
+
+    def all_reduce(self, passes: Sequence[float], hosts: int, ranks_of_a_host: int) -> PartTime:
+        """By the bytes that a rank sends in each of a ring's two passes."""
+        seconds = all_reduce_seconds(passes, hosts, ranks_of_a_host, self.device)
         return PartTime(0, int(sum(passes)), len(passes), seconds, "link", seconds)
 
     @property

@@ -5,7 +5,9 @@
                                or its bytes inside the hosts at the link's rate, whichever takes longer; where they
                                share a fabric (PCIe) both, and those to other hosts no faster than the link
     ring over H hosts          H x delay + bytes / (share x the network of all ranks of a host that are in the ring),
-                               no faster than a ring in a host where they share a fabric
+                               no faster than a ring in a host where they share a fabric; or by NCCL's protocol of
+                               less delay (LL128) at 0.92 of the rate, whichever is faster
+    all-reduce over H hosts    two such passes, or a tree of log2(H) levels at 0.86 of a ring's rate, as NCCL chooses
 
 Hosts whose ranks the links of a host join (hardware.scale_up_ranks: NVL72) count as one host here.
 
@@ -13,9 +15,14 @@ After fits of nccl-tests (hardware/h100.json). NCCL sends an all-to-all over NVL
 of the receiver (PXN), so that a flat all-to-all loses nothing by its many pairs but their smaller messages: the ramp.
 """
 
+from collections.abc import Sequence
+
 from megarec.distributed.topology import Topology
 from megarec.planning.hardware import Hardware, needed
 from megarec.planning.traffic import Message
+
+LL128_SHARE, TREE_SHARE = 0.92, 0.92 * 0.9375
+"""Of a ring's rate (NCCL 2.30, src/graph/tuning.cc: 120 of 128 bytes are data; a tree reaches 0.92 of a ring)."""
 
 
 def message_seconds(message: Message, topology: Topology, hardware: Hardware) -> float:
@@ -25,8 +32,11 @@ def message_seconds(message: Message, topology: Topology, hardware: Hardware) ->
         UserError: a figure that it needs is not known of this machine.
     """
     if message.op.startswith("all_reduce"):
-        in_host = message.cross_host_bytes == 0
-        return ring_seconds(message.bytes, 1 if in_host else topology.hosts, topology.ranks_per_host, hardware)
+        joined = linked_hosts(topology.hosts, topology.ranks_per_host, hardware) == 1
+        if joined or not message.cross_host_bytes:
+            return ring_seconds(message.bytes, 1, topology.ranks_per_host, hardware)
+        halves = message.bytes / 2, message.bytes / 2
+        return all_reduce_seconds(halves, topology.hosts, topology.ranks_per_host, hardware)
     ring = message.op.startswith(("reduce_scatter", "all_gather"))
     if ring and hardware.device == "cpu" and not message.cross_host_bytes:
         passes = 2 if message.op.startswith("reduce_scatter") else 1  # gloo's is an all-reduce
@@ -82,16 +92,34 @@ def ring_seconds(sent: float, hosts: int, ranks_of_a_host: int, hardware: Hardwa
     if not sent:
         return 0.0
     linked = linked_hosts(hosts, ranks_of_a_host, hardware)
-    hosts, ranks_of_a_host = linked, ranks_of_a_host * (hosts // linked)
-    own = hardware.host_ring_gb_s
-    if hosts == 1:
+    if linked == 1:
+        own, delay = hardware.host_ring_gb_s, hardware.host_ring_us
         rate = needed(hardware, "host_link_gb_s") if own is None else own.value
-        delay = hardware.host_ring_us
         return _us(needed(hardware, "host_link_us") if delay is None else delay.value) + sent / _bytes(rate)
+    rate = _over_hosts(ranks_of_a_host * (hosts // linked), hardware)
+    simple = _us(linked * needed(hardware, "ring_us_per_host")) + sent / rate
+    if hardware.ring_ll128_us is None:
+        return simple
+    return min(simple, _us(hardware.ring_ll128_us.at(linked)) + sent / (LL128_SHARE * rate))
+
+
+def all_reduce_seconds(passes: Sequence[float], hosts: int, ranks_of_a_host: int, hardware: Hardware) -> float:
+    """Of an all-reduce whose two passes of a ring send so many bytes each; arguments as of `ring_seconds`."""
+    ring = sum(ring_seconds(sent, hosts, ranks_of_a_host, hardware) for sent in passes)
+    linked = linked_hosts(hosts, ranks_of_a_host, hardware)
+    if linked == 1 or hardware.tree_us is None or not ring:
+        return ring
+    rate = TREE_SHARE * _over_hosts(ranks_of_a_host * (hosts // linked), hardware)
+    return min(ring, _us(hardware.tree_us.at(linked)) + sum(passes) / rate)
+
+
+def _over_hosts(ranks_of_a_host: int, hardware: Hardware) -> float:
+    """Bytes a second of a ring over hosts, each of whose ranks sends as much."""
+    own = hardware.host_ring_gb_s
     rate = _bytes(needed(hardware, "network_gb_s")) * needed(hardware, "ring_share") * ranks_of_a_host
     if hardware.one_fabric and own is not None:
         rate = min(rate, _bytes(own.value))  # from card to card it takes the same slots
-    return _us(hosts * needed(hardware, "ring_us_per_host")) + sent / rate
+    return rate
 
 
 def _bytes(gigabytes: float) -> float:

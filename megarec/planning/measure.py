@@ -8,6 +8,7 @@ rank's. Over several hosts (a launcher of many hosts, or namespaces) the network
 measured by shape (SIDES) and type, collectives by size (measure_links.py); a figure's source names what was measured.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,9 +24,10 @@ from megarec.distributed.process import start_process
 from megarec.distributed.topology import ONE_RANK, Topology, build_topology
 from megarec.errors import UserError
 from megarec.files import check_json_output, write_json
+from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.planning.hardware import load_hardware
 from megarec.planning.held_memory import available_bytes
-from megarec.planning.measure_links import Timed, collective_seconds, link_figures, rounded, timer
+from megarec.planning.measure_links import Timed, collective_seconds, link_figures, rounded, sustained, timer
 from megarec.planning.measure_tables import SHAPES, Sample, costs_of, samples
 from megarec.planning.roofline import lookup_bytes, update_bytes
 from megarec.sparse.layout import EmbeddingLayout, Feature, Table
@@ -37,8 +39,7 @@ TABLES, ROWS, COLUMNS, EXAMPLES = 8, 200_000, 64, 4_096
 ROWS_OF_A_PRODUCT, SIDES = 2_048, (16, 64, 256, 1024)  # [2048, side] x [side, side], the last one's rate a large one's
 TYPES = {"gemm": torch.bfloat16, "fp32": torch.float32}
 REPETITIONS = 7
-COLLECTIVES, QUICK = 31, 0.25
-"""How often a collective is made, and the share that counts: one that other jobs hold up is held up for long."""
+WINDOW = 0.1  # seconds of a timing of a rank's own work: many slices of a scheduler's
 
 
 def measure(path: Path) -> None:
@@ -54,18 +55,7 @@ def measure(path: Path) -> None:
     device = start_process(config)
     topology = build_topology(None, tensor=1)
     _on_rank_0(lambda: check_json_output("--measure", path, "this-machine.json"), topology, device)
-    timed = timer(device, topology, REPETITIONS)
-    tables = samples(config.embedding) if device.type == "cpu" else []
-    figures = {
-        **_rank_figures(config, device, topology, timed),
-        **_products(device, timed),
-        **collective_seconds(timer(device, topology, COLLECTIVES, QUICK), device, topology),
-        **{f"tables_us {index}": 1e6 * sample.seconds for index, sample in enumerate(tables)},
-    }
-    table = gather_numbers(list(figures.values()), topology, device)
-    slowest = {name: _slowest(name, [row[i] for row in table]) for i, name in enumerate(figures)}
-    tables = [s._replace(seconds=1e-6 * slowest[f"tables_us {index}"]) for index, s in enumerate(tables)]
-    made = _as_json(slowest, device, topology) | _table_costs(tables, topology)
+    made = machine(config, device, topology)
 
     def write() -> None:
         try:
@@ -79,6 +69,24 @@ def measure(path: Path) -> None:
     _on_rank_0(write, topology, device)
     if dist.is_initialized() and not joined:
         dist.destroy_process_group()
+
+
+def machine(config: RunConfig, device: torch.device, topology: Topology) -> dict[str, Any]:
+    """The content of a machine's JSON, the same on all ranks; collective."""
+    timed = timer(device, topology, REPETITIONS)
+    # CPU seconds are a rank's time only where it has a core of its own.
+    alone = device.type == "cpu" and topology.hosts == 1 and topology.world_size <= (os.cpu_count() or 1)
+    tables = samples(config.embedding) if alone else []
+    figures = {
+        **_rank_figures(config, device, topology, timed),
+        **_products(device, timed),
+        **collective_seconds(timed, device, topology),
+        **{f"tables_us {index}": 1e6 * sample.seconds for index, sample in enumerate(tables)},
+    }
+    table = gather_numbers(list(figures.values()), topology, device)
+    slowest = {name: _slowest(name, [row[i] for row in table]) for i, name in enumerate(figures)}
+    tables = [s._replace(seconds=1e-6 * slowest[f"tables_us {index}"]) for index, s in enumerate(tables)]
+    return _as_json(slowest, device, topology) | _table_costs(tables, topology)
 
 
 def _on_rank_0(work: Callable[[], None], topology: Topology, device: torch.device) -> None:
@@ -98,40 +106,40 @@ def _slowest(name: str, values: list[float]) -> float:
 
 def _rank_figures(config: RunConfig, device: torch.device, topology: Topology, timed: Timed) -> dict[str, float]:
     source, target = (torch.ones(COPIED // 4, device=device) for _ in range(2))
-    copying = timed(lambda: target.copy_(source))
     number = torch.ones(1, device=device)
 
     def launches() -> None:
         for _ in range(1_000):
             number.add_(1)
 
+    copying = sustained(timed, lambda: target.copy_(source), WINDOW)
     looking, updating = _tables(config.embedding, device, timed)
     layout = _layout()
     return {
-        "gemm_tflops": measure_gemm_tflops(torch.bfloat16, device),
-        "fp32_tflops": measure_gemm_tflops(torch.float32, device),
         "memory_gb": available_bytes(device) / 1e9 / (topology.ranks_per_host if device.type == "cpu" else 1),
         "memory_tb_s": 2 * COPIED / copying / 1e12,
         "lookup_gb_s": lookup_bytes(config, layout, EXAMPLES) / looking / 1e9,
         "update_gb_s": update_bytes(config, layout, EXAMPLES) / updating / 1e9,
-        "launch_us": 1e6 * timed(launches) / 1_000,
+        "launch_us": 1e6 * sustained(timed, launches, WINDOW) / 1_000,
     }
 
 
 def _products(device: torch.device, timed: Timed) -> dict[str, float]:
-    """TFLOP/s by type and side."""
+    """TFLOP/s by type and side, and `<type>_tflops` of a large one."""
     found = {}
     for name, dtype in TYPES.items():
         for side in SIDES:
             left, right = (torch.ones(rows, side, device=device, dtype=dtype) for rows in (ROWS_OF_A_PRODUCT, side))
             out = left @ right
-            times = max(1, SIDES[-1] ** 2 // side**2 // 16)  # so that even the smallest takes a while
 
-            def multiply(left: Any = left, right: Any = right, out: Any = out, times: int = times) -> None:
-                for _ in range(times):
-                    torch.matmul(left, right, out=out)
+            def multiply(left: Any = left, right: Any = right, out: Any = out) -> None:
+                torch.matmul(left, right, out=out)
 
-            found[f"{name} {side}"] = 2e-12 * times * ROWS_OF_A_PRODUCT * side * side / timed(multiply)
+            with fast_cpu_gemm(device, dtype):  # as the model multiplies
+                taken = sustained(timed, multiply, WINDOW)
+            found[f"{name} {side}"] = 2e-12 * ROWS_OF_A_PRODUCT * side * side / taken
+        on_cpu = device.type == "cpu"  # where a rank's best product is one that no other rank disturbed
+        found[f"{name}_tflops"] = found[f"{name} {SIDES[-1]}"] if on_cpu else measure_gemm_tflops(dtype, device)
     return found
 
 
@@ -161,8 +169,8 @@ def _tables(config: EmbeddingConfig, device: torch.device, timed: Timed) -> tupl
         lookup.backward(gradient)
         lookup.apply()
 
-    looking = timed(look_up)
-    return looking, max(timed(whole) - looking, 0.1 * looking)
+    looking = sustained(timed, look_up, WINDOW)
+    return looking, max(sustained(timed, whole, WINDOW) - looking, 0.1 * looking)
 
 
 def _as_json(figures: dict[str, float], device: torch.device, topology: Topology) -> dict[str, Any]:

@@ -1,25 +1,31 @@
 """Collectives of a job by their size, and the figures of a machine that follow from them (see measure.py).
 
     delay     what the smallest message takes
-    rate      bytes over what they take beyond the delay, of the better of the two largest
-    ramp      what messages of each size reach of that rate
+    rate      bytes of the largest over what it takes beyond the delay
+    ramp      what messages between them reach of that rate
 
 A pass of a ring is an all-gather, or half of an all-reduce, whichever takes longer.
 """
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from megarec.distributed.pieces import start_exchange
 from megarec.distributed.topology import Topology
 
 SIZES = 64, 2**14, 2**18, 2**21, 2**24  # bytes that a rank holds of a collective
-Timed = Callable[[Callable[[], object]], float]
+BYTES_IN_A_ROW, MOST_IN_A_ROW = 2**22, 64
+
+
+class Timed(Protocol):
+    """Seconds of a call that all ranks make together, so many times in a row."""
+
+    def __call__(self, work: Callable[[], object], times: int = 1) -> float: ...
+
+
 LEAST = 1e-3  # of a rate, that any message reaches
 
 
@@ -27,7 +33,7 @@ def collective_seconds(timed: Timed, device: torch.device, topology: Topology) -
     """Microseconds of each collective, by "<link> <op>_us <bytes>"; of the links that this job has; collective.
 
     Args:
-        timed: seconds of a call that all ranks make together.
+        timed: see `timer`.
     """
     found = {}
     for link, group in (("host", topology.tower), ("network", topology.peer)):
@@ -36,19 +42,22 @@ def collective_seconds(timed: Timed, device: torch.device, topology: Topology) -
         ring = group if link == "host" else topology.world  # gradients travel over all ranks
         for size in SIZES:
             for op, over in (("all_to_all", group), ("all_gather", ring), ("all_reduce", ring)):
-                call = _call(op, size, over, device)
-                found[f"{link} {op}_us {size}"] = 1e6 * timed(call)
+                found[f"{link} {op}_us {size}"] = 1e6 * timed(_call(op, size, over, device), _times_in_a_row(size))
     return found
+
+
+def _times_in_a_row(size: int) -> int:
+    """So that the moment at which each rank begins does not count; the same on all ranks."""
+    return max(1, min(MOST_IN_A_ROW, BYTES_IN_A_ROW // size))
 
 
 def _call(op: str, size: int, group: Any, device: torch.device) -> Callable[[], object]:
     """Of `size` bytes: sent to all ranks together, gathered from all ranks together, or summed."""
     ranks = group.size()
     numbers = torch.ones(max(size // 4, ranks) // ranks * ranks, device=device)
-    sizes = [len(numbers) // ranks] * ranks
     part, received = numbers[: len(numbers) // ranks].clone(), torch.empty_like(numbers)
     calls: dict[str, Callable[[], object]] = {
-        "all_to_all": lambda: start_exchange(numbers, received, sizes, sizes, group)(),
+        "all_to_all": lambda: dist.all_to_all_single(received, numbers, group=group),
         "all_gather": lambda: dist.all_gather_into_tensor(received, part, group=group),
         "all_reduce": lambda: dist.all_reduce(numbers, group=group),
     }
@@ -103,10 +112,12 @@ def _passes(taken: dict[str, float], link: str) -> tuple[dict[int, float], str]:
 
 def _fit(times: dict[int, float], ranks: int) -> dict[str, Any]:
     """link_us, link_gb_s and ramp of seconds by size; the ramp by bytes for each pair."""
-    delay, sent = times[SIZES[0]], {size: size * (ranks - 1) / ranks for size in SIZES[1:]}
-    reached = {size: own / max(times[size] - delay, 1e-9) for size, own in sent.items()}
-    rate = max(reached[size] for size in SIZES[-2:])  # sockets are slower where a message leaves the caches
-    ramp = {str(max(1, size // ranks)): min(1.0, max(LEAST, own / rate)) for size, own in reached.items()}
+    delay, largest = times[SIZES[0]], SIZES[-1] * (ranks - 1) / ranks
+    rate = largest / max(times[SIZES[-1]] - delay, 1e-9)
+    ramp = {}
+    for size in SIZES[1:]:
+        reached = size * (ranks - 1) / ranks / max(times[size] - delay, 1e-9) / rate
+        ramp[str(max(1, size // ranks))] = min(1.0, max(LEAST, reached))
     return {"link_us": 1e6 * delay, "link_gb_s": rate / 1e9, "ramp": ramp}
 
 
@@ -121,20 +132,30 @@ def rounded(value: float | dict[str, float]) -> float | dict[str, float]:
     return float(f"{value:.4g}")
 
 
-def timer(device: torch.device, topology: Topology, repetitions: int, share: float = 0.5) -> Timed:
-    """Seconds of calls that all ranks start together, after one that does not count: what so large a share of them
-    takes at most, by default the median."""
+def timer(device: torch.device, topology: Topology, repetitions: int) -> Timed:
+    """Seconds of a call by `repetitions` of so many in a row, which all ranks start together: the median, after one
+    that does not count."""
 
-    def seconds(work: Callable[[], object]) -> float:
+    def seconds(work: Callable[[], object], times: int = 1) -> float:
         taken = []
         for _ in range(1 + repetitions):
             if topology.world is not None:
                 dist.barrier(group=topology.world)
             start = time.perf_counter()
-            work()
+            for _ in range(times):
+                work()
             if device.type != "cpu":
                 torch.accelerator.synchronize()
-            taken.append(time.perf_counter() - start)
-        return float(np.quantile(taken[1:], share))
+            taken.append((time.perf_counter() - start) / times)
+        taken = sorted(taken[1:])
+        return (taken[(len(taken) - 1) // 2] + taken[len(taken) // 2]) / 2
 
     return seconds
+
+
+def sustained(timed: Timed, work: Callable[[], object], seconds: float) -> float:
+    """Seconds of a call of this rank alone, over as many in a row as take so long; collective.
+
+    Where more ranks than cores compute, a short call sees a core of its own, and only a long one its share.
+    """
+    return timed(work, max(1, round(seconds / max(timed(work), 1e-6))))

@@ -1,17 +1,15 @@
 """Bytes of one rank of a run, by part, predicted from its config and the features of its data; nothing is built.
 
 Parts: `parameters`, `gradients`, `optimizer` and `step` of the dense side and its `communication` (zero.py);
-`activations`, what a micro-batch saves for its backward pass; `tables`, the rank's shards with their optimizer state;
-`averages`, those of train.ema (run/averages.py), which validation holds once more while they are the weights;
-`towers`, the rank's tower modules with gradients, optimizer state and what a step saves for their backward pass.
-`communication` holds the exchange's buffers as well, and the gradients of whole-table
-updates that follow it on an accelerator. `runtime` is what an accelerator's libraries take of its memory
-(held_memory.py). `snapshot` is what a checkpoint copies of the rank into the machine's memory, page-locked where there
-is an accelerator: no part of the total, which a run reaches before its first one.
+`activations`, what a micro-batch saves for its backward pass; `exchange`, messages of the sparse side and what is
+around them (exchange_memory.py); `tables`, the rank's shards with their optimizer state; `averages`, those of train.ema
+(run/averages.py), which validation holds once more while they are the weights; `towers`, the rank's tower modules with
+gradients, optimizer state and what a step saves for their backward pass. `runtime` is what an accelerator's libraries
+take of its memory (held_memory.py). `snapshot` is what a checkpoint copies of the rank into the machine's memory,
+page-locked where there is an accelerator: no part of the total, which a run reaches before its first one.
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -26,17 +24,17 @@ from megarec.distributed.collectives import Channel, Ledger
 from megarec.distributed.topology import Topology
 from megarec.models.blocks import MLP
 from megarec.models.norms import batch_norms
+from megarec.planning.exchange_memory import exchange_bytes
 from megarec.planning.held_memory import runtime_bytes
 from megarec.planning.memo import Same, remembered
-from megarec.planning.traffic import copied, placed, seen_by
+from megarec.planning.probes import dense_pass
+from megarec.planning.traffic import placed, seen_by
 from megarec.planning.zero import MASTER, dense_parts, partition_elements, zero_of
-from megarec.run.build import overlaps
 from megarec.run.fits import activation_bytes
 from megarec.run.spec import ModelSpec
-from megarec.sparse.layout import EmbeddingLayout
 from megarec.sparse.placement import Shard
 from megarec.sparse.run_placement import place_run
-from megarec.sparse.tables.optimizers import table_bytes, whole_update_bytes
+from megarec.sparse.tables.optimizers import table_bytes
 from megarec.sparse.towers.modules import TowerModules
 from megarec.sparse.towers.replicas import resolve_optimizer
 from megarec.sparse.towers.sizes import ResolvedTowers
@@ -62,7 +60,7 @@ def predict(
         micro_batch: examples of the rank in one micro-batch.
         shards: where all tables lie; None: as the config places them.
         device: where the rank computes.
-        connected: whether NCCL connects its groups, which a rehearsal's do not.
+        connected: whether there are other ranks and NCCL connects its groups; a rehearsal's are not there.
 
     Raises:
         UserError: ranks and tables do not fit together.
@@ -72,13 +70,13 @@ def predict(
     own = [shard for shard in shards if shard.rank == topology.rank]
     zero = zero_of(config, topology)
     sizes = parameter_sizes(spec, topology)
-    parts = dense_parts(sizes, zero)
-    by_micro_batch = zero.accumulation > 1 and overlaps(config, topology, device)
-    parts["communication"] += exchange_bytes(
-        spec.layout, shards, micro_batch * zero.accumulation, topology, by_micro_batch=by_micro_batch
+    parts = dense_parts(sizes, zero, dense_pass(config, spec).arrival)
+    parts["exchange"] = exchange_bytes(
+        config, spec, topology, shards, micro_batch, zero.accumulation, device, connected
     )
-    if device.type != "cpu":
-        parts["communication"] += whole_update_bytes(own, config.embedding)
+    # Beside what waits to be reduced: more than there is where their peaks do not meet.
+    message = zero.width * micro_batch * (1 + topology.tensor_size) * message_columns(spec, topology)
+    parts["communication"] += message
     parts["activations"] = _saved(config, spec, micro_batch)
     parts["activations"] += zero.width * micro_batch * scattered_columns(spec, topology)
     parts["tables"] = table_bytes(own, config.embedding)
@@ -135,12 +133,14 @@ def _saved(config: RunConfig, spec: ModelSpec, examples: int) -> int:
 def with_totals(parts: Parts) -> Parts:
     """The parts, `model_states` (parameters, gradients, optimizer) and `total`.
 
-    Activations and communication are gone when the optimizer steps, and both when averages take the place of weights,
-    which are kept meanwhile: the largest of the three moments counts.
+    Activations and communication are gone when the optimizer steps; embeddings and their gradients are not, they wait
+    for the tables' update. All are gone when averages take the place of weights, which are kept meanwhile. The largest
+    of the three moments counts, each with the peak of `exchange`: more than there is where that comes at another one.
     """
     averages = parts.get("averages", 0)
     states = sum(parts[name] for name in MODEL_STATES)
-    moment = max(parts["activations"] + parts["communication"], parts["step"], averages)
+    in_step = max(parts["activations"] + parts["communication"], parts["step"]) + parts["exchange"]
+    moment = max(in_step, averages)
     sparse = parts["tables"] + parts["towers"] + averages
     outside = parts.get("process", 0) + parts.get("runtime", 0)
     return {**parts, "model_states": states, "total": states + sparse + moment + outside}
@@ -199,6 +199,22 @@ def scattered_columns(spec: ModelSpec, topology: Topology) -> int:
     return found
 
 
+@remembered(lambda spec, topology: (Same(spec), topology.tensor_size))
+def message_columns(spec: ModelSpec, topology: Topology) -> int:
+    """Columns of the largest message of tensor-parallel MLPs: inputs of their odd layers are gathered, and the results
+    of the others added up, over the examples of all ranks (dense/tensor_parallel.py)."""
+    if topology.tensor_size == 1:
+        return 0
+    found = 0
+    for module in spec.meta_model().modules():
+        if is_shared(module, topology.tensor_size) and isinstance(module, MLP):
+            linears = [linear for linear in module.linears if isinstance(linear, nn.Linear)]
+            for index, linear in enumerate(linears):
+                gathered = index % 2 == 0 and index + 1 < len(linears)
+                found = max(found, linear.in_features if gathered else linear.out_features)
+    return found
+
+
 def is_shared(module: nn.Module, size: int) -> bool:
     """Whether the ranks of a tensor group share it: MLPs, but for a single layer whose inputs do not divide."""
     if not isinstance(module, MLP):
@@ -234,43 +250,3 @@ def tower_bytes(config: RunConfig, resolved: ResolvedTowers, examples: int, topo
         bank(torch.empty(examples * hosts, columns, requires_grad=True))
     copies = 2 if resolve_optimizer(modules.module, config.dense).optimizer == "sgd" else 4
     return 4 * copies * sum(parameter.numel() for parameter in bank.parameters()) + kept["bytes"]
-
-
-@remembered(
-    lambda layout, shards, examples, topology, *, by_micro_batch=False: (
-        Same(shards),
-        examples,
-        topology.rank,
-        topology.world_size,
-        by_micro_batch,
-    )
-)
-def exchange_bytes(
-    layout: EmbeddingLayout,
-    shards: Sequence[Shard],
-    examples: int,
-    topology: Topology,
-    *,
-    by_micro_batch: bool = False,
-) -> int:
-    """What the exchange holds around its backward message, float32, all of it as large as its forward one.
-
-    The rank's matrix of looked-up embeddings and its gradient, cut up by owner; the pooled rows of its own tables for
-    the whole global batch, and their gradient. Sequences count as if every list were full. On one rank
-    nothing is sent. Copies need the gradient of all their rows, and its sum, and look up the rank's own examples alone.
-
-    Args:
-        shards: of all ranks.
-        examples: of this rank in one step.
-        by_micro_batch: gradients arrive in parts, which are put together: they are there twice.
-    """
-    names = copied(shards)
-    mine = [shard for shard in shards if shard.rank == topology.rank]
-    reads = Counter(feature.table for feature in layout.features)
-    for feature in layout.unpooled:
-        reads[feature.table] += max(1, feature.positions)
-    lookups = sum(s.columns * reads[s.table] for s in mine if s.table not in names)
-    gradients = sum(shard.rows * (shard.columns + 1) for shard in mine if shard.table in names)
-    own, owned = examples * (layout.width + layout.sequence_columns), examples * topology.world_size * lookups
-    owned *= 3 if by_micro_batch else 2
-    return 4 * (2 * own + own + owned + 2 * gradients) if topology.world_size > 1 else 4 * 2 * own

@@ -7,9 +7,10 @@ up, and so are the examples: a rehearsal measures memory, operations and collect
 Memory is that of this process where it computes: the accelerator's, or the machine's (held_memory.py).
 """
 
+import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -29,13 +30,15 @@ from megarec.distributed.process import give_back_freed_memory, rank_device, sta
 from megarec.distributed.topology import Topology, build_topology, check_divides, check_job
 from megarec.errors import UserError
 from megarec.models.cpu_gemm import fast_cpu_gemm
+from megarec.planning.exchange_meter import ExchangeMeter, exchange_measured
 from megarec.planning.fake_job import fake_job
 from megarec.planning.held_memory import available_bytes, forget_peak, peak_parts, resident_bytes
 from megarec.planning.memory import MODEL_STATES, with_totals
 from megarec.planning.recorder import CollectiveRecorder
 from megarec.planning.shrink import Fit, fit
 from megarec.run.averages import Averages
-from megarec.run.build import Model, build_model
+from megarec.run.build import Model, build_model, overlaps
+from megarec.sparse.exchange.group import Distributed
 from megarec.sparse.towers.replicas import TowerReplicas
 from megarec.training.profiling import StepTimer
 from megarec.training.step import train_step
@@ -164,39 +167,73 @@ def check_ranks(config: RunConfig, hosts: int, ranks_per_host: int, rank: int) -
 def run_steps(
     fitted: Fit, model: Model, topology: Topology, device: torch.device
 ) -> tuple[Parts, int, list[dict[str, Any]]]:
-    """Run STEPS steps; the parts at their peaks, and of the last step the FLOPs and the collectives."""
+    """Run STEPS steps; the parts at their peaks, and of the last step the FLOPs and the collectives.
+
+    Where a run overlaps, the ids of the next batch travel within a step; here its own thread sends them.
+    """
     peak: Parts = {"tables": model.sparse.memory_bytes(), "towers": 0}
-    dense = model.dense
-    recorder = CollectiveRecorder(topology, lambda messages: _raise(peak, dense, messages))
-    size = fitted.micro_batch * dense.accumulation
+    dense, sparse, meter = model.dense, model.sparse, ExchangeMeter()
+    ahead, on_cpu = overlaps(fitted.config, topology, device), device.type == "cpu"
+    seeds, ready = itertools.count(), list[tuple[Batch, Distributed | None]]()
+
+    def observe(messages: list[Tensor]) -> None:
+        if not meter.watching:  # else they are the exchange's
+            _raise(peak, dense, messages)
+
+    def start() -> None:
+        batch = make_batch(fitted.schema, fitted.micro_batch * dense.accumulation, seed=next(seeds)).to(device)
+        ready.append((batch, sparse.distribute(batch) if ahead else None))
+
+    recorder = CollectiveRecorder(topology, observe)
     # ZeRO-3 has a backward pass of its own for linear layers, outside of the model's own products.
-    measured = _measured(peak, dense), _towers_measured(peak, model.sparse.modules)
-    with recorder, fast_cpu_gemm(device, dense.dtype), measured[0], measured[1]:
+    measured = _measured(peak, dense, meter), _towers_measured(peak, sparse.modules, meter)
+    with (
+        recorder,
+        meter,
+        fast_cpu_gemm(device, dense.dtype),
+        measured[0],
+        measured[1],
+        exchange_measured(meter, sparse),
+    ):
+        start()
+        recorder.take()
         for step in range(STEPS):
-            batch = make_batch(fitted.schema, size, seed=step).to(device)
-            with FlopCounterMode(display=False) as counter:
-                train_step(dense, model.sparse, batch, timer=StepTimer(device))
+            batch, ids = ready.pop()
+            after_lookup, meanwhile = (start, _nothing) if on_cpu else (_nothing, start)
+            last = step + 1 == STEPS
+            if last:
+                peak["exchange"] = meter.peak  # the counter's hooks keep gradients
+            with FlopCounterMode(display=False) if last else nullcontext(FlopCounterMode()) as counter:
+                train_step(
+                    dense, sparse, batch,
+                    timer=StepTimer(device), ids=ids, after_lookup=after_lookup, meanwhile=meanwhile,
+                )  # fmt: skip
             collectives = recorder.take()
     return peak, counter.get_total_flops(), collectives
 
 
+def _nothing() -> None:
+    """To be done."""
+
+
 def _raise(peak: Parts, dense: DenseSide, messages: list[Tensor]) -> None:
-    """At a collective or a step of the optimizer: what rises and falls within a step."""
+    """At a collective, a gradient that arrives, or a step of the optimizer: what rises and falls within a step."""
     now = dense.memory_bytes(messages)
     for part in ("communication", "step"):
         peak[part] = max(peak.get(part, 0), now[part])
 
 
 @contextmanager
-def _measured(peak: Parts, dense: DenseSide) -> Iterator[None]:
+def _measured(peak: Parts, dense: DenseSide, meter: ExchangeMeter) -> Iterator[None]:
     """Measure activations at the end of every forward pass, model states at the end of every backward pass."""
     engine = dense.engine
     forward, step = engine.forward, engine.step
 
     def measured_forward(*inputs: Any) -> Any:
         kept: dict[str, int] = {}
-        with saved_activations(kept, dense.module):
+        with saved_activations(kept, dense.module) as saved:
             out = forward(*inputs)
+        meter.leave_out("activations", saved)
         peak["activations"] = max(peak.get("activations", 0), kept["bytes"])
         return out
 
@@ -205,14 +242,17 @@ def _measured(peak: Parts, dense: DenseSide) -> Iterator[None]:
         peak.update({part: now[part] for part in MODEL_STATES})
         step()
 
-    hook = optimizer_of(engine).register_step_pre_hook(lambda *_: _raise(peak, dense, []))
+    hooks: list[Any] = [optimizer_of(engine).register_step_pre_hook(lambda *_: _raise(peak, dense, []))]
+    for parameter in dense.module.parameters():  # at ZeRO 1 their gradients wait until all are there
+        hooks.append(parameter.register_post_accumulate_grad_hook(lambda _: _raise(peak, dense, [])))
     with patch.object(engine, "forward", measured_forward), patch.object(engine, "step", measured_step):
         yield
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
 
 
 @contextmanager
-def _towers_measured(peak: Parts, modules: TowerReplicas | None) -> Iterator[None]:
+def _towers_measured(peak: Parts, modules: TowerReplicas | None, meter: ExchangeMeter) -> Iterator[None]:
     """Measure what tower modules hold: all of theirs at the end of a step, their gradients, and what they save."""
     if modules is None:
         yield
@@ -220,8 +260,11 @@ def _towers_measured(peak: Parts, modules: TowerReplicas | None) -> Iterator[Non
     forward, kept, gradients = modules.bank.forward, {"bytes": 0}, dict[nn.Parameter, int]()
 
     def measured_forward(x: Tensor) -> Tensor:
-        with saved_activations(kept):
-            return forward(x)
+        with meter.pause(), saved_activations(kept) as saved:
+            made: Tensor = forward(x)
+        meter.take(made)
+        meter.leave_out("towers", saved)
+        return made
 
     def keep(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None

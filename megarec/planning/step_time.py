@@ -94,8 +94,12 @@ class _Rates:
         return self._clock.rings([sent], topology.hosts, topology.ranks_per_host // topology.tensor_size).seconds
 
     def reduction(self, buckets: int = 1) -> float:
-        """Of a bucket of the gradients, of so many."""
-        return sum(self.ring(sent / buckets) for sent in self._work.sent.gradients)
+        """Of a bucket of the gradients, of so many: an all-reduce, or a reduce-scatter."""
+        topology, passes = self._work.topology, [sent / buckets for sent in self._work.sent.gradients]
+        ranks = topology.hosts, topology.ranks_per_host // topology.tensor_size
+        return (
+            self._clock.all_reduce(passes, *ranks) if len(passes) == 2 else self._clock.rings(passes, *ranks)
+        ).seconds
 
     @property
     def inside(self) -> float:

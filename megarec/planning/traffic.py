@@ -187,7 +187,7 @@ def _wire(config: RunConfig) -> WireDtypes:
 
 
 @remembered(lambda layout, shards, ranks, examples: (Same(layout), Same(shards), ranks, examples), kept=8)
-def _loads(layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int, examples: int) -> _Loads:
+def rank_loads(layout: EmbeddingLayout, shards: Sequence[Shard], ranks: int, examples: int) -> _Loads:
     """sparse/lookups.py, slot by slot: a feature looked up in a shard of a table that has no copies. Of tables split by
     rows every rank gets the ids of its rows, as lists."""
     names = copied(shards)
@@ -233,7 +233,7 @@ def _group_messages(
     spread = [shard for shard in shards if shard.table not in names] if names else shards
     wire, found = _wire(config), list[Message]()
     if spread:
-        loads = _loads(layout, shards, group.size, examples)
+        loads = rank_loads(layout, shards, group.size, examples)
         own, split = loads.columns[group.rank], loads.split[group.rank]
         found += _ids(loads, group, _index_dtype([layout]))
         found += _rows([loads.rows[group.rank]] * group.size, loads.rows, group, wire)

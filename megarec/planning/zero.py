@@ -102,14 +102,15 @@ def _moments(config: RunConfig) -> int:
     return MOMENTS[name]
 
 
-def dense_parts(sizes: Sequence[int], zero: Zero) -> Parts:
+def dense_parts(sizes: Sequence[int], zero: Zero, arrival: Sequence[int] | None = None) -> Parts:
     """Predicted bytes of dense/memory.py's parts.
 
     `gradients` are those that the optimizer steps with, when the last backward pass of a step has ended;
-    `communication` is its largest over a step, without the messages of tensor parallelism.
+    `communication` is its largest over a step, without the messages of tensor-parallel layers.
 
     Args:
         sizes: elements of every parameter of this rank, in the model's order.
+        arrival: their places in the order in which gradients arrive; None: the reverse.
     """
     total, partition = sum(sizes), partition_elements(sizes, zero)
     if zero.stage == 0:
@@ -126,7 +127,7 @@ def dense_parts(sizes: Sequence[int], zero: Zero) -> Parts:
         "gradients": _gradients(sizes, zero, partition),
         "optimizer": (1 + zero.moments) * MASTER * partition + _offload_buffer(zero, partition),
         "step": _step(sizes, zero, partition),
-        "communication": _communication(sizes, zero),
+        "communication": _communication(sizes, zero, range(len(sizes))[::-1] if arrival is None else arrival),
     }
 
 
@@ -204,33 +205,68 @@ def _reduction(sizes: Sequence[int], zero: Zero) -> int:
     return buckets + zero.sent * largest
 
 
-def _communication(sizes: Sequence[int], zero: Zero) -> int:
-    """Buckets, gradients that wait to be reduced, and at ZeRO-3 gathered parameters.
+def _communication(sizes: Sequence[int], zero: Zero, arrival: Sequence[int]) -> int:
+    """Buckets, gradients that wait to be reduced, copies that are sent, and at ZeRO-3 gathered parameters."""
+    settings = zero.settings
+    buckets = (1 + (zero.stage < 3 and bool(settings.overlap_comm))) * bool(settings.contiguous_gradients)
+    beside = _beside_gathered(sizes, zero, arrival) if zero.stage == 3 else _at_a_flush(sizes, zero, arrival)
+    return zero.width * (buckets * int(settings.reduce_bucket_size) + beside)
 
-    An estimate: which gradients meet in a bucket depends on the order in which they arrive.
+
+def _at_a_flush(sizes: Sequence[int], zero: Zero, arrival: Sequence[int]) -> int:
+    """Most elements beside the buckets when one is sent: zero/stage_1_and_2.py.
+
+    Gradients move into the bucket as they arrive, at stage 1 without overlap once all of them wait, in the model's
+    order; one that is larger than a bucket stays where it is. A bucket is sent when the next one does not fit. What it
+    sends is a copy, unless all of it is of one rank's partition (average_tensor, allreduce_bucket).
     """
-    settings, total, largest = zero.settings, sum(sizes), max(sizes)
-    bucket = int(settings.reduce_bucket_size) if settings.contiguous_gradients else 0
-    if zero.stage == 1 and not settings.overlap_comm:  # all gradients wait until the backward pass has ended
-        return zero.width * (bucket + total)
-    # zero/stage_1_and_2.py, allreduce_and_scatter, and reduce_scatter_coalesced copy a bucket's content to send it.
-    reduced = _at_a_flush(sizes, bucket)
-    if zero.stage < 3:
-        return zero.width * (bucket * (2 if settings.overlap_comm else 1) + reduced)
-    # zero/partitioned_param_coordinator.py: every submodule fetches a bucket ahead, as long as fewer than
-    # max_live_parameters are there; and what the next max_reuse_distance elements need again is not released, which
-    # at the end of the forward pass is the last half of that distance.
+    bucket, at_end = int(zero.settings.reduce_bucket_size), zero.stage == 1 and not zero.settings.overlap_comm
+    moves, partition = bool(zero.settings.contiguous_gradients), partition_elements(sizes, zero)
+    starts = [0, *itertools.accumulate(sizes)]
+    waiting = most = sum(sizes) if at_end else 0
+    content: list[int] = []
+    for place in [*(range(len(sizes)) if at_end else arrival), None]:
+        size = 0 if place is None else sizes[place]
+        waiting += 0 if at_end else size
+        held = sum(sizes[own] for own in content)
+        if content and (place is None or held + size > bucket):
+            owners = [range(starts[own] // partition, (starts[own + 1] - 1) // partition + 1) for own in content]
+            copied = len({owner for own in owners for owner in own}) > 1
+            most = max(most, waiting + held * copied)
+            waiting -= sum(
+                sizes[own]
+                for own, of in zip(content, owners, strict=True)
+                if (not moves or sizes[own] > bucket) and (zero.stage == 2 or (moves and zero.rank in of))
+            )
+            content = []
+        if place is not None:
+            content.append(place)
+            waiting -= size if moves and size <= bucket else 0
+    return most
+
+
+def _beside_gathered(sizes: Sequence[int], zero: Zero, arrival: Sequence[int]) -> int:
+    """Most elements beside the bucket at stage 3: parameters that are gathered, and when a bucket is sent its content,
+    copied (reduce_scatter_coalesced), and the gradient that did not fit.
+
+    zero/partitioned_param_coordinator.py: in the backward pass a parameter is released when its gradient is there.
+    Every submodule fetches ahead as long as fewer than max_live_parameters are there; and what the next
+    max_reuse_distance elements need again is not released, which at the end of the forward pass is the last half of
+    that distance.
+    """
+    settings, bucket, kept = zero.settings, int(zero.settings.reduce_bucket_size), persistent(sizes, zero)
     ahead = int(settings.max_live_parameters) if settings.prefetch_bucket_size else 0
-    most = max(ahead, int(settings.max_reuse_distance) // 2) + largest
-    gathered = min(total - _persistent(sizes, zero), most)
-    return zero.width * (bucket + (gathered if zero.ranks > 1 else 0) + reduced)
-
-
-def _at_a_flush(sizes: Sequence[int], bucket: int) -> int:
-    """Most elements of a bucket's content and the gradient that did not fit beside it, over a backward pass."""
-    most = content = 0
-    for size in reversed(sizes):
-        if content + size > bucket:
-            most, content = max(most, content + size), 0
+    most = max(ahead, int(settings.max_reuse_distance) // 2) + max(sizes)
+    most, content = min(sum(sizes) - _persistent(sizes, zero), most) if zero.ranks > 1 else 0, 0
+    order: list[int | None] = [*arrival, None]
+    for turn, place in enumerate(order):
+        size = 0 if place is None else sizes[place]
+        if place is None or (content and content + size > bucket):
+            live = 0
+            for own in order[turn:]:
+                if own is not None and not kept[own] and (live < ahead or own == place):
+                    live += sizes[own]
+            alone = content if content > bucket or not settings.contiguous_gradients else 0  # in no bucket
+            most, content = max(most, live * (zero.ranks > 1) + content + alone + size), 0
         content += size
-    return max(most, content)
+    return most

@@ -15,14 +15,14 @@ POOLING = {"layers.MaskedAveragePooling()": "mean", "layers.MaskedSumPooling()":
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set in this project's words.
+    """A data set translated to this project.
 
     Attributes:
         spec: for `prepare_data.py table --schema`.
         fields: the features in their order.
         numbers: how many of them are numeric.
         files: by option of prepare_data.py table, the files.
-        lines: what became of every key.
+        lines: the outcome of every key.
     """
 
     spec: dict[str, Any]
@@ -32,7 +32,7 @@ class DataSet:
     lines: tuple[Line, ...]
 
     def prepare_command(self, spec: Path, output: str) -> str:
-        """The line that prepares it."""
+        """The command that prepares it."""
         files = " ".join(f"--{option} {shlex.quote(name)}" for option, name in self.files.items())
         whole = f"python tools/prepare_data.py table --schema {shlex.quote(str(spec))}"
         return f"{whole} {files} --output {shlex.quote(output)}"
@@ -60,14 +60,14 @@ def read_data_set(path: Path, name: str | None, group: str | None = None) -> Dat
         own.unused("dtype")
         own.finish("a label")
     least = keys.integer("min_categr_count", 1)
-    keys.said("min_categr_count", least, "columns.*.min_count", remark="of features that share no table")
+    keys.note("min_categr_count", least, "columns.*.min_count", remark="of features that share no table")
     fields, numbers = [], 0
     group = keys.take("group_id", None) or group
     for feature in _list(keys, "feature_cols"):
         names = feature.get("name")
         for one in names if isinstance(names, list) else [names]:
             if not isinstance(one, str) or not one or one in columns:
-                keys.fail("feature_cols", one, "expected names that are there once")
+                keys.fail("feature_cols", one, "expected names without repetitions")
             own = Keys({**feature, "name": one}, f"{keys.where}: {one}")
             columns[one] = column = _column(own, least, group)
             keys.lines += own.lines
@@ -78,7 +78,7 @@ def read_data_set(path: Path, name: str | None, group: str | None = None) -> Dat
     separator = keys.take("separator", keys.take("sep", None))
     if separator is not None:
         spec["delimiter"] = separator
-        keys.said("separator", separator, "delimiter")
+        keys.note("separator", separator, "delimiter")
     files = _files(keys)
     keys.unused(*UNUSED)
     keys.finish("FuxiCTR's data set")
@@ -86,7 +86,7 @@ def read_data_set(path: Path, name: str | None, group: str | None = None) -> Dat
 
 
 def _once(lines: Sequence[Line]) -> list[Line]:
-    """Lines without repetitions: ten features of one kind say the same."""
+    """Lines without repetitions: ten features of one kind give the same."""
     return list({(line.key, str(line.value), line.target, line.remark): line for line in lines}.values())
 
 
@@ -102,12 +102,12 @@ def _files(keys: Keys) -> dict[str, str]:
     form = keys.take("data_format", "csv")
     if form not in ("csv", "parquet"):
         keys.fail("data_format", form, "expected csv or parquet: raw files, with their columns named")
-    keys.said("data_format", form, "", remark="by the files' suffixes")
+    keys.note("data_format", form, "", remark="by the files' suffixes")
     found = {}
     for split in ("train", "valid", "test"):
         if name := keys.take(f"{split}_data", None):
             found[split] = str(name)
-            keys.said(f"{split}_data", name, f"prepare_data.py table --{split}")
+            keys.note(f"{split}_data", name, f"prepare_data.py table --{split}")
     for key in ("valid_size", "test_size", "split_type"):
         keys.must_be(key, None, "split the files beforehand, or with prepare_data.py table --data --split", None)
     return found
@@ -128,7 +128,7 @@ def _column(keys: Keys, least: int, group: str | None) -> dict[str, Any]:
     if kind not in makers:
         keys.fail("type", kind, f"expected one of {', '.join(makers)}, meta")
     column = makers[kind](keys, dtype, least)
-    keys.said("feature_cols", f"type {kind}", f"columns.*.type {column['type']}")
+    keys.note("feature_cols", f"type {kind}", f"columns.*.type {column['type']}")
     keys.finish("a feature")
     return column
 
@@ -141,9 +141,9 @@ def _ids(keys: Keys, dtype: str, least: int) -> dict[str, Any]:
     count = keys.integer("min_categr_count", least)
     missing = keys.take("fill_na", keys.take("na_value", None))
     if missing not in (None, ""):
-        keys.said("fill_na", missing, "", "differs", "a missing value has row 0 here, no row of its own")
+        keys.note("fill_na", missing, "", "differs", "a missing value has row 0 here, no row of its own")
     if owner := keys.take("share_embedding", None):
-        keys.said("share_embedding", owner, "columns.*.table")
+        keys.note("share_embedding", owner, "columns.*.table")
         return found | {"table": owner}
     return found | ({"min_count": count} if count > 1 else {})
 
@@ -152,7 +152,7 @@ def _categorical(keys: Keys, dtype: str, least: int) -> dict[str, Any]:
     processor = keys.take("category_processor", None)
     if processor == "quantile_bucket":
         buckets = keys.integer("num_buckets", 10)
-        keys.said("category_processor", processor, "columns.*.buckets")
+        keys.note("category_processor", processor, "columns.*.buckets")
         keys.take("fill_na", None)
         return {"type": "bucketised", "buckets": buckets}
     if processor is not None:
@@ -165,12 +165,12 @@ def _sequence(keys: Keys, dtype: str, least: int) -> dict[str, Any]:
     encoder = keys.take("feature_encoder", "layers.MaskedAveragePooling()")
     if encoder not in POOLING:
         keys.fail("feature_encoder", encoder, f"expected one of {', '.join(POOLING)}")
-    keys.said("feature_encoder", encoder, "columns.*.pooling")
+    keys.note("feature_encoder", encoder, "columns.*.pooling")
     common = _ids(keys, dtype, least) | {"separator": keys.text("splitter", "^"), "pooling": POOLING[encoder]}
     longest, padding = keys.integer("max_len", 0), keys.text("padding", "post")
     if not longest:
         return {"type": "multi_valued"} | common
-    keys.said("max_len", longest, "columns.*.max_length")
+    keys.note("max_len", longest, "columns.*.max_length")
     return {"type": "sequence", **common, "max_length": longest, "newest": "first" if padding == "post" else "last"}
 
 
@@ -178,7 +178,7 @@ def _numeric(keys: Keys, dtype: str, least: int) -> dict[str, Any]:
     normalizer = keys.take("normalizer", None)
     if normalizer not in (None, "StandardScaler"):
         keys.fail("normalizer", normalizer, "expected StandardScaler or nothing")
-    keys.said("normalizer", normalizer, "columns.*.standardise")
+    keys.note("normalizer", normalizer, "columns.*.standardise")
     keys.must_be("feature_encoder", None, "has no equal here; take it out", None)
     missing = keys.take("fill_na", 0.0)
     column: dict[str, Any] = {"type": "numeric", "missing": float(missing)}

@@ -1,7 +1,7 @@
-"""A YAML of another project, key by key: each key is taken once, and one that nobody takes is an error.
+"""A YAML of another project, key by key: each key is used once, and an unused one is an error.
 
-What a key means here is kept as a line for people, beside the value. A YAML is data that anyone may have written: it
-is read by yaml's safe loader, up to a size, and no key may be there twice.
+A key's meaning here is kept as a line for people, beside the value. A YAML is untrusted data: it
+is read by yaml's safe loader, up to a size, and no key may appear twice.
 """
 
 import difflib
@@ -20,7 +20,7 @@ Kind = Literal["same", "differs", "unused"]
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one key.
+    """The outcome of one key.
 
     Attributes:
         target: the key here, or "" where there is none.
@@ -39,9 +39,9 @@ class Keys:
     """The keys of one mapping.
 
     Attributes:
-        values: those that nobody has taken yet.
+        values: those not used yet.
         where: the file and the place in it, for messages.
-        lines: what became of those that somebody has.
+        lines: the outcome of those that were used.
     """
 
     values: dict[str, Any]
@@ -53,17 +53,17 @@ class Keys:
         raise UserError(one_line(f"{self.where}: {key}={_short(value)}: {expected}"))
 
     def take(self, key: str, default: Any = _MISSING) -> Any:
-        """The value of a key, which nobody else will take.
+        """The value of a key, which is then used up.
 
         Raises:
-            UserError: it is not there, and has no default.
+            UserError: it is missing, and has no default.
         """
         if key not in self.values and default is _MISSING:
             raise UserError(f"{self.where}: {key} is missing")
         return self.values.pop(key, default)
 
     def number(self, key: str, default: Any = _MISSING) -> float:
-        """A number of at least 0; YAML 1.1 reads `1e-3`, without a point, as a text, which is taken as it is meant."""
+        """A number of at least 0; YAML 1.1 reads `1e-3`, without a point, as a text, which is read as a number here."""
         value = self.take(key, default)
         try:
             number = float(value) if not isinstance(value, bool) else -1.0
@@ -95,21 +95,21 @@ class Keys:
         """Widths of layers."""
         value = self.take(key, default)
         if not isinstance(value, list) or any(type(width) is not int or width < 1 for width in value):
-            self.fail(key, value, "expected a list of widths of at least 1, of one model; a tuner's lists of lists no")
+            self.fail(key, value, "expected a list of widths of at least 1, of one model, not a tuner's lists")
         return list(value)
 
     def must_be(self, key: str, wanted: Any, otherwise: str, default: Any = _MISSING) -> None:
         """Take a key that has one meaning here.
 
         Raises:
-            UserError: it has another value, with which the translation would be of another model or training.
+            UserError: it has another value, which would mean another model or training.
         """
         given = key in self.values
         value = self.take(key, wanted if default is _MISSING else default)
         if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
             self.fail(key, value, otherwise)
         if given:
-            self.said(key, value, "", remark="what is done here")
+            self.note(key, value, "", remark="what is done here")
 
     def unused(self, *keys: str) -> None:
         """Take keys that change no numbers."""
@@ -117,15 +117,15 @@ class Keys:
             if key in self.values:
                 self.lines.append(Line(key, self.values.pop(key), "", "unused", "changes no numbers"))
 
-    def said(self, key: str, value: Any, target: str, kind: Kind = "same", remark: str = "") -> None:
-        """Note what became of a key."""
+    def note(self, key: str, value: Any, target: str, kind: Kind = "same", remark: str = "") -> None:
+        """Note the outcome of a key."""
         self.lines.append(Line(key, value, target, kind, remark))
 
     def finish(self, known: str) -> None:
-        """Raise a UserError for a key that nobody has taken.
+        """Raise a UserError for a key that was not used.
 
         Args:
-            known: what does not know it.
+            known: what does not have this key.
         """
         for key, value in self.values.items():
             near = difflib.get_close_matches(str(key), [line.key for line in self.lines], n=1)
@@ -139,7 +139,7 @@ def _short(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that is there twice: the second would win silently."""
+    """The safe loader, which also refuses a key that appears twice: the second would win silently."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -148,9 +148,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str | int):
-            raise yaml.constructor.ConstructorError(None, None, f"{_short(key)} is no key", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{_short(key)} is not a key", key_node.start_mark)
         if key in found:
-            raise yaml.constructor.ConstructorError(None, None, f"{_short(key)} is there twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{_short(key)} appears twice", key_node.start_mark)
         found[key] = loader.construct_object(value_node, deep=True)
     return found
 
@@ -174,7 +174,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or error
-        raise UserError(one_line(f"{path}{place}: no YAML that can be read ({problem})")) from error
+        raise UserError(one_line(f"{path}{place}: not readable as YAML ({problem})")) from error
     if not isinstance(value, dict) or not all(isinstance(part, dict) for part in value.values()):
         raise UserError(f"{path}: expected a mapping from names to mappings, as FuxiCTR's YAMLs are")
     return {str(name): part for name, part in value.items()}
@@ -189,6 +189,6 @@ def chosen(path: Path, found: dict[str, Any], name: str | None, option: str) -> 
     if name is None and len(found) == 1:
         return next(iter(found.items()))
     if name is None or name not in found:
-        seen = f"{name!r} is not there" if name is not None else f"{len(found)} of them are there"
+        seen = f"{name!r} is missing" if name is not None else f"there are {len(found)}"
         raise UserError(one_line(f"{path}: {seen}; name one with {option}: {', '.join(sorted(found)[:20]) or 'none'}"))
     return name, found[name]

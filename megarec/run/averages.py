@@ -1,4 +1,4 @@
-"""Exponential moving averages of weights: what validation, test and export take in their place.
+"""Exponential moving averages of weights, which validation, test and export use instead.
 
     average <- d average + (1 - d) weight after every applied step,  d = min(decay, (1 + n) / (10 + n)) at the n-th
 

@@ -1,4 +1,4 @@
-"""Quality of what training predicted, for the log: where the predictions lie, without sorting or gathering them.
+"""Quality of training's predictions, for the log: computed in place, without sorting or gathering them.
 
 The exact AUC sorts all predictions of a window in one place. At 262,144 examples a step that takes seconds of a CPU at
 every log line, in which all ranks wait. Here each rank counts its positives and negatives in bins of the logit, the
@@ -35,7 +35,7 @@ def binned_quality(window: Predictions, world: dist.ProcessGroup | None) -> Qual
 
 
 def _of_label(logits: Tensor, labels: Tensor, world: dist.ProcessGroup | None) -> Tensor:
-    """What `_quality` takes, of one label's predictions [N]; where the label is NaN it is missing."""
+    """The input of `_quality`, from one label's predictions [N]; a NaN label is missing."""
     there = labels.isfinite()
     finite = logits.isfinite() | ~there
     labels, logits = labels.where(there, 0), logits.where(finite & there, 0).double()

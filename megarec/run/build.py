@@ -40,7 +40,7 @@ class Run:
 
     Attributes:
         choices: what was chosen and why, for the log.
-        rounding: why another topology's losses will differ, where they will.
+        rounding: why another topology's losses will differ, if they will.
         skipped_rows: by split and reason.
     """
 
@@ -67,10 +67,10 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
     """Build data, topology, sparse side, dense model and engine of a run, in this order; collective.
 
     Args:
-        watched: open TensorBoard and what else the deepspeed section switches on; a probe or a test writes nothing.
+        watched: open TensorBoard and the other monitors of the deepspeed section; a probe or a test writes nothing.
 
     Raises:
-        UserError: whatever the user can fix, before anything is trained or written.
+        UserError: a mistake of the user, before anything is trained or written.
     """
     topology = build_topology(config.parallel.ranks_per_host, config.parallel.tensor)
     check_groups(topology, device)
@@ -137,7 +137,7 @@ def build_run(config: RunConfig, device: torch.device, *, watched: bool = False)
 
 
 def predictions_of(run: Run) -> Predictions:
-    """Room for what a run predicts."""
+    """The window of a run's predictions."""
     return Predictions(run.schema.tasks, run.config.train.best_label)
 
 

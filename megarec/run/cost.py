@@ -109,7 +109,7 @@ def count(
 
 
 def _fusion(head: Parts) -> Parts:
-    """What of a model's last part is there for several labels as well."""
+    """The part of a model's last part that several labels keep."""
     return {name: part for name, part in head.items() if name == "fusion"}
 
 
@@ -161,7 +161,7 @@ def _count_sequence(own: SequenceInput, config: ModelConfig) -> Part:
             .plus(Part(0, positions * columns))
         )
     else:
-        every = positions + 1  # of which the target: k and v of each, u and q of the target alone
+        every = positions + 1  # with the target: k and v of each position, u and q of the target only
         parameters = 5 * columns**2 + (7 if config.bias else 1) * columns
         parameters += every if settings.position_bias is not False else 0
         block = Part(parameters, 2 * every * columns**2 + 3 * columns**2 + 2 * every * columns)
@@ -183,7 +183,7 @@ def _count_inputs(config: ModelConfig, layout: EmbeddedColumns, numeric: int, la
 
 
 def _count_over_arch(n: int, dense: int, config: OverArchConfig, headless: bool = False) -> dict[str, Parts]:
-    """The layers over n embeddings per example, of which the last `dense` come from numeric features."""
+    """The layers over n embeddings per example; the last `dense` come from numeric features."""
     beside: Parts = {}
     match config:
         case WukongConfig():

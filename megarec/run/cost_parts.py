@@ -1,4 +1,4 @@
-"""What the analytic cost of a model is made of: parameters and multiply-accumulates of a part, and of an MLP."""
+"""The parts of a model's analytic cost: parameters and multiply-accumulates of a part, and of an MLP."""
 
 import functools
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Whether a run can fit its machine at all: a lower bound, by arithmetic, before anything is built.
 
-tools/rehearse.py measures; this only keeps a slip of the pen (a width with three zeros too many, a table of 10^12 rows)
+tools/rehearse.py measures; this only keeps a typo (a width with three zeros too many, a table of 10^12 rows)
 from ending in the kernel's out-of-memory killer, or in minutes of allocation first.
 """
 
@@ -30,7 +30,7 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that are needed at least, and for what.
+    """The least bytes that are needed, and for what.
 
     Attributes:
         what: for people.
@@ -43,7 +43,7 @@ class Need:
 def check_fits(
     config: RunConfig, spec: ModelSpec, topology: Topology, device: torch.device, examples: Mapping[Split, int]
 ) -> None:
-    """Compare what the ranks of this machine need at least with what it has.
+    """Compare the least memory that this machine's ranks need with what it has.
 
     Args:
         examples: of each split.
@@ -100,7 +100,7 @@ def device_needs(
 def host_needs(
     config: RunConfig, spec: ModelSpec, topology: Topology, ranks: int, examples: Mapping[Split, int]
 ) -> list[Need]:
-    """What so many ranks of one machine hold in its memory, whatever the device."""
+    """The memory of the machine that its ranks hold, whatever the device."""
     share = config.data.batch_size // topology.world_size
     batches = min(config.data.prefetch, examples["train"] // config.data.batch_size)
     width = 4 if all(table.rows < 2**31 for table in spec.layout.tables) else 8  # of an id, or a list's length
@@ -149,7 +149,7 @@ def least_step_bytes(config: RunConfig, spec: ModelSpec, topology: Topology) -> 
     """Least bytes of the looked-up embeddings, their gradients, and what a micro-batch saves, on one rank."""
     looked_up = 2 * 4 * spec.arriving * (config.data.batch_size // topology.world_size)
     if config.dense.compile:
-        return looked_up  # it saves less, no one can say by how much
+        return looked_up  # it saves less, by an unknown amount
     return looked_up + activation_bytes(config, spec, micro_batch_size(config, topology.world_size))
 
 
@@ -205,7 +205,7 @@ def check_threads(config: RunConfig, ranks: int) -> None:
 
 
 def _thread_limits() -> list[tuple[int, str]]:
-    """(threads, what allows no more), of this machine and its container."""
+    """(limit of threads, its source), of this machine and its container."""
     found = [(2**22, "Linux")]  # its largest number of processes
     for path in map(Path, _THREAD_LIMITS):
         if path.is_file() and path.read_text().strip().isdigit():

@@ -141,7 +141,7 @@ def quality(logits: Tensor, labels: Tensor) -> Quality:
     if not 0 < rate < 1:
         return Quality(math.nan, logloss, math.nan, calibration, mean, examples)
     entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
-    # Logits, not probabilities: a sigmoid saturates and would tie what the model told apart.
+    # Logits, not probabilities: a sigmoid saturates and would tie different logits.
     auc = float(group_scores(scores.numpy(), labels.numpy(), np.zeros(examples, np.int32)).auc[0])
     return Quality(auc, logloss, logloss / entropy, calibration, mean, examples)
 
@@ -153,7 +153,7 @@ class Predictions:
 
     Attributes:
         names: of several labels, in order.
-        main: the one that stands for all (train.best_label); None: the first.
+        main: the one that represents all (train.best_label); None: the first.
     """
 
     names: tuple[str, ...] = ()
@@ -264,7 +264,7 @@ def _quality_of(ranks: list[Tensor], share: int, groups: NDArray[Any] | None) ->
 def over_groups_of(
     logits: NDArray[np.float32], labels: NDArray[Any], groups: NDArray[Any], ks: tuple[int, ...] = ()
 ) -> Grouped:
-    """Metrics of groups; of logits that are not all finite there is none, and all groups count."""
+    """Metrics of groups; undefined if some logit is not finite, and all groups count."""
     assert len(logits) == len(groups), f"{len(logits)} predictions and {len(groups)} rows with a group"
     finite = bool(np.isfinite(logits).all())
     found = over_groups(group_scores(logits if finite else np.zeros_like(logits), labels, groups, ks))

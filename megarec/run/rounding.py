@@ -1,4 +1,4 @@
-"""Whether rounding can part the losses of two topologies, from the sizes of a run (docs/parity.md).
+"""Whether rounding can make the losses of two topologies diverge, from the sizes of a run (docs/parity.md).
 
 A ReLU whose input is rounding noise is on in one summation order and off in another. The loss does not see it, but one
 example's gradient jumps, and the tables' normalised updates make a full step of the jump. SiLU has no jump.
@@ -31,7 +31,7 @@ def relu_inputs(model: nn.Module) -> int:
 
 
 def rounding_warning(config: RunConfig, spec: ModelSpec, steps: int) -> str | None:
-    """One line where rounding will part topologies within the run's steps; None: it need not be feared.
+    """One line if rounding will make topologies diverge within the run's steps; None: it will not.
 
     Args:
         spec: the run's model.
@@ -42,12 +42,12 @@ def rounding_warning(config: RunConfig, spec: ModelSpec, steps: int) -> str | No
     reasons = [*types, relus, _single_rows(spec), _lone_l2(config, spec), _shifts(config, spec)]
     if not any(reasons):
         return None
-    said = "; ".join(reason for reason in reasons if reason)
-    return f"losses on another topology may differ by more than 1e-5: {said} (docs/parity.md)"
+    text = "; ".join(reason for reason in reasons if reason)
+    return f"losses on another topology may differ by more than 1e-5: {text} (docs/parity.md)"
 
 
 def _types(config: RunConfig) -> list[str]:
-    """The types with fewer bits than fp32: beside their rounding a switched ReLU is nothing."""
+    """The types with fewer bits than fp32: their rounding outweighs a switched ReLU."""
     dense, tables, messages = settings_of(config.deepspeed).dtype, config.embedding.weights, config.parallel.messages
     reasons = [] if dense == torch.float32 else [f"{str(dense).removeprefix('torch.')} in the dense model"]
     reasons += [] if tables == "fp32" else [f"embedding.weights={tables!r}"]
@@ -90,8 +90,8 @@ def _lone_l2(config: RunConfig, spec: ModelSpec) -> str | None:
     if gradient <= 2 * embedding.eps:
         return None
     return (
-        f"embedding.dropout and l2 leave elements a gradient near {gradient:.0e}, of which embedding.eps="
-        f"{embedding.eps:g} makes a full step (embedding.eps=1e-3 does not)"
+        f"embedding.dropout and l2 leave elements a gradient near {gradient:.0e}, which embedding.eps="
+        f"{embedding.eps:g} turns into a full step (embedding.eps=1e-3 does not)"
     )
 
 
@@ -105,11 +105,11 @@ class _Stepped(NamedTuple):
 
 
 def _shifts(config: RunConfig, spec: ModelSpec) -> str | None:
-    """Biases in front of X_0 that BatchNorm behind it takes away: their gradient is rounding errors alone.
+    """Biases in front of X_0 that BatchNorm behind it cancels: their gradient is only rounding errors.
 
-    Those of the dense model itself are not there (`shift_vanishes`), but for the input MLPs of an AFN that takes half
-    of what they emit to its neurons; a tower module or a sequence's block is built for every dense model alike. Adam at
-    a small eps makes whole steps of such gradients.
+    The dense model itself has none (`shift_vanishes`), except the input MLPs of an AFN that takes half
+    of their output to its neurons; a tower module or a sequence's block is the same for every dense model. Adam at
+    a small eps turns such gradients into whole steps.
     """
     sizes, headless = spec.dense_sizes, spec.labels > 1
     some = shift_of_some_inputs_vanishes(sizes, headless)
@@ -121,8 +121,8 @@ def _shifts(config: RunConfig, spec: ModelSpec) -> str | None:
     now = " and ".join(dict.fromkeys(f"{own.key}={own.eps:g}" for own in found))
     remedy = " and ".join(dict.fromkeys(f"{own.key}={SMALLEST_EPS:g}" for own in found))
     return (
-        f"model.norm='batch' takes away what the last biases of {' and '.join(own.of for own in found)} add, and {now} "
-        f"makes steps of the rounding errors that are their gradients (model.bias=false, or {remedy}, does not)"
+        f"model.norm='batch' cancels the last biases of {' and '.join(own.of for own in found)}, and {now} "
+        f"makes steps of their gradients, which are rounding errors (model.bias=false, or {remedy}, does not)"
     )
 
 
@@ -130,7 +130,7 @@ def _last_biases(config: RunConfig, spec: ModelSpec, inputs: bool) -> Iterator[_
     """Those in front of X_0; `inputs`: with those of the input MLPs."""
     dense = ("dense.eps", config.dense.optimizer, config.dense.eps)
     if (given := config.deepspeed.get("optimizer")) is not None:
-        eps = given.get("params", {}).get("eps")  # DeepSpeed says what is wrong with it
+        eps = given.get("params", {}).get("eps")  # DeepSpeed reports what is wrong with it
         dense = (
             "deepspeed.optimizer.params.eps",
             given["type"].lower(),

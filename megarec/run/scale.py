@@ -92,7 +92,7 @@ def _candidates(
 
 
 def _path(config: WukongConfig) -> Iterator[WukongConfig]:
-    """The recipe's models from the smallest up, without end; no size ever shrinks."""
+    """The recipe's models from the smallest up, endlessly; no size ever shrinks."""
     for layers in range(FEWEST_LAYERS, MOST_LAYERS):
         yield _with_sizes(config, layers, NARROWEST)
     for width in count_up(NARROWEST):
@@ -126,7 +126,7 @@ def _sizes(config: WukongConfig) -> str:
 
 
 def _rounded_up(value: float) -> str:
-    """Four digits, never below the value: what a message tells people to ask for must be enough."""
+    """Four digits, never below the value: the value in a message must be enough."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 3)
     return f"{math.ceil(value / unit) * unit:.4g}"
 

@@ -12,7 +12,7 @@ class Schedule:
 
     Attributes:
         total_steps: optimizer steps of the whole run.
-        plateau_drops: times the validation loss stood still for `plateau_patience` validations.
+        plateau_drops: times the validation loss did not improve for `plateau_patience` validations.
     """
 
     config: ScheduleConfig

@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""A run's position."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -22,9 +22,9 @@ class TrainState:
         best_by: the metric that `best` is of (train.best_by); None: there is no best yet, or an earlier version saved.
         skipped_steps: steps that were not applied; `skipped` counts them by cause.
         faulty_labels: of several labels, steps that were applied without one, because its loss was not finite.
-        left_out: steps whose batches are passed over, because they were faulty before a rollback.
-        rollbacks: so many there were.
-        losses: mean losses of the last applied steps, of which `train.faults.spike` takes the median.
+        left_out: steps whose batches are skipped, because they were faulty before a rollback.
+        rollbacks: how many there were.
+        losses: mean losses of the last applied steps, for the median of `train.faults.spike`.
         validation_due: the run ended by a signal between a step and its validation.
     """
 
@@ -50,7 +50,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], file: Path) -> "TrainState":
-        """What an earlier version did not know keeps its default; numbers come back as what they were, 7.0 as 7.
+        """Keys unknown to an earlier version keep their default; numbers keep their type, 7.0 as 7.
 
         Args:
             file: that the values were read from, for the message.
@@ -61,14 +61,14 @@ class TrainState:
         for name, value in values.items():  # what pydantic would turn into a number
             kind = {"validation_due": bool, "best_by": str}.get(name)
             if isinstance(value, bool | str) and (kind is None or not isinstance(value, kind)):
-                raise DamagedCheckpoint(f"{file}: position.{name}: {value!r} is not of its type; no run stands there")
+                raise DamagedCheckpoint(f"{file}: position.{name}: {value!r} is not of its type; no run can be there")
         known = {name: math.inf if name == "best" and value is None else value for name, value in values.items()}
         try:
             return _POSITION.validate_python(known)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, ("position", *first["loc"])))
-            raise DamagedCheckpoint(f"{file}: {where}: {first['msg']}; no run stands there") from error
+            raise DamagedCheckpoint(f"{file}: {where}: {first['msg']}; no run can be there") from error
 
     def forget_best(self) -> None:
         """The validations so far were of another model."""

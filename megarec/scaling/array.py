@@ -38,8 +38,8 @@ class Share:
     def names(self, trials: list[Trial]) -> set[str]:
         """Of the trials of this task.
 
-        Each one that chooses a learning rate counts by itself; the others of a model and seed, of which only that with
-        the chosen rate will run, together. These go round the tasks, by what they cost, so that all get as much.
+        Each one that chooses a learning rate counts by itself; the others of a model and seed, where only the one with
+        the chosen rate will run, together. They go round the tasks by cost, so that all get as much.
         """
         groups: dict[tuple[str, int, int | None], list[Trial]] = {}
         for trial in trials:
@@ -55,7 +55,7 @@ def share_of(text: str, environment: Mapping[str, str]) -> Share:
         text: "3/16"; empty: as Slurm numbers the tasks of a job array.
 
     Raises:
-        UserError: it names none.
+        UserError: it is not a share.
     """
     if text:
         found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
@@ -63,33 +63,33 @@ def share_of(text: str, environment: Mapping[str, str]) -> Share:
         if not 1 <= share.number <= share.count:
             raise UserError(f"--array {text}: expected K/N, the K-th of N tasks, as 3/16")
         return share
-    told = {}
+    task = {}
     for name, variable in _SLURM.items():
         value = environment.get(variable)
         if value is None or not value.isdecimal():
             seen = "is not set" if value is None else f"is {value!r}"
             raise UserError(f"--array: {variable} {seen}: submit with sbatch --array=0-15, or say which task, as 3/16")
-        told[name] = int(value)
-    steps = (told["max"] - told["min"]) // max(told["step"], 1) + 1
-    if steps != told["count"] or told["count"] == 1:
+        task[name] = int(value)
+    steps = (task["max"] - task["min"]) // max(task["step"], 1) + 1
+    if steps != task["count"] or task["count"] == 1:
         raise UserError(
-            f"--array: a job array of {told['count']} tasks, numbered {told['min']} to {told['max']}, is only a part "
+            f"--array: a job array of {task['count']} tasks, numbered {task['min']} to {task['max']}, is only a part "
             "of one; say which task of how many this is, as --array 3/16"
         )
-    return Share((told["id"] - told["min"]) // told["step"] + 1, told["count"])
+    return Share((task["id"] - task["min"]) // task["step"] + 1, task["count"])
 
 
 @contextmanager
 def only_task_in(output: Path, share: Share) -> Iterator[None]:
-    """Keep sweeps out that are no other task of the same array.
+    """Keep sweeps out that are not another task of the same array.
 
     Raises:
-        UserError: one is at work there, or this task is already.
+        UserError: such a sweep or this task is at work there already.
     """
     note = output / NOTE
     with lock_of(output / "lock") as lock, lock_of(output / f"lock-{share.number}-of-{share.count}") as own:
         deadline = time.monotonic() + _PATIENCE
-        if _held(lock, fcntl.LOCK_EX):  # nobody else is there
+        if _held(lock, fcntl.LOCK_EX):  # no other task is there
             write_json(note, {"count": share.count})
         while not _held(lock, fcntl.LOCK_SH):
             if time.monotonic() > deadline:
@@ -123,7 +123,7 @@ def tasks_of(output: Path) -> int | None:
 
 
 def waiting_for_rates(trials: list[Trial], rows: Rows, names: set[str]) -> list[str]:
-    """Models of which other seeds are among these trials, but whose learning rates have not all been tried."""
+    """Models with other seeds among these trials whose learning rates have not all been tried."""
     untried = {
         trial.model
         for trial in trials
@@ -153,6 +153,6 @@ def missing(trials: list[Trial], rows: Rows, count: int) -> dict[Share, int]:
 
 
 def command(program: str, study: Path, output: Path, share: Share) -> str:
-    """What a shell is to be told for this task, from this directory, as this program was called."""
+    """The shell command for this task, from this directory, with this program's name."""
     words = ["python", os.path.relpath(program)] if program.endswith(".py") else program.split()
     return shlex.join([*words, "sweep", "--study", str(study), "--output", str(output), "--array", str(share)])

@@ -128,7 +128,7 @@ class Plan:
 
 
 def plan_sweep(trials: list[Trial], pace: Pace, at_once: int, budget: Budget) -> Plan:
-    """Keep the cheapest models that the budget holds with all their runs; more expensive ones are left out whole."""
+    """Keep the cheapest models that fit the budget with all their runs; more expensive ones are left out whole."""
     lines: list[Line] = []
     gflop = hours = 0.0  # of what is kept so far
     for line in sorted((_line(model, own, pace) for model, own in of_models(trials)), key=lambda line: line.gflop):
@@ -211,7 +211,7 @@ def _probe(trial: Trial, folder: Path, slot: Slot) -> dict[str, float]:
 
 
 def planned(trials: list[Trial], rows: Rows, slots: list[Slot], budget: Budget) -> Plan:
-    """The sweep's plan; that of an interrupted sweep stays, so that going on leaves out what it left out.
+    """The sweep's plan; that of an interrupted sweep stays, so that it leaves out the same models.
 
     Raises:
         UserError: a probe's run fails.
@@ -223,7 +223,7 @@ def planned(trials: list[Trial], rows: Rows, slots: list[Slot], budget: Budget) 
         try:
             return Plan.of_json(before["plan"])
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: {error} is not what a sweep writes; remove the file to plan anew") from error
+            raise UserError(f"{path}: {error} is not what a sweep writes; remove the file to plan again") from error
     plan = plan_sweep(trials, find_pace(trials, rows, budget.gflop_per_second, slots[0]), at_once, budget)
     write_whole(path, json.dumps({"asked": asked, "plan": plan.as_json()}, indent=2).encode())
     return plan

@@ -3,7 +3,7 @@
     power            L = a C^b
     power+constant   L = a C^b + c, c >= 0: the loss that no compute removes
 
-log L is fitted by least squares with scipy's soft_l1 loss, so that a run that went wrong bends no curve: deviations
+log L is fitted by least squares with scipy's soft_l1 loss, so that a failed run does not bend the curve: deviations
 beyond 1.345 times the points' own scatter count about linearly. Which form describes the points is decided by AICc:
 the constant must pay for itself.
 """
@@ -20,7 +20,7 @@ Form = Literal["power", "power+constant"]
 
 FREE: dict[Form, int] = {"power": 2, "power+constant": 3}
 ROBUST_FROM = 1.345  # standard deviations; Huber's choice
-STEEPEST = 10.0  # |b| of power+constant; steeper ones only tell that the cheapest point lies off
+STEEPEST = 10.0  # |b| of power+constant; steeper ones only show that the cheapest point is an outlier
 SCALE_ROUNDS = 5
 SMALLEST_SCATTER = 1e-7  # of log L: exact points have none, and a scale must not be 0
 MAD_TO_DEVIATION = 1.4826  # of a normal distribution
@@ -78,7 +78,7 @@ def fit_forms(cost: Floats, loss: Floats) -> dict[Form, Fit]:
     """Each form's best curve through points [P]; power+constant only from 4 different costs on.
 
     Both are fitted and compared at one scale of scatter, that about power's line, which starts as plain least
-    squares and leaves what lies far off it round by round.
+    squares and drops outliers round by round.
     """
     forms: tuple[Form, ...] = ("power", "power+constant") if len(np.unique(cost)) >= 4 else ("power",)
     line = _line(cost, loss)

@@ -97,7 +97,7 @@ def read_grid(path: Path) -> list[Trial]:
     """All trials of a study, model by model in its order: every learning rate with every seed.
 
     Raises:
-        UserError: the study, its base or a trial's config does not do; names the model where one is to blame.
+        UserError: the study, its base or a trial's config is invalid; names the model if it is one's.
     """
     study = _read_study(path)
     base = path.parent / study.base
@@ -120,7 +120,7 @@ def make_trial(model: str, rate: int, seed: int, tuning: bool, base: Path, overr
     """A trial of a run's JSON and what it sets.
 
     Raises:
-        UserError: the config does not do, or its data are not there.
+        UserError: the config is invalid, or its data are missing.
     """
     overrides = [*overrides, f"train.seed={seed}", "deepspeed.tensorboard.enabled=true"]
     config = load_config(base, overrides)

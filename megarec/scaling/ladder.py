@@ -1,4 +1,4 @@
-"""Published figures of models that are shipped as configs, to stand beside our own counts; never tuned to match."""
+"""Published figures of models that are shipped as configs, to compare with our counts; never tuned to match."""
 
 import csv
 import re
@@ -9,10 +9,10 @@ LADDER = Path(__file__).with_name("published_ladder.csv")
 
 
 class Published(NamedTuple):
-    """What a paper says of a model.
+    """A paper's figures of a model.
 
     Attributes:
-        source: where it says so.
+        source: where they are published.
         flop: training FLOPs per example, as many digits as are printed.
         parameters: sparse and dense; None where no exact number is printed.
     """
@@ -26,7 +26,7 @@ DLRM_CRITEO = Published("arXiv 2403.02545, table 3", 4.62e6, 26_136_307_201)
 
 
 def published(config: Path) -> Published | None:
-    """What is published of a shipped config's model, told by the file's name; None: nothing is known."""
+    """The published figures of a shipped config's model, by the file's name; None: unknown."""
     if config.stem == "dlrm-criteo-terabyte":
         return DLRM_CRITEO
     named = re.fullmatch(r"wukong-([0-9.]+)gflop", config.stem)

@@ -5,7 +5,7 @@ The interval is that of refits to resampled points:
 seeds       at each size the runs' deviations from their mean, drawn with replacement
 residuals   the sizes' deviations from the curve, drawn with replacement over all sizes
 
-Seeds tell what another training run would change, residuals also what another choice of sizes would. With two or more
+Seeds show what another training run would change, residuals also what another choice of sizes would. With two or more
 runs at every size both are made and the wider one counts; else there are only residuals. Few points hide scatter:
 deviations are widened by (n / (n - p))^1/2, what the mean or curve took from them, and by Student's t over the
 normal quantile. Without that, 95 % intervals from seven points cover less.
@@ -112,7 +112,7 @@ class HeldOut(NamedTuple):
 
 @dataclass(frozen=True)
 class NoLaw:
-    """Too little to claim a law by."""
+    """Too little evidence for a law."""
 
     sizes: int
     reason: str

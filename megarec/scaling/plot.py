@@ -15,7 +15,7 @@ from megarec.scaling.law import Law, size_means
 from megarec.scaling.points import UNIT, Quality
 from megarec.scaling.study import Study
 
-# Okabe and Ito's colours, told apart with any colour vision; markers tell families apart without colour.
+# Okabe and Ito's colours, distinct with any colour vision; markers distinguish families without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPXp"  # one more than colours: pairs repeat after 56 families
 BEYOND = 2.0  # laws are drawn this far beyond the points

@@ -1,4 +1,4 @@
-"""What was measured: one row a run, its model's family, what it cost and how well it predicted."""
+"""The measurements: one row a run, with its model's family, cost and quality."""
 
 import csv
 import math
@@ -65,10 +65,10 @@ def read_points(path: Path, axis: Axis = "gflop", quality: Quality | None = None
             there is one. A sweep's rows at learning rates that were not `chosen` are left out. `optimum_logloss`:
             where it is known.
         axis: which cost to read.
-        quality: which quality to read; None: the first of these that is there.
+        quality: which quality to read; None: the first of these that exists.
 
     Raises:
-        UserError: the file cannot be read, a column is missing, or a row's value does not do; rows count from 1,
+        UserError: the file cannot be read, a column is missing, or a row's value is invalid; rows count from 1,
             without the header.
     """
     columns, rows = read_rows(path)
@@ -159,7 +159,7 @@ def _loss(row: dict[str, Any], quality: Quality, where: str) -> float:
 
 
 def _refuse_repeat(first_row: dict[tuple[str, ...], int], row: dict[str, Any], number: int, path: Path) -> None:
-    """Two runs of one size and seed, say at two learning rates, would count as noise; which is meant is not for us."""
+    """Two runs of one size and seed, say at two learning rates, would count as noise; only the user can choose."""
     if _empty(row.get("seed")):
         return
     key = tuple(str(row.get(column)) for column in ("model", *COLUMN.values(), "seed"))
@@ -187,7 +187,7 @@ def _read_csv(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
 def _known_once(columns: list[str], path: Path) -> list[str]:
     for name in columns:
         if columns.count(name) > 1:
-            raise UserError(f"{path}: the column {name!r} stands {columns.count(name)} times; keep one of them")
+            raise UserError(f"{path}: the column {name!r} appears {columns.count(name)} times; keep one of them")
     return columns
 
 

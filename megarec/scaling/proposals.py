@@ -1,7 +1,7 @@
 """Draws of a search by Optuna's TPE, in rounds.
 
 A round follows from the search's seed and from how the trials of earlier rounds ended, in the order of their numbers.
-Nothing of Optuna's is kept on disk: what it knew is told to it again.
+Nothing of Optuna's is kept on disk: its trials are replayed to it.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from megarec.errors import UserError
 from megarec.scaling.space import Setting, draw
 
 REQUIREMENT = "optuna==5.0.0"
-ROUND = 8  # draws that know of the same trials, and may run at once; the first round is random
+ROUND = 8  # draws from the same trials, which may run at once; the first round is random
 
 Drawn = dict[str, float]
 
@@ -28,10 +28,10 @@ def need_optuna(where: str) -> None:
 
 
 def propose(settings: dict[str, Setting], history: list[tuple[Drawn, float | None]], seed: int) -> Iterator[Drawn]:
-    """Draws of the next round, without end: some may have been there before.
+    """Draws of the next round, endlessly: some may repeat earlier ones.
 
     Args:
-        history: every earlier draw with its loss on validation; None: it came to none, which is worse than any.
+        history: every earlier draw with its loss on validation; None: it has none, which is worse than any.
     """
     if len(history) < ROUND:
         yield from (draw(settings, seed, number) for number in itertools.count())

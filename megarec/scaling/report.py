@@ -1,4 +1,4 @@
-"""A scaling study in words, and as one HTML page that needs no other file.
+"""A scaling study as text, and as one HTML page that needs no other file.
 
 `write_report` writes the figure twice and the page; `log_image` shows it in TensorBoard.
 """
@@ -37,7 +37,7 @@ th, td {{ border: 1px solid #ccc; padding: .2rem .6rem; text-align: left }}
 VERDICTS = {
     "improves": "still improves",
     "saturated": "saturated: more is not seen to help",
-    "open": "cannot be told, its runs scatter too much",
+    "open": "unclear, its runs scatter too much",
 }
 
 

@@ -1,6 +1,6 @@
-"""What a sweep's trials gave: one JSON each, written when it has ended, and one parquet of them all.
+"""The results of a sweep's trials: one JSON each, written when it has ended, and one parquet of them all.
 
-A row's file appears by a rename and is never touched again; the parquet is made anew from all of them. So a sweep may
+A row's file appears by a rename and is never touched again; the parquet is rebuilt from all of them. So a sweep may
 be killed at any moment.
 """
 
@@ -38,7 +38,7 @@ class Rows:
         self.take(trials)
 
     def take(self, trials: list[Trial]) -> None:
-        """These are the sweep's trials from now on; their rows are read, as far as they are there."""
+        """Set the sweep's trials; their existing rows are read."""
         self.trials = trials
         self._read()
 
@@ -74,7 +74,7 @@ class Rows:
     def chosen_rate(self, model: str) -> int | None:
         """The learning rate, or draw, that is best on validation with the first seed, of those that have ended.
 
-        None is also where a search must not choose: most of its trials failed, or none came to its end.
+        None also if a search must not choose: most of its trials failed, or none finished.
 
         Raises:
             UserError: their validation has no quality.
@@ -127,11 +127,11 @@ def row_of(trial: Trial, metrics: dict[str, Any], seconds: float | None, host: s
 
 
 def lost_row(trial: Trial, status: str, steps: int | None, seconds: float | None, host: str | None) -> Row:
-    """The row of a search's trial that came to no metrics: it has used up its part of the budget all the same.
+    """The row of a search's trial without metrics: it still used its part of the budget.
 
     Args:
         status: DIVERGED or FAILED.
-        steps: that it made; None: nobody knows.
+        steps: that it made; None: unknown.
     """
     optimum = trial.schema.optimum.get("test")
     return {
@@ -167,13 +167,13 @@ def _read_row(path: Path) -> Row:
         if not isinstance(value := row.get(key, ""), int | float | None):
             raise UserError(
                 f"{path}: {key} is {value!r}, expected a number or null, as a sweep writes it; remove the file, and "
-                "the trial's metrics are read anew"
+                "the trial's metrics are read again"
             )
     return row
 
 
 def validation_loss(trial: Trial, row: Row) -> float:
-    """What `train.best_by` asks for of validation, turned so that less is better; infinite: the row has none."""
+    """The validation metric of `train.best_by`, with less being better; infinite: the row has none."""
     best_by, (auc, logloss) = trial.config.train.best_by, (row["valid_auc"], row["valid_logloss"])
     both = None if auc is None or logloss is None else auc - logloss
     quality = {"auc": auc, "logloss": logloss, "auc_minus_logloss": both}[best_by]

@@ -60,7 +60,7 @@ class SearchFile(Section):
     """The JSON of a search. Keys of `shared` and of families are those of `--set`."""
 
     base: str = Field(description="the run's JSON that all trials share, relative to this file")
-    budget: SearchBudget = Field(description="of every family alike")
+    budget: SearchBudget = Field(description="the same for every family")
     sampler: Literal["random", "optuna"] = Field("random", description="optuna: its TPE, the extra megarec[search]")
     seed: Seed = Field(1, description="of the draws")
     seeds: list[Seed] = Field(
@@ -99,13 +99,13 @@ class Search:
     settings: dict[str, dict[str, Setting]]
 
     def trials(self, rows: Rows | None = None) -> tuple[list[Trial], bool]:
-        """All trials that are known by now, a family's tests behind its draws, and whether these are all.
+        """All trials known so far, a family's tests behind its draws, and whether these are all.
 
         Args:
-            rows: which take in the rows of these trials; None: what is known without any.
+            rows: which read the rows of these trials; None: what is known without any.
 
         Raises:
-            UserError: a draw is no config that does; names the family and the draw.
+            UserError: a draw is not a valid config; names the family and the draw.
         """
         known: list[Trial] = []
         whole = True
@@ -142,7 +142,7 @@ class Search:
     def _within_budget(
         self, family: str, before: list[Trial], draws: Iterator[Drawn], most: int
     ) -> tuple[list[tuple[Trial, Drawn]], bool]:
-        """The next draws that are new, at most so many, and whether the budget or the space ends with them."""
+        """The next new draws, at most that many, and whether the budget or the space ends with them."""
         found: list[tuple[Trial, Drawn]] = []
         names = {trial.name for trial in before}
         repeats = 0
@@ -162,7 +162,7 @@ class Search:
             found.append((trial, drawn))
         if not names:
             raise UserError(
-                f"{self.path}: families.{family}: budget {self.file.budget} holds not even its first trial, of "
+                f"{self.path}: families.{family}: budget {self.file.budget} does not cover even its first trial, of "
                 f"{trial.gflop:,.3g} GFLOP in {trial.steps:,} steps; raise it"
             )
         return found, True
@@ -198,10 +198,10 @@ def is_search(path: Path) -> bool:
 
 
 def read_search(path: Path) -> Search:
-    """A search, all of whose values do one at a time.
+    """A search, with each of its values checked one at a time.
 
     Raises:
-        UserError: names the file, the family, the key and the value that does not.
+        UserError: names the file, the family, the key and the invalid value.
     """
     try:
         file = SearchFile.model_validate(read_object(path, "the JSON of a search"))
@@ -232,7 +232,7 @@ def _check(settings: dict[str, Setting], path: Path, base: Path, where: dict[str
         if key in _OWN:
             raise UserError(f"{path}: {where[key]}.{key}: the search decides this itself; leave it out")
         if not all(key.split(".")):
-            raise UserError(f"{path}: {where[key]}.{key}: expected section.key, as of --set")
+            raise UserError(f"{path}: {where[key]}.{key}: expected section.key, as for --set")
     middle = {key: setting.value(setting.number(0.5)) for key, setting in settings.items()}
 
     def load(sets: dict[str, Any], key: str) -> None:
@@ -244,7 +244,7 @@ def _check(settings: dict[str, Setting], path: Path, base: Path, where: dict[str
     try:
         load_config(base, in_words(middle))
     except UserError:
-        for count, key in enumerate(middle, start=1):  # the first that does not do beside those before it
+        for count, key in enumerate(middle, start=1):  # the first that is invalid together with those before it
             load(dict(list(middle.items())[:count]), key)
         raise
     for key, setting in settings.items():

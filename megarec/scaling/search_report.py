@@ -22,7 +22,7 @@ Calibrated = Mapping[str, float]  # LogLoss of the test split with the temperatu
 
 
 def report(search: Search, rows: Rows, calibrated: Calibrated) -> dict[str, Any]:
-    """All that is known of the families; of one with nothing chosen yet `chosen` is null."""
+    """The report of the families; `chosen` is null where nothing is chosen yet."""
     families = {family: _family(search, family, rows, calibrated) for family in search.settings}
     first, *others = families
     metric = rows.trials[0].config.train.best_by
@@ -88,7 +88,7 @@ def _spent(trial: Trial, rows: Rows) -> float:
 
 
 def _steps(trial: Trial, rows: Rows) -> int:
-    """That it made; all that it was to make where nobody knows."""
+    """The steps that it made; the planned ones if unknown."""
     steps = rows.of[trial.name]["steps"]
     return trial.steps if steps is None else int(steps)
 

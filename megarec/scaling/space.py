@@ -42,11 +42,11 @@ class Setting:
 
     @property
     def ends(self) -> list[Any]:
-        """The values that have to do for all others to do: every option, or both ends of a range."""
+        """The values to check for all others: every option, or both ends of a range."""
         return list(self.values)
 
     def number(self, u: float) -> float:
-        """The number that stands for the value at `u` of [0, 1): of `choice` and `fixed` its place."""
+        """The number of the value at `u` of [0, 1): for `choice` and `fixed` its index."""
         if self.kind in ("fixed", "choice"):
             return int(u * len(self.values))
         low, high = self.values
@@ -62,7 +62,7 @@ class Setting:
         return float(min(max(float(f"{number:.{_DIGITS}g}"), low), high))
 
     def value(self, number: float) -> Any:
-        """What a number stands for, as it goes into the config."""
+        """The config value of a number."""
         return self.values[int(number)] if self.kind in ("fixed", "choice") else number
 
 
@@ -70,10 +70,10 @@ def read_settings(raw: dict[str, Any], where: str) -> dict[str, Setting]:
     """The settings of a JSON object, in its order.
 
     Args:
-        where: it stands, for messages.
+        where: its place, for messages.
 
     Raises:
-        UserError: names the key and the value that is no distribution.
+        UserError: names the key and the value that is not a distribution.
     """
     return {key: _setting(key, value, where) for key, value in raw.items()}
 

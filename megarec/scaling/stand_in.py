@@ -2,7 +2,7 @@
 
 python -m megarec.scaling.stand_in > ds_configs/schemas/wukong-ladder.json
 
-What it does disclose, they have (arXiv 2403.02545): with `numeric_embeddings: 32` n = 723 embeddings, and with d = 160
+They match what it discloses (arXiv 2403.02545): with `numeric_embeddings: 32` n = 723 embeddings, and with d = 160
 627 G sparse parameters. The rest is ours: 691 tables whose rows rise evenly in their logarithm from 100 to 76 million,
 every fourth feature a list, and 64 numeric features.
 """

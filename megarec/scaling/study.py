@@ -25,7 +25,7 @@ class LargeEnd(NamedTuple):
     Attributes:
         slope: d ln L / d ln C by least squares over these sizes, the local exponent.
         interval: 95 %, by the runs' deviations where sizes have several ("seeds"), else ("reference") with
-            differences between two sizes of up to 0.02 % taken for noise.
+            differences between two sizes of up to 0.02 % counted as noise.
         verdict: "improves": the interval lies below 0. "saturated": it reaches 0 and excludes that the next 4x lowers
             the loss by more than 0.02 %. "open": the runs scatter too much to tell.
     """
@@ -64,7 +64,7 @@ class EqualQuality(NamedTuple):
 
     @property
     def times_by_law(self) -> float | None:
-        """The other family's cost over the reference's by its law; None where that says nothing in numbers."""
+        """The other family's cost over the reference's by its law; None where that is undefined."""
         if self.by_law is None or not 0 < self.by_law < float("inf"):
             return None
         times = self.cost / self.by_law
@@ -139,10 +139,10 @@ def _between(sizes: Floats, means: Floats, loss: float) -> float | None:
 
 @dataclass(frozen=True)
 class Study:
-    """What can be said of a table of runs.
+    """The findings from a table of runs.
 
     Attributes:
-        family: the one whose law is asked for, and whom the others are compared with.
+        family: the reference, which the others are compared with.
         laws, ends: by family, the same families as `points.families`.
         comparisons: of every other family with `family`.
         frontier: family, cost and mean loss of the sizes that none at their cost or less equals.
@@ -187,7 +187,7 @@ def study(points: Points, family: str | None = None, replicates: int = REPLICATE
 
 
 def as_json(result: Study) -> dict[str, Any]:
-    """As `tools/scaling_law.py fit --json` prints it; the asked family's figures stand at the top level too."""
+    """As `tools/scaling_law.py fit --json` prints it; the reference family's figures are at the top level too."""
     cost = COLUMN[result.points.axis]
     families = {name: _family(result, name) for name in result.points.families}
     return {

@@ -38,9 +38,9 @@ class Slot:
 
     Attributes:
         host: over ssh; None: this machine.
-        place: its number on its host, and of its GPU where there are some.
+        place: its number on its host, and of its GPU if any.
         threads: CPU threads of a trial there; None: as many as the host has cores.
-        cluster: whose nodes run it, in place of a host; a place there is only one of so many at a time.
+        cluster: whose nodes run it, in place of a host; its places only limit how many run at a time.
         gpus: that a trial asks the cluster for.
     """
 
@@ -78,7 +78,7 @@ def only_sweep_in(output: Path) -> Iterator[None]:
     """Keep other sweeps out of the directory.
 
     Raises:
-        UserError: one is at work there, or it cannot be written.
+        UserError: another sweep is at work there, or it cannot be written.
     """
     with lock_of(output / "lock") as lock:
         try:
@@ -89,12 +89,12 @@ def only_sweep_in(output: Path) -> Iterator[None]:
 
 
 def take_over(output: Path, study: Path, trials: list[Trial], *, keep: str | None) -> Path | None:
-    """Make the directory this study's: what a sweep of another one left there moves to `previous` in it, whole.
+    """Claim the directory for this study: the sweep of another study there moves to `previous` in it, whole.
 
     It is the same study where the file is the same, edited or not, or where any run is: a moved file, or a copy.
 
     Args:
-        keep: the option by which nothing is to be moved; None: it may be.
+        keep: the option that forbids moving; None: it is allowed.
 
     Returns:
         Where the other study's sweep is now; None: there was none.
@@ -157,7 +157,7 @@ class Running:
 
 
 def local_slots(jobs: int) -> list[Slot]:
-    """So many places on this machine, its cores shared out evenly."""
+    """That many places on this machine, with its cores divided evenly."""
     return [Slot(None, place, max(1, len(os.sched_getaffinity(0)) // jobs)) for place in range(jobs)]
 
 
@@ -187,8 +187,8 @@ def run_sweep(
     However the sweep ends, its processes end with it.
 
     A place whose host cannot be reached any more is given up, and its trial runs elsewhere. A rate that the fault
-    policy stopped has lost; any other that failed keeps its model's other seeds waiting, for the same command again.
-    A search's trial gets a row all the same, as diverged or, after a second try, as failed: it has had its turn.
+    policy stopped has lost; any other failure keeps its model's other seeds waiting until the command runs again.
+    A search's trial still gets a row, as diverged or, after a second try, as failed: it counts in the budget.
 
     Args:
         share: the trials to run, by name, while others run the rest; None: all. A model with one learning rate then
@@ -255,7 +255,7 @@ def environment_of(slot: Slot) -> dict[str, str]:
         device = accelerator()
     if device is not None:  # else as `attended` finds on the host, which may have what this machine lacks
         environment["DS_ACCELERATOR"] = device
-    if slot.cluster is not None:  # which says itself what a task may see
+    if slot.cluster is not None:  # which decides itself what a task may see
         return environment
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if slot.host is None and device == "cuda" and visible is not None:
@@ -291,7 +291,7 @@ def _next(
 
 
 def _collect(trials: list[Trial], rows: Rows) -> None:
-    """Take in what ended after an earlier sweep had been killed, or just before."""
+    """Collect runs that ended after an earlier sweep had been killed, or just before."""
     for trial in trials:
         folder = folder_of(rows.output, trial)
         if trial.name in rows.of:
@@ -369,7 +369,7 @@ def _say_lost(slot: Slot, run: Running, left: list[Slot], say: Callable[[str], N
 
 
 def _metrics(folder: Path) -> dict[str, Any] | None:
-    """What a run writes last; None: it has not, or was killed while it did, or its fault policy stopped it."""
+    """A run's metrics, which it writes last; None: it has none yet, or its fault policy stopped it."""
     path = folder / "metrics.json"
     if not os.path.lexists(path):
         return None
@@ -389,7 +389,7 @@ def stopped(folder: Path) -> bool:
 
 
 def _steps(folder: Path) -> int | None:
-    """That a run made which the fault policy stopped; None: it did not say."""
+    """Steps of a run that the fault policy stopped; None: unknown."""
     if not stopped(folder):
         return None
     steps = read_object(folder / "metrics.json", "the metrics of a run", nan=True).get("train", {}).get("steps")
@@ -404,7 +404,7 @@ def _row_of(
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{folder / 'metrics.json'}: {error} is not what a run writes; remove that directory, and the trial runs "
-            "anew"
+            "again"
         ) from error
 
 

@@ -17,7 +17,7 @@ _COLUMNS = ("seed", "chosen", "overrides", "train_gflop_per_example", "parameter
 
 
 def in_words(plan: "Plan") -> Iterator[str]:
-    """The plan, a line a model, and what it comes to."""
+    """The plan, a line a model, and its total."""
     yield f"{'model':24} {'runs':>4} {'GFLOP/example':>13} {'GFLOP':>12} {'hours':>6}"
     for line in plan.lines:
         hours = line.seconds / 3600 / plan.at_once
@@ -39,7 +39,7 @@ def markdown(path: Path, split: Split = "test") -> Iterator[str]:
         split: whose quality; "valid" to choose by.
 
     Raises:
-        UserError: the file is no table of a sweep.
+        UserError: the file is not a table of a sweep.
     """
     names = _QUALITY[split]
     models: dict[str, list[dict[str, Any]]] = {}
@@ -62,7 +62,7 @@ def chosen_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a sweep's table at their models' chosen learning rates.
 
     Raises:
-        UserError: the file is no table of a sweep.
+        UserError: the file is not a table of a sweep.
     """
     if path.suffix != ".parquet":
         raise UserError(f"{path}: expected the runs.parquet of a sweep")
@@ -91,6 +91,6 @@ def _in_words(rows: list[dict[str, Any]], name: str) -> str:
 
 
 def _rates(overrides: str) -> str:
-    """What the overrides say of learning rates: `dense 0.001, embedding 0.02`."""
+    """The learning rates among the overrides: `dense 0.001, embedding 0.02`."""
     words = [word.split(".learning_rate=") for word in overrides.split() if ".learning_rate=" in word]
     return ", ".join(f"{section} {value}" for section, value in words)

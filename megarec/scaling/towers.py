@@ -59,7 +59,7 @@ def costs(path: Path, split: Split = "test") -> list[Cost]:
     """By family, compression and partition, in this order.
 
     Raises:
-        UserError: the file is no table of a sweep, or no family of it has both a flat model and one with towers.
+        UserError: the file is not a table of a sweep, or no family of it has both a flat model and one with towers.
     """
     rows: dict[str, list[dict[str, object]]] = {}
     for row in chosen_rows(path):

@@ -1,9 +1,9 @@
 """A trial's process with one that attends it: neither outlives the sweep, and no two work in one directory.
 
 The sweep starts it, here or over ssh, with a pipe as its standard input. However the sweep ends, kill -9 included,
-the pipe closes, and the trial is killed. Until it is truly gone the directory's lock keeps its successor waiting.
+the pipe closes, and the trial is killed. Until it has ended the directory's lock keeps its successor waiting.
 
-Plain standard library but for small functions: it runs beside every trial.
+Plain standard library except for small functions: it runs beside every trial.
 """
 
 import fcntl

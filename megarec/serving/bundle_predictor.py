@@ -83,7 +83,7 @@ def write_run(directory: Path, config: RunConfig, schema: Schema) -> None:
 
 
 def fitted_temperature(directory: Path, data: Path) -> float | list[float]:
-    """What a bundle's logits are divided by for the least LogLoss on the split valid; of several labels one for each.
+    """The temperature of a bundle for the least LogLoss on the split valid; with several labels one for each.
 
     Args:
         data: the prepared data set.

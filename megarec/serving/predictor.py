@@ -49,7 +49,7 @@ from megarec.sparse.towers.sizes import ResolvedTowers
 
 
 class BatchModel(Protocol):
-    """What scores prepared batches: a `Predictor`, or a scoring bundle (bundle_predictor.py)."""
+    """A scorer of prepared batches: a `Predictor`, or a scoring bundle (bundle_predictor.py)."""
 
     config: RunConfig
     schema: Schema
@@ -133,7 +133,7 @@ class Weights:
         shapes: by name, as export and checkpoint call them.
         fill: copies the weights of a name into a tensor of its shape, or of as many rows from a first one.
         path: what holds them, for messages.
-        about: the file that says which they should be, for messages.
+        about: the file that lists them, for messages.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -165,7 +165,7 @@ def checked_spec(config: RunConfig, schema: Schema, weights: Weights) -> ModelSp
         expected |= {f"{TABLES}{table.name}/weight": (table.rows, table.columns) for table in spec.layout.tables}
         expected |= _tower_shapes(spec.towers)
     except (AssertionError, RuntimeError, LookupError, TypeError, ArithmeticError) as error:
-        # What `load_config` refuses of a config, with words of its own; nobody wrote this one by hand.
+        # `load_config` refuses it with its own message; but this config was not written by hand.
         raise DamagedCheckpoint(
             f"{weights.path}: {weights.about} describes no model that can be built ({error}): damaged, or edited"
         ) from error

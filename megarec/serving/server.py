@@ -1,4 +1,4 @@
-"""`megarec serve`: raw rows over HTTP, scored in batches of what waits.
+"""`megarec serve`: raw rows over HTTP, scored in batches of waiting requests.
 
     POST /score    {"rows": [{...}, ...]} -> {"predictions": [0.12, null, ...], "errors": {"1": "..."}}
                    of several labels: {"predictions": [{"click": 0.12, "buy": 0.03}, null, ...], ...}
@@ -6,7 +6,7 @@
     GET  /metrics  counters and times for Prometheus
 
 A request is read by the event loop; one thread scores, and takes at a time all rows that wait, so that under load
-batches grow and a single row waits for nobody. A mistake in a request is its own 4xx, a mistake in a row its own
+batches grow and a single row does not wait. A mistake in a request is its own 4xx, a mistake in a row its own
 error beside the scores of the others.
 """
 
@@ -42,7 +42,7 @@ _TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """Limits of a request.
 
     Attributes:
         body_bytes: of one request.
@@ -75,7 +75,7 @@ class _Waiting:
 
 
 class Batcher:
-    """Scores what waits, a batch at a time, in a thread of its own."""
+    """Scores waiting requests, a batch at a time, in a thread of its own."""
 
     def __init__(self, scorer: Scorer, batch_rows: int, sizes: Histogram) -> None:
         self._scorer, self._most, self._sizes = scorer, batch_rows, sizes
@@ -110,7 +110,7 @@ class Batcher:
                 batch = self._next_batch()
                 try:
                     answers = await loop.run_in_executor(self._thread, self._answers, batch)
-                except Exception as error:  # the server's fault: these requests get it, later ones are served
+                except Exception as error:  # the server's fault: these requests get the error, later ones are served
                     for waiting in batch:
                         if not waiting.answer.done():
                             waiting.answer.set_exception(error)
@@ -122,7 +122,7 @@ class Batcher:
             self._running = None
 
     def _next_batch(self) -> list[_Waiting]:
-        """What waits longest: at least one request, and no more than fit."""
+        """The requests that wait longest: at least one, and no more than fit."""
         batch: list[_Waiting] = []
         rows = size = 0
         while self._queue:
@@ -210,7 +210,7 @@ async def _body(request: Request, most: int) -> bytes:
     """The whole body, never more than `most` bytes of it."""
     declared = request.headers.get("content-length", "0")
     if not declared.isdecimal() or int(declared) > most:
-        raise Refused(413, f"the body has {declared[:20]} bytes, at most {most} are taken")
+        raise Refused(413, f"the body has {declared[:20]} bytes, at most {most} are accepted")
     parts, size = [], 0
     try:
         async with asyncio.timeout(SECONDS_TO_SEND):
@@ -222,7 +222,7 @@ async def _body(request: Request, most: int) -> bytes:
     except TimeoutError:
         raise Refused(408, f"the body did not come within {SECONDS_TO_SEND:g} s") from None
     except ClientDisconnect:
-        raise Refused(400, "the body did not come to its end") from None
+        raise Refused(400, "the body ended early") from None
     return b"".join(parts)
 
 
@@ -232,8 +232,8 @@ def _rows(body: bytes, most: int) -> list[Any]:
         found = json.loads(body, parse_constant=_no_constant)
     except RecursionError:
         raise Refused(400, f"the body is nested too deeply; {expected}") from None
-    except ValueError as error:  # of JSON, UTF-8 and integers of thousands of digits alike
-        raise Refused(400, f"the body is no JSON ({str(error)[:200]}); {expected}") from None
+    except ValueError as error:  # of JSON, UTF-8 and integers of thousands of digits
+        raise Refused(400, f"the body is not JSON ({str(error)[:200]}); {expected}") from None
     if not isinstance(found, dict) or not isinstance(rows := found.get("rows"), list) or len(found) != 1:
         raise Refused(400, expected)
     if not 0 < len(rows) <= most:
@@ -242,7 +242,7 @@ def _rows(body: bytes, most: int) -> list[Any]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON; null stands for a missing number")
+    raise ValueError(f"{name} is not JSON; null stands for a missing number")
 
 
 def serve(scorer: Scorer, host: str, port: int, limits: Limits) -> None:

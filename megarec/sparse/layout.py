@@ -1,4 +1,4 @@
-"""Which tables there are and how their pooled rows lie side by side in front of the dense model.
+"""The tables, and how their pooled rows lie side by side in front of the dense model.
 
 The sparse side hands on one matrix [B, width]: per feature its pooled embedding, features in canonical order
 (schema order), those of full width d first, those of smaller width (spec: grouped small embeddings) after them.
@@ -55,7 +55,7 @@ class Feature:
 class Sequence:
     """Lists that share positions, whose rows travel one by one.
 
-    They come to lie padded, [B, positions, features, columns]; position 0 is the newest. Behind them lies, where
+    They are laid out padded, [B, positions, features, columns]; position 0 is the newest. Behind them lies, where
     `masked`, a column a position, [B, positions]: 1 where an example has one, else 0, as is the position.
 
     Attributes:
@@ -89,7 +89,7 @@ class EmbeddingLayout:
         full_embeddings: how many embeddings of width d lead the matrix (a feature may have several).
         small_columns: columns of the grouped small embeddings that follow them.
         unpooled: features whose rows travel one by one; one may be among `features` as well.
-        sequences: how those come to lie, behind the matrix.
+        sequences: the layout of those, behind the matrix.
     """
 
     dim: int
@@ -227,7 +227,7 @@ def _places(sequences: Iterable[SequenceConfig], targets: list[str], dim: int) -
 def sequence_inputs(
     layout: EmbeddingLayout, sequences: Iterable[SequenceConfig], arriving: int, *, targets_apart: bool
 ) -> tuple[SequenceInput, ...]:
-    """Where the dense model finds its sequences and their targets.
+    """Where the dense model's sequences and their targets are.
 
     Args:
         layout: made of the same sequences.
@@ -267,7 +267,7 @@ def sequence_tables(schema: Schema, sequences: Iterable[SequenceConfig]) -> dict
     def look(index: int, key: str, name: str) -> CategoricalFeature:
         if name not in by_name:
             raise UserError(
-                f"model.sequences.{index}.{key} names {name!r}, which is no categorical feature of the run; "
+                f"model.sequences.{index}.{key} names {name!r}, which is not a categorical feature of the run; "
                 f"{did_you_mean(name, list(by_name))}"
             )
         return by_name[name]

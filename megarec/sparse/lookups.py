@@ -118,7 +118,7 @@ def _in_order(
 ) -> list[Shard]:
     """Whole rows of FBGEMM, parts of tables split by rows (FBGEMM, Triton, torch), whole rows of torch, of Triton.
 
-    Within one of these kinds in the order given, torch's by width; every rank has the same tables of the middle kinds.
+    Each kind in the given order, torch's by width; every rank has the same tables of the middle kinds.
     """
 
     def kind(shard: Shard) -> int:

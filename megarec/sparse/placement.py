@@ -28,7 +28,7 @@ Requested = Placement
 COLUMN_UNIT = 4  # FBGEMM wants widths in multiples of four
 WIDE = 16  # columns of a slice: a cache line of float32
 LARGE = 1.5  # of a rank's fair share of the cost
-FEW = 8  # ranks, as of a host, of which each can send whole embeddings of a table that is split by rows
+FEW = 8  # ranks, as of one host: few enough that each can send whole embeddings of a row-wise table
 REPLICATED_CELLS = 2**18  # at most 1 MiB in float32
 EVEN = 1.25  # 26 equal tables on 8 ranks stay whole: 4 over 3.25
 
@@ -38,7 +38,7 @@ class TablePlan:
     """One table's kind.
 
     Attributes:
-        parts: on how many ranks the table lies.
+        parts: number of ranks that hold the table.
         why: for people.
     """
 
@@ -148,7 +148,7 @@ def _as_requested(table: Table, requested: Kind, ranks: int, why: str) -> TableP
 
 
 def _automatic(table: Table, shares: float, split_threshold: int, ranks: int) -> TablePlan:
-    """Whole where it fits; else in columns, which send no more than a whole table; rows, of which every rank sends as
+    """Whole where it fits; else in columns, which send no more than a whole table; rows, where every rank sends as
     much as a whole table, only where the widest useful split leaves slices of more than `LARGE` fair shares. Of more
     than `FEW` ranks the narrowest split comes before rows.
 
@@ -267,7 +267,7 @@ def choose_plans(
 
 
 def imbalance(layout: EmbeddingLayout, plans: Mapping[str, TablePlan], ranks: int) -> float:
-    """The most that a rank has over the mean: of cells held, of columns read, or of columns sent."""
+    """The largest ratio of a rank to the mean: of cells held, of columns read, or of columns sent."""
     read, features = (dict.fromkeys((table.name for table in layout.tables), 0.0) for _ in range(2))
     for feature in layout.looked_up:
         read[feature.table] += feature.columns * feature.mean_length
@@ -349,13 +349,13 @@ def split_by_rows(shards: Sequence[Shard]) -> set[str]:
 
 
 def replicated(shards: Sequence[Shard]) -> set[str]:
-    """The tables of which several ranks hold a copy."""
+    """The tables that several ranks hold a copy of."""
     holders = Counter((s.table, s.row_start, s.row_stop, s.column_start, s.column_stop) for s in shards)
     return {table for (table, *_), count in holders.items() if count > 1}
 
 
 def even_ranges(rows: int, parts: int) -> list[tuple[int, int]]:
-    """`rows` cut into `parts` ranges, descending in size by at most one."""
+    """`rows` cut into `parts` ranges whose sizes differ by at most one, larger ones first."""
     sizes = [rows // parts + (part < rows % parts) for part in range(parts)]
     return list(itertools.pairwise([0, *itertools.accumulate(sizes)]))
 

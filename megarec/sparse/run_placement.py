@@ -1,4 +1,4 @@
-"""Why the tables of a run lie where they lie, and how evenly; from the config and the schema alone."""
+"""Where the tables of a run lie, why, and how evenly; from the config and the schema alone."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -127,9 +127,9 @@ class Explanation:
 
     @property
     def imbalance(self) -> dict[str, float]:
-        """The most that a rank has over the mean: of bytes and of lookups."""
+        """The largest ratio of a rank to the mean: of bytes and of lookups."""
         loads = {"bytes": [float(r.bytes) for r in self.ranks], "lookups": [r.lookups for r in self.ranks]}
-        # Where nothing is held or read, as of one list that is always empty, all ranks have the same.
+        # Where nothing is held or read, as with one list that is always empty, all ranks are equal.
         return {name: max(rank) * len(rank) / sum(rank) if sum(rank) else 1.0 for name, rank in loads.items()}
 
     def lines(self) -> list[str]:

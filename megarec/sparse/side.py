@@ -36,16 +36,16 @@ from megarec.sparse.towers.sizes import NO_TOWERS, ResolvedTowers
 
 
 class StepLookup:
-    """What one step looked up, and the way back of its gradient, by micro-batches: `micro_batch` and `send_back` of
+    """The lookup of one step, and the way back of its gradient, by micro-batches: `micro_batch` and `send_back` of
     each in turn, then `apply` or `skip`.
 
     Args:
-        exchanged: brings what the dense model sees of this rank's examples: [B, layout.width], or the columns that the
+        exchanged: returns the dense model's input for this rank's examples: [B, layout.width], or the columns that the
             tower modules emit.
         size: B.
         micro_batches: divides B.
-        parts: in how many parts they travel: one for each micro-batch, or 1.
-        leaf: what the tower modules took in; None: there are none, or no gradients.
+        parts: number of messages that they travel in: one for each micro-batch, or 1.
+        leaf: the input of the tower modules; None: there are none, or no gradients.
         ids: what was looked up.
         features: whose columns those of `leaf`, else of `values`, are.
         modules: the tower modules of this rank.
@@ -86,7 +86,7 @@ class StepLookup:
 
     def send_back(self, micro: int, gradient: Tensor) -> None:
         """Start the gradient of a micro-batch on its way; after the last one, the gradients of tower modules and of
-        what the ranks sent are made; changes nothing; collective.
+        what the ranks sent are computed; changes nothing; collective.
 
         Args:
             gradient: [B / micro-batches, columns], of the mean over this rank's examples; that of the mean over the
@@ -124,7 +124,7 @@ class StepLookup:
         return self._totals[0] if len(self._totals) == 1 else torch.stack(self._totals).sum()
 
     def gradients(self) -> dict[str, Tensor]:
-        """What came of those sent back, by name: the gradients of this rank's tower modules, not yet summed over their
+        """The gradients that followed, by name: the gradients of this rank's tower modules, not yet summed over their
         replicas, and of the embeddings that the modules take in."""
         if self._modules is None or self._leaf is None:
             return {}
@@ -132,7 +132,7 @@ class StepLookup:
         return self._modules.gradients() | {"embeddings before the tower modules": self._leaf.grad}
 
     def looked_up(self, batch: Batch) -> tuple[Tensor, tuple[Feature, ...], Mapping[str, Ids]]:
-        """What came out of the tables, to tell which of them is at fault.
+        """The output of the tables, to find which of them is at fault.
 
         Args:
             batch: of this rank.
@@ -159,7 +159,7 @@ class SparseSide:
         exchange: "tower" needs towers.
         towers: features by tower, and the sizes of their modules.
         tower_optimizer: of the modules; None when there are none.
-        messages: in which types embeddings and their gradients travel.
+        messages: types in which embeddings and their gradients travel.
         dtype: of the embeddings that the dense model sees: the type in which it computes, or float32.
         ids: the topology with groups of its own for ids (`separate_groups`), so that `distribute` may run in a thread
             while other messages travel; None: ids share the groups.
@@ -168,7 +168,7 @@ class SparseSide:
         overlap: micro-batches travel one by one, each while another computes; else all at once.
 
     Raises:
-        UserError: the tables cannot be placed on so many ranks, or not held by the backend that the config names; or
+        UserError: the tables cannot be placed on that many ranks, or not held by the backend that the config names; or
             the hosts cannot share the towers equally.
     """
 
@@ -226,7 +226,7 @@ class SparseSide:
 
     @property
     def id_order(self) -> list[str]:
-        """Features in the order in which `distribute` sends their ids: a batch in which they lie so is not copied."""
+        """Features in the order in which `distribute` sends their ids: a batch in that order is not copied."""
         return (self._exchange or self._group).id_order
 
     def distribute(self, batch: Batch) -> Distributed:
@@ -243,7 +243,7 @@ class SparseSide:
         """
         leaf: Tensor | None = None
         # Tower modules take all examples at once, so that the sums of their gradients do not depend on the parts. What
-        # they make is what travels under the tower exchange; under the flat one it is what they take.
+        # they emit is what travels under the tower exchange; under the flat one it is what they take in.
         overlap = self._overlap and (self.modules is None or self._exchange is not None)
         parts = micro_batches if overlap else 1
         peers = self._topology.hosts if self._exchange is not None else 1
@@ -251,7 +251,7 @@ class SparseSide:
         l2 = self._l2 if self._l2 is None else 2 * self._l2 / examples
 
         def change(pooled: Tensor) -> tuple[Tensor, Back]:
-            """What happens to looked-up embeddings before they go on, and to their gradient on its way back."""
+            """Changes to looked-up embeddings before they go on, and to their gradient on its way back."""
             nonlocal leaf
             if self.modules is None:
                 return pooled, lambda gradient: _add_l2(gradient, pooled, l2)
@@ -305,8 +305,8 @@ class SparseSide:
         return {name: share for tables in self._group.tables for name, share in tables.row_usage().items()}
 
     def settle(self, names: Collection[str] | None = None) -> None:
-        """Apply decay that has waited for rows to be touched, before `state` is saved, and before another takes its
-        place. Lookups apply what has waited to what they read.
+        """Apply pending decay to rows, before `state` is saved, and before another takes its
+        place. Lookups apply pending decay to what they read.
 
         Args:
             names: of tables, with which others may be settled; None: of all.
@@ -329,7 +329,7 @@ class SparseSide:
         }
 
     def describe(self) -> list[str]:
-        """Lines for the log: who holds what, in which backend and why."""
+        """Lines for the log: which rank holds which tables, in which backend and why."""
         lines = []
         for owner in range(self._topology.world_size):
             shards = [shard for shard in self.shards if shard.rank == owner]

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run beside its points: the charts of the tab Custom scalars and the row of HParams.
+"""What TensorBoard shows besides points: the charts of the tab Custom scalars and the row of HParams.
 
 A chart has one tag, so that two runs in it are two curves.
 """
@@ -33,7 +33,7 @@ def layout(tags: Sequence[str], grouped: bool = False, labels: Sequence[str] = (
     """Categories of charts, quality first, each split beside the others; one tag a chart.
 
     Args:
-        tags: that the run writes, but for those of validation and test, which come later.
+        tags: that the run writes, except those of validation and test, which come later.
         grouped: the data name a group, so that validation and test have metrics by group.
         labels: where a run predicts several, whose points are there by label as well.
     """
@@ -53,7 +53,7 @@ def layout(tags: Sequence[str], grouped: bool = False, labels: Sequence[str] = (
 
 
 def hyper_parameters(run: Run) -> dict[str, bool | int | float | str]:
-    """What a run is compared by: sizes, rates, schedule, batch, seed, topology, cost; by "<section>.<key>"."""
+    """The HParams of a run: sizes, rates, schedule, batch, seed, topology, cost; by "<section>.<key>"."""
     config = run.config.model_dump(mode="json")
     found: dict[str, bool | int | float | str] = {
         "data": run.schema.name,

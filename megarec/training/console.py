@@ -26,20 +26,20 @@ _log = logging.getLogger(__name__)
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose failing disk ends it, with a warning, and not the run."""
+    """A log file that ends with a warning when its disk fails; the run goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exception()
         self.setLevel(_NEVER)
         if self.stream is not None:
-            with suppress(OSError):  # what it still holds cannot be written either
+            with suppress(OSError):  # its buffer cannot be written either
                 self.stream.close()
             self.stream = None
         _log.warning("%s ENDS HERE, THE RUN GOES ON: %s", self.baseFilename, getattr(error, "strerror", None) or error)
 
 
 class _Shown(logging.StreamHandler[TextIO]):
-    """Lines on standard output; where nobody reads them any more (`| head`), log.txt alone goes on."""
+    """Lines on standard output; when their reader is gone (`| head`), only log.txt goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exception()

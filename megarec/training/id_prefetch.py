@@ -83,7 +83,7 @@ class IdPrefetcher:
             self._orders.put(None)
 
     def steps(self, batches: Iterator[Batch], timer: StepTimer) -> Iterator[tuple[BatchFuture, Callable[[], None]]]:
-        """For each batch: it on its way, and a function that starts the next one (else it starts when asked for)."""
+        """For each batch: its future, and a function that starts the next one (else it starts when asked for)."""
         upcoming: list[BatchFuture] = []
 
         def start_next() -> None:
@@ -112,7 +112,7 @@ class IdPrefetcher:
             return ReadyBatch(batch, self._sparse.distribute(batch))
 
     def _queue(self, batch: Batch, stream: torch.Stream) -> BatchFuture:
-        """Queue a batch in a stream; whose stream asks for it waits on the device, not on the host."""
+        """Queue a batch in a stream; the stream that asks for it waits on the device, not on the host."""
         with stream:
             arrived = self._send(batch)
         sent = stream.record_event()
@@ -137,7 +137,7 @@ def _first(batches: Iterator[Batch]) -> list[Batch]:
 
 
 def _keep_for(stream: Any, value: Any) -> None:
-    """Tell the allocator that a stream uses tensors made in another: once for each piece of memory."""
+    """Record for the allocator that a stream uses tensors made in another: once for each piece of memory."""
     for tensor in {tensor.untyped_storage().data_ptr(): tensor for tensor in _tensors(value)}.values():
         tensor.record_stream(stream)
 

@@ -35,7 +35,7 @@ def measure_gemm_tflops(dtype: torch.dtype, device: torch.device, seconds: float
     if device.type != "cpu":
         return _gemm_tflops_of_accelerator(dtype, device)
     best = 0.0
-    random = torch.Generator(device).manual_seed(0)  # its own: how much it draws depends on the clock
+    random = torch.Generator(device).manual_seed(0)  # its own: how many numbers it draws depends on the clock
     end = time.perf_counter() + seconds
     size = 128
     while time.perf_counter() < end:
@@ -70,7 +70,7 @@ def _gemm_tflops_of_accelerator(dtype: torch.dtype, device: torch.device) -> flo
     return 2 * GEMM_SIZE**3 / milliseconds / 1e9
 
 
-PEAK_TFLOPS = {  # dense, fp16 and bf16, of the data sheet, by what stands in the name that torch has for the device
+PEAK_TFLOPS = {  # dense, fp16 and bf16, of the data sheet, by a part of torch's name for the device
     "GB200": 2500, "B300": 2250, "B200": 2250, "H200 NVL": 835, "H200": 989, "GH200": 989, "H100 NVL": 835,
     "H100 PCIe": 756, "H100": 989, "A100": 312, "A40": 149.7, "A30": 165, "A10": 125, "L40S": 362, "L4": 121,
     "V100": 125, "MI355X": 2516, "MI325X": 1307, "MI300X": 1307, "MI250X": 191.5,

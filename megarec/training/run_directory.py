@@ -1,8 +1,8 @@
 """The directory of a run, train.output_dir: one run at a time writes there, and a new one moves the earlier one aside.
 
 The owner holds an flock on `.owner`, whose text names its host and process. The kernel drops the lock when that process
-ends, however it ends; the file that may be left says nothing by itself. Over NFS the server keeps the lock for all
-hosts (NFS 4, or 3 with lockd). A file system without locks is announced, and two runs there are not told apart.
+ends, however it ends; a leftover file means nothing by itself. Over NFS the server keeps the lock for all
+hosts (NFS 4, or 3 with lockd). A file system without locks gives a warning, and two runs there are not separated.
 """
 
 import errno
@@ -36,7 +36,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def check_outputs(config: RunConfig) -> None:
-    """Whether a run may write where it is asked to, before anything is built; nothing is left there.
+    """Check that a run may write where it is asked to, before anything is built; nothing is left there.
 
     Raises:
         UserError: a file in a directory's place, no permission, a file system without files.
@@ -83,7 +83,7 @@ def _is_there(path: Path) -> bool:
 def only_run_in(output: Path, device: torch.device) -> Iterator[str | None]:
     """Own the directory; collective. Yields, on rank 0, what to warn of, if anything.
 
-    A directory that this made and nothing was written to is gone at the end.
+    A directory made here is removed at the end if nothing was written to it.
 
     Raises:
         UserError: another run owns it, or it cannot be written; on every rank.
@@ -114,7 +114,7 @@ class _Lock:
     """Held from its making to `release`.
 
     Attributes:
-        remark: what is wrong with it, None if nothing is.
+        remark: what is wrong with the lock, None if nothing is.
     """
 
     def __init__(self, output: Path) -> None:
@@ -145,7 +145,7 @@ class _Lock:
                     owner = _owner(file)
                     os.close(file)
                     raise UserError(
-                        f"train.output_dir={str(self._path.parent)!r}: {owner} trains there; wait for its end or end "
+                        f"train.output_dir={str(self._path.parent)!r}: {owner} trains there; wait for it or end "
                         "it, or choose another train.output_dir"
                     ) from None
                 time.sleep(0.1)
@@ -154,14 +154,14 @@ class _Lock:
                     os.close(file)
                     raise
                 self.remark = (
-                    f"{self._path.parent}: this file system has no locks ({error.strerror}): start no second run there "
+                    f"{self._path.parent}: this file system has no locks ({error.strerror}): start no other run there "
                     "while this one trains, nothing would stop it"
                 )
                 return file
             os.close(file)
 
     def release(self) -> None:
-        """Give the directory free, and remove what held it."""
+        """Release the directory, and remove the lock file."""
         with suppress(OSError):
             self._path.unlink()
             for directory in self._made:
@@ -182,13 +182,13 @@ def _owner(file: int) -> str:
         found = parse_json(os.pread(file, 4096, 0), "its owner")
         return f"process {int(found['pid'])} on host {str(found['host'])!r} (since {str(found['since'])!r})"
     except (ValueError, TypeError, KeyError):
-        return "another run, which has not said its name,"
+        return "another run, which has not given its name,"
 
 
 def set_aside(output: Path) -> Path | None:
     """Move what an earlier run wrote to `previous` in the same directory, or to `previous-2` and so on.
 
-    A new run must neither mix with it nor delete the only copy of a night's work. What was set aside before stays.
+    A new run must neither mix with it nor delete it. Runs set aside before stay.
     `previous` is a run's directory in its own right: tools take it as they take `output`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a run says of its steps: lines, TensorBoard, and the "train" part of metrics.json."""
+"""A run's reports of its steps: lines, TensorBoard, and the "train" part of metrics.json."""
 
 import logging
 import statistics
@@ -41,7 +41,7 @@ class StepLog:
         state: of the run.
         window: predictions that the log has not shown yet.
         started: time.time() of the process start.
-        predicted: points that stand beside the measured ones, the same at every log line.
+        predicted: points shown beside the measured ones, the same at every log line.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class StepLog:
 def _peak_tflops(run: Run) -> float:
     """Of one rank, for the MFU: as configured, else by the data sheet of the device, else as a GEMM has it.
 
-    On an accelerator the log has the GEMM as well: what lies between it and the data sheet no model can have.
+    On an accelerator the log has the GEMM as well: no model can exceed it.
     """
     given, device = run.config.train.peak_tflops, run.device
     if given is not None and device.type == "cpu":

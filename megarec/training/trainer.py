@@ -52,7 +52,7 @@ def train(config: RunConfig, resume: bool, started: float, predict: Predict = no
         What metrics.json holds.
 
     Raises:
-        RunEnded: stopped by the fault policy, or pre-empted; on every rank, with everything saved that will be.
+        RunEnded: stopped by the fault policy, or pre-empted; on every rank, with everything saved.
     """
     with Interruption() as stop:
         return _train(config, resume, started, stop, predict)
@@ -125,7 +125,7 @@ def _train_and_test(
             stopped = {"stopped": str(ended), "train": step_log.summary(), "skipped_rows": run.skipped_rows}
             try:
                 _write_metrics(run, stopped, checkpoints)
-            except UserError as error:  # why the run ended weighs more
+            except UserError as error:  # the reason of the run's end is more important
                 _log.warning("%s", error)
         raise
     trainer.prefetcher.close()
@@ -162,12 +162,12 @@ def _train_and_test(
 
 
 def _nothing_to_train(run: Run, state: TrainState) -> str | None:
-    """Why a resumed run is at its end already; None: it is not."""
+    """Why a resumed run has nothing left to train; None: it has."""
     if state.step >= run.schedule.total_steps:
         return f"this run has {run.schedule.total_steps}; raise train.epochs or max_steps"
     patience = run.config.train.early_stopping
     if patience is not None and state.since_best >= patience and not state.validation_due:
-        return f"{state.since_best} validations were no improvement (train.early_stopping={patience})"
+        return f"{state.since_best} validations brought no improvement (train.early_stopping={patience})"
     return None
 
 
@@ -184,7 +184,7 @@ def _check_validation(run: Run) -> None:
 
 
 def _why_not_finished(run: Run, state: TrainState, valid: Quality, test: Quality | None) -> str | None:
-    """Why what a run was asked for, the metrics of its best model, cannot be had; None: they can."""
+    """Why the metrics of a run's best model are not available; None: they are."""
     metric = run.config.train.best_by
     reason = why_undefined(valid, metric)
     if math.isinf(state.best) and valid.examples and reason is not None:
@@ -206,11 +206,11 @@ def _write_metrics(run: Run, metrics: dict[str, Any], checkpoints: Checkpoints) 
     _write_output(run, METRICS_FILE, json.dumps(metrics, indent=2), f"the log has the metrics, and {saved}")
 
 
-def _write_output(run: Run, name: str, content: str, told: str) -> None:
-    """Write one of the run's files; collective: an error of rank 0 is everyone's.
+def _write_output(run: Run, name: str, content: str, hint: str) -> None:
+    """Write one of the run's files; collective: an error of rank 0 is raised on all ranks.
 
     Args:
-        told: what to tell the user where it cannot be written.
+        hint: what to tell the user where it cannot be written.
 
     Raises:
         UserError: it cannot.
@@ -220,7 +220,7 @@ def _write_output(run: Run, name: str, content: str, told: str) -> None:
         if run.topology.rank == 0:
             write_whole(path, f"{content}\n".encode())
     except OSError as error:
-        problem = UserError(f"{path}: cannot be written ({error.strerror or error}); {told}")
+        problem = UserError(f"{path}: cannot be written ({error.strerror or error}); {hint}")
     raise_together(problem, run.topology, run.device)
 
 
@@ -236,7 +236,7 @@ def evaluate(run: Run, loader: EvalLoader) -> Quality:
 
 
 class Trainer:
-    """The steps of a run from where it stands to its end."""
+    """The steps of a run from its current position to its end."""
 
     def __init__(self, run: Run, step_log: StepLog, checkpoints: Checkpoints, interruption: Interruption) -> None:
         self.run, self.step_log, self.checkpoints = run, step_log, checkpoints
@@ -272,7 +272,7 @@ class Trainer:
                 STOPPED,
                 f"stopped by the fault policy at step {state.step}: the last {self.policy.in_a_row} steps of the run "
                 "were faulty, and no good one follows; test the best checkpoint with tools/evaluate.py, or train on "
-                f"with a larger train.epochs or train.max_steps; the last one: {self.step_check.said}",
+                f"with a larger train.epochs or train.max_steps; the last one: {self.step_check.description}",
             )
 
     def _step(self, pending: BatchFuture, start_next: Callable[[], None]) -> Action:
@@ -334,7 +334,7 @@ class Trainer:
         return "go on"
 
     def _maybe_validate_and_save(self) -> None:
-        """What is due: comparing replicas, obeying a signal, validation, a checkpoint."""
+        """Do what is due: comparing replicas, a signal, validation, a checkpoint."""
         config, state = self.run.config.train, self.state
         if config.verify_replicas_every and state.step % config.verify_replicas_every == 0:
             with self.timer.part("replicas"):
@@ -372,7 +372,7 @@ class Trainer:
         if config.schedule.plateau_patience and self.patience.since_drop >= config.schedule.plateau_patience:
             run.schedule.plateau_drops += 1
             self.patience.since_drop = 0
-            _log.info("validation stands still: learning rates x %g", config.schedule.plateau_factor)
+            _log.info("validation does not improve: learning rates x %g", config.schedule.plateau_factor)
         state.best, state.since_best = self.patience.best, self.patience.since_best
         state.best_by = config.train.best_by
         state.since_drop, state.plateau_drops = self.patience.since_drop, run.schedule.plateau_drops
@@ -381,7 +381,7 @@ class Trainer:
         return improved
 
     def _save(self, best: bool) -> None:
-        """Save, but no state that may be what makes steps faulty: that waits for a good step, or a good validation."""
+        """Save, unless the state may cause faulty steps: then wait for a good step, or a good validation."""
         self.save_due = bool(self.policy.in_a_row) and not best
         if self.save_due:
             _log.warning("NO CHECKPOINT OF STEP %d: the last step was faulty", self.state.step)
@@ -394,7 +394,7 @@ class Trainer:
         return patience is not None and self.patience.since_best >= patience
 
     def _save_and_exit(self, signum: int, validate: bool) -> NoReturn:
-        """Save and end, as a signal asked some rank to.
+        """Save and end, after a signal to some rank.
 
         Args:
             validate: a validation is due; it can take longer than the sender of the signal waits.
@@ -435,7 +435,7 @@ class Trainer:
         return (
             f"stopped by the fault policy at step {state.step + 1}: {self.policy.in_a_row} faulty steps in a row "
             f"(train.faults.max_in_a_row={faults.max_in_a_row}) after {state.rollbacks} rollbacks; the last one: "
-            f"{self.step_check.said}"
+            f"{self.step_check.description}"
         )
 
     def _end(self, code: int, reason: str) -> NoReturn:

@@ -173,7 +173,7 @@ def latest_step(path: Path) -> int:
 
 
 def resumed_step(path: Path, attempt: int) -> int | None:
-    """The step that an attempt said it resumed from; 0: it started from scratch; None: it did not come so far."""
+    """The step that an attempt resumed from; 0: it started from scratch; None: it did not get that far."""
     for line in (path.parent / f"attempt-{attempt}.rank-0.log").read_text().splitlines():
         if "[rank 0] resumed from" in line:
             return int(line.rpartition("step-")[2])

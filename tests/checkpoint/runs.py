@@ -74,7 +74,7 @@ class Leg:
     """What a rank saw between a load and a save."""
 
     losses: list[float]
-    said: list[str]
+    logged: list[str]
     logits: list[list[float]]
 
 
@@ -82,7 +82,7 @@ def leg(
     path: Path, overrides: list[str], start: int, stop: int, *, load: bool, save: bool, logits: bool = False
 ) -> Leg:
     """Build a run, load the checkpoint of step `start`, train to `stop`, save."""
-    run, said = build(path, overrides), logged_lines()
+    run, logged = build(path, overrides), logged_lines()
     checkpoints = store(run)
     if load:
         position = checkpoints.load(start)
@@ -92,4 +92,4 @@ def leg(
         checkpoints.save(TrainState(step=stop, best=0.5))
         checkpoints.wait()
     seen = [predict(run.dense, run.sparse, batch).tolist() for batch in run.test.batches()] if logits else []
-    return Leg(losses, said, seen)
+    return Leg(losses, logged, seen)

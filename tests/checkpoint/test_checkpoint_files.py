@@ -226,7 +226,7 @@ def first_slice(key: str, value: Any) -> Callable[[Path], None]:
         (with_file(lambda path: b"PK\3\4" + bytes(100)), "rank-00001.safetensors: not a safetensors file"),
         (with_file(huge_header), "a header of 1,152,921,504,606,846,976 bytes"),
         (with_file(claims([1 << 40, 1 << 40])), "not a safetensors file"),
-        (with_file(claims([-5, -4])), "no natural numbers"),
+        (with_file(claims([-5, -4])), "not natural numbers"),
         (with_file(claims([20])), "is not the torch.float32 .5, 4. of the index"),
         (link, "rank-00001.safetensors: not a plain file"),
         (first_slice("file", "../elsewhere.safetensors"), "index.json: tensors.w.slices.1.file"),
@@ -286,7 +286,7 @@ def test_two_slices_of_the_same_numbers_are_refused(good: Path) -> None:
         ({"a": ([2], [0, 8]), "b": ([2], [4, 12])}, "b: overlaps another tensor"),
         ({"a": ([10**4000], [0, 8])}, r"its header: a number of 4,001 digits \(1000000"),
         ({"a": ([1] * 9, [0, 4])}, "a: 9 dimensions"),
-        ({"a": ([True, 1], [0, 4])}, "a: sizes that are no natural"),
+        ({"a": ([True, 1], [0, 4])}, "a: sizes that are not natural"),
     ],
     ids=["overlap", "digits", "dimensions", "bool"],
 )  # fmt: skip

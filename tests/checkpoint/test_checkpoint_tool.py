@@ -176,7 +176,7 @@ def peak_kilobytes(*arguments: object) -> int:
     return int(done.stdout.split()[-1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read where Linux tells it")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read where Linux reports it")
 @pytest.mark.parametrize("command", [("reshape", "--ranks", 3), ("export",)])
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, command: tuple[object, ...]) -> None:
     peaks = []

@@ -22,7 +22,7 @@ FAILURES: dict[str, tuple[int, Any, str, Exception]] = {  # by step: rank, which
 
 
 def save_with_failures(path: Path) -> tuple[list[str], list[float]]:
-    run, said = build(path, []), logged_lines()
+    run, logged = build(path, []), logged_lines()
     checkpoints, losses = store(run), []
     for step in range(1, 9):
         losses += train_steps(run, step - 1, step)
@@ -37,12 +37,12 @@ def save_with_failures(path: Path) -> tuple[list[str], list[float]]:
         checkpoints.save(TrainState(step=step))
         checkpoints.wait()
         setattr(owner, name, works)
-    return said, losses
+    return logged, losses
 
 
 def test_no_error_of_a_save_ends_the_run(rank_pool: Callable[[int], RankPool], data: Path, tmp_path: Path) -> None:
-    (said, losses), (others, _) = rank_pool(2).run(save_with_failures, write_run(tmp_path, data))
-    assert len(losses) == 8 and others == [] and len(said) == 6
+    (logged, losses), (others, _) = rank_pool(2).run(save_with_failures, write_run(tmp_path, data))
+    assert len(losses) == 8 and others == [] and len(logged) == 6
     expected = [
         r"STEP 2 WAS NOT SAVED (rank 1: MemoryError: no room in test_failing_saves.py:",
         r"STEP 3 WAS NOT SAVED (rank 0: ValueError: not\na line in test_failing_saves.py:",
@@ -51,7 +51,7 @@ def test_no_error_of_a_save_ends_the_run(rank_pool: Callable[[int], RankPool], d
         r"STEP 6 WAS NOT SAVED (rank 0: RuntimeError: a bug in test_failing_saves.py:",
         r"STEP 7 WAS NOT SAVED (rank 1: RuntimeError: cannot pin memory in test_failing_saves.py:",
     ]
-    for line, text in zip(said, expected, strict=True):
+    for line, text in zip(logged, expected, strict=True):
         assert text in line and "training goes on, the latest checkpoint is " in line and "\n" not in line
     directory = tmp_path / "out/checkpoints"
     assert not list(directory.glob("*.tmp-*"))

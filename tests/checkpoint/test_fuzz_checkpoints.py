@@ -1,7 +1,7 @@
 """Seeded damage and malice in checkpoints and exports: the right value or one line, no hang, nothing written.
 
 In this process, through the functions that the tools call. What nobody resealed gives the right value or is refused;
-what a forger sealed anew may say what it likes, but ends in bounded time. The seed is fixed, so that a failure is one
+what a forger sealed again may have any content, but ends in bounded time. The seed is fixed, so that a failure is one
 that everybody sees; change SEED and ROUNDS by hand to look for more.
 """
 
@@ -153,7 +153,7 @@ def reseal(path: Path, about: dict[str, Any]) -> None:
 
 
 def forged(rng: random.Random, path: Path) -> None:
-    """What the JSON says is changed, and sealed anew."""
+    """The JSON is changed, and sealed again."""
     file = about_of(path)
     about = json.loads(file.read_text())
     part = rng.choice([about, about, about["config"], about["schema"], about.get("tensors", about)])
@@ -248,7 +248,7 @@ def twice(about: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (layers_without_sizes, "describes no model that can be built"),
         (deep, "1,000,000 linear layers"),
@@ -257,20 +257,20 @@ def twice(about: dict[str, Any]) -> None:
     ],
 )
 def test_a_forged_export_ends_in_time(
-    change: Callable[[dict[str, Any]], None], told: str, whole: dict[str, Path], tmp_path: Path
+    change: Callable[[dict[str, Any]], None], message: str, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(whole["export"], tmp_path / "export"))
     about = json.loads((path / MODEL_CONFIG).read_text())
     change(about)
     reseal(path / MODEL_CONFIG, about)
     began = time.monotonic()
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         megarec.load_model(path)
     assert time.monotonic() - began < SECONDS_OF_ONE
 
 
 def test_a_tensor_file_that_leaves_bytes_out(whole: dict[str, Path], tmp_path: Path) -> None:
-    """Another library read the header of an export again, and refused what we take with a word of its own."""
+    """Another library read the header of an export again, and refused what we accept with an error of its own."""
     path = Path(shutil.copytree(whole["export"], tmp_path / "export"))
     file = path / MODEL_FILE
     file.write_bytes(file.read_bytes() + bytes(8))

@@ -1,4 +1,4 @@
-"""Tower modules of a checkpoint: loaded where they fit, refused where they do not, set anew where that is asked."""
+"""Tower modules of a checkpoint: loaded where they fit, refused where they do not, reset on request."""
 
 import json
 import math
@@ -43,9 +43,9 @@ def same(run: Run, state: dict[str, Tensor]) -> bool:
     return now.keys() == state.keys() and all(torch.equal(now[name], tensor) for name, tensor in state.items())
 
 
-def afresh_once(path: Path, overrides: list[str]) -> tuple[dict[str, bool], list[str]]:
+def reset_once(path: Path, overrides: list[str]) -> tuple[dict[str, bool], list[str]]:
     """A run that has set its modules from scratch meets the checkpoint of the old ones again, then its own."""
-    run, said, found = build(path, overrides), logged_lines(), dict[str, bool]()
+    run, logged, found = build(path, overrides), logged_lines(), dict[str, bool]()
     checkpoints, first = store(run), copies(run)
     position = checkpoints.load(1)
     found["first load: from scratch"] = same(run, first)
@@ -68,12 +68,12 @@ def afresh_once(path: Path, overrides: list[str]) -> tuple[dict[str, bool], list
     restarted = build(path, overrides)
     store(restarted).resume()
     found["restarted: kept"] = same(restarted, kept)
-    return found, said
+    return found, logged
 
 
 @pytest.mark.parametrize("exchange", [pytest.param(FLAT, marks=pytest.mark.slow), TOWER], ids=["flat", "tower"])
 @pytest.mark.parametrize("other", ["towers", "sizes", "none before"])
-def test_modules_start_afresh_only_where_the_checkpoint_has_none_that_fit(
+def test_modules_start_from_scratch_only_where_the_checkpoint_has_none_that_fit(
     rank_pool: Pools, data: Path, tmp_path: Path, exchange: list[str], other: str
 ) -> None:
     path = run_of(tmp_path, data, TOWERS)
@@ -84,7 +84,7 @@ def test_modules_start_afresh_only_where_the_checkpoint_has_none_that_fit(
         path = run_of(tmp_path, data, TOWERS, mlp=[4])
     else:
         without_modules(tmp_path / "out/checkpoints/step-000000001")
-    found = rank_pool(2).run(afresh_once, path, [*RESET, *exchange])
+    found = rank_pool(2).run(reset_once, path, [*RESET, *exchange])
     for rank, (facts, _) in enumerate(found):
         assert all(facts.values()), (rank, facts)
     from_scratch, again, *later = found[0][1]
@@ -197,7 +197,7 @@ def test_states_have_the_names_and_sizes_of_the_runs_own(
             assert reason in message and "\n" not in message
 
 
-def test_without_its_optimizers_name_the_states_tell(
+def test_without_its_optimizers_name_the_states_decide(
     rank_pool: Pools, data: Path, tmp_path: Path, stepped: Path
 ) -> None:
     """An earlier version did not write the name."""

@@ -130,7 +130,7 @@ def test_a_directory_that_cannot_be_made_ends_the_save_at_once(tmp_path: Path) -
 
 
 def test_a_disk_without_inodes(small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without one for the directory, the file, or the mark of a rank: the cause is told, and nobody waits."""
+    """Without one for the directory, the file, or the mark of a rank: the cause is reported, and nobody waits."""
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.5)  # for the one case in which no rank finds room for a mark
     disk = small_disk("size=1m,nr_inodes=12")
     for free in range(4):
@@ -199,7 +199,7 @@ def test_what_cannot_be_removed_is_a_warning(
 
 
 def test_a_directory_that_is_gone_ends_the_wait_at_once(tmp_path: Path) -> None:
-    """Rank 0 stood still in silence for the timeout of the collectives."""
+    """Rank 0 waited silently for the timeout of the collectives."""
     plan = Plan(tmp_path / "checkpoints", 3, "t", 2, {}, ("latest",), keep=2, timeout=600.0)
     plan.temporary.mkdir(parents=True)
     plan.checkpoints.rename(tmp_path / "elsewhere")

@@ -128,7 +128,7 @@ def test_optimizers_of_deepspeeds_section(
 
 
 def tables_of(path: Path, overrides: list[str], steps: int) -> State:
-    """On a rank: its tables as it has saved them after so many steps; 0: as it has loaded them."""
+    """On a rank: its tables as saved after that many steps; 0: as it has loaded them."""
     run = build(path, overrides)
     checkpoints = store(run)
     if steps:

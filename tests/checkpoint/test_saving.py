@@ -47,7 +47,7 @@ def test_background_and_foreground_write_the_same_bytes(rank_pool: Pools, data: 
 
 def full_on_rank_1(path: Path) -> tuple[list[str], list[str], list[float]]:
     """Save, save on a disk that is full for rank 1, train on, save again."""
-    run, said = build(path, []), logged_lines()
+    run, logged = build(path, []), logged_lines()
     checkpoints, write = store(run), publish.write_file
     train_steps(run, 0, 1)
     checkpoints.save(TrainState(step=1))
@@ -66,12 +66,12 @@ def full_on_rank_1(path: Path) -> tuple[list[str], list[str], list[float]]:
     losses = train_steps(run, 2, 3)
     checkpoints.save(TrainState(step=3), best=True)
     checkpoints.wait()
-    return said, left, losses
+    return logged, left, losses
 
 
 def test_a_full_disk_on_one_rank_ends_the_save_and_not_the_run(rank_pool: Pools, data: Path, tmp_path: Path) -> None:
-    said, left, losses = rank_pool(2).run(full_on_rank_1, write_run(tmp_path, data))[0]
-    (line,) = said
+    logged, left, losses = rank_pool(2).run(full_on_rank_1, write_run(tmp_path, data))[0]
+    (line,) = logged
     assert "STEP 2 WAS NOT SAVED (rank 1: No space left on device)" in line
     assert line.endswith("latest checkpoint is " + str(tmp_path / "out/checkpoints/step-000000001"))
     assert left == ["latest", "step-000000001"]
@@ -81,20 +81,18 @@ def test_a_full_disk_on_one_rank_ends_the_save_and_not_the_run(rank_pool: Pools,
     assert pointed(checkpoints, "latest") == pointed(checkpoints, "best") == "step-000000003"
 
 
-def test_a_disk_that_is_truly_full(
-    rank_pool: Pools, data: Path, tmp_path: Path, small_disk: Callable[[str], Path]
-) -> None:
+def test_a_disk_that_is_full(rank_pool: Pools, data: Path, tmp_path: Path, small_disk: Callable[[str], Path]) -> None:
     disk = small_disk("size=32k")
     path = write_run(tmp_path, data, train={"output_dir": str(disk / "out")})
     found = rank_pool(2).run(partial(leg, load=False, save=True), path, [], 0, 1)[0]
-    (line,) = found.said
+    (line,) = found.logged
     assert "No space left on device" in line and line.endswith("the latest checkpoint is none")
     assert list((disk / "out/checkpoints").iterdir()) == []
 
 
 def no_directory(path: Path) -> tuple[list[str], float, list[float]]:
     """Save where no rank can make a directory, train on, save again where all can."""
-    run, said = build(path, []), logged_lines()
+    run, logged = build(path, []), logged_lines()
     checkpoints, mkdir = store(run), Path.mkdir
 
     def full(target: Path, *arguments: Any, **options: Any) -> None:
@@ -113,34 +111,34 @@ def no_directory(path: Path) -> tuple[list[str], float, list[float]]:
     losses = train_steps(run, 1, 2)
     checkpoints.save(TrainState(step=2))
     checkpoints.wait()
-    return said, seconds, losses
+    return logged, seconds, losses
 
 
 def test_a_failure_before_the_first_byte_ends_the_save_at_once(rank_pool: Pools, data: Path, tmp_path: Path) -> None:
     lines = list[str]()
-    for said, seconds, losses in rank_pool(2).run(no_directory, write_run(tmp_path, data)):
+    for logged, seconds, losses in rank_pool(2).run(no_directory, write_run(tmp_path, data)):
         assert seconds < 30.0 and len(losses) == 1
-        assert all("STEP 1 WAS NOT SAVED (rank 0: [Errno 28] No space left on device)" in line for line in said)
-        lines += said
+        assert all("STEP 1 WAS NOT SAVED (rank 0: [Errno 28] No space left on device)" in line for line in logged)
+        lines += logged
     assert len(lines) == 1
     assert publish.published(tmp_path / "out/checkpoints") == ["step-000000002"]
 
 
-def test_a_run_that_starts_afresh_sets_the_earlier_one_aside_and_says_where(
+def test_a_run_from_scratch_sets_the_earlier_one_aside_and_says_where(
     rank_pool: Pools, data: Path, copied: Path
 ) -> None:
     """Twice, and a third time after a run that was killed within its first save."""
     output = copied.parent / "out"
     (output / "metrics.json").write_text("of the first run")
     (output / "config.json").touch()
-    said = [rank_pool(2).run(run_training, copied, [], False, 2)[0].said for _ in range(2)]
+    logged = [rank_pool(2).run(run_training, copied, [], False, 2)[0].logged for _ in range(2)]
     shutil.rmtree(output / "checkpoints")
     (output / "checkpoints/step-000000002.tmp-1234").mkdir(parents=True)
-    said.append(rank_pool(2).run(run_training, copied, [], False, 2)[0].said)
-    told = [[line for line in lines if "an earlier run is in" in line] for lines in said]
+    logged.append(rank_pool(2).run(run_training, copied, [], False, 2)[0].logged)
+    announced = [[line for line in lines if "an earlier run is in" in line] for lines in logged]
     previous = [output / f"previous{end}" for end in ("", "-2", "-3")]
-    assert [len(lines) for lines in told] == [1, 1, 1]
-    assert all(f"{path} now" in lines[0] for path, lines in zip(previous, told, strict=True))
+    assert [len(lines) for lines in announced] == [1, 1, 1]
+    assert all(f"{path} now" in lines[0] for path, lines in zip(previous, announced, strict=True))
     assert "step-000000016" in publish.published(previous[0] / "checkpoints")
     assert (previous[0] / "metrics.json").read_text() == "of the first run" and not (output / "metrics.json").exists()
     assert publish.published(previous[1] / "checkpoints") == ["step-000000002"]
@@ -157,12 +155,12 @@ class Ended(NamedTuple):
     """How a run ended on a rank: the UserError, if any, and the lines of its log."""
 
     error: str
-    said: list[str]
+    logged: list[str]
 
 
 def run_training(path: Path, overrides: list[str], resume: bool, interrupt: int | None = None) -> Ended:
     """A whole run, or one that is interrupted right after the save of a step."""
-    said, save = logged_lines(), Trainer._save
+    logged, save = logged_lines(), Trainer._save
 
     def interrupting(trainer: Trainer, best: bool) -> None:
         save(trainer, best)
@@ -175,12 +173,12 @@ def run_training(path: Path, overrides: list[str], resume: bool, interrupt: int 
     try:
         train(load_config(path, overrides), resume=resume, started=time.time())
     except UserError as error:
-        return Ended(str(error), said)
+        return Ended(str(error), logged)
     except Interrupted:
-        return Ended("interrupted", said)
+        return Ended("interrupted", logged)
     finally:
         Trainer._save = save  # type: ignore[method-assign]
-    return Ended("", said)
+    return Ended("", logged)
 
 
 def training(directory: Path, data: Path, **sections: dict[str, Any]) -> Path:
@@ -226,7 +224,7 @@ def test_the_newest_and_the_best_are_kept(finished: Path) -> None:
 def test_the_log_goes_on_in_the_middle_of_its_window(
     rank_pool: Pools, data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """Stopped after 10 steps, two into a window of four: the line at 12 is of four steps all the same."""
+    """Stopped after 10 steps, two into a window of four: the line at 12 still covers four steps."""
     path = training(tmp_path, data)
     assert rank_pool(2).run(run_training, path, [], False, 10)[0].error == "interrupted"
     (tmp_path / "out/tensorboard").rename(tmp_path / "out/first")
@@ -243,25 +241,25 @@ def spoiled(checkpoints: Path, name: str) -> Path:
     return path
 
 
-def test_a_damaged_checkpoint_is_refused_or_passed_over_when_told(rank_pool: Pools, copied: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_or_passed_over_when_asked(rank_pool: Pools, copied: Path) -> None:
     path = spoiled(copied.parent / "out/checkpoints", "step-000000016")
     for message, _ in rank_pool(2).run(run_training, copied, [], True):
         assert message.startswith(f"{path}: checksum ") and "\n" not in message
         assert message.endswith("train.fall_back=true resumes from step-000000014")
-    error, said = rank_pool(2).run(run_training, copied, ["train.fall_back=true"], True)[0]
+    error, logged = rank_pool(2).run(run_training, copied, ["train.fall_back=true"], True)[0]
     assert error == ""
-    warning = next(line for line in said if "FALLING BACK" in line)
+    warning = next(line for line in logged if "FALLING BACK" in line)
     assert re.fullmatch(rf"WARNING: {path}: checksum .* FALLING BACK TO step-000000014 .*", warning)
-    assert f"resumed from {path.parent.parent / 'step-000000014'}" in said
+    assert f"resumed from {path.parent.parent / 'step-000000014'}" in logged
 
 
 def test_what_an_unfinished_save_left_is_removed(rank_pool: Pools, copied: Path) -> None:
     left = copied.parent / "out/checkpoints/step-000000018.tmp-1234"
     left.mkdir()
     (left / "rank-00000.safetensors").write_bytes(b"half")
-    error, said = rank_pool(2).run(run_training, copied, [], True)[0]
+    error, logged = rank_pool(2).run(run_training, copied, [], True)[0]
     assert error == "" and not left.exists()
-    assert any(line.startswith(f"removed {left}") for line in said)
+    assert any(line.startswith(f"removed {left}") for line in logged)
 
 
 SHAPES = {**MODEL, "num_fm": 3}
@@ -312,7 +310,7 @@ def test_a_run_on_other_data_is_refused(rank_pool: Pools, data: Path, copied: Pa
         assert f"other data: schema.categorical.{name}.rows is" in message
 
 
-def test_other_towers_are_refused_unless_their_modules_may_start_afresh(
+def test_other_towers_are_refused_unless_their_modules_may_start_from_scratch(
     rank_pool: Pools, data: Path, tmp_path: Path
 ) -> None:
     def path_of(towers: list[list[str]]) -> Path:
@@ -325,7 +323,7 @@ def test_other_towers_are_refused_unless_their_modules_may_start_afresh(
         assert "tower modules were trained for towers [['single_0'" in message and "reset_towers" in message
     found = rank_pool(2).run(tables_and_towers, path, ["train.reset_towers=true"])[0]
     assert found["tables"] and found["fresh"]
-    assert any("tower modules start from scratch" in line for line in found["said"])
+    assert any("tower modules start from scratch" in line for line in found["logged"])
 
 
 def load_error(path: Path, overrides: list[str]) -> str:
@@ -338,7 +336,7 @@ def load_error(path: Path, overrides: list[str]) -> str:
 
 def tables_and_towers(path: Path, overrides: list[str]) -> dict[str, Any]:
     """After a load: did the tables change, and are the modules as they were?"""
-    run, said = build(path, overrides), logged_lines()
+    run, logged = build(path, overrides), logged_lines()
     assert run.sparse.modules is not None
 
     def copies(state: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -350,11 +348,11 @@ def tables_and_towers(path: Path, overrides: list[str]) -> dict[str, Any]:
     after = {name: tensor for name, (_, tensor) in run.sparse.state().items()}
     same = [torch.equal(tensor, run.sparse.modules.state_dict()[name]) for name, tensor in modules.items()]
     changed = [not torch.equal(tensor, after[name]) for name, tensor in tables.items()]
-    return {"tables": all(changed), "fresh": all(same), "said": said}
+    return {"tables": all(changed), "fresh": all(same), "logged": logged}
 
 
 def load_of_other_bytes(path: Path, key: str, content: bytes) -> tuple[str, bool]:
-    """Save, put other bytes into a tensor, load: what is said, and whether tables and torch's generator stay."""
+    """Save, put other bytes into a tensor, load: the message, and whether tables and torch's generator stay."""
     run = build(path, [])
     checkpoints, directory = store(run), Path(run.config.train.output_dir) / "checkpoints/step-000000002"
     train_steps(run, 0, 2)
@@ -388,4 +386,4 @@ def test_a_state_of_no_generator_is_refused_before_anything_changes(
     path = write_run(tmp_path, data)
     message, stays = rank_pool(1).run(load_of_other_bytes, path, "random/cpu", b"ab")[0]
     directory = tmp_path / "out/checkpoints/step-000000002"
-    assert message == f"{directory}: random/cpu is the state of no generator" and stays
+    assert message == f"{directory}: random/cpu is not the state of a generator" and stays

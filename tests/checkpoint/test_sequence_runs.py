@@ -67,5 +67,5 @@ def test_lists_of_a_sequence_that_are_not_equally_long_end_a_run_where_they_are_
     path: Path, rank_pool: Pools
 ) -> None:
     both = json.dumps([{"features": ["multi_0", "multi_1"], "target": ["single_0"], "block": "hstu"}])
-    (said,) = rank_pool(1).run(first_batch, path, [f"model.sequences={both}"])
-    assert re.match(r"row \d+ \(from 0\) has \d values of multi_0 and \d of multi_1: .*equally long", said), said
+    (message,) = rank_pool(1).run(first_batch, path, [f"model.sequences={both}"])
+    assert re.match(r"row \d+ \(from 0\) has \d values of multi_0 and \d of multi_1: .*equally long", message), message

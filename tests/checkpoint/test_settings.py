@@ -1,4 +1,4 @@
-"""--resume with other settings than the checkpoint's: refused by name, said in a line, or all the same."""
+"""--resume with other settings than the checkpoint's: refused by name, logged in a line, or without effect."""
 
 from collections.abc import Callable
 from functools import partial
@@ -59,7 +59,7 @@ ALL_THE_SAME = (
 
 
 def resumed(path: Path, overrides: list[str]) -> dict[str, tuple[str, list[str]]]:
-    """By override, the error and what was said of changes."""
+    """By override, the error and the logged changes."""
     found = {}
     for override in overrides:
         checkpoints, error = store(build(path, [override])), ""
@@ -71,7 +71,7 @@ def resumed(path: Path, overrides: list[str]) -> dict[str, tuple[str, list[str]]
     return found
 
 
-def test_what_changes_with_a_resume_is_refused_or_said(
+def test_what_changes_with_a_resume_is_refused_or_logged(
     rank_pool: Callable[[int], RankPool], data: Path, tmp_path: Path
 ) -> None:
     path = write_run(tmp_path, data)
@@ -107,8 +107,8 @@ def test_settings_of_another_version_are_compared_where_both_know_them(data: Pat
     settings.check_model(tmp_path, cast(Index, index), config)
     run = SimpleNamespace(config=config)
     lines = settings.changed_settings(cast(Run, run), cast(Index, index))
-    said = [line.partition(": ")[2].partition(";")[0] for line in lines]
-    assert said == [
+    changes = [line.partition(": ")[2].partition(";")[0] for line in lines]
+    assert changes == [
         "dense.learning_rate is 0.01 now, 0.5 until step 3",
         f"train.epochs is {config.train.epochs} now, 1000000000 until step 3",
         "train.seed is 1 now, 7 until step 3",

@@ -19,7 +19,7 @@ class OnDevice(torch.Tensor):
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What streams and CUDA's page-locking are asked for, in order."""
     found: list[str] = []
 
@@ -38,11 +38,11 @@ def piece(name: str, tensor: torch.Tensor) -> TensorSlice:
     return TensorSlice(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
 
 
-def test_a_copy_beside_the_next_step_which_waits_for_it_on_the_device(said: list[str]) -> None:
+def test_a_copy_beside_the_next_step_which_waits_for_it_on_the_device(events: list[str]) -> None:
     weight = torch.arange(6.0).as_subclass(OnDevice)
     snapshot = Snapshot()
     snapshot.take([piece("weight", weight)])
-    assert said == [
+    assert events == [
         "lock 24",
         "main records",
         "copies waits for main",
@@ -52,18 +52,20 @@ def test_a_copy_beside_the_next_step_which_waits_for_it_on_the_device(said: list
     ]
     snapshot.hold()
     snapshot.hold()  # the steps after it have nothing to wait for
-    assert said[6:] == ["main waits for copies"]
+    assert events[6:] == ["main waits for copies"]
     assert snapshot.not_finite() is None
-    assert said[7:] == ["host waits for copies"]
+    assert events[7:] == ["host waits for copies"]
     assert bytes(snapshot.data()) == torch.arange(6.0).numpy().tobytes()
 
 
-def test_a_larger_save_gives_its_page_locked_memory_back(said: list[str]) -> None:
+def test_a_larger_save_gives_its_page_locked_memory_back(events: list[str]) -> None:
     snapshot = Snapshot()
     for size in (3, 3, 5):
         snapshot.take([piece("weight", torch.ones(size).as_subclass(OnDevice))])
-    assert [what for what in said if "lock" in what] == ["lock 12", "unlock", "lock 20"]
-    assert said.count("host waits for copies") == 2  # of a save that nobody wrote: its buffer is free before it is used
+    assert [what for what in events if "lock" in what] == ["lock 12", "unlock", "lock 20"]
+    assert (
+        events.count("host waits for copies") == 2
+    )  # of a save that nobody wrote: its buffer is free before it is used
 
 
 def test_memory_that_cannot_be_locked_is_used_as_it_is(
@@ -85,11 +87,11 @@ def test_memory_that_cannot_be_locked_is_used_as_it_is(
     buffer.grow(2**21, locked=False)  # nothing to unlock
 
 
-def test_on_a_cpu_nothing_is_held(said: list[str]) -> None:
+def test_on_a_cpu_nothing_is_held(events: list[str]) -> None:
     snapshot = Snapshot()
     weight = torch.ones(3)
     snapshot.take([piece("weight", weight)])
-    weight.zero_()  # the copy is there already
+    weight.zero_()  # the copy exists already
     snapshot.hold()
-    assert snapshot.not_finite() is None and said == []
+    assert snapshot.not_finite() is None and events == []
     assert bytes(snapshot.data()) == torch.ones(3).numpy().tobytes()

@@ -30,7 +30,7 @@ BEST, LATEST = "step-000000003", "step-000000006"
 TOLERANCE = 0.0 if os.environ.get("MEGAREC_EXACT") == "1" else 1e-5
 
 
-def said(name: str) -> Any:
+def recorded(name: str) -> Any:
     return json.loads((WRITTEN / "predictions.json").read_text())[name]
 
 
@@ -52,13 +52,13 @@ def check_logits(export: Path, name: str) -> None:
         logits = megarec.load_model(export).predict(batch())
     finally:
         torch.set_num_threads(before)
-    expected = torch.tensor([float.fromhex(x) for x in said(name)], dtype=torch.float32)
+    expected = torch.tensor([float.fromhex(x) for x in recorded(name)], dtype=torch.float32)
     torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
 
 
 def check_metrics(work: Path, tolerance: float = TOLERANCE) -> None:
     found = json.loads((work / "run/metrics.json").read_text())
-    for split, expected in said("metrics").items():
+    for split, expected in recorded("metrics").items():
         for key, value in expected.items():
             number = float.fromhex(value) if isinstance(value, str) else value
             assert found[split][key] == pytest.approx(number, rel=0, abs=tolerance), (split, key)
@@ -124,16 +124,16 @@ def test_its_checkpoints_are_whole_and_export_the_same(work: Path) -> None:
     checkpoint(work, "export", "run/checkpoints/best", "again")
     assert (work / "again/model.safetensors").read_bytes() == (work / "export/model.safetensors").read_bytes()
     check_logits(work / "again", "export")
-    said = checkpoint(work, "export", "run", "its-best", real=True)
-    assert f"checkpoints/{BEST}: bytes" in said and "step 3, is best, valid_logloss 0.672496" in said
+    printed = checkpoint(work, "export", "run", "its-best", real=True)
+    assert f"checkpoints/{BEST}: bytes" in printed and "step 3, is best, valid_logloss 0.672496" in printed
     check_logits(work / "its-best", "export")
     checkpoint(work, "export", "run/checkpoints/latest", "newest")
     check_logits(work / "newest", "latest")
 
 
 def test_it_is_resumed_and_goes_on(work: Path, rank_pool: Callable[[int], RankPool]) -> None:
-    said = rank_pool(2).run(train, work, ["train.max_steps=9"])[0]
-    assert any(f"resumed from run/checkpoints/{LATEST}" in text for text in said)
+    logged = rank_pool(2).run(train, work, ["train.max_steps=9"])[0]
+    assert any(f"resumed from run/checkpoints/{LATEST}" in text for text in logged)
     checkpoint(work, "export", "run/checkpoints/step-000000009", "longer")
     check_logits(work / "longer", "resumed 3 steps")
     check_metrics(work)

@@ -165,9 +165,9 @@ LARGER = [  # what a machine of 1 GiB lacks
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("sections", "larger", "told"), LARGER)
+@pytest.mark.parametrize(("sections", "larger", "message"), LARGER)
 def test_a_run_larger_than_the_machine_is_one_line_with_the_arithmetic(
-    sections: dict[str, Any], larger: dict[str, int], told: str, monkeypatch: pytest.MonkeyPatch
+    sections: dict[str, Any], larger: dict[str, int], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fits, "memory_of", lambda device: 2**30)
     assert refused(config_of()) is None
@@ -175,7 +175,7 @@ def test_a_run_larger_than_the_machine_is_one_line_with_the_arithmetic(
     schema = SCHEMA.model_copy(update={"categorical": (CategoricalFeature(name="a", rows=rows),)})
     line = refused(config_of(**sections), schema, **larger)
     assert line is not None and line.startswith("this machine must have at least ") and "\n" not in line
-    assert re.search(told, line), line
+    assert re.search(message, line), line
 
 
 def test_the_bound_is_no_more_than_what_a_run_holds() -> None:
@@ -248,10 +248,10 @@ def test_more_threads_than_the_machine_allows(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(fits, "_THREAD_LIMITS", (str(limit), str(tmp_path / "none")))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     config = config_of(train={"threads": 1_024}, embedding=EVERYWHERE)
-    for text, told in [("max", None), ("9000", None), ("4096", f"8,192 threads, and {limit} allows 4,096; leave")]:
+    for text, expected in [("max", None), ("9000", None), ("4096", f"8,192 threads, and {limit} allows 4,096; leave")]:
         limit.write_text(f"{text}\n")
         line = refused(config, topology=Topology(0, 8, 8, 1))
-        assert (line is None) if told is None else (line is not None and told in line)
+        assert (line is None) if expected is None else (line is not None and expected in line)
     assert refused(config_of(embedding=EVERYWHERE), topology=Topology(0, 8, 8, 1)) is None
 
 

@@ -99,7 +99,7 @@ def test_mistakes_are_named(tmp_path: Path, override: str, expected: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_the_model_is_told_by_its_name(tmp_path: Path) -> None:
+def test_the_model_is_chosen_by_its_name(tmp_path: Path) -> None:
     path = write(tmp_path, RUN)
     assert isinstance(load_config(path, ["model={}"]).model, WukongConfig)  # without a name it is a Wukong
     dlrm = load_config(path, ['model={"name": "dlrm", "head": [8]}']).model

@@ -200,7 +200,7 @@ HOW = ["truncated", "empty", "longer", "gone", "seven", "unbuilt", "file", "no j
 
 
 @pytest.mark.parametrize("how", [*HOW, "bit50", "bit90"])
-def test_a_damaged_cache_is_built_anew(tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_cache_is_rebuilt(tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_prepared(tmp_path)
     cache, _ = ensure_cache(tmp_path, "train", SCHEMA, "error")
     good = (cache / ROWS_FILE).read_bytes()
@@ -210,17 +210,17 @@ def test_a_damaged_cache_is_built_anew(tmp_path: Path, how: str, capsys: pytest.
     assert labels.tolist() == [row["label"] for row in rows]
     assert ids["item"].values.tolist() == [row["item"] for row in rows]
     assert (cache / ROWS_FILE).read_bytes() == good
-    assert capsys.readouterr().err == f"{cache}: damaged, is built anew\n"
+    assert capsys.readouterr().err == f"{cache}: damaged, is rebuilt\n"
     assert sorted(path.name for path in cache.parent.iterdir()) == sorted([cache.name, "lock"])
     open_split(tmp_path, "train", SCHEMA, "error")
     assert capsys.readouterr().err == ""
 
 
 def test_no_flipped_bit_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of rows, places and types of columns, and padding: right rows, from the cache or from one built anew."""
+    """Of rows, places and types of columns, and padding: right rows, from the cache or from a rebuilt one."""
     rows = write_prepared(tmp_path)
     cache, _ = ensure_cache(tmp_path, "train", SCHEMA, "error")
-    good, said = (cache / ROWS_FILE).read_bytes(), 0
+    good, rebuilt = (cache / ROWS_FILE).read_bytes(), 0
     for place in range(0, 8 * len(good), 8 * len(good) // 60):
         flipped = bytearray(good)
         flipped[place // 8] ^= 1 << place % 8
@@ -230,12 +230,12 @@ def test_no_flipped_bit_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert numeric.tolist() == [[row["price"], row["age"]] for row in rows], place
         assert ids["item"].values.tolist() == [row["item"] for row in rows], place
         assert ids["history"].values.tolist() == [item for row in rows for item in row["history"]], place
-        said += capsys.readouterr().err == f"{cache}: damaged, is built anew\n"
-    assert said > 20, "the rest of the file is padding, and what describes no column"
+        rebuilt += capsys.readouterr().err == f"{cache}: damaged, is rebuilt\n"
+    assert rebuilt > 20, "the rest of the file is padding, and what describes no column"
 
 
 def test_damage_is_seen_when_the_row_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two ranks have the cache open; the first to read the row builds it anew, the other reads what that one built."""
+    """Two ranks have the cache open; the first to read the row rebuilds it, the other reads the result."""
     rows = write_prepared(tmp_path)
     lists = np.array([*rows[39]["tags"], *rows[39]["history"]], np.int32).tobytes()
     places = {"id": 0, "length": 8, "number": 16, "label": 24, "span": 32, "hash": 48, "checksum": 56}
@@ -257,7 +257,7 @@ def test_damage_is_seen_when_the_row_is_read(tmp_path: Path, capsys: pytest.Capt
             assert numeric.tolist() == [[row["price"], row["age"]] for row in rows[:20:-1]]
             assert ids["user"].values.tolist() == [row["user"] for row in rows[:20:-1]]
             assert ids["history"].values.tolist() == [item for row in rows[:20:-1] for item in row["history"]]
-        assert capsys.readouterr().err == f"{cache}: damaged, is built anew\n"
+        assert capsys.readouterr().err == f"{cache}: damaged, is rebuilt\n"
 
 
 def test_damage_that_comes_back_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +278,7 @@ def test_the_cache_of_another_split(tmp_path: Path, names: tuple[str, ...], caps
         shutil.copy(valid / name, train / name)
     labels = open_split(tmp_path, "train", SCHEMA, "error").gather(np.arange(len(rows)))[2]
     assert labels.tolist() == [row["label"] for row in rows]
-    assert capsys.readouterr().err == f"{train}: damaged, is built anew\n"
+    assert capsys.readouterr().err == f"{train}: damaged, is rebuilt\n"
 
 
 def test_data_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +291,6 @@ def test_data_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_split(one, "train", SCHEMA, "error")
     for path in (one, two):
         shard = path / "train" / "000.parquet"
-        os.utime(shard, ns=(0, 0))  # nothing but the place tells the two apart
+        os.utime(shard, ns=(0, 0))  # only the path distinguishes the two
         assert len(open_split(path, "train", SCHEMA, "error", elsewhere)) == 40
     assert len([path for path in elsewhere.iterdir() if path.is_dir()]) == 2

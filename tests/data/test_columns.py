@@ -46,11 +46,11 @@ def test_rows_that_the_store_leaves_out_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("sesion", "there is no column 'sesion'; did you mean 'session'?"), ("tags", "column 'tags' is list<")],
 )
-def test_a_column_that_cannot_be_one_is_one_line(tmp_path: Path, name: str, said: str) -> None:
+def test_a_column_that_cannot_be_one_is_one_line(tmp_path: Path, name: str, message: str) -> None:
     written(tmp_path)
     with pytest.raises(UserError) as error:
         read_column(tmp_path, "test", name, SCHEMA, skipped=False)
-    assert said in str(error.value) and "test/000.parquet" in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "test/000.parquet" in str(error.value) and "\n" not in str(error.value)

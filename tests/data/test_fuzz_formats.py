@@ -1,6 +1,6 @@
 """Malformed files of every format and odd specs, seeded: counted rows, or one line with exit 2 and nothing left.
 
-`python -m tests.data.test_fuzz_formats 1000` runs so many cases, each with its number in case of a fault.
+`python -m tests.data.test_fuzz_formats 1000` runs that many cases, each with its number in case of a fault.
 """
 
 import contextlib
@@ -186,13 +186,13 @@ def run_case(work: Path, number: int) -> str:
             main()
         except SystemExit as end:
             code = int(end.code or 0)
-    told = err.getvalue()
+    printed = err.getvalue()
     after = sorted(path.name for path in work.iterdir())
     if code == 2:
-        assert told.startswith("error: ") and told.count("\n") == 1 and len(told) < 3000, told[:3000]
+        assert printed.startswith("error: ") and printed.count("\n") == 1 and len(printed) < 3000, printed[:3000]
         assert after == before, after
         return "refused"
-    assert code == 0 and "Traceback" not in told, (code, told)
+    assert code == 0 and "Traceback" not in printed, (code, printed)
     assert after == sorted([*before, "out"]), after
     return "rows" if load_schema(work / "out").bad_rows else "ok"
 

@@ -54,10 +54,10 @@ def prepare(work: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         main()
     except SystemExit as end:
         code = int(end.code or 0)
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert code in (0, 2)
     if code == 2:
-        assert told.startswith("error: ") and told.count("\n") == 1, told
+        assert printed.startswith("error: ") and printed.count("\n") == 1, printed
         assert sorted(path.name for path in work.iterdir()) == before
     return code
 

@@ -111,9 +111,9 @@ def test_padding_repeats_the_last_row(store: Store) -> None:
 
 
 def test_ranks_that_do_not_divide_the_batch(store: Store) -> None:
-    told = r"data\.batch_size=12 does not divide by 5 ranks: 12 = 5 x 2 \+ 2; try data\.batch_size=10"
+    message = r"data\.batch_size=12 does not divide by 5 ranks: 12 = 5 x 2 \+ 2; try data\.batch_size=10"
     for kind in (TrainLoader, EvalLoader):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             kind(store, SCHEMA, **arguments(0, 5))
     with pytest.raises(UserError, match=r"12 = 16 x 0 \+ 12; try data\.batch_size=16"):
         TrainLoader(store, SCHEMA, **arguments(0, 16))

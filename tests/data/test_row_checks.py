@@ -54,8 +54,10 @@ def test_a_bad_row_is_named_or_skipped(
     rows[13][column] = value
     write_shard(tmp_path / "train" / "001.parquet", rows[8:], TYPES | types)
     bad_id = next((v for v in value if v not in range(9)), None) if isinstance(value, list) else value
-    told = rf"train/001\.parquet: row 5 \(from 0\): {column}={re.escape(repr(bad_id))}, expected {re.escape(expected)}"
-    with pytest.raises(UserError, match=told + r"; fix .*data\.bad_rows='skip'"):
+    message = (
+        rf"train/001\.parquet: row 5 \(from 0\): {column}={re.escape(repr(bad_id))}, expected {re.escape(expected)}"
+    )
+    with pytest.raises(UserError, match=message + r"; fix .*data\.bad_rows='skip'"):
         build(tmp_path)
     assert skipped(tmp_path) == {f"{column} is not {expected}": 1}
 
@@ -69,7 +71,7 @@ def test_a_row_with_two_defects_is_skipped_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "kind", "value", "told"),
+    ("column", "kind", "value", "message"),
     [
         ("user", pa.string(), "7", "column 'user' is string, expected int64"),
         ("user", pa.float64(), 7.0, "column 'user' is double, expected int64"),
@@ -80,10 +82,10 @@ def test_a_row_with_two_defects_is_skipped_once(tmp_path: Path) -> None:
         ("label", pa.string(), "1", "column 'label' is string, expected 0 or 1"),
     ],
 )
-def test_a_wrong_type(tmp_path: Path, column: str, kind: pa.DataType, value: Any, told: str) -> None:
+def test_a_wrong_type(tmp_path: Path, column: str, kind: pa.DataType, value: Any, message: str) -> None:
     rows = [row | {column: value} for row in make_rows(5)]
     write_shard(tmp_path / "train" / "000.parquet", rows, TYPES | {column: kind})
-    with pytest.raises(UserError, match=r"000\.parquet: " + told):
+    with pytest.raises(UserError, match=r"000\.parquet: " + message):
         build(tmp_path)
 
 
@@ -116,7 +118,7 @@ def made_batch(numeric: int = 2, **ids: list[int]) -> Batch:
 
 
 @pytest.mark.parametrize(
-    ("batch", "told"),
+    ("batch", "message"),
     [
         (made_batch(user=[0, 50]), "batch.ids['user'] holds 50: expected an id in [0, 50)"),
         (made_batch(item=[-1, 3]), "batch.ids['item'] holds -1: expected an id in [0, 30)"),
@@ -124,12 +126,12 @@ def made_batch(numeric: int = 2, **ids: list[int]) -> Batch:
         (made_batch(numeric=3), "batch.numeric is [2, 3], expected [2, 2]: a column for each of ['price', 'age']"),
     ],
 )
-def test_a_batch_that_people_made(batch: Batch, told: str) -> None:
+def test_a_batch_that_people_made(batch: Batch, message: str) -> None:
     """Its ids go to tables that do not look: one past the end is a row of the next table."""
     check_batch(made_batch(), SCHEMA)
     with pytest.raises(UserError) as refused:
         check_batch(batch, SCHEMA)
-    assert str(refused.value) == told
+    assert str(refused.value) == message
     del batch.ids["item"]
     with pytest.raises(UserError, match=r"batch\.(ids misses 'item'; it has user, tags, history|numeric is)"):
         check_batch(batch, SCHEMA)
@@ -137,6 +139,6 @@ def test_a_batch_that_people_made(batch: Batch, told: str) -> None:
 
 def test_lists_of_a_sequence_are_equally_long_in_a_batch_that_people_made() -> None:
     check_batch(made_batch(), SCHEMA, [["tags"], ["history"]])
-    told = r"row 0 \(from 0\) has 1 values of tags and 0 of history: .* must be equally long"
-    with pytest.raises(UserError, match=told):
+    message = r"row 0 \(from 0\) has 1 values of tags and 0 of history: .* must be equally long"
+    with pytest.raises(UserError, match=message):
         check_batch(made_batch(), SCHEMA, [["tags", "history"]])

@@ -34,7 +34,7 @@ def test_a_shared_table_without_its_owner_passes_to_the_next() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         (["usr"], "data.features names 'usr', which test does not have; did you mean 'user'?"),
         (["zzz"], "data.features names 'zzz', which test does not have; known: user, tags, item, history, price, age"),
@@ -42,10 +42,10 @@ def test_a_shared_table_without_its_owner_passes_to_the_next() -> None:
         ([], "data.features is empty; name some of: user, tags, item, history, price, age; or leave it out to use all"),
     ],
 )
-def test_mistakes(names: list[str], told: str) -> None:
+def test_mistakes(names: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         select_features(SCHEMA, names)
-    assert str(caught.value) == told
+    assert str(caught.value) == message
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (None, r"schema\.json does not exist: prepare the data first"),
         ("{", r"schema\.json:1:2: not JSON: "),
@@ -65,10 +65,10 @@ def test_round_trip(tmp_path: Path) -> None:
         (b"\xff", r"schema\.json: "),
     ],
 )
-def test_a_schema_that_cannot_be_read(tmp_path: Path, text: str | bytes | None, told: str) -> None:
+def test_a_schema_that_cannot_be_read(tmp_path: Path, text: str | bytes | None, message: str) -> None:
     if text is not None:
         (tmp_path / "schema.json").write_bytes(text.encode() if isinstance(text, str) else text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         load_schema(tmp_path)
 
 

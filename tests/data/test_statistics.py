@@ -139,7 +139,7 @@ def test_ids(found: dict[str, Any], name: str) -> None:
 
 
 def test_missing_and_unknown(found: dict[str, Any]) -> None:
-    """Row 0 holds both; the share of unknown ones among those that are there tells them apart."""
+    """Row 0 holds both; the share of unknown ones among those that are there distinguishes them."""
     for split in ROWS:
         columns = columns_of(split)
         vocabulary, hashed = feature(found, HOSTILE)["splits"][split], feature(found, QUOTED)["splits"][split]
@@ -244,7 +244,7 @@ def test_the_bytes_do_not_depend_on_workers_or_ranges(
 
 
 def test_values_that_do_not_count(tmp_path: Path) -> None:
-    """Nulls, ids outside the table, numbers that are not finite and labels that are none are told, and nothing else."""
+    """Nulls, ids outside the table, numbers that are not finite and invalid labels are reported, and nothing else."""
     schema = Schema.model_validate(
         {
             "name": "odd",

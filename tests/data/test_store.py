@@ -78,8 +78,8 @@ def test_lists_that_share_positions_are_equally_long_in_every_row_that_is_read(t
     read_back(store, [15, 1])
     store.arrange(["user"], [["history", "tags"]])
     assert [row["tags"] for row in read_back(store, [15, 0, 3])] == [[6, 7, 8], [], [3, 4, 5]]
-    said = "row 19 .from 0. has 5 values of history and 3 of tags: .* must be equally long"
-    with pytest.raises(UserError, match=said):
+    message = "row 19 .from 0. has 5 values of history and 3 of tags: .* must be equally long"
+    with pytest.raises(UserError, match=message):
         read_back(store, [0, 19, 1])
 
 

@@ -137,7 +137,7 @@ def test_any_blocks(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], ranks: int, rows: int, piece: int, epoch: int,
     bad: set[int],
 ) -> None:  # fmt: skip
-    """Blocks of any sizes, some rows of which are bad, in windows of any size: every good row, but for a rest."""
+    """Blocks of any sizes, some with bad rows, in windows of any size: every good row, except a remainder."""
     directory = tmp_path_factory.mktemp("any")
     made = [row | ({"user": 50} if i in bad else {}) for i, row in enumerate(make_rows(sum(sizes)))]
     for shard, size in enumerate(sizes):
@@ -202,7 +202,7 @@ def test_a_window_has_room_for_a_batch(data: Path) -> None:
     assert len(list(loader(data, rows=10**9).batches(0))) == ROWS // BATCH
 
 
-def test_bad_rows_are_told_as_by_the_cache(tmp_path: Path) -> None:
+def test_bad_rows_are_reported_as_by_the_cache(tmp_path: Path) -> None:
     rows = make_rows(100)
     rows[57]["label"] = 2
     write(tmp_path, rows, shards=2)
@@ -215,7 +215,7 @@ def test_bad_rows_are_told_as_by_the_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["another", "nulls", "shorter", "cut", "gone"])
 def test_a_shard_that_changes_while_training(data: Path, tmp_path: Path, how: str) -> None:
-    """Nothing of it is trained on; the next start checks it anew."""
+    """Nothing of it is trained on; the next start checks it again."""
     shutil.copytree(data / "train", tmp_path / "train")
     stream = loader(tmp_path)
     shard = tmp_path / "train" / "002.parquet"
@@ -235,9 +235,9 @@ def test_a_shard_that_changes_while_training(data: Path, tmp_path: Path, how: st
         shard.write_bytes(shard.read_bytes()[:-100])
     else:
         shard.unlink()
-    told = r"has other rows than were checked|cannot be read as parquet"
+    message = r"has other rows than were checked|cannot be read as parquet"
     seen = []
-    with pytest.raises(UserError, match=rf"train/002\.parquet ({told})"):
+    with pytest.raises(UserError, match=rf"train/002\.parquet ({message})"):
         for batch in stream.batches(0):
             seen += [example["label"] for example in examples(batch)]
     assert len(seen) < ROWS
@@ -259,4 +259,4 @@ def test_the_shards_are_checked_once(data: Path, tmp_path: Path, capsys: pytest.
         content[len(content) // 2] ^= 1
         index.write_bytes(content)
         assert [examples(batch) for batch in loader(tmp_path).batches(0)] == whole
-    assert capsys.readouterr().err == f"{index.parent}: damaged, is built anew\n"
+    assert capsys.readouterr().err == f"{index.parent}: damaged, is rebuilt\n"

@@ -141,4 +141,4 @@ def test_the_first_step_of_a_fused_adam_is_the_first(tmp_path: Path, rank_pool: 
     """At ZeRO 0 in bf16 DeepSpeed takes a step of its own before; with it counted, updates are 26 % too small."""
     overrides = ["deepspeed.bf16.enabled=true", "deepspeed.zero_optimization.stage=0", "dense.weight_decay=0.0"]
     (largest,) = rank_pool(1).run(largest_first_update, write_base(tmp_path), overrides)
-    assert largest == pytest.approx(1, abs=0.1)  # but for eps
+    assert largest == pytest.approx(1, abs=0.1)  # except for eps

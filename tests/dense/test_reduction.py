@@ -174,7 +174,7 @@ def test_buckets_hold_every_parameter_from_the_last_to_the_first(sizes: list[int
 
 
 class Branches(nn.Module):
-    """Two layers, of which a step may take one."""
+    """Two layers; a step may use only one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,13 +238,13 @@ def test_what_fails_in_the_thread_is_raised_where_the_step_waits(monkeypatch: py
 def test_on_an_accelerator_messages_are_queued_in_a_stream_and_the_host_does_not_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(torch, "Stream", lambda device: Stream(said, "gradients"))
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: Stream(said, "main"))
+    events: list[str] = []
+    monkeypatch.setattr(torch, "Stream", lambda device: Stream(events, "gradients"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: Stream(events, "main"))
     sender = reduction._Stream(torch.device("cuda"))
-    sender.start(lambda: said.append(f"send in {threading.current_thread().name}"))
+    sender.start(lambda: events.append(f"send in {threading.current_thread().name}"))
     sender.wait()
-    assert said == [
+    assert events == [
         "main records", "gradients waits for main", "enter gradients", "send in MainThread", "leave gradients",
         "gradients records", "main waits for gradients",
     ]  # fmt: skip

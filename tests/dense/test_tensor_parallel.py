@@ -168,7 +168,7 @@ def wrong_width() -> str:
     return ""
 
 
-def test_a_width_that_does_not_divide_is_told_with_what_would(rank_pool: Callable[[int], RankPool]) -> None:
+def test_a_width_that_does_not_divide_is_named_with_what_would(rank_pool: Callable[[int], RankPool]) -> None:
     for message in rank_pool(4).run(wrong_width):
         assert "parallel.tensor=4" in message and "width 30" in message and "layers.0.fmb.mlp" in message
         assert "28 or 32" in message

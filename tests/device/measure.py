@@ -81,7 +81,7 @@ class FusedTables:
 
 
 def measure(layout: EmbeddingLayout, embedding: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Two steps, of which the second counts: what is kept between steps is there."""
+    """Two steps; the second counts: state kept between steps exists then."""
     config = EmbeddingConfig(**{"optimizer": "rowwise_adagrad", **embedding})
     exchange = options.get("exchange", "flat")
     towers = NO_TOWERS

@@ -189,7 +189,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _bytes(packet: Any, tensors: list[Tensor], result: Any) -> int:
-    """Read and written; an operation in place reads what it writes, but for those that only write."""
+    """Read and written; an operation in place reads what it writes, except those that only write."""
     made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
     given = [tensor.on_cpu if isinstance(tensor, SimulatedTensor) else tensor for tensor in tensors]
     written = {id(tensor) for tensor in made}

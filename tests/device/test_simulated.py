@@ -124,7 +124,7 @@ ALLOWED = {  # where the host may wait, or where no accelerator is involved
     (
         "sparse/tables/stacked.py",
         "int",
-    ): "between chunks, of which there is one on an accelerator; steps are on the CPU",
+    ): "between chunks; an accelerator has one; steps are on the CPU",
     ("sparse/tables/stochastic.py", "torch.tensor"): "once, when the tables are built",
     ("sparse/side.py", "torch.tensor"): "once, when the sparse side is built",
     ("sparse/tables/triton_backend.py", "torch.tensor"): "once, when the tables are built",

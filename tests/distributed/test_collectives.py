@@ -33,7 +33,7 @@ def exchange_uneven() -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
     outputs = [len(block(source, rank)) for source in range(size)]
     inputs = [len(block(rank, target)) for target in range(size)]
     received = all_to_all_with_grad(sent, outputs, inputs, channel, "embeddings")
-    # a gradient that tells the receiver and the value: 1000 receiver + value; a strided one, as autograd may hand it
+    # a gradient that encodes the receiver and the value: 1000 receiver + value; a strided one, as autograd may hand it
     gradient = torch.stack([received.detach() + 1000 * rank] * 2, dim=1)[:, 0]
     received.backward(gradient)
     assert sent.grad is not None

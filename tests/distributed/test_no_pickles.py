@@ -76,7 +76,7 @@ def names_under(hostname: str) -> str:
         ("|||", "1 hosts x 4 local ranks"),
     ],
 )
-def test_hosts_are_told_by_names_of_bounded_length(rank_pool: Pools, names: str, expected: str) -> None:
+def test_hosts_have_names_of_bounded_length(rank_pool: Pools, names: str, expected: str) -> None:
     assert NAME_BYTES >= 255
     for found in rank_pool(4).run(names_under, names):
         assert expected in found

@@ -33,7 +33,7 @@ def test_an_address_that_no_interface_has_is_served_as_torch_would() -> None:
         store_at("192.0.2.1", port, 1, True, timedelta(seconds=1))  # a documentation address: nobody answers there
 
 
-def test_a_port_in_use_is_told() -> None:
+def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(UserError, match="is taken"):
         store_at("127.0.0.1", server.getsockname()[1], 1, True, SHORT)
 

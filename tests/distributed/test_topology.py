@@ -67,6 +67,6 @@ def groups_that_answer(broken: str | None) -> str | None:
 def test_every_group_is_asked_at_the_start_and_named_when_it_fails(rank_pool: Callable[[int], RankPool]) -> None:
     pool = rank_pool(4)
     assert pool.run(groups_that_answer, None) == [None] * 4
-    said = pool.run(groups_that_answer, "peer")
+    messages = pool.run(groups_that_answer, "peer")
     expected = [f"the peer group of ranks {ranks} does not answer: " for ranks in ([0, 2], [1, 3]) * 2]
-    assert [text.startswith(start) for text, start in zip(said, expected, strict=True)] == [True] * 4
+    assert [text.startswith(start) for text, start in zip(messages, expected, strict=True)] == [True] * 4

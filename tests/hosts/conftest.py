@@ -9,7 +9,7 @@ from tools.benchmarks.testbed import NetnsHosts, why_not
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetnsHosts]:
-    """Two hosts of two slots on unshaped links; whoever changes a link puts it back."""
+    """Two hosts of two slots on unshaped links; a test that changes a link restores it."""
     reason = why_not()
     if reason:
         pytest.skip(f"lab of hosts: {reason}")

@@ -154,7 +154,7 @@ def test_a_link_that_drops_ends_the_job_within_the_timeout(lab: NetnsHosts, dire
     assert job.returncode == 1, errors
     causes = [line for line in errors.splitlines() if line.startswith(("error: ", "  then: "))]
     assert causes[0].startswith(f"error: rank 0 on host1: no answer from other ranks for {TIMEOUT} s")
-    assert causes[1] == "  then: rank 1 on host2: no word; its link may be down, or its ranks hang"
+    assert causes[1] == "  then: rank 1 on host2: no report; its link may be down, or its ranks hang"
     assert "Traceback" not in errors
     assert TIMEOUT <= seconds < TIMEOUT + 10
     assert_nobody_is_left(lab)

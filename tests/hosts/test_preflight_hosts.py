@@ -45,7 +45,7 @@ def test_a_table_when_all_is_well(lab: NetnsHosts, config: Path) -> None:
 
 
 def test_every_failure_names_host_and_remedy(lab: NetnsHosts, config: Path, tmp_path: Path) -> None:
-    """A host that is not there, another config on one, a master port in use on another: all told at once."""
+    """A host that is not there, another config on one, a master port in use on another: all reported at once."""
     hostfile = tmp_path / "hostfile"
     hostfile.write_text(lab.hostfile.read_text() + "host9 slots=2\nhost8 slots=2\n")
     other = tmp_path / "other.json"
@@ -77,7 +77,7 @@ def test_every_failure_names_host_and_remedy(lab: NetnsHosts, config: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("host1 slots=2\nhost2 slots=1\n", "hostfile:2: host2 has slots=1, but host1 has slots=2"),
         ("host1 slots=2\nhost1 slots=2\n", "hostfile:2: host 'host1' is listed twice, first in line 1"),
@@ -85,9 +85,11 @@ def test_every_failure_names_host_and_remedy(lab: NetnsHosts, config: Path, tmp_
         ("host1 slots=3\nhost2 slots=3\n", "data.batch_size=64 does not divide: 6 ranks"),
     ],
 )
-def test_a_bad_hostfile_is_told_before_any_host_is_asked(lab: NetnsHosts, config: Path, text: str, said: str) -> None:
+def test_a_bad_hostfile_is_reported_before_any_host_is_asked(
+    lab: NetnsHosts, config: Path, text: str, message: str
+) -> None:
     hostfile = config.with_name("hostfile")
     hostfile.write_text(text)
     done = preflight(lab, hostfile, config)
     assert done.returncode == 2 and done.stdout == ""
-    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -23,7 +23,7 @@ def test_equal_hosts_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"directory": False}, "directory: the working directory is not there"),
         ({"python": "3.12.1"}, "python: 3.12.1; expected 3.11.9; run 'bash launch/environment.sh' there"),
@@ -39,9 +39,9 @@ def test_equal_hosts_pass() -> None:
         ({"files": {"run.json": None}}, "files: run.json cannot be read; expected the same content as here"),
     ],
 )
-def test_a_difference_is_one_line_with_host_and_remedy(change: dict[str, Any], said: str) -> None:
+def test_a_difference_is_one_line_with_host_and_remedy(change: dict[str, Any], expected: str) -> None:
     (failure,) = compare_hosts("b", HERE | change, HERE)
-    assert str(failure).startswith(f"b: {said}")
+    assert str(failure).startswith(f"b: {expected}")
     assert "\n" not in str(failure)
 
 
@@ -74,17 +74,17 @@ def test_interfaces() -> None:
 H200 = "NVIDIA H200, 580.65.06, 143771, 4, 0\n"
 
 
-def gpus_of(monkeypatch: pytest.MonkeyPatch, directory: Path, said: str, code: int = 0) -> dict[str, Any]:
+def gpus_of(monkeypatch: pytest.MonkeyPatch, directory: Path, output: str, code: int = 0) -> dict[str, Any]:
     """What the probe makes of an nvidia-smi that says this."""
     program = directory / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\ncat <<'END'\n{said}END\nexit {code}\n")
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{output}END\nexit {code}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
     return {"gpus": probe.gpus(), "shared_memory": 1 << 36, "infiniband": ["mlx5_0"]}
 
 
 @pytest.mark.parametrize(
-    ("said", "change", "failure"),
+    ("output", "change", "failure"),
     [
         (2 * H200, {}, None),
         (3 * H200, {}, None),
@@ -100,10 +100,10 @@ def gpus_of(monkeypatch: pytest.MonkeyPatch, directory: Path, said: str, code: i
     ],
 )
 def test_gpus(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, change: dict[str, Any], failure: str | None
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, output: str, change: dict[str, Any], failure: str | None
 ) -> None:
     first = gpus_of(monkeypatch, tmp_path, 2 * H200)
-    found = gpus_of(monkeypatch, tmp_path, said) | change
+    found = gpus_of(monkeypatch, tmp_path, output) | change
     failures = [str(line) for line in check_gpus(Host("b", 2, 2), found, first)]
     assert len(failures) == (failure is not None)
     assert all(line.startswith(f"b: gpus: {failure}") for line in failures)

@@ -32,7 +32,7 @@ TIMEOUT = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed o
         ("NCCL error: remote process exited or there was a network error", "lost the connection to another rank in "),
     ],
 )
-def test_what_others_caused_is_told_apart(text: str, cause: str) -> None:
+def test_what_others_caused_is_distinguished(text: str, cause: str) -> None:
     outcome = outcome_of(RuntimeError(text))
     assert outcome.lost and outcome.code == 1
     assert outcome.cause.startswith(cause)
@@ -78,7 +78,7 @@ def test_one_line_first_and_the_traceback_only_of_the_culprit() -> None:
     assert lost.returncode == 1 and len(lost.stderr.splitlines()) == 1
 
 
-def test_a_supervised_rank_tells_its_supervisor() -> None:
+def test_a_supervised_rank_reports_to_its_supervisor() -> None:
     done = fail("UserError('data.path=x: not there')", JOB)
     assert done.returncode == 2
     outcome = parse(f"host2: {done.stderr}", JOB)

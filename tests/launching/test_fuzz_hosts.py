@@ -82,7 +82,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             read_hostfile(path)
         assert_one_line(refused.value)
     os.mkfifo(tmp_path / ".deepspeed_env")
-    with pytest.raises(UserError, match="it is no file"):
+    with pytest.raises(UserError, match="it is not a file"):
         read_environment([tmp_path])
 
 
@@ -152,7 +152,7 @@ def test_a_variable_that_is_missing_or_wrong_is_named(
     assert rank_number() in (0, 2)
 
 
-def test_a_rank_without_a_device_of_its_own_is_told_how_many_there_are() -> None:
+def test_a_rank_without_a_device_of_its_own_names_how_many_there_are() -> None:
     assert [device_number({"LOCAL_RANK": number}, 2) for number in ("0", "1")] == [0, 1]
     with pytest.raises(UserError, match=r"LOCAL_RANK=2: this host shows 2 devices to the rank; start at most 2 ranks"):
         device_number({"LOCAL_RANK": "2"}, 2)

@@ -16,7 +16,7 @@ def test_hosts_in_order_with_their_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a slots=2\nb slots=x\n", ":2: 'b slots=x' is not a host; expected 'NAME slots=N'"),
         ("a\n", ":1: 'a' is not a host"),
@@ -27,12 +27,12 @@ def test_hosts_in_order_with_their_ranks(tmp_path: Path) -> None:
         ("# nothing\n", ": lists no host"),
     ],
 )
-def test_mistakes_are_told_with_their_line(tmp_path: Path, text: str, said: str) -> None:
+def test_mistakes_are_reported_with_their_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "hostfile"
     path.write_text(text)
     with pytest.raises(UserError) as raised:
         read_hostfile(path)
-    assert str(raised.value).startswith(f"{path}{said}")
+    assert str(raised.value).startswith(f"{path}{message}")
 
 
 @pytest.mark.parametrize(

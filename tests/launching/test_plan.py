@@ -27,14 +27,14 @@ def test_every_json_that_the_run_takes_in_is_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "said"),
+    ("parallel", "message"),
     [
         ({"ranks_per_host": 3}, "parallel.ranks_per_host=3 does not divide the 8 ranks of"),
         ({"tensor": 3}, "parallel.tensor=3 does not divide the 4 ranks of a host"),
     ],
 )
-def test_sizes_that_do_not_fit_the_hostfile(tmp_path: Path, parallel: dict[str, int], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_sizes_that_do_not_fit_the_hostfile(tmp_path: Path, parallel: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         plan(tmp_path, {"parallel": parallel})
 
 

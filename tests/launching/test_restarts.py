@@ -1,4 +1,4 @@
-"""Which ends of a job are followed by another start, from where, and what is said."""
+"""Which ends of a job are followed by another start, from where, and what is printed."""
 
 import os
 import signal
@@ -62,7 +62,7 @@ def test_crashes_and_pre_emptions_are_followed_by_a_start_from_the_latest_checkp
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "printed"),
     [
         (0, ""),
         (2, "NOT RESTARTED: exit code 2: its user has to fix this\n"),
@@ -70,10 +70,10 @@ def test_crashes_and_pre_emptions_are_followed_by_a_start_from_the_latest_checkp
     ],
 )
 def test_ends_that_a_restart_would_not_change(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], code: int, said: str
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], code: int, printed: str
 ) -> None:
     assert Job(tmp_path, (40, End(code, "every rank: x"))).run(restarts=3) == code
-    assert capfd.readouterr().err == said
+    assert capfd.readouterr().err == printed
 
 
 def test_at_most_k_restarts_in_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +84,7 @@ def test_at_most_k_restarts_in_all(tmp_path: Path, capfd: pytest.CaptureFixture[
     )
 
 
-def test_without_restarts_nothing_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_without_restarts_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert Job(tmp_path, (1, KILLED)).run(restarts=0) == 137
     assert capfd.readouterr().err == ""
 
@@ -103,9 +103,9 @@ def test_a_signal_to_the_launcher_ends_the_restarting(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], code: int
 ) -> None:
     assert Job(tmp_path, (7, code)).run(restarts=3) == 75
-    told = capfd.readouterr().err
-    assert told.startswith("PRE-EMPTED: SIGTERM") and "step-000000007 is the latest checkpoint" in told
-    assert ("before the ranks could say that they saved" in told) == (code != 75)
+    printed = capfd.readouterr().err
+    assert printed.startswith("PRE-EMPTED: SIGTERM") and "step-000000007 is the latest checkpoint" in printed
+    assert ("before the ranks could say that they saved" in printed) == (code != 75)
 
 
 def test_a_job_that_reached_its_end_in_spite_of_the_signal_is_done(tmp_path: Path) -> None:

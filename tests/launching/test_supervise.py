@@ -29,14 +29,14 @@ def record(*outcomes: Outcome, launcher: int = 0, **hosts: int) -> Record:
     return Record({outcome.rank: outcome for outcome in outcomes}, hosts, launcher)
 
 
-def test_success_is_every_rank_saying_so() -> None:
+def test_success_is_reported_by_every_rank() -> None:
     assert failure_report(record(*DONE), HOSTS, ADDRESSES) == (0, [])
 
 
 def test_a_launcher_that_says_0_is_not_believed_when_a_rank_is_missing() -> None:
     code, lines = failure_report(record(*DONE[:2]), HOSTS, ADDRESSES)
     assert code == 1
-    assert lines == ["error: ranks 2-3 on host2: no word; its link may be down, or its ranks hang"]
+    assert lines == ["error: ranks 2-3 on host2: no report; its link may be down, or its ranks hang"]
 
 
 def test_the_cause_comes_first_whatever_came_in_first() -> None:
@@ -74,7 +74,7 @@ def test_ranks_that_nccl_aborts_because_they_waited_are_not_the_cause() -> None:
     waited = "no answer from other ranks for 600 s (parallel.timeout_seconds) in allreduce 56"
     assert lines == [
         f"error: rank 0 on host1, ranks 2 and 3 on host2: {waited}",
-        "  then: rank 1 on host1: no word, while the others waited; may hang outside of NCCL",
+        "  then: rank 1 on host1: no report, while the others waited; may hang outside of NCCL",
     ]
 
 
@@ -93,7 +93,7 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_2() -> None:
     assert failure_report(found, HOSTS, ADDRESSES) == (2, ["error: every rank: data.path=x: not there"])
 
 
-def test_a_pre_emption_that_all_saved_for_is_told_from_a_failure() -> None:
+def test_a_pre_emption_that_all_saved_for_is_no_failure() -> None:
     saved = [Outcome(o.rank, o.host, 75, "asked to end, and saved") for o in DONE]
     assert failure_report(record(*saved, launcher=75), HOSTS, ADDRESSES) == (
         75,
@@ -124,11 +124,11 @@ def test_a_host_that_ended_without_a_word_goes_before_what_followed(code: int, m
     found = record(Outcome(0, "host1", 1, LOST, lost=True), launcher=code, host2=code)
     exit_code, lines = failure_report(found, HOSTS, ADDRESSES)
     assert exit_code == 1
-    assert lines[0] == f"error: ranks 2-3 on host2: no word; {meaning}"
+    assert lines[0] == f"error: ranks 2-3 on host2: no report; {meaning}"
     assert lines[1].startswith("  then: rank 0 on host1: lost the connection to host2")
 
 
-def test_addresses_are_told_apart_from_longer_ones() -> None:
+def test_addresses_are_distinguished_from_longer_ones() -> None:
     cause = "lost the connection to 10.77.0.12 (closed by peer)"
     _, lines = failure_report(record(Outcome(0, "host1", 1, cause, lost=True), *DONE[1:]), HOSTS, ADDRESSES)
     assert lines == [f"error: rank 0 on host1: {cause}"]
@@ -258,5 +258,5 @@ def test_a_lost_ssh_connection_is_no_pre_emption() -> None:
     saved = [Outcome(rank, "host1", 75, "asked to end by a signal, and saved") for rank in (0, 1)]
     code, lines = failure_report(record(*saved, launcher=255, host2=255), HOSTS, ADDRESSES)
     assert code == 255
-    assert lines[0].startswith("error: ranks 2-3 on host2: no word; its ssh connection failed or was lost")
+    assert lines[0].startswith("error: ranks 2-3 on host2: no report; its ssh connection failed or was lost")
     assert lines[1:] == ["  then: ranks 0 and 1 on host1: asked to end by a signal, and saved"]

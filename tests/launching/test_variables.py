@@ -44,8 +44,8 @@ def test_over_ssh_only_standard_input_has_them(tmp_path: Path, monkeypatch: pyte
         assert read_variables("0123abcd") == {"TOKEN": SECRET}
         assert len(list((tmp_path / "home").iterdir())) == 1
     assert not list((tmp_path / "home").iterdir())
-    said = (tmp_path / "commands").read_text()
-    assert "host1" in said and "host2" in said and "s3cr3t" not in said and "TOKEN" not in said
+    commands = (tmp_path / "commands").read_text()
+    assert "host1" in commands and "host2" in commands and "s3cr3t" not in commands and "TOKEN" not in commands
 
 
 def test_a_home_that_takes_no_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def test_columns_keys_and_salts_are_independent(stride: int) -> None:
 
 
 def test_products_of_masks_are_independent() -> None:
-    """Third order: the agreement of two columns does not tell a third one."""
+    """Third order: the agreement of two columns does not determine a third one."""
     mask = kept(torch.arange(20_000), 0.5, 130) - 0.5
     assert_uncorrelated(torch.cat([(mask[:, 0:128:2] * mask[:, 1:128:2]).T, (mask[:, 2:] * mask[:, :-2]).T[64:]]))
     keys = (kept(torch.arange(130), 0.5, 20_000) - 0.5).T

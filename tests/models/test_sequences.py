@@ -73,7 +73,7 @@ def din(made: SequenceLayer, rows: Tensor, t: Tensor) -> Tensor:
 
 
 def hstu(made: SequenceLayer, rows: Tensor, t: Tensor) -> Tensor:
-    """Zhai et al. 2024, equations 1 to 3, for the whole sequence of the example, of which the target is the last; its
+    """Zhai et al. 2024, equations 1 to 3, for the whole sequence of the example, with the target last; its
     row, and what the model adds of its input."""
     block: Any = made.blocks[0]
     heads, bias = block.heads, block.position_bias

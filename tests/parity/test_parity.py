@@ -22,7 +22,7 @@ from megarec.training.step import train_step
 
 STEPS = 12  # the tool trains 20; a planted mistake is seen within 5
 TOWERS, TENSOR, ZERO = "parallel.exchange=tower", "parallel.tensor=2", "deepspeed.zero_optimization.stage="
-# Topology and numbers of which any two together are code of their own; models and optimizers are only counted alone.
+# Topology and numbers: any two together are separate code; models and optimizers are only counted alone.
 STRUCTURE = re.compile(
     r"\d ranks|parallel\.(tensor|exchange|ranks_per_host|overlap)=|embedding\.(placement|tables|l2)=|train\.ema\.decay="
     r"|deepspeed\.(zero_optimization\.stage|bf16\.enabled)=|data\.weighted=|(?P<kind>model\.sequences|tower_module)="

@@ -98,7 +98,7 @@ def test_a_model_that_one_gpu_cannot_hold() -> None:
 
 def test_what_does_not_fit_gets_micro_batches_or_recomputation() -> None:
     """Memory for all but a third of the activations."""
-    config = load_config(ROOT / "ds_configs/ladder/wukong-0.53gflop.json", ["embedding.placement=auto"])
+    config = load_config(ROOT / "ds_configs/ladder/wukong-0.53gflop.json", ["embedding.placement=table"])
     free = plan_run(config, Specs(schema_of(config.data)).of(config), H100, 1, 8).memory
     tight = with_memory((free["total"] - 0.3 * free["activations"]) / 1e9)
     chosen = choose(search_of(config, 1, 8, hardware=tight))

@@ -1,10 +1,12 @@
 """Seconds of collectives: against published anchors, and what a number of hosts does to them."""
 
+import math
+
 import pytest
 
 from megarec.distributed.topology import Topology
 from megarec.planning.hardware import load_hardware
-from megarec.planning.links import message_seconds, ring_seconds
+from megarec.planning.links import all_reduce_seconds, message_seconds, ring_seconds
 from megarec.planning.traffic import Message
 
 H100 = load_hardware("h100")
@@ -45,12 +47,36 @@ def test_rings() -> None:
     assert ring_seconds(1e6, 1, 8, H100) == pytest.approx(50e-6 + 1e6 / 371e9)
 
 
-def test_all_reduces_are_rings() -> None:
+def nccl_us(hosts: int, steps: int, protocol: str) -> float:
+    """Of a ring of so many steps, or of a tree (0 steps), over H100 hosts of 8: NCCL's own formula."""
+    base, inside, network = {"simple": (8.4, 3.4, 14.0), "ll128": (14.0, 1.9, 4.0), "tree": (14.0, 1.25, 8.5)}[protocol]
+    if not steps:
+        return base + 2 * (7 * inside + math.log2(hosts) * network)
+    return base + (steps - (hosts - 1)) * inside + (hosts - 1) * network
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8, 16, 32])
+def test_delays_are_those_by_which_nccl_chooses(hosts: int) -> None:
+    """A gather takes the faster of two protocols, an all-reduce of few bytes a tree, whose levels grow slowly."""
+    steps = 8 * hosts - 1
+    simple, ll128 = (nccl_us(hosts, steps, name) for name in ("simple", "ll128"))
+    assert 1e6 * ring_seconds(1, hosts, 8, H100) == pytest.approx(ll128, rel=1e-3)
+    assert 1e6 * ring_seconds(1e10, hosts, 8, H100) == pytest.approx(simple + 1e10 / 390e3, rel=0.01)
+    tree = 1e6 * all_reduce_seconds((1, 1), hosts, 8, H100)
+    assert tree == pytest.approx(nccl_us(hosts, 0, "tree"), rel=1e-3)
+    assert 1e6 * all_reduce_seconds((1e10, 1e10), hosts, 8, H100) == pytest.approx(
+        2 * (simple + 1e10 / 390e3), rel=0.01
+    )
+
+
+def test_a_large_all_reduce_is_two_passes_of_a_ring() -> None:
     topology = Topology(0, 16, 8, 1)
     inside = Message("tower", "all_reduce tower gradients", "float32", "backward", 1000, 0, 0)
-    across = inside._replace(group="world", cross_host_bytes=500, pairs=8)
     assert message_seconds(inside, topology, H100) == ring_seconds(1000, 1, 8, H100)
-    assert message_seconds(across, topology, H100) == ring_seconds(1000, 2, 8, H100)
+    across = inside._replace(group="world", bytes=2 * 10**9, cross_host_bytes=10**9, pairs=8)
+    assert message_seconds(across, topology, H100) == 2 * ring_seconds(1e9, 2, 8, H100)
+    machine = H100.model_copy(update={"tree_us": None, "ring_ll128_us": None})
+    assert message_seconds(across._replace(bytes=1000), topology, machine) == 2 * ring_seconds(500, 2, 8, machine)
 
 
 def test_ranks_of_an_even_job_wait_for_the_mean() -> None:

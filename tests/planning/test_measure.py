@@ -26,11 +26,12 @@ HOST_KEYS = {"host_link_us", "host_link_gb_s", "host_ramp", "host_ring_us", "hos
 def figures(directory: Path) -> dict[str, Any]:
     """On a rank of two hosts of two: the figures of the links, and of the whole job a file."""
     measure.COPIED, measure.ROWS, measure.EXAMPLES, measure.REPETITIONS = 4096, 100, 16, 1
-    measure.COLLECTIVES, measure_tables.EXAMPLES, measure_tables.REPETITIONS = 1, 64, 1
+    measure_tables.EXAMPLES, measure_tables.REPETITIONS = 64, 1
     measure_tables.SHAPES, measure_tables.COPIES = ((10, 8, 1), (100, 8, 4)), ((8, 8),)
     measure_tables.PLACED = ((8, 2, 8),)
     measure.ROWS_OF_A_PRODUCT, measure.SIDES, measure_links.SIZES = 8, (4, 16), (64, 1024, 8192)  # type: ignore[assignment]
-    with patch.object(measure, "measure_gemm_tflops", return_value=1.0):
+    cores = patch.object(measure.os, "cpu_count", return_value=4)  # one for each rank
+    with cores, patch.object(measure, "measure_gemm_tflops", return_value=1.0):
         measure.measure(directory / "m.json")
     device, topology = torch.device("cpu"), build_topology(2, tensor=1)
     taken = measure_links.collective_seconds(measure_links.timer(device, topology, 1), device, topology)

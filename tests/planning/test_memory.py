@@ -132,19 +132,20 @@ def test_the_largest_ladder_row_by_hand() -> None:
     assert parts["optimizer"] == pytest.approx(12 * partition, rel=0.05)
     totals = with_totals(parts)
     assert totals["model_states"] == parts["parameters"] + parts["gradients"] + parts["optimizer"]
-    assert totals["total"] == totals["model_states"] + parts["tables"] + parts["activations"] + parts["communication"]
+    in_step = parts["activations"] + parts["communication"] + parts["exchange"]
+    assert totals["total"] == totals["model_states"] + parts["tables"] + in_step
 
 
 def test_the_step_counts_where_it_needs_more_than_the_backward_pass() -> None:
     parts = {"parameters": 1, "gradients": 2, "optimizer": 3, "tables": 4, "activations": 5, "communication": 6}
-    parts["towers"] = 7
-    assert with_totals({**parts, "step": 10})["total"] == 17 + 11
-    assert with_totals({**parts, "step": 20})["total"] == 17 + 20
+    parts |= {"towers": 7, "exchange": 8}
+    assert with_totals({**parts, "step": 10})["total"] == 17 + 8 + 11
+    assert with_totals({**parts, "step": 20})["total"] == 17 + 8 + 20
 
 
 def test_averages_are_there_twice_while_they_are_the_weights() -> None:
     parts = dict.fromkeys(("parameters", "gradients", "optimizer", "tables", "towers"), 1)
-    parts |= {"activations": 5, "communication": 6, "step": 10, "averages": 8}
+    parts |= {"activations": 5, "communication": 6, "step": 10, "averages": 8, "exchange": 0}
     assert with_totals(parts)["total"] == 5 + 8 + 11
     assert with_totals({**parts, "averages": 20})["total"] == 5 + 20 + 20
 
@@ -170,8 +171,10 @@ def test_micro_batches_on_the_wire_hold_what_arrives_twice() -> None:
     for overlap in (False, True):
         config = config_of(MODELS[2], **sections, parallel={"overlap": overlap})
         shards = place_run(config, resolve(config, SCHEMA).layout, NO_TOWERS, topology)
-        held[overlap] = predict(config, resolve(config, SCHEMA), topology, 16, shards)["communication"]
-    lookups = sum(
-        shard.columns * (2 if shard.table == "item" else 1) for shard in shards if shard.rank == topology.rank
-    )
-    assert held[True] - held[False] == 4 * 2 * 32 * lookups
+        held[overlap] = predict(config, resolve(config, SCHEMA), topology, 16, shards)["exchange"]
+    own = [shard.table for shard in shards if shard.rank == topology.rank]
+    features, ids = (2, 1 + 2.5) if own == ["item"] else (1, 1)  # item and its lists, or user
+    next_ids = 4 * 2 * 32 * (ids + features)
+    # Put together they are there twice; one message of the whole gradient is gone by then, and so is what it is cut of.
+    together, message, joined = 4 * 2 * 32 * 16 * features, 4 * 32 * 48, 4 * 32 * 48
+    assert len(own) == 1 and held[True] - held[False] == next_ids + max(together, message) - message - joined

@@ -18,6 +18,7 @@ from megarec.distributed.topology import Topology, build_topology
 from megarec.errors import UserError
 from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.models.wukong import Wukong
+from megarec.planning.probes import arrivals
 from megarec.planning.recorder import CollectiveRecorder
 from megarec.planning.zero import dense_parts, zero_of
 
@@ -64,6 +65,8 @@ def measured(config: RunConfig) -> Parts:
 
     stepped = getattr(engine.optimizer, "optimizer", engine.optimizer)
     stepped.register_step_pre_hook(lambda *_: observe())
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: observe())
     dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
     x = torch.randn(MICRO, EMBEDDINGS, DIM, dtype=dtype)
     with CollectiveRecorder(topology, observe), fast_cpu_gemm(device, dtype):
@@ -82,9 +85,11 @@ def predicted(config: RunConfig, ranks: int, rank: int) -> Parts:
     topology = Topology(rank, ranks, config.parallel.ranks_per_host or ranks, config.parallel.tensor)
     with torch.device("meta"):
         model = Wukong(EMBEDDINGS, WUKONG)
+        with arrivals(model) as order:
+            model(torch.empty(MICRO, EMBEDDINGS, DIM)).sum().backward()
     size = topology.tensor_size
     shard_mlps(model, Channel("tensor", None, rank % size, size, Ledger()))
-    return dense_parts([parameter.numel() for parameter in model.parameters()], zero_of(config, topology))
+    return dense_parts([parameter.numel() for parameter in model.parameters()], zero_of(config, topology), order)
 
 
 def compare(config: RunConfig, ranks: int, pool: RankPool) -> None:
@@ -94,7 +99,7 @@ def compare(config: RunConfig, ranks: int, pool: RankPool) -> None:
             assert found[part] == pytest.approx(expected[part], rel=1e-3, abs=1), (rank, part)
         states = sum(expected[part] for part in ("parameters", "gradients", "optimizer"))
         assert sum(found[part] for part in ("parameters", "gradients", "optimizer")) == pytest.approx(states, rel=1e-3)
-        assert 0.7 * expected["communication"] <= found["communication"] <= 1.05 * expected["communication"] + 2**17
+        assert found["communication"] == pytest.approx(expected["communication"], rel=1e-3, abs=32)
 
 
 @pytest.mark.parametrize(

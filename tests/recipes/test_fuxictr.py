@@ -214,15 +214,15 @@ def test_the_spec_has_the_columns(files: Files, monkeypatch: pytest.MonkeyPatch)
     }
 
 
-def test_what_is_said_of_every_key(
+def test_every_key_has_its_note(
     files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files.translate(monkeypatch, "--json")
     printed = json.loads(capsys.readouterr().out)
-    said = {line["key"]: line for line in printed["keys"]}
-    assert set(files.model) - {"dataset_id", "monitor_mode"} | set(BASE) <= set(said)
-    assert said["embedding_regularizer"]["target"] == "embedding.l2"
-    assert said["num_workers"]["kind"] == "unused" and said["batch_size"]["kind"] == "differs"
+    lines = {line["key"]: line for line in printed["keys"]}
+    assert set(files.model) - {"dataset_id", "monitor_mode"} | set(BASE) <= set(lines)
+    assert lines["embedding_regularizer"]["target"] == "embedding.l2"
+    assert lines["num_workers"]["kind"] == "unused" and lines["batch_size"]["kind"] == "differs"
     assert printed["commands"][0].startswith("python tools/prepare_data.py table --schema ")
     assert "--train train.csv --valid valid.csv --test test.csv" in printed["commands"][0]
 
@@ -259,10 +259,10 @@ def test_what_cannot_be_translated_is_named(
     ("model", "key", "value", "message"),
     [
         ("MaskNet", "model_type", "SerialMaskNet", "expected ParallelMaskNet"),
-        ("DCNv2", "use_low_rank_mixture", True, "the mixture of low-rank experts is not here"),
+        ("DCNv2", "use_low_rank_mixture", True, "the mixture of low-rank experts is not supported"),
         ("DCNv2", "model_structure", "stacked_parallel", "expected parallel, stacked or crossnet_only"),
         ("FinalMLP", "mlp2_dropout", 0.3, "mlp1_dropout is 0.0; one rate is of all MLPs here"),
-        ("FinalMLP", "fs1_context", ["nobody"], "'nobody' is no feature of the data set"),
+        ("FinalMLP", "fs1_context", ["nobody"], "'nobody' is not a feature of the data set"),
         ("AutoInt", "use_wide", True, "there is no wide part here"),
         ("WuKong", "layer_norm", False, "LayerNorm is a part of a layer here"),
     ],
@@ -317,11 +317,11 @@ def test_keys_that_depend_on_the_features_ask_for_them(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mine: {model: DNN, model: DCNv2}", "line 1: no YAML that can be read ('model' is there twice)"),
-        ("mine: !!python/object/apply:os.system [ls]", "no YAML that can be read"),
+        ("mine: {model: DNN, model: DCNv2}", "line 1: not readable as YAML ('model' appears twice)"),
+        ("mine: !!python/object/apply:os.system [ls]", "not readable as YAML"),
         ("- 1", "expected a mapping from names to mappings"),
-        ("a: {}\nb: {}", "2 of them are there; name one with --experiment: a, b"),
-        ("a: [", "no YAML that can be read"),
+        ("a: {}\nb: {}", "there are 2; name one with --experiment: a, b"),
+        ("a: [", "not readable as YAML"),
     ],
 )
 def test_a_file_that_is_something_else_is_refused(

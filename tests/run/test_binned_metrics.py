@@ -82,7 +82,7 @@ def a_share(logits: torch.Tensor, labels: torch.Tensor) -> Quality:
     return binned(logits[share], labels[share], dist.group.WORLD)
 
 
-def test_all_ranks_are_told_the_metrics_of_all(rank_pool: Callable[[int], RankPool]) -> None:
+def test_all_ranks_get_the_metrics_of_all(rank_pool: Callable[[int], RankPool]) -> None:
     logits, labels = torch.randn(150), torch.randint(2, (150,)).float()
     found = rank_pool(3).run(a_share, logits, labels)
     assert found == [found[0]] * 3

@@ -105,7 +105,7 @@ def test_the_ladder_stands_beside_the_published_column() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "give one of --config C.json and --ladder"),
         (["--ladder", "--set", "model.dim=8"], "--set goes with --config"),
@@ -114,7 +114,7 @@ def test_the_ladder_stands_beside_the_published_column() -> None:
         (["--config", str(CRITEO), "--set", "data.schema=null", "--set", "data.path=absent"], "data.path='absent'"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_2(arguments: list[str], told: str) -> None:
+def test_a_mistake_is_one_line_and_exit_2(arguments: list[str], message: str) -> None:
     done = flops(*arguments)
-    assert done.returncode == 2 and told in done.stderr
+    assert done.returncode == 2 and message in done.stderr
     assert done.stdout == "" and done.stderr.count("\n") == 1

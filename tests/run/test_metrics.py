@@ -81,7 +81,7 @@ def a_share(logits: torch.Tensor, labels: torch.Tensor) -> Quality:
     return predictions.gather(dist.group.WORLD)
 
 
-def test_every_rank_is_told_the_metrics_of_all(rank_pool: Callable[[int], RankPool]) -> None:
+def test_every_rank_gets_the_metrics_of_all(rank_pool: Callable[[int], RankPool]) -> None:
     logits, labels = torch.randn(150), torch.randint(2, (150,)).float()
     counted = torch.arange(150) % 50 != 49
     expected = quality(logits[counted], labels[counted])
@@ -109,14 +109,17 @@ def test_the_gauc_is_scikit_learns_on_any_number_of_ranks(rank_pool: Callable[[i
     of_group = {g: groups == g for g in range(30) if g != 3}
     aucs = {g: roc_auc_score(labels[rows], logits[rows]) for g, rows in of_group.items()}
     by_impressions = sum(of_group[g].sum() * auc for g, auc in aucs.items()) / sum(r.sum() for r in of_group.values())
-    told = rank_pool(ranks).run(shared_out, torch.tensor(logits), torch.tensor(labels).float(), groups.tolist())
-    assert told == [told[0]] * ranks and (told[0].examples, told[0].auc) == (400, roc_auc_score(labels, logits))
-    gauc = told[0].gauc
+    results = rank_pool(ranks).run(shared_out, torch.tensor(logits), torch.tensor(labels).float(), groups.tolist())
+    assert results == [results[0]] * ranks and (results[0].examples, results[0].auc) == (
+        400,
+        roc_auc_score(labels, logits),
+    )
+    gauc = results[0].gauc
     assert gauc is not None and (gauc.groups, gauc.one_label) == (30, 1)
     assert gauc.by_impressions == pytest.approx(by_impressions, abs=1e-12)
     assert gauc.by_group == pytest.approx(sum(aucs.values()) / 29, abs=1e-12)
-    assert f"GAUC {by_impressions:.4f} by impressions" in in_words(told[0])
-    assert described(told[0])["gauc"]["groups"] == 30 and points(told[0])["gauc_by_group"] == gauc.by_group
+    assert f"GAUC {by_impressions:.4f} by impressions" in in_words(results[0])
+    assert described(results[0])["gauc"]["groups"] == 30 and points(results[0])["gauc_by_group"] == gauc.by_group
     assert "gauc" not in described(quality(torch.tensor(logits), torch.tensor(labels)))
 
 
@@ -145,19 +148,19 @@ def test_each_label_has_its_metrics_by_group_over_the_rows_that_have_it(rank_poo
     labels[draw.random(500) < 0.3, 1] = np.nan
     labels[(groups == 3), 1] = np.nan  # a group whose rows all lack the second label
     names = ("click", "buy")
-    told = rank_pool(3).run(shared_out, torch.tensor(logits), torch.tensor(labels), groups.tolist(), names)
-    assert told == [told[0]] * 3
-    for number, (name, own) in enumerate(told[0].labels.items()):
+    results = rank_pool(3).run(shared_out, torch.tensor(logits), torch.tensor(labels), groups.tolist(), names)
+    assert results == [results[0]] * 3
+    for number, (name, own) in enumerate(results[0].labels.items()):
         there = ~np.isnan(labels[:, number])
         expected = ranked(logits[there, number], labels[there, number], groups[there])
         assert own.gauc is not None and own.gauc.groups == (12 if name == "click" else 11)
         found = [own.gauc.by_impressions, own.gauc.by_group, own.ndcg[10], own.hit_rate[10]]
         assert found == pytest.approx(expected, abs=1e-12), name
-        drawn = points(told[0])
+        drawn = points(results[0])
         metrics = ("gauc_by_impressions", "gauc_by_group", "ndcg_at_10", "hit_rate_at_10")
         assert [drawn[f"labels/{name}/{metric}"] for metric in metrics] == found
-        assert described(told[0])["labels"][name]["hit_rate"] == {"10": own.hit_rate[10]}
-    assert (told[0].gauc, told[0].ndcg) == (told[0].labels["buy"].gauc, told[0].labels["buy"].ndcg)
+        assert described(results[0])["labels"][name]["hit_rate"] == {"10": own.hit_rate[10]}
+    assert (results[0].gauc, results[0].ndcg) == (results[0].labels["buy"].gauc, results[0].labels["buy"].ndcg)
 
 
 def test_a_logit_that_is_not_finite_leaves_no_gauc_either() -> None:

@@ -1,4 +1,4 @@
-"""A model of numeric features alone: no table, and everything else as ever."""
+"""A model of numeric features alone: no table, and everything else as usual."""
 
 import json
 import sys

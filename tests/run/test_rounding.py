@@ -184,21 +184,21 @@ BY_DEEPSPEED = {"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 1e
 
 
 @pytest.mark.parametrize(
-    ("model", "sections", "said"),
+    ("model", "sections", "message"),
     [
         ({"block": "din"}, {}, None),
-        ({"block": "hstu"}, {}, "model.sequences add, and dense.eps=1e-08 makes"),
+        ({"block": "hstu"}, {}, "model.sequences, and dense.eps=1e-08 makes"),
         ({"block": "hstu"}, BY_DEEPSPEED, "or deepspeed.optimizer.params.eps=0.0001, does not"),
-        (AFN, PAIRS, "the input MLPs add"),
+        (AFN, PAIRS, "the input MLPs"),
         (AFN | {"head": []}, PAIRS, None),
         (AFN | {"bias": False}, PAIRS, None),
         (AFN | {"embeddings": "shared"}, {}, None),
     ],
 )
 def test_whose_gradients_are_rounding_errors_is_warned_of(
-    model: dict[str, Any], sections: dict[str, Any], said: str | None
+    model: dict[str, Any], sections: dict[str, Any], message: str | None
 ) -> None:
-    """The warning is there where a last bias in front of X_0 has a gradient that is 0 but for rounding."""
+    """The warning is there where a last bias in front of X_0 has a gradient that is 0 except for rounding."""
     if "block" in model:
         entry = {"features": ["past"], "target": ["f0"], "max_length": 4, **model}
         model = {"name": "dnn", "sequences": [entry]}
@@ -213,5 +213,5 @@ def test_whose_gradients_are_rounding_errors_is_warned_of(
     biases = {name: own.grad for name, own in built.named_parameters() if name.endswith("bias")}
     vanishing = [name for name, gradient in biases.items() if gradient is not None and (gradient.abs() < 1e-11).any()]
     warning = rounding_warning(config, spec, 10)
-    assert bool(vanishing) == (said is not None), vanishing
-    assert said in warning if said and warning else warning is None
+    assert bool(vanishing) == (message is not None), vanishing
+    assert message in warning if message and warning else warning is None

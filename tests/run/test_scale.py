@@ -103,16 +103,18 @@ def test_the_reasons_say_what_came_out_and_why() -> None:
     config = WukongConfig(dim=160, head=[2048], numeric_mlp=[2048], numeric_embeddings=32)
     places = layout(160, [1] * 691, [])
 
-    def told(scale: float) -> tuple[str, ...]:
+    def reasons(scale: float) -> tuple[str, ...]:
         return resolve_scale(config.model_copy(update={"scale": scale}), places, 64)[1]
 
-    assert told(0.7) == (
+    assert reasons(0.7) == (
         "scale: layers=5, num_fm=8, num_lcb=8, rank=24, mlp=3 x 2048: 0.7107 GFLOP/example over n=723, d=160; "
         "asked for 0.7 (+1.5%)",
         "scale: layers grow first, 2 to 8, at the recipe's smallest widths",
     )
-    assert told(5.6)[0].startswith("scale: layers=8, num_fm=48, num_lcb=56, rank=48, mlp=3 x 4288: 5.69 GFLOP/example")
-    assert "at the recipe's smallest widths reach 0.9256 GFLOP/example; beyond, num_fm" in told(5.6)[1]
+    assert reasons(5.6)[0].startswith(
+        "scale: layers=8, num_fm=48, num_lcb=56, rank=48, mlp=3 x 4288: 5.69 GFLOP/example"
+    )
+    assert "at the recipe's smallest widths reach 0.9256 GFLOP/example; beyond, num_fm" in reasons(5.6)[1]
 
 
 def test_what_the_message_asks_for_is_enough() -> None:

@@ -61,7 +61,7 @@ def test_explicit_sizes_without_towers_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sections", "told"),
+    ("sections", "message"),
     [
         ({"embedding": {"features": {"f9": {"width": 4}}}}, "no such categorical feature"),
         ({"parallel": {"towers": 9}}, "parallel.towers"),
@@ -69,7 +69,7 @@ def test_explicit_sizes_without_towers_stay() -> None:
         (TOWERS | {"model": {"dim": 64, "scale": 1e-9}}, "model.scale=1e-09: the smallest model of the recipe"),
     ],
 )
-def test_a_mistake_is_one_line(sections: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told) as caught:
+def test_a_mistake_is_one_line(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         resolve(config_of(**{"model": {"dim": 16}, **sections}), SCHEMA)
     assert "\n" not in str(caught.value)

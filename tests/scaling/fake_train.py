@@ -1,7 +1,7 @@
 """Stands in for launch/train.py in tests of the sweep: the same command line and files, without a model.
 
-A state goes through a hash at every step, so that its end tells whether each step was taken once and in order. It
-resumes from its last checkpoint and refuses company. `model.dropout` above 0.8 makes it fail, above 0.9 the fault
+A state goes through a hash at every step, so that the final state shows whether each step was taken once and in order.
+It resumes from its last checkpoint and refuses company. `model.dropout` above 0.8 makes it fail, above 0.9 the fault
 policy stops it.
 """
 

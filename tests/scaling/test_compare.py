@@ -52,7 +52,7 @@ def test_noise_at_the_large_end_comes_from_the_seeds() -> None:
     half = t.ppf(0.975, 2) * error / math.log(4)
     assert end.noise == "seeds"
     assert end.interval == pytest.approx((difference / math.log(4) - half, difference / math.log(4) + half))
-    assert end.verdict == "open"  # 6 % better, but two seeds a size cannot tell
+    assert end.verdict == "open"  # 6 % better, but two seeds a size cannot decide
 
 
 def test_equal_quality_where_points_do_not_enclose_it() -> None:

@@ -87,8 +87,8 @@ def fitted(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
             scaling_law.main()
     except SystemExit as ended:
         code = int(ended.code or 0)
-    told = capsys.readouterr()
-    assert code == 0 or (told.err.startswith("error: ") and told.err.count("\n") == 1), told.err
+    printed = capsys.readouterr()
+    assert code == 0 or (printed.err.startswith("error: ") and printed.err.count("\n") == 1), printed.err
     return code
 
 

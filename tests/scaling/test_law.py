@@ -94,7 +94,7 @@ def test_held_out_error_is_that_of_a_fit_without_them() -> None:
 def test_what_is_held_out_does_not_choose_the_form() -> None:
     law = find_law(runs_of(0.1 * SIZES**-0.3 + 0.45, noise=0), replicates=REPLICATES)
     assert isinstance(law, Law) and law.form == "power+constant"
-    assert [held.form for held in law.held_out] == ["power+constant", "power"]  # five sizes cannot tell the forms apart
+    assert [held.form for held in law.held_out] == ["power+constant", "power"]  # too few sizes to choose a form
     assert abs(law.held_out[0].percents[0]) < 1e-3 < abs(law.held_out[1].percents[-1])
 
 
@@ -130,7 +130,7 @@ def test_a_loss_that_does_not_fall_is_no_law() -> None:
         assert "does not lie below 0" in law.reason
 
 
-def test_scatter_between_sizes_widens_what_seeds_alone_would_tell() -> None:
+def test_scatter_between_sizes_widens_the_interval_of_seeds_alone() -> None:
     """Seeds agree, sizes do not lie on the curve: an interval from the seeds alone would be far too narrow."""
     wobble = np.exp(1e-3 * np.array([1, -1, 1, -1, 1, -1, 1]))
     cost, loss = np.array(runs_of(0.5 * SIZES**-0.01 * wobble, noise=1e-5, seeds=3)).T

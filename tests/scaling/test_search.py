@@ -186,7 +186,7 @@ def test_a_budget_of_compute_gives_a_cheap_family_more_trials(tmp_path: Path) ->
     spent = {family: [t.gflop for t in draws(path) if t.model == family] for family in FAMILIES}
     assert len(spent["wukong"]) == 2 and len(spent["dnn"]) > 4
     assert 0.5 < sum(spent["dnn"]) / sum(spent["wukong"]) <= 1
-    with pytest.raises(UserError, match=r"families\.wukong: budget 7 steps holds not even its first trial"):
+    with pytest.raises(UserError, match=r"families\.wukong: budget 7 steps does not cover even its first trial"):
         read_search(write_search(tmp_path, budget={"steps": 7})).trials()
     small = {"lr": {"model": {"name": "lr"}, "model.dim": {"choice": [4, 8]}}}
     assert len(draws(write_search(tmp_path, families=small, shared={}, budget={"trials": 50}))) == 2

@@ -1,4 +1,4 @@
-"""A sweep killed at any moment ends with the table of an unbroken one; what fails is told; hosts of a hostfile."""
+"""A sweep killed at any moment ends with the table of an unbroken one; failures are reported; hosts of a hostfile."""
 
 import fcntl
 import json
@@ -125,9 +125,9 @@ def test_tasks_side_by_side_give_the_same_table(
     capsys.readouterr()
     with pytest.raises(SystemExit) as raised:
         run_here(path, output)
-    told = capsys.readouterr()
-    assert raised.value.code == 2 and "1 of the array's 3 tasks have runs to go, as named above" in told.err
-    (line,) = re.findall("MISSING task 3/3: 2 runs to go: (python .*)", told.out)
+    printed = capsys.readouterr()
+    assert raised.value.code == 2 and "1 of the array's 3 tasks have runs to go, as named above" in printed.err
+    (line,) = re.findall("MISSING task 3/3: 2 runs to go: (python .*)", printed.out)
     command = shlex.split(line)
     assert command[:3] == ["python", os.path.relpath(TOOL), "sweep"]
     assert command[3:7] == ["--study", str(path), "--output", str(output)]
@@ -191,8 +191,8 @@ def test_two_sweeps_in_one_directory_are_refused_and_a_plan_only_shows(
 ) -> None:
     path = write_study(tmp_path, models=MODELS)
     run_here(path, tmp_path / "out", "--plan", "--budget-gflop", "1e-9")
-    told = capsys.readouterr().out
-    assert told.count("left out: ") == 2 and "0 runs, 1 at a time" in told
+    printed = capsys.readouterr().out
+    assert printed.count("left out: ") == 2 and "0 runs, 1 at a time" in printed
     assert not (tmp_path / "out/runs").exists()
     with (tmp_path / "out/lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -215,7 +215,7 @@ def test_a_sweep_of_another_study_is_set_aside_whole(
     assert table(output) == table(unbroken)
 
     run_here(other, output)
-    assert f"{output}: the sweep of another study that was there is in {output}/previous now" in capsys.readouterr().out
+    assert f"{output}: the sweep of another study there is in {output}/previous now" in capsys.readouterr().out
     assert [row["model"] for row in table(output)] == ["lr"] and table(output / "previous") == table(unbroken)
     assert set(starts(output / "previous").values()) == {1} and len(starts(output)) == 1
 
@@ -255,9 +255,9 @@ def test_a_real_sweep_feeds_fit_plot_and_table(
         argv = [str(TOOL), command, "--points", str(tmp_path / "out/runs.parquet")]
         monkeypatch.setattr(sys, "argv", argv)
         runpy.run_path(str(TOOL), run_name="__main__")
-    told = capsys.readouterr().out
-    assert f"optimum {optimum:.5f}: its best size loses" in told
-    assert f"| wukong-1 | 1 | {row['auc']:.4f} | {row['logloss']:.4f} |" in told
+    printed = capsys.readouterr().out
+    assert f"optimum {optimum:.5f}: its best size loses" in printed
+    assert f"| wukong-1 | 1 | {row['auc']:.4f} | {row['logloss']:.4f} |" in printed
 
 
 def logged(directory: Path) -> dict[str, set[str]]:
@@ -345,10 +345,10 @@ def test_over_ssh_every_word_arrives_as_it_is_and_what_fails_is_named(
     (tmp_path / "hostfile").write_text("elsewhere slots=2\n")
     with pytest.raises(SystemExit) as raised:
         run_here(path, spaced / "out", "--hostfile", str(tmp_path / "hostfile"))
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert raised.value.code == 1
-    assert "1 runs failed: bad-seed1-" in told.err  # its other seed has no rate to run at
-    (line,) = (line for line in told.out.splitlines() if line.startswith("FAILED"))
+    assert "1 runs failed: bad-seed1-" in printed.err  # its other seed has no rate to run at
+    (line,) = (line for line in printed.out.splitlines() if line.startswith("FAILED"))
     assert "this run fails" in Path(line.split("; ")[1]).read_text()
     assert [(row["model"], row["seed"]) for row in table(spaced / "out")] == [("lr", 1), ("lr", 2)]
     assert " elsewhere exec " in (tmp_path / "asked").read_text()

@@ -101,7 +101,7 @@ def test_options_of_a_whole_sweep_and_another_study_are_refused(
     path = write_study(tmp_path)
     with pytest.raises(SystemExit) as end:
         run_here(path, tmp_path / "out", "--array", "1/2", "--hours", "1", pace=False)
-    assert end.value.code == 2 and "--hours is of a sweep as a whole" in capsys.readouterr().err
+    assert end.value.code == 2 and "--hours is for a whole sweep" in capsys.readouterr().err
     (tmp_path / "out/runs/other-seed1-0123").mkdir(parents=True)
     with pytest.raises(SystemExit) as end:
         run_here(path, tmp_path / "out", "--array", "1/2", pace=False)
@@ -109,7 +109,7 @@ def test_options_of_a_whole_sweep_and_another_study_are_refused(
 
 
 def test_the_batch_script_asks_for_its_share(tmp_path: Path) -> None:
-    """Without Slurm: its variables, and a python that tells its words."""
+    """Without Slurm: its variables, and a python that prints its arguments."""
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools/scaling_law.py").touch()
     fake = tmp_path / ".venv/bin/python"
@@ -117,10 +117,10 @@ def test_the_batch_script_asks_for_its_share(tmp_path: Path) -> None:
     fake.write_text('#!/bin/sh\necho "$@"\n')
     fake.chmod(0o755)
     environment = {"PATH": "/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path)}
-    for words, told in (
+    for words, options in (
         (["--study", "s"], "--study s --array"),
         (["--study", "s", "--array", "4/16"], "--study s --array 4/16"),
     ):
         command = ["bash", str(ROOT / "launch/sweep.sh"), *words]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert (ran.returncode, ran.stdout) == (0, f"tools/scaling_law.py sweep {told}\n"), ran.stderr
+        assert (ran.returncode, ran.stdout) == (0, f"tools/scaling_law.py sweep {options}\n"), ran.stderr

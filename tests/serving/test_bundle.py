@@ -80,9 +80,9 @@ def test_every_damaged_file_is_named(trained: Callable[[str], Path], data: Path,
                 path.unlink()
             else:
                 path.write_bytes(damaged)
-            with pytest.raises(UserError) as told:
+            with pytest.raises(UserError) as refused:
                 checkpoint.verify_export(out)
-            assert str(path) in str(told.value) and "\n" not in str(told.value)
+            assert str(path) in str(refused.value) and "\n" not in str(refused.value)
             if path.relative_to(out).parts[0] in read:
                 with pytest.raises(UserError, match=re.escape(str(path))):
                     BundlePredictor(out)
@@ -120,11 +120,11 @@ def test_another_logit_than_where_it_was_exported(trained: Callable[[str], Path]
     golden["logits"][3] *= 1.001
     (tmp_path / "out/golden.json").write_text(json.dumps(golden))
 
-    def told(manifest: dict[str, Any]) -> None:
+    def edit(manifest: dict[str, Any]) -> None:
         path = tmp_path / "out/golden.json"
         manifest["files"]["golden.json"] = {"bytes": path.stat().st_size, "sha256": checksum(path)}
 
-    with_manifest(tmp_path / "out", told)
+    with_manifest(tmp_path / "out", edit)
     with pytest.raises(ScoringError, match=r"row 3 of the golden sample has the logit"):
         Scorer(tmp_path / "out")
 
@@ -142,15 +142,15 @@ def test_an_export_of_version_1_scores(trained: Callable[[str], Path], data: Pat
     with_manifest(tmp_path / "out", of_before, version=1)
     assert Scorer(tmp_path / "out").score(raw_rows(data)).logits.tolist() == expected
     good = (tmp_path / "out/manifest.json").read_bytes()
-    for change, said in (
-        (lambda manifest: manifest.pop("tables"), "is no manifest of an export"),
-        (lambda manifest: manifest.update(dense="../x"), "'../x' is no file of the export"),
-        (lambda manifest: manifest.update(dense="/etc/x", files={"/etc/x": {}}), "is no file of the export"),
-        (lambda manifest: manifest.update(features=[5]), "is no manifest of an export"),
+    for change, message in (
+        (lambda manifest: manifest.pop("tables"), "is not the manifest of an export"),
+        (lambda manifest: manifest.update(dense="../x"), "'../x' is not a file of the export"),
+        (lambda manifest: manifest.update(dense="/etc/x", files={"/etc/x": {}}), "is not a file of the export"),
+        (lambda manifest: manifest.update(features=[5]), "is not the manifest of an export"),
     ):
         (tmp_path / "out/manifest.json").write_bytes(good)
         with_manifest(tmp_path / "out", change, version=1)
-        with pytest.raises(ScoringError, match=re.escape(said)) as raised:
+        with pytest.raises(ScoringError, match=re.escape(message)) as raised:
             Scorer(tmp_path / "out")
         assert "manifest.json" in str(raised.value) and "\n" not in str(raised.value)
 
@@ -169,8 +169,8 @@ def test_mistakes_leave_nothing(trained: Callable[[str], Path], data: Path, tmp_
 def test_a_program_of_torch_and_what_is_compiled_of_it(trained: Callable[[str], Path], tmp_path: Path) -> None:
     if not has_compiler(torch.device("cpu")):
         pytest.skip("there is no C++ compiler")
-    said = export_bundle(trained("dlrm"), tmp_path / "out", program=True)
-    assert said["compiled"] == "dense_compiled.pt2" and "not_compiled" not in said
+    report = export_bundle(trained("dlrm"), tmp_path / "out", program=True)
+    assert report["compiled"] == "dense_compiled.pt2" and "not_compiled" not in report
     scorer = Scorer(tmp_path / "out")
     manifest = scorer.bundle.manifest
     assert manifest["compiled"] in manifest["files"] and "dense.pt2" in manifest["files"]
@@ -206,15 +206,15 @@ def test_an_export_stands_without_what_cannot_be_compiled(
     else:
         monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", written)
         monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: lambda *inputs: inputs[0].sum(1) + 9)
-    said = export_bundle(trained("dlrm"), tmp_path / "out", program=True)
+    report = export_bundle(trained("dlrm"), tmp_path / "out", program=True)
     expected = {
         "no compiler": "No working C++ compiler found",
         "other numbers": "compiled, row ",
         "interrupted": "the linker was killed",
     }[fault]
-    assert expected in said["not_compiled"] and "\n" not in said["not_compiled"] and "compiled" not in said
+    assert expected in report["not_compiled"] and "\n" not in report["not_compiled"] and "compiled" not in report
     scorer = Scorer(tmp_path / "out")
-    assert scorer.bundle.manifest["not_compiled"] == said["not_compiled"]
+    assert scorer.bundle.manifest["not_compiled"] == report["not_compiled"]
     assert not (tmp_path / "out/dense_compiled.pt2").exists() and (tmp_path / "out/dense.pt2").is_file()
     scorer.bundle.verify()
 

@@ -62,8 +62,8 @@ def test_a_file_has_the_figures_of_the_prepared_rows(call: Call, exported: Path,
     assert found["compared"]["metrics"]["auc"]["p_value"] == 1
     assert pq.read_table(table).column_names == ["label", "logit", "prediction", "group"]
     assert len(pq.read_table(table)) == len(raw_rows(columns)) and "day.parquet" in page.read_text()
-    said = call("--run", exported, "--data", file, "--bootstrap", "0")[1]
-    assert said.startswith(f"{exported} on {file}: {found['examples']} examples")
+    printed = call("--run", exported, "--data", file, "--bootstrap", "0")[1]
+    assert printed.startswith(f"{exported} on {file}: {found['examples']} examples")
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -88,7 +88,7 @@ def test_a_bad_row_is_an_error_or_is_left_out_as_the_run_does(
     good = (exported / "manifest.json").read_bytes(), (exported / "run.json").read_bytes()
     try:
         (exported / "run.json").write_text(text)
-        with_manifest(exported, lambda manifest: told(manifest, exported / "run.json"))
+        with_manifest(exported, lambda manifest: edit(manifest, exported / "run.json"))
         code, out, err = call("--run", exported, "--data", file, "--json")
     finally:
         (exported / "manifest.json").write_bytes(good[0])
@@ -97,7 +97,7 @@ def test_a_bad_row_is_an_error_or_is_left_out_as_the_run_does(
     assert "label is not 0 or 1': 1" in err and "hex='zz'" in err
 
 
-def told(manifest: dict[str, Any], path: Path) -> None:
+def edit(manifest: dict[str, Any], path: Path) -> None:
     """The manifest of an export in which a file was changed."""
     from megarec.serving.scorer.bundle import checksum
 
@@ -111,7 +111,7 @@ def test_mistakes_are_one_line(
     without = write(tmp_path / "without.csv", [{n: v for n, v in row.items() if n != "label"} for row in rows])
     (tmp_path / "empty.csv").write_text("text,label\n")
     (tmp_path / "rows.xls").write_text("x")
-    for words, said in (
+    for words, message in (
         (["--run", trained(OF_TABLE), "--data", file], "only an export scores raw rows"),
         (["--run", exported, "--data", without], "there is no column 'label', the label"),
         (["--run", exported, "--data", file, "--group", "txt"], "there is no column 'txt'; did you mean 'text'?"),
@@ -120,4 +120,4 @@ def test_mistakes_are_one_line(
         (["--run", exported, "--data", tmp_path / "rows.xls"], "expected a name that ends in"),
     ):
         code, out, err = call(*words)
-        assert (code, out, err.count("\n")) == (2, "", 1) and said in err
+        assert (code, out, err.count("\n")) == (2, "", 1) and message in err

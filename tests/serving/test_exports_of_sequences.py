@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Lists of no value to 11, of which preparation keeps 9 and the model 3 or 4."""
+    """Lists of 0 to 11 values; preparation keeps 9 and the model 3 or 4."""
     directory, random = tmp_path_factory.mktemp("sequences"), np.random.default_rng(7)
     for split, rows in (("train", 300), ("valid", 80), ("test", 512)):
         with (directory / f"{split}.csv").open("w", newline="") as file:

@@ -51,7 +51,7 @@ SINGLE_LAYOUT = EmbeddingLayout(
     full_embeddings=5,
     small_columns=4,
 )
-# `views` and `kinds` share positions, of which the newest three of up to four count; `views` shares the table of pooled
+# `views` and `kinds` share positions; the newest three of up to four count; `views` shares the table of pooled
 # features, `likes` has one that nothing pools, its newest first; `item` is looked up row by row as well.
 SEQUENCE_LAYOUT = EmbeddingLayout(
     8,

@@ -123,7 +123,7 @@ def test_touched_rows_in_many_chunks(monkeypatch: pytest.MonkeyPatch, optimizer:
 
 
 def test_bytes_that_leave_a_rank(trained: Callable[[int, str], list[Part]]) -> None:
-    """Flat exchange, table- or column-wise: a rank receives its S = B x width floats but for its own part."""
+    """Flat exchange, table- or column-wise: a rank receives its S = B x width floats except its own part."""
     steps, ranks, width = 4, 4, SINGLE_LAYOUT.width
     size = EXAMPLES // ranks
     for case, slots in (("sgd table auto single-valued", 5), ("rowwise_adagrad column auto single-valued", None)):

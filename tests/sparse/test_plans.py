@@ -1,4 +1,4 @@
-"""The placer: what it gives to whom, that nothing is lost, and that it says why."""
+"""The placer: which rank gets what, that nothing is lost, and the reasons."""
 
 import itertools
 import json

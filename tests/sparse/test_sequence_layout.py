@@ -61,7 +61,7 @@ def test_targets_travel_by_themselves_behind_tower_modules() -> None:
 
 
 REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
-    "names 'view', which is no categorical feature of the run; did you mean 'views'": (
+    "names 'view', which is not a categorical feature of the run; did you mean 'views'": (
         [{**BOTH, "features": ["view", "kinds"]}], {},
     ),
     "'views', as entry 0 does": ([BOTH, {**BOTH, "block": "hstu"}], {}),
@@ -81,10 +81,10 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", REFUSED)
-def test_what_cannot_be_a_sequence_is_named(said: str) -> None:
-    sequences, embedding = REFUSED[said]
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_a_sequence_is_named(message: str) -> None:
+    sequences, embedding = REFUSED[message]
+    with pytest.raises(UserError, match=message):
         made(*sequences, **embedding)
 
 

@@ -134,7 +134,7 @@ def test_rows_in_sixteen_bits(rank_pool: Callable[[int], RankPool]) -> None:
 
 
 def in_parts(parts: int) -> tuple[Tensor, Tensor]:
-    """Embeddings of a step, and the table of `views` after it; exchanged in so many parts."""
+    """Embeddings of a step, and the table of `views` after it; exchanged in that many parts."""
     topology = build_topology(1, tensor=1)
     sparse = SparseSide(
         SEQUENCE_LAYOUT, CASES["rowwise_adagrad mixed"], topology, seed=SEED, device=torch.device("cpu"),
@@ -166,11 +166,11 @@ def test_a_skipped_step_changes_nothing() -> None:
     assert all(torch.equal(tensor, before[name]) for name, (_, tensor) in sparse.state().items())
 
 
-def test_a_step_tells_which_sequence_is_at_fault() -> None:
+def test_a_step_names_the_sequence_at_fault() -> None:
     sparse = sparse_side(SEQUENCE_LAYOUT, CASES["sgd table"])
     batch = global_batch(SEQUENCE_LAYOUT, EXAMPLES, 0)
     kinds = batch.ids["kinds"].values[-1]
     sparse.state()["clicks/weight"][1][kinds] = float("nan")
-    said = list(embedding_faults(*sparse.look_up(batch).looked_up(batch)))
-    assert any(text.startswith("embeddings of feature kinds are not finite") for text in said)
-    assert not any("feature views" in text or "feature likes" in text for text in said)
+    faults = list(embedding_faults(*sparse.look_up(batch).looked_up(batch)))
+    assert any(text.startswith("embeddings of feature kinds are not finite") for text in faults)
+    assert not any("feature views" in text or "feature likes" in text for text in faults)

@@ -1,4 +1,4 @@
-"""tools/evaluate.py: what a run said of its own test split, for a run, a checkpoint and an export; errors."""
+"""tools/evaluate.py: a run's own metrics of its test split, for a run, a checkpoint and an export; errors."""
 
 import json
 import os
@@ -95,20 +95,20 @@ def copied_data(data: Path, target: Path, change: Callable[[dict[str, Any]], Non
 
 
 @pytest.mark.parametrize("split", ["test", "valid"])
-def test_a_run_scores_as_it_said_itself(call: Call, run: Path, data: Path, split: str) -> None:
+def test_a_run_scores_as_it_recorded_itself(call: Call, run: Path, data: Path, split: str) -> None:
     code, out, err = call("--run", run, "--data", data, "--split", split, "--json")
     assert code == 0, err
-    found, said = json.loads(out), json.loads((run / "metrics.json").read_text())[split]
-    gauc, said_gauc = found.pop("gauc"), said.pop("gauc")
+    found, recorded = json.loads(out), json.loads((run / "metrics.json").read_text())[split]
+    gauc, recorded_gauc = found.pop("gauc"), recorded.pop("gauc")
     for name in ("ndcg", "hit_rate"):
-        assert list(said[name]) == ["10"] and found[name] == pytest.approx(said.pop(name), rel=0, abs=1e-6)
-    assert set(said) == {"auc", "logloss", "ne", "calibration", "prediction_mean", "examples"}
-    assert {name: found[name] for name in said} == pytest.approx(said, rel=0, abs=1e-6)
-    assert gauc.pop("column") == "user" and gauc == pytest.approx(said_gauc, rel=0, abs=1e-6)
-    assert f"GAUC {said_gauc['by_impressions']:.4f} by impressions" in (run / "log.txt").read_text()
+        assert list(recorded[name]) == ["10"] and found[name] == pytest.approx(recorded.pop(name), rel=0, abs=1e-6)
+    assert set(recorded) == {"auc", "logloss", "ne", "calibration", "prediction_mean", "examples"}
+    assert {name: found[name] for name in recorded} == pytest.approx(recorded, rel=0, abs=1e-6)
+    assert gauc.pop("column") == "user" and gauc == pytest.approx(recorded_gauc, rel=0, abs=1e-6)
+    assert f"GAUC {recorded_gauc['by_impressions']:.4f} by impressions" in (run / "log.txt").read_text()
     (events,) = run.glob("tensorboard/**/events*")
     drawn = EventAccumulator(str(events)).Reload()
-    for tag, value in (("gauc_by_group", said_gauc["by_group"]), ("ndcg_at_10", found["ndcg"]["10"])):
+    for tag, value in (("gauc_by_group", recorded_gauc["by_group"]), ("ndcg_at_10", found["ndcg"]["10"])):
         assert value in [pytest.approx(point.value, abs=1e-6) for point in drawn.Scalars(f"{split}/{tag}")]
     assert found["calibrated_logloss"] is None and found["slices"] == []
 
@@ -187,19 +187,19 @@ def test_everything_that_a_ranking_team_asks_for(call: Call, run: Path, data: Pa
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--group", "usr"], "there is no column 'usr'; did you mean 'user'?"),
         (["--slice", "multi_0"], "column 'multi_0' is list<"),
         (["--k", "0"], "'0': expected a whole number from 1 to 10,000"),
-        (["--compare", "nowhere"], "--compare nowhere: is no directory"),
+        (["--compare", "nowhere"], "--compare nowhere: is not a directory"),
         (["--compare", "nowhere", "--bootstrap", "0"], "a comparison needs draws"),
-        (["--html", "no/page.html"], "--html no/page.html: no is no directory"),
+        (["--html", "no/page.html"], "--html no/page.html: no is not a directory"),
     ],
 )
-def test_wrong_options_are_one_line(call: Call, run: Path, data: Path, options: list[str], said: str) -> None:
+def test_wrong_options_are_one_line(call: Call, run: Path, data: Path, options: list[str], message: str) -> None:
     code, out, err = call("--run", run, "--data", data, *options)
-    assert (code, out) == (2, "") and said in err
+    assert (code, out) == (2, "") and message in err
 
 
 def test_without_a_group_there_is_no_gauc_and_any_column_can_be_one(
@@ -221,8 +221,10 @@ def test_importance_is_one_table_or_json(
     monkeypatch.setattr(sys, "argv", ["importance", str(run), "--repeats", "2", "--json"])
     importance.main()
     found = json.loads(capsys.readouterr().out)
-    said = json.loads((run / "metrics.json").read_text())["test"]
-    assert (found["examples"], found["repeats"]) == (200, 2) and found["auc"] == pytest.approx(said["auc"], abs=1e-6)
+    recorded = json.loads((run / "metrics.json").read_text())["test"]
+    assert (found["examples"], found["repeats"]) == (200, 2) and found["auc"] == pytest.approx(
+        recorded["auc"], abs=1e-6
+    )
     schema = json.loads((data / "schema.json").read_text())
     names = {feature["name"] for feature in schema["categorical"]} | set(schema["numeric"])
     assert {own["feature"] for own in found["features"]} == names
@@ -236,7 +238,7 @@ def test_importance_is_one_table_or_json(
     monkeypatch.setattr(sys, "argv", ["importance", "nowhere"])
     with pytest.raises(SystemExit) as ended:
         importance.main()
-    assert ended.value.code == 2 and "error: RUN nowhere: is no directory" in capsys.readouterr().err
+    assert ended.value.code == 2 and "error: RUN nowhere: is not a directory" in capsys.readouterr().err
 
 
 def with_a_bad_row(data: Path, target: Path) -> Path:
@@ -312,7 +314,7 @@ def test_fewer_rows_and_more_features_fit(call: Call, run: Path, data: Path, tmp
 
 
 def test_where_no_model_is(call: Call, data: Path, tmp_path: Path) -> None:
-    for path, what in ((tmp_path, "holds no checkpoint"), (tmp_path / "typo", "is no directory")):
+    for path, what in ((tmp_path, "holds no checkpoint"), (tmp_path / "typo", "is not a directory")):
         code, out, err = call("--run", path, "--data", data)
         assert (code, out) == (2, "") and err.startswith(f"error: --run {path}: {what}; ")
         assert err.count("\n") == 1
@@ -331,13 +333,13 @@ def test_a_damaged_checkpoint_is_refused(call: Call, run: Path, data: Path, tmp_
 def test_predictions_that_cannot_be_written_are_one_line(
     call: Call, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path, what in ((tmp_path, "is a directory"), (tmp_path / "no/p.parquet", f"{tmp_path / 'no'} is no directory")):
+    for path, what in ((tmp_path, "is a directory"), (tmp_path / "no/p.parquet", f"{tmp_path}/no is not")):
         code, out, err = call("--run", run, "--data", data, "--predictions", path)
         assert (code, out) == (2, "") and err.startswith(f"error: --predictions {path}: {what}")
 
     os.mkfifo(tmp_path / "fifo")  # as /dev/null is for root: the rename would put a file in its place
     code, out, err = call("--run", run, "--data", data, "--predictions", tmp_path / "fifo")
-    assert (code, out) == (2, "") and "fifo: is no regular file" in err and (tmp_path / "fifo").is_fifo()
+    assert (code, out) == (2, "") and "fifo: is not a regular file" in err and (tmp_path / "fifo").is_fifo()
     (tmp_path / "fifo").unlink()
 
     def full(*_: object) -> None:

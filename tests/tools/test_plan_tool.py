@@ -63,7 +63,7 @@ def test_a_run_that_does_not_fit_is_planned_and_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([*CONFIG, "--hardware", "h10", "--hosts", "2"], "--hardware h10: no such machine is known here; did you mean"),
         (
@@ -73,14 +73,14 @@ def test_a_run_that_does_not_fit_is_planned_and_refused() -> None:
         ([*CONFIG, "--hardware", "h100", "--hosts", "0"], "--hosts 0: expected at least 1"),
         ([*JOB, "--out", "o.json"], "--out belongs to --choose"),
         ([*JOB, "--choose", "--allow", "mesages"], "--allow mesages: did you mean 'messages'"),
-        ([*JOB, "--trace", "missing/t.json"], "--trace missing/t.json: missing is no directory"),
+        ([*JOB, "--trace", "missing/t.json"], "--trace missing/t.json: missing is not a directory"),
         ([*JOB, "--choose", "--set", "model.dim=100000"], "nothing fits: of "),
         ([*CONFIG, "--hosts", "2"], "give --hardware (or --measure FILE alone)"),
         (["--measure", "m.json", "--hosts", "2", "--json"], "--measure FILE stands alone: leave --hosts, --json out"),
         ([*CONFIG, "--hardware", "h100", "--hosts", "3"], "131072"),
     ],
 )
-def test_a_mistake_is_one_line(words: list[str], said: str) -> None:
+def test_a_mistake_is_one_line(words: list[str], message: str) -> None:
     refused = python("tools/plan.py", *words, cwd=ROOT)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert said in refused.stderr and refused.stderr.count("\n") == 1
+    assert message in refused.stderr and refused.stderr.count("\n") == 1

@@ -123,7 +123,7 @@ class Seen:
     """What a rank saw of a planted fault."""
 
     cause: str | None
-    said: str
+    description: str
     changed: list[str]
 
 
@@ -158,7 +158,7 @@ def plant_all(path: Path, overrides: list[str], kinds: list[str]) -> tuple[dict[
         planted = plants.into(batches[2])
         before = everything(run)
         cause = step_of(run, judge, planted)
-        seen[kind] = Seen(cause, judge.said, changed(before, everything(run)))
+        seen[kind] = Seen(cause, judge.description, changed(before, everything(run)))
         plants.remove()
     assert step_of(run, judge, batches[3]) is None
     twin = build(path, overrides)

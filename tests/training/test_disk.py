@@ -54,11 +54,11 @@ def test_a_disk_that_fills_while_a_run_trains(data: Path, tmp_path: Path, small_
 
 
 def train_until_read_only(path: Path, overrides: list[str]) -> tuple[str, list[str]]:
-    """The output directory is read-only from the first save on; what the run ends with, and what it said."""
-    said, save = logged_lines(), Trainer._save
+    """The output directory is read-only from the first save on; how the run ends, and what it logged."""
+    logged, save = logged_lines(), Trainer._save
     output = Path(load_config(path, overrides).train.output_dir)
     if ctypes.CDLL(None).unshare(CLONE_NEWNS):  # mounts of this thread, and of those that it starts, alone
-        return "no mounts here", said
+        return "no mounts here", logged
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 
     def read_only(at_work: Trainer, best: bool) -> None:
@@ -71,10 +71,10 @@ def train_until_read_only(path: Path, overrides: list[str]) -> tuple[str, list[s
     try:
         train(load_config(path, overrides), resume=False, started=time.time())
     except UserError as error:
-        return str(error), said
+        return str(error), logged
     finally:
         Trainer._save = save  # type: ignore[method-assign]
-    return "", said
+    return "", logged
 
 
 def test_an_output_directory_that_turns_read_only(
@@ -82,15 +82,15 @@ def test_an_output_directory_that_turns_read_only(
 ) -> None:
     wishes = {"max_steps": 6, "log_every": 1, "checkpoint_every": 2, "trace": [3, 4], "keep_checkpoints": 1}
     path = write_run(tmp_path, data, train={**wishes, "output_dir": str(tmp_path / "out")}, deepspeed=WRITERS)
-    (error, said), (other, _) = rank_pool(2).run(train_until_read_only, path, [])
+    (error, logged), (other, _) = rank_pool(2).run(train_until_read_only, path, [])
     if error == "no mounts here":
         pytest.skip(error)
     assert error == other
     assert error.startswith(f"{tmp_path}/out/metrics.json: cannot be written (Read-only file system); the log has")
     assert error.endswith("and no checkpoint was saved")
-    warned = [line for line in said if line.startswith("WARNING")]
+    warned = [line for line in logged if line.startswith("WARNING")]
     for text in ("CSV ENDS", "TENSORBOARD ENDS", "STEP 2 WAS NOT", "STEP 4 WAS NOT", "STEP 6 WAS NOT", "HAS NO TRACE"):
-        assert len([line for line in warned if text in line and "\n" not in line]) == 1, (text, said)
+        assert len([line for line in warned if text in line and "\n" not in line]) == 1, (text, logged)
 
 
 def error_at(path: Path, name: str) -> str:
@@ -117,10 +117,10 @@ def test_a_file_of_the_run_that_cannot_be_written_ends_all_ranks_with_the_same_l
 ) -> None:
     wishes: dict[str, Any] = {"max_steps": 2, "output_dir": str(tmp_path / "out")}
     path = write_run(tmp_path, data, train=wishes)
-    told = {
+    endings = {
         "config.json": "nothing was trained; fix that and start again",
         "metrics.json": "the log has the metrics, and --resume goes on from the checkpoint of step 2",
     }
-    for name, end in told.items():
+    for name, end in endings.items():
         expected = f"{tmp_path}/out/{name}: cannot be written (Read-only file system); {end}"
         assert rank_pool(2).run(error_at, path, name) == [expected] * 2

@@ -63,18 +63,18 @@ class End:
 
     code: int
     reason: str
-    said: list[str]
+    logged: list[str]
 
 
 def run_it(path: Path, overrides: list[str], plan: Plan, resume: bool = False) -> End:
-    said = logged_lines()
+    logged = logged_lines()
     with pytest.MonkeyPatch.context() as patch:
         _plant(patch, plan)
         try:
             trainer.train(load_config(path, overrides), resume=resume, started=time.time())
         except RunEnded as ended:
-            return End(ended.code, str(ended), said)
-    return End(DONE, "", said)
+            return End(ended.code, str(ended), logged)
+    return End(DONE, "", logged)
 
 
 def _plant(patch: pytest.MonkeyPatch, plan: Plan) -> None:
@@ -177,8 +177,10 @@ def skipping(rank_pool: Callable[[int], RankPool], data: Path, tmp_path_factory:
     directory = tmp_path_factory.mktemp("skipping")
     ends = rank_pool(2).run(run_it, config(directory, data), [], Plan(bad=[5, 6]), False)
     assert [end.code for end in ends] == [DONE, DONE]
-    assert any("FAULTY STEP 6, NOTHING WAS CHANGED: a loss that is not finite: rank 1: loss" in t for t in ends[0].said)
-    assert any("NO CHECKPOINT OF STEP 6" in text for text in ends[0].said)
+    assert any(
+        "FAULTY STEP 6, NOTHING WAS CHANGED: a loss that is not finite: rank 1: loss" in t for t in ends[0].logged
+    )
+    assert any("NO CHECKPOINT OF STEP 6" in text for text in ends[0].logged)
     return directory
 
 
@@ -221,7 +223,7 @@ def test_a_rollback_goes_on_without_the_faulty_batches(run: Runner, data: Path, 
     path = config(tmp_path, data, faults={"max_in_a_row": 2, "then": "rollback"}, parallel={"overlap": True})
     ends = run(path, Plan(bad=[5, 6]))
     assert [end.code for end in ends] == [DONE, DONE]
-    assert any("ROLLED BACK FROM STEP 7 TO step-000000004" in text for text in ends[0].said)
+    assert any("ROLLED BACK FROM STEP 7 TO step-000000004" in text for text in ends[0].logged)
     mine, skipped = scalars(tmp_path), scalars(skipping)
     for tag in (
         "train/logloss",
@@ -237,10 +239,10 @@ def test_a_poisoned_state_is_not_published_and_a_rollback_heals_it(run: Runner, 
     path = config(tmp_path, data, faults={"max_in_a_row": 2, "then": "rollback"})
     ends = run(path, Plan(poison=6))
     assert [end.code for end in ends] == [DONE, DONE]
-    log = "\n".join(ends[0].said)
+    log = "\n".join(ends[0].logged)
     assert "CHECKPOINT OF STEP 6 WAS NOT SAVED (rank " in log
-    (told,) = (text for text in ends[0].said if "WAS NOT SAVED" in text)
-    assert "rank 1: table/single_1/weight@0,0 has numbers that are not finite" in told
+    (line,) = (text for text in ends[0].logged if "WAS NOT SAVED" in text)
+    assert "rank 1: table/single_1/weight@0,0 has numbers that are not finite" in line
     assert "embeddings of feature single_1 are not finite in" in log
     assert "ROLLED BACK FROM STEP 8 TO step-000000004" in log
     summary = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -252,7 +254,7 @@ def test_rollbacks_come_to_an_end(run: Runner, data: Path, tmp_path: Path) -> No
     ends = run(path, Plan(bad=None))
     assert [end.code for end in ends] == [STOPPED, STOPPED]
     assert "after 2 rollbacks" in ends[1].reason
-    assert sum("ROLLED BACK" in text for text in ends[0].said) == 2
+    assert sum("ROLLED BACK" in text for text in ends[0].logged) == 2
 
 
 @pytest.mark.parametrize(("then", "code"), [pytest.param("skip", DONE, marks=pytest.mark.slow), ("stop", STOPPED)])
@@ -261,7 +263,7 @@ def test_a_spike_is_skipped_or_stops(then: str, code: int, run: Runner, data: Pa
     path = config(tmp_path, data, faults=faults, embedding={"learning_rate": 0.5}, dense={"learning_rate": 0.05})
     ends = run(path, Plan(flipped=[12]))
     assert [end.code for end in ends] == [code, code]
-    assert any("FAULTY STEP 13" in text and "a loss far above those before it" in text for text in ends[0].said)
+    assert any("FAULTY STEP 13" in text and "a loss far above those before it" in text for text in ends[0].logged)
     assert scalars(tmp_path)["train/skipped_steps/spike"][13] >= 1
 
 
@@ -270,7 +272,7 @@ def test_a_spike_rolls_back_and_its_batch_is_left_out(run: Runner, data: Path, t
     path = config(tmp_path, data, faults=faults, embedding={"learning_rate": 0.5}, dense={"learning_rate": 0.05})
     ends = run(path, Plan(flipped=[12]))
     assert [end.code for end in ends] == [DONE, DONE]
-    assert any("ROLLED BACK FROM STEP 13 TO step-000000012" in text for text in ends[0].said)
+    assert any("ROLLED BACK FROM STEP 13 TO step-000000012" in text for text in ends[0].logged)
     summary = json.loads((tmp_path / "out/metrics.json").read_text())["train"]
     assert summary["rollbacks"] == 1 and summary["skipped_by_cause"] == {"left_out": 1}
 

@@ -42,10 +42,10 @@ TOWER = {
 def check(pool: RankPool, path: Path, kinds: list[str], overrides: list[str]) -> None:
     for rank, (seen, differing) in enumerate(pool.run(plant_all, path, overrides, kinds)):
         for kind in kinds:
-            cause, told = KINDS[kind]
-            assert seen[kind].cause == cause, (rank, kind, seen[kind].said)
-            assert told in seen[kind].said
-            assert kind == "row" or ("rank 1: " in seen[kind].said and "rank 0: " not in seen[kind].said)
+            cause, text = KINDS[kind]
+            assert seen[kind].cause == cause, (rank, kind, seen[kind].description)
+            assert text in seen[kind].description
+            assert kind == "row" or ("rank 1: " in seen[kind].description and "rank 0: " not in seen[kind].description)
             assert seen[kind].changed == [], (rank, kind)
         assert differing == [], "the good step after the bad ones must be that of a run without them"
 
@@ -82,9 +82,9 @@ def test_a_bad_step_changes_nothing_under_tensor_parallelism(
     path = write_run(tmp_path, data, parallel={"tensor": 2}, deepspeed={"zero_optimization": {"stage": stage}})
     for seen, differing in rank_pool(4).run(plant_all, path, [], FLAT):
         for kind in FLAT:
-            cause, told = KINDS[kind]
+            cause, text = KINDS[kind]
             assert (seen[kind].cause, seen[kind].changed) == (cause, []), (kind, seen[kind])
-            assert told in seen[kind].said
+            assert text in seen[kind].description
         assert differing == []
 
 
@@ -130,7 +130,7 @@ def policy(**config: Any) -> tuple[FaultPolicy, TrainState]:
     return FaultPolicy(FaultsConfig(**config), position), position
 
 
-def test_so_many_in_a_row_and_a_good_step_starts_the_count_anew() -> None:
+def test_a_good_step_resets_the_count_of_faults_in_a_row() -> None:
     faults, position = policy(max_in_a_row=2, then="stop")
     assert faults.skipped("loss") == "go on"
     faults.applied(0.5)

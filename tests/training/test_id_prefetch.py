@@ -188,27 +188,27 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for() -> None
 
 
 class Sending:
-    def __init__(self, said: list[str]) -> None:
-        self.said = said
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
 
     def distribute(self, batch: Batch) -> None:
-        self.said.append(f"send in {threading.current_thread().name}")
+        self.events.append(f"send in {threading.current_thread().name}")
 
 
 def test_on_an_accelerator_the_main_thread_sends_in_a_stream_and_the_host_does_not_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(torch, "Stream", lambda device: Stream(said, "ids"))
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: Stream(said, "main"))
+    events: list[str] = []
+    monkeypatch.setattr(torch, "Stream", lambda device: Stream(events, "ids"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: Stream(events, "main"))
     monkeypatch.setattr(Batch, "to", lambda batch, device: Batch(batch.numeric, {}, batch.labels, batch.keys, 1))
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: said.append(f"kept for {stream.name}"))
-    ahead = IdPrefetcher(Sending(said), torch.device("cuda"), overlap=True)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: events.append(f"kept for {stream.name}"))
+    ahead = IdPrefetcher(Sending(events), torch.device("cuda"), overlap=True)  # type: ignore[arg-type]
     assert not ahead.threaded
     pending = ahead.start(Batch(torch.empty(1, 0), {}, torch.zeros(1), torch.arange(1), 1))
-    assert said == ["enter ids", "send in MainThread", "leave ids", "ids records"]
+    assert events == ["enter ids", "send in MainThread", "leave ids", "ids records"]
     pending()
-    assert said[4:] == ["main waits for ids", *["kept for main"] * 3]
+    assert events[4:] == ["main waits for ids", *["kept for main"] * 3]
     ahead.drain()
     ahead.close()
 

@@ -47,14 +47,14 @@ def huge(values: list[Any]) -> list[Any]:
 
 
 def run_it(path: Path) -> tuple[int, str, list[str]]:
-    said = logged_lines()
+    logged = logged_lines()
     try:
         trainer.train(load_config(path), resume=False, started=time.time())
     except RunEnded as ended:
-        return ended.code, str(ended), said
+        return ended.code, str(ended), logged
     except UserError as error:
-        return 2, str(error), said
-    return DONE, "", said
+        return 2, str(error), logged
+    return DONE, "", logged
 
 
 def written(directory: Path) -> dict[str, Any]:
@@ -72,11 +72,11 @@ def test_a_validation_row_that_overflows(
         assert code == STOPPED and "\n" not in reason
         assert f"no validation had a finite {best_by} (the last: 1 of 100 logits are NaN or infinite)" in reason
         assert "what is tested is step 4, the last" in reason
-    *_, said = rank_pool(2).run(run_it, path)[0]
-    assert not any("(best)" in line for line in said)
+    *_, logged = rank_pool(2).run(run_it, path)[0]
+    assert not any("(best)" in line for line in logged)
     assert (
         f"WARNING: VALIDATION AT STEP 2 HAS NO {best_by.upper()}, SO IT CANNOT BE THE BEST: 1 of 100 logits"
-        in " ".join(said)
+        in " ".join(logged)
     )
     found = written(tmp_path)
     assert found["stopped"] == reason and found["best_by"] is None and found["step"] == 4

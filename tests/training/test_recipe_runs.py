@@ -54,8 +54,8 @@ def written(directory: Path, data: Path, name: str) -> Path:
 
 
 def run_on_a_rank(path: Path, overrides: list[str], resume: bool) -> Outcome:
-    said = logged_lines()
-    return train(load_config(path, overrides), resume=resume, started=time.time()), said
+    logged = logged_lines()
+    return train(load_config(path, overrides), resume=resume, started=time.time()), logged
 
 
 def auc_of(model: Predictor, data: Path) -> float:
@@ -76,13 +76,13 @@ def whole(rank_pool: Pools, data: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_the_rate_drops_at_the_first_plateau_and_the_run_ends_at_the_second(whole: tuple[Path, Outcome]) -> None:
-    _, (metrics, said) = whole
-    validations = [line for line in said if line.startswith("valid at step")][:-1]  # the last one is the best again
+    _, (metrics, logged) = whole
+    validations = [line for line in logged if line.startswith("valid at step")][:-1]  # the last one is the best again
     assert not validations[-1].endswith("(best)") and not validations[-2].endswith("(best)")
     assert validations[-3].endswith("(best)")
-    drops = [line for line in said if line == "validation stands still: learning rates x 0.1"]
+    drops = [line for line in logged if line == "validation does not improve: learning rates x 0.1"]
     assert len(drops) == sum(not line.endswith("(best)") for line in validations)
-    assert "stopping early: 2 validations without improvement" in said
+    assert "stopping early: 2 validations without improvement" in logged
     assert metrics["step"] == 8 * (len(validations) - 2) < 30 * 8
 
 

@@ -54,7 +54,7 @@ def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_directory, "PATIENCE_SECONDS", 0.3)
 
 
-def test_a_second_run_is_refused_and_told_who_owns_the_directory(tmp_path: Path) -> None:
+def test_a_second_run_is_refused_and_the_owner_is_named(tmp_path: Path) -> None:
     with owner_of(tmp_path / "out") as owner:
         with pytest.raises(UserError) as refused, owned(tmp_path / "out"):
             pass
@@ -69,12 +69,12 @@ def test_a_second_run_is_refused_and_told_who_owns_the_directory(tmp_path: Path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"pid": "x"}', "[" * 4000, "\udcff"])
-def test_an_owner_that_has_not_said_its_name(tmp_path: Path, text: str) -> None:
+def test_an_owner_that_has_not_given_its_name(tmp_path: Path, text: str) -> None:
     with (tmp_path / OWNER_FILE).open("wb") as file:
         file.write(text.encode(errors="surrogateescape"))
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run, which has not said its name, trains"), owned(tmp_path):
+        with pytest.raises(UserError, match="another run, which has not given its name, trains"), owned(tmp_path):
             pass
     (tmp_path / OWNER_FILE).write_bytes(text.encode(errors="surrogateescape"))
     with owned(tmp_path):  # text without a lock says nothing

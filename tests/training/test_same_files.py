@@ -30,7 +30,7 @@ def contents(checkpoints: Path) -> dict[str, str]:
     return {str(path.relative_to(checkpoints)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_runs_alike_write_the_same_checkpoints(rank_pool: Callable[[int], RankPool], tmp_path: Path) -> None:
+def test_equal_runs_write_the_same_checkpoints(rank_pool: Callable[[int], RankPool], tmp_path: Path) -> None:
     prepare_synthetic(Shape(examples=1_000, seed=2), tmp_path / "data")
     wishes = {"max_steps": 8, "checkpoint_every": 2, "log_every": 3, "output_dir": str(tmp_path / "out")}
     path = write_run(tmp_path, tmp_path / "data", train=wishes, tower_module=TOWER_MODULE, parallel=TOWER_RUN)

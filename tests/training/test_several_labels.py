@@ -60,7 +60,7 @@ def steps_without_a_label(path: Path, overrides: list[str]) -> tuple[list[str], 
     it. What differs in the end, which labels the steps left out, and what of the second's weights moved in step two."""
     ends, left_out, moved = [], [], []
     for faulty in (True, False):
-        run, said = build(path, overrides), logged_lines()
+        run, logged = build(path, overrides), logged_lines()
         judge = judged(run)
         tower = run.dense.module.tasks.towers[1]  # type: ignore[union-attr,index]
         planted = {"now": False}
@@ -76,7 +76,7 @@ def steps_without_a_label(path: Path, overrides: list[str]) -> tuple[list[str], 
             assert step_of(run, judge, batch if faulty or step != 1 else without_a_label(batch)) is None
             if step == 1 and faulty:
                 moved = changed(before, everything(run))
-                left_out = [*judge.left_out, *(line for line in said if "MADE WITHOUT" in line)]
+                left_out = [*judge.left_out, *(line for line in logged if "MADE WITHOUT" in line)]
         ends.append(everything(run))
     return changed(*ends), left_out[:1], left_out[1:], moved
 
@@ -98,10 +98,10 @@ def test_a_step_without_a_label_is_that_of_rows_without_it(
     path: Path, overrides: list[str], rank_pool: Callable[[int], RankPool]
 ) -> None:
     """To the last bit, weights and optimizer states, on both ranks, whichever of them had the fault."""
-    for rank, (differ, left_out, said, moved) in enumerate(rank_pool(2).run(steps_without_a_label, path, overrides)):
+    for rank, (differ, left_out, logged, moved) in enumerate(rank_pool(2).run(steps_without_a_label, path, overrides)):
         assert differ == [] and left_out == ["label_1"], f"rank {rank}"
         assert any("single_" in name for name in moved), "the step was made"
-        assert "label label_1: its loss is not finite on ranks 1" in said[0] and len(said) == 1
+        assert "label label_1: its loss is not finite on ranks 1" in logged[0] and len(logged) == 1
 
 
 def test_a_label_that_stays_faulty_ends_the_run_as_any_fault_does() -> None:
@@ -146,7 +146,7 @@ def whole_run(path: Path, output: str, overrides: list[str]) -> dict[str, Any]:
 def test_a_run_names_the_metrics_of_each_label_everywhere(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = logged_lines()
+    logged = logged_lines()
     run = tmp_path / "run"
     metrics = whole_run(path, str(run), ["train.best_label=label_1", "deepspeed.csv_monitor.enabled=true"])
     written = json.loads((run / "metrics.json").read_text())
@@ -154,7 +154,7 @@ def test_a_run_names_the_metrics_of_each_label_everywhere(
     assert metrics["test"]["auc"] == metrics["test"]["labels"]["label_1"]["auc"]
     assert metrics["test"]["labels"]["label"]["examples"] == 100 > metrics["test"]["labels"]["label_1"]["examples"]
     assert metrics["train"]["faulty_steps_by_label"] == {}
-    assert any("label_1: AUC" in line for line in said) and any("label: loss" in line for line in said)
+    assert any("label_1: AUC" in line for line in logged) and any("label: loss" in line for line in logged)
     for split in ("train", "valid", "test"):
         assert list(run.rglob(f"*{split}*labels*label_1*auc*.csv")), split
 
@@ -184,22 +184,22 @@ def test_a_window_of_several_labels_survives_a_checkpoint(path: Path, tmp_path: 
     """With missing labels in it: the log line after a resume is of the same predictions."""
     config = load_config(path, [f"train.output_dir={tmp_path / 'run'}", "train.max_steps=4", "train.log_every=100"])
     trainer.train(config, resume=False, started=time.time())
-    said = logged_lines()
+    logged = logged_lines()
     longer = load_config(path, [f"train.output_dir={tmp_path / 'run'}", "train.max_steps=5", "train.log_every=100"])
     trainer.train(longer, resume=True, started=time.time())
     whole = load_config(path, [f"train.output_dir={tmp_path / 'whole'}", "train.max_steps=5", "train.log_every=5"])
     trainer.train(whole, resume=False, started=time.time())
-    assert not any("WAS NOT SAVED" in line for line in said)
+    assert not any("WAS NOT SAVED" in line for line in logged)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (['data.label="label"'], "model.tasks is of several labels"),
+        (['data.label="label"'], "model.tasks is for several labels"),
         (['data.label=["label", "label_2"]'], "did you mean"),
         (['data.label=["label", "label"]', "train.label_weights={}"], "names 'label' 2 times"),
         (["train.best_label=buy"], "train.best_label names 'buy', which data.label does not"),
-        (["model.tasks.levels=2"], "model.tasks.levels says nothing of model.tasks.name='mmoe'"),
+        (["model.tasks.levels=2"], "model.tasks.levels does not apply to model.tasks.name='mmoe'"),
     ],
 )
 def test_mistakes_are_one_line(path: Path, overrides: list[str], message: str, tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ def train_on_a_rank(path: Path, overrides: list[str], resume: bool) -> dict[str,
 
 
 def resume_on_a_rank(path: Path, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
-    said = logged_lines()
-    return train(load_config(path, overrides), resume=True, started=time.time()), said
+    logged = logged_lines()
+    return train(load_config(path, overrides), resume=True, started=time.time()), logged
 
 
 def scalars(directory: Path) -> dict[str, dict[int, float]]:
@@ -171,7 +171,7 @@ def test_what_is_tested_is_the_best_by_validation(
 
 def train_by_another_clock(path: Path, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
     """A step takes 2 seconds, the first one a thousand; nothing else takes any."""
-    said, now, step = logged_lines(), [0.0], trainer.train_step
+    logged, now, step = logged_lines(), [0.0], trainer.train_step
     clock = SimpleNamespace(perf_counter=lambda: now[0], time=time.time)
 
     def slow(*arguments: Any, **options: Any) -> Any:
@@ -180,21 +180,21 @@ def train_by_another_clock(path: Path, overrides: list[str]) -> tuple[dict[str, 
 
     trainer.train_step, step_log.time = slow, clock  # type: ignore[assignment]
     try:
-        return train(load_config(path, overrides), resume=False, started=time.time()), said
+        return train(load_config(path, overrides), resume=False, started=time.time()), logged
     finally:
         trainer.train_step, step_log.time = step, time  # type: ignore[attr-defined]
 
 
 def test_rates_leave_the_start_up_out(pool: RankPool, data: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path, data, log_every=4, evaluate_every=3)
-    metrics, said = pool.run(train_by_another_clock, path, [])[0]
-    rates = [line.rpartition("  ")[2] for line in said if line.startswith("step ")]
+    metrics, logged = pool.run(train_by_another_clock, path, [])[0]
+    rates = [line.rpartition("  ")[2] for line in logged if line.startswith("step ")]
     assert rates == ["50 examples/s"] * 4
     assert scalars(tmp_path)["workload/examples_per_second"] == dict.fromkeys((4, 8, 12, 16), 50.0)
     assert metrics["train"]["examples_per_second"] == 50.0
 
-    metrics, said = pool.run(train_by_another_clock, path, ["train.log_every=1", "train.max_steps=3"])[0]
-    lines = [line for line in said if line.startswith("step ")]
+    metrics, logged = pool.run(train_by_another_clock, path, ["train.log_every=1", "train.max_steps=3"])[0]
+    lines = [line for line in logged if line.startswith("step ")]
     assert re.fullmatch(r"step 1/3 .* AUC \S+", lines[0]) and all(
         line.endswith("  50 examples/s") for line in lines[1:]
     )
@@ -214,20 +214,20 @@ def test_a_resume_with_nothing_left_to_train_says_so(pool: RankPool, data: Path,
         "train.epochs=2": "step 6, and this run has 6; raise train.epochs or max_steps",
         "train.max_steps=4": "step 6, and this run has 4; raise train.epochs or max_steps",
     }.items():
-        metrics, said = pool.run(resume_on_a_rank, path, [override, "dense.learning_rate=0"])[0]
-        (line,) = (line for line in said if "NO STEP" in line)
+        metrics, logged = pool.run(resume_on_a_rank, path, [override, "dense.learning_rate=0"])[0]
+        (line,) = (line for line in logged if "NO STEP" in line)
         assert line == f"WARNING: NO STEP WILL BE MADE: step-000000006 is at {end}"
         assert metrics["test"] == before["test"] and metrics["train"]["examples_per_second"] is None
     for checkpoint in (tmp_path / "out/checkpoints").glob("step-*"):
         index = json.loads((checkpoint / "index.json").read_text())
         index["position"]["since_best"] = 3
         (checkpoint / "index.json").write_bytes(sealed(index))
-    _, said = pool.run(resume_on_a_rank, path, ["train.max_steps=8"])[0]
-    assert any("NO STEP WILL BE MADE" in line and "3 validations were no improvement" in line for line in said)
-    assert not [line for line in said if line.startswith("step ")]
+    _, logged = pool.run(resume_on_a_rank, path, ["train.max_steps=8"])[0]
+    assert any("NO STEP WILL BE MADE" in line and "3 validations brought no improvement" in line for line in logged)
+    assert not [line for line in logged if line.startswith("step ")]
 
 
-def test_resume_without_a_checkpoint_starts_afresh(pool: RankPool, data: Path, tmp_path: Path) -> None:
+def test_resume_without_a_checkpoint_starts_from_scratch(pool: RankPool, data: Path, tmp_path: Path) -> None:
     metrics = pool.run(train_on_a_rank, write_config(tmp_path, data, max_steps=2), [], True)
     assert metrics[0]["train"]["steps"] == 2
 

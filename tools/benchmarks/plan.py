@@ -3,25 +3,25 @@
     python tools/bench.py plan                                   # the published table, docs/results/towers.json
     python tools/bench.py plan --results towers.json             # another one: `bench.py towers --json > towers.json`
 
-Two namespace hosts of two ranks on two cores: hardware/epyc-2-cores.json, whose sources say which rows of the published
-table a figure was fitted on. A row's link takes the place of the network.
+Two namespace hosts of two ranks on two cores. What the planner knows of them are the figures that `plan --measure` has
+of the same ranks over the same link, which the table holds as well; none is fitted on a step.
 """
 
 import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from megarec.errors import UserError
 from megarec.files import read_object
-from megarec.planning.hardware import Figure, Hardware, load_hardware
+from megarec.planning.hardware import Hardware, hardware_of
 from megarec.planning.towers_pay import Work, time_of, work_of
 from megarec.run.spec import resolve
 from tools.benchmarks import towers, towers_rank
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "docs/results/towers.json"
-MACHINE = "epyc-2-cores"
+WRITTEN_BY = "what `python tools/bench.py towers --json` printed"
 DIFFERS = 1.15  # of measured steps: below, their order is within the noise
 CLOSE = 0.2
 
@@ -35,20 +35,26 @@ class Measured(NamedTuple):
     step_ms: float
 
 
+class _Machine(BaseModel):
+    link_gbit: float
+    machine: dict[str, Any]
+
+
 def run(results: Path = PUBLISHED) -> dict[str, Any]:
     """A row for each measured one of ours, and how far the predictions are off.
 
     Raises:
         UserError: the file does not hold rows of `bench.py towers`.
     """
-    measured = read_rows(results)
-    hardware, works = load_hardware(MACHINE), dict[tuple[str, str], Work]()
+    measured, machines, works = read_rows(results), read_machines(results), dict[tuple[str, str], Work]()
     rows = []
     for row in measured:
         key = row.model, row.variant
         if key not in works:
             works[key] = work(*key)
-        variant = time_of(works[key], over(hardware, row.link_gbit), row.variant)
+        if row.link_gbit not in machines:
+            raise UserError(f"{results}: machines has none of link_gbit {row.link_gbit:g}, which a row has")
+        variant = time_of(works[key], machines[row.link_gbit], row.variant)
         assert variant.seconds is not None
         predicted = 1e3 * variant.total
         rows.append({
@@ -65,7 +71,7 @@ def read_rows(path: Path) -> list[Measured]:
     Raises:
         UserError: there are none, or one is not as `bench.py towers` writes it.
     """
-    raw = read_object(path, "what `python tools/bench.py towers --json` printed").get("rows", [])
+    raw = read_object(path, WRITTEN_BY).get("rows", [])
     adapter = TypeAdapter(list[dict[str, Any]])
     try:
         rows = adapter.validate_python(raw)
@@ -78,6 +84,22 @@ def read_rows(path: Path) -> list[Measured]:
     return found
 
 
+def read_machines(path: Path) -> dict[float, Hardware]:
+    """What `plan --measure` found there, by link in Gbit/s.
+
+    Raises:
+        UserError: there are none, or one is not as `bench.py towers` writes it.
+    """
+    raw = read_object(path, WRITTEN_BY).get("machines")
+    if not raw:
+        raise UserError(f"{path}: no machines; `bench.py towers --json` of this version measures them beside its rows")
+    try:
+        found = TypeAdapter(list[_Machine]).validate_python(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: machines are not those of `bench.py towers` ({error})") from error
+    return {own.link_gbit: hardware_of(own.machine, f"{path}, link {own.link_gbit:g}") for own in found}
+
+
 def _foretold(variant: str) -> bool:
     """Not TorchRec's, nor those in micro-batches, whose messages travel beside other work."""
     return variant.startswith(towers.VARIANTS) and "micro-batches" not in variant
@@ -87,16 +109,6 @@ def work(model: str, variant: str) -> Work:
     """A variant of the benchmark, as its ranks build it."""
     config = towers_rank._config(model, variant, towers.HOSTS * towers.LOCAL)
     return work_of(config, resolve(config, towers_rank._schema()), towers.HOSTS, towers.LOCAL)
-
-
-def over(hardware: Hardware, link_gbit: float) -> Hardware:
-    """The machine with hosts on shaped links, which the ranks of a host share; 0: unshaped."""
-    if not link_gbit:
-        return hardware
-    own = hardware.network_gb_s
-    rate = link_gbit / 8 / towers.LOCAL
-    share = min(rate, own.value) if own is not None else rate  # a link cannot be faster than the machine behind it
-    return hardware.model_copy(update={"network_gb_s": Figure(value=share, source=f"a link of {link_gbit:g} Gbit/s")})
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -66,7 +66,7 @@ H100_FLOP, H100_NIC = 0.5 * 989e12, 50e9
 
 
 def run(links: tuple[float, ...] = LINKS, steps: int = STEPS) -> dict[str, Any]:
-    """A row for each model, variant and link, and the ratios that matter.
+    """A row for each model, variant and link, the ratios that matter, and the machine as the planner measures it.
 
     Raises:
         UserError: TorchRec is not installed, or this machine cannot make hosts of namespaces.
@@ -76,18 +76,21 @@ def run(links: tuple[float, ...] = LINKS, steps: int = STEPS) -> dict[str, Any]:
             "benchmark towers needs TorchRec, which is not among the project's requirements: run "
             "'bash tools/bench_env.sh', then '.venv-bench/bin/python tools/bench.py towers'"
         )
-    rows = []
+    rows, machines = list[dict[str, Any]](), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as directory, NetnsHosts(Path(directory), hosts=HOSTS, slots=LOCAL) as lab:
         for model, variants in CONTESTANTS.items():
             with ranks(lab, Path(directory)) as processes:
                 for link in links:
                     lab.rate(1000 * link)
+                    if link not in [machine["link_gbit"] for machine in machines]:
+                        measured = ask(processes, {"machine": True})[0]
+                        machines.append({"link_gbit": link, "machine": measured})
                     chosen = [*variants, *(IN_16_BITS.get(model, []) if link in LINKS_IN_16_BITS else [])]
                     rows += [measure(lab, processes, model, variant, link, steps) for variant in chosen]
                 lab.rate(0)
     with_ratios = [row | _weights(row, rows) for row in rows]
     found, aims = ratios(rows)
-    return {"name": "towers", "rows": with_ratios, "ratios": found, "aims": aims}
+    return {"name": "towers", "rows": with_ratios, "ratios": found, "aims": aims, "machines": machines}
 
 
 class Rank(NamedTuple):

@@ -26,6 +26,7 @@ from megarec.data.batch import Batch, Ids
 from megarec.data.schema import CategoricalFeature, Schema
 from megarec.distributed.process import start_process
 from megarec.distributed.topology import build_topology
+from megarec.planning.measure import machine
 from megarec.run.build import build_model
 from megarec.run.spec import resolve
 from megarec.training.id_prefetch import IdPrefetcher
@@ -68,6 +69,9 @@ def main() -> None:
         if "overlap" in order:
             print(json.dumps(exposed_ids(order["overlap"], order["steps"])), flush=True)
             continue
+        if "machine" in order:
+            print(json.dumps(this_machine()), flush=True)
+            continue
         key = (order["model"], order["variant"])
         if key not in built:
             built[key] = build(*key)
@@ -92,6 +96,13 @@ def measure(contestant: Contestant, work: Literal["exchange", "step"], repetitio
         milliseconds.append(1e3 * (time.perf_counter() - start))
     across = (contestant.cross_host_bytes() - sent) // repetitions if contestant.cross_host_bytes else None
     return {"ms": milliseconds, "cross_host_bytes": across, "flop": contestant.flop}
+
+
+def this_machine() -> dict[str, Any]:
+    """What `plan --measure` writes, of this job's ranks and links."""
+    if not dist.is_initialized():
+        _start()
+    return machine(_config("dlrm", "flat"), torch.device("cpu"), build_topology(None, tensor=1))
 
 
 def exposed_ids(overlap: bool, steps: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What this machine reaches at best: the figures that all others are held against, of the same minute."""
+"""This machine's peak rates, measured in the same minute: the reference of all other figures."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What every part of tools/gpu_check.py gets: where to compute, how large, where to write, and a clock."""
+"""The context of every part of tools/gpu_check.py: device, sizes, output directory, and a clock."""
 
 import gc
 import itertools
@@ -140,7 +140,7 @@ class Context:
         """A row of the table, written at once: a part that is cut off keeps what it has.
 
         Args:
-            limit: the most that `value` may be; `check_limits` tells of those beyond.
+            limit: the most that `value` may be; `check_limits` reports those beyond.
         """
         if isinstance(value, float) and not math.isfinite(value):
             value = str(value)  # JSON has no number for it
@@ -196,14 +196,14 @@ def in_turns(works: Sequence[Callable[[], object]], device: torch.device, repeat
 
 
 def copy_seconds(device: torch.device, size: int) -> float:
-    """Of a copy of so many bytes; twice as many are read and written."""
+    """Of a copy of that many bytes; twice as many are read and written."""
     source = torch.randint(0, 2**31 - 1, (size // 4,), dtype=torch.int32, device=device)  # zeros would be quicker
     target = torch.empty_like(source)
     return seconds_of(lambda: target.copy_(source), device, repeats=10)
 
 
 def forget(device: torch.device) -> None:
-    """Give back what is not used any more, and start to measure the peak anew."""
+    """Give back what is not used any more, and restart the measurement of the peak."""
     gc.collect()
     if device.type != "cpu":
         torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ STEPS = 12
 
 
 def prepare(context: Context) -> None:
-    """The data: minutes of a CPU's time would be the device's otherwise."""
+    """The data, prepared early: otherwise the device waits minutes for the CPU."""
     sizes = context.sizes
     config, _ = ladder_row(sizes, sizes.run_row)
     data = context.directory / "data"

@@ -28,13 +28,13 @@ RATE = 1e-4
 PLAIN, FUSED = "train.fused_kernels=torch", "train.fused_kernels=auto"
 VARIANTS = {  # compilers come last: they may use up the time
     "eager": (PLAIN, "dense.compile=false"),
-    "Triton": (FUSED, "dense.compile=false"),  # the kernels of models/fused_fm.py: no prediction is made of them
+    "Triton": (FUSED, "dense.compile=false"),  # the kernels of models/fused_fm.py, which have no prediction
     "compiled": (PLAIN, "dense.compile=true"),
 }
 
 
 def run_mfu(context: Context) -> None:
-    """MFU of forward, backward and DeepSpeed's step; embeddings are random numbers that are there already."""
+    """MFU of forward, backward and DeepSpeed's step; embeddings are existing random numbers."""
     failed = []
     for variant in VARIANTS if context.sizes.compiled else ("eager",):
         for row, examples in context.sizes.ladder:
@@ -42,7 +42,7 @@ def run_mfu(context: Context) -> None:
             config, spec = ladder_row(context.sizes, row, *ALONE, *settings)
             try:
                 _measure_row(context, f"{row} {variant}", config, spec)
-            except Exception as error:  # out of memory, a compiler that fails: the other rows are worth having
+            except Exception as error:  # out of memory, a failing compiler: keep the other rows
                 failed.append(f"{row} {variant}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
                 context.emit(f"{row} {variant}", "failed")
             forget(context.device)

@@ -90,7 +90,7 @@ def run_parity(context: Context) -> None:
         limit = case.tolerance if case.tolerance > LIMIT else LIMIT
         try:
             losses = case_losses(path, [*case.numbers, *case.topology], len(reference))
-        except Exception as error:  # the others are worth having
+        except Exception as error:  # keep the others
             failed.append(f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             context.emit(case.name, "failed")
             _meet(context, case)
@@ -106,7 +106,7 @@ def _meet(context: Context, case: Case) -> None:
     """Go on with the next case when the other rank does, whether it failed as well or not.
 
     Raises:
-        RuntimeError: it does not come: it waits in an operation for this rank, or is gone.
+        RuntimeError: it does not arrive: it waits in an operation for this rank, or is gone.
     """
     if case.ranks == 1:
         return
@@ -115,8 +115,8 @@ def _meet(context: Context, case: Case) -> None:
     try:
         store.wait([f"{case.name}/{rank}" for rank in range(case.ranks)], timedelta(seconds=10))
     except RuntimeError:
-        said = f"{case.name}: the other rank is not done with it"
-        raise RuntimeError(said) from None
+        message = f"{case.name}: the other rank is not done with it"
+        raise RuntimeError(message) from None
 
 
 def run_ranks(context: Context) -> None:
@@ -162,7 +162,7 @@ def _repeat(context: Context, deterministic: bool) -> None:
 
 
 def _tensor_files(output: Path, step: int) -> dict[str, bytes]:
-    """What the checkpoint of a step holds, by file."""
+    """The content of a step's checkpoint, by file."""
     directories = [
         path for path in (output / "checkpoints").iterdir() if path.is_dir() and path.name.endswith(str(step))
     ]

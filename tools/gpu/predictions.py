@@ -1,4 +1,4 @@
-"""What is expected on one H200, worked out before anything runs there: by part and row, in the words of the parts."""
+"""Predictions for one H200, made before anything runs there: by part and row, with the names of the parts."""
 
 import torch
 
@@ -18,7 +18,7 @@ CEILINGS = {
     "pinned copy to the host": "50 GB/s",
     "to start an operation": "6 us",
 }
-EVERY_ROW = {  # of a part, where all of its rows are expected to be alike
+EVERY_ROW = {  # of a part, where all of its rows have the same prediction
     "parity": f"<= {LIMIT:g}, in bf16 {BF16_TOLERANCE:g}",
     "two ranks": f"<= {LIMIT:g}",
     "repeatability": "some may differ",
@@ -28,7 +28,7 @@ TABLES = {"triton: lookup, of a copy's rate": ">= 70 %", "triton: update, of a c
 
 
 def predictions(size: str) -> dict[str, dict[str, str]]:
-    """By part, by what a row is called ("" stands for all others of the part, "... what" for those that end so)."""
+    """By part, by the name of a row ("" for all others of the part, "... what" for names with that end)."""
     sizes = SIZES[size]
     made = {name: {"": text} for name, text in EVERY_ROW.items()}
     made["ceilings"] = CEILINGS

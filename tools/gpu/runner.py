@@ -1,4 +1,4 @@
-"""Runs the parts, each in processes of its own that are cut off when their time is over, and tells what they found.
+"""Runs the parts, each in processes of its own that are cut off when their time is over, and reports what they found.
 
 A part's processes start, import and prepare while the part before them runs, and wait for a file called `go`. On a CPU
 they are forks, which cost nothing; a fork cannot use CUDA.
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from megarec.files import parse_json
 
 TOOL = Path(__file__).resolve().parents[1] / "gpu_check.py"
-PREPARING = 180.0  # seconds that a part may import and prepare before it is its turn, at most
+PREPARING = 180.0  # seconds that a part may import and prepare before its turn, at most
 STEP = 0.02
 
 
@@ -95,7 +95,7 @@ class Started:
         if failure is None and cut:
             failure = {"failed": f"cut off after {seconds:.0f} s"}
         if failure is None and not all((self.directory / f"{rank}/done").exists() for rank in range(self.part.ranks)):
-            failure = {"failed": f"a process died without a word{self._codes()}"}
+            failure = {"failed": f"a process died without a result{self._codes()}"}
         return {"rows": found, "seconds": time.monotonic() - started, **(failure or {})}
 
     def _said(self, rank: int) -> dict[str, Any] | None:
@@ -110,7 +110,7 @@ class Started:
         return f" (exit code {', '.join(map(str, codes))})" if codes else ""
 
     def stop(self) -> None:
-        """End them, and whatever they started."""
+        """End them, and all their descendants."""
         for process in self._processes:
             if _code(process) is None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -149,7 +149,7 @@ def serve(words: Sequence[str]) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process, and what it has started, once the check is gone: killed, it can end nothing itself."""
+    """End this process and its descendants once the check is gone: a killed check cannot end them itself."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os.killpg(0, signal.SIGKILL)
@@ -189,11 +189,11 @@ def run_parts(
     most: float,
     keep: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
-    """All parts, one after the other; what failed is in the answer, as `failed`, and ends nothing else.
+    """All parts, one after the other; failures are in the result, as `failed`, and end nothing else.
 
     Args:
-        most: seconds for all of them; what then has not begun is left out, and said to be.
-        keep: takes what was found so far, after every part.
+        most: seconds for all of them; parts that have not begun by then are left out and reported.
+        keep: takes the results so far, after every part.
     """
     end = time.monotonic() + most
     found: dict[str, Any] = {}
@@ -217,13 +217,13 @@ def run_parts(
             keep({"predictions": predicted, "parts": found})
             print(f"{part.name}: {found[part.name].get('failed', 'done')}", file=sys.stderr, flush=True)
     finally:
-        for started in coming:  # the one that runs as well, where Ctrl-C ends the check
+        for started in coming:  # also the one that runs, if Ctrl-C ends the check
             started.stop()
     return {"predictions": predicted, "parts": found}
 
 
 def expected(predictions: dict[str, dict[str, str]], part: str, what: str) -> str:
-    """What was predicted for a row; "" where nothing was."""
+    """The prediction for a row; "" if there is none."""
     of_part = predictions.get(part, {})
     ending = (text for name, text in of_part.items() if name.startswith("... ") and what.endswith(name[4:]))
     return of_part.get(what) or next(ending, of_part.get("", ""))

@@ -33,7 +33,7 @@ def run(context: Context) -> None:
                 name = f"{case.tables} x {case.rows:,} x {case.columns} {spread}, {backend}"
                 try:
                     _measure(context, name, case, batch, backend, touched, rate)
-                except Exception as error:  # the other backends are worth having
+                except Exception as error:  # keep the other backends
                     failed.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
                     context.emit(name, "failed")
                 forget(device)
@@ -74,7 +74,7 @@ def _batch(case: TableCase, spread: str) -> Batch:
     def ids() -> Tensor:
         if spread == "uniform":
             return torch.from_numpy(random.integers(0, case.rows, case.batch))
-        drawn = random.zipf(ZIPF, case.batch).astype(np.uint64)  # hashed: what is frequent lies anywhere
+        drawn = random.zipf(ZIPF, case.batch).astype(np.uint64)  # hashed: frequent rows lie anywhere
         return torch.from_numpy((drawn * np.uint64(0x9E3779B1) % np.uint64(case.rows)).astype(np.int64))
 
     features = {f"feature_{index}": Ids(ids()) for index in range(case.tables)}

@@ -61,7 +61,7 @@ def batches(
         with pq.ParquetFile(path) as file:
             check(file.schema_arrow.names)
             for batch in file.iter_batches(BATCH_ROWS, groups, columns=used, use_threads=False):
-                batch.validate(full=True)  # text that is no UTF-8, which nothing else would name
+                batch.validate(full=True)  # text that is not UTF-8, which nothing else would report
                 yield batch
         return
     with pa.memory_map(str(path)) as source:
@@ -70,7 +70,7 @@ def batches(
             check(reader.schema.names)
             for batch in map(reader.get_batch, groups) if groups is not None else reader:
                 chosen = batch.select(used)
-                chosen.validate(full=True)  # what lies in the file is used as it is: a wrong offset would crash
+                chosen.validate(full=True)  # the file's offsets are used unchecked: a wrong one would crash
                 for start in range(0, len(chosen), BATCH_ROWS):
                     yield chosen.slice(start, BATCH_ROWS)
 
@@ -121,7 +121,7 @@ def _is_file(path: Path) -> bool:
         file.seek(max(0, path.stat().st_size - len(_END_OF_STREAM)))
         end = file.read()
     if begin.startswith(b"FEA1"):
-        raise UserError(f"{path}: is Feather of version 1, expected Arrow's file or stream; write it anew with pyarrow")
+        raise UserError(f"{path}: is Feather of version 1, expected Arrow's file or stream; rewrite it with pyarrow")
     if begin == _MAGIC and not end.endswith(_MAGIC):
         raise UserError(f"{path}: cannot be read: it ends before its last bytes: was it written to its end?")
     if begin == _MAGIC:

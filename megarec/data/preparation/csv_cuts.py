@@ -1,10 +1,10 @@
 """Where rows of a CSV file start, so that several processes can read it: one pass at the speed of memory.
 
-A line end in quotes ends no row, and a part of a file does not say whether it begins in quotes. Counting does: every
-second quote ends what the one before began, if quotes stand as RFC 4180 has them. One that begins a value follows a
-delimiter or a line end, one that ends a value has one after it, and one in a value is doubled, which counts as an end
-and a beginning. Each quote of the file is looked at. From the first on that stands elsewhere (a quote within a value
-that does not begin with one is a character) nothing is cut: what is left is read by one process, as it stands.
+A line end in quotes does not end a row, and a part of a file does not show whether it begins in quotes. Counting does:
+every second quote ends what the one before began, if quotes stand as RFC 4180 has them. One that begins a value follows
+a delimiter or a line end, one that ends a value has one after it, and one in a value is doubled, which counts as an end
+and a beginning. Every quote is checked. From the first one elsewhere (a quote within a value that does not begin with
+one is a character) nothing is cut: one process reads the rest.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ Places = NDArray[np.int64]
 
 
 def row_starts(file: BinaryIO, size: int, delimiter: str, every: int) -> list[int]:
-    """Bytes of a CSV file at which a row starts, about every so many bytes; none where lines end in no line feed.
+    """Offsets in a CSV file at which a row starts, about evenly spaced; none if lines do not end in a line feed.
 
     Args:
         file: at the first byte of its rows, behind a byte-order mark.
@@ -39,7 +39,7 @@ def row_starts(file: BinaryIO, size: int, delimiter: str, every: int) -> list[in
 
 
 def end_of_rows(block: bytes, delimiter: str, end_of_row: bytes, last: bool) -> int | None:
-    """Where the last whole row of a block ends, which begins with a row; None: quotes do not say it.
+    """Where the last whole row of a block ends, which begins with a row; None: quotes do not show it.
 
     Args:
         last: nothing follows, so that the end of the block is one of a row, but in quotes.
@@ -68,7 +68,7 @@ def _blocks(file: BinaryIO, start: int, delimiter: str) -> Iterator[tuple[int, b
 
 
 def _quotes(before: bytes, block: bytes, after: bytes, inside: bool, delimiter: str) -> Places | None:
-    """Where the quotes of a block are; None: one stands where RFC 4180 has none.
+    """Where the quotes of a block are; None: one is where RFC 4180 has none.
 
     Args:
         before, after: the byte on either side.

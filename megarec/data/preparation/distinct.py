@@ -17,7 +17,7 @@ _HALF = np.uint32(1 << 31)
 
 
 def places_of(values: pa.Array) -> tuple[pa.Array, Places, NDArray[np.int32]]:
-    """(the distinct values in their order, the place of each value among them, how often each is there).
+    """(the sorted distinct values, the index of each value among them, their counts).
 
     A missing value has the place after the last. Places are of the smallest kind that holds them.
     """
@@ -65,7 +65,7 @@ def order_of(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def first_and_counts(ordered: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of numbers in their order: where each distinct one comes first, and how often it is there."""
+    """For sorted numbers: the first index of each distinct one, and its count."""
     starts = np.flatnonzero(_first_of_each(ordered))
     return starts, np.diff(starts, append=len(ordered))
 
@@ -93,7 +93,7 @@ def _radix_sorted(numbers: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64
 
 
 def _first_of_each(ordered: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Of numbers in their order, which are not the one before."""
+    """For sorted numbers, which differ from the one before."""
     first = np.ones(len(ordered), bool)
     np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
     return first

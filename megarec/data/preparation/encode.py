@@ -81,7 +81,7 @@ class Encoder:
     done: Path
 
     def __call__(self, shard: Shard) -> dict[str, int]:
-        """Write a shard; one that lies there already is not written again.
+        """Write a shard; an existing one is not written again.
 
         Returns:
             By feature, ids that are not row 0.
@@ -138,7 +138,7 @@ def _encoded(places: pa.Array, row_of: NDArray[np.int64], spec: TableSpec, name:
 
 
 def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in tables of ROWS_PER_GROUP, but for the last."""
+    """The same rows in tables of ROWS_PER_GROUP, except the last."""
     waiting: list[pa.Table] = []
     count = 0
     for table in tables:

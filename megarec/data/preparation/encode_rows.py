@@ -1,4 +1,4 @@
-"""Rows that are at hand -> what the shards of a prepared data set have for them, by that data set alone."""
+"""Rows in memory -> the columns of a prepared data set's shards, by that data set alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ RowsOf = Callable[[pa.Array], NDArray[np.int64]]
 
 
 class RowEncoder:
-    """Encodes a few rows by the rules of files: to the bit what `prepare_data.py table --like` writes of them.
+    """Encodes a few rows by the rules of files: bit for bit what `prepare_data.py table --like` writes.
 
     Args:
         directory: a prepared data set; its vocabularies are held in memory.
@@ -47,10 +47,11 @@ class RowEncoder:
         }
 
     def encode(self, rows: Sequence[Row]) -> pa.Table:
-        """The columns of shards, but for labels, weight, group and time.
+        """The columns of shards, without labels, weight, group and time.
 
         Args:
-            rows: by column of the files, values as text, numbers, lists or None; those that are no features may lack.
+            rows: by column of the files, values as text, numbers, lists or None; those that are not features may be
+                missing.
 
         Raises:
             UserError: names the row (from 0) and the column, the value seen and what was expected.
@@ -69,8 +70,8 @@ class RowEncoder:
                     raise UserError(f"row {number}: column {name!r} is missing; {did_you_mean(name, row)}")
             for name in row:
                 if name not in self._declared:
-                    told = did_you_mean(name, self._declared)
-                    raise UserError(f"row {number}: column {name!r} is not declared; {told}")
+                    hint = did_you_mean(name, self._declared)
+                    raise UserError(f"row {number}: column {name!r} is not declared; {hint}")
 
     def _encode(self, rows: Sequence[Row], first: int) -> pa.Table:
         used = [name for name, column in self._read.columns.items() if column.type != "ignored"]

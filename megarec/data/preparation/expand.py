@@ -24,7 +24,7 @@ def expand(part: Part, spec: TableSpec, bad: list[BadRow]) -> Iterator[Part]:
     """The rows of a part with the features of a spec in place of its columns, in parts of bounded size.
 
     Args:
-        bad: takes rows whose columns cannot be parted.
+        bad: takes rows whose columns cannot be split.
 
     Raises:
         UserError: a column is of a type that does not fit.
@@ -83,7 +83,7 @@ def _numbers(part: Part, name: str, column: Vector) -> list[pa.Array]:
         matrix = np.full((len(lists), column.length), np.nan)
         matrix[there] = numbers.to_numpy(zero_copy_only=False).reshape(len(there), column.length)
         return [pa.array(values) for values in np.ascontiguousarray(matrix.T)]
-    except pa.ArrowInvalid:  # some text is no number: which one, the rule of each feature says
+    except pa.ArrowInvalid:  # some text is not a number: the rule of each feature says which
         starts = pa.array(places * column.length, mask=places < 0)
         return [elements.take(pc.add(starts, place)) for place in range(column.length)]
     except pa.ArrowNotImplementedError as error:

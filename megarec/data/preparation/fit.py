@@ -1,4 +1,4 @@
-"""What the training split decides beside vocabularies: quantiles, means and deviations;
+"""What the training split decides besides vocabularies: quantiles, means and deviations;
 and where time cuts splits.
 
 Quantiles are exact: they come from the sorted runs of the pieces, a range of values at a time, as vocabularies do.
@@ -42,16 +42,17 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """The work of one column: where to cut its numbers into so many buckets."""
+    """The work of one column: where to cut its numbers into buckets."""
 
     numbers: Numbers
     buckets: int
 
 
 def quantiles(task: Quantiles) -> list[float]:
-    """Boundaries that cut the numbers into buckets as equal as numbers that are there often let them be.
+    """Boundaries that cut the numbers into buckets as equal as repeated numbers allow.
 
-    Of n sorted numbers (from 0) boundary k of b buckets is number floor(k n / b); what parts nothing is left out.
+    Of n sorted numbers (from 0) boundary k of b buckets is number floor(k n / b); one that separates nothing is left
+    out.
     """
     total = task.numbers.total
     wanted = [k * total // task.buckets for k in range(1, task.buckets)] if total else []
@@ -83,9 +84,9 @@ def cuts_of(times: Numbers, fractions: tuple[float, float, float]) -> tuple[floa
 
 
 def mean_and_deviation(pieces: Iterable[Piece], name: str) -> tuple[float, float]:
-    """Of the numbers of a column that are there; the deviation of numbers that are all alike is 1.
+    """For a column's numbers, without missing ones; the deviation of equal numbers is 1.
 
-    Two samples join as Chan, Golub and LeVeque (1979) say, so that no large sums cancel.
+    Two samples are merged as in Chan, Golub and LeVeque (1979), so that no large sums cancel.
     """
     count, mean, squares = 0.0, 0.0, 0.0
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""What a file's name says of its format, and its text as UTF-8: compression and other encodings are undone here."""
+"""A file's format by its name, and its text as UTF-8: compression and other encodings are undone here."""
 
 import codecs
 import contextlib
@@ -40,7 +40,7 @@ def kind_of(path: Path, delimiter: str | None = None) -> Kind:
         delimiter: of text, where the spec says it; a file of any other name is text then.
 
     Raises:
-        UserError: no suffix of a file that can be read; says what to do.
+        UserError: the suffix is not of a file that can be read; with the remedy.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compression = _COMPRESSIONS.get(suffixes[-1]) if suffixes else None
@@ -52,7 +52,7 @@ def kind_of(path: Path, delimiter: str | None = None) -> Kind:
         return Kind("parquet" if suffix == ".parquet" else "arrow", suffix, None)
     if suffix in DELIMITERS or (delimiter is not None and suffix != ".parquet" and suffix not in _ARROW):
         return Kind("text", suffix, compression)
-    remedy = "convert it, or decompress it; of text in files of other names the spec says the delimiter"
+    remedy = "convert it, or decompress it; for text with other suffixes, state the delimiter in the spec"
     if suffix == ".parquet" or suffix in _ARROW:
         remedy = "decompress it (these formats compress by themselves)"
     expected = "expected .csv, .tsv, .txt, .jsonl, .ndjson or .json (also with .gz or .zst), .parquet, .arrow, .feather"
@@ -73,7 +73,7 @@ def check_encoding(encoding: str) -> str:
     try:
         codecs.getincrementaldecoder(encoding)("surrogateescape").decode("".encode(encoding), True)
     except (LookupError, ValueError, TypeError):
-        raise ValueError(f"{encoding!r} is no encoding of text; such are 'utf-8', 'latin-1', 'utf-16'") from None
+        raise ValueError(f"{encoding!r} is not a text encoding; examples are 'utf-8', 'latin-1', 'utf-16'") from None
     return encoding
 
 
@@ -81,7 +81,7 @@ def check_encoding(encoding: str) -> str:
 def open_text(path: Path, compression: str | None, encoding: str, start: int = 0) -> Iterator[BinaryIO]:
     """The text of a file as UTF-8, from a byte on; only `read` is there.
 
-    A byte that is no character of the encoding stays as it is, which is not UTF-8 then.
+    A byte that is not a character of the encoding stays as it is, and is then not UTF-8.
 
     Raises:
         UserError: damaged compression.

@@ -1,7 +1,7 @@
 """What Hugging Face `datasets` opens, a local directory or a name on the hub, streamed: shard by shard, in batches.
 
-A shard (mostly a file) is a unit of work. What is on the hub or in the directory is told apart by the versions of its
-files, so that a preparation that was stopped goes on only if they are the same.
+A shard (mostly a file) is a unit of work. Data on the hub or in the directory are identified by the versions of their
+files, so that a stopped preparation goes on only if they are the same.
 """
 
 import contextlib
@@ -116,7 +116,7 @@ def splits_of(name: str, config: str | None) -> list[str]:
 
 
 def same_splits(name: str, config: str | None) -> dict[str, list[str]]:
-    """The splits of a data set that are called train, valid (or validation, dev) and test, by what they are here.
+    """The splits of a data set called train, valid (or validation, dev) and test, by their names here.
 
     Raises:
         UserError: one of them is not there.
@@ -127,8 +127,8 @@ def same_splits(name: str, config: str | None) -> dict[str, list[str]]:
         there = [called for called in names if called in known]
         if not there:
             raise UserError(
-                f"{name} has no split {split!r}, only: {', '.join(known)}; say which are --train, --valid and --test, "
-                "or --data SPLIT, to be split"
+                f"{name} has no split {split!r}, only: {', '.join(known)}; choose them by --train, --valid and "
+                "--test, or split one by --data SPLIT"
             )
         found[split] = there[:1]
     return found
@@ -148,7 +148,7 @@ def split_of(name: str, config: str | None, split: str, option: str) -> HubSplit
 
 @contextlib.contextmanager
 def opened(named: str) -> Iterator[None]:
-    """Inside, whatever `datasets` cannot do is a `UserError` that names the data set, and nothing else is printed."""
+    """Inside, any error of `datasets` is a `UserError` that names the data set, and nothing else is printed."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -157,10 +157,10 @@ def opened(named: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # builders raise of every kind
+    except Exception as error:  # builders raise all kinds of errors
         cause = error.__cause__ or error
-        told = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise UserError(f"{named}: datasets cannot read it: {told}") from error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise UserError(f"{named}: datasets cannot read it: {reason}") from error
 
 
 def _is_saved(name: str) -> bool:

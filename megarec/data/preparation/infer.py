@@ -1,4 +1,4 @@
-"""A first spec of people's own files, from a sample of their rows: to be edited, each choice with its reason."""
+"""A first spec of users' own files, from a sample of their rows: to be edited, each choice with its reason."""
 
 import codecs
 import json
@@ -35,8 +35,8 @@ class Guess:
     """What a column may be.
 
     Attributes:
-        column: as it stands in the spec.
-        reason: what of the sample speaks for it.
+        column: as in the spec.
+        reason: why, from the sample.
         distinct: different values of the sample.
         missing: share of the rows without a value.
     """
@@ -67,10 +67,10 @@ def infer(path: Path, target: Path) -> Guesses:
 
     Args:
         path: a file as `table` reads; text of another name has the delimiter that most of its lines agree on.
-        target: where the spec shall lie.
+        target: where to write the spec.
 
     Raises:
-        UserError: the file cannot be read or has no rows, no column may be the label, or `target` is there.
+        UserError: the file cannot be read or has no rows, no column can be the label, or `target` exists.
     """
     check_new(target)
     keys, sample = _sample(path)
@@ -78,17 +78,17 @@ def infer(path: Path, target: Path) -> Guesses:
 
 
 def check_new(target: Path) -> None:
-    """Refuse a spec that is there.
+    """Refuse a spec that exists.
 
     Raises:
         UserError: with the remedy.
     """
     if target.exists():
-        raise UserError(f"--schema {target}: is there already; --infer writes a new file: choose another name")
+        raise UserError(f"--schema {target}: exists already; --infer writes a new file: choose another name")
 
 
 def infer_from(named: str, name: str, keys: Keys, sample: pa.RecordBatch, target: Path) -> Guesses:
-    """`infer`, of rows that are at hand; `named` is how messages call them."""
+    """`infer`, for rows in memory; `named` is their name in messages."""
     if not len(sample):
         raise UserError(f"{named}: no rows to infer from")
     columns = {column: _plain(sample.column(column)) for column in sample.schema.names}
@@ -113,8 +113,8 @@ def infer_from(named: str, name: str, keys: Keys, sample: pa.RecordBatch, target
     return Guesses(len(sample), keys, guesses)
 
 
-def told(guesses: Guesses, named: str, target: Path) -> str:
-    """What a first spec says, each choice with its reason, for people."""
+def in_words(guesses: Guesses, named: str, target: Path) -> str:
+    """A first spec as text, each choice with its reason."""
     lines = [f"  {key}: {json.dumps(value)}: {reason}" for key, (value, reason) in guesses.keys.items()]
     shown = {g.name: g.name if g.name.isprintable() else repr(g.name) for g in guesses.columns}
     width = max(map(len, [*shown.values(), "column"]))
@@ -140,16 +140,16 @@ def _sample(path: Path) -> tuple[Keys, pa.RecordBatch]:
         keys: Keys = {}
         if (encoding := _encoding(path, kind.compression)) is not None:
             keys["encoding"] = encoding
-        said = TextFile(path, "\t", ["x"], kind.compression, keys.get("encoding", (UTF_8,))[0])
+        file = TextFile(path, "\t", ["x"], kind.compression, keys.get("encoding", (UTF_8,))[0])
         if kind.format == "json":
-            for _, block in islice(said.blocks(lambda names: None), 1):
-                return keys, json_lines.sample(said, block, SAMPLE_ROWS)
+            for _, block in islice(file.blocks(lambda names: None), 1):
+                return keys, json_lines.sample(file, block, SAMPLE_ROWS)
             raise UserError(f"{path}: no rows to infer from")
         usual = DELIMITERS.get(kind.suffix)
-        delimiter = _delimiter(said, usual, sure=kind.suffix != ".txt")
+        delimiter = _delimiter(file, usual, sure=kind.suffix != ".txt")
         if delimiter != usual:
-            keys["delimiter"] = delimiter, "stands equally often in all of the first lines"
-        text = replace(said, delimiter=delimiter, names=None)
+            keys["delimiter"] = delimiter, "appears equally often in all of the first lines"
+        text = replace(file, delimiter=delimiter, names=None)
         for names, block in islice(text.blocks(lambda names: None), 1):
             if len(set(names)) == len(names) and not any(_is_number(name) or not name for name in names):
                 return keys, text.rows(block, names, names).table.slice(0, SAMPLE_ROWS)
@@ -191,7 +191,7 @@ def _delimiter(text: TextFile, usual: str | None, sure: bool) -> str:
                 return delimiter
     if sure and usual is not None:
         return usual  # one column
-    raise UserError(f"{text.path}: no tab, comma, semicolon or bar stands equally often in all of its first lines")
+    raise UserError(f"{text.path}: no tab, comma, semicolon or bar appears equally often in all of its first lines")
 
 
 def _plain(values: pa.Array) -> pa.Array:
@@ -237,7 +237,7 @@ def _label(named: str, columns: dict[str, pa.Array]) -> str:
     both = [name for name, values in columns.items() if _zero_or_one(values)]
     called = [name for name in both if name.lower() in LABELS]
     if not both:
-        raise UserError(f"{named}: no column of the sample has 0 and 1 alone, so that none can be the label")
+        raise UserError(f"{named}: no column of the sample has only 0 and 1, so none can be the label")
     return called[0] if called else both[0] if next(iter(columns)) == both[0] else both[-1]
 
 
@@ -252,7 +252,7 @@ def _guess(name: str, values: pa.Array, label: bool) -> Guess:
     kind = values.type
     missing = values.null_count / len(values)
     if not len(present):
-        return Guess(name, {"type": "ignored"}, "nothing but missing values", 0, missing)
+        return Guess(name, {"type": "ignored"}, "only missing values", 0, missing)
     if _is_list(values):
         return Guess(name, *_list_guess(present), missing)
     if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -260,10 +260,10 @@ def _guess(name: str, values: pa.Array, label: bool) -> Guess:
     text = present.cast(pa.string())
     distinct = pc.unique(text)
     if label:
-        why = "0 and 1 alone" + (", and its name" if name.lower() in LABELS else "")
+        why = "only 0 and 1" + (", and its name" if name.lower() in LABELS else "")
         return Guess(name, {"type": "label"}, why, len(distinct), missing)
     if pa.types.is_timestamp(kind) or pa.types.is_time(kind) or pa.types.is_duration(kind):
-        why = f"is {kind}: store what the model shall see, as the hour, as a number"
+        why = f"is {kind}: store what the model should see, such as the hour, as a number"
         return Guess(name, {"type": "ignored"}, why, len(distinct), missing)
     column, why = _scalar_guess(name, text, distinct, missing > 0)
     return Guess(name, column, why, len(distinct), missing)
@@ -303,7 +303,7 @@ def _scalar_guess(name: str, text: pa.Array, distinct: pa.Array, missing: bool) 
             elements = pc.unique(pc.list_flatten(parts))
             if _all_match(elements, _NUMBER) and not _all_match(elements, _WHOLE):
                 column = {"type": "vector", "length": length, "separator": separator}
-                return column, f"{length} numbers each, parted by {separator!r}"
+                return column, f"{length} numbers each, separated by {separator!r}"
     for separator in _SEPARATORS:
         share = pc.mean(pc.match_substring(text, separator).cast(pa.float64())).as_py()
         words = pc.unique(pc.list_flatten(pc.split_pattern(text, separator)))
@@ -311,7 +311,7 @@ def _scalar_guess(name: str, text: pa.Array, distinct: pa.Array, missing: bool) 
             column = {"type": "multi_valued", "separator": separator}
             return column, f"{share:.0%} have {separator!r}, {len(words):,} distinct parts"
     if len(distinct) > 0.9 * len(text) and len(text) > 1000:
-        return {"type": "ignored"}, "text that hardly ever comes twice"
+        return {"type": "ignored"}, "text that hardly ever repeats"
     return {"type": "categorical"}, "text"
 
 
@@ -319,12 +319,12 @@ def _all_match(distinct: pa.Array, pattern: str) -> bool:
     return bool(pc.all(pc.match_substring_regex(distinct, pattern)).as_py())
 
 
-def _numeric(text: pa.Array, told: str, missing: bool) -> tuple[dict[str, Any], str]:
+def _numeric(text: pa.Array, reason: str, missing: bool) -> tuple[dict[str, Any], str]:
     numbers = text.cast(pa.float64()).to_numpy()
     column: dict[str, Any] = {"type": "numeric"}
     if np.abs(numbers).max() > 100 * max(np.median(np.abs(numbers)), 1):
         column["log"] = True
-        told += ", the largest far above the median"
+        reason += ", the largest far above the median"
     if missing:
         column["missing"] = 0.0
-    return column, told
+    return column, reason

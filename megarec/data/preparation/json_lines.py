@@ -1,7 +1,7 @@
 """JSON lines: one object a line, whose keys are the columns.
 
-A number is the text that stands in the file, so that `7.0` or an integer of any size is what it would be in CSV; true
-and false are such words, and null is missing. A row that is no JSON by the letter (NaN, a key twice) is a bad one, and
+A number is its text in the file, so that `7.0` or an integer of any size is what it would be in CSV; true
+and false are text too, and null is missing. A row that is not strict JSON (NaN, a key twice) is a bad one, and
 so is one that lacks a column: what is missing is written as null.
 """
 
@@ -24,18 +24,18 @@ _TEXT = {str, type(None)}
 
 
 class _Refused(Exception):
-    """(reason, what was found and expected) of a line that is no row."""
+    """(reason, what was found and expected) of a line that is not a row."""
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise _Refused("not JSON", f"{text} is no JSON; where a value is missing, write null")
+    raise _Refused("not JSON", f"{text} is not JSON; where a value is missing, write null")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _Refused("duplicate key", f"the key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+        raise _Refused("duplicate key", f"the key {next(n for n in names if names.count(n) > 1)!r} appears twice")
     return found
 
 
@@ -65,7 +65,7 @@ def object_of(file: TextFile, line: bytes) -> dict[str, Any]:
     """The object that a line is; numbers as text.
 
     Raises:
-        _Refused: it is none.
+        _Refused: it is not an object.
     """
     try:
         found = _DECODER.decode(line.decode())
@@ -74,11 +74,11 @@ def object_of(file: TextFile, line: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise _Refused("not JSON", f"{shown(line)}: {error.msg} at character {error.pos}") from None
     except RecursionError:
-        raise _Refused("not JSON", f"{shown(line)}: objects or lists lie too deep in one another") from None
+        raise _Refused("not JSON", f"{shown(line)}: objects or lists are nested too deeply") from None
     if not isinstance(found, dict):
         raise _Refused("not an object", f"{shown(line)}, expected an object: {{...}}")
     if _SURROGATE.search(line) and not is_text(json.dumps(found, ensure_ascii=False).encode(errors="surrogatepass")):
-        raise _Refused("not UTF-8", f"{shown(line)}: half of a pair of surrogates is no character")
+        raise _Refused("not UTF-8", f"{shown(line)}: half of a pair of surrogates is not a character")
     return found
 
 
@@ -137,7 +137,7 @@ class JsonRows:
                 raise _Refused("missing key", f"the key {name!r} is missing; where a value is missing, write null")
 
     def _value(self, name: str, value: Any) -> Any:
-        """What is no text as text, or as a list of text."""
+        """Values other than text as text, or as a list of text."""
         if value is None:
             return None
         if isinstance(value, bool):
@@ -153,7 +153,7 @@ class JsonRows:
         if isinstance(value, str):
             return value
         if isinstance(value, list | dict):
-            raise _Refused(name, f"{name}: {_written(value)} stands in the list, expected values alone")
+            raise _Refused(name, f"{name}: {_written(value)} is in the list, expected only values")
         return self._value(name, value)
 
     def _column(self, name: str, values: list[Any]) -> pa.Array:
@@ -177,14 +177,14 @@ def sample(file: TextFile, block: bytes, rows: int) -> pa.RecordBatch:
     lines = lines_of(block)[:rows]
     check_lines(file, lines)
     found: list[dict[str, Any]] = []
-    told = "no rows to infer from"
+    problem = "no rows to infer from"
     for line in lines:
         try:
             found.append(object_of(file, line))
         except _Refused as refused:
-            told = refused.args[1]
+            problem = refused.args[1]
     if not found:
-        raise UserError(f"{file.path}: {told}")
+        raise UserError(f"{file.path}: {problem}")
     names = dict.fromkeys(name for row in found for name in row)
     return pa.RecordBatch.from_arrays(
         [_guessed(file.path, name, [row.get(name) for row in found]) for name in names], names=list(names)

@@ -1,4 +1,4 @@
-"""What a prepared data set keeps of how it was made, so that other rows become numbers by it alone.
+"""What a prepared data set keeps of its rules, so that it alone suffices to encode other rows.
 
 spec.json beside schema.json has the whole spec (types, transforms, hashing, missing rules); vocabularies lie in
 vocabulary/. `prepare_data.py table --like DATA` (prepare.py) and `RowEncoder` (encode_rows.py) need nothing else.
@@ -20,7 +20,7 @@ from megarec.errors import UserError
 from megarec.files import read_object
 
 SPEC_FILE = "spec.json"
-_FEW = 8  # boundaries that an identity names one by one
+_FEW = 8  # boundaries that an identity lists one by one
 
 
 class Fitted(BaseModel):
@@ -75,7 +75,7 @@ class KeptSpec(BaseModel):
                     mean, deviation = self.fitted.moments[name]
                     found[name] = f"({transform} - {mean!r}) / {deviation!r}{found[name].removeprefix(transform)}"
             elif isinstance(column, Bucketised):
-                found[name] = f"buckets cut at {_told(self.fitted.boundaries[name])}"
+                found[name] = f"buckets cut at {_in_words(self.fitted.boundaries[name])}"
         return found
 
     def data_schema(
@@ -126,7 +126,7 @@ class KeptSpec(BaseModel):
         )
 
 
-def _told(boundaries: list[float]) -> str:
+def _in_words(boundaries: list[float]) -> str:
     """All of few, the digest of many."""
     if len(boundaries) <= _FEW:
         return str(boundaries)
@@ -147,13 +147,13 @@ def load_prepared(directory: Path) -> Prepared:
     """A prepared data set with what it keeps; its vocabularies are those that it was made with.
 
     Raises:
-        UserError: it is no data set, keeps no spec, or one of its files is damaged.
+        UserError: it is not a data set, keeps no spec, or one of its files is damaged.
     """
     schema = load_schema(directory)
     path = directory / SPEC_FILE
     if not path.is_file():
         raise UserError(
-            f"{directory} has no {SPEC_FILE}, so that its rules are not known: an earlier version made it, or another "
+            f"{directory} has no {SPEC_FILE}, so its rules are unknown: an earlier version made it, or another "
             "command than table and criteo; prepare its files again"
         )
     kept = read_kept(path)
@@ -173,7 +173,7 @@ def read_kept(path: Path) -> KeptSpec:
     """Read a spec.json.
 
     Raises:
-        UserError: it cannot be read, or is none.
+        UserError: it cannot be read, or is not a spec.
     """
     try:
         return KeptSpec.model_validate(read_object(path, "the spec that a data set keeps"))

@@ -2,8 +2,8 @@
 
 Every piece has its distinct values in their order (scan.py), so that a range of values is a slice of each. Ranges of
 about MERGE_VALUES values are merged one after the other; each gives a sorted run of kept values. The row of a value
-follows from how many values are more frequent, or as frequent and smaller: numbers of values by count say that without
-sorting all of them at once. What comes out depends on the values and counts alone, not on pieces or ranges.
+follows from how many values are more frequent, or as frequent and smaller: a histogram of counts gives that without
+sorting all of them at once. The result depends on the values and counts alone, not on pieces or ranges.
 """
 
 import json
@@ -90,7 +90,7 @@ def look_up_file(directory: Path, number: int) -> Path:
 
 
 def merge(directory: Path, data: Path, task: MergeTask) -> Table:
-    """Merge the values of one table; what lies there already is not merged again.
+    """Merge the values of one table; an existing result is not merged again.
 
     Args:
         directory: of look-up files.
@@ -157,7 +157,7 @@ def _count(task: MergeTask, target: Path) -> tuple[int, dict[int, int], int | No
 
 
 class _Sharing:
-    """Counts hashed values whose row is another's as well, by a byte a row; None where that were too many bytes."""
+    """Counts hashed values that share their row, by a byte a row; None where that would be too many bytes."""
 
     def __init__(self, hashing: Hashing | None) -> None:
         self._used = np.zeros(hashing.rows if hashing and hashing.rows <= _MOST_TALLIED else 0, np.uint8)
@@ -290,7 +290,7 @@ def _write_vocabulary(beside: Path, data: Path, name: str, kind: pa.DataType, va
         start = 1
         with (
             renamed_to(path, beside) as partial,
-            pq.ParquetWriter(partial, schema, use_dictionary=False) as writer,  # no value is there twice
+            pq.ParquetWriter(partial, schema, use_dictionary=False) as writer,  # no value appears twice
         ):
             for part in values:
                 numbers = np.arange(start, start + len(part), dtype=np.int64)

@@ -1,7 +1,8 @@
 """Arrow files between the phases of a preparation: written batch by batch, mapped, and their pages given back.
 
-A mapped page counts as memory of whoever touched it until it is given back. Counting and encoding go through files that
-together are as large as the input, so they give pages back after each range or piece: memory is then bounded by these.
+A mapped page counts as memory of the process that touched it until it is given back. Counting and encoding go through
+files that together are as large as the input, so they give pages back after each range or piece: memory is then bounded
+by these.
 """
 
 import ctypes
@@ -48,7 +49,7 @@ class Mapped:
 
     def release(self) -> None:
         """Give its pages back; they are read again when they are touched."""
-        # Of memory that is no file's, this would throw the content away.
+        # For memory without a file, this would discard the content.
         if self._mapped and self._bytes.size and self._bytes.address % mmap.PAGESIZE == 0 and (advise := _madvise()):
             advise(self._bytes.address, self._bytes.size, mmap.MADV_DONTNEED)
 

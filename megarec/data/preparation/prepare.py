@@ -1,4 +1,4 @@
-"""People's own files -> a prepared data set, in several processes and bounded memory.
+"""Users' own files -> a prepared data set, in several processes and bounded memory.
 
 Three phases of tasks, each a pure function of its input: units of the files become pieces (scan.py), the values of
 each table are merged into a vocabulary (merge.py), pieces become shards (encode.py). Tasks follow from the files and
@@ -40,7 +40,7 @@ from megarec.data.writing import check_output, publish, writable
 from megarec.errors import UserError
 from megarec.ray_cluster import RayCluster
 
-FORMAT = 5  # of pieces and look-ups: what another version left is not taken up
+FORMAT = 5  # of pieces and look-ups: leftovers of another version are not used
 Files = Mapping[str, list[Path] | list[HubSplit]]
 """By split, or "all", what is read."""
 QUARANTINE_FILE = "quarantine.csv"
@@ -49,13 +49,13 @@ _KINDS = {"string": pa.string(), "integer": pa.int64(), "hexadecimal": pa.int64(
 
 @dataclass(frozen=True)
 class MaxBad:
-    """How many rows may be bad: so many, or that share of all."""
+    """How many rows may be bad: a count, or a share of all."""
 
     count: int = 0
     share: float | None = None
 
     def check(self, bad: int, rows: int) -> bool:
-        """Whether so many bad rows, of so many, are within it."""
+        """Whether that many bad rows, out of all rows, are within it."""
         return bad <= self.count if self.share is None else bad <= self.share * rows
 
 
@@ -68,7 +68,7 @@ def prepare_table(
     max_bad: MaxBad = MaxBad(),
     shares: Division | None = None,
 ) -> Schema:
-    """Write people's own files as a prepared data set; the bytes depend on the files and the spec alone.
+    """Write users' own files as a prepared data set; the bytes depend on the files and the spec alone.
 
     Args:
         spec_file: JSON of a TableSpec.
@@ -96,7 +96,7 @@ def prepare_as(
 
     Args:
         like: that data set.
-        files: as of `prepare_table`; some of the splits will do, and no file needs a label.
+        files: as of `prepare_table`; one split is enough, and no file needs a label.
 
     Raises:
         UserError: as `prepare_table`, or `like` does not keep its spec.
@@ -115,7 +115,7 @@ def prepare_spec(
     max_bad: MaxBad,
     shares: Division | None = None,
 ) -> Schema:
-    """`prepare_table` or `prepare_as` of a spec that is at hand; `named` is how messages call it."""
+    """`prepare_table` or `prepare_as` for a spec in memory; `named` is its name in messages."""
     check_output(output)
     whole = spec
     paths = [(split, path) for split in (*SPLITS, "all") for path in files.get(split, ())]
@@ -220,7 +220,7 @@ class _Preparation:
         if isinstance(self.shares, ByTime):
             return f" and {split} got none: too few times differ"
         if isinstance(self.shares, ByColumn):
-            return f" and {split} got none: {self.spec.role('split')!r} says it nowhere"
+            return f" and {split} got none: {self.spec.role('split')!r} never names it"
         return "" if self.shares is None else f" and {split} got none by chance"
 
     def _placing(self) -> Placing | None:
@@ -283,14 +283,14 @@ class _Preparation:
         assert first is not None
         number, bad = first
         unit = self.units[number]
-        told = f"{unit.path}: row {self._before(number) + bad.row} ({unit.counted}): {bad.what}"
+        line = f"{unit.path}: row {self._before(number) + bad.row} ({unit.counted}): {bad.what}"
         if self.max_bad == MaxBad():
-            raise UserError(told)
+            raise UserError(line)
         most = self.max_bad.count if self.max_bad.share is None else f"{self.max_bad.share:.6g}"
         reasons = ", ".join(f"{count:,} for {reason}" for reason, count in sorted(self._reasons.items()))
         raise UserError(
             f"{self._reasons.total():,} of {sum(self._rows):,} rows read are bad ({reasons}), "
-            f"more than --max-bad {most} allows; the first: {told}"
+            f"more than --max-bad {most} allows; the first: {line}"
         )
 
     def _quarantine(self) -> None:

@@ -1,4 +1,4 @@
-"""Columns that are no features: the weight of a row, its group, its time, and the split that a column says."""
+"""Columns that are not features: the weight of a row, its group, its time, and its split."""
 
 import hashlib
 
@@ -45,7 +45,7 @@ def group_ids(part: Part, name: str, column: Group) -> NDArray[np.int64]:
 
 
 def times(part: Part, name: str) -> NDArray[np.float64]:
-    """The time of every row as float64 [n]: numbers as they stand, dates and times in seconds since 1970 (UTC)."""
+    """The time of every row as float64 [n]: numbers unchanged, dates and times in seconds since 1970 (UTC)."""
     values = plain(part, part.rows.column(name))
     if pa.types.is_string(values.type):
         found = _times_of_text(part, name, values)
@@ -79,7 +79,7 @@ def _times_of_text(part: Part, name: str, values: pa.Array) -> NDArray[np.float6
 
 
 def split_places(part: Part, name: str, column: SplitColumn) -> NDArray[np.int64]:
-    """Int64 [n], the place in SPLITS of the split that every row says it is of."""
+    """Int64 [n], the index in SPLITS of the split of every row."""
     values = id_values(part, name, Categorical(type="categorical"))
     texts = canonical_text(pa.array([*column.values], pa.string()))
     found = pc.index_in(values, value_set=texts)

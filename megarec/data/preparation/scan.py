@@ -2,7 +2,7 @@
 
 A piece is two Arrow files. `words` has, by feature, the piece's distinct values in their order, and how often each is
 there; `rows` has, row by row, the place of each value among them (the number of values where it is missing), and
-numbers and labels as they will be written, but for numbers that are standardised later. What follows (merge.py,
+numbers and labels as they will be written, except numbers that are standardised later. What follows (merge.py,
 encode.py) never sees text again: the vocabulary is merged from sorted runs, and encoding is one look-up a distinct
 value and one gather a row.
 """
@@ -58,7 +58,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Scanned:
-    """What became of a unit.
+    """The result of a unit.
 
     Attributes:
         rows: rows read, bad ones included.
@@ -91,8 +91,8 @@ def scan(
     """Read a unit into pieces: a pure function of the unit and the spec.
 
     Args:
-        directory: of pieces; a unit that lies there already is not read again.
-        most_bad: bad rows after which reading on is in vain; None: never.
+        directory: of pieces; a unit that is finished is not read again.
+        most_bad: bad rows after which reading stops; None: never.
         placing: how rows are split; None: all are of the unit's split.
         task: the number of the unit, and the unit.
 

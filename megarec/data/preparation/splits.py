@@ -1,4 +1,4 @@
-"""Which split a row of one input goes to: by chance, by time, or as a column says.
+"""Which split a row of one input goes to: at random, by time, or by a column.
 
 A split by time takes two passes: the first reads the time column alone into sorted runs, from which the exact places of
 the cuts follow (fit.py); the second is the reading of all columns (scan.py).
@@ -88,7 +88,7 @@ class Said:
         """Int64 [n], the place in SPLITS of rows.
 
         Raises:
-            RowRefused: a row says none.
+            RowRefused: a row has no valid split.
         """
         return split_places(part, self.name, self.column)
 
@@ -98,7 +98,7 @@ Placing = Shares | TimeCuts | Said
 
 
 def time_runs(spec: TableSpec, directory: Path, task: tuple[int, Unit]) -> list[Path]:
-    """The distinct times of a unit and their counts, in sorted runs; what lies there already is not read again.
+    """The distinct times of a unit and their counts, in sorted runs; an existing result is not read again.
 
     Rows whose time cannot be read are left to the second pass, which names them.
     """

@@ -1,4 +1,4 @@
-"""People's own files in units of work: what cannot be used is named by file, row and column.
+"""Users' own files in units of work: errors name file, row and column.
 
 A unit is a part of a file that one process reads by itself: a range of whole rows of plain TSV, CSV or JSON, some row
 groups of parquet or batches of Arrow, or a file that can only be read from its beginning (gzip and zstd; Arrow's
@@ -27,7 +27,7 @@ UNIT_BYTES = 1 << 26
 UNIT_ROWS = 1 << 18
 _FEW_LINES = 1000
 _WITHOUT_NAMES = "from 0"
-_FEW_ROWS = 256  # rows among which a bad one is looked for by itself
+_FEW_ROWS = 256  # rows among which a bad one is searched one by one
 Made = TypeVar("Made")
 
 
@@ -72,7 +72,7 @@ class Part:
         return replace(self, rows=self.rows.filter(pa.array(keep)), numbers=self.numbers[keep])
 
     def cut(self, rows: int) -> Iterator["Part"]:
-        """Parts of at most so many rows."""
+        """Parts of at most that many rows."""
         for start in range(0, len(self.numbers), rows):
             yield replace(self, rows=self.rows.slice(start, rows), numbers=self.numbers[start : start + rows])
 
@@ -115,7 +115,7 @@ def units_of(path: Path | HubSplit, split: str, spec: TableSpec) -> list[Unit]:
         ]
     kind = kind_of(path, spec.delimiter)
     if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no regular file; a pipe cannot be read again after a stop: write it to a file")
+        raise UserError(f"{path}: is not a regular file; a pipe cannot be read again after a stop: write it to a file")
     with readable(path):
         size = path.stat().st_size
         if kind.format in ("parquet", "arrow"):
@@ -134,7 +134,7 @@ def units_of(path: Path | HubSplit, split: str, spec: TableSpec) -> list[Unit]:
 
 
 def columns_of(path: Path | HubSplit, spec: TableSpec) -> list[str]:
-    """The names of a file's columns; where the file does not say them, those that its first row has values for.
+    """The names of a file's columns; where the file has none, those that its first row has values for.
 
     Raises:
         UserError: the file cannot be read.
@@ -227,7 +227,7 @@ def read_unit(unit: Unit, spec: TableSpec, bad: list[BadRow]) -> Iterator[tuple[
 def _batches(
     unit: Unit, spec: TableSpec, used: list[str], check: Callable[[list[str]], None]
 ) -> Iterator[pa.RecordBatch] | None:
-    """The rows of a unit that is no text."""
+    """The rows of a unit that is not text."""
     if unit.source is not None:
         return unit.source.batches(unit.shard, used, check)
     kind = kind_of(unit.path, spec.delimiter)
@@ -245,7 +245,7 @@ def usable(
 
     Args:
         made: raises RowRefused for the first row that it cannot use.
-        most_bad: bad rows after which reading on is in vain; None: never.
+        most_bad: bad rows after which reading stops; None: never.
     """
     try:
         yield part, made(part)
@@ -266,7 +266,7 @@ def usable(
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Inside, whatever makes a file unreadable is a `UserError` that names it."""
+    """Inside, any read error of a file is a `UserError` that names it."""
     try:
         yield
     except FileNotFoundError as error:
@@ -280,10 +280,10 @@ def _check_columns(path: Path, found: list[str], spec: TableSpec) -> None:
         if found.count(name) > 1:
             raise UserError(f"{path}: column {name!r} appears {found.count(name)} times")
         if name not in spec.columns:
-            told = "unused columns are declared with type 'ignored'"
+            hint = "unused columns are declared with type 'ignored'"
             if len(found) == 1 and path.name.lower().endswith((".txt", ".txt.gz", ".txt.zst")) and not spec.delimiter:
-                told = "values of a .txt are parted by tabs, unless the spec says the delimiter"
-            raise UserError(f"{path}: column {name!r} is not declared; {did_you_mean(name, spec.columns)} ({told})")
+                hint = "values of a .txt are separated by tabs, unless the spec has a delimiter"
+            raise UserError(f"{path}: column {name!r} is not declared; {did_you_mean(name, spec.columns)} ({hint})")
     for name, column in spec.columns.items():
         if name not in found and column.type != "ignored":  # an ignored column may be in some files only
             raise UserError(f"{path}: column {name!r} is missing; {did_you_mean(name, found)}")

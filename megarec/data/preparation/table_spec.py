@@ -1,4 +1,4 @@
-"""The JSON by which people say what the columns of their own files are."""
+"""The JSON that describes the columns of users' own files."""
 
 import math
 from pathlib import Path
@@ -52,7 +52,7 @@ class MultiValued(Lists):
 
 
 class Sequence(Lists):
-    """A list of ids a row, in the order in which they came to be: the newest are kept, in their order."""
+    """A list of ids a row, in order of time: the newest are kept, in their order."""
 
     type: Literal["sequence"]
     max_length: Annotated[int, Field(ge=1)] = Field(description="how many of the newest elements are kept")
@@ -67,7 +67,7 @@ class Bucketised(_Strict):
         None, description="where one bucket ends and the next begins, ascending"
     )
     buckets: Annotated[int, Field(ge=2, le=1 << 20)] | None = Field(
-        None, description="so many buckets, cut at quantiles of the training split"
+        None, description="this many buckets, cut at quantiles of the training split"
     )
 
     @model_validator(mode="after")
@@ -93,21 +93,21 @@ class Numeric(_Strict):
 
     type: Literal["numeric"]
     log: bool = Field(False, description="sign(x) log(1 + |x|) in place of x")
-    missing: float | None = Field(None, description="stands where a number is missing; null: that is an error")
+    missing: float | None = Field(None, description="takes the place of a missing number; null: that is an error")
     standardise: bool = Field(
         False, description="(x - mean) / deviation, after log, of the numbers that the training split has"
     )
 
 
 class Vector(_Strict):
-    """So many numbers a row, text cut at the separator or a list: they are the features NAME_0, NAME_1, ..."""
+    """A fixed number of numbers a row, text cut at the separator or a list: the features NAME_0, NAME_1, ..."""
 
     type: Literal["vector"]
     length: Annotated[int, Field(ge=1, le=1 << 14)]
     separator: Annotated[str, Field(min_length=1)] = " "
-    log: bool = Field(False, description="as of a number")
-    missing: float | None = Field(None, description="as of a number; a row without any has it everywhere")
-    standardise: bool = Field(False, description="as of a number, each by itself")
+    log: bool = Field(False, description="as for a number")
+    missing: float | None = Field(None, description="as for a number; a row without any has it everywhere")
+    standardise: bool = Field(False, description="as for a number, each by itself")
 
     def features(self, name: str) -> list[str]:
         return [f"{name}_{place}" for place in range(self.length)]
@@ -211,7 +211,7 @@ class TableSpec(_Strict):
         "row says, which is one of names if at least half of its values are",
     )
     encoding: Annotated[str, AfterValidator(check_encoding)] = Field("utf-8", description="of text")
-    null_words: list[str] = Field([], description="values that are missing ones, beside the empty text")
+    null_words: list[str] = Field([], description="values that mean a missing one, besides the empty text")
     delimiter: Annotated[str, Field(pattern="^[\t -~]$")] | None = Field(
         None, description="what separates values of text, in files of any name; a tab: no quoting; null: by the suffix"
     )
@@ -223,7 +223,7 @@ class TableSpec(_Strict):
 
     @property
     def roles(self) -> list[str]:
-        """The columns that are no features, for which rows that are only scored have no value."""
+        """The columns that are not features; rows that are only scored have no value for them."""
         return [name for kind in ("label", *_ONE_OF) for name in self.of_type(kind)]
 
     def of_type(self, kind: str) -> list[str]:
@@ -295,8 +295,8 @@ class TableSpec(_Strict):
                 "expected at least one column of type 'categorical', 'multi_valued', 'sequence', 'numeric', "
                 "'bucketised', 'vector' or 'calendar'"
             )
-        for name, parted in self.columns.items():
-            for feature in parted.features(name) if isinstance(parted, Vector | Calendar) else ():
+        for name, several in self.columns.items():
+            for feature in several.features(name) if isinstance(several, Vector | Calendar) else ():
                 if feature in self.columns:
                     raise ValueError(f"columns.{feature} is a feature of columns.{name} too; rename one of them")
         lists = [name for name, column in self.columns.items() if isinstance(column, Lists)]
@@ -304,7 +304,7 @@ class TableSpec(_Strict):
         for name, of in owners:
             if of not in lists:
                 raise ValueError(
-                    f"columns.{name}.of={of!r} is no multi_valued or sequence column; {did_you_mean(of, lists)}"
+                    f"columns.{name}.of={of!r} is not a multi_valued or sequence column; {did_you_mean(of, lists)}"
                 )
             if [other for _, other in owners].count(of) > 1:
                 raise ValueError(f"columns.{name}.of={of!r}: that column has weights already; keep one")
@@ -335,7 +335,7 @@ def load_table_spec(path: Path) -> TableSpec:
 
 
 def describe(error: ValidationError, under: str | None = None) -> str:
-    """The first thing that is wrong with a spec, in words.
+    """The first error in a spec, as text.
 
     Args:
         under: the key of what was checked that has the spec; None: it was the spec.

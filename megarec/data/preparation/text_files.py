@@ -1,6 +1,6 @@
-"""CSV and TSV as blocks of whole rows: what a file says is what is read.
+"""CSV and TSV as blocks of whole rows, read exactly.
 
-Tab-separated text has no quoting: every line is a row, a quote is a character like any other. CSV is RFC 4180: a value
+Tab-separated text has no quoting: every line is a row, a quote is an ordinary character. CSV is RFC 4180: a value
 that begins with a quote ends with one, may hold commas and line breaks, and doubles the quotes in it; a quote within a
 value that does not begin with one is a character. Either may begin with a byte-order mark.
 """
@@ -49,7 +49,7 @@ class BadRow(NamedTuple):
 
     Attributes:
         row: its number, from 0, in the part of the file that was read.
-        reason: the column, or what is wrong with the row as a whole: what bad rows are counted by.
+        reason: the column, or the error of the row as a whole; bad rows are counted by it.
         what: the value seen and what was expected.
     """
 
@@ -62,7 +62,7 @@ class Rows(NamedTuple):
     """The rows of a block that are whole.
 
     Attributes:
-        numbers: int64 [n], where each stands among the rows of the block.
+        numbers: int64 [n], the index of each among the rows of the block.
         read: rows of the block, those that are not whole included.
     """
 
@@ -98,14 +98,14 @@ class TextFile:
 
     @property
     def broken(self) -> str:
-        """By which reason rows are counted whose bytes are no text."""
+        """The reason by which rows are counted whose bytes are not text."""
         return "not UTF-8" if is_utf8(self.encoding) else f"not {self.encoding}"
 
     @property
     def expected(self) -> str:
         """What their bytes should be, and the remedy."""
         if is_utf8(self.encoding):
-            return 'UTF-8; say the "encoding" in the spec ("latin-1"?)'
+            return 'UTF-8; state the "encoding" in the spec ("latin-1"?)'
         return f"{self.encoding}, the encoding in the spec"
 
     def blocks(self, check: Callable[[list[str]], None]) -> Iterator[tuple[list[str], bytes]]:
@@ -159,7 +159,7 @@ class TextFile:
         chunk = more()
         if self.span is None or self.span[0] == 0:
             if chunk[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                self._fail(1, f'is UTF-16, expected {self.encoding}; say "encoding": "utf-16" in the spec')
+                self._fail(1, f'is UTF-16, expected {self.encoding}; state "encoding": "utf-16" in the spec')
             chunk = chunk.removeprefix(BYTE_ORDER_MARK)
         rest, end_of_row, line = b"", b"", 1
         while chunk:

@@ -24,7 +24,7 @@ _LISTS = (
 _DIGIT = np.full(256, 256, np.uint16)  # of a character; 256: it is none
 _DIGIT[np.frombuffer(b"0123456789ABCDEFabcdef", np.uint8)] = [*range(16), *range(10, 16)]
 _PAIR = (16 * _DIGIT + _DIGIT[:, None]).ravel()  # of two characters, the first in the low byte; 256 and more: none
-_EXACT = {16: 2**11, 32: 2**24, 64: 2**53}  # below, a float of so many bits holds every whole number
+_EXACT = {16: 2**11, 32: 2**24, 64: 2**53}  # below, a float with that many bits holds every whole number
 
 
 def id_values(part: Part, name: str, column: Categorical) -> pa.Array:
@@ -73,7 +73,7 @@ def weights(part: Part, name: str, of: str, column: Lists) -> NDArray[np.float32
 
 
 def numbers(part: Part, name: str, column: Numeric) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """The column as float64 [n], missing ones filled where the column says with what; and which are there."""
+    """The column as float64 [n], missing ones filled with the column's value, if it has one; and which are present."""
     values = part.rows.column(name)
     found = as_float64(part, name, values, "a number")
     missing = np.isnan(found)
@@ -106,7 +106,7 @@ def standardised(name: str, found: NDArray[np.float64], mean: float, deviation: 
     """(x - mean) / deviation as float32 [n].
 
     Raises:
-        UserError: a number is so many deviations away that no float32 holds them.
+        UserError: a number is too many deviations away for a float32.
     """
     with np.errstate(over="ignore"):
         result = ((found - mean) / deviation).astype(np.float32)
@@ -141,7 +141,7 @@ def labels(part: Part, name: str, optional: bool) -> pa.Array:
 
 
 def canonical_text(values: pa.Array) -> pa.Array:
-    """Text as it names a category: 7.0 is 7 and True is true, as other formats write them; empty text is null."""
+    """Text normalised as a category: 7.0 is 7 and True is true, as other formats write them; empty text is null."""
 
     def spelled(words: pa.Array) -> pa.Array:
         words = pc.replace_substring_regex(words, r"^(-?[0-9]+)\.0*$", r"\1")
@@ -200,7 +200,7 @@ def plain(part: Part, values: pa.Array) -> pa.Array:
 
 
 def _without_null_words(values: pa.Array, words: tuple[str, ...]) -> pa.Array:
-    """Values whose text, as it names a category, is one of the words, as missing."""
+    """Values whose text, normalised as a category, is one of the words, as missing."""
     kind = values.type
     if not pa.types.is_string(kind) and (not pa.types.is_primitive(kind) or _dated(kind)):
         return values
@@ -318,7 +318,7 @@ def as_float64(part: Part, name: str, values: pa.Array, expected: str, owner: Ow
     """Numbers as float64 [n], a missing one as NaN; true is 1."""
     values = plain(part, values)
     if pa.types.is_integer(values.type):
-        found = values.cast(pa.float64(), safe=False)  # rounded: only safe casts refuse what no float holds exactly
+        found = values.cast(pa.float64(), safe=False)  # rounded: only safe casts refuse inexact numbers
     else:
         try:
             found = values.cast(pa.float64())

@@ -80,7 +80,7 @@ def _each_distinct(values: pa.Array, row_of: Any) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Known values, most frequent first; value i has row i + 1, whatever is unknown or null has row 0."""
+    """Known values, most frequent first; value i has row i + 1, unknown and null ones have row 0."""
 
     values: pa.Array
 
@@ -110,7 +110,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Hashing:
-    """Rows by hash: 1 + (BLAKE2b-64 of the value's text) mod (rows - 1), alike on every machine; null has row 0."""
+    """Rows by hash: 1 + (BLAKE2b-64 of the value's text) mod (rows - 1), on every machine; null has row 0."""
 
     rows: int
 

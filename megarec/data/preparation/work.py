@@ -1,4 +1,4 @@
-"""Work in processes that a kill cannot harm: a directory of finished tasks, workers, and a line of progress."""
+"""Work that survives kills: a directory of finished tasks, worker processes, and a progress line."""
 
 import contextlib
 import ctypes
@@ -28,20 +28,20 @@ Result = TypeVar("Result")
 _PATIENCE = 60.0  # seconds for the processes of a killed preparation to end
 _AHEAD = 16  # tasks under way a worker: behind a long one, such as the largest vocabulary, the others go on
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-_AT_ONCE = 0.5  # seconds of a phase in which it takes up what an earlier process finished: that says nothing of speed
+_AT_ONCE = 0.5  # seconds of a phase in which it picks up finished work: not used to measure speed
 _RECENT = 60.0  # seconds by which speed is judged
 
 
 class WorkerDied(UserError):
-    """A worker was killed: what is finished stays, and the same command goes on."""
+    """A worker was killed: finished work stays, and the same command goes on."""
 
 
 @contextlib.contextmanager
 def work_directory(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
     """The directory beside an output where finished tasks lie until the output is whole.
 
-    What an earlier preparation finished stays, if it was stopped and its plan was the same; else it is removed. At the
-    end, and on an error, the directory goes.
+    Finished work of an earlier preparation stays, if it was stopped and had the same plan; else it is removed. At the
+    end, and on an error, the directory is removed.
 
     Args:
         plan: what decides every byte of the tasks.
@@ -153,11 +153,11 @@ def _begin(parent: int) -> None:
 
 
 class Progress:
-    """A line on standard error that says how far a preparation is: on a terminal each second, else each half minute."""
+    """A progress line of a preparation on standard error: on a terminal each second, else each half minute."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
-        self._told = time.monotonic()
+        self._printed = time.monotonic()
         self._shown = False
 
     def begin(self, what: str, total: float, later: float = 0.0) -> None:
@@ -165,14 +165,14 @@ class Progress:
 
         Args:
             total: of what `add` counts.
-            later: time of all phases that follow, in times of this one, about.
+            later: time of all phases that follow, relative to this one, about.
         """
         self._what, self._total, self._later, self._done, self._rows = what, total or 1.0, later, 0.0, 0
         self._begun = time.monotonic()
         self._recent = deque([(self._begun, 0.0, 0)])
 
     def add(self, amount: float, rows: int = 0) -> None:
-        """So much more of `total` is done, and so many rows."""
+        """`amount` more of `total` is done, and `rows` more rows."""
         self._done, self._rows = self._done + amount, self._rows + rows
         now = time.monotonic()
         if now - self._begun < _AT_ONCE:
@@ -180,9 +180,9 @@ class Progress:
         while len(self._recent) > 1 and now - self._recent[1][0] > _RECENT:
             self._recent.popleft()
         self._recent.append((now, self._done, self._rows))
-        if now - self._told < (1 if self._terminal else 30):
+        if now - self._printed < (1 if self._terminal else 30):
             return
-        self._told, self._shown = now, True
+        self._printed, self._shown = now, True
         text = f"{self._what}: {self._done / self._total:4.0%}{self._speed()}"
         print(
             f"\r\033[K{text}" if self._terminal else text,
@@ -192,7 +192,7 @@ class Progress:
         )
 
     def _speed(self) -> str:
-        """Rows a second and the time left, by what was done of late."""
+        """Rows a second and the time left, by recent work."""
         (start, done, rows), (end, done_now, rows_now) = self._recent[0], self._recent[-1]
         if end == start or done_now == done:
             return ""

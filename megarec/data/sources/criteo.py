@@ -1,4 +1,4 @@
-"""Criteo's click logs (Kaggle's and Terabyte's): a label, 13 integers, 26 hexadecimal categories, parted by tabs."""
+"""Criteo's click logs (Kaggle's and Terabyte's): a label, 13 integers, 26 hexadecimal categories, separated by tabs."""
 
 from pathlib import Path
 

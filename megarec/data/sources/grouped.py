@@ -161,7 +161,7 @@ class Grouped:
                 yield _term(random, np.take(circle, range(start, start + order), mode="wrap"), weights)
 
     def _across(self, random: np.random.Generator, shape: Shape) -> Iterator[Term]:
-        group_of = np.arange(shape.features) + shape.groups  # whoever is alone is a group of its own
+        group_of = np.arange(shape.features) + shape.groups  # a feature that is alone is a group of its own
         for group, members in enumerate(self.groups):
             group_of[members] = group
         weights = np.array([0.0, np.sqrt(_ACROSS * shape.signal / shape.features)])
@@ -235,7 +235,7 @@ def prepare_grouped(shape: Shape, output: Path) -> Schema:
     smallest = max(0, shape.features - shape.alone) // shape.groups
     if smallest < shape.order:
         raise UserError(
-            f"--order {shape.order}: an interaction of so many features needs as many in each group, but "
+            f"--order {shape.order}: that order needs as many features in each group, but "
             f"(--features {shape.features} - --alone {shape.alone}) / --groups {shape.groups} leaves {smallest}"
         )
     if (levels := shape.features * LATENTS * shape.rows) > MOST_LEVELS:

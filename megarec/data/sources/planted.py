@@ -5,9 +5,9 @@ uniformly. A group is a chain of `order` features f_1, f_2, .., drawn at random,
 
     logit = sum over g, k of w_gk s_gf_1(v_1) s_gf_2(v_2) .. s_gf_k(v_k)        P(label = 1) = sigmoid(logit)
 
-A term of order k is the product of k independent signs of mean 0, so that it says nothing of the label to a reader who
-lacks one of its features; it adds w_gk^2 to the logit's variance. The chain is a staircase: knowing the term of order
-k, a learner finds that of order k + 1 as an interaction of two. An order-8 term alone would be a parity function,
+A term of order k is the product of k independent signs of mean 0, so that it says nothing about the label to a model
+that lacks one of its features; it adds w_gk^2 to the logit's variance. The chain is a staircase: knowing the term of
+order k, a learner finds that of order k + 1 as an interaction of two. An order-8 term alone would be a parity function,
 which gradient descent does not find at these sizes (Abbe et al. 2021, arXiv 2108.10573).
 """
 
@@ -86,7 +86,7 @@ class Planted:
 
 
 def entropy(logits: Floats) -> Floats:
-    """Of labels with P(1) = sigmoid(logit), in nats: what the true probabilities lose on average, and none less."""
+    """Of labels with P(1) = sigmoid(logit), in nats: what the true probabilities lose on average, the minimum."""
     return log_loss(logits, 1 / (1 + np.exp(-logits)))
 
 
@@ -137,9 +137,7 @@ def prepare_planted(shape: Shape, output: Path) -> Schema:
     if shape.rows % 2:
         raise UserError(f"--rows {shape.rows}: expected an even number, half of a feature's values have the sign +1")
     if shape.order > shape.features:
-        raise UserError(
-            f"--order {shape.order}: an interaction of so many features needs as many, but --single is {shape.features}"
-        )
+        raise UserError(f"--order {shape.order}: that order needs as many features, but --single is {shape.features}")
     return write_dataset(output, lambda partial: _write(partial, shape))
 
 

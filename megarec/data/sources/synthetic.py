@@ -1,4 +1,4 @@
-"""Made-up examples with a planted signal, for tests and benchmarks; they tell nothing about real quality."""
+"""Made-up examples with a planted signal, for tests and benchmarks; they say nothing about real quality."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +44,10 @@ class Shape:
 
 
 def check_size(option: str, value: int, least: int, most: int) -> None:
-    """Refuse an option out of its range, before anything is made.
+    """Refuse an option out of its range, before any work.
 
     Raises:
-        UserError: as said.
+        UserError: an option is out of its range.
     """
     if value < least:
         raise UserError(f"--{option} {value}: expected at least {least}")
@@ -75,11 +75,11 @@ def prepare_synthetic(shape: Shape, output: Path) -> Schema:
 
 
 def prepare_like(like: Schema, output: Path, *, examples: int, seed: int, max_rows: int | None = None) -> Schema:
-    """Write a synthetic data set with the features of a given schema, such as that of data which are elsewhere.
+    """Write a synthetic data set with the features of a given schema, such as that of data on another machine.
 
     Args:
         like: the schema; its tables may be far too large for this machine.
-        max_rows: tables are capped to so many rows; None: as the schema says.
+        max_rows: tables are capped to that many rows; None: as in the schema.
 
     Raises:
         UserError: a size that makes no sense, or `output` cannot be written.
@@ -157,7 +157,7 @@ def _schema(shape: Shape) -> Schema:
 class _Planted:
     """The model behind the labels: P(1) = sigmoid(sum of pairwise products of latent vectors + numeric terms).
 
-    The features with the fewest rows bear the signal, so that a small sample can learn it; the others are noise.
+    The features with the fewest rows carry the signal, so that a small sample can learn it; the others are noise.
     """
 
     def __init__(self, schema: Schema, seed: int) -> None:
@@ -173,7 +173,7 @@ class _Planted:
         self._scale = 2 / np.sqrt(max(pairs, 1))
 
     def examples(self, count: int, random: np.random.Generator) -> pa.Table:
-        """So many rows, in the columns of the schema."""
+        """That many rows, in the columns of the schema."""
         columns: dict[str, pa.Array] = {}
         total = np.zeros((count, _LATENT))
         squares = np.zeros((count, _LATENT))

@@ -1,7 +1,7 @@
-"""One pass over the shards of a data set: how often every id, every list length and every number is there.
+"""One pass over the shards of a data set: how often every id, every list length and every number occurs.
 
 Ids are counted exactly, by a number a row of the table. A table with more than RANGE_ROWS rows is counted range by
-range, in a pass over its column each, so that memory does not grow with it. Numbers are rounded to the 16 bits of
+range, in one pass over its column each, so that memory does not grow with it. Numbers are rounded to the 16 bits of
 bfloat16, relative error at most 0.4 %, and counted by these, so that quantiles need no sorting.
 """
 

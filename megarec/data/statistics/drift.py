@@ -1,4 +1,4 @@
-"""How far a split's values lie from those of training: Jensen-Shannon divergence, beside what chance alone makes.
+"""How far a split's values lie from those of training: Jensen-Shannon divergence, beside what chance alone gives.
 
 The divergence is in bits: 0 where both are distributed alike, 1 where they have no value in common. Two samples of one
 distribution differ as well, the more the smaller they are. With B buckets and n and m examples the divergence of such
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import chdtri  # chi2.isf of scipy.stats, which takes a second to import
 
 BUCKETS = 1000  # of ids: the most frequent, each by itself or with some as frequent
-CANDIDATES = BUCKETS + 1  # of which one says below which frequency there is no bucket for all
+CANDIDATES = BUCKETS + 1  # one more shows below which frequency not all ids have a bucket
 NUMBER_BUCKETS = 100
 _ODD = 0x9E3779B97F4A7C15  # scatters neighbours over 64 bits
 EXPECTED = 10.0  # examples of the smaller sample in a bucket
@@ -44,7 +44,7 @@ class Drift:
 
     @property
     def order(self) -> tuple[float, float]:
-        """The most drifted is the least: by excess, below the noise by how near to it."""
+        """Sort key, most drifted first: by excess; below the noise, by the distance to it."""
         return -max(self.excess, 0.0), -self.divergence / self.noise if self.noise else 0.0
 
 
@@ -68,7 +68,7 @@ def drift_of_ids(
         return Drift()
     each = sum(values) / min(examples)  # counts in both samples for one example of the smaller
     total = counts.sum(axis=0)
-    # A vocabulary has training's most frequent ids first: ids as frequent must not lie in the order of their rows.
+    # A vocabulary has training's most frequent ids first: equally frequent ids must not be in the order of their rows.
     order = np.lexsort((rows.astype(np.uint64) * np.uint64(_ODD), -total))
     least = max(ALONE * each, total[order[BUCKETS]] + 1 if len(order) > BUCKETS else 0)
     head = counts[:, order[total[order] >= least]]
@@ -94,7 +94,7 @@ def drift_of_numbers(
 
 
 def _buckets(counts: NDArray[np.int64], least: float) -> NDArray[np.int64]:
-    """Neighbours together until a bucket has so many of both samples."""
+    """Merge neighbours until a bucket has enough of both samples."""
     starts, inside = [0], 0
     for place, more in enumerate(counts.sum(axis=0).tolist()):
         if inside >= least:

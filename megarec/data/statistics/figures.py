@@ -13,7 +13,7 @@ from megarec.data.statistics.drift import CANDIDATES, FALSE_ALARMS, Drift, drift
 
 TOPS = (1, 10, 100)
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-BINS = 40  # of a histogram; its first and last bins hold whatever lies further out
+BINS = 40  # of a histogram; its first and last bins hold what lies further out
 _ENDS = (0.005, 0.995)  # quantiles between which bins lie
 _POINTS = 40  # of a frequency curve
 _TALLIED = 1 << 16  # smaller counts are tallied, larger ones kept
@@ -53,7 +53,7 @@ class Numbers:
     """Numbers of a split.
 
     Attributes:
-        missing: share of rows without a value, for which another stands; None: the data do not tell.
+        missing: share of rows whose missing value was replaced; None: unknown.
         quantiles: by the share of numbers below; relative error at most 0.4 %.
         histogram: how many lie in each bin of the feature.
     """
@@ -75,10 +75,10 @@ class SplitIds:
 
     Attributes:
         values: how many there are, of lists their elements.
-        distinct: how many different ones; row 0 counts where it stands for a value.
+        distinct: how many different ones; row 0 counts where it is a value.
         row_0: share of values in row 0.
-        missing: share of rows without a value, of lists the empty ones; None: the data do not tell.
-        unknown: share of the values that are there and that the vocabulary does not know; None: there is none.
+        missing: share of rows without a value, for lists the empty ones; None: unknown.
+        unknown: share of the present values that are not in the vocabulary; None: there is none.
         invalid: nulls and ids outside the table.
     """
 
@@ -112,7 +112,7 @@ class Categorical:
         top: share of values that the 1, 10 and 100 most frequent ids have; without row 0 where that is no value.
         frequent: the most frequent ids.
         curve: (rank, count) of ids by frequency.
-        sharing: of a hashed table, share of distinct values whose row is another's as well.
+        sharing: of a hashed table, share of distinct values that share their row.
         drift: from training to each other split.
     """
 
@@ -198,7 +198,7 @@ def _numbers(
 
 
 def _quantile(numbers: NDArray[np.float64], times: Counts, share: float) -> float:
-    """The smallest number that so large a share does not exceed."""
+    """The smallest number that at least that share does not exceed."""
     if not len(numbers):
         return 0.0
     up_to = np.cumsum(times)
@@ -225,13 +225,13 @@ def probability_of(schema: Schema) -> float:
 
 
 def zero_is_no_value(schema: Schema, name: str) -> bool:
-    """Whether row 0 stands for what is missing or unknown, as in all data that were prepared from raw values."""
+    """Whether row 0 is for missing or unknown values, as in all data prepared from raw values."""
     text = schema.identity.get(name, MADE_UP)
     return not text.startswith(MADE_UP)
 
 
 class IdFigures:
-    """Gathers what counts of ranges of a table say, so that none but those of one range are held."""
+    """Gathers counts of a table range by range, so that only those of one range are held."""
 
     def __init__(self, feature: CategoricalFeature, schema: Schema, splits: list[str]) -> None:
         self._feature, self._schema, self._splits = feature, schema, splits
@@ -309,10 +309,10 @@ class IdFigures:
             used = counts.lengths[: counts.longest + 1].tolist()
             lengths = Lengths(counts.elements / lists, counts.longest, used[0] / lists, used)
             missing = lengths.empty
-        elif (told := schema.missing.get(split, {}).get(feature.name)) is not None:
-            missing = told
+        elif (share := schema.missing.get(split, {}).get(feature.name)) is not None:
+            missing = share
         elif self._no_zero and (not counted or not row_0):
-            missing = row_0  # of a hash or of buckets, which know every value
+            missing = row_0  # of a hash or of buckets, where every value is known
         elif unknown is not None and unknown < 1:
             missing = max(0.0, round(1 - (1 - row_0) / (1 - unknown), 6))  # of earlier versions: row 0 is either
         if unknown is None and counted:

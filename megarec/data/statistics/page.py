@@ -120,7 +120,7 @@ _LOOKED_AT: tuple[tuple[Callable[[Feature], bool], str], ...] = (
     (lambda f: _excess(f) > 0, "drifted from training to another split by more than chance"),
     (
         lambda f: (unknown_of(f) or 0.0) >= HIGH_UNKNOWN,
-        f"with {HIGH_UNKNOWN:.0%} or more unknown values in a split (spelled otherwise than in the training files? "
+        f"with {HIGH_UNKNOWN:.0%} or more unknown values in a split (spelled differently in the training files? "
         "min_count too high?)",
     ),
     (lambda f: _constant(f), "with a single value (nothing can be learned from it)"),
@@ -164,8 +164,8 @@ def _overview(schema: Schema, labels: Labels, features: Sequence[Feature], links
     yield '<h2>Splits</h2><div class="cards">'
     for label, splits in labels.items():
         rates = [(split, own.rate, own.interval) for split, own in splits.items() if own.rate is not None]
-        told = {split: [percent(rate), " to ".join(map(percent, ends))] for split, rate, ends in rates}
-        rows = [[shown(split), f"{own.rows:,}", *told.get(split, ["none", ""])] for split, own in splits.items()]
+        shown_rates = {split: [percent(rate), " to ".join(map(percent, ends))] for split, rate, ends in rates}
+        rows = [[shown(split), f"{own.rows:,}", *shown_rates.get(split, ["none", ""])] for split, own in splits.items()]
         yield f'<div class="card scroll"><h3 class="name">{shown(label) if len(labels) > 1 else "Rows"}</h3>'
         yield grid(["split", "rows", "label rate", "95 % interval"], rows)
         yield (charts.intervals("label rate by split", rates) if rates else "") + "</div>"
@@ -289,7 +289,7 @@ def _details(feature: Feature, link: str, open_: bool) -> str:
 def _ids(feature: Categorical) -> Iterator[str]:
     if feature.curve:
         tops = ", ".join(f"{percent(share)} by the top {top}" for top, share in feature.top.items() if share < 1)
-        yield f"<div><h3>How often ids are there</h3>{charts.frequencies('frequency of ids by rank', feature.curve)}"
+        yield f"<div><h3>Frequency of ids</h3>{charts.frequencies('frequency of ids by rank', feature.curve)}"
         yield f"<small>of {shown(feature.base)}: {tops or 'at most 1 id'}</small></div>"
     lists = {split: own.lengths for split, own in feature.splits.items() if own.lengths is not None}
     if lists:

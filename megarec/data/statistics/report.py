@@ -83,7 +83,7 @@ def write_statistics(data: Path, output: Path, workers: int = 1) -> Statistics:
     The bytes follow from the data alone, however many workers there are.
 
     Args:
-        output: the directory for the two files, as a rule the data set's own.
+        output: the directory for the two files, usually the data set's own.
 
     Raises:
         UserError: there is no data set, a shard cannot be read, or the files cannot be written.
@@ -218,7 +218,7 @@ def _counted(
 
 
 def _with_values(found: Categorical, data: Path, schema: Schema, kept: KeptSpec | None) -> Categorical:
-    """Beside the most frequent ids what they stand for, where the vocabulary has it among its first values."""
+    """The most frequent ids with their raw values, where the vocabulary has them among its first values."""
     column = None if kept is None else kept.spec.columns.get(found.name)
     if kept is not None and isinstance(column, Bucketised):
         texts = _buckets(kept.fitted.boundaries[found.name])

@@ -3,9 +3,9 @@
     z_j     = exp(sum over i of w_ji ln |x_i|)  =  |x_1|^w_j1 * .. * |x_n|^w_jn      j = 1 .. N, element by element
     logit   = MLP(concat(z_1, .., z_N)) + MLP(flatten(X_0))
 
-|x| is kept above epsilon, as ln wants it (the paper takes the absolute value too, and a small positive number). Its
+|x| is kept above epsilon, for ln (the paper takes the absolute value too, and a small positive number). Its
 default, 1e-5, is FuxiCTR's, so that results compare; the gradient of ln |x| is 1 / |x|, which makes AFN
-ill-conditioned in fp32: where topologies must agree to the last digits, take a larger one (docs/models.md).
+ill-conditioned in fp32: where topologies must agree in the last digits, use a larger one (docs/models.md).
 The paper normalises ln |x| and z over the batch; that would make the numbers depend on how a batch is cut over
 ranks, so here LayerNorm does it over all elements of an example. AFN and DNN train together, and their last layers
 hold the two weights with which the paper adds up the logits.
@@ -26,7 +26,7 @@ from megarec.models.wukong import LayerNormFactory, torch_layer_norm
 
 
 def embeddings_of_each(n: int, config: AfnConfig) -> int:
-    """How many of X_0's n embeddings the neurons see; as many the MLP.
+    """How many of X_0's n embeddings the neurons see; the MLP sees as many.
 
     Raises:
         UserError: separate embeddings, but an odd number of them.

@@ -27,7 +27,7 @@ class AttentionLayer(nn.Module):
         inputs: width of the embeddings that enter.
         heads: H.
         width: A, of one head.
-        activation: of what leaves.
+        activation: of the output.
     """
 
     def __init__(self, inputs: int, heads: int, width: int, activation: Activation = "relu") -> None:

@@ -9,7 +9,7 @@ Rates are those of one rank, which has an accelerator of its own, or its share o
 import itertools
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -146,6 +146,10 @@ class Hardware(Section):
     network_ramp: Ramp | None = Field(None, description="left out: messages of every size reach the rate")
     ring_share: Figure | None = Field(None, description="of the network's rate that a ring over hosts reaches")
     ring_us_per_host: DelayFigure | None = Field(None, description="of a ring, beside its bytes")
+    ring_ll128_us: ByHosts | None = Field(
+        None, description="of a ring over hosts by NCCL's protocol of less delay; left out: it is not used"
+    )
+    tree_us: ByHosts | None = Field(None, description="of an all-reduce by a tree over hosts; left out: rings alone")
 
     @property
     def table_kinds(self) -> tuple[TableKind, ...]:
@@ -177,17 +181,28 @@ def load_hardware(name: str, option: str = "--hardware") -> Hardware:
             f"{option} {name}: no such machine is known here; {did_you_mean(name.lower(), known_hardware())} (all: "
             f"{', '.join(known_hardware())}; or the path of a JSON that python tools/plan.py --measure wrote)"
         )
-    raw = read_object(path, "the JSON of a machine")
+    return hardware_of(read_object(path, "the JSON of a machine"), str(path))
+
+
+def hardware_of(raw: dict[str, Any], where: str) -> Hardware:
+    """The machine of a JSON's content.
+
+    Args:
+        where: it stands, for messages.
+
+    Raises:
+        UserError: it has a mistake; one line that names place, key and value.
+    """
     try:
         hardware = Hardware.model_validate(raw)
-        for key in ("network_us", *RAMPS):
+        for key in ("network_us", "ring_ll128_us", "tree_us", *RAMPS):
             _check_counts(key, getattr(hardware, key))
         if not hardware.ranks_per_host.value.is_integer():
             raise ValueError(f"ranks_per_host.value={hardware.ranks_per_host.value}; expected a whole number")
     except ValidationError as error:
-        raise UserError(f"{path}: {describe(error, Hardware)}") from error
+        raise UserError(f"{where}: {describe(error, Hardware)}") from error
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
     return hardware
 
 

@@ -67,10 +67,10 @@ def export_bundle(
         calibrate: whether logits are divided by a temperature that is fitted on the split valid.
 
     Returns:
-        How many files and bytes, the compiled program or why there is none, and what is said of the checkpoint.
+        How many files and bytes, the compiled program or why there is none, and the summary of the checkpoint.
 
     Raises:
-        UserError: the checkpoint is damaged, the data set is not the one, or the target exists.
+        UserError: the checkpoint is damaged, the data set is another one, or the target exists.
     """
     config, schema, weights = open_checkpoint(checkpoint)
     spec = checked_spec(config, schema, weights)
@@ -100,13 +100,13 @@ def export_bundle(
 
 
 def _compiled(program: torch.export.ExportedProgram, directory: Path, golden: Golden) -> dict[str, Any]:
-    """What the manifest and the command say of the compiled program, after an attempt to write it."""
+    """The manifest's entry for the compiled program, after an attempt to write it."""
     why = compile_program(program, directory / COMPILED_FILE, golden)
     return {"compiled": COMPILED_FILE} if why is None else {"not_compiled": why}
 
 
 def _text_files(spec: TableSpec | None) -> dict[str, Any]:
-    """How the text files look that the model was trained on."""
+    """The format of the text files that the model was trained on."""
     if spec is None:
         return {"encoding": WITH_MARK, "delimiter": None, "header": True, "columns": None, "labels": []}
     return {
@@ -197,7 +197,7 @@ def _write_tables(tables: tuple[Table, ...], weights: Weights, kind: TableType, 
     """Write tables/<name>.bin of every table below `target`.
 
     Returns:
-        By table, what the manifest says of it.
+        By table, its entry in the manifest.
     """
     (target / "tables").mkdir()
     found = {}

@@ -29,10 +29,10 @@ NOISE = 8  # how much further off another machine may be than float32 is here
 def golden_sample(bundle: Bundle, model: ScoredModel, data: Path) -> tuple[dict[str, Any], Golden]:
     """Rows with known, unknown and missing values, and their logits by the exported tables and torch.
 
-    Numbers are of the data: far outside, a model is as coarse as float32, and no machine computes the same.
+    Numbers are from the data: far outside, float32 is too coarse for two machines to agree.
 
     Args:
-        bundle: whole but for this sample.
+        bundle: complete except this sample.
         data: the prepared data set.
 
     Returns:
@@ -82,7 +82,7 @@ def _raw_numbers(numeric: list[dict[str, Any]], data: Path) -> list[list[float]]
 
 
 def _untransformed(values: NDArray[np.float64], raw: dict[str, Any]) -> NDArray[np.float64]:
-    """About what was in the file."""
+    """Approximately the value in the file."""
     values = np.resize(values, ROWS)
     values = np.where(np.isfinite(values), values, 0)
     if raw["moments"] is not None:

@@ -136,10 +136,10 @@ def export_program(model: ScoredModel, path: Path) -> torch.export.ExportedProgr
 def compile_program(program: torch.export.ExportedProgram, path: Path, golden: Golden) -> str | None:
     """Write a program as AOTInductor's package for processors like this one; `aoti_load_package` reads it.
 
-    An export does without it, so that nothing which a compiler may do is an error here.
+    An export works without it, so a compiler's failure is not an error here.
 
     Args:
-        golden: what it must compute.
+        golden: the sample that it must reproduce.
 
     Returns:
         Why there is none, on one line; None: it is there, and computes that.

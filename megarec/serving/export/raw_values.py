@@ -27,10 +27,10 @@ def write_raw_values(
     Args:
         schema: the features of the model.
         data: the prepared data set that it was trained on.
-        kept: how that was made; None: it does not say, and its vocabularies say what the values are.
+        kept: its rules; None: it keeps none, and its vocabularies have the values.
 
     Returns:
-        For categorical and for numeric features, by name, what the manifest says of their raw values.
+        For categorical and for numeric features, by name, the manifest's entries of their raw values.
 
     Raises:
         UserError: a vocabulary is missing or damaged.
@@ -60,8 +60,8 @@ def _as_known(feature: CategoricalFeature, schema: Schema, writer: "_Vocabularie
     if feature.weighted:
         about["weights"] = feature.weights_column
     owner, identity = feature.table or feature.name, schema.identity
-    alike = [name for name, text in identity.items() if text == identity.get(owner)]
-    known = [name for name in (owner, *alike) if vocabulary_file(writer.data, name).is_file()]
+    same = [name for name, text in identity.items() if text == identity.get(owner)]
+    known = [name for name in (owner, *same) if vocabulary_file(writer.data, name).is_file()]
     return about | (writer.write(known[0]) if known else {"kind": "row"})
 
 
@@ -115,7 +115,7 @@ class _Vocabularies:
         self._written: dict[str, dict[str, Any]] = {}
 
     def write(self, name: str) -> dict[str, Any]:
-        """What the manifest says of a vocabulary."""
+        """The manifest's entry of a vocabulary."""
         if name not in self._written:
             values = read_values(self.data, name)
             stem = f"{VOCABULARY}/{file_name(name)}"

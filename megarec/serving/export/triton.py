@@ -63,7 +63,7 @@ def _row(text):
 
 
 def write_triton(directory: Path, labels: int) -> None:
-    """Write config.pbtxt and 1/model.py into an export of a model that predicts so many labels."""
+    """Write config.pbtxt and 1/model.py into an export of a model that predicts that many labels."""
     (directory / "config.pbtxt").write_text(CONFIG.replace("LABELS", str(labels)))
     (directory / "1").mkdir()
     (directory / "1" / "model.py").write_text(MODEL)

@@ -1,4 +1,4 @@
-"""The files of an export: the manifest that lists them, maps of those that are large, and what goes wrong."""
+"""The files of an export: the manifest that lists them, maps of large ones, and errors."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ class Bundle:
         manifest: what manifest.json holds.
 
     Raises:
-        ScoringError: that is missing, damaged, or of another version.
+        ScoringError: it is missing, damaged, or of another version.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -57,7 +57,7 @@ class Bundle:
                 f"{path}: {error.strerror}; expected what 'megarec checkpoint export RUN DIR --format onnx' writes"
             ) from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ScoringError(f"{path}: is no manifest of an export ({error}); {_AGAIN}") from error
+            raise ScoringError(f"{path}: is not the manifest of an export ({error}); {_AGAIN}") from error
         if found not in [(FORMAT, version) for version in range(1, VERSION + 1)]:
             what = f"format and version are {shown(found)}, expected {(FORMAT, VERSION)}"
             raise ScoringError(f"{path}: {what}; export again, or take the scorer of that export")
@@ -65,17 +65,17 @@ class Bundle:
             raise ScoringError(f"{path}: is not what was exported; {_AGAIN}")
 
     def path(self, name: str, whole: bool = False) -> Path:
-        """A file that the manifest lists, of the size that it says; a small one is what was exported.
+        """A file that the manifest lists, of its size there; the content of a small one is verified.
 
         Args:
-            whole: a large one as well.
+            whole: verify a large one as well.
 
         Raises:
-            ScoringError: it is missing, or another one.
+            ScoringError: it is missing, or differs.
         """
         path, about = self.directory / name, self.manifest["files"].get(name)
         if about is None or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ScoringError(f"{self.directory / MANIFEST}: {shown(name)} is no file of the export; {_AGAIN}")
+            raise ScoringError(f"{self.directory / MANIFEST}: {shown(name)} is not a file of the export; {_AGAIN}")
         try:
             size = path.stat().st_size
             if size != about["bytes"]:

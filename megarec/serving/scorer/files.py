@@ -18,9 +18,9 @@ def rows_of(path: Path, about: dict[str, Any]) -> Iterator[list[Row | RowError]]
     """The rows of a file, ROWS_AT_ONCE at a time, and why one cannot be read.
 
     Args:
-        about: how the files look that the model was trained on: `encoding` and `delimiter`; `header`, whether text has
-            a line of names, or "auto"; `columns`, the names where it has none, and `labels`, those that files of rows
-            to score may not have.
+        about: the format of the files that the model was trained on: `encoding` and `delimiter`; `header`, whether text
+            has a line of names, or "auto"; `columns`, the names where it has none, and `labels`, those that files of
+            rows to score may not have.
 
     Raises:
         ScoringError: the file cannot be read.
@@ -53,7 +53,7 @@ def _text(file: TextIO, delimiter: str, about: dict[str, Any]) -> Iterator[list[
 def _names(first: list[str], about: dict[str, Any]) -> tuple[list[str], bool]:
     """The names of the columns, and whether the first line of a file has them, as preparation decides it."""
     columns = about["columns"]
-    header = about.get("header", columns is None)  # earlier exports do not say it
+    header = about.get("header", columns is None)  # earlier exports do not have it
     if header is True or (header == "auto" and 2 * sum(name in columns for name in first) >= len(first)):
         return first, True
     without = [name for name in columns if name not in about.get("labels", ())]

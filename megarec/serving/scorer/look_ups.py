@@ -20,11 +20,11 @@ class LookUp(Protocol):
         """The value as `rows` takes it; None: it is missing.
 
         Raises:
-            RowError: it is no such value.
+            RowError: it is not such a value.
         """
 
     def rows(self, values: Sequence[Any]) -> Ids:
-        """Int64 [len(values)]; 0 stands for what is unknown."""
+        """Int64 [len(values)]; 0 for unknown values."""
 
 
 def text_hash(value: str) -> int:
@@ -103,7 +103,7 @@ class Texts(_Category):
     """A vocabulary of texts, sorted by their hash; the text itself decides.
 
     Args:
-        hashes: uint64, rising; equal ones stand side by side.
+        hashes: uint64, rising; equal ones are neighbours.
         ends: of each text in `text`, UTF-8.
     """
 
@@ -129,7 +129,7 @@ class Texts(_Category):
 
 
 def load_look_up(bundle: Bundle, about: dict[str, Any], rows: int) -> LookUp:
-    """What the manifest says of a feature's values.
+    """From the manifest's entry of a feature's values.
 
     Args:
         rows: of its table.

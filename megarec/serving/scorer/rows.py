@@ -63,10 +63,10 @@ class RowEncoder:
         self._columns = [list(same) for _, same in groupby(self._numeric, key=lambda own: own.column)]
 
     def encode(self, rows: Sequence[Row | RowError]) -> Encoded:
-        """A row that cannot be scored is left out, with its reason; the others are as if it was not there.
+        """A row that cannot be scored is left out, with its reason; it does not change the others.
 
         Args:
-            rows: an error stands for a row that could not even be read.
+            rows: an error takes the place of a row that could not be read.
         """
         kept, errors, read = [], {}, []
         for place, row in enumerate(rows):
@@ -152,7 +152,7 @@ class _Feature:
         return FeatureIds(values, lengths, weights)
 
     def _rows(self, values: Sequence[Any]) -> Ids:
-        """Row 0 stands for a missing value."""
+        """Row 0 is for a missing value."""
         if None not in values:
             return self._look_up.rows(values)
         there = np.fromiter((value is not None for value in values), bool, len(values))
@@ -183,7 +183,7 @@ class _Numeric:
         return ((own, parts[own._place] if parts else None) for own in same)
 
     def number(self, value: Any) -> float:
-        """The number of a raw value, or what stands for a missing one."""
+        """The number of a raw value, or the replacement of a missing one."""
         try:
             found = number(value)
             if found == found:

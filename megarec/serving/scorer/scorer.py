@@ -19,12 +19,12 @@ ROWS_AT_ONCE = 8192
 
 @dataclass
 class Scores:
-    """What became of the rows.
+    """The scores of rows.
 
     Attributes:
         probabilities: float64 [rows], or of several labels [rows, labels], calibrated if the export was; NaN where a
             row has an error.
-        logits: float32 of the same shape, what the model itself says; NaN likewise.
+        logits: float32 of the same shape, the model's own output; NaN likewise.
         errors: by place of a row, why it has no score.
     """
 
@@ -45,7 +45,7 @@ class Scorer:
         labels: where the model predicts several, in the order of the scores; else empty.
 
     Raises:
-        ScoringError: a file is missing or not what was exported, or the golden sample has other scores here.
+        ScoringError: a file is missing or not what was exported, or the golden sample scores differently here.
     """
 
     def __init__(self, directory: str | Path, threads: int = 1, check: bool = True) -> None:
@@ -57,7 +57,7 @@ class Scorer:
             self._temperature = np.array(self.bundle.manifest["temperature"], np.float64)
             path = self.bundle.path(self.bundle.manifest["dense"], whole=True)
         except (KeyError, TypeError, AttributeError) as error:  # a manifest of version 1 has no seal
-            what = f"{self.bundle.directory / MANIFEST}: is no manifest of an export ({error!r})"
+            what = f"{self.bundle.directory / MANIFEST}: is not the manifest of an export ({error!r})"
             raise ScoringError(f"{what}; export again") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads

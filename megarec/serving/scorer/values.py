@@ -28,7 +28,7 @@ def category(value: Any, dtype: str) -> str | int | None:
     """A value as text ("string") or a number of 64 bits ("integer", "hexadecimal"); None: it is missing.
 
     Raises:
-        RowError: it names no category of that type.
+        RowError: it is not a category of that type.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -109,7 +109,7 @@ def number(value: Any) -> float:
     """A value as a float; NaN: it is missing.
 
     Raises:
-        RowError: it is no number.
+        RowError: it is not a number.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -139,7 +139,7 @@ def finite(value: float) -> float:
     """The value, or NaN where it is missing.
 
     Raises:
-        RowError: no float32 holds it.
+        RowError: it does not fit a float32.
     """
     if abs(value) >= _FLOAT32:
         raise RowError(f"{value!r}, expected a finite number")
@@ -159,7 +159,7 @@ def elements(value: Any, separator: str | None) -> list[Any]:
     if isinstance(value, list | tuple | np.ndarray):
         return list(value)
     raise RowError(
-        f"{shown(value)}, expected a list" + ("" if separator is None else f", or text parted by {separator!r}")
+        f"{shown(value)}, expected a list" + ("" if separator is None else f", or text separated by {separator!r}")
     )
 
 
@@ -170,7 +170,7 @@ def moment(value: Any, written: str, which: str) -> int | None:
         written: how text and integers are written, by strptime.
 
     Raises:
-        RowError: it is no such moment.
+        RowError: it is not such a moment.
     """
     if isinstance(value, np.generic):
         value = value.item()

@@ -12,7 +12,7 @@ from megarec.sparse.placement import Shard
 
 @dataclass(frozen=True)
 class LocalIds:
-    """What this rank looks up: its slots, each over the same E examples, in the order of the global batch.
+    """This rank's lookups: its slots, each over the same E examples, in the order of the global batch.
 
     Attributes:
         values: int [sum(counts)], slot after slot, example after example.
@@ -21,7 +21,7 @@ class LocalIds:
         examples: E.
         weights: float32, one a value, 1 where a feature is not weighted; None: no slot is.
         by_block: by_block[slot][block][rank], how many values each has; None: one an example.
-        unpooled: what is looked up row by row beside them; None: nothing.
+        unpooled: lookups row by row beside them; None: none.
     """
 
     values: Tensor
@@ -60,7 +60,7 @@ class LocalIds:
 
 @dataclass
 class Unpooled:
-    """What this rank looks up row by row, in a step.
+    """This rank's lookups row by row, in a step.
 
     Attributes:
         ids: of its unpooled slots.
@@ -89,13 +89,13 @@ State = dict[str, tuple[Shard, Tensor]]
 class Pooled:
     """Summed rows and their update.
 
-    No autograd leads through the exchange: a gradient would have to be of the type of what it is the gradient of, and
+    Autograd does not go through the exchange: a gradient would need the type of its tensor, and
     embeddings may travel as fp16, their gradients as bf16.
 
     Attributes:
         values: [examples, columns of all slots], in the type that the backend emits.
-        update: takes the gradient of `values`, of any floating type: one optimizer step. Once at most, and only of what
-            was looked up with gradients enabled.
+        update: takes the gradient of `values`, of any floating type: one optimizer step. Once at most, and only for
+            what was looked up with gradients enabled.
     """
 
     values: Tensor

@@ -27,7 +27,7 @@ def bounds_check() -> BoundsCheckMode:
     """How FBGEMM checks ids: not at all, unless its variable says so.
 
     Raises:
-        UserError: the variable is no mode of its.
+        UserError: the variable is not one of its modes.
     """
     given = os.environ.get(BOUNDS_CHECK)
     if given is None:
@@ -43,7 +43,7 @@ class FbgemmTables:
     """Shards of this rank; "exact" optimizers: the gradients of a row are summed before its one update.
 
     Ids are not checked here: FBGEMM reads and writes out of bounds for an id outside its table, unless its own variable
-    FBGEMM_TBE_BOUNDS_CHECK_MODE asks for a check: 0 ends the run there, 1 warns, 2 takes row 0 in silence.
+    FBGEMM_TBE_BOUNDS_CHECK_MODE asks for a check: 0 ends the run there, 1 warns, 2 takes row 0 silently.
     """
 
     def __init__(self, shards: Sequence[LocalShard], config: EmbeddingConfig, device: torch.device) -> None:
@@ -73,7 +73,7 @@ class FbgemmTables:
         if self._many_rows:
             values, offsets = values.long(), offsets.long()
         pooled: Tensor = self._module(values, offsets, ids.weights)
-        # Its update is its backward pass, which takes a gradient of the output's type alone: hence float32.
+        # Its update is its backward pass, which only takes a gradient of the output's type: so float32.
         return Pooled(pooled.detach(), lambda gradient: pooled.backward(gradient.to(pooled.dtype)))
 
     def set_learning_rate(self, rate: float) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from megarec.sparse.layout import Table
 from megarec.sparse.placement import Shard
 
-ROWS_PER_CHUNK = 4096  # part of the definition: another value draws other weights
+ROWS_PER_CHUNK = 4096  # part of the definition: another value gives other weights
 
 
 def initial_rows(table: Table, seed: int, std: float | None, start: int, stop: int) -> Tensor:

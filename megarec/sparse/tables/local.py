@@ -50,7 +50,7 @@ def choose_backends(
     """
     choices = {}
     unpooled = {feature.table for feature in layout.unpooled}
-    slow: dict[str, list[str]] = {}  # tables by what keeps both fast backends from holding them
+    slow: dict[str, list[str]] = {}  # tables by the reason why neither fast backend can hold them
     for table in layout.tables:
         own = [shard for shard in shards if shard.table == table.name]
         choice = requested_backend(own, config, device.type, unpooled=table.name in unpooled)
@@ -72,7 +72,7 @@ def choose_backends(
 
 
 def _warn_of_whole_updates(shards: Sequence[Shard], config: EmbeddingConfig, device: str) -> None:
-    """One line where updates of all rows move so much memory that they are felt in every step."""
+    """One line if updates of all rows move enough memory to slow down every step."""
     whole = [shard for shard in shards if config.rule_of(shard.table).all_rows]
     ranks = {shard.rank: [other for other in whole if other.rank == shard.rank] for shard in whole}
     moved = {rank: 2 * table_bytes(own, config) for rank, own in ranks.items()}
@@ -123,7 +123,7 @@ def requested_backend(shards: Sequence[Shard], config: EmbeddingConfig, device: 
 def routes_of(
     layout: EmbeddingLayout, shards: Sequence[Shard], config: EmbeddingConfig, ranks: int, device: torch.device
 ) -> LookupPlan:
-    """Who looks up what of tables that are spread over a group."""
+    """The routes of tables that are spread over a group."""
     by_table = {table: [s for s in shards if s.table == table] for table in {s.table for s in shards}}
     unpooled = {feature.table for feature in layout.unpooled}
     backends = {
@@ -143,7 +143,7 @@ def split_replicated(shards: Sequence[Shard], rank: int) -> tuple[tuple[Shard, .
 
 @functools.cache
 def _fbgemm_problem(device: str) -> str | None:
-    """What in this installation rules FBGEMM out; None: nothing."""
+    """Why this installation cannot use FBGEMM; None: it can."""
     try:
         import megarec.sparse.tables.fbgemm_backend  # noqa: F401
     except (ImportError, OSError) as error:
@@ -157,7 +157,7 @@ class LocalTables:
     """The shards of this rank; its slots are in the order of the output's columns.
 
     Args:
-        plan: who looks up what; this rank is that of the channel.
+        plan: the routes; this rank is that of the channel.
         shards: of all ranks.
         replicated: whether every rank of the channel holds these tables whole.
         output: the type in which summed rows are asked for; a backend may emit float32 instead.
@@ -221,7 +221,7 @@ class LocalTables:
         *,
         split: bool,
     ) -> Tables:
-        """The only ones of a rank: the routes keep them together (lookups.py)."""
+        """A rank's only group of such tables: the routes keep them together (lookups.py)."""
         columns = [self._layout.table(part.shard.table).columns for part in parts]
         if self.replicated:
             assert not split
@@ -279,7 +279,7 @@ class LocalTables:
         return {shard.table: count / shard.rows for shard, count in zip(self._touched, counts, strict=True)}
 
     def settle(self, names: Collection[str] | None = None) -> None:
-        """Apply decay that has waited for rows to be touched: of these tables, or of all."""
+        """Apply pending decay: of these tables, or of all."""
         for tables in self._in_torch:
             tables.settle(names)
 

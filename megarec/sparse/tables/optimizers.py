@@ -1,4 +1,4 @@
-"""Optimizers over rows of a table, touched ones or all, in torch, float32 whatever the weights are stored in.
+"""Optimizers over rows of a table, touched ones or all, in torch, float32 whatever the stored type of the weights.
 
 Each runs once a step on the gradient that was summed over the whole global batch before ("exact").
 """
@@ -19,7 +19,7 @@ GPU_CELLS = 2**24  # of a table whose every row is updated, that are updated at 
 
 @dataclass
 class Hyperparameters:
-    """What an update needs to know beside the gradient; the rate may change between steps."""
+    """What an update needs besides the gradient; the rate may change between steps."""
 
     learning_rate: float
     eps: float
@@ -125,7 +125,7 @@ ROW_OPTIMIZERS = {
 
 
 def whole_update_bytes(shards: Sequence[Shard], config: EmbeddingConfig) -> int:
-    """What updates of all rows hold at most beside the tables, on an accelerator: the gradient of a piece of them, and
+    """Memory of updates of all rows beside the tables, at most, on an accelerator: the gradient of a piece of them, and
     as much again for a root or a change."""
     cells = sum(shard.rows * shard.columns for shard in shards if config.rule_of(shard.table).all_rows)
     return 2 * 4 * min(cells, GPU_CELLS)

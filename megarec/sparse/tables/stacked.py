@@ -1,10 +1,10 @@
 """Shards of equal width and rule stacked in one tensor: one lookup, one sort and few operations for all of them.
 
-A row of the stack has a key: the shard's first row plus the id. Keys of different shards never meet, so that one sort
+A row of the stack has a key: the shard's first row plus the id. Keys of different shards differ, so that one sort
 finds the unique touched rows of every table at once.
 
 Decay of rows that no batch looks up is lazy. A row's decay over some steps is the product of 1 - rate x decay of each,
-whatever the rate of each was. The stack sums up their logarithms over all steps, each row remembers the sum up to
+whatever its rate. The stack sums their logarithms over all steps, each row keeps the sum up to
 which its weights are decayed, and the rest is applied to what is read and at a row's next update; `settle` applies it
 to all rows, before weights are saved.
 """
@@ -40,7 +40,7 @@ class LazyDecay:
         self.done = torch.zeros(rows, 1, dtype=torch.float64, device=device)
 
     def pending(self, rows: Tensor | slice) -> Tensor:
-        """Float32 [rows, 1]: by what the weights of these rows have yet to be multiplied."""
+        """Float32 [rows, 1]: the pending factors of the weights of these rows."""
         return (self.total - _taken(self.done, rows)).exp_().float()
 
     def settled(self, rows: Tensor) -> Tensor:
@@ -200,6 +200,8 @@ class StackedTable:
     def apply(self, gradient: RowGradient, hyperparameters: Hyperparameters) -> None:
         """Update the rows of one chunk; `begin_step` comes before the first of a step."""
         rows = gradient.rows
+        if self._optimizer.rowwise and gradient.mean_square is None:
+            gradient.mean_square = gradient.values.square().mean(dim=1, keepdim=True)
         state = {name: _taken(tensor, rows) for name, tensor in self._state.items()}
         change = self._update(state, gradient, hyperparameters, int(self._steps[0]))
         if not isinstance(rows, slice):
@@ -218,13 +220,13 @@ class StackedTable:
             self._set(rows, weight, 2 * int(self._steps[0]))
 
     def begin_step(self, hyperparameters: Hyperparameters) -> None:
-        """Count a step whose updates are applied; on every rank alike, whether it has ids or not."""
+        """Count a step whose updates are applied; the same on every rank, whether it has ids or not."""
         self._steps += 1
         if self._decay is not None:
             self._decay.total += math.log1p(-hyperparameters.learning_rate * self._rule.decay)
 
     def settle(self) -> None:
-        """Apply to all rows what of their decay has waited."""
+        """Apply pending decay to all rows."""
         if self._decay is None or not self._decay.total:
             return
         for start in range(0, self.rows, self._neighbours):
@@ -249,13 +251,13 @@ class StackedTable:
         return values.split([stop - start for start, stop in itertools.pairwise([0, *stops])])
 
     def start(self, seed: int) -> None:
-        """First of all, with the seed of the run."""
+        """Call it first, with the seed of the run."""
         if self._rule.stochastic:
             self._rounding = Rounding([local.shard for local in self.shards], seed, self._weight.device)
 
     @property
     def decay_bytes(self) -> int:
-        """What the record of waiting decay takes."""
+        """Bytes of the record of pending decay."""
         return 0 if self._decay is None else self._decay.done.nbytes
 
     def state(self) -> State:

@@ -1,7 +1,7 @@
-"""Float32 -> float16, up or down by chance: the mean of what comes out is what went in, however small a change was.
+"""Float32 -> float16, rounded up or down at random: the mean of the result is the input, however small a change.
 
-The chance is a function of (seed, table, step, row, column) of the global table alone, from a counter-based generator:
-the same on every rank, placement and backend, and nothing but the step is kept.
+The random number is a function of (seed, table, step, row, column) of the global table alone, from a counter-based
+generator: the same on every rank, placement and backend, and nothing but the step is kept.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def chances(tables: Tensor, draw: int, rows: Tensor, columns: Tensor) -> Tensor:
 
     Args:
         tables: int64 [n], `table_key` of every row's table.
-        draw: which of a table's roundings it is; no number of one draw has to do with any of another.
+        draw: number of the table's rounding; numbers of different draws are independent.
         rows: int64 [n], in the global table.
         columns: int64 [n, c], in the global table.
     """
@@ -84,7 +84,7 @@ def _power_of_2(exponent: Tensor) -> Tensor:
 
 
 def _mixed(bits: Tensor) -> Tensor:
-    """SplitMix64's last step: every bit of what comes out depends on every bit that went in."""
+    """SplitMix64's last step: every output bit depends on every input bit."""
     bits = (bits ^ _shifted(bits, 30)) * _signed(_FIRST)
     bits = (bits ^ _shifted(bits, 27)) * _signed(_SECOND)
     return bits ^ _shifted(bits, 31)

@@ -4,7 +4,7 @@ Replicated tables get one identical update on every rank of a group (`Replicated
 
 Row-wise Adagrad over column slices needs a sum over ranks (`ColumnShardSum`): it adds the mean of g^2 over the whole
 row to its state, but the owner of a column slice sees only its part of the row. All owners of a table look up the same
-ids in the same order, hence the same unique rows: they exchange their partial sums, and each adds all of them in the
+ids in the same order, so the same unique rows: they exchange their partial sums, and each adds all of them in the
 same order, so that every copy of the state stays equal to the last bit.
 """
 
@@ -54,7 +54,7 @@ class TorchTables:
         self._hyperparameters = Hyperparameters(config.learning_rate, config.eps)
         dtype = torch.float16 if config.weights == "fp16" else torch.float32
         kinds = itertools.groupby(shards, key=lambda local: (local.shard.columns, config.rule_of(local.shard.table)))
-        self._stacks = [StackedTable(list(alike), self._optimizer, rule, dtype, device) for (_, rule), alike in kinds]
+        self._stacks = [StackedTable(list(same), self._optimizer, rule, dtype, device) for (_, rule), same in kinds]
         self._unpooled = [
             (stack, first)  # of each slot, its stack and its shard's first row there
             for slot in unpooled
@@ -89,12 +89,12 @@ class TorchTables:
         self._hyperparameters.learning_rate = rate
 
     def start(self, seed: int) -> None:
-        """First of all, with the seed of the run."""
+        """Call it first, with the seed of the run."""
         for stack in self._stacks:
             stack.start(seed)
 
     def settle(self, names: Collection[str] | None = None) -> None:
-        """Apply decay that has waited for rows to be touched, so that the weights are what they mean: of these tables
+        """Apply pending decay, so that the weights are up to date: of these tables
         and those that lie in one stack with them, or of all."""
         for stack in self._stacks:
             if names is None or any(local.shard.table in names for local in stack.shards):
@@ -102,7 +102,7 @@ class TorchTables:
 
     @property
     def decay_bytes(self) -> int:
-        """What the record of waiting decay takes."""
+        """Bytes of the record of pending decay."""
         return sum(stack.decay_bytes for stack in self._stacks)
 
     def state(self) -> State:
@@ -137,8 +137,6 @@ class TorchTables:
         for stack, chunks in zip(self._stacks, gradients, strict=True):
             stack.begin_step(self._hyperparameters)
             for gradient in chunks:
-                if self._optimizer.rowwise and gradient.mean_square is None:
-                    gradient.mean_square = gradient.values.square().mean(dim=1, keepdim=True)
                 stack.apply(gradient, self._hyperparameters)
 
     def _clip_norm(self, values: Sequence[Tensor]) -> None:
@@ -154,7 +152,7 @@ class TorchTables:
             part.mul_(factor)
 
     def _set_shared_mean_squares(self, held: Sequence[list[RowGradient]], sum_squares: SumSquares) -> None:
-        """Means of g^2 over the rows of the global tables, of which this rank has some of the columns."""
+        """Means of g^2 over the rows of the global tables; this rank has some of their columns."""
         partial: list[Tensor] = []
         for stack, chunks in zip(self._stacks, held, strict=True):
             if chunks:
@@ -185,7 +183,7 @@ class ReplicatedTorchTables(TorchTables):
 
     They are few rows, so that the sum is one all-reduce of [rows, columns + 1] over all tables, in float32 whatever
     the message types; its last column counts the ranks that touched a row. Its result is the same to the last bit on
-    all ranks, hence so are the copies.
+    all ranks, and so are the copies.
 
     Args:
         mark: takes the touched rows of an update, counted over all shards in their order.
@@ -223,14 +221,12 @@ class ReplicatedTorchTables(TorchTables):
             self._mark(touched + first)
             first += stack.rows
             gradient = stack.of_sums(touched, sums[:, :-1])
-            if self._optimizer.rowwise:
-                gradient.mean_square = gradient.values.square().mean(dim=1, keepdim=True)
             stack.begin_step(self._hyperparameters)
             stack.apply(gradient, self._hyperparameters)
 
 
 class ColumnShardSum:
-    """Which ranks hold columns of each table of this rank; every rank of the channel must take part in `sum`."""
+    """The ranks that hold columns of each table of this rank; every rank of the channel must take part in `sum`."""
 
     def __init__(self, mine: Sequence[Shard], shards: Sequence[Shard], channel: Channel, device: torch.device) -> None:
         self._channel = channel

@@ -1,6 +1,6 @@
 """Tables in Triton kernels (kernels/tables.py): any width, any output type, deterministic, on CUDA and ROCm.
 
-Neither lookup nor update makes the host wait: how many rows a step touches is known on the device alone.
+Neither lookup nor update makes the host wait: the number of touched rows is known only on the device.
 """
 
 import itertools
@@ -89,16 +89,16 @@ class TritonTables:
         first_keys: dict[LocalShard, int] = {}
         key = 0
         for width in dict.fromkeys(columns):
-            alike = [local for local in shards if local.shard.columns == width]
-            ends = list(itertools.accumulate(local.shard.rows for local in alike))
-            for local, end in zip(alike, ends, strict=True):
+            same = [local for local in shards if local.shard.columns == width]
+            ends = list(itertools.accumulate(local.shard.rows for local in same))
+            for local, end in zip(same, ends, strict=True):
                 first_rows[local] = end - local.shard.rows
                 first_keys[local] = key + first_rows[local]
             slots = [slot for slot, of in enumerate(columns) if of == width]
             weight = torch.empty(ends[-1], width, dtype=dtype, device=device)
             state = ROW_OPTIMIZERS[config.optimizer].new_state(weight)
             align = _shared_power_of_two([self._width, *(starts[slot] for slot in slots)])
-            placed = [(local, first_rows[local]) for local in alike]
+            placed = [(local, first_rows[local]) for local in same]
             self._stacks.append(
                 _Stack(weight, state, placed, slots, torch.tensor(slots, dtype=torch.int32, device=device), key, align)
             )
@@ -185,7 +185,7 @@ class TritonTables:
         )  # fmt: skip
 
     def _inputs(self, ids: LocalIds) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, offsets and weights, as kernels take them: what is not there is not read."""
+        """Values, offsets and weights, as kernels take them: absent ones are not read."""
         return ids.values, ids.offsets, ids.values if ids.weights is None else ids.weights
 
     def _sorted(self, ids: LocalIds) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,7 +216,7 @@ def _blocks(total: int, size: int) -> int:
 
 
 def _power_of_two(number: int) -> int:
-    """The least that is not smaller."""
+    """The smallest power of two that is not below it."""
     return 1 << (number - 1).bit_length()
 
 

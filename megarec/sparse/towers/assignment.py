@@ -49,7 +49,7 @@ def assign_towers(layout: EmbeddingLayout, requested: int | Sequence[Sequence[st
         for name in names:
             if name not in known:
                 raise UserError(
-                    f"parallel.towers[{tower}] names {name!r}, which is no categorical feature of the run; "
+                    f"parallel.towers[{tower}] names {name!r}, which is not a categorical feature of the run; "
                     f"{did_you_mean(name, known)}"
                 )
             if name in tower_of:

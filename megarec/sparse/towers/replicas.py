@@ -3,7 +3,7 @@
 Expert-parallel-like: a tower is an expert, its replicas are the ranks of its host (tower exchange) or all ranks (flat
 exchange, where every rank runs all modules on its own examples).
 
-Their optimizer stands outside the DeepSpeed engine, by default with the dense model's hyper-parameters.
+Their optimizer is outside the DeepSpeed engine, by default with the dense model's hyper-parameters.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,7 +31,7 @@ class TowerOptimizer(NamedTuple):
 
 
 def resolve_optimizer(module: TowerModule, dense: DenseConfig) -> TowerOptimizer:
-    """What the module's section leaves open is as in `dense`."""
+    """Keys that the module's section leaves open are as in `dense`."""
     own = {name: getattr(module, name) for name in TowerOptimizer._fields}
     return TowerOptimizer(**{name: getattr(dense, name) if value is None else value for name, value in own.items()})
 
@@ -51,7 +51,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: TowerOptimizer
 
 
 def states_of(settings: TowerOptimizer) -> dict[str, Tensor]:
-    """What such an optimizer keeps, once it has stepped, of a parameter of shape [1]; a number of no dimension is one
+    """State of such an optimizer, once it has stepped, for a parameter of shape [1]; a number without dimensions is one
     for the whole parameter."""
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
@@ -110,7 +110,7 @@ class TowerReplicas:
         self._optimizer.zero_grad()
 
     def gradients(self) -> dict[str, Tensor]:
-        """By parameter, what the last backward pass made on this rank, not yet summed over the replicas."""
+        """By parameter, the gradient of the last backward pass on this rank, not yet summed over the replicas."""
         return {name: p.grad for name, p in self.bank.named_parameters() if p.grad is not None}
 
     def scale_learning_rate(self, factor: float) -> None:
@@ -138,7 +138,7 @@ class TowerReplicas:
             kept = {key.partition("/")[2]: t for key, t in state.items() if key.startswith(f"{name}/")}
             self._optimizer.state[parameter] = {what: tensor.clone() for what, tensor in kept.items()}
 
-    def start_afresh(self) -> None:
+    def reset(self) -> None:
         """Set everything to what it was before the first step."""
         initialize(self.bank, self._seed)
         self._optimizer.state.clear()

@@ -1,8 +1,8 @@
-"""What enters and leaves the tower modules, and where these sizes come from (DMT, arXiv 2403.00877, section 3).
+"""The input and output sizes of the tower modules, and how they are derived (DMT, arXiv 2403.00877, section 3).
 
 F features of width N enter T towers, F_t of them tower t (a feature with several embeddings counts once for each);
-n_t embeddings of width D leave it. The compression is F N / (sum n_t D): by as much the message between hosts shrinks.
-D is one number over all towers, since the dense model sees sum n_t embeddings of width D.
+n_t embeddings of width D leave it. The compression is F N / (sum n_t D): the message between hosts shrinks by that
+factor. D is one number over all towers, since the dense model sees sum n_t embeddings of width D.
 """
 
 import heapq
@@ -21,7 +21,7 @@ from megarec.sparse.towers.assignment import Towers, assign_towers
 
 Model = TypeVar("Model", bound=ModelConfig)
 
-NEAR = 0.02  # a compression this near to the requested one is taken for it
+NEAR = 0.02  # a compression this near to the requested one is accepted
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TowerSizes:
 
     @property
     def compression(self) -> float:
-        """What is truly reached."""
+        """The compression that is reached."""
         return sum(self.inputs) * self.width / (sum(self.outputs) * self.dim)
 
     def output_columns(self, towers: Sequence[int]) -> int:
@@ -65,7 +65,7 @@ class TowerSizes:
 
 
 class ResolvedTowers(NamedTuple):
-    """What a config asks for.
+    """The towers and sizes of a config.
 
     Attributes:
         towers: None: the config has none.
@@ -183,7 +183,7 @@ def _proportional_preset(
 ) -> tuple[int, list[int]]:
     """D and n_t: D is N, or the first of its halves with which whole n_t come near; n_t grow with F_t.
 
-    With Wukong no less than 4: LayerNorm over two numbers leaves their order alone, and no gradient.
+    With Wukong no less than 4: LayerNorm over two numbers keeps only their order, and no gradient.
     """
     wukong = isinstance(module, WukongTowerConfig)
     least, narrowest = (2, 4) if wukong else (1, 1)  # Wukong: one embedding of the FM block, one of the LCB
@@ -215,7 +215,7 @@ def apportion(total: int, weights: Sequence[int], least: int) -> list[int]:
 
 
 def over_arch_input(layout: EmbeddingLayout, modules: TowerSizes | None) -> OverArchInput:
-    """What lies in front of the dense model: the layout, or what the tower modules emit, tower after tower."""
+    """The dense model's input: the layout, or what the tower modules emit, tower after tower."""
     if modules is None:
         return OverArchInput(layout.dim, layout.full_embeddings, layout.small_columns)
     return OverArchInput(modules.dim, sum(modules.outputs), small_columns=0)

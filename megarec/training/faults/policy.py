@@ -1,6 +1,6 @@
 """One policy for faulty steps: what is skipped, and when the run goes back or stops. No tensors, no collectives.
 
-Every rank sees the health of all ranks and decides alike.
+Every rank sees the health of all ranks and decides the same.
 """
 
 import math
@@ -15,7 +15,7 @@ from megarec.run.state import TrainState
 
 @dataclass(frozen=True)
 class RankHealth:
-    """What one rank says of a step.
+    """One rank's health in a step.
 
     Attributes:
         loss: mean over its examples.
@@ -43,7 +43,7 @@ class RankHealth:
     @property
     def fault(self) -> int:
         """0: the loss, 1: gradients of the dense model, 2: those of tower modules, 3: none. Tower modules get theirs
-        from other ranks as well, and a loss spoils all: what comes first is the cause, what comes after may follow."""
+        from other ranks as well, and a loss spoils all: the first is the cause, the others may follow from it."""
         return next(
             (order for order, number in enumerate((self.loss, self.embeddings + self.dense, self.towers))
              if not math.isfinite(number)), 3,
@@ -81,10 +81,10 @@ def cause_of(ranks: Sequence[RankHealth], scale_can_shrink: bool) -> str | None:
 
 
 class FaultPolicy:
-    """Counts faulty steps and looks out for spikes.
+    """Counts faulty steps and detects spikes.
 
     Args:
-        state: of the run; what a resumed run must know is kept there.
+        state: of the run; what a resumed run needs is kept there.
 
     Attributes:
         in_a_row: faulty steps since the last one that was applied.
@@ -110,10 +110,10 @@ class FaultPolicy:
         return median + self._config.spike_deviations * max(deviation, 0.01 * median)
 
     def applied(self, loss: float, left_out: Sequence[str] = ()) -> Action:
-        """A step was applied; what now.
+        """A step was applied; returns what to do.
 
         Args:
-            left_out: labels that it was made without: so many steps in a row as of any fault are allowed.
+            left_out: labels that it was made without; limited in a row as any fault is.
         """
         for label in left_out:
             self._state.faulty_labels[label] = self._state.faulty_labels.get(label, 0) + 1
@@ -125,7 +125,7 @@ class FaultPolicy:
         return "go on"
 
     def skipped(self, cause: str) -> Action:
-        """The step where the run stands was not applied; what now. Overflows of fp16 are no faults."""
+        """The current step was not applied; returns what to do. Overflows of fp16 are not faults."""
         self.count(cause)
         return "go on" if cause == "overflow" else self._faulty_step(cause)
 
@@ -147,7 +147,7 @@ class FaultPolicy:
         self._state.skipped[cause] = self._state.skipped.get(cause, 0) + 1
 
     def rolled_back(self, to: TrainState) -> None:
-        """Take over the state of a checkpoint, but for the batches that were faulty since, the present one included.
+        """Restore the state of a checkpoint, without the batches that were faulty since, the current one included.
 
         A fault that comes again after a rollback to the same checkpoint does not come from its batch alone: then all
         batches since the checkpoint are left out.

@@ -25,7 +25,7 @@ Replicated = tuple[Channel, Sequence[int], dict[str, Tensor]]
 
 
 def differing_replicas(run: Run) -> str | None:
-    """Which ranks hold other copies of which tensors than the rest, the same on all ranks; None: none. Collective."""
+    """The ranks whose copies differ from the rest, by tensor, the same on all ranks; None: none. Collective."""
     texts = gather_texts("; ".join(_differences(run)), run.topology, run.device)
     found = dict.fromkeys(line for text in texts.values() for line in text.split("; "))
     return "; ".join(found) or None
@@ -45,7 +45,7 @@ def _differences(run: Run) -> Iterator[str]:
 
 
 def differing_ranks(values: Sequence[int], ranks: Sequence[int]) -> str:
-    """Who holds something else than the majority; without one, all of them."""
+    """The ranks that differ from the majority; without a majority, all of them."""
     common, count = Counter(values).most_common(1)[0]
     if 2 * count <= len(values):
         return f"ranks {', '.join(map(str, ranks))} (no majority tells which) hold different copies of"

@@ -1,4 +1,4 @@
-"""What was wrong with a step on one rank, in a line; only called when something was."""
+"""What was wrong with a step on one rank, in a line; only called after a fault."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ def diagnose(
         health: of this rank.
         dense: sums of the gradients of dense parameters, by name.
         numeric: names of the numeric features.
-        shown: whether this rank's own numbers are to be shown; else only what it has to say of tables.
+        shown: whether to show this rank's own numbers; else only its findings on tables.
     """
     found = list(_nonfinite_tensors(health, tensors, dense)) if shown else []
     embeddings = list(embedding_faults(*tensors.lookup.looked_up(tensors.batch)))
@@ -37,7 +37,7 @@ def diagnose(
 
 
 def _nonfinite_tensors(health: RankHealth, tensors: StepTensors, dense: list[tuple[str, Tensor]]) -> Iterator[str]:
-    """The first cause alone: what is downstream of it is not finite either."""
+    """The first cause only: what is downstream of it is not finite either."""
     if not health.finite_loss:
         rows = _bad_rows(torch.cat([made.logits for made in tensors.made]).unsqueeze(1))
         where = f", logits of {len(rows)} of {tensors.batch.size} examples, first {rows[0]}" if rows else ""

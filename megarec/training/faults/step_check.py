@@ -32,7 +32,7 @@ OWN = 5  # numbers of a rank's health, before those of labels
 
 
 class HealthGather:
-    """Collects a rank's sums and gathers everybody's.
+    """Collects a rank's sums and gathers those of all ranks.
 
     Args:
         dense: the dense model; its parameters' gradients are summed as the backward passes make them.
@@ -98,7 +98,7 @@ class StepCheck:
     Attributes:
         loss: mean over the global batch of the last step.
         signum: a signal that some rank was sent; 0: none.
-        said: what the log has of the last faulty step.
+        description: the log's text about the last faulty step.
         left_out: labels that the last step was made without.
     """
 
@@ -106,7 +106,7 @@ class StepCheck:
         self._run, self._policy, self._state = run, policy, state
         world = build_channel(run.topology, "world", run.ledger)
         self._gather = HealthGather(run.dense.module, world, lambda: interruption.signum or 0)
-        self.loss, self.signum, self.said = math.nan, 0, ""
+        self.loss, self.signum, self.description = math.nan, 0, ""
         self.left_out: list[str] = []
 
     def __call__(self, tensors: StepTensors) -> Callable[[], str | None]:
@@ -134,8 +134,8 @@ class StepCheck:
         faulty = {label: ranks_of for label, ranks_of in found.items() if ranks_of}
         if faulty:
             named = (f"label {label}: its loss is not finite on ranks {_some(own)}" for label, own in faulty.items())
-            self.said = "; ".join(named)
-            _log.warning("FAULTY STEP %d, MADE WITHOUT %s", self._state.step + 1, self.said)
+            self.description = "; ".join(named)
+            _log.warning("FAULTY STEP %d, MADE WITHOUT %s", self._state.step + 1, self.description)
         return list(faulty)
 
     def _report(self, cause: str, ranks: list[RankHealth], tensors: StepTensors) -> None:
@@ -153,5 +153,5 @@ class StepCheck:
             )
         elif not found.keys() >= set(faulty):
             parts.append(f"all faulty ranks: {', '.join(map(str, faulty))}")
-        self.said = f"{CAUSES[cause]}: {'; '.join(parts)}"
-        _log.warning("FAULTY STEP %d, NOTHING WAS CHANGED: %s", self._state.step + 1, self.said)
+        self.description = f"{CAUSES[cause]}: {'; '.join(parts)}"
+        _log.warning("FAULTY STEP %d, NOTHING WAS CHANGED: %s", self._state.step + 1, self.description)

@@ -47,7 +47,7 @@ def test_cuts_are_starts_of_rows(seed: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_blocks_end_where_a_scan_value_by_value_says(monkeypatch: pytest.MonkeyPatch) -> None:
     file = TextFile(Path("x.csv"), ",", ["a"])
-    monkeypatch.setattr(TextFile, "_fail", _told)
+    monkeypatch.setattr(TextFile, "_fail", _fail_without_path)
 
     def ended(text: bytes, last: bool) -> int | str:
         try:
@@ -63,7 +63,7 @@ def test_blocks_end_where_a_scan_value_by_value_says(monkeypatch: pytest.MonkeyP
     assert fast == [(ended(text, False), ended(text, True)) for text in texts]
 
 
-def _told(file: TextFile, line: int, what: str) -> NoReturn:
+def _fail_without_path(file: TextFile, line: int, what: str) -> NoReturn:
     raise UserError(f"line {line}: {what}")
 
 
@@ -122,13 +122,13 @@ def test_a_file_that_is_cut_gives_the_same_bytes(table: Path, monkeypatch: pytes
 def test_an_error_in_a_part_names_the_line_of_the_file(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = (table / "rows.csv").read_bytes()
     (table / "rows.csv").write_bytes(good + b'"a"b,1,0\r\n')
-    told = []
+    messages = []
     for bytes_of_a_unit in (1 << 26, 2000):
         monkeypatch.setattr(table_reader, "UNIT_BYTES", bytes_of_a_unit)
         monkeypatch.setattr(csv_cuts, "_BLOCK_BYTES", 1000)
         with pytest.raises(UserError) as error:
             _prepared(table, "out", 1)
-        told.append(str(error.value))
-    assert told[0] == told[1]
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
     lines = good.count(b"\n") + 1
-    assert f"line {lines}: 'b,1,0\\r\\n' follows the closing quote" in told[0]
+    assert f"line {lines}: 'b,1,0\\r\\n' follows the closing quote" in messages[0]

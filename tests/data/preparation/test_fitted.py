@@ -151,7 +151,7 @@ def test_every_column_against_a_reference(tmp_path: Path) -> None:
     assert batch[1]["age"].values.tolist() == [reference(train, parts[3])["age"][3]]
 
 
-def test_numbers_that_are_all_alike_or_absent(tmp_path: Path) -> None:
+def test_numbers_that_are_all_equal_or_absent(tmp_path: Path) -> None:
     columns = {
         "x": {"type": "numeric", "standardise": True, "missing": 0},
         "z": {"type": "numeric", "standardise": True, "missing": 3},
@@ -170,7 +170,7 @@ def test_numbers_that_are_all_alike_or_absent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "told"),
+    ("column", "message"),
     [
         ({"type": "bucketised"}, "columns.age: expected either boundaries or buckets"),
         ({"type": "bucketised", "buckets": 3, "boundaries": [1]}, "columns.age: expected either boundaries or buckets"),
@@ -181,15 +181,15 @@ def test_numbers_that_are_all_alike_or_absent(tmp_path: Path) -> None:
         ({"type": "numeric", "standardize": True}, "unknown key 'columns.age.standardize'; did you mean 'standardise'"),
     ],
 )
-def test_a_wrong_column(tmp_path: Path, column: dict[str, Any], told: str) -> None:
+def test_a_wrong_column(tmp_path: Path, column: dict[str, Any], message: str) -> None:
     spec = write_spec(tmp_path, {"name": "n", "columns": COLUMNS | {"age": column}})
     with pytest.raises(UserError) as caught:
         prepare_table(spec, {}, tmp_path / "out")
-    assert str(caught.value).startswith(f"{spec}: {told}")
+    assert str(caught.value).startswith(f"{spec}: {message}")
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"age": "old"}, r"row 5 \(.*\): age='old', expected a number"),
         ({"price": "inf"}, r"row 5 \(.*\): price='inf', expected a finite number"),
@@ -197,10 +197,10 @@ def test_a_wrong_column(tmp_path: Path, column: dict[str, Any], told: str) -> No
         ({"seen": "1|2|3|4|x", "how": "1|1|1|1|1"}, r"row 5 \(.*\): seen='x', expected an integer"),
     ],
 )
-def test_a_bad_row(tmp_path: Path, changes: dict[str, str], told: str) -> None:
+def test_a_bad_row(tmp_path: Path, changes: dict[str, str], message: str) -> None:
     rows = made(1, 9)
     path = write(tmp_path / "a.csv", [*rows[:5], rows[5] | changes, *rows[6:]])
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         prepare_table(write_spec(tmp_path, SPEC), all_splits(path), tmp_path / "out")
     schema = prepare_table(tmp_path / "spec.json", all_splits(path), tmp_path / "out", max_bad=MaxBad(3))
     assert schema.rows["train"] == 8

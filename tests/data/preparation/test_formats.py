@@ -195,13 +195,13 @@ GOOD = b'{"a": "u", "l": ["p", 7, true, null, ""], "x": 1e3, "y": 1}\n'
 BAD = [
     (b"[1, 2]", "not an object", r"'[1, 2]', expected an object"),
     (b'"text"', "not an object", "expected an object"),
-    (b'{"a": "u", "l": null, "x": NaN, "y": 1}', "not JSON", "NaN is no JSON; where a value is missing, write null"),
-    (b'{"a": "u", "l": null, "x": -Infinity, "y": 1}', "not JSON", "-Infinity is no JSON"),
+    (b'{"a": "u", "l": null, "x": NaN, "y": 1}', "not JSON", "NaN is not JSON; where a value is missing, write null"),
+    (b'{"a": "u", "l": null, "x": -Infinity, "y": 1}', "not JSON", "-Infinity is not JSON"),
     (b'{"a": {"b": 1}, "l": null, "x": 1, "y": 1}', "a", 'a=\'{"b": "1"}\', expected a value'),
     (b'{"a": [1], "l": null, "x": 1, "y": 1}', "a", "expected a value"),
     (b'{"a": "u", "l": {"b": 1}, "x": 1, "y": 1}', "l", "expected text or a list"),
-    (b'{"a": "u", "l": [[1]], "x": 1, "y": 1}', "l", "stands in the list, expected values alone"),
-    (b'{"a": "u", "a": "v", "l": null, "x": 1, "y": 1}', "duplicate key", "the key 'a' is there twice"),
+    (b'{"a": "u", "l": [[1]], "x": 1, "y": 1}', "l", "is in the list, expected only values"),
+    (b'{"a": "u", "a": "v", "l": null, "x": 1, "y": 1}', "duplicate key", "the key 'a' appears twice"),
     (b'{"a": "u", "l": null, "y": 1}', "missing key", "the key 'x' is missing; where a value is missing, write null"),
     (b'{"a": "u", "l": null, "x": 1, "y": 1, "z": 2}', "undeclared key", "the key 'z' is not declared"),
     (b'{"a": "u", "l": null, "x": "one", "y": 1}', "x", "x='one', expected a number"),
@@ -213,7 +213,7 @@ BAD = [
     (b'{"a": "u", "l": null, "x": 1, "y": 1}{}', "not JSON", "Extra data"),
     (b"{" * 5000, "not JSON", ""),
     (b'{"a": ' + b"[" * 200_000, "not JSON", "too deep"),
-    (b'{"a": "\xff", "l": null, "x": 1, "y": 1}', "not UTF-8", 'expected UTF-8; say the "encoding"'),
+    (b'{"a": "\xff", "l": null, "x": 1, "y": 1}', "not UTF-8", 'expected UTF-8; state the "encoding"'),
     (b'{"a": "\\ud800", "l": null, "x": 1, "y": 1}', "not UTF-8", "half of a pair"),
 ]
 
@@ -228,8 +228,8 @@ def test_bad_rows_of_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         with (tmp_path / "out" / "quarantine.csv").open(newline="") as file:
             kept = list(csv.DictReader(file))
         assert len(kept) == 3 * len(BAD)
-        for number, (row, (_, reason, told)) in enumerate(zip(kept, BAD, strict=False)):
-            assert (row["row"], row["reason"]) == (str(2 * number + 1), reason) and told in row["found"], row
+        for number, (row, (_, reason, message)) in enumerate(zip(kept, BAD, strict=False)):
+            assert (row["row"], row["reason"]) == (str(2 * number + 1), reason) and message in row["found"], row
     with pytest.raises(UserError, match=r"t\.jsonl: row 1 \(from 0\): '\[1, 2\]', expected an object"):
         prepared(tmp_path, "t.jsonl", data)
 
@@ -276,7 +276,7 @@ def test_a_byte_that_the_encoding_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"t\.csv: cannot be read: 'utf-16.*' codec can't decode"):
         prepared(tmp_path, "t.csv", "a,l,x,y\nä,p,1,0\n".encode("utf-16")[:-1], encoding="utf-16")
     for wrong in ("latin-99", "hex", "rot13", "undefined", ""):
-        with pytest.raises(UserError, match=r"spec\.json: encoding: .* is no encoding of text; such are"):
+        with pytest.raises(UserError, match=r"spec\.json: encoding: .* is not a text encoding; examples are"):
             prepared(tmp_path, "t.csv", data, encoding=wrong)
 
 
@@ -401,12 +401,12 @@ def test_vectors_and_moments_that_are_none(tmp_path: Path, monkeypatch: pytest.M
     assert [number for number, _ in kept] == ["1", "2", "3", "4"]
     assert kept[0][1] == "v='1 2', expected 3 numbers, as columns.v.length says"
     assert kept[1][1] == "v_1='x', expected a number" and "'14132100', expected a moment written as" in kept[3][1]
-    for columns, told in (
+    for columns, message in (
         (VECTOR | {"v_1": {"type": "numeric"}}, r"columns\.v_1 is a feature of columns\.v too; rename one"),
         (VECTOR | {"v": {"type": "vector"}}, r"columns\.v\.length is missing"),
         (VECTOR | {"v": {"type": "vector", "length": 0}}, r"columns\.v\.length: Input should be greater than"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             prepared(tmp_path, "t.csv", data, columns=columns)
     table = pa.table({"v": [[{"a": 1}] * 3], "t": [1.5], "y": [1]})
     pq.write_table(table, tmp_path / "x.parquet")

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megarec.data.preparation.infer import infer, told
+from megarec.data.preparation.infer import in_words, infer
 from megarec.data.preparation.prepare import prepare_table
 from megarec.data.preparation.splits import Shares
 from megarec.data.schema import load_schema
@@ -86,29 +86,29 @@ def test_without_names_and_parquet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("a,b\n1,2\n3,4\n", "no column of the sample has 0 and 1 alone"),
+        ("a,b\n1,2\n3,4\n", "no column of the sample has only 0 and 1"),
         ("a,y\n", "no rows to infer from"),
         ("", "is empty; expected a line of names"),
     ],
 )
-def test_what_cannot_be_inferred(tmp_path: Path, text: str, told: str) -> None:
+def test_what_cannot_be_inferred(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.csv").write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         infer(tmp_path / "x.csv", tmp_path / "spec.json")
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "spec.json").write_text("edited")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         infer(tmp_path / "x.csv", tmp_path / "spec.json")
     assert (tmp_path / "spec.json").read_text() == "edited"
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "log.json.gz", "log.arrow", "log.csv.zst", "log.txt"])
-def test_every_format_and_what_is_said_of_it(tmp_path: Path, name: str) -> None:
+def test_every_format_and_its_reasons(tmp_path: Path, name: str) -> None:
     """Null words, a vector and the encoding are seen, and the spec prepares the file that it was made from."""
     table = {
         "item_id": list(range(20)) * 10,
@@ -144,7 +144,7 @@ def test_every_format_and_what_is_said_of_it(tmp_path: Path, name: str) -> None:
         "city": (3, 0.25),
         "click": (2, 0),
     }
-    lines = told(guesses, name, tmp_path / "spec.json").splitlines()
+    lines = in_words(guesses, name, tmp_path / "spec.json").splitlines()
     assert "  null_words: [\"NULL\"]: 'NULL' stands in 'city'" in lines and "200 rows" in lines[-1]
     schema = prepare_table(
         tmp_path / "spec.json", {"all": [tmp_path / name]}, tmp_path / "out", shares=Shares((0.8, 0.1, 0.1))

@@ -53,13 +53,13 @@ def test_files_without_labels(tmp_path: Path, header: bool) -> None:
     schema = prepare_as(out, {"test": [tmp_path / "new.csv"]}, tmp_path / "new")
     assert not schema.labelled and schema == load_schema(tmp_path / "new")
     assert pq.read_table(tmp_path / "new" / "test").equals(features(pq.read_table(out / "test")))
-    told = r"new: was prepared from files without the label column 'clicked': it can be scored; for training"
+    message = r"new: was prepared from files without the label column 'clicked': it can be scored; for training"
     for of in (schema, fitting_schema(load_schema(out), schema, Path("schema.json"))):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             open_split(tmp_path / "new", "test", of, "error")
     both = {"test": [tmp_path / "test.csv", tmp_path / "new.csv"]}
-    told = r"new\.csv: column 'clicked' is missing" if header else r"new\.csv: row 0 .*: 8 values .*, expected 9"
-    with pytest.raises(UserError, match=told):
+    message = r"new\.csv: column 'clicked' is missing" if header else r"new\.csv: row 0 .*: 8 values .*, expected 9"
+    with pytest.raises(UserError, match=message):
         prepare_as(out, both, tmp_path / "both")
     labelled = prepare_as(tmp_path / "new", {"test": [tmp_path / "test.csv"]}, tmp_path / "labelled")
     assert labelled.labelled and pq.read_table(tmp_path / "labelled" / "test").to_pydict() == EXPECTED["test"]
@@ -100,7 +100,7 @@ GOOD = {"user": "ann", "item": 7, "site": "apple", "bought": [7], "tags": "red",
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"price": None}, r"row 1: price=None, expected a number \(or columns\.price\.missing"),
         ({"item": "x"}, "row 1: item='x', expected an integer"),
@@ -110,9 +110,9 @@ GOOD = {"user": "ann", "item": 7, "site": "apple", "bought": [7], "tags": "red",
         ({"item": 1 << 70}, "row 1: item=1180591620717411303424, expected text, a number"),
     ],
 )
-def test_a_row_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+def test_a_row_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     encoder = RowEncoder(prepare(tmp_path))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         encoder.encode([GOOD, GOOD | changes])
     with pytest.raises(UserError, match="row 0: column 'item' is missing"):
         encoder.encode([{name: value for name, value in GOOD.items() if name != "item"}])
@@ -121,7 +121,7 @@ def test_a_row_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], told: 
 def test_data_that_keep_no_spec(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of an earlier version: they train as ever."""
+    """Of an earlier version: they still train."""
     out = prepare(tmp_path)
     (out / "spec.json").unlink()
     content = json.loads((out / "schema.json").read_text())
@@ -129,8 +129,8 @@ def test_data_that_keep_no_spec(
     (out / "schema.json").write_text(json.dumps(content))
     assert len(open_split(out, "train", load_schema(out), "error")) == 3
     words = [f"--output={tmp_path / 'new'}", f"--test={tmp_path / 'test.csv'}"]
-    for given, told in (
-        ([f"--like={out}"], f"{out} has no spec.json, so that its rules are not known: an earlier version made it"),
+    for given, message in (
+        ([f"--like={out}"], f"{out} has no spec.json, so its rules are unknown: an earlier version made it"),
         ([f"--like={tmp_path}"], "schema.json does not exist"),
         ([], "expected either --schema FILE, what the columns are, or --like DIR"),
         ([f"--like={out}", f"--schema={write_spec(tmp_path)}"], "expected either --schema FILE"),
@@ -140,17 +140,17 @@ def test_data_that_keep_no_spec(
         with pytest.raises(SystemExit) as end:
             main()
         error = capsys.readouterr().err
-        assert end.value.code == 2 and told in error and error.count("\n") == 1
+        assert end.value.code == 2 and message in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 
 def test_a_damaged_spec(tmp_path: Path) -> None:
     out = prepare(tmp_path)
     content = json.loads((out / "spec.json").read_text())
-    for change, told in (
+    for change, message in (
         ({"spec": {**content["spec"], "colums": 1}}, "spec.json: unknown key 'colums'; did you mean 'columns'"),
         ({"version": 2}, "spec.json: version: Input should be 1; prepare the data again"),
     ):
         (out / "spec.json").write_text(json.dumps({**content, **change}))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             load_prepared(out)

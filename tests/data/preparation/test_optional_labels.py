@@ -60,11 +60,11 @@ def test_missing_labels_and_weights_reach_the_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [("a,,1,1", "columns.click.optional"), ("a,1,2,1", "expected 0 or 1"), ("a,1,nan?,1", "0 or 1")],
 )
-def test_what_is_no_label_is_a_bad_row(tmp_path: Path, row: str, told: str) -> None:
-    with pytest.raises(UserError, match=told.replace(".", r"\.")):
+def test_what_is_no_label_is_a_bad_row(tmp_path: Path, row: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
         prepared(tmp_path, [*ROWS, row])
 
 

@@ -259,15 +259,15 @@ def test_bad_rows_are_counted_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("max_bad", "told"),
+    ("max_bad", "message"),
     [
         (MaxBad(), r"train\.txt: row 2 \(from 0, header not counted\): b='x', expected an integer$"),
         (MaxBad(5), r"6 of 608 rows read are bad \(.*2 for y.*\), more than --max-bad 5 allows; the first: .* row 2 "),
         (MaxBad(share=0.005), r"6 of 612 rows read are bad .*, more than --max-bad 0\.005 allows; the first"),
     ],
 )
-def test_too_many_bad_rows(tmp_path: Path, max_bad: MaxBad, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_too_many_bad_rows(tmp_path: Path, max_bad: MaxBad, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         mixed(tmp_path, max_bad)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rest.txt", "spec.json", "train.txt"]
 
@@ -323,7 +323,7 @@ def test_one_input_is_split_by_chance(days: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--data", "x", "--train", "y"], "--data is split, --train is one split already; keep one of them"),
         (["--train", "y", "--seed", "2"], "--seed says how to split --data; name its files"),
@@ -335,14 +335,14 @@ def test_one_input_is_split_by_chance(days: Path, tmp_path: Path) -> None:
     ],
 )
 def test_options_that_make_no_sense(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["prepare", "criteo", "--output", "out", *words])
     with pytest.raises(SystemExit) as end:
         main()
-    assert end.value.code == 2 and told in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert end.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_days_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def line(**changes: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("bad", "told"),
+    ("bad", "message"),
     [
         ({"price": ""}, r"price=None, expected a number \(or columns\.price\.missing in the spec, to fill in\)"),
         ({"price": "nan"}, r"price='nan', expected a number \(or columns\.price\.missing"),
@@ -205,19 +205,19 @@ def line(**changes: str) -> str:
     ],
 )
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_bad_row_is_named(tmp_path: Path, split: str, bad: dict[str, str], told: str) -> None:
+def test_a_bad_row_is_named(tmp_path: Path, split: str, bad: dict[str, str], message: str) -> None:
     header = TRAIN.split("\n", 1)[0] + "\n"
     broken = header + line() * 37 + line(**bad) + line() * 20
     texts = {"train": header + line() * 3, "test": header + line()} | {split: broken}
     file = "valid" if split == "test" else split  # prepare() gives valid and test the same text; valid comes first
-    with pytest.raises(UserError, match=rf"{file}\.csv: row 37 \(from 0, header not counted\): {told}"):
+    with pytest.raises(UserError, match=rf"{file}\.csv: row 37 \(from 0, header not counted\): {message}"):
         prepare(tmp_path, **texts)
     assert not (tmp_path / "out").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["spec.json", "test.csv", "train.csv", "valid.csv"]
 
 
 @pytest.mark.parametrize(
-    ("train", "told"),
+    ("train", "message"),
     [
         ("", r"train\.csv: is empty; expected a line of names"),
         (TRAIN.split("\n")[0] + "\n", r"train\.csv: no rows; every split needs some"),
@@ -234,8 +234,8 @@ def test_a_bad_row_is_named(tmp_path: Path, split: str, bad: dict[str, str], tol
         ),
     ],
 )
-def test_a_file_that_does_not_fit(tmp_path: Path, train: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_file_that_does_not_fit(tmp_path: Path, train: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         prepare(tmp_path, train)
 
 
@@ -246,7 +246,7 @@ def test_a_missing_column(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("train.dat", b"", r"train\.dat: suffix '\.dat', expected \.csv, \.tsv, \.txt, \.jsonl"),
         ("none.csv", None, r"none\.csv: no such file"),
@@ -255,20 +255,20 @@ def test_a_missing_column(tmp_path: Path) -> None:
         (
             "train.csv",
             TRAIN.encode("latin-1"),
-            r"train\.csv: row 1 \(from 0.*\): site=b'\\xe4pfel', expected UTF-8; say the \"encoding\"",
+            r"train\.csv: row 1 \(from 0.*\): site=b'\\xe4pfel', expected UTF-8; state the \"encoding\"",
         ),
     ],
 )
-def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
+def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         prepare_table(write_spec(tmp_path), all_splits(tmp_path / name), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("column", "values", "told"),
+    ("column", "values", "message"),
     [
         ("user", pa.array([1.5, 2.5]), r"row 0 \(from 0\): user=1\.5, expected an integer \(no other float"),
         ("tags", pa.array([1, 2]), r"column 'tags' is int64, expected text or a list"),
@@ -276,16 +276,16 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | 
         ("item", pa.array([1.0, 2.5]), r"row 1 \(from 0\): item=2\.5, expected an integer"),
     ],
 )
-def test_parquet_of_a_wrong_type(tmp_path: Path, column: str, values: pa.Array, told: str) -> None:
+def test_parquet_of_a_wrong_type(tmp_path: Path, column: str, values: pa.Array, message: str) -> None:
     path = write_parquet(tmp_path / "train.csv", TEST)
     table = pq.read_table(path)
     pq.write_table(table.set_column(table.schema.get_field_index(column), column, values), path)
-    with pytest.raises(UserError, match=r"train\.parquet: " + told):
+    with pytest.raises(UserError, match=r"train\.parquet: " + message):
         prepare_table(write_spec(tmp_path), all_splits(path), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         (SPEC | {"colums": {}}, "unknown key 'colums'; did you mean 'columns'?"),
         (
@@ -315,10 +315,10 @@ def test_parquet_of_a_wrong_type(tmp_path: Path, column: str, values: pa.Array, 
         ([], "holds []"),
     ],
 )
-def test_a_wrong_spec(tmp_path: Path, spec: Any, told: str) -> None:
+def test_a_wrong_spec(tmp_path: Path, spec: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
         prepare(tmp_path, spec=spec)
-    assert str(caught.value).startswith(f"{tmp_path / 'spec.json'}: {told}")
+    assert str(caught.value).startswith(f"{tmp_path / 'spec.json'}: {message}")
 
 
 def test_a_spec_that_cannot_be_read(tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_bad_weights(tmp_path: Path, row: str, words: str) -> None:
 def test_weights_of_what_is_no_list(tmp_path: Path) -> None:
     columns = {**WEIGHTED["columns"], "how_often": {"type": "weights", "of": "boght"}}
     with pytest.raises(
-        UserError, match=r"columns.how_often.of='boght' is no multi_valued or sequence column; did you mean 'bought'"
+        UserError, match=r"columns.how_often.of='boght' is not a multi_valued or sequence column; did you mean 'bought'"
     ):
         prepare_weighted(tmp_path, ["a,1,1"], {**WEIGHTED, "columns": columns})
 

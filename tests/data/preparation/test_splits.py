@@ -177,7 +177,7 @@ def test_more_files_may_lack_what_is_no_feature(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "shares", "told"),
+    ("changes", "shares", "message"),
     [
         ({"part": "x"}, ByColumn(), r"row 3 \(.*\): part='x', expected one of 'tr', '1', 'te'"),
         ({"part": ""}, ByColumn(), r"row 3 \(.*\): part=None, expected one of 'tr', '1', 'te'"),
@@ -189,10 +189,10 @@ def test_more_files_may_lack_what_is_no_feature(tmp_path: Path) -> None:
         ({"buy": "2"}, ByTime(FRACTIONS), r"row 3 \(.*\): buy='2', expected 0 or 1"),
     ],
 )
-def test_bad_rows(tmp_path: Path, changes: dict[str, str], shares: Division, told: str) -> None:
+def test_bad_rows(tmp_path: Path, changes: dict[str, str], shares: Division, message: str) -> None:
     rows = made(1)
     rows[3] |= changes
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         prepared(tmp_path, [rows], shares)
     schema = prepare_table(
         tmp_path / "spec.json", {"all": [tmp_path / "0.csv"]}, tmp_path / "o", max_bad=MaxBad(1), shares=shares
@@ -203,8 +203,8 @@ def test_bad_rows(tmp_path: Path, changes: dict[str, str], shares: Division, tol
 @pytest.mark.parametrize("split", [ByColumn(), ByTime(FRACTIONS)])
 def test_a_split_without_rows(tmp_path: Path, split: Division) -> None:
     rows = [row | {"part": "tr", "when": "7"} for row in made(1)]
-    told = "too few times differ" if isinstance(split, ByTime) else "'part' says it nowhere"
-    with pytest.raises(UserError, match=rf"0\.csv: no rows; every split needs some and valid got none: {told}"):
+    message = "too few times differ" if isinstance(split, ByTime) else "'part' never names it"
+    with pytest.raises(UserError, match=rf"0\.csv: no rows; every split needs some and valid got none: {message}"):
         prepared(tmp_path, [rows], split)
 
 
@@ -233,7 +233,7 @@ def test_times_of_every_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "words", "told"),
+    ("columns", "words", "message"),
     [
         ({"part": {"type": "ignored"}}, ["--split", "column"], "names no column of type 'split'; add one, or take"),
         ({"when": {"type": "ignored"}}, ["--split", "time"], "names no column of type 'time'; add one, or take"),
@@ -249,7 +249,7 @@ def test_what_makes_no_sense(
     capsys: pytest.CaptureFixture[str],
     columns: dict[str, Any],
     words: list[str],
-    told: str,
+    message: str,
 ) -> None:
     spec, data = write_spec(tmp_path, {"name": "log", "columns": COLUMNS | columns}), write(tmp_path / "a.csv", made(1))
     command = ["prepare", "table", f"--schema={spec}", f"--data={data}", f"--output={tmp_path / 'out'}", *words]
@@ -258,7 +258,7 @@ def test_what_makes_no_sense(
     with pytest.raises(SystemExit) as end:
         main()
     error = capsys.readouterr().err
-    assert end.value.code == 2 and told in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert end.value.code == 2 and message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

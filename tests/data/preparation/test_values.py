@@ -195,7 +195,7 @@ def test_line_breaks_within_quotes(
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ('x,y\na,1\n"b,1\nc,0\n', r"line 3: the quote of '\"b,1\\nc,0\\n' is never closed"),
         ('x,y\n"apple 1,1\nbob,"pear 2,0\n', r"line 2: 'pear 2,0\\n' follows the closing quote of .*doubled"),
@@ -203,11 +203,13 @@ def test_line_breaks_within_quotes(
         ("x,y\na,1\nb\n", r"row 1 \(from 0, header not counted\): 1 values \('b'\), expected 2"),
     ],
 )
-def test_malformed_csv_names_the_line(prepared: Prepare, monkeypatch: pytest.MonkeyPatch, text: str, told: str) -> None:
-    with pytest.raises(UserError, match=r"train\.csv: " + told):
+def test_malformed_csv_names_the_line(
+    prepared: Prepare, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=r"train\.csv: " + message):
         prepared(STRING, text, text)
     monkeypatch.setattr(text_files, "_BLOCK_BYTES", 3)
-    with pytest.raises(UserError, match=told.partition(":")[0].partition(" (")[0]):
+    with pytest.raises(UserError, match=message.partition(":")[0].partition(" (")[0]):
         prepared(STRING, text, text)
 
 
@@ -228,11 +230,13 @@ def test_other_ways_to_write_text(prepared: Prepare) -> None:
 
 def test_encodings(prepared: Prepare) -> None:
     latin = "x,n,y\nä,ö,1\n".encode("latin-1")
-    with pytest.raises(UserError, match=r"row 0 .*: x=b'\\xe4', expected UTF-8; say the \"encoding\" in the spec"):
+    with pytest.raises(UserError, match=r"row 0 .*: x=b'\\xe4', expected UTF-8; state the \"encoding\" in the spec"):
         prepared(STRING, latin, latin, n={"type": "ignored"})
     ignored = latin.replace(b"\xe4", b"a")
     assert prepared(STRING, ignored, ignored, n={"type": "ignored"}) == [1]
-    with pytest.raises(UserError, match=r"line 1: is UTF-16, expected utf-8; say \"encoding\": \"utf-16\" in the spec"):
+    with pytest.raises(
+        UserError, match=r"line 1: is UTF-16, expected utf-8; state \"encoding\": \"utf-16\" in the spec"
+    ):
         prepared(STRING, csv("a").encode("utf-16"), csv("a"))
     with pytest.raises(UserError, match=r"line 1: the names .* are not UTF-8"):
         prepared(STRING, "ä,y\na,1\n".encode("latin-1"), csv("a"))
@@ -247,17 +251,17 @@ def test_a_ragged_row_that_is_not_utf8(prepared: Prepare, row: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "told"),
+    ("suffix", "message"),
     [
-        (".txt", r"column 'x,y' is not declared; .*values of a \.txt are parted by tabs, unless the spec says"),
+        (".txt", r"column 'x,y' is not declared; .*values of a \.txt are separated by tabs, unless the spec has"),
         (".zip", r"suffix '\.zip', .*decompress it"),
         (".parquet.gz", r"suffix '\.gz', .*decompress it \(these"),
         (".arrow.zst", r"suffix '\.zst', .*decompress it \(these"),
         ("", r"suffix '', expected"),
     ],
 )
-def test_files_of_other_kinds(prepared: Prepare, suffix: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_files_of_other_kinds(prepared: Prepare, suffix: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         prepared(STRING, csv("a"), csv("a"), suffix)
 
 
@@ -268,7 +272,7 @@ def test_damaged_gzip_and_pipes(prepared: Prepare, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"train\.csv\.gz: cannot be read: damaged gzip"):
             prepare_table(spec, all_splits(tmp_path / "train.csv.gz"), tmp_path / "o")
     os.mkfifo(tmp_path / "pipe.csv")
-    with pytest.raises(UserError, match=r"pipe\.csv: is no regular file"):
+    with pytest.raises(UserError, match=r"pipe\.csv: is not a regular file"):
         prepare_table(spec, all_splits(tmp_path / "pipe.csv"), tmp_path / "o")
 
 

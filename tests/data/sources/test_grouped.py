@@ -135,7 +135,7 @@ def test_groups_lie_beside_the_schema_and_the_seed_fixes_all(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--order", "6", "--features", "20", "--alone", "0"], "(--features 20 - --alone 0) / --groups 4 leaves 5"),
         (["--signal", "nan"], "--signal nan: expected more than 0"),
@@ -147,7 +147,11 @@ def test_groups_lie_beside_the_schema_and_the_seed_fixes_all(tmp_path: Path) -> 
     ],
 )
 def test_sizes_that_make_no_sense_are_one_line(
-    options: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("signal.signal", lambda *_: None)
     words = ["prepare_data", "grouped", *options, "--output", str(tmp_path / "out")]
@@ -155,5 +159,5 @@ def test_sizes_that_make_no_sense_are_one_line(
     with pytest.raises(SystemExit) as raised:
         prepare_data.main()
     printed = capsys.readouterr()
-    assert raised.value.code == 2 and told in printed.err and printed.err.count("\n") == 1
+    assert raised.value.code == 2 and message in printed.err and printed.err.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -84,8 +84,8 @@ def test_the_same_as_its_files(
         )
     ):
         out = tmp_path / f"out-{number}"
-        code, told, error = run(monkeypatch, capsys, "hf", name, schema, *words, f"--output={out}")
-        assert (code, error) == (0, "") and "350 train, 50 valid, 30 test" in told
+        code, output, error = run(monkeypatch, capsys, "hf", name, schema, *words, f"--output={out}")
+        assert (code, error) == (0, "") and "350 train, 50 valid, 30 test" in output
         assert content(out) == expected
     like = [f"--like={tmp_path / 'table'}", "--test=test", f"--output={tmp_path / 'like'}"]
     assert run(monkeypatch, capsys, "hf", directory, *like)[0] == 0
@@ -98,8 +98,8 @@ def test_one_split_is_split_by_chance(
     words = ["--data", "train", "test", "--fractions", "0.5", "0.25", "0.25", f"--output={tmp_path / 'out'}"]
     assert run(monkeypatch, capsys, "hf", directory, f"--schema={tmp_path / 'spec.json'}", *words)[0] == 0
     assert sum(load_schema(tmp_path / "out").rows.values()) == 380
-    code, told, _ = run(monkeypatch, capsys, "hf", directory, "--infer=train", f"--schema={tmp_path / 'first.json'}")
-    assert code == 0 and "a first spec, from the first 350 rows" in told
+    code, output, _ = run(monkeypatch, capsys, "hf", directory, "--infer=train", f"--schema={tmp_path / 'first.json'}")
+    assert code == 0 and "a first spec, from the first 350 rows" in output
     assert json.loads((tmp_path / "first.json").read_text())["columns"]["l"] == {
         "type": "multi_valued",
         "dtype": "string",
@@ -107,7 +107,7 @@ def test_one_split_is_split_by_chance(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (
             ["--train=trian", "--valid=test", "--test=test"],
@@ -117,12 +117,12 @@ def test_one_split_is_split_by_chance(
     ],
 )
 def test_mistakes(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, words: list[str], told: str
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, words: list[str], message: str
 ) -> None:
     before = sorted(path.name for path in tmp_path.iterdir())
     name = [directory, f"--schema={tmp_path / 'spec.json'}", f"--output={tmp_path / 'out'}"]
     code, _, error = run(monkeypatch, capsys, "hf", *name, *words)
-    assert code == 2 and error.count("\n") == 1 and re.search(told, error), error
+    assert code == 2 and error.count("\n") == 1 and re.search(message, error), error
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -142,4 +142,4 @@ def test_what_cannot_be_read(directory: Path, tmp_path: Path, monkeypatch: pytes
     for cached in (hub._builder, hub._stream, hub._files):
         cached.cache_clear()
     code, _, error = run(monkeypatch, capsys, "hf", directory, *schema)
-    assert code == 2 and "has no split 'test', only: train, validation; say which are --train" in error
+    assert code == 2 and "has no split 'test', only: train, validation; choose them by --train" in error

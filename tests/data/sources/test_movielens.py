@@ -161,7 +161,7 @@ def test_a_wheel_that_is_not_the_expected_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--wheel .*whl: cannot be read \(No such file"):
         prepare_movielens("movielens-100k", tmp_path / "out", **arguments)
     os.mkfifo(wheel)  # a read would wait, and of /dev/zero never end
-    with pytest.raises(UserError, match=r"--wheel .*whl: is no regular file"):
+    with pytest.raises(UserError, match=r"--wheel .*whl: is not a regular file"):
         prepare_movielens("movielens-100k", tmp_path / "out", **arguments)
     wheel.unlink()
     wheel.write_bytes(b"other")

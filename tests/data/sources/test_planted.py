@@ -128,7 +128,7 @@ def test_planted_data_are_fixed_by_their_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "told"),
+    ("sizes", "message"),
     [
         ({"rows": 3}, "--rows 3: expected an even number"),
         ({"features": 7}, "--order 8: .* --single is 7"),
@@ -136,7 +136,7 @@ def test_planted_data_are_fixed_by_their_seed(tmp_path: Path) -> None:
         ({"examples": 9}, "--examples 9: expected at least 10"),
     ],
 )
-def test_planted_sizes_that_make_no_sense(tmp_path: Path, sizes: dict[str, int], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_planted_sizes_that_make_no_sense(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         prepare_planted(Shape(**sizes), tmp_path / "out")
     assert not (tmp_path / "out").exists()

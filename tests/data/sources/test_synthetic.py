@@ -53,7 +53,7 @@ def test_the_signal_can_be_learnt_from_numbers_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "told"),
+    ("sizes", "message"),
     [
         ({"examples": 9}, "--examples 9: expected at least 10"),
         ({"single": 0}, "--single 0"),
@@ -63,8 +63,8 @@ def test_the_signal_can_be_learnt_from_numbers_alone(tmp_path: Path) -> None:
         ({"seed": 10**30}, "--seed 10*: expected at most"),
     ],
 )
-def test_sizes_that_make_no_sense(tmp_path: Path, sizes: dict[str, int], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_sizes_that_make_no_sense(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         prepare_synthetic(Shape(**sizes), tmp_path / "out")
 
 
@@ -131,11 +131,11 @@ def test_many_columns_are_written_in_small_chunks(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("sizes", "told"),
+    ("sizes", "message"),
     [({"examples": 9, "seed": 1}, "--examples 9"), ({"examples": 10, "seed": 1, "max_rows": 1}, "--max-rows 1")],
 )
-def test_sizes_for_a_schema_that_make_no_sense(tmp_path: Path, sizes: dict[str, int], told: str) -> None:
-    with pytest.raises(UserError, match=f"{told}: expected at least"):
+def test_sizes_for_a_schema_that_make_no_sense(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=f"{message}: expected at least"):
         prepare_like(wide_schema(9, 1), tmp_path / "out", **sizes)
     assert not (tmp_path / "out").exists()
 

@@ -41,7 +41,7 @@ def test_a_number_strides_over_tables() -> None:
     [
         ([["f0", "f1"], ["f2"]], "parallel.towers misses f3: put every categorical feature in a tower"),
         ([["f0", "f1"], ["f2", "f3", "f0"]], "parallel.towers names 'f0' twice, in towers 0 and 1: keep it in one"),
-        ([["f0", "f1"], ["f2", "f3x"]], "parallel.towers[1] names 'f3x', which is no categorical feature of the run;"),
+        ([["f0", "f1"], ["f2", "f3x"]], "parallel.towers[1] names 'f3x', which is not a categorical feature of the"),
         ([["f0", "f1"], ["f2", "f3x"]], "did you mean 'f3'?"),
         ([["f0", "f1", "f2", "f3"], []], "parallel.towers[1] is empty: give it a feature, or leave the tower out"),
         ([], "parallel.towers lists no tower: give each tower's features"),
