@@ -93,3 +93,17 @@ def test_no_byte_leaves_a_host_of_cards_faster_than_it_reaches_the_next_card(mac
     across = message_seconds(all_to_all("world", total, 8, 4), Topology(0, 8, 4, 1), hardware)
     assert across + 50e-6 >= inside  # an all-to-all over two hosts starts 13 us earlier
     assert ring_seconds(1e8, 2, 4, hardware) > ring_seconds(1e8, 1, 8, hardware)
+
+
+def test_gloo_sums_by_an_all_reduce() -> None:
+    """On a CPU a reduce-scatter takes two passes of a ring, an all-gather one; on accelerators both are exchanges."""
+    cpu, topology = load_hardware("epyc-2-ranks"), Topology(0, 2, 2, 1)
+    sums, gathered = (
+        Message("world", f"{op} embeddings", "float32", "forward", 1_000_000, 0, 0)
+        for op in ("reduce_scatter", "all_gather")
+    )
+    assert cpu.host_ring_us is not None and cpu.host_ring_gb_s is not None
+    delay, seconds = 1e-6 * cpu.host_ring_us.value, 1e-3 / cpu.host_ring_gb_s.value
+    assert message_seconds(gathered, topology, cpu) == pytest.approx(delay + seconds)
+    assert message_seconds(sums, topology, cpu) == pytest.approx(delay + 2 * seconds)
+    assert message_seconds(sums, topology, H100) == message_seconds(gathered, topology, H100)
