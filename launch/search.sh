@@ -4,7 +4,7 @@
 #                                           movielens-100k-by-time, movielens-1m); goes on where an earlier one ended
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 jobs=${1:-2} name=${2:-movielens-100k}
-# Said now, not after the data.
+# Checked before the data.
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || { echo "error: JOBS $jobs: expected a whole number from 1 on" >&2; exit 2; }
 case $name in
   movielens-100k) source=movielens-100k options=() ;;

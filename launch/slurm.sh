@@ -17,7 +17,7 @@
 set -euo pipefail
 root=${SLURM_SUBMIT_DIR:?sbatch sets it: submit this script with sbatch}
 python=${MEGAREC_VENV:-$root/.venv}/bin/python
-[ -f "$root/launch/train.py" ] || { echo "error: $root is no megarec checkout: submit from one" >&2; exit 2; }
+[ -f "$root/launch/train.py" ] || { echo "error: $root is not a megarec checkout: submit from one" >&2; exit 2; }
 [ -x "$python" ] || { echo "error: no $python: run 'bash launch/environment.sh' first, or set MEGAREC_VENV" >&2; exit 2; }
 ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 [ -n "$ranks" ] || { echo "error: no GPUs in this allocation: set RANKS_PER_NODE" >&2; exit 2; }

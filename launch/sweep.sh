@@ -19,7 +19,7 @@
 set -euo pipefail
 root=${SLURM_SUBMIT_DIR:?sbatch sets it: submit this script with sbatch}
 python=${MEGAREC_VENV:-$root/.venv}/bin/python
-[ -f "$root/tools/scaling_law.py" ] || { echo "error: $root is no megarec checkout: submit from one" >&2; exit 2; }
+[ -f "$root/tools/scaling_law.py" ] || { echo "error: $root is not a megarec checkout: submit from one" >&2; exit 2; }
 [ -x "$python" ] || { echo "error: no $python: run 'bash launch/environment.sh' first, or set MEGAREC_VENV" >&2; exit 2; }
 case " $* " in
   *" --array "* | *" --array="*) ;;

@@ -5,7 +5,7 @@
 #                                            where an earlier one ended. towers-first is the part that was published
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 jobs=${1:-2} study=ds_configs/studies/${2:-towers}.json
-# Said now, not after the data and the partitions.
+# Checked before the data and the partitions.
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || { echo "error: JOBS $jobs: expected a whole number from 1 on" >&2; exit 2; }
 [ -f "$root/$study" ] || { echo "error: STUDY ${2:-}: no $study; expected towers or towers-first" >&2; exit 2; }
 use_environment

@@ -37,6 +37,10 @@ def message_seconds(message: Message, topology: Topology, hardware: Hardware) ->
             return ring_seconds(message.bytes, 1, topology.ranks_per_host, hardware)
         halves = message.bytes / 2, message.bytes / 2
         return all_reduce_seconds(halves, topology.hosts, topology.ranks_per_host, hardware)
+    ring = message.op.startswith(("reduce_scatter", "all_gather"))
+    if ring and hardware.device == "cpu" and not message.cross_host_bytes:
+        passes = 2 if message.op.startswith("reduce_scatter") else 1  # gloo's is an all-reduce
+        return ring_seconds(passes * message.bytes, 1, topology.ranks_per_host, hardware)
     if message.mean:  # of tables that lie evenly; a rank that sends little receives more
         message = message._replace(bytes=message.mean, cross_host_bytes=message.mean_across)
     hosts = linked_hosts(topology.hosts, topology.ranks_per_host, hardware)

@@ -8,8 +8,9 @@ rank's. Over several hosts (a launcher of many hosts, or namespaces) the network
 measured by shape (SIDES) and type, collectives by size (measure_links.py); a figure's source names what was measured.
 """
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megarec.models.cpu_gemm import fast_cpu_gemm
 from megarec.planning.hardware import load_hardware
 from megarec.planning.held_memory import available_bytes
 from megarec.planning.measure_links import Timed, collective_seconds, link_figures, rounded, sustained, timer
+from megarec.planning.measure_tables import SHAPES, Sample, costs_of, samples
 from megarec.planning.roofline import lookup_bytes, update_bytes
 from megarec.sparse.layout import EmbeddingLayout, Feature, Table
 from megarec.sparse.side import SparseSide
@@ -72,14 +74,19 @@ def measure(path: Path) -> None:
 def machine(config: RunConfig, device: torch.device, topology: Topology) -> dict[str, Any]:
     """The content of a machine's JSON, the same on all ranks; collective."""
     timed = timer(device, topology, REPETITIONS)
+    # CPU seconds are a rank's time only where it has a core of its own.
+    alone = device.type == "cpu" and topology.hosts == 1 and topology.world_size <= (os.cpu_count() or 1)
+    tables = samples(config.embedding) if alone else []
     figures = {
         **_rank_figures(config, device, topology, timed),
         **_products(device, timed),
         **collective_seconds(timed, device, topology),
+        **{f"tables_us {index}": 1e6 * sample.seconds for index, sample in enumerate(tables)},
     }
     table = gather_numbers(list(figures.values()), topology, device)
     slowest = {name: _slowest(name, [row[i] for row in table]) for i, name in enumerate(figures)}
-    return _as_json(slowest, device, topology)
+    tables = [s._replace(seconds=1e-6 * slowest[f"tables_us {index}"]) for index, s in enumerate(tables)]
+    return _as_json(slowest, device, topology) | _table_costs(tables, topology)
 
 
 def _on_rank_0(work: Callable[[], None], topology: Topology, device: torch.device) -> None:
@@ -167,8 +174,7 @@ def _tables(config: EmbeddingConfig, device: torch.device, timed: Timed) -> tupl
 
 
 def _as_json(figures: dict[str, float], device: torch.device, topology: Topology) -> dict[str, Any]:
-    when, job = time.strftime("%Y-%m-%d"), f"{topology.hosts} hosts x {topology.ranks_per_host} ranks"
-    source = f"measured {when}, {job}, the slowest rank"
+    job, source = f"{topology.hosts} hosts x {topology.ranks_per_host} ranks", _source(topology)
     own = {name: value for name, value in figures.items() if " " not in name}
     made: dict[str, Any] = {name: {"value": rounded(value), "source": source} for name, value in own.items()}
     made |= _ramps(figures, source) | link_figures(figures, topology, source)
@@ -183,6 +189,21 @@ def _as_json(figures: dict[str, float], device: torch.device, topology: Topology
         "ranks_per_host": {"value": topology.ranks_per_host, "source": source},
         **made,
     }
+
+
+def _table_costs(tables: Sequence[Sample], topology: Topology) -> dict[str, Any]:
+    """What work on tables costs on a CPU."""
+    if not tables:
+        return {}
+    shapes = f"tables of one kind in {len(SHAPES)} shapes"
+    source = f"{_source(topology)}; fitted on CPU seconds of {shapes} (planning/measure_tables.py)"
+    value = {kind: {name: rounded(own) for name, own in costs.items()} for kind, costs in costs_of(tables).items()}
+    return {"table_ns": {"value": value, "source": source}}
+
+
+def _source(topology: Topology) -> str:
+    job = f"{topology.hosts} hosts x {topology.ranks_per_host} ranks"
+    return f"measured {time.strftime('%Y-%m-%d')}, {job}, the slowest rank"
 
 
 def _ramps(figures: dict[str, float], source: str) -> dict[str, Any]:

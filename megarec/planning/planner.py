@@ -103,7 +103,7 @@ def plan_run(
     job = Topology(0, ranks, ranks_per_host, config.parallel.tensor)
     micro_batch_size(config, ranks)  # fails on the arithmetic before anything takes time
     shards = placed(config, spec, job) if shards is None else shards
-    work = work_of(config, spec, hosts, ranks_per_host, shards)
+    work = work_of(config, spec, hosts, ranks_per_host, shards, kinds=hardware.table_kinds)
     pieces = pieces_of(work, hardware)
     found = timeline(pieces)
     peak = 1e12 * Clock(hardware).peak(settings_of(config.deepspeed).dtype.itemsize)
@@ -127,13 +127,22 @@ def placement_seconds(
 ) -> float:
     """A step with the tables in given places, as long as the rank takes that has most of each part.
 
-    It compares placements of the same run; `plan_run` says how long a run takes whose tables lie evenly.
+    It compares placements of the same run; on an accelerator `plan_run` says how long a run takes whose tables lie
+    evenly.
 
     Raises:
         UserError: as `plan_run`.
     """
+    return timeline(placement_pieces(config, spec, hardware, hosts, ranks_per_host, shards)).seconds
+
+
+def placement_pieces(
+    config: RunConfig, spec: ModelSpec, hardware: Hardware, hosts: int, ranks_per_host: int, shards: Sequence[Shard]
+) -> list[Piece]:
+    """The pieces of such a step."""
     check_machine(config, hardware, hosts, ranks_per_host)
-    return timeline(pieces_of(work_of(config, spec, hosts, ranks_per_host, shards, slowest=True), hardware)).seconds
+    kinds = hardware.table_kinds
+    return pieces_of(work_of(config, spec, hosts, ranks_per_host, shards, slowest=True, kinds=kinds), hardware)
 
 
 def sent_by(work: Work) -> tuple[Sent, ...]:

@@ -19,6 +19,7 @@ from megarec.planning.hardware import Figure, Hardware, needed
 from megarec.planning.links import linked_hosts, network_delay
 from megarec.planning.pieces import Piece, Stream
 from megarec.planning.skew import hits
+from megarec.planning.table_work import part_seconds
 from megarec.planning.work import Work
 
 FORWARD = 1 / 3  # of the work of a forward and backward pass
@@ -125,10 +126,12 @@ def _in_turn(work: Work, hardware: Hardware, rates: _Rates) -> list[Piece]:
     clock = Clock(hardware)
     dense = clock.dense(work.dense, work.accumulation, work.width)
     computing = sum(part.seconds for part in dense.values())
+    tables = None if work.tables is None else part_seconds(work.tables, hardware)
     pieces = [
         Piece("ids", "ids", "compute", rates.sent(IDS)),
-        Piece("lookup", "lookup", "compute", rates.lookup),
-        Piece("embeddings", "exchange", "compute", rates.sent(EXCHANGED)),
+        *([] if tables is None else [Piece("ids joined", "ids", "compute", tables["ids"])]),
+        Piece("lookup", "lookup", "compute", rates.lookup if tables is None else tables["lookup"]),
+        Piece("embeddings", "exchange", "compute", rates.sent(EXCHANGED, "forward")),
     ]
     if work.towers:
         towers = clock.whole(work.towers, 4).seconds
@@ -137,6 +140,9 @@ def _in_turn(work: Work, hardware: Hardware, rates: _Rates) -> list[Piece]:
     pieces.append(Piece("backward", "dense compute", "compute", (1 - FORWARD) * computing))
     if work.tensor:
         pieces.append(Piece("tensor links", "tensor links", "compute", rates.tensor))
+    if tables is not None:
+        pieces.append(Piece("regroup", "lookup", "compute", tables["back"]))
+    pieces.append(Piece("gradients of embeddings", "exchange", "compute", rates.sent(EXCHANGED, "backward")))
     sent, weights = work.sent, rates.ring(work.sent.after)
     gathered = sent.gathers * (rates.ring(sent.backward) + rates.inside)
     gathered += sum(rates.forward_weights(micro) for micro in range(sent.gathers))
@@ -148,7 +154,7 @@ def _in_turn(work: Work, hardware: Hardware, rates: _Rates) -> list[Piece]:
     pieces.append(Piece("optimizer", "update", "compute", optimizer))
     if weights:
         pieces.append(Piece("weights", "dense gradients", "compute", weights))
-    pieces.append(Piece("update", "update", "compute", rates.update))
+    pieces.append(Piece("update", "update", "compute", rates.update if tables is None else tables["update"]))
     return pieces
 
 

@@ -95,7 +95,9 @@ def compare(
     Raises:
         UserError: ranks, batch, tables and machine do not fit together, or a figure of the machine is not known.
     """
-    known = work_of(config, resolve(config, schema), hosts, ranks_per_host) if work is None else work
+    known = work
+    if known is None:
+        known = work_of(config, resolve(config, schema), hosts, ranks_per_host, kinds=hardware.table_kinds)
     run = time_of(known, hardware, "this run")
     plain = config.parallel.exchange == "flat" and run.compression is None
     variants = [
@@ -191,7 +193,8 @@ def predict(
     shards: Sequence[Shard] | None = None,
 ) -> Variant:
     """A step of one way to run the model; see `work_of` and `time_of`."""
-    return time_of(work_of(config, spec, hosts, ranks_per_host, shards), hardware, name)
+    work = work_of(config, spec, hosts, ranks_per_host, shards, kinds=hardware.table_kinds)
+    return time_of(work, hardware, name)
 
 
 def choose(variants: Sequence[Variant]) -> tuple[Variant | None, bool]:

@@ -6,7 +6,7 @@ step those that DeepSpeed moves. step_time.py says how long it takes on a machin
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megarec.config.deepspeed import micro_batch_size
@@ -16,10 +16,12 @@ from megarec.distributed.topology import Topology
 from megarec.errors import UserError
 from megarec.planning import roofline
 from megarec.planning.dense_traffic import dense_messages
+from megarec.planning.hardware import TableKind
 from megarec.planning.memo import Same, remembered
 from megarec.planning.memory import average_bytes
 from megarec.planning.skew import Reads
 from megarec.planning.table_loads import Load, loads
+from megarec.planning.table_work import RankWork, table_work
 from megarec.planning.traffic import Message, mean_ids, placed, sparse_messages
 from megarec.planning.zero import Zero, zero_of
 from megarec.planning.zero_traffic import DenseSent, dense_sent
@@ -48,6 +50,7 @@ class Work:
         early: whether these leave while the backward pass still computes.
         moved: bytes in memory by what is done; ids spread evenly over the rows.
         reads: lookups of each table by all ranks.
+        tables: by rank, what a CPU does for the tables that lie there; None: `moved` says it.
     """
 
     topology: Topology
@@ -69,6 +72,7 @@ class Work:
     reads: tuple[Reads, ...]
     launches: int
     flop: int
+    tables: tuple[RankWork, ...] | None = None
 
 
 def work_of(
@@ -78,6 +82,7 @@ def work_of(
     ranks_per_host: int,
     shards: Sequence[Shard] | None = None,
     slowest: bool = False,
+    kinds: Collection[TableKind] = (),
 ) -> Work:
     """A step of the rank that sends most to other hosts.
 
@@ -85,6 +90,7 @@ def work_of(
         shards: where all tables lie (`traffic.placed` is enough); None: as the config places them.
         slowest: lookups, updates and each message of the sparse side are those of the rank that has most of them, for
             which the others wait; else a rank's mean and the messages of one rank.
+        kinds: of work on tables that a CPU's costs are known of; none: what they move is enough.
 
     Raises:
         UserError: ranks, batch and tables do not fit together.
@@ -136,6 +142,7 @@ def work_of(
         moved=moved,
         launches=roofline.STEP_BYTES[zero.stage, zero.width < 4].launches * len(sizes),
         flop=spec.cost.flop * batch,
+        tables=tuple(table_work(config, spec, shards, world, kinds)) if kinds else None,
     )
 
 

@@ -107,3 +107,17 @@ def test_72_networks_are_no_faster_than_the_link_to_the_next_rank() -> None:
     gb200 = load_hardware("gb200")
     assert ring_seconds(1e9, 2, 72, gb200) == pytest.approx(2 * 37.3e-6 + 1e9 / 722e9)
     assert ring_seconds(1e9, 2, 72, gb200) > ring_seconds(1e9, 1, 72, gb200)
+
+
+def test_gloo_sums_by_an_all_reduce() -> None:
+    """On a CPU a reduce-scatter takes two passes of a ring, an all-gather one; on accelerators both are exchanges."""
+    cpu, topology = load_hardware("epyc-2-ranks"), Topology(0, 2, 2, 1)
+    sums, gathered = (
+        Message("world", f"{op} embeddings", "float32", "forward", 1_000_000, 0, 0)
+        for op in ("reduce_scatter", "all_gather")
+    )
+    assert cpu.host_ring_us is not None and cpu.host_ring_gb_s is not None
+    delay, seconds = 1e-6 * cpu.host_ring_us.value, 1e-3 / cpu.host_ring_gb_s.value
+    assert message_seconds(gathered, topology, cpu) == pytest.approx(delay + seconds)
+    assert message_seconds(sums, topology, cpu) == pytest.approx(delay + 2 * seconds)
+    assert message_seconds(sums, topology, H100) == message_seconds(gathered, topology, H100)

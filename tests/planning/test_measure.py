@@ -12,7 +12,7 @@ import torch
 from megarec.distributed.rank_pool import RankPool
 from megarec.distributed.topology import build_topology
 from megarec.errors import UserError
-from megarec.planning import measure, measure_links
+from megarec.planning import measure, measure_links, measure_tables
 from megarec.planning.clock import Clock
 from megarec.planning.hardware import Hardware, Ramp, load_hardware
 from megarec.planning.links import message_seconds, ring_seconds
@@ -26,8 +26,12 @@ HOST_KEYS = {"host_link_us", "host_link_gb_s", "host_ramp", "host_ring_us", "hos
 def figures(directory: Path) -> dict[str, Any]:
     """On a rank of two hosts of two: the figures of the links, and of the whole job a file."""
     measure.COPIED, measure.ROWS, measure.EXAMPLES, measure.REPETITIONS = 4096, 100, 16, 1
+    measure_tables.EXAMPLES, measure_tables.REPETITIONS = 64, 1
+    measure_tables.SHAPES, measure_tables.COPIES = ((10, 8, 1), (100, 8, 4)), ((8, 8),)
+    measure_tables.PLACED = ((8, 2, 8),)
     measure.ROWS_OF_A_PRODUCT, measure.SIDES, measure_links.SIZES = 8, (4, 16), (64, 1024, 8192)  # type: ignore[assignment]
-    with patch.object(measure, "measure_gemm_tflops", return_value=1.0):
+    cores = patch.object(measure.os, "cpu_count", return_value=4)  # one for each rank
+    with cores, patch.object(measure, "measure_gemm_tflops", return_value=1.0):
         measure.measure(directory / "m.json")
     device, topology = torch.device("cpu"), build_topology(2, tensor=1)
     taken = measure_links.collective_seconds(measure_links.timer(device, topology, 1), device, topology)
@@ -41,6 +45,7 @@ def test_ranks_measure_together(rank_pool: Callable[[int], RankPool], tmp_path: 
     assert len(single) == 8 and min(single) >= 0
     hardware = load_hardware(str(tmp_path / "m.json"))
     assert hardware.ranks_per_host.value == 4 and hardware.network_gb_s is None
+    assert set(hardware.table_kinds) >= {"ids", "split", "torch lookup", "torch update", "copy", "assemble", "scatter"}
     assert hardware.host_ramp is not None and set(hardware.host_ramp.value) == {"256", "2048"}
     assert hardware.host_ring_gb_s is not None and "all_gather of 64, 1024, 8192" in hardware.host_ring_gb_s.source
     assert hardware.fp32_ramp is not None and hardware.fp32_ramp.value["16"] == 1

@@ -22,6 +22,9 @@ FOLDER = Path(__file__).resolve().parent
 Rate = Annotated[float, Field(ge=1e-9, le=1e9)]
 Delay = Annotated[float, Field(ge=0, le=1e9)]
 Share = Annotated[float, Field(gt=0, le=1)]
+TableKind = Literal[
+    "ids", "split", "fbgemm lookup", "fbgemm update", "torch lookup", "torch update", "copy", "assemble", "scatter"
+]
 
 
 class Figure(Section):
@@ -72,6 +75,24 @@ class Ramp(Section):
         return share if hosts < 4 else 1 - (1 - share) / math.log2(hosts)
 
 
+class Costs(Section):
+    """Nanoseconds of a kind of work on tables, for each of what table_work.py counts of it."""
+
+    start: Delay = 0
+    bag: Delay = 0
+    id: Delay = 0
+    cell: Delay = 0
+    row: Delay = 0
+    row_cell: Delay = 0
+
+
+class TableCosts(Section):
+    """By kind of work."""
+
+    value: Annotated[dict[TableKind, Costs], Field(min_length=1)]
+    source: str
+
+
 def _between(known: list[tuple[int, float]], at: float) -> float:
     """Linear in the logarithm between known points, level outside of them."""
     if at <= known[0][0]:
@@ -100,6 +121,9 @@ class Hardware(Section):
     memory_tb_s: Figure = Field(description="that a copy reaches, read and written bytes together")
     lookup_gb_s: Figure | None = Field(None, description="bytes of looked-up rows; left out: as a copy")
     update_gb_s: Figure | None = Field(None, description="bytes of an update of tables; left out: as a copy")
+    table_ns: TableCosts | None = Field(
+        None, description="of a CPU: what work on tables costs by what is counted of it; left out: by bytes alone"
+    )
     launch_us: DelayFigure = Field(description="that starting an operation takes on the host")
     sms: Figure | None = Field(None, description="multiprocessors; left out: kernels of every size fill the device")
     cache_mb: Figure | None = Field(None, description="of the last cache before memory, 1e6 bytes; left out: none")
@@ -126,6 +150,11 @@ class Hardware(Section):
         None, description="of a ring over hosts by NCCL's protocol of less delay; left out: it is not used"
     )
     tree_us: ByHosts | None = Field(None, description="of an all-reduce by a tree over hosts; left out: rings alone")
+
+    @property
+    def table_kinds(self) -> tuple[TableKind, ...]:
+        """Kinds of work on tables whose costs are known."""
+        return () if self.table_ns is None or self.device != "cpu" else tuple(self.table_ns.value)
 
 
 RAMPS = "network_ramp", "host_ramp", "gemm_ramp", "fp32_ramp"

@@ -28,12 +28,31 @@ def test_a_pick_is_held_to_the_best() -> None:
     row = placements.judge([1.0, 2.0, 3.0], [2.0, 1.0, 4.0])
     assert row["pick_over_best"] == 2 and row["median_over_best"] == 2
     assert row["share_within_5_percent"] == pytest.approx(1 / 3) and row["rank_correlation"] == pytest.approx(0.5)
-    by_rank = [[Cost([(0.3, 0.1)] * 4, {}), Cost([(0.1, 0.4)] * 4, {})], [Cost([(0.2, 0.3)] * 4, {})] * 2]
+    parts = [
+        [Cost([[(a, b), (0.0, 0.0)]] * 4, {}) for a, b in own] for own in ([(0.3, 0.1), (0.1, 0.4)], [(0.2, 0.3)] * 2)
+    ]
+    by_rank = parts
     time, cpu = (placements.measured_row(name, clock, by_rank, [1.0, 2.0]) for clock, name in enumerate(("t", "c")))
     assert time["best_ms"] == pytest.approx(200) and time["pick_over_best"] == pytest.approx(1.5)
     assert cpu["best_ms"] == pytest.approx(300) and time["noise"] == 0 and time["again_over_best"] == 1
     found = placements.ratios([time, {**time, "pick_over_best": 1.04}])
     assert found["picked, t"] == 0.5 and found["pick over best, worst, t"] == pytest.approx(1.5)
+
+
+def test_tables_of_one_kind() -> None:
+    """Measured CPU of the rank that has most of a part; of predictions messages count half."""
+    hardware, own = load_hardware(placements.MACHINE), placements.draw(placements.SHOWN, 1)
+    kinds = placements.of_one_kind(own)
+    assert list(kinds) == ["table", "column", "row", "replicated"]
+    assert all({shard.rank for shard in shards} == {0, 1} for shards in kinds.values())
+    taken = [[(9.0, 1e-3 * rank), (9.0, 2e-3), (9.0, 3e-3), (9.0, 4e-3)] for rank in (1, 2)]
+    rows = placements.kind_rows(own, [[Cost([one, one], {})] * 4 for one in taken], hardware)
+    assert [row["kind"] for row in rows] == list(kinds)
+    assert rows[0]["ids_ms"] == pytest.approx(2) and rows[0]["update_ms"] == pytest.approx(4)
+    assert rows[2]["ids_predicted_ms"] > 2 * rows[0]["ids_predicted_ms"], "ids sorted by owner"
+    assert rows[1]["update_predicted_ms"] > 2 * rows[0]["update_predicted_ms"], "both ranks sort all ids, in torch"
+    seconds, cpu = (placements.predict(own, hardware, share) for share in (1.0, placements.MESSAGE_CPU))
+    assert cpu[0] < seconds[0] < 2 * cpu[0]
 
 
 def test_bytes_of_the_slowest_rank() -> None:
