@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megarec.distributed.pieces import start_exchange
 from megarec.distributed.topology import Topology
 
 SIZES = 64, 2**14, 2**18, 2**21, 2**24  # bytes that a rank holds of a collective
@@ -52,12 +53,13 @@ def _times_in_a_row(size: int) -> int:
 
 
 def _call(op: str, size: int, group: Any, device: torch.device) -> Callable[[], object]:
-    """Of `size` bytes: sent to all ranks together, gathered from all ranks together, or summed."""
+    """Of `size` bytes: sent to all ranks together, as the exchange sends, gathered from all together, or summed."""
     ranks = group.size()
     numbers = torch.ones(max(size // 4, ranks) // ranks * ranks, device=device)
     part, received = numbers[: len(numbers) // ranks].clone(), torch.empty_like(numbers)
+    sizes = ranks * [len(part)]
     calls: dict[str, Callable[[], object]] = {
-        "all_to_all": lambda: dist.all_to_all_single(received, numbers, group=group),
+        "all_to_all": lambda: start_exchange(numbers, received, sizes, sizes, group)(),
         "all_gather": lambda: dist.all_gather_into_tensor(received, part, group=group),
         "all_reduce": lambda: dist.all_reduce(numbers, group=group),
     }

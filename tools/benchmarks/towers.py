@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,21 +76,30 @@ def run(links: tuple[float, ...] = LINKS, steps: int = STEPS) -> dict[str, Any]:
             "benchmark towers needs TorchRec, which is not among the project's requirements: run "
             "'bash tools/bench_env.sh', then '.venv-bench/bin/python tools/bench.py towers'"
         )
-    rows, machines = list[dict[str, Any]](), list[dict[str, Any]]()
+    rows = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as directory, NetnsHosts(Path(directory), hosts=HOSTS, slots=LOCAL) as lab:
+        machines = measure_machine(lab, Path(directory), links)
         for model, variants in CONTESTANTS.items():
             with ranks(lab, Path(directory)) as processes:
                 for link in links:
                     lab.rate(1000 * link)
-                    if link not in [machine["link_gbit"] for machine in machines]:
-                        measured = ask(processes, {"machine": True})[0]
-                        machines.append({"link_gbit": link, "machine": measured})
                     chosen = [*variants, *(IN_16_BITS.get(model, []) if link in LINKS_IN_16_BITS else [])]
                     rows += [measure(lab, processes, model, variant, link, steps) for variant in chosen]
                 lab.rate(0)
     with_ratios = [row | _weights(row, rows) for row in rows]
     found, aims = ratios(rows)
     return {"name": "towers", "rows": with_ratios, "ratios": found, "aims": aims, "machines": machines}
+
+
+def measure_machine(lab: NetnsHosts, directory: Path, links: Sequence[float]) -> list[dict[str, Any]]:
+    """By link, what `plan --measure` finds; in ranks that have built nothing, whose threads would take time."""
+    found = []
+    with ranks(lab, directory) as processes:
+        for link in links:
+            lab.rate(1000 * link)
+            found.append({"link_gbit": link, "machine": ask(processes, {"machine": True})[0]})
+        lab.rate(0)
+    return found
 
 
 class Rank(NamedTuple):

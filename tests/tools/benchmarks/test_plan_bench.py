@@ -13,10 +13,10 @@ from tools.benchmarks import plan
 def test_the_published_table() -> None:
     """What docs/where_towers_pay.md says of it; a new table or new constants come with new words there."""
     result = plan.run()
-    assert len(result["rows"]) == 36
+    assert len(result["rows"]) == 56
     ratios = result["ratios"]
     assert ratios["order_right"] == 1.0 and ratios["pairs_that_differ"] > 50
-    assert ratios["within_20_percent"] >= 0.8
+    assert ratios["within_20_percent"] >= 0.85
 
 
 def test_order_counts_where_steps_differ() -> None:
