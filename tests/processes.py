@@ -76,14 +76,13 @@ def python(
     Raises:
         subprocess.TimeoutExpired: it took longer; it has been killed.
     """
-    texts = [str(word) for word in words]
+    texts, env = [str(word) for word in words], _without_our_job(os.environ if env is None else env)
     if real:
         command = [sys.executable, *texts]
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     with tempfile.TemporaryDirectory(prefix="megarec-script-") as directory:
         streams = [Path(directory) / name for name in ("stdout", "stderr")]
-        environment = dict(os.environ if env is None else env)
-        process = _forked(_to_files, texts, str(cwd or Path.cwd()), environment, streams)
+        process = _forked(_to_files, texts, str(cwd or Path.cwd()), env, streams)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
@@ -91,6 +90,13 @@ def python(
             raise subprocess.TimeoutExpired(texts, timeout, *(path.read_bytes() for path in streams if path.exists()))
         output, errors = (path.read_text(encoding="utf-8") for path in streams)
         return subprocess.CompletedProcess([sys.executable, *texts], process.exitcode, output, errors)
+
+
+def _without_our_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without the variables of a run of one rank that an earlier test began in this process, whose port is taken."""
+    ours = os.environ.get("MASTER_PORT") is not None and environment.get("MASTER_PORT") == os.environ["MASTER_PORT"]
+    job = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if ours else ()
+    return {name: value for name, value in environment.items() if name not in job}
 
 
 def lives(process: psutil.Process) -> bool:

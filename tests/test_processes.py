@@ -61,6 +61,19 @@ def test_it_has_everything_and_none_of_the_tests_paths() -> None:
     assert python("-c", "import conftest").stderr.endswith("No module named 'conftest'\n")
 
 
+@pytest.mark.parametrize("real", [False, True])
+def test_the_job_of_this_process_is_not_the_scripts(real: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in a test process leaves its variables, and its store listens on."""
+    job = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "26546"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    code = f"import os; print([os.environ.get(name) for name in {list(job)}])"
+    assert python("-c", code, real=real).stdout == f"{[None] * 5}\n"
+    assert python("-c", code, env={**os.environ, "DS_ACCELERATOR": "cpu"}, real=real).stdout == f"{[None] * 5}\n"
+    other = {**os.environ, "MASTER_PORT": "26547"}
+    assert python("-c", code, env=other, real=real).stdout == f"{[*list(job.values())[:4], '26547']}\n"
+
+
 def test_one_that_takes_too_long_is_killed() -> None:
     with pytest.raises(subprocess.TimeoutExpired) as raised:
         python("-c", "import time; print('begun', flush=True); time.sleep(600)", timeout=5)
