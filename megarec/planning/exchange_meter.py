@@ -10,7 +10,7 @@ Threads and streams beside the step's own are not seen: a rehearsal sends ids fr
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 from unittest.mock import patch
@@ -98,23 +98,20 @@ class ExchangeMeter(TorchDispatchMode):
 
     def paused(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, unwatched."""
-
-        @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.pause():
-                return function(*args, **kwargs)
-
-        return call
+        return _within(self.pause, function)
 
     def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, watched."""
+        return _within(self.watch, function)
 
-        @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.watch():
-                return function(*args, **kwargs)
 
-        return call
+def _within(context: Callable[[], AbstractContextManager[Any]], function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _tensors(value: Any) -> list[Tensor]:

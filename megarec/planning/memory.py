@@ -10,7 +10,7 @@ page-locked where there is an accelerator: no part of the total, which a run rea
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -191,12 +191,8 @@ def scattered_columns(spec: ModelSpec, topology: Topology) -> int:
     itself, as it was and as columns of all ranks' examples (dense/tensor_parallel.py)."""
     if topology.tensor_size == 1:
         return 0
-    found = 0
-    for module in spec.meta_model().modules():
-        if is_shared(module, topology.tensor_size) and isinstance(module, MLP):
-            linears = [linear for linear in module.linears if isinstance(linear, nn.Linear)]
-            found += linears[-1].in_features * (len(linears) % 2)
-    return found
+    shared = _shared_mlps(spec, topology.tensor_size)
+    return sum(linears[-1].in_features * (len(linears) % 2) for linears in shared)
 
 
 @remembered(lambda spec, topology: (Same(spec), topology.tensor_size))
@@ -206,13 +202,18 @@ def message_columns(spec: ModelSpec, topology: Topology) -> int:
     if topology.tensor_size == 1:
         return 0
     found = 0
-    for module in spec.meta_model().modules():
-        if is_shared(module, topology.tensor_size) and isinstance(module, MLP):
-            linears = [linear for linear in module.linears if isinstance(linear, nn.Linear)]
-            for index, linear in enumerate(linears):
-                gathered = index % 2 == 0 and index + 1 < len(linears)
-                found = max(found, linear.in_features if gathered else linear.out_features)
+    for linears in _shared_mlps(spec, topology.tensor_size):
+        for index, linear in enumerate(linears):
+            gathered = index % 2 == 0 and index + 1 < len(linears)
+            found = max(found, linear.in_features if gathered else linear.out_features)
     return found
+
+
+def _shared_mlps(spec: ModelSpec, size: int) -> Iterator[list[nn.Linear]]:
+    """The layers of each MLP that the ranks of a tensor group share."""
+    for module in spec.meta_model().modules():
+        if isinstance(module, MLP) and is_shared(module, size):
+            yield [linear for linear in module.linears if isinstance(linear, nn.Linear)]
 
 
 def is_shared(module: nn.Module, size: int) -> bool:

@@ -2,44 +2,15 @@
 
 import pytest
 
-from megarec.config.sections import RunConfig
-from megarec.data.schema import CategoricalFeature, Schema
 from megarec.planning.hardware import Costs, Hardware, TableCosts, load_hardware
 from megarec.planning.measure_tables import Sample, costs_of
 from megarec.planning.planner import placement_seconds
 from megarec.planning.table_work import Counts, part_seconds, table_work
-from megarec.run.spec import ModelSpec, resolve
-from megarec.sparse.placement import Shard
+from tests.planning.small_tables import COLUMNS, EXAMPLES, ROWS, halves, run, whole
 
-ROWS, COLUMNS, EXAMPLES = 1000, 16, 64
 KINDS = ("ids", "split", "fbgemm lookup", "fbgemm update", "torch lookup", "torch update", "copy")
 LONG, SHORT = 5 * EXAMPLES, EXAMPLES  # ids of both tables
 TOUCHED = [ROWS * (1 - (1 - 1 / ROWS) ** ids) for ids in (LONG, SHORT)]
-
-
-def run() -> tuple[RunConfig, ModelSpec]:
-    """Two tables: five ids an example, and one."""
-    features = tuple(
-        CategoricalFeature(name=f"t{i}", rows=ROWS, multi_valued=not i, mean_length=1 if i else 5) for i in range(2)
-    )
-    rows = {"train": 0, "valid": 0, "test": 0}
-    schema = Schema(name="x", label_rule="x", categorical=features, numeric=("x",), rows=rows, source="synthetic")
-    config = RunConfig.model_validate({
-        "model": {"name": "dlrm", "dim": COLUMNS, "numeric_mlp": [8], "head": [8]},
-        "data": {"path": "-", "batch_size": EXAMPLES},
-        "embedding": {"optimizer": "rowwise_adagrad"},
-    })  # fmt: skip
-    return config, resolve(config, schema)
-
-
-def whole(table: str, rank: int) -> Shard:
-    return Shard(table, rank, 0, ROWS, 0, COLUMNS)
-
-
-def halves(table: str, by: str) -> list[Shard]:
-    if by == "rows":
-        return [Shard(table, rank, rank * ROWS // 2, (rank + 1) * ROWS // 2, 0, COLUMNS) for rank in range(2)]
-    return [Shard(table, rank, 0, ROWS, rank * COLUMNS // 2, (rank + 1) * COLUMNS // 2) for rank in range(2)]
 
 
 def near(counts: Counts) -> object:
